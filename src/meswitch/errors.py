@@ -1,0 +1,29 @@
+"""Errors a user can act on: every message names the file, the field and the fix."""
+
+
+class MeswitchError(Exception):
+    """Base of all errors that meswitch raises on purpose."""
+
+
+class CheckpointError(MeswitchError):
+    """A Hugging Face checkpoint is missing, truncated or in a format that is not read."""
+
+
+class ArtifactError(MeswitchError):
+    """A compressed expert on disk is incomplete, damaged, or not a meswitch artifact."""
+
+
+class IncompatibleError(MeswitchError):
+    """Two things that are each fine do not fit together: another base, another architecture."""
+
+
+class ConfigError(MeswitchError):
+    """A configuration file or an option has a value that cannot be used."""
+
+
+class UnknownExpertError(MeswitchError):
+    """A request named an expert that the family does not have."""
+
+
+class CapacityError(MeswitchError):
+    """A byte budget or a queue is full, or an expert does not fit the slots."""

@@ -1,0 +1,159 @@
+"""`family.toml`: one base, its experts, the router and how to serve them.
+
+This is an edge of the package (pydantic); codec, artifact, ops, experts and engine never import it.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from meswitch.errors import ConfigError, UnknownExpertError
+from meswitch.units import parse_bytes
+
+Bytes = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSection(_Section):
+    """`[base]`: the checkpoint that all experts share."""
+
+    name: str = "base"
+    path: str  # a directory (relative to the file) or a hub id
+
+
+class CompressSection(_Section):
+    """`[compress]`: how `meswitch compress --family` makes the artifacts; one for all experts."""
+
+    bits: Literal[1, 2, 3, 4] = 2
+    salient: int = Field(default=4, ge=0)
+    group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 64
+    embeddings: Literal["quantised", "exact"] = "quantised"
+
+
+class ExpertSection(_Section):
+    """`[[expert]]`: one fine-tune."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    delta: str  # the artifact: a directory, relative to the file
+    source: str | None = None  # the full fine-tune: a directory or hub id; needed only to compress
+    calibration: str | None = None  # text for calibration, .txt or .jsonl; needed only to compress
+    description: str = ""  # what it is good at: the router's label and the models page
+
+
+class RouterSection(_Section):
+    """`[router]`: what `model: "auto"` does."""
+
+    path: str = "router"
+    fallback: str = "base"  # an expert's or the base's name: who answers when the router abstains
+    threshold: float | None = Field(default=None, ge=0.0, le=1.0)  # None: the router's own, calibrated
+
+
+class EngineSection(_Section):
+    """`[engine]`: the embedded engine."""
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    slots: int = Field(default=4, ge=1)
+    host_bytes: Bytes | None = None  # budget for deltas in host memory; None: no limit
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    kv_cache_tokens: int = Field(default=32768, ge=256)
+    max_queue: int = Field(default=1024, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(data, dict) and isinstance(data.get("host_bytes"), str):
+            data = {**data, "host_bytes": parse_bytes(data["host_bytes"])}
+        return data
+
+
+class ServerSection(_Section):
+    """`[server]`: the HTTP API."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+
+
+class Family(_Section):
+    """A validated `family.toml`; `directory` is where its relative paths start."""
+
+    directory: Path
+    base: BaseSection
+    expert: tuple[ExpertSection, ...] = ()
+    compress: CompressSection = CompressSection()
+    router: RouterSection = RouterSection()
+    engine: EngineSection = EngineSection()
+    server: ServerSection = ServerSection()
+
+    @model_validator(mode="after")
+    def _names(self) -> "Family":
+        names = [self.base.name, *(e.name for e in self.expert)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"expert.name: {name!r} is used twice; every expert and the base need their own")
+        if "auto" in names:
+            raise ValueError("expert.name: 'auto' is reserved for routing; choose another name")
+        if self.router.fallback not in names:
+            raise ValueError(f"router.fallback: {self.router.fallback!r} is none of {', '.join(names)}")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Family":
+        """Read `family.toml` (or the directory that holds it).
+
+        Raises:
+            ConfigError: no such file, not TOML, or a field that is unknown or has a wrong value.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "family.toml"
+        try:
+            data = tomllib.loads(file.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{file}: no such file; give a family.toml or the directory that holds one") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file}: not valid TOML: {error}") from None
+        try:
+            return cls.model_validate({**data, "directory": file.resolve().parent})
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(file, item) for item in error.errors())) from None
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names, in the file's order; the base is not among them."""
+        return [e.name for e in self.expert]
+
+    def get(self, name: str) -> ExpertSection:
+        for section in self.expert:
+            if section.name == name:
+                return section
+        raise UnknownExpertError(f"no expert {name!r}; this family has {', '.join(self.names) or 'none'}")
+
+    def resolve(self, path: str) -> Path:
+        """A path of the file, relative to it."""
+        return (self.directory / path).resolve()
+
+    def resolve_model(self, source: str) -> str:
+        """A directory if there is one beside the file, otherwise a hub id, as it stands."""
+        local = self.resolve(source)
+        return str(local) if local.exists() else source
+
+    def deltas(self) -> dict[str, Path]:
+        return {e.name: self.resolve(e.delta) for e in self.expert}
+
+
+def _explain(file: Path, item: Any) -> str:
+    field = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = "no such field; see docs/family.md for the fields there are"
+    elif item["type"] == "missing":
+        message = "this field is required"
+    elif "input" in item and item["loc"]:
+        message = f"{message} (got {item['input']!r})"
+    return f"{file}: {field}: {message}" if field else f"{file}: {message}"
