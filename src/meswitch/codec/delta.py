@@ -1,0 +1,201 @@
+"""One delta matrix: low-bit codes, scales, salient channels and rows that the base does not have."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meswitch.codec.feedback import feedback_codes, inverse_factor
+from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec.quantize import (
+    SCALE_DTYPE,
+    dequantize,
+    expand_scale,
+    group_count,
+    levels,
+    mse_scales,
+    quantize,
+)
+from meswitch.codec.salient import reconstruction_error, select_salient
+from meswitch.errors import MeswitchError
+
+SALIENT_DTYPE = torch.bfloat16
+_BLOCK = 1 << 22  # weights worked on at once
+_FEEDBACK_BLOCK = 1 << 25  # larger: error feedback walks all columns once for every block
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How one matrix is quantised.
+
+    bits: 1-4. group_size: input channels that share a scale, None for one scale a row.
+    salient: input channels kept in 16 bit. damping: of the second moment, for error feedback.
+    """
+
+    bits: int = 2
+    group_size: int | None = 64
+    salient: int = 4
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.bits not in (1, 2, 3, 4):
+            raise ValueError(f"bits must be 1, 2, 3 or 4, not {self.bits}")
+        if self.group_size is not None and self.group_size < 8:
+            raise ValueError(f"group_size must be at least 8 or None for a row, not {self.group_size}")
+        if self.salient < 0:
+            raise ValueError(f"salient must be 0 or more, not {self.salient}")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedDelta:
+    """The delta of one [out_features, in_features] matrix.
+
+    packed: [rows, words] int32 (see `codec.packing`), rows = out_features without the extra rows.
+    scale: [rows, groups] bfloat16.
+    salient_index: [k] int32 ascending. salient_weight: [rows, k] bfloat16, what is missing from the
+    dequantised codes in these channels, so that a kernel adds both without masking.
+    extra: [extra_rows, in_features] rows after the base's last one, whole weights in the expert's dtype.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    salient_index: Tensor
+    salient_weight: Tensor
+    bits: int
+    group_size: int | None
+    in_features: int
+    extra: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.packed.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the suffix of their stored names (the first three are compressed-tensors')."""
+        extra_rows = 0 if self.extra is None else self.extra.shape[0]
+        named = {
+            "weight_packed": self.packed,
+            "weight_scale": self.scale,
+            "weight_shape": torch.tensor([self.rows + extra_rows, self.in_features], dtype=torch.int32),
+        }
+        if self.salient_index.numel():
+            named |= {"salient_index": self.salient_index, "salient_weight": self.salient_weight}
+        if self.extra is not None:
+            named["weight_extra"] = self.extra
+        return named
+
+    def dequantize(self, rows: Tensor | None = None) -> Tensor:
+        """The delta in float32, salient channels included and extra rows not.
+
+        Args:
+            rows: [n] int64 to restore only these; None restores all.
+
+        Returns:
+            [rows, in_features] float32.
+        """
+        packed, scale, salient = self.packed, self.scale, self.salient_weight
+        if rows is not None:
+            packed, scale, salient = packed[rows], scale[rows], salient[rows]
+        delta = dequantize(unpack(packed, self.bits, self.in_features), scale, self.bits, self.group_size)
+        if self.salient_index.numel():
+            delta.index_add_(1, self.salient_index.long(), salient.float())
+        return delta
+
+
+def stored_shapes(
+    rows: int, in_features: int, spec: Spec, extra_rows: int, extra_dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `encode` stores, without weights: suffix -> (shape, dtype)."""
+    salient = min(spec.salient, in_features)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "weight_packed": ((rows, packed_words(in_features, spec.bits)), torch.int32),
+        "weight_scale": ((rows, group_count(in_features, spec.group_size)), SCALE_DTYPE),
+        "weight_shape": ((2,), torch.int32),
+    }
+    if salient:
+        shapes["salient_index"] = ((salient,), torch.int32)
+        shapes["salient_weight"] = ((rows, salient), SALIENT_DTYPE)
+    if extra_rows:
+        shapes["weight_extra"] = ((extra_rows, in_features), extra_dtype)
+    return shapes
+
+
+def encode(
+    delta: Tensor,
+    spec: Spec,
+    *,
+    name: str,
+    second_moment: Tensor | None = None,
+    extra: Tensor | None = None,
+) -> PackedDelta:
+    """Quantise one delta. Rows are worked on in blocks, so that the temporaries stay small.
+
+    Args:
+        delta: [rows, in_features] float32.
+        name: of the tensor, for errors.
+        second_moment: [in_features, in_features] float32, `X^T X / n` of the layer's inputs. With it the
+            salient channels are chosen by activation energy x quantisation error and rounding uses error
+            feedback; without it both are data-free.
+        extra: [extra_rows, in_features], stored as it is.
+
+    Raises:
+        MeswitchError: the delta has NaN or infinite values.
+    """
+    if not delta.isfinite().all():
+        bad = int((~delta.isfinite()).sum())
+        raise MeswitchError(f"{name}: {bad} of {delta.numel()} delta values are NaN or infinite; repair the checkpoint")
+    energy = None if second_moment is None else second_moment.diagonal()
+    index = _choose_salient(delta, spec, energy)
+    kept = None
+    if index.numel():  # the salient channels need no scale: fit it to the rest
+        kept = torch.ones(delta.shape[1], dtype=torch.float32, device=delta.device)
+        kept[index.long()] = 0
+    if second_moment is not None:
+        order = _salient_last(second_moment.diagonal(), index)
+        factor = inverse_factor(second_moment, order, spec.damping)
+    columns = index.long()
+    packed, scales, salient = [], [], []
+    for block in _row_blocks(delta, _FEEDBACK_BLOCK if second_moment is not None else _BLOCK):
+        scale = mse_scales(block, spec.bits, spec.group_size, kept)
+        if second_moment is None:
+            codes, target = quantize(block, scale, spec.bits, spec.group_size), block
+        else:
+            codes, target = feedback_codes(block, scale, spec.bits, spec.group_size, factor, order, exact=index.numel())
+        step = expand_scale(scale.float(), delta.shape[1], spec.group_size)[:, columns]
+        packed.append(pack(codes, spec.bits))
+        scales.append(scale)
+        salient.append((target[:, columns] - levels(codes[:, columns], spec.bits) * step).to(SALIENT_DTYPE))
+    return PackedDelta(
+        packed=torch.cat(packed),
+        scale=torch.cat(scales),
+        salient_index=index,
+        salient_weight=torch.cat(salient),
+        bits=spec.bits,
+        group_size=spec.group_size,
+        in_features=delta.shape[1],
+        extra=extra,
+    )
+
+
+def _choose_salient(delta: Tensor, spec: Spec, energy: Tensor | None) -> Tensor:
+    """[k] int32: the channels whose plain rounding costs most."""
+    if not spec.salient:
+        return torch.empty(0, dtype=torch.int32, device=delta.device)
+    score = torch.zeros(delta.shape[1], dtype=torch.float32, device=delta.device)
+    for block in _row_blocks(delta, _BLOCK):
+        scale = mse_scales(block, spec.bits, spec.group_size)
+        codes = quantize(block, scale, spec.bits, spec.group_size)
+        score += reconstruction_error(block, dequantize(codes, scale, spec.bits, spec.group_size), energy)
+    return select_salient(score, spec.salient)
+
+
+def _row_blocks(delta: Tensor, weights: int) -> tuple[Tensor, ...]:
+    return delta.split(max(1, weights // max(1, delta.shape[1])))
+
+
+def _salient_last(energy: Tensor, salient: Tensor) -> Tensor:
+    """Channels by falling energy, the salient ones at the end: [in_features] int64."""
+    order = energy.argsort(descending=True, stable=True)
+    is_salient = torch.zeros(energy.numel(), dtype=torch.bool, device=energy.device)
+    is_salient[salient.long()] = True
+    return torch.cat([order[~is_salient[order]], order[is_salient[order]]])

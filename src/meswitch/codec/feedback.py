@@ -1,0 +1,89 @@
+"""Error feedback: each column's rounding error is passed on to the columns not yet rounded.
+
+The layer's output error is `tr((D - Dq) H (D - Dq)^T)` with the inputs' second moment `H = X^T X / n`.
+Rounding the columns one after another and correcting the rest by the inverse Cholesky factor of `H`
+minimises it greedily (GPTQ, arXiv 2210.17323, section 3). Two choices are ours: the scales are fixed
+beforehand, so that columns can be taken in order of falling energy whatever their group; and the salient
+channels come last, so that they absorb in 16 bit what all the others leave behind.
+"""
+
+import torch
+from torch import Tensor
+
+from meswitch.codec.quantize import expand_scale
+
+_BLOCK = 128
+
+
+def inverse_factor(second_moment: Tensor, order: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped second moment, its channels permuted by `order`.
+
+    Args:
+        second_moment: [in_features, in_features] float32, symmetric, positive semidefinite.
+        order: [in_features] int64, a permutation.
+        damping: share of the mean diagonal added to the diagonal.
+
+    Returns:
+        [in_features, in_features] float32, upper triangular.
+    """
+    matrix = second_moment[order][:, order]
+    mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    for attempt in range(6):
+        damped = matrix + eye * (mean * damping * 10**attempt)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0:
+                return factor
+    return eye  # an input that never varies: no correlation to exploit
+
+
+def feedback_codes(
+    delta: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int | None,
+    factor: Tensor,
+    order: Tensor,
+    exact: int,
+) -> tuple[Tensor, Tensor]:
+    """Codes with error feedback.
+
+    Args:
+        delta: [out_features, in_features] float32.
+        scale: [out_features, groups], fixed beforehand.
+        factor: what `inverse_factor` gave for `order`.
+        order: [in_features] int64; the last `exact` channels are not rounded.
+        exact: number of salient channels.
+
+    Returns:
+        codes [out_features, in_features] uint8, and the corrected target [out_features, in_features] float32,
+        of which the salient columns are to be kept.
+    """
+    top = 2**bits - 1
+    width = delta.shape[1]
+    target = delta[:, order].clone()
+    step = expand_scale(scale.to(torch.float32), width, group_size)[:, order]
+    step = step.clamp_min(torch.finfo(torch.float32).tiny)
+    silent = step <= torch.finfo(torch.float32).tiny
+    codes = torch.zeros_like(target, dtype=torch.uint8)
+    rounded = width - exact
+    for start in range(0, rounded, _BLOCK):
+        stop = min(start + _BLOCK, rounded)
+        errors = torch.empty(delta.shape[0], stop - start, dtype=torch.float32, device=delta.device)
+        for column in range(start, stop):
+            value = target[:, column]
+            code = ((value / step[:, column] + top) / 2).round_().clamp_(0, top)
+            restored = torch.where(silent[:, column], 0.0, (code * 2 - top) * step[:, column])
+            error = (value - restored) / factor[column, column]
+            target[:, column + 1 : stop] -= torch.outer(error, factor[column, column + 1 : stop])
+            codes[:, column] = code.to(torch.uint8)
+            errors[:, column - start] = error
+        target[:, stop:] -= errors @ factor[start:stop, stop:]
+    if exact:
+        value = target[:, rounded:]
+        codes[:, rounded:] = ((value / step[:, rounded:] + top) / 2).round_().clamp_(0, top).to(torch.uint8)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(width, device=order.device)
+    return codes[:, back], target[:, back]

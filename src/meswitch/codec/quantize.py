@@ -1,0 +1,124 @@
+"""Mid-rise uniform quantisation of a delta in groups of input channels.
+
+A code `c` in [0, 2**bits) stands for the odd integer `2 c - (2**bits - 1)`, times the group's scale:
+one bit gives {-s, +s} (BitDelta's sign), two bits {-3s, -s, +s, +3s}. The levels are symmetric and have
+no zero, which is what minimises the error of a bell-shaped delta at one and two bits; a group whose
+values are all zero gets scale 0 and stays exactly zero.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPE = torch.bfloat16  # deltas of fine-tunes reach 1e-7: below the normal range of fp16
+
+# Step / (2 * standard deviation) that minimises the squared error of a normal variable (Max, 1960).
+_NORMAL_STEP = {1: 0.7979, 2: 0.4978, 3: 0.2930, 4: 0.1676}
+_MULTIPLES = (0.45, 0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
+
+
+def group_count(in_features: int, group_size: int | None) -> int:
+    """Scales in one row; `None` is one scale a row."""
+    return 1 if group_size is None else math.ceil(in_features / group_size)
+
+
+def expand_scale(scale: Tensor, in_features: int, group_size: int | None) -> Tensor:
+    """[rows, groups] -> [rows, in_features], each scale repeated over its group."""
+    if group_size is None:
+        return scale.expand(-1, in_features)
+    return scale.repeat_interleave(group_size, dim=1)[:, :in_features]
+
+
+def levels(codes: Tensor, bits: int) -> Tensor:
+    """Codes as odd integers in float32, same shape."""
+    return codes.to(torch.float32) * 2 - (2**bits - 1)
+
+
+def quantize(delta: Tensor, scale: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """Nearest codes for given scales.
+
+    Args:
+        delta: [rows, in_features] float32.
+        scale: [rows, groups] any float dtype, >= 0.
+
+    Returns:
+        [rows, in_features] uint8. With level step `2 s` the error is at most `s` inside the range and
+        `|d| - (2**bits - 1) s` outside.
+    """
+    step = expand_scale(scale.to(torch.float32), delta.shape[1], group_size)
+    top = 2**bits - 1
+    codes = (delta / step.clamp_min(torch.finfo(torch.float32).tiny) + top) / 2
+    return codes.round_().clamp_(0, top).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """[rows, in_features] codes and [rows, groups] scales -> [rows, in_features] float32."""
+    return levels(codes, bits) * expand_scale(scale.to(torch.float32), codes.shape[1], group_size)
+
+
+def absmax_scales(delta: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """Scales whose outermost level is the group's largest magnitude: [rows, groups] bfloat16."""
+    grouped, _ = _grouped(delta, group_size)
+    return (grouped.abs().amax(dim=-1) / (2**bits - 1)).to(SCALE_DTYPE)
+
+
+def mse_scales(delta: Tensor, bits: int, group_size: int | None, weight: Tensor | None = None) -> Tensor:
+    """Scales that minimise the (weighted) squared error of each group.
+
+    A search over multiples of the normal distribution's optimum and of the absolute maximum finds the
+    basin; alternating least squares (codes for the scale, then the scale for the codes) ends in its
+    minimum.
+
+    Args:
+        delta: [rows, in_features] float32.
+        weight: [in_features] float32 >= 0, the importance of each input channel; None weighs all alike.
+
+    Returns:
+        [rows, groups] bfloat16.
+    """
+    grouped, mask = _grouped(delta, group_size)
+    if weight is not None:
+        mask = _grouped(weight[None], group_size)[0] * mask
+    top = 2**bits - 1
+    peak = grouped.abs().amax(dim=-1, keepdim=True)
+    unit = grouped / peak.clamp_min(torch.finfo(torch.float32).tiny)  # squares of huge deltas must not overflow
+    count = mask.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    rms = ((unit.square() * mask).sum(dim=-1, keepdim=True) / count).sqrt()
+    candidates = [rms * (_NORMAL_STEP[bits] * m) for m in _MULTIPLES]
+    candidates += [torch.ones_like(rms) * (m / top) for m in (0.7, 1.0)]
+
+    best = torch.zeros_like(rms)
+    best_error = torch.full_like(rms, math.inf)
+
+    def consider(scale: Tensor) -> None:
+        nonlocal best, best_error
+        error = ((unit - _nearest(unit, scale, top)).square() * mask).sum(dim=-1, keepdim=True)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+
+    for scale in candidates:
+        consider(scale)
+    for _ in range(3):
+        codes = _nearest(unit, best, top) / best.clamp_min(torch.finfo(torch.float32).tiny)
+        power = (codes.square() * mask).sum(dim=-1, keepdim=True)
+        consider((unit * codes * mask).sum(dim=-1, keepdim=True) / power.clamp_min(torch.finfo(torch.float32).tiny))
+    return (best * peak).squeeze(-1).to(SCALE_DTYPE)
+
+
+def _nearest(unit: Tensor, scale: Tensor, top: int) -> Tensor:
+    codes = ((unit / scale.clamp_min(torch.finfo(torch.float32).tiny) + top) / 2).round_().clamp_(0, top)
+    return (codes * 2 - top) * scale
+
+
+def _grouped(delta: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """[rows, in] -> [rows, groups, size] zero-padded, and a [groups, size] mask of what is not padding."""
+    rows, width = delta.shape
+    size = width if group_size is None else group_size
+    groups = group_count(width, group_size)
+    mask = torch.ones(width, dtype=torch.float32, device=delta.device)
+    missing = groups * size - width
+    if missing:
+        delta = torch.nn.functional.pad(delta, (0, missing))
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    return delta.view(rows, groups, size), mask.view(groups, size)

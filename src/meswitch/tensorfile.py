@@ -1,0 +1,119 @@
+"""Reading safetensors files tensor by tensor with plain reads.
+
+`safetensors.safe_open` maps the whole file: two 5 GB shards of a checkpoint pair then count against a memory
+limit although one tensor is in use. Here a tensor costs its own bytes, and a truncated file is told from a good one
+before anything is read.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meswitch.errors import MeswitchError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor's bytes are. offset and nbytes count bytes in `file`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    def read_bytes(self, start: int = 0, count: int | None = None) -> bytearray:
+        """`count` of the tensor's raw bytes from `start` on (all of them by default)."""
+        count = self.nbytes - start if count is None else count
+        buffer = bytearray(count)
+        with self.file.open("rb", buffering=0) as handle:
+            handle.seek(self.offset + start)
+            view, done = memoryview(buffer), 0
+            while done < count:
+                got = handle.readinto(view[done:])
+                if not got:
+                    raise MeswitchError(f"{self.file}: ends inside tensor {self.name}; fetch the file again")
+                done += got
+        return buffer
+
+    def read(self) -> Tensor:
+        """The tensor, in host memory of its own."""
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(self.read_bytes(), dtype=self.dtype).view(self.shape)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        MeswitchError: not a safetensors file, a dtype that is not read, or fewer bytes than the header promises.
+    """
+    return {info.name: info for info in _entries(file)}
+
+
+def _entries(file: Path) -> Iterator[TensorInfo]:
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        prefix = handle.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(_HEADER_LIMIT, size - 8):
+            raise MeswitchError(f"{file}: not a safetensors file, or cut off in its header; fetch it again")
+        try:
+            header = json.loads(handle.read(length))
+            tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+        except (ValueError, AttributeError):
+            raise MeswitchError(f"{file}: its header is not JSON; the file is damaged, fetch it again") from None
+    for name, value in tensors.items():
+        try:
+            dtype = DTYPES[value["dtype"]]
+            shape = tuple(int(n) for n in value["shape"])
+            begin, end = (int(n) for n in value["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            known = ", ".join(DTYPES)
+            raise MeswitchError(f"{file}: tensor {name}: header {value!r} is not understood; dtypes: {known}") from None
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise MeswitchError(
+                f"{file}: tensor {name}: {end - begin} bytes do not hold {value['dtype']} {list(shape)}"
+            )
+        if begin < 0 or 8 + length + end > size:
+            raise MeswitchError(
+                f"{file}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}; fetch it again"
+            )
+        yield TensorInfo(name, dtype, shape, file, 8 + length + begin, end - begin)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, without a copy where it is contiguous and on the host."""
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
