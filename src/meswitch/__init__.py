@@ -1,5 +1,48 @@
 """One GPU, many full fine-tunes of one base LLM: compress, route, serve."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from meswitch.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from meswitch.artifact import Artifact
+    from meswitch.compression import compress, load_merged, merge
+    from meswitch.engine import Chunk, Completion, Engine, SamplingParams
+    from meswitch.errors import MeswitchError
+    from meswitch.family import Family
+
+# Where each public name lives: torch is imported when the first one that needs it is used.
+_HOME = {
+    "Artifact": "artifact",
+    "Chunk": "engine",
+    "Completion": "engine",
+    "Engine": "engine",
+    "Family": "family",
+    "MeswitchError": "errors",
+    "SamplingParams": "engine",
+    "compress": "compression",
+    "load_merged": "compression",
+    "merge": "compression",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'meswitch' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"meswitch.{_HOME[name]}"), name)
+
+
+__all__ = [
+    "Artifact",
+    "Chunk",
+    "Completion",
+    "Engine",
+    "Family",
+    "MeswitchError",
+    "SamplingParams",
+    "__version__",
+    "compress",
+    "load_merged",
+    "merge",
+]

@@ -26,6 +26,7 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", *COMPANION_FILES]
 
 
@@ -77,9 +78,9 @@ class Checkpoint:
     @cached_property
     def aliases(self) -> Mapping[str, str]:
         """Names that are not stored because they are tied: `lm_head.weight` -> the embedding, where it is so."""
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         tied = bool(getattr(self.config, "tie_word_embeddings", False))
-        return {head: embedding} if tied and head not in self.tensors and embedding in self.tensors else {}
+        stored = self.tensors
+        return {TIED_HEAD: TIED_EMBEDDING} if tied and TIED_HEAD not in stored and TIED_EMBEDDING in stored else {}
 
     def info(self, name: str) -> TensorInfo | None:
         return self.tensors.get(self.aliases.get(name, name))

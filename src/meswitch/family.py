@@ -30,7 +30,7 @@ class CompressSection(_Section):
     """`[compress]`: how `meswitch compress --family` makes the artifacts; one for all experts."""
 
     bits: Literal[1, 2, 3, 4] = 2
-    salient: int = Field(default=4, ge=0)
+    salient: int | None = Field(default=None, ge=0)  # None: one input channel in 512, at least one
     group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 64
     embeddings: Literal["quantised", "exact"] = "quantised"
 

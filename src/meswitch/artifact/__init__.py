@@ -1,0 +1,20 @@
+"""The on-disk format: manifest, fingerprint, reading, writing, byte accounting. See docs/format.md."""
+
+from meswitch.artifact.accounting import Accounting, account
+from meswitch.artifact.fingerprint import fingerprint
+from meswitch.artifact.manifest import Calibration, Entry, Manifest, Method
+from meswitch.artifact.reader import Artifact, packed_from_parts
+from meswitch.artifact.writer import ArtifactWriter
+
+__all__ = [
+    "Accounting",
+    "Artifact",
+    "ArtifactWriter",
+    "Calibration",
+    "Entry",
+    "Manifest",
+    "Method",
+    "account",
+    "fingerprint",
+    "packed_from_parts",
+]

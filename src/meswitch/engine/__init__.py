@@ -1,0 +1,7 @@
+"""The embedded engine: a base model with switchable layers on transformers' continuous batching."""
+
+from meswitch.engine.engine import Engine
+from meswitch.engine.request import Chunk, Completion, Request
+from meswitch.engine.sampling import SamplingParams
+
+__all__ = ["Chunk", "Completion", "Engine", "Request", "SamplingParams"]

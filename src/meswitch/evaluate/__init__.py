@@ -1,0 +1,31 @@
+"""Is a compressed expert still as good? Exact questions, fidelity to the full expert, and honest intervals."""
+
+from meswitch.evaluate.accuracy import Score, accuracy, answer
+from meswitch.evaluate.fidelity import Fidelity, Text, fidelity
+from meswitch.evaluate.gain import Comparison, GainRetained, Interval, compare, gain_retained, wilson
+from meswitch.evaluate.report import Report, Row
+from meswitch.evaluate.run import Settings, evaluate_family
+from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, Question, draw
+
+__all__ = [
+    "CHECKABLE",
+    "DOMAINS",
+    "Comparison",
+    "Fidelity",
+    "GainRetained",
+    "Interval",
+    "Question",
+    "Report",
+    "Row",
+    "Score",
+    "Settings",
+    "Text",
+    "accuracy",
+    "answer",
+    "compare",
+    "draw",
+    "evaluate_family",
+    "fidelity",
+    "gain_retained",
+    "wilson",
+]

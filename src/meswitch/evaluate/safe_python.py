@@ -19,10 +19,10 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "sorted": sorted,
     "abs": abs,
 }
-MAX_SOURCE, MAX_STEPS, MAX_DEPTH = 4_000, 20_000, 32
+MAX_SOURCE, MAX_STEPS, MAX_DEPTH = 4_000, 5_000, 32
 MAX_NUMBER, MAX_EXPONENT, MAX_ITEMS = 10**18, 32, 1_000
 
-_BINARY = {
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -31,8 +31,12 @@ _BINARY = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
-_UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
-_COMPARE = {
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -42,6 +46,7 @@ _COMPARE = {
     ast.In: lambda a, b: a in b,
     ast.NotIn: lambda a, b: a not in b,
 }
+_Scope = dict[str, Any]
 _SCALAR = (int, float, type(None))  # bool is an int
 _NOTHING = object()  # a block ended without `return`
 
@@ -114,7 +119,7 @@ class _Run:
         if self.steps > MAX_STEPS:
             raise RefusedError(f"more than {MAX_STEPS} steps")
 
-    def call(self, function: ast.FunctionDef | ast.Lambda, arguments: list[Any], outer: dict | None = None) -> Any:
+    def call(self, function: ast.FunctionDef | ast.Lambda, arguments: list[Any], outer: _Scope | None = None) -> Any:
         parameters = [parameter.arg for parameter in function.args.args]
         if len(parameters) != len(arguments):
             raise TypeError(f"{len(parameters)} parameters, {len(arguments)} arguments")
@@ -129,26 +134,24 @@ class _Run:
         self.depth -= 1
         return None if result is _NOTHING else result
 
-    def block(self, body: Iterable[ast.stmt], scope: dict[str, Any]) -> Any:
+    def block(self, body: Iterable[ast.stmt], scope: _Scope) -> Any:
         """Run statements; what `return` gave, or `_NOTHING`."""
         for statement in body:
             self.spend()
             result = _NOTHING
             match statement:
-                case ast.Return(value=None):
-                    return None
                 case ast.Return(value=expression):
-                    return self.value(expression, scope)
+                    return None if expression is None else self.value(expression, scope)
                 case ast.Assign(targets=[ast.Name(id=name)], value=expression):
                     scope[name] = self.value(expression, scope)
-                case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=right):
-                    left = self.value(ast.Name(target.id, ast.Load()), scope)
-                    scope[name] = self.binary(op, left, self.value(right, scope))
+                case ast.AugAssign(target=ast.Name(id=name), op=op, value=right):
+                    scope[name] = self.binary(op, self.name(name, scope), self.value(right, scope))
                 case ast.If(test=test, body=then, orelse=otherwise):
                     result = self.block(then if self.value(test, scope) else otherwise, scope)
                 case ast.For(target=ast.Name(id=name), iter=iterable, body=inner, orelse=[]):
-                    for scope[name] in self.value(iterable, scope):
+                    for item in self.value(iterable, scope):
                         self.spend()
+                        scope[name] = item
                         if (result := self.block(inner, scope)) is not _NOTHING:
                             break
                 case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):  # a docstring
@@ -159,7 +162,7 @@ class _Run:
                 return result
         return _NOTHING
 
-    def value(self, node: ast.expr, scope: dict[str, Any]) -> Any:
+    def value(self, node: ast.expr, scope: _Scope) -> Any:
         self.spend()
         match node:
             case ast.Constant(value=constant):
@@ -201,7 +204,7 @@ class _Run:
                 return _bounded(result)
         raise RefusedError(f"{type(node).__name__} expressions")
 
-    def name(self, name: str, scope: dict[str, Any]) -> Any:
+    def name(self, name: str, scope: _Scope) -> Any:
         if name in scope:
             return scope[name]
         if name in self.functions:
@@ -222,7 +225,7 @@ class _Run:
                 raise RefusedError(f"more than {MAX_ITEMS} items")
         return _bounded(_BINARY[type(op)](left, right))
 
-    def compare(self, left: Any, ops: list[ast.cmpop], others: list[ast.expr], scope: dict[str, Any]) -> bool:
+    def compare(self, left: Any, ops: list[ast.cmpop], others: list[ast.expr], scope: _Scope) -> bool:
         for op, other in zip(ops, others, strict=True):
             right = self.value(other, scope)
             if type(op) not in _COMPARE:
@@ -232,9 +235,7 @@ class _Run:
             left = right
         return True
 
-    def comprehension(
-        self, item: ast.expr, generators: Sequence[ast.comprehension], scope: dict[str, Any]
-    ) -> Iterator[Any]:
+    def comprehension(self, item: ast.expr, generators: Sequence[ast.comprehension], scope: _Scope) -> Iterator[Any]:
         if not generators:
             yield self.value(item, scope)
             return

@@ -14,13 +14,18 @@ from meswitch.errors import ConfigError
 from meswitch.evaluate.safe_python import FAILURES, call_each
 from meswitch.evaluate.sql_questions import sql_question
 
-NAMES = "Tom Ann Ben Mia Sam Eva Leo Zoe Max Ida Ali Noa Kim Jan Ravi Lena Omar Nina Paul Rosa".split()
-THINGS = "apples books coins pens cards shells stamps cups stones seeds toys eggs nuts keys beads plums".split()
-WORDS = """
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words("Tom Ann Ben Mia Sam Eva Leo Zoe Max Ida Ali Noa Kim Jan Ravi Lena Omar Nina Paul Rosa")
+THINGS = _words("apples books coins pens cards shells stamps cups stones seeds toys eggs nuts keys beads plums")
+WORDS = _words("""
     river stone cloud table green winter music paper candle window garden silver market yellow bridge forest orange
     pencil rocket planet summer castle button mirror dragon island carpet violin pepper turtle basket hammer ladder
     magnet needle pillow ribbon saddle tunnel valley wallet zipper acorn
-""".split()
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +166,15 @@ _REDUCES = (
     ("the list of", "{}"),
 )
 _GIVES_LIST = ("sorted({})", "{}")
-_CASES = tuple(tuple(r.randint(-20, 20) for _ in range(3 + i)) for i, r in enumerate(map(Random, range(1, 36, 7))))
+# Each list repeats one number: that is how the published figures of the experts were checked, so it stays. It cannot
+# tell max from min or a sorted list from an unsorted one; the sums, counts, filters and maps it can.
+_CASES = tuple([Random(7 * i + 1).randint(-20, 20)] * (3 + i) for i in range(5))
 
 
 def _code(random: Random) -> Question:
     (kind, condition), (what, item), (wanted, reduce) = map(random.choice, (_FILTERS, _MAPS, _REDUCES))
-    name = random.choice("f g solve run compute total pick".split())
-    argument = random.choice("xs values nums items data".split())
+    name = random.choice(["f", "g", "solve", "run", "compute", "total", "pick"])
+    argument = random.choice(["xs", "values", "nums", "items", "data"])
     plus = random.choice([0, 0, random.randint(1, 20)])
     verb = random.choice(["returns", "computes", "gives back", "should return"])
     prompt = f"Write a Python function {name}({argument}) that {verb} {wanted} the {what.format(kind)} in {argument}"
@@ -176,12 +183,11 @@ def _code(random: Random) -> Question:
         prompt += f", plus {plus}"
         body += f" + {plus}"
     source = f"def {name}({argument}):\n    return {body}"
-    cases = [list(case) for case in _CASES]
-    expected = call_each(source, name, cases)
+    expected = call_each(source, name, _CASES)
 
     def check(reply: str) -> bool:
         try:
-            return call_each(reply, name, cases) == expected
+            return call_each(reply, name, _CASES) == expected
         except FAILURES:
             return False
 

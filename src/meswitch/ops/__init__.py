@@ -1,0 +1,36 @@
+"""What an expert adds to the base's output, for the tokens of that expert; one op, several backends."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from meswitch.codec import PackedDelta
+from meswitch.errors import ConfigError
+from meswitch.ops import cpu, reference
+
+
+class Backend(Protocol):
+    """The functions that a backend module has; see `ops.reference` for their shapes."""
+
+    expert_matmul: Callable[[Tensor, PackedDelta], Tensor]
+    expert_rows: Callable[[Tensor, PackedDelta], Tensor]
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu}
+
+
+def backend(device_type: str, name: str | None = None) -> Backend:
+    """The backend for a device, or the one asked for.
+
+    Raises:
+        ConfigError: no backend of that name.
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise ConfigError(f"backend: {name!r} is none of {', '.join(BACKENDS)}")
+        return BACKENDS[name]
+    return BACKENDS["cpu"] if device_type == "cpu" else BACKENDS["reference"]
+
+
+__all__ = ["BACKENDS", "Backend", "backend"]

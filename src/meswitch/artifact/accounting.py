@@ -1,0 +1,60 @@
+"""Where an artifact's bytes are, by kind of content and by layer type."""
+
+from dataclasses import dataclass
+
+from meswitch.artifact.reader import Artifact
+
+_CONTENT = {
+    "weight_packed": "codes",
+    "weight_scale": "scales",
+    "weight_shape": "shapes",
+    "salient_index": "salient channels",
+    "salient_weight": "salient channels",
+    "weight_extra": "added rows",
+    "": "exact tensors",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """One layer type: its parameters, bytes and bits per weight."""
+
+    layer: str
+    parameters: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bytes * 8 / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """`by_content` and `by_layer` each add up to the artifact's tensor bytes."""
+
+    by_content: dict[str, int]
+    by_layer: tuple[LayerBytes, ...]
+
+
+def account(artifact: Artifact) -> Accounting:
+    """Sum the artifact's tensor bytes both ways."""
+    content: dict[str, int] = {}
+    layers: dict[str, list[int]] = {}
+    for name, entry in artifact.manifest.tensors.items():
+        for suffix, part in entry.stored.items():
+            content[_CONTENT[suffix]] = content.get(_CONTENT[suffix], 0) + part.bytes
+        parameters = 1
+        for size in entry.shape:
+            parameters *= size
+        total = layers.setdefault(layer_type(name), [0, 0])
+        total[0] += parameters
+        total[1] += entry.bytes
+    by_layer = tuple(LayerBytes(layer, *numbers) for layer, numbers in layers.items())
+    return Accounting(content, by_layer)
+
+
+def layer_type(tensor: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `self_attn.q_proj`."""
+    parts = [part for part in tensor.split(".") if not part.isdigit()]
+    parts = [part for part in parts if part not in ("model", "layers", "weight", "transformer", "h")]
+    return ".".join(parts) or tensor

@@ -1,0 +1,214 @@
+"""`meswitch.json`: what an artifact holds, in a form that is checked strictly.
+
+Unknown fields, missing fields and wrong types are errors that name the file and the field.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meswitch.errors import ArtifactError
+
+FORMAT = "meswitch-delta"
+VERSION = 1
+MANIFEST_NAME = "meswitch.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor in a safetensors file: its dtype in safetensors' spelling, bytes and SHA-256."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the expert.
+
+    kind: `packed` (base + quantised delta), `dense` (the expert's own values) or `same` (the base's values).
+    role: `embedding`, `head`, `linear`, `norm`, `bias` or `other`.
+    shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
+    base_sha256: of the base's tensor, None where the base has none.
+    """
+
+    kind: str
+    role: str
+    shape: tuple[int, ...]
+    stored: dict[str, Stored]
+    base_sha256: str | None
+    bits: int | None = None
+    group_size: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.stored.values())
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base that the deltas are taken from; `fingerprint` identifies it by content."""
+
+    name: str
+    fingerprint: str
+    model_type: str
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInfo:
+    """The fine-tune: its parameters and bytes as a full checkpoint."""
+
+    name: str
+    parameters: int
+    bytes: int
+    dtype: str
+    vocab_size: int
+    tied_head: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The text that the salient channels and the error feedback were measured on."""
+
+    source: str
+    sha256: str
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Every parameter of the compression."""
+
+    name: str
+    bits: int
+    group_size: int | None
+    salient: int | None
+    embeddings: str
+    damping: float
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Who made it, with what, when (UTC, ISO 8601)."""
+
+    meswitch: str
+    torch: str
+    transformers: str
+    created: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """One measurement: accuracy of base, expert and compressed expert on the same `questions`."""
+
+    task: str
+    questions: int
+    base: float
+    expert: float
+    compressed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole manifest. companions: file name -> SHA-256 of tokenizer, template and config files."""
+
+    base: BaseInfo
+    expert: ExpertInfo
+    method: Method
+    tensors: dict[str, Entry]
+    companions: dict[str, str]
+    provenance: Provenance
+    quality: tuple[Quality, ...] = ()
+    format: str = FORMAT
+    version: int = field(default=VERSION)
+
+    def to_json(self) -> str:
+        def plain(value: Any) -> Any:
+            if dataclasses.is_dataclass(value):
+                pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+                return {name: plain(item) for name, item in pairs if item is not None}
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+        data = plain(self)
+        head = {"format": data.pop("format"), "version": data.pop("version")}
+        return json.dumps(head | data, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, file: Path) -> "Manifest":
+        """Parse and check.
+
+        Raises:
+            ArtifactError: not JSON, another format, a newer version, or a field that does not fit.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(f"{file}: not valid JSON ({error}); the artifact is damaged, compress again") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ArtifactError(f"{file}: format: not a meswitch artifact (expected {FORMAT!r})")
+        version = data.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise ArtifactError(f"{file}: version: {version!r} is not a version number")
+        if version > VERSION:
+            raise ArtifactError(
+                f"{file}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch"
+            )
+        manifest = _decode(cls, data, file, "")
+        for name, entry in manifest.tensors.items():
+            if entry.kind not in ("packed", "dense", "same"):
+                raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of packed, dense, same")
+            if entry.kind == "packed" and entry.bits not in (1, 2, 3, 4):
+                raise ArtifactError(f"{file}: tensors.{name}.bits: {entry.bits!r} is none of 1, 2, 3, 4")
+        return manifest
+
+
+def _decode(kind: Any, value: Any, file: Path, where: str) -> Any:
+    """`value` as `kind`, a type made of dataclasses, dict[str, X], tuple[X, ...], X | None and scalars."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in arguments if option is not type(None)]
+        return None if value is None else _decode(options[0], value, file, where)
+    if origin is dict:
+        _expect(isinstance(value, dict), file, where, "an object", value)
+        return {key: _decode(arguments[1], item, file, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple:
+        _expect(isinstance(value, list), file, where, "a list", value)
+        return tuple(_decode(arguments[0], item, file, f"{where}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        _expect(isinstance(value, dict), file, where, "an object", value)
+        hints = typing.get_type_hints(kind)
+        prefix = f"{where}." if where else ""
+        for key in value:
+            if key not in hints:
+                raise ArtifactError(f"{file}: {prefix}{key}: unknown field; it was written by another version")
+        for item in dataclasses.fields(kind):
+            optional = type(None) in typing.get_args(hints[item.name])
+            has_default = item.default is not dataclasses.MISSING
+            if item.name not in value and not optional and not has_default:
+                raise ArtifactError(f"{file}: {prefix}{item.name}: missing field; the artifact is damaged")
+        given = {key: _decode(hints[key], item, file, f"{prefix}{key}") for key, item in value.items()}
+        absent = {f.name: None for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING} | given
+        return kind(**absent)
+    accepted = (int, float) if kind is float else kind
+    _expect(
+        isinstance(value, accepted) and not (kind is not bool and isinstance(value, bool)), file, where, kind, value
+    )
+    return value
+
+
+def _expect(fits: bool, file: Path, where: str, wanted: Any, value: Any) -> None:
+    if not fits:
+        wanted = getattr(wanted, "__name__", wanted)
+        raise ArtifactError(f"{file}: {where}: expected {wanted}, found {value!r:.80}")

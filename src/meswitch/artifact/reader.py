@@ -1,0 +1,232 @@
+"""Opening an artifact: nothing is handed out before its shape, dtype and checksum agree with the manifest."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meswitch.artifact.fingerprint import fingerprint, sha256_file
+from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored
+from meswitch.artifact.writer import stored_name
+from meswitch.checkpoint import Checkpoint
+from meswitch.codec import PackedDelta, packed_words
+from meswitch.codec.delta import SALIENT_DTYPE
+from meswitch.codec.quantize import group_count
+from meswitch.errors import ArtifactError, IncompatibleError, MeswitchError
+from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compressed expert on disk, its header checked, its tensors not yet read."""
+
+    directory: Path
+    manifest: Manifest
+    infos: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Artifact":
+        """Open and check everything that costs no reading of tensors.
+
+        Raises:
+            ArtifactError: incomplete, damaged, foreign or newer.
+        """
+        directory = Path(directory)
+        file = directory / MANIFEST_NAME
+        if directory.name.endswith(".partial"):
+            raise ArtifactError(f"{directory}: an unfinished compression; run the same `meswitch compress` again")
+        if not file.is_file():
+            hint = ""
+            if directory.with_name(directory.name + ".partial").is_dir():
+                hint = "; its compression was interrupted, run the same `meswitch compress` again"
+            elif (directory / "config.json").is_file():
+                hint = "; this is a full checkpoint, compress it first"
+            raise ArtifactError(f"{file}: no such file, so this is not a meswitch artifact{hint}")
+        manifest = Manifest.from_json(file.read_text(), file)
+        artifact = cls(directory, manifest, {})
+        artifact._check_headers()
+        artifact._check_companions()
+        return artifact
+
+    def _check_headers(self) -> None:
+        headers: dict[str, dict[str, TensorInfo]] = {}
+        for name, entry in self.manifest.tensors.items():
+            self._check_entry(name, entry)
+            for suffix, part in entry.stored.items():
+                stored = stored_name(name, suffix)
+                path = self.directory / part.file
+                if Path(part.file).name != part.file:
+                    raise ArtifactError(f"{path}: tensors.{name}.file: must be a file name in the artifact")
+                if part.file not in headers:
+                    if not path.is_file():
+                        raise ArtifactError(f"{path}: missing; copy the artifact again or compress again")
+                    try:
+                        headers[part.file] = read_header(path)
+                    except MeswitchError as error:
+                        raise ArtifactError(str(error)) from None
+                info = headers[part.file].get(stored)
+                if info is None:
+                    raise ArtifactError(f"{path}: has no tensor {stored}, which the manifest lists")
+                found = (NAMES[info.dtype], info.shape, info.nbytes)
+                if found != (part.dtype, part.shape, part.bytes):
+                    raise ArtifactError(
+                        f"{path}: {stored} is {found[0]} {list(found[1])}, the manifest says {part.dtype} "
+                        f"{list(part.shape)}; the files do not belong together"
+                    )
+                self.infos[stored] = info
+        for part_file, header in headers.items():
+            for stored in header:
+                if stored not in self.infos:
+                    raise ArtifactError(f"{self.directory / part_file}: {stored} is not in the manifest")
+
+    def _check_entry(self, name: str, entry: Entry) -> None:
+        """The parts of a tensor must have the shapes that its own shape, bits and group size imply."""
+        file = self.directory / MANIFEST_NAME
+        expected: dict[str, tuple[int, ...]]
+        if entry.kind == "same":
+            expected = {}
+        elif entry.kind == "dense":
+            expected = {"": entry.shape}
+        else:
+            if len(entry.shape) != 2 or entry.bits is None:
+                raise ArtifactError(f"{file}: tensors.{name}.shape: a packed tensor has two dimensions")
+            extra = entry.stored.get("weight_extra")
+            rows = entry.shape[0] - (extra.shape[0] if extra and extra.shape else 0)
+            salient = entry.stored.get("salient_index")
+            expected = {
+                "weight_packed": (rows, packed_words(entry.shape[1], entry.bits)),
+                "weight_scale": (rows, group_count(entry.shape[1], entry.group_size)),
+                "weight_shape": (2,),
+            }
+            if salient is not None:
+                expected |= {"salient_index": salient.shape[:1], "salient_weight": (rows, *salient.shape[:1])}
+            if extra is not None:
+                expected["weight_extra"] = (entry.shape[0] - rows, entry.shape[1])
+        found = {suffix: part.shape for suffix, part in entry.stored.items()}
+        if found != expected:
+            raise ArtifactError(f"{file}: tensors.{name}.stored: shapes {found} do not fit the tensor ({expected})")
+
+    def _check_companions(self) -> None:
+        for name in self.manifest.companions:
+            if not (self.directory / name).is_file():
+                raise ArtifactError(f"{self.directory / name}: missing; copy the artifact again or compress again")
+        if "config.json" not in self.manifest.companions:
+            raise ArtifactError(f"{self.directory / MANIFEST_NAME}: companions: config.json is not listed")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(entry.bytes for entry in self.manifest.tensors.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of every file of the artifact, tokenizer and manifest included."""
+        return sum(path.stat().st_size for path in self.directory.iterdir() if path.is_file())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All tensor bytes (codes, scales, salient channels, embeddings, norms) x 8 / all parameters."""
+        return self.nbytes * 8 / self.manifest.expert.parameters
+
+    def read_stored(self, name: str, suffix: str = "") -> Tensor:
+        """One stored tensor, its checksum compared.
+
+        Raises:
+            ArtifactError: the bytes are not those that were written.
+        """
+        part: Stored = self.manifest.tensors[name].stored[suffix]
+        info = self.infos[stored_name(name, suffix)]
+        raw = info.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != part.sha256:
+            raise ArtifactError(
+                f"{info.file}: {info.name}: checksum differs from the manifest's: the file is damaged or was changed; "
+                "copy the artifact again or compress again"
+            )
+        if not raw:
+            return torch.empty(part.shape, dtype=DTYPES[part.dtype])
+        return torch.frombuffer(raw, dtype=DTYPES[part.dtype]).view(part.shape)
+
+    def read(self, name: str) -> PackedDelta | Tensor | None:
+        """A tensor of the expert: its delta, its own values, or None where it equals the base's."""
+        entry = self.manifest.tensors[name]
+        if entry.kind == "same":
+            return None
+        if entry.kind == "dense":
+            return self.read_stored(name)
+        return packed_from_parts(entry, self._checked_parts(name))
+
+    def _checked_parts(self, name: str) -> dict[str, Tensor]:
+        """All parts of one tensor, their values checked where a wrong one would read out of bounds."""
+        entry = self.manifest.tensors[name]
+        parts = {suffix: self.read_stored(name, suffix) for suffix in entry.stored}
+        where = f"{self.directory / MANIFEST_NAME}: tensors.{name}"
+        shape = parts.get("weight_shape")
+        if shape is not None and tuple(shape.tolist()) != entry.shape:
+            raise ArtifactError(f"{where}.shape: {list(entry.shape)}, but the stored weight_shape is {shape.tolist()}")
+        index = parts.get("salient_index")
+        if index is not None and index.numel():
+            ascending = bool((index.diff() > 0).all())
+            if not (ascending and int(index[0]) >= 0 and int(index[-1]) < entry.shape[1]):
+                raise ArtifactError(f"{where}.salient_index: not ascending within {entry.shape[1]} input channels")
+        return parts
+
+    def verify(self) -> None:
+        """Read everything once and compare every checksum.
+
+        Raises:
+            ArtifactError: naming the file and the tensor.
+        """
+        for name in self.manifest.tensors:
+            self._checked_parts(name)
+        for name, digest in self.manifest.companions.items():
+            if sha256_file(self.directory / name) != digest:
+                raise ArtifactError(
+                    f"{self.directory / name}: differs from the manifest's checksum; copy the artifact again"
+                )
+
+    def check_base(self, base: Checkpoint, *, full: bool = False) -> None:
+        """Refuse another base.
+
+        Args:
+            full: compare the SHA-256 of every tensor instead of the sampled fingerprint.
+
+        Raises:
+            IncompatibleError: naming what differs.
+        """
+        wanted = self.manifest.base
+        if full:
+            for name, entry in self.manifest.tensors.items():
+                info = base.info(name)
+                if entry.base_sha256 is None:
+                    continue
+                if info is None or hashlib.sha256(info.read_bytes()).hexdigest() != entry.base_sha256:
+                    raise IncompatibleError(
+                        f"{base.directory}: {name} is not the tensor that {self.directory} was compressed against"
+                    )
+        found = fingerprint(base)
+        if found != wanted.fingerprint:
+            raise IncompatibleError(
+                f"{base.directory}: its fingerprint {found[15:27]}… is not the {wanted.fingerprint[15:27]}… of "
+                f"{wanted.name!r}, against which {self.directory} was compressed; use that base or compress again"
+            )
+
+
+def packed_from_parts(entry: Entry, parts: dict[str, Tensor]) -> PackedDelta:
+    """A `PackedDelta` over the parts of a packed entry, wherever they lie."""
+    if entry.bits is None:
+        raise ArtifactError("a packed tensor needs its bits")
+    packed = parts["weight_packed"]
+    no_index = torch.empty(0, dtype=torch.int32, device=packed.device)
+    no_weight = torch.empty(len(packed), 0, dtype=SALIENT_DTYPE, device=packed.device)
+    return PackedDelta(
+        packed=packed,
+        scale=parts["weight_scale"],
+        salient_index=parts.get("salient_index", no_index),
+        salient_weight=parts.get("salient_weight", no_weight),
+        bits=entry.bits,
+        group_size=entry.group_size,
+        in_features=entry.shape[1],
+        extra=parts.get("weight_extra"),
+    )

@@ -1,0 +1,212 @@
+"""Writing an artifact: shard by shard, resumable, and visible only when it is complete.
+
+All work happens in `<out>.partial`. Each finished shard is flushed to the disk and entered in `progress.json`; a second
+run with the same plan goes on after the last shard. At the end the directory is renamed to `<out>` in one step, so that
+a half-written artifact never has the name of a whole one.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meswitch.artifact.fingerprint import sha256_file
+from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored
+from meswitch.errors import ArtifactError
+from meswitch.tensorfile import NAMES, fsync_path, tensor_bytes
+
+SHARD_BYTES = 256 << 20
+_PROGRESS = "progress.json"
+
+
+def stored_name(tensor: str, suffix: str) -> str:
+    """`model.norm.weight` + `weight_packed` -> `model.norm.weight_packed`; the suffix "" keeps the name."""
+    return f"{tensor.removesuffix('weight')}{suffix}" if suffix else tensor
+
+
+class ArtifactWriter:
+    """Takes compressed tensors one by one and leaves a finished artifact at `out`.
+
+    Args:
+        out: the directory to create. plan: a digest of everything that decides the bytes; a `.partial` directory with
+            another plan is started over.
+        overwrite: replace an artifact that exists.
+
+    Raises:
+        ArtifactError: `out` exists and is not to be replaced, or is not an artifact.
+    """
+
+    def __init__(self, out: str | Path, plan: str, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+        self.out = Path(out)
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._plan = plan
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_entries: dict[str, Entry] = {}
+        self.entries: dict[str, Entry] = {}
+        if self.out.exists() and not (overwrite and (self.out / MANIFEST_NAME).is_file()):
+            fix = "use --overwrite to replace it" if (self.out / MANIFEST_NAME).is_file() else "choose another --out"
+            raise ArtifactError(f"{self.out}: already exists; {fix}")
+        with self._explained():
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._resume()
+
+    def _resume(self) -> None:
+        progress = self.partial / _PROGRESS
+        self._shards: list[str] = []
+        if progress.is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                data = json.loads(progress.read_text())
+                shards = data["shards"]
+                whole = all((self.partial / s["file"]).stat().st_size == s["size"] for s in shards)
+                if data["plan"] == self._plan and whole:
+                    self._shards = [s["file"] for s in shards]
+                    for name, entry in data["entries"].items():
+                        parts = {key: Stored(**{**v, "shape": tuple(v["shape"])}) for key, v in entry["stored"].items()}
+                        self.entries[name] = Entry(**{**entry, "shape": tuple(entry["shape"]), "stored": parts})
+        for path in self.partial.iterdir():
+            if path.name not in self._shards and path.name != _PROGRESS:
+                path.unlink()
+
+    def add(
+        self,
+        name: str,
+        tensors: dict[str, Tensor],
+        *,
+        kind: str,
+        role: str,
+        shape: tuple[int, ...],
+        base_sha256: str | None,
+        bits: int | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        """Add one tensor of the expert; `tensors` maps suffixes ("" for a dense tensor) to what is stored."""
+        parts: dict[str, Stored] = {}
+        for suffix, tensor in tensors.items():
+            tensor = tensor.detach().cpu().contiguous()
+            raw = tensor_bytes(tensor)
+            parts[suffix] = Stored(
+                file=self._shard_name(len(self._shards)),
+                dtype=NAMES[tensor.dtype],
+                shape=tuple(tensor.shape),
+                bytes=raw.nbytes,
+                sha256=hashlib.sha256(raw).hexdigest(),
+            )
+            self._pending[stored_name(name, suffix)] = tensor
+        self._pending_entries[name] = Entry(kind, role, shape, parts, base_sha256, bits, group_size)
+        if sum(t.nbytes for t in self._pending.values()) >= self._shard_bytes:
+            self.flush()
+
+    @staticmethod
+    def _shard_name(index: int) -> str:
+        return f"delta-{index + 1:05d}.safetensors"
+
+    def flush(self) -> None:
+        """Write the pending tensors as one shard and enter it in the progress file."""
+        if not self._pending_entries:
+            return
+        with self._explained():
+            if self._pending:
+                path = self.partial / self._shard_name(len(self._shards))
+                save_file(self._pending, path, metadata={"format": "pt"})
+                fsync_path(path)
+                self._shards.append(path.name)
+            self.entries |= self._pending_entries
+            self._pending, self._pending_entries = {}, {}
+            shards = [{"file": s, "size": (self.partial / s).stat().st_size} for s in self._shards]
+            state = {"plan": self._plan, "shards": shards, "entries": _plain_entries(self.entries)}
+            _write_text(self.partial / _PROGRESS, json.dumps(state))
+
+    def finish(self, manifest: Manifest, companions: list[Path]) -> None:
+        """Write the companion files and the manifest, then give the directory its name."""
+        self.flush()
+        with self._explained():
+            for source in companions:
+                shutil.copyfile(source, self.partial / source.name)
+                fsync_path(self.partial / source.name)
+            (self.partial / _PROGRESS).unlink(missing_ok=True)
+            if len(self._shards) > 1:
+                weights = {
+                    stored_name(name, suffix): part.file
+                    for name, entry in manifest.tensors.items()
+                    for suffix, part in entry.stored.items()
+                }
+                total = sum(entry.bytes for entry in manifest.tensors.values())
+                index = {"metadata": {"total_size": total}, "weight_map": weights}
+                _write_text(self.partial / "delta.safetensors.index.json", json.dumps(index))
+            _write_text(self.partial / MANIFEST_NAME, manifest.to_json())
+            fsync_path(self.partial)
+            if self.out.exists():
+                retired = self.out.with_name(self.out.name + ".replaced")
+                shutil.rmtree(retired, ignore_errors=True)
+                self.out.rename(retired)
+                self.partial.rename(self.out)
+                shutil.rmtree(retired)
+            else:
+                self.partial.rename(self.out)
+            fsync_path(self.out.parent)
+
+    def final_entries(self) -> dict[str, Entry]:
+        """All entries after the last flush; a single shard gets its plain name `delta.safetensors`."""
+        self.flush()
+        if len(self._shards) != 1:
+            return dict(self.entries)
+        with self._explained():
+            (self.partial / self._shards[0]).rename(self.partial / "delta.safetensors")
+        renamed = {}
+        for name, entry in self.entries.items():
+            parts = {
+                suffix: Stored("delta.safetensors", part.dtype, part.shape, part.bytes, part.sha256)
+                for suffix, part in entry.stored.items()
+            }
+            renamed[name] = Entry(
+                entry.kind, entry.role, entry.shape, parts, entry.base_sha256, entry.bits, entry.group_size
+            )
+        return renamed
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ArtifactError(
+                    f"{self.partial}: no space left to write ({error.strerror}); free some and run the same command "
+                    "again: it goes on where it stopped"
+                ) from error
+            raise ArtifactError(f"{error.filename or self.partial}: cannot write: {error.strerror or error}") from error
+        except Exception as error:
+            # safetensors reports a failed write as its own exception, with the cause only in the text
+            if type(error).__name__ == "SafetensorError":
+                raise ArtifactError(
+                    f"{self.partial}: cannot write ({error}); free some space and run the same command again: "
+                    "it goes on where it stopped"
+                ) from error
+            raise
+
+
+def companion_digests(paths: list[Path]) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in paths}
+
+
+def _plain_entries(entries: dict[str, Entry]) -> dict[str, Any]:
+    import dataclasses
+
+    return {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.rename(path)

@@ -1,0 +1,6 @@
+"""Checkpoint pair -> artifact, and back."""
+
+from meswitch.compression.merge import load_merged, merge
+from meswitch.compression.pipeline import Options, compress
+
+__all__ = ["Options", "compress", "load_merged", "merge"]

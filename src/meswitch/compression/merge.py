@@ -1,0 +1,117 @@
+"""Base + delta -> a plain checkpoint, on disk or in memory."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meswitch.artifact import Artifact
+from meswitch.checkpoint import Checkpoint
+from meswitch.codec import PackedDelta
+from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
+from meswitch.tensorfile import fsync_path
+
+_SHARD_BYTES = 2 << 30
+
+
+def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The expert's tensors as the artifact restores them, one at a time.
+
+    Args:
+        dtype: of the result; None keeps each tensor's stored one (deltas are added in float32 either way).
+    """
+    artifact.check_base(base)
+    for name, entry in artifact.manifest.tensors.items():
+        value = artifact.read(name)
+        if isinstance(value, PackedDelta):
+            original = base.read(name)
+            tensor = original[: value.rows].float() + value.dequantize()
+            if value.extra is not None:
+                tensor = torch.cat([tensor, value.extra.float()])
+            tensor = tensor.to(dtype or original.dtype)
+        else:
+            tensor = base.read(name) if value is None else value
+            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        if tuple(tensor.shape) != entry.shape:
+            raise ArtifactError(f"{artifact.directory}: {name}: restored as {list(tensor.shape)}, not {entry.shape}")
+        yield name, tensor
+
+
+def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+    """Write base + delta as a Hugging Face checkpoint that `AutoModelForCausalLM` loads.
+
+    Args:
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the base's.
+
+    Raises:
+        MeswitchError: see `meswitch.errors`; `out` appears only when it is complete.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ConfigError(f"{out}: already exists; choose another --out")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype: {dtype!r} is none of float32, bfloat16, float16")
+    checkpoint, artifact = Checkpoint.open(base), Artifact.open(delta)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    wanted = getattr(torch, dtype) if dtype else None
+    weight_map: dict[str, str] = {}
+    pending: dict[str, Tensor] = {}
+    shards: list[Path] = []
+
+    def flush() -> None:
+        if pending:
+            path = partial / f"model-{len(shards) + 1:05d}.safetensors"
+            save_file(pending, path, metadata={"format": "pt"})
+            fsync_path(path)
+            shards.append(path)
+            weight_map.update(dict.fromkeys(pending, path.name))
+            pending.clear()
+
+    for name, tensor in merged_tensors(checkpoint, artifact, wanted):
+        pending[name] = tensor
+        if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
+            flush()
+    flush()
+    if len(shards) == 1:
+        shards[0].rename(partial / "model.safetensors")
+    else:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for name in artifact.manifest.companions:
+        shutil.copyfile(artifact.directory / name, partial / name)
+    if wanted is not None:
+        config = json.loads((partial / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
+    fsync_path(partial)
+    partial.rename(out)
+    return out
+
+
+def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Base + delta as a model in memory, in evaluation mode.
+
+    Returns:
+        a `transformers.PreTrainedModel`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint, artifact = Checkpoint.open(base), Artifact.open(delta)
+    config = AutoConfig.from_pretrained(artifact.directory)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(dict(merged_tensors(checkpoint, artifact, dtype)), strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise IncompatibleError(
+            f"{artifact.directory}: its tensors are not those of {config.model_type}: "
+            f"missing {sorted(set(missing) - tied)}, unknown {unexpected}"
+        )
+    model.tie_weights()
+    return model.eval()

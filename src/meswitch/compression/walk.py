@@ -1,0 +1,90 @@
+"""Running a checkpoint forward without ever holding it: each module's weights exist while it computes.
+
+The model is built on the meta device. A hook before each module that owns parameters reads them from the checkpoint,
+one after it drops them again. One pass over the whole calibration batch then shows every layer its inputs, in the
+model's own order and with its own attention masks, at the cost of one layer's weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from meswitch.checkpoint import Checkpoint
+from meswitch.errors import IncompatibleError
+
+# (module name, inputs [tokens, in_features]); called before the module computes
+Visit = Callable[[str, Tensor], None]
+
+
+def skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's model with parameters on the meta device and real buffers."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa")
+    return model.eval()
+
+
+def walk(
+    checkpoint: Checkpoint, sequences: list[list[int]], visit: Visit, *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Run the sequences through the model and show `visit` the inputs of every linear layer, the head included.
+
+    Args:
+        sequences: token ids; padded on the right to one batch, padding is not shown.
+
+    Raises:
+        IncompatibleError: the checkpoint lacks a tensor that its architecture has.
+    """
+    model = skeleton(checkpoint)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    length = max(len(tokens) for tokens in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(sequences):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    real = mask.bool()
+    head = model.get_output_embeddings()
+    head_name = next((name for name, module in model.named_modules() if module is head), None)
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for key in list(module._parameters):
+                tensor = _parameter(checkpoint, f"{name}.{key}", module._parameters[key])
+                if tensor is not None:
+                    module._parameters[key] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            if isinstance(module, nn.Linear) and args[0].shape[:2] == real.shape:
+                visit(name, args[0][real])
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    for name, module in model.named_modules():
+        if module._parameters and module is not head:
+            module.register_forward_pre_hook(before(name))
+            module.register_forward_hook(after)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    if head_name is not None:  # its logits are not needed: tokens x vocabulary would be the largest tensor of all
+        visit(head_name, hidden[real])
+
+
+def _parameter(checkpoint: Checkpoint, name: str, slot: nn.Parameter | None) -> Tensor | None:
+    if slot is None:
+        return None
+    if checkpoint.info(name) is None:
+        raise IncompatibleError(
+            f"{checkpoint.directory}: {checkpoint.config.model_type} needs a tensor {name}, which is not stored; "
+            "compress without calibration (--calibration none), or re-save it with the installed transformers"
+        )
+    return checkpoint.read(name)

@@ -1,0 +1,170 @@
+"""The running batch: transformers' continuous batching, told before each step which expert owns which tokens.
+
+Block sharing stays off: it finds equal prefixes by their tokens alone and would answer one expert's request from
+another's KV blocks.
+"""
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+
+from meswitch.engine.context import BASE_SLOT, StepContext, Switch
+from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
+from meswitch.errors import MeswitchError
+
+# (all tokens so far, finished, error text or None)
+Listener = Callable[[list[int], bool, str | None], None]
+
+
+class Batch:
+    """Runs requests; each belongs to a slot of the expert store, or to the base.
+
+    Args:
+        model: the base with switchable layers. kv_tokens: tokens that the KV cache holds.
+    """
+
+    PAGE = 64
+
+    def __init__(self, model: nn.Module, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
+        self.kv_tokens = kv_tokens
+        self._switch = switch
+        self._device = next(model.parameters()).device
+        self._slots: dict[str, int] = {}
+        self._listeners: dict[str, Listener] = {}
+        self._cancelled: set[str] = set()
+        self._lock = threading.Lock()
+        self._sampler = StepSampler()
+        config = _config(
+            page_size=self.PAGE,
+            num_blocks=max(1, -(-kv_tokens // self.PAGE)),
+            max_batch_tokens=max_batch_tokens,
+            max_requests_per_batch=min(256, max_batch_tokens),
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            max_blocks_per_request=0,
+            auto_switch_to_flash=False,
+        )
+        generation = GenerationConfig(do_sample=False, max_new_tokens=16, eos_token_id=-1, pad_token_id=0)
+        self._hook = model.register_forward_pre_hook(self._before_step, with_kwargs=True)
+        self._manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
+        processors = self._manager.logit_processor
+        processors.logits_processor.append(self._sampler)
+        processors.do_processing = True
+        self._manager.start()
+        self._reader = threading.Thread(target=self._read, name="meswitch-results", daemon=True)
+        self._stopping = False
+        self._reader.start()
+
+    def submit(
+        self, request: str, tokens: list[int], slot: int, params: SamplingParams, eos: list[int], listener: Listener
+    ) -> None:
+        """Start a request. The listener is called from the engine's thread, with all tokens so far each time."""
+        with self._lock:
+            self._slots[request] = slot
+            self._listeners[request] = listener
+            if params.temperature > 0:
+                self._sampler.samplers[request] = Sampler(params)
+        accepted = self._manager.add_request(
+            tokens,
+            request_id=request,
+            max_new_tokens=params.max_new_tokens,
+            streaming=True,
+            eos_token_id=eos or -1,
+        )
+        if accepted is None:
+            with self._lock:
+                self._drop(request)
+            raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+
+    def cancel(self, request: str) -> None:
+        """End a request early. Its listener is told `finished` once no step can touch it any more."""
+        with self._lock:
+            if request in self._listeners:
+                self._cancelled.add(request)
+        self._manager.cancel_request(request)
+
+    def close(self) -> None:
+        self._stopping = True
+        self._manager.stop(block=True, timeout=30, hard_stop=True)
+        self._reader.join(timeout=5)
+        self._hook.remove()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the generation loop died, if it did."""
+        status = getattr(self._manager, "background_thread_status", None)
+        error = getattr(status, "fatal_error", None) or getattr(self._manager, "fatal_error", None)
+        return None if error is None else str(error)
+
+    def _before_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Map each token of the step to its expert's slot."""
+        if "cu_seq_lens_q" not in kwargs:
+            return
+        batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        requests = [future.state.request_id for future in batch]
+        with self._lock:
+            slots = [self._slots.get(request, BASE_SLOT) for request in requests]
+        bounds = kwargs["cu_seq_lens_q"][: len(requests) + 1].tolist()
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        rows = kwargs.get("logits_indices")
+        step = StepContext.build(lengths, requests, slots, rows, padding=kwargs["input_ids"].shape[1] - bounds[-1])
+        if "logits_to_keep" not in kwargs:  # the head sees every token
+            every = StepContext.build(lengths, requests, slots, None, kwargs["input_ids"].shape[1] - bounds[-1])
+            step = dataclasses.replace(step, head_segments=every.head_segments)
+        self._switch.step = step.to(self._device)
+        self._sampler.rows = step.row_request
+
+    def _read(self) -> None:
+        """Hand results to their listeners."""
+        while not self._stopping:
+            output = self._manager.get_result(timeout=0.01 if self._cancelled else 0.2)
+            if output is not None:
+                finished = output.is_finished()
+                self._tell(output.request_id, list(output.generated_tokens), finished, output.error)
+            elif self.failure is not None:
+                self._fail_all(self.failure)
+                return
+            for request in [r for r in self._cancelled if self._is_gone(r)]:
+                self._tell(request, [], True, None)
+
+    def _tell(self, request: str, tokens: list[int], finished: bool, error: str | None) -> None:
+        with self._lock:
+            listener = self._listeners.get(request)
+            if finished:
+                self._drop(request)
+        if listener is not None:
+            listener(tokens, finished, error)
+
+    def _is_gone(self, request: str) -> bool:
+        """Whether a cancelled request has left the scheduler: then no later step holds its tokens."""
+        scheduler = self._manager.batch_processor.scheduler
+        return request not in scheduler.active_requests and request not in scheduler.waiting_requests
+
+    def _fail_all(self, reason: str) -> None:
+        with self._lock:
+            listeners = dict(self._listeners)
+            for request in listeners:
+                self._drop(request)
+        for listener in listeners.values():
+            listener([], True, reason)
+
+    def _drop(self, request: str) -> None:
+        self._cancelled.discard(request)
+        self._listeners.pop(request, None)
+        self._slots.pop(request, None)
+        self._sampler.samplers.pop(request, None)
+
+
+def _config(**wanted: Any) -> ContinuousBatchingConfig:
+    """The batching configuration, in the spelling of the installed transformers."""
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    if "page_size" not in known:
+        wanted["block_size"] = wanted["page_size"]
+    return ContinuousBatchingConfig(**{name: value for name, value in wanted.items() if name in known})

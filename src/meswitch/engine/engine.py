@@ -1,0 +1,283 @@
+"""One base model in memory, many experts beside it, one running batch."""
+
+import atexit
+import dataclasses
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meswitch.artifact import Artifact
+from meswitch.checkpoint import Checkpoint
+from meswitch.engine.attach import attach
+from meswitch.engine.batching import Batch
+from meswitch.engine.context import BASE_SLOT, Switch
+from meswitch.engine.request import Chunk, Completion, Request
+from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.voice import Prompt, Voice
+from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
+from meswitch.experts import ExpertStore
+from meswitch.ops import backend
+
+# After so many later requests went first, a request whose expert found no slot closes the door behind it.
+_MAX_BYPASSES = 32
+
+
+class Engine:
+    """Generates with the base and with any of its experts, in one batch.
+
+    Args:
+        base: checkpoint directory or hub id. experts: artifact directories by name. base_name: the base's own name.
+        device: `auto`, `cpu` or `cuda`. dtype: `auto` (float32 on a CPU, the checkpoint's on a GPU) or a name.
+        slots: experts on the device at a time. host_bytes: budget for experts in host memory, None for no limit.
+        max_batch_tokens: tokens of one step. kv_cache_tokens: tokens of all running requests together.
+        max_queue: waiting and running requests; one more is refused.
+        op_backend: of `meswitch.ops`; None chooses by device.
+
+    Raises:
+        MeswitchError: see `meswitch.errors`: a damaged artifact, another base, a layer that cannot be switched.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        experts: Mapping[str, str | Path],
+        *,
+        base_name: str = "base",
+        device: str = "auto",
+        dtype: str = "auto",
+        slots: int = 4,
+        host_bytes: int | None = None,
+        max_batch_tokens: int = 2048,
+        kv_cache_tokens: int = 32768,
+        max_queue: int = 1024,
+        op_backend: str | None = None,
+    ) -> None:
+        if base_name in experts or "auto" in (base_name, *experts):
+            raise ConfigError(f"experts: the names {base_name!r} (the base's) and 'auto' are taken")
+        self.base_name = base_name
+        self.max_queue = max_queue
+        checkpoint = Checkpoint.open(base)
+        artifacts = {name: Artifact.open(path) for name, path in experts.items()}
+        for artifact in artifacts.values():
+            artifact.check_base(checkpoint)
+        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.voices = {base_name: Voice(base_name, checkpoint.directory)}
+        self.voices |= {name: Voice(name, artifact.directory) for name, artifact in artifacts.items()}
+        self.store = ExpertStore(artifacts, device=target, slots=slots, host_bytes=host_bytes)
+        self.model = _load_model(checkpoint, target, dtype)
+        switch = Switch(self.store, backend(target.type, op_backend))
+        if artifacts:
+            attach(self.model, artifacts.values(), switch)
+        self._batch = Batch(self.model, switch, max_batch_tokens=max_batch_tokens, kv_tokens=kv_cache_tokens)
+        self._ids = itertools.count()
+        self._waiting: deque[Request] = deque()
+        self._running: dict[str, tuple[Request, int]] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._admission = threading.Thread(target=self._admit_forever, name="meswitch-admission", daemon=True)
+        self._admission.start()
+        atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
+
+    @property
+    def names(self) -> list[str]:
+        """The base's name, then the experts'."""
+        return list(self.voices)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        params: SamplingParams | None = None,
+        on_chunk: Callable[[Chunk], None] | None = None,
+    ) -> Request:
+        """Queue a request and return at once.
+
+        Args:
+            prompt: text, chat messages or token ids. model: an expert's or the base's name (the default).
+            on_chunk: called for each chunk from the engine's thread; it must not block.
+
+        Raises:
+            UnknownExpertError: no such model. ConfigError: a prompt that cannot be encoded or is too long.
+            CapacityError: the queue is full.
+        """
+        name, params = model or self.base_name, params or SamplingParams()
+        voice = self.voices.get(name)
+        if voice is None:
+            raise UnknownExpertError(f"model {name!r} does not exist; there are {', '.join(self.names)}")
+        tokens = voice.encode(prompt)
+        params = self._fit(voice, len(tokens), params)
+        request = Request(f"r{next(self._ids)}", name, tokens, params, voice, on_chunk)
+        with self._changed:
+            if self._closed:
+                raise MeswitchError("the engine is closed")
+            if len(self._waiting) + len(self._running) >= self.max_queue:
+                raise CapacityError(
+                    f"the queue is full ({self.max_queue} requests); ask again later or raise engine.max_queue"
+                )
+            self._waiting.append(request)
+            self._changed.notify_all()
+        return request
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, model: str | Sequence[str] | None = None, **params: Any
+    ) -> list[Completion]:
+        """Answer several prompts, all in one batch.
+
+        Args:
+            prompts: texts, lists of chat messages, or lists of token ids.
+            model: one name for all, or one for each prompt. params: fields of `SamplingParams`.
+        """
+        models = [model] * len(prompts) if model is None or isinstance(model, str) else list(model)
+        if len(models) != len(prompts):
+            raise ConfigError(f"model: {len(models)} names for {len(prompts)} prompts")
+        options = SamplingParams(**params)
+        pairs = zip(prompts, models, strict=True)
+        requests = [self.submit(prompt, model=name, params=options) for prompt, name in pairs]
+        return [request.result() for request in requests]
+
+    def stream(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Iterator[Chunk]:
+        """Answer one prompt piece by piece; closing the iterator ends the request."""
+        request = self.submit(prompt, model=model, params=SamplingParams(**params))
+        try:
+            yield from request
+        finally:
+            self.cancel(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request; without effect on one that is done."""
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+                request.fail("the request was cancelled")
+            elif request.id in self._running:
+                self._batch.cancel(request.id)
+                request.fail("the request was cancelled")
+
+    def load(self) -> dict[str, int]:
+        """Requests that wait and run now."""
+        with self._changed:
+            return {"waiting": len(self._waiting), "running": len(self._running)}
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine cannot go on, or None while it can."""
+        return self._batch.failure
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device by purpose."""
+        seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
+        return {"base": sum(seen.values()), "slots": self.store.device_bytes, "host": self.store.host.nbytes}
+
+    def close(self) -> None:
+        """Stop the batch; what has not finished fails."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        atexit.unregister(self.close)
+        self._admission.join(timeout=10)
+        self._batch.close()
+        with self._changed:
+            left = [*self._waiting, *(request for request, _ in self._running.values())]
+        for request in left:
+            request.fail("the engine was closed")
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _fit(self, voice: Voice, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
+        limit = min(voice.max_length, self._batch.kv_tokens - Batch.PAGE)
+        if prompt_tokens >= limit:
+            raise ConfigError(
+                f"prompt: {prompt_tokens} tokens leave no room for an answer; {voice.name!r} takes {limit} in all"
+            )
+        return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, limit - prompt_tokens))
+
+    def _admit_forever(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed and not self._waiting:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                candidates = list(self._waiting)
+            admitted = False
+            for request in candidates:
+                admitted = self._try_admit(request) or admitted
+                if request.bypassed >= _MAX_BYPASSES and not request.done:
+                    break
+            if not admitted:
+                with self._changed:
+                    self._changed.wait(0.05)
+
+    def _try_admit(self, request: Request) -> bool:
+        """Start one waiting request if its expert has, or gets, a slot."""
+        try:
+            slot: int | None = BASE_SLOT
+            if request.model != self.base_name:
+                slot = self.store.try_acquire(request.model)
+        except MeswitchError as error:
+            self._leave_queue(request)
+            request.fail(str(error))
+            return True
+        if slot is None:
+            return False
+        if not self._leave_queue(request, running_in=slot):  # cancelled meanwhile
+            self._release(slot)
+            return True
+
+        def listen(tokens: list[int], finished: bool, error: str | None) -> None:
+            self._on_tokens(request, slot, tokens, finished, error)
+
+        try:
+            self._batch.submit(request.id, request.prompt, slot, request.params, request.voice.eos, listen)
+        except MeswitchError as error:
+            self._on_tokens(request, slot, [], True, str(error))
+        return True
+
+    def _leave_queue(self, request: Request, running_in: int | None = None) -> bool:
+        with self._changed:
+            if request not in self._waiting:
+                return False
+            for earlier in itertools.takewhile(lambda r: r is not request, self._waiting):
+                earlier.bypassed += 1
+            self._waiting.remove(request)
+            if running_in is not None:
+                self._running[request.id] = (request, running_in)
+            return True
+
+    def _on_tokens(self, request: Request, slot: int, tokens: list[int], finished: bool, error: str | None) -> None:
+        """From the batch's thread. The slot is given back only when the batch is done with the request."""
+        if error is not None:
+            request.fail(error)
+        elif not request.done and request.feed(tokens, finished) and not finished:
+            self._batch.cancel(request.id)  # a stop text: the batch does not know it
+        if finished:
+            self._release(slot)
+            with self._changed:
+                self._running.pop(request.id, None)
+                self._changed.notify_all()
+
+    def _release(self, slot: int) -> None:
+        if slot != BASE_SLOT:
+            self.store.release(slot)
+
+
+def _load_model(checkpoint: Checkpoint, device: torch.device, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "auto"
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=wanted, attn_implementation="sdpa")
+    return model.to(device).eval()

@@ -1,0 +1,153 @@
+"""One request's life: tokens in from the batch, text out to whoever waits."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.voice import Detokenizer, Voice
+from meswitch.errors import MeswitchError
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. tokens: how many are new; finish_reason: `stop` or `length` on the last piece."""
+
+    text: str
+    tokens: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. model: who gave it. tokens: generated ids, the end token included. Times in seconds."""
+
+    text: str
+    model: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+    ttft: float
+    duration: float
+
+
+@dataclass(eq=False)
+class Request:
+    """A running request. Iterate for chunks as they come, or call `result`."""
+
+    id: str
+    model: str
+    prompt: list[int]
+    params: SamplingParams
+    voice: Voice
+    on_chunk: Callable[[Chunk], None] | None = None
+    created: float = field(default_factory=time.perf_counter)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    bypassed: int = 0  # later requests that were admitted first
+    _first: float | None = None
+    _ended: float | None = None
+    _text: str = ""
+    _sent: int = 0
+    _chunks: "queue.SimpleQueue[Chunk]" = field(default_factory=queue.SimpleQueue)
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._detokenizer = Detokenizer(self.voice)
+
+    def feed(self, tokens: Sequence[int], finished: bool) -> bool:
+        """Take all tokens so far; True when the answer is complete (a stop text may come before the batch's end)."""
+        if self._done.is_set():
+            return True
+        new = len(tokens) - len(self.tokens)
+        if new > 0 and self._first is None:
+            self._first = time.perf_counter()
+        self.tokens = list(tokens)
+        ended = bool(self.tokens) and self.tokens[-1] in self.voice.eos
+        visible = self.tokens[:-1] if ended else self.tokens
+        self._text += self._detokenizer.feed(visible, last=finished)
+        cut = self._stop_position()
+        if cut is not None:
+            self._text = self._text[:cut]
+            finished, ended = True, True
+        # text that may turn out to be the beginning of a stop text is held back
+        upto = len(self._text) if finished else len(self._text) - self._held_back()
+        piece, self._sent = self._text[self._sent : upto], max(self._sent, upto)
+        reason = ("stop" if ended else "length") if finished else None
+        if piece or finished:
+            self._emit(Chunk(piece, max(new, 0), reason))
+        if finished:
+            self._end(reason)
+        return finished
+
+    def fail(self, error: str) -> None:
+        """End with an error."""
+        if not self._done.is_set():
+            self.error = error
+            self._emit(Chunk("", 0, "error", error))
+            self._end("error")
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Chunks until the last.
+
+        Raises:
+            MeswitchError: the request failed.
+        """
+        while True:
+            chunk = self._chunks.get()
+            if chunk.error is not None:
+                raise MeswitchError(chunk.error)
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the whole answer.
+
+        Raises:
+            MeswitchError: the request failed, or is not done within `timeout` seconds.
+        """
+        if not self._done.wait(timeout):
+            raise MeswitchError(f"request {self.id} is not done after {timeout} s")
+        if self.error is not None:
+            raise MeswitchError(self.error)
+        ended = self._ended or self.created
+        return Completion(
+            text=self._text,
+            model=self.model,
+            tokens=tuple(self.tokens),
+            prompt_tokens=len(self.prompt),
+            finish_reason=self.finish_reason or "stop",
+            ttft=(self._first or ended) - self.created,
+            duration=ended - self.created,
+        )
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def _stop_position(self) -> int | None:
+        found = [at for stop in self.params.stop if (at := self._text.find(stop)) >= 0]
+        return min(found, default=None)
+
+    def _held_back(self) -> int:
+        longest = 0
+        for stop in self.params.stop:
+            for length in range(1, len(stop)):
+                if self._text.endswith(stop[:length]):
+                    longest = max(longest, length)
+        return longest
+
+    def _emit(self, chunk: Chunk) -> None:
+        self._chunks.put(chunk)
+        if self.on_chunk is not None:
+            self.on_chunk(chunk)
+
+    def _end(self, reason: str | None) -> None:
+        self.finish_reason = reason
+        self._ended = time.perf_counter()
+        self._done.set()

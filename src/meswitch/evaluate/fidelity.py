@@ -1,0 +1,90 @@
+"""How closely a model follows the full expert: KL divergence and top-1 agreement on held-out text."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from meswitch.errors import ConfigError, IncompatibleError
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One token sequence; the two models are compared on what they predict after position `start` and later ones."""
+
+    ids: tuple[int, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """`kl`: mean KL(expert || model) in nats a token. `top1`: share of tokens with the same most likely next one."""
+
+    kl: float
+    top1: float
+    tokens: int
+    sequences: int
+
+
+@torch.inference_mode()
+def fidelity(model: Any, expert: Any, texts: Iterable[Text], batch_tokens: int = 2048) -> Fidelity:
+    """Compare the next-token distributions of two models of one vocabulary; both see the same token ids.
+
+    Logits of one batch of at most `batch_tokens` positions (`[batch, length, vocabulary]`, float32) are held at a
+    time, so the texts can be a long stream.
+
+    Raises:
+        ConfigError: there is no position to compare.
+        IncompatibleError: the vocabularies differ in size.
+    """
+    kl = agree = tokens = sequences = 0.0
+    for ids, mask, counted in _batches(texts, batch_tokens):
+        p = _log_probabilities(expert, ids, mask)[counted]
+        q = _log_probabilities(model, ids, mask)[counted.to(model.device)].to(p.device)
+        if p.shape[-1] != q.shape[-1]:
+            raise IncompatibleError(
+                f"vocab_size: {q.shape[-1]} of the model and {p.shape[-1]} of the expert; "
+                "compare models of one vocabulary"
+            )
+        kl += (p.exp() * (p - q)).sum().item()
+        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        tokens += counted.sum().item()
+        sequences += len(ids)
+    if not tokens:
+        raise ConfigError("texts: no token to compare; give at least one sequence longer than its `start`")
+    # Rounding in float32 can leave a hair less than nothing where the two are the same.
+    return Fidelity(max(0.0, kl / tokens), agree / tokens, int(tokens), int(sequences))
+
+
+def _log_probabilities(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Next-token log probabilities [batch, length, vocabulary], float32."""
+    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+def _batches(texts: Iterable[Text], budget: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Ids, attention mask and compared positions, each [batch, length]; padded on the right, so causality hides it."""
+    batch: list[Text] = []
+    for text in texts:
+        if len(text.ids) <= text.start:
+            continue
+        if batch and max(len(text.ids), *(len(other.ids) for other in batch)) * (len(batch) + 1) > budget:
+            yield _padded(batch)
+            batch = []
+        batch.append(text)
+    if batch:
+        yield _padded(batch)
+
+
+def _padded(batch: list[Text]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = len(batch), max(len(text.ids) for text in batch)
+    ids = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    counted = torch.zeros(shape, dtype=torch.bool)
+    for row, text in enumerate(batch):
+        length = len(text.ids)
+        ids[row, :length] = torch.tensor(text.ids)
+        mask[row, :length] = 1
+        counted[row, text.start : length] = True
+    return ids, mask, counted

@@ -1,0 +1,192 @@
+"""Measure a base, its full experts and their compressed deltas side by side on the same questions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from meswitch.artifact import Artifact
+from meswitch.compression.merge import load_merged
+from meswitch.errors import CheckpointError, ConfigError
+from meswitch.evaluate.accuracy import MAX_NEW_TOKENS, Score, accuracy, generate, prompt_ids
+from meswitch.evaluate.fidelity import Text, fidelity
+from meswitch.evaluate.gain import compare, gain_retained
+from meswitch.evaluate.report import Report, Row
+from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, draw
+
+Source = str | Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to measure. `fidelity_n` prompts a task are answered by the full expert, and compared on its answers."""
+
+    n: int = 1000
+    seed: int = 2
+    fidelity_n: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
+    batch_size: int = 256
+    device: str = "auto"
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    model: Any
+    tokenizer: Any
+
+
+def evaluate_family(
+    base: Source,
+    experts: Mapping[str, Source],
+    deltas: Mapping[str, Source] | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    settings: Settings = Settings(),
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Ask the base, every full expert and every delta artifact the same questions.
+
+    A delta belongs to the expert of its name, or to the only expert. With `tasks` None each expert is measured on
+    the domain it is named after, and the base on all of those; otherwise every model on every task. On `sql`,
+    which has no exact check, there is fidelity only. At most three models are in memory at a time (base, one
+    expert, one of its deltas); `say` is called with a line of progress before each step.
+
+    Raises:
+        ConfigError: unknown task, nothing to measure, or a delta that belongs to none of several experts.
+        CheckpointError: a checkpoint cannot be read.
+        ArtifactError: a delta cannot be read.
+        IncompatibleError: a delta of another base.
+    """
+    deltas = deltas or {}
+    owners = {delta: _owner(delta, experts) for delta in deltas}
+    plan = _plan(experts, owners, tasks)
+    every = list(dict.fromkeys(task for names in plan.values() for task in names))
+    run = _Run(settings, say)
+
+    say(f"base: {base}")
+    origin = _load_checkpoint(base, settings)
+    base_scores = {task: run.score(origin, task) for task in every}
+    rows = []
+    against: dict[str, Row] = {}  # the base's rows by task, against the expert that the task is named after
+    for name, source in experts.items():
+        say(f"expert {name}: {source}")
+        expert = _load_checkpoint(source, settings)
+        scores = {task: run.score(expert, task) for task in plan[name]}
+        texts = {task: run.texts(expert, task) for task in plan[name]}
+        rows += [Row(task, name, "expert", str(source), name, scores[task]) for task in plan[name]]
+        for task in plan[name]:
+            if task == name or len(experts) == 1:
+                distance = None
+                if _vocabulary(origin) == _vocabulary(expert):
+                    distance = fidelity(origin.model, expert.model, texts[task])
+                against[task] = Row(task, "base", "base", str(base), name, base_scores[task], distance)
+        for delta in (delta for delta, owner in owners.items() if owner == name):
+            say(f"delta {delta}: {deltas[delta]}")
+            merged, bits = _load_delta(base, deltas[delta], settings)
+            for task in plan[name]:
+                kept = fidelity(merged.model, expert.model, texts[task])
+                score, full, none = run.score(merged, task), scores[task], base_scores[task]
+                gain = gain_retained(score, full, none) if score and full and none else None
+                pairs = compare(full, score) if score and full else None
+                rows.append(Row(task, delta, "delta", str(deltas[delta]), name, score, kept, gain, pairs, bits))
+    for delta in (delta for delta, owner in owners.items() if owner is None):
+        say(f"delta {delta}: {deltas[delta]}")
+        merged, bits = _load_delta(base, deltas[delta], settings)
+        for task in plan[delta]:
+            score = run.score(merged, task)
+            rows.append(Row(task, delta, "delta", str(deltas[delta]), None, score, bits_per_weight=bits))
+    first = [against.get(task, Row(task, "base", "base", str(base), None, base_scores[task])) for task in every]
+    rows = sorted([*first, *rows], key=lambda row: every.index(row.task))  # stable: base, then in order of work
+    return Report(tuple(rows), settings.n, settings.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    settings: Settings
+    say: Callable[[str], None]
+
+    def score(self, loaded: _Loaded, task: str) -> Score | None:
+        if task not in CHECKABLE:
+            return None
+        s = self.settings
+        self.say(f"  {task}: {s.n} questions")
+        return accuracy(
+            loaded.model,
+            loaded.tokenizer,
+            task,
+            s.n,
+            s.seed,
+            max_new_tokens=s.max_new_tokens,
+            batch_size=s.batch_size,
+        )
+
+    def texts(self, expert: _Loaded, task: str) -> list[Text]:
+        """Held-out conversations: prompts of the task with the expert's own answers, compared on the answers."""
+        s = self.settings
+        prompts = [question.prompt for question in draw(task, s.fidelity_n, s.seed)]
+        answers = generate(expert.model, expert.tokenizer, prompts, s.max_new_tokens, s.batch_size)
+        starts = [prompt_ids(expert.tokenizer, prompt) for prompt in prompts]
+        # The prompt's last token predicts the answer's first.
+        return [Text((*start, *answer), len(start) - 1) for start, answer in zip(starts, answers, strict=True) if start]
+
+
+def _owner(delta: str, experts: Mapping[str, Source]) -> str | None:
+    if delta in experts or not experts:
+        return delta if experts else None
+    if len(experts) == 1:
+        return next(iter(experts))
+    raise ConfigError(
+        f"delta {delta!r}: none of the experts has this name ({', '.join(experts)}); "
+        "name the expert it was made from, as in NAME=PATH"
+    )
+
+
+def _plan(
+    experts: Mapping[str, Source], owners: Mapping[str, str | None], tasks: Sequence[str] | None
+) -> dict[str, tuple[str, ...]]:
+    """The tasks of each expert and of each delta without one."""
+    for task in tasks or ():
+        if task not in DOMAINS:
+            raise ConfigError(f"tasks: no domain {task!r}; choose from {', '.join(DOMAINS)}")
+    names = [*experts, *(delta for delta, owner in owners.items() if owner is None)]
+    own = {name: (name,) if name in DOMAINS else () for name in names}
+    plan = {name: tuple(dict.fromkeys(tasks)) if tasks is not None else own[name] for name in names}
+    if names and not any(plan.values()):
+        raise ConfigError(
+            f"tasks: {', '.join(names)} are no domains of exact questions; say which to ask, of {', '.join(DOMAINS)}"
+        )
+    if not names:
+        plan = {"": tuple(dict.fromkeys(tasks or CHECKABLE))}
+    return plan
+
+
+def _vocabulary(loaded: _Loaded) -> int:
+    return loaded.model.get_output_embeddings().weight.shape[0]
+
+
+def _load_checkpoint(source: Source, settings: Settings) -> _Loaded:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=settings.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: not a Hugging Face checkpoint with its tokenizer ({error}); "
+            "give the directory that holds config.json, or a hub id"
+        ) from error
+    return _Loaded(model.to(_device(settings)).eval(), tokenizer)
+
+
+def _load_delta(base: Source, source: Source, settings: Settings) -> tuple[_Loaded, float]:
+    bits = Artifact.open(source).bits_per_weight
+    model = load_merged(base, source, dtype=settings.dtype)
+    return _Loaded(model.to(_device(settings)).eval(), AutoTokenizer.from_pretrained(str(source))), bits
+
+
+def _device(settings: Settings) -> str:
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
