@@ -50,7 +50,8 @@ def check_same_computation(base: Checkpoint, expert: Checkpoint) -> None:
     Raises:
         IncompatibleError: naming the field and both values.
     """
-    for field, (ours, theirs) in config_differences(base.config, expert.config).items():
+    differences = config_differences(base.config, expert.config)
+    for field, (ours, theirs) in sorted(differences.items(), key=lambda item: item[0] != "model_type"):
         if changes_computation(field):
             raise IncompatibleError(
                 f"{expert.directory}/config.json: {field}: the expert has {theirs!r}, the base {ours!r}; they cannot "

@@ -1,0 +1,291 @@
+"""What a fine-tune changed: weights, configuration, tokenizer. Two checkpoints, read one pair of tensors at a time."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from meswitch.artifact.accounting import layer_type
+from meswitch.checkpoint import Checkpoint
+from meswitch.compression.compatibility import (
+    changes_computation,
+    check_same_computation,
+    check_same_tensors,
+    config_differences,
+    is_vocabulary,
+)
+from meswitch.errors import IncompatibleError
+
+# (tensors done, tensors in all, name of the last one)
+Progress = Callable[[int, int, str], None]
+
+_BLOCK = 1 << 21  # weights in float64 at a time
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_NOT_A_CHANGE = {"transformers_version", "_from_model_config"}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How far weights moved: one tensor's, or several tensors' together.
+
+    base_norm, delta_norm: Frobenius norms. largest: of |delta|. unchanged: weights that are exactly equal.
+    kurtosis: excess kurtosis of the delta, 0 for a normal distribution, more with heavy tails; None if it is constant.
+    not_finite: weights that are NaN or infinite in one of the two; they count in nothing else.
+    """
+
+    weights: int
+    base_norm: float
+    delta_norm: float
+    largest: float
+    unchanged: int
+    kurtosis: float | None
+    not_finite: int = 0
+
+    @property
+    def relative_norm(self) -> float | None:
+        """||delta|| / ||base||; None where the base is all zero."""
+        return self.delta_norm / self.base_norm if self.base_norm else None
+
+    @property
+    def unchanged_share(self) -> float:
+        return self.unchanged / self.weights if self.weights else 1.0
+
+    @classmethod
+    def together(cls, parts: Iterable["Change"]) -> "Change":
+        """Norms and counts add up; the kurtosis is the parts' mean, weighted by their size."""
+        parts = list(parts)
+        tailed = [(part.kurtosis, part.weights) for part in parts if part.kurtosis is not None]
+        return cls(
+            weights=sum(part.weights for part in parts),
+            base_norm=sum(part.base_norm**2 for part in parts) ** 0.5,
+            delta_norm=sum(part.delta_norm**2 for part in parts) ** 0.5,
+            largest=max((part.largest for part in parts), default=0.0),
+            unchanged=sum(part.unchanged for part in parts),
+            kurtosis=sum(k * n for k, n in tailed) / sum(n for _, n in tailed) if tailed else None,
+            not_finite=sum(part.not_finite for part in parts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """One tensor that both have. layer: index of its block, None outside the blocks. type: its layer type.
+
+    rows: compared rows of an embedding or head (0 for other tensors); unchanged_rows: those that are exactly equal;
+    added_rows: rows that only the expert has, negative if it has fewer.
+    """
+
+    name: str
+    layer: int | None
+    type: str
+    change: Change
+    rows: int = 0
+    unchanged_rows: int = 0
+    added_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FieldChange:
+    """One field of a configuration; changes_computation: whether it forbids sharing the base in one batch."""
+
+    field: str
+    base: Any
+    expert: Any
+    changes_computation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerChange:
+    """added, removed: (id, text) of tokens that only the expert, or only the base, has. moved: tokens that both have
+    under different ids. special: bos, eos, pad and the like."""
+
+    added: tuple[tuple[int, str], ...]
+    removed: tuple[tuple[int, str], ...]
+    moved: int
+    special: tuple[FieldChange, ...]
+    chat_template: Literal["same", "differs", "added", "removed", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """Everything that differs. obstacle: why the two cannot share a base, or None if they can.
+
+    other_shape: tensor -> the base's and the expert's shape, where they do not correspond. config: of `config.json`;
+    generation: of `generation_config.json`. tokenizer: None if one of the two has none that can be read.
+    """
+
+    base: str
+    expert: str
+    tensors: tuple[TensorChange, ...]
+    only_base: tuple[str, ...]
+    only_expert: tuple[str, ...]
+    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    config: tuple[FieldChange, ...]
+    generation: tuple[FieldChange, ...]
+    tokenizer: TokenizerChange | None
+    obstacle: str | None
+
+    @property
+    def total(self) -> Change:
+        return Change.together(item.change for item in self.tensors)
+
+    def by_type(self) -> dict[str, Change]:
+        """Layer type -> its tensors of all layers together."""
+        return self._grouped(lambda item: item.type)
+
+    def by_layer(self) -> dict[tuple[int, str], Change]:
+        """(layer, layer type) -> change, for what lies in a block."""
+        return self._grouped(lambda item: None if item.layer is None else (item.layer, item.type))
+
+    def _grouped(self, key: Callable[[TensorChange], Any]) -> dict[Any, Change]:
+        groups: dict[Any, list[Change]] = {}
+        for item in self.tensors:
+            if key(item) is not None:
+                groups.setdefault(key(item), []).append(item.change)
+        return {name: Change.together(parts) for name, parts in groups.items()}
+
+
+def diff(base: str | Path, expert: str | Path, *, progress: Progress | None = None) -> Diff:
+    """Compare a fine-tune with its base. Pairs that do not fit are compared as far as they correspond.
+
+    Args:
+        base, expert: checkpoint directories or hub ids.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    ours, theirs = Checkpoint.open(base), Checkpoint.open(expert)
+    tensors: list[TensorChange] = []
+    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    shared = [name for name in theirs.tensors if ours.info(name) is not None]
+    for done, name in enumerate(shared, start=1):
+        item = _compare(name, ours.read(name), theirs.read(name))
+        if isinstance(item, TensorChange):
+            tensors.append(item)
+        else:
+            other_shape[name] = item
+        if progress is not None:
+            progress(done, len(shared), name)
+    return Diff(
+        base=str(base),
+        expert=str(expert),
+        tensors=tuple(tensors),
+        only_base=tuple(name for name in ours.tensors if theirs.info(name) is None),
+        only_expert=tuple(name for name in theirs.tensors if ours.info(name) is None),
+        other_shape=other_shape,
+        config=tuple(
+            FieldChange(field, *values, changes_computation(field))
+            for field, values in config_differences(ours.config, theirs.config).items()
+            if field not in _NOT_A_CHANGE
+        ),
+        generation=_field_changes(_generation(ours), _generation(theirs)),
+        tokenizer=_compare_tokenizers(ours.directory, theirs.directory),
+        obstacle=_obstacle(ours, theirs),
+    )
+
+
+def measure(base: Tensor, expert: Tensor) -> tuple[Change, int]:
+    """Compare two tensors of one shape [rows, ...]; also the number of exactly equal rows."""
+    rows = base.shape[0] if base.dim() > 1 else 1
+    ours, theirs = base.reshape(rows, -1), expert.reshape(rows, -1)
+    powers, base_square, largest = torch.zeros(4, dtype=torch.float64), 0.0, 0.0
+    unchanged = unchanged_rows = not_finite = 0
+    step = max(1, _BLOCK // max(1, ours.shape[1]))
+    for left, right in zip(ours.split(step), theirs.split(step), strict=True):
+        left, right = left.double(), right.double()
+        equal = left == right
+        unchanged += int(equal.sum())
+        unchanged_rows += int(equal.all(dim=1).sum())
+        finite = left.isfinite() & right.isfinite()
+        if not finite.all():
+            not_finite += int((~finite).sum())
+            left, right = left.where(finite, 0.0), right.where(finite, 0.0)
+        delta = right - left
+        base_square += float(left.square().sum())
+        if delta.numel():
+            largest = max(largest, float(delta.abs().max()))
+        square = delta.square()
+        powers += torch.stack([delta.sum(), square.sum(), (square * delta).sum(), square.square().sum()])
+    count = base.numel()
+    change = Change(
+        weights=count,
+        base_norm=base_square**0.5,
+        delta_norm=float(powers[1]) ** 0.5,
+        largest=largest,
+        unchanged=unchanged,
+        kurtosis=_excess_kurtosis(powers.tolist(), count - not_finite),
+        not_finite=not_finite,
+    )
+    return change, unchanged_rows
+
+
+def _excess_kurtosis(powers: list[float], count: int) -> float | None:
+    """From the sums of the first four powers."""
+    if not count:
+        return None
+    mean, second, third, fourth = (power / count for power in powers)
+    variance = second - mean**2
+    if variance <= 1e-12 * second:  # constant: what is left is rounding
+        return None
+    return (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2 - 3
+
+
+def _compare(name: str, base: Tensor, expert: Tensor) -> TensorChange | tuple[tuple[int, ...], tuple[int, ...]]:
+    vocabulary = base.dim() == 2 and is_vocabulary(name) and base.shape[1:] == expert.shape[1:]
+    if base.shape != expert.shape and not vocabulary:
+        return tuple(base.shape), tuple(expert.shape)
+    rows = min(len(base), len(expert)) if vocabulary else 0
+    change, unchanged_rows = measure(base[:rows], expert[:rows]) if vocabulary else measure(base, expert)
+    layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    if not vocabulary:
+        return TensorChange(name, layer, layer_type(name), change)
+    return TensorChange(name, layer, layer_type(name), change, rows, unchanged_rows, len(expert) - len(base))
+
+
+def _obstacle(base: Checkpoint, expert: Checkpoint) -> str | None:
+    try:
+        check_same_computation(base, expert)
+        check_same_tensors(base, expert)
+    except IncompatibleError as error:
+        return str(error)
+    return None
+
+
+def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = checkpoint.directory / "generation_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _field_changes(base: dict[str, Any], expert: dict[str, Any]) -> tuple[FieldChange, ...]:
+    names = sorted((base.keys() | expert.keys()) - _NOT_A_CHANGE)
+    return tuple(FieldChange(n, base.get(n), expert.get(n)) for n in names if base.get(n) != expert.get(n))
+
+
+def _compare_tokenizers(base: Path, expert: Path) -> TokenizerChange | None:
+    from transformers import AutoTokenizer
+
+    if not all(any((path / file).is_file() for file in _TOKENIZER_FILES) for path in (base, expert)):
+        return None
+    try:
+        ours, theirs = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(expert)
+    except (ImportError, OSError, ValueError):  # a tokenizer that needs a package or code that is not here
+        return None
+    left, right = ours.get_vocab(), theirs.get_vocab()
+    return TokenizerChange(
+        added=tuple(sorted((right[token], token) for token in right.keys() - left.keys())),
+        removed=tuple(sorted((left[token], token) for token in left.keys() - right.keys())),
+        moved=sum(left[token] != right[token] for token in left.keys() & right.keys()),
+        special=_field_changes(ours.special_tokens_map, theirs.special_tokens_map),
+        chat_template=_template_change(ours.chat_template, theirs.chat_template),
+    )
+
+
+def _template_change(base: Any, expert: Any) -> Literal["same", "differs", "added", "removed", "none"]:
+    if base == expert:
+        return "same" if base else "none"
+    if not base:
+        return "added"
+    return "differs" if expert else "removed"

@@ -1,0 +1,101 @@
+"""What every router has in common: scores over the experts, and the decision made from them.
+
+A router gives each query a probability for every expert. One that has learnt what none of its experts is for adds the
+label `other`, so that the numbers always sum to one. The decision is the same for all routers: the best expert
+answers if its probability reaches the threshold; otherwise the router abstains and the fallback answers.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from meswitch.errors import ConfigError, MeswitchError
+
+OTHER = "other"  # the label of queries that none of the experts is for
+
+Messages = Sequence[Mapping[str, Any]]  # OpenAI chat messages: {"role": ..., "content": ...}
+Reason = Literal["scored", "abstained"]
+
+
+class RouterError(MeswitchError):
+    """A router on disk, or its training data, is incomplete, damaged or made for something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One decision.
+
+    choice: who answers, an expert's name or the fallback's. scores: label -> probability, summing to one.
+    margin: the best expert's probability less the second best's. reason: `scored`, or `abstained` if the best
+    expert's probability is below the threshold. latency_ms: wall time; of a batch, the time of one query's share.
+    """
+
+    choice: str
+    scores: dict[str, float]
+    margin: float
+    reason: Reason
+    latency_ms: float
+
+
+class Router(ABC):
+    """Scores over `experts`; `threshold` and `fallback` decide what an unsure score leads to."""
+
+    experts: tuple[str, ...]
+    threshold: float
+    fallback: str
+
+    @abstractmethod
+    def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
+        """For each conversation a probability for every expert, and for `other` if the router knows that label.
+
+        Raises:
+            ConfigError: a conversation without any text.
+        """
+
+    def route(self, query: str | Messages) -> Route:
+        """Who answers this query (a text is one user message)?"""
+        return self.route_batch([query])[0]
+
+    def route_batch(self, queries: Sequence[str | Messages]) -> list[Route]:
+        """`route` of many queries at once; the results are the same, the time is less."""
+        start = time.perf_counter()
+        scored = self.scores([as_messages(query) for query in queries])
+        latency_ms = (time.perf_counter() - start) * 1e3 / max(1, len(scored))
+        return [self.decide(scores, latency_ms) for scores in scored]
+
+    def decide(self, scores: dict[str, float], latency_ms: float = 0.0) -> Route:
+        """The decision that follows from scores."""
+        ranked = sorted(self.experts, key=lambda name: -scores[name])  # stable: ties go to the first named
+        best = ranked[0]
+        margin = scores[best] - (scores[ranked[1]] if len(ranked) > 1 else 0.0)
+        if scores[best] < self.threshold:
+            return Route(self.fallback, scores, margin, "abstained", latency_ms)
+        return Route(best, scores, margin, "scored", latency_ms)
+
+
+def as_messages(query: str | Messages) -> Messages:
+    """A plain query as a conversation of one user message."""
+    return [{"role": "user", "content": query}] if isinstance(query, str) else query
+
+
+def text_of(messages: Messages) -> str:
+    """What the user asks now: the text of the last user message (of the last message if none is the user's).
+
+    Content may be a string or OpenAI content parts, of which the text parts count.
+
+    Raises:
+        ConfigError: no messages, or content of another form.
+    """
+    if not messages:
+        raise ConfigError("messages: empty; routing needs at least one message")
+    asked = [message for message in messages if message.get("role") == "user"] or messages
+    content = asked[-1].get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        return "\n".join(
+            str(part.get("text", "")) for part in content if isinstance(part, Mapping) and part.get("type") == "text"
+        )
+    raise ConfigError(f"messages: content of the last user message is {content!r:.40}; give a text")

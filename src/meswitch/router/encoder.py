@@ -1,0 +1,125 @@
+"""The base model as an encoder: mean hidden states of a query's tokens."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meswitch.artifact import fingerprint
+from meswitch.checkpoint import Checkpoint
+from meswitch.router.lexical import clip
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+_BATCH_TOKENS = 2048
+
+
+class Encoder:
+    """Texts -> mean hidden states of some layers of one causal language model.
+
+    Args:
+        model: a transformers model (with or without its language-model head), in eval mode; on the CPU use float32.
+        tokenizer: the base's tokenizer.
+        fingerprint: which base this is, from `meswitch.artifact.fingerprint`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, fingerprint: str) -> None:
+        self.model = getattr(model, "base_model", model)  # the head over the vocabulary is not needed
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        config = self.model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.depth: int = config.num_hidden_layers
+
+    @classmethod
+    def load(cls, base: str | Path, device: str = "cpu") -> "Encoder":
+        """Load a checkpoint directory or hub id; float32 on the CPU, the checkpoint's dtype elsewhere.
+
+        Raises:
+            CheckpointError: nothing there, or weights that cannot be read.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        checkpoint = Checkpoint.open(base)
+        dtype = torch.float32 if device == "cpu" else "auto"
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+        return cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
+
+    @torch.inference_mode()
+    def encode(
+        self, texts: Sequence[str], layers: Sequence[int], max_tokens: int, progress: Progress | None = None
+    ) -> Tensor:
+        """[len(texts), len(layers) x hidden_size] float32 on the CPU.
+
+        layers: indices into the hidden states, 0 for the embeddings, `depth` for the last. max_tokens: of a longer
+        text, three quarters of this many tokens from its beginning and one quarter from its end.
+        """
+        tokens = [self._tokens(text, max_tokens) for text in texts]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        out = torch.zeros(len(texts), len(layers) * self.hidden_size)
+        done = 0
+        for batch in _batches(order, tokens):
+            out[batch] = self._pooled([tokens[i] for i in batch], layers)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(texts))
+        return out
+
+    def _tokens(self, text: str, max_tokens: int) -> list[int]:
+        ids: list[int] = self.tokenizer(clip(text), add_special_tokens=False)["input_ids"]
+        if len(ids) > max_tokens:
+            head = max_tokens * 3 // 4
+            ids = ids[:head] + ids[head - max_tokens :]
+        # A model without a start token still needs one position for an empty text.
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        return [start or 0, *ids]
+
+    def _pooled(self, tokens: list[list[int]], layers: Sequence[int]) -> Tensor:
+        """[batch, len(layers) x hidden_size] float32: means over all positions but the first.
+
+        The first position is the attention sink of a trained model: its huge state would drown the others.
+        """
+        device = self.model.device
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        width = int(lengths.max())
+        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens], device=device)
+        real = (torch.arange(width) < lengths[:, None]).to(device)
+        mask = real.long() if int(lengths.min()) < width else None  # without padding the attention is cheaper
+        states = self.model(input_ids=padded, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        counted = real.float()
+        counted[:, 0] = (lengths == 1).to(counted)
+        share = (counted / counted.sum(1, keepdim=True))[:, None]  # [batch, 1, width]
+        means = [torch.bmm(share, states.hidden_states[layer].float())[:, 0] for layer in layers]
+        return torch.cat(means, 1).cpu()
+
+
+def _batches(order: list[int], tokens: list[list[int]]) -> Iterator[list[int]]:
+    """Runs of `order` (ascending lengths) that hold at most `_BATCH_TOKENS` tokens with their padding."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(tokens[i]) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading a model without transformers' own progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

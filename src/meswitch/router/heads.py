@@ -1,0 +1,94 @@
+"""The mathematics of the linear heads and their calibration: tensors in, tensors out."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from meswitch.router.lexical import Bags
+
+
+def naive_bayes(bags: Bags, labels: Tensor, classes: int, buckets: int, smoothing: float) -> Tensor:
+    """Log-odds of each feature in each class, uniform prior: [buckets, classes] float32.
+
+    labels: [n] int64. A generative head, because it spreads its trust over all features of a class; a discriminative
+    one leans on the few that separate the training data best, and those change with the source of the queries.
+    """
+    counts = torch.zeros(buckets, classes)
+    of_feature = torch.repeat_interleave(labels, bags.lengths())
+    counts.index_put_((bags.indices, of_feature), torch.ones(len(of_feature)), accumulate=True)
+    counts += smoothing
+    log = torch.log(counts / counts.sum(0))
+    return log - log.mean(1, keepdim=True)
+
+
+def logistic(x: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression by L-BFGS from zero: weight [features, classes], bias [classes], float32.
+
+    x: [n, features] float32, standardised. Classes weigh by the square root of their size, between "as they come"
+    and "all alike"; the loss is the weighted mean cross-entropy + l2 x the sum of squared weights.
+    """
+    weight = torch.zeros(x.shape[1], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    sizes = torch.bincount(labels, minlength=classes).clamp_min(1)
+    importance = sizes[labels].float().rsqrt()
+    importance /= importance.mean()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = (importance * cross_entropy(x @ weight + bias, labels, reduction="none")).mean()
+        value = value + l2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def temperature(logits: Tensor, labels: Tensor) -> float:
+    """The divisor of `logits` [n, classes] that gives held-out `labels` [n] the highest likelihood."""
+    # A search of one number over a fixed grid: exact enough (2 %), deterministic, never diverges.
+    grid = torch.logspace(-1.5, 1.5, 350, dtype=torch.float64)
+    losses = torch.stack([cross_entropy(logits.double() / t, labels) for t in grid])
+    return float(grid[losses.argmin()])
+
+
+def threshold(known: Tensor, other: Tensor, coverage: float) -> float:
+    """The confidence below which to abstain.
+
+    known, other: [n], [m] held-out confidences of queries that some expert, or none, is for. With `other` rows: where
+    (share of known answered) + (share of other refused) is highest, in the middle if that is so over a range.
+    Without: answers the share `coverage` of the known.
+    """
+    known = known.double().sort().values
+    if not len(other):
+        return float(known.quantile(1 - coverage))
+    other = other.double().sort().values
+    edges = torch.cat([known, other]).unique()
+    bounds = torch.cat([torch.zeros(1, dtype=torch.float64), edges, torch.ones(1, dtype=torch.float64)])
+    middles = (bounds[1:] + bounds[:-1]) / 2  # thresholds that differ in what they do
+    answered = 1 - torch.searchsorted(known, middles) / len(known)
+    refused = torch.searchsorted(other, middles) / len(other)
+    gain = answered + refused
+    best = (gain >= gain.max() - 1e-9).nonzero()[:, 0]
+    return float((bounds[best[0]] + bounds[best[-1] + 1]) / 2)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: mean |confidence - accuracy| over bins of equal width, weighted by their rows.
+
+    confidence: [n] in 0..1. correct: [n] bool.
+    """
+    which = (confidence * bins).long().clamp(0, bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, confidence.double() - correct.double())
+    return float(gap.abs().sum() / max(1, len(confidence)))
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float | None:
+    """Probability that a positive scores higher than a negative (a tie counts half); None if either is missing."""
+    if not len(positive) or not len(negative):
+        return None
+    ranked = negative.double().sort().values
+    values = positive.double().contiguous()
+    below = torch.searchsorted(ranked, values, side="left") + torch.searchsorted(ranked, values, side="right")
+    return float(below.double().mean() / 2 / len(ranked))

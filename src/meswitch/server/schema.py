@@ -1,0 +1,200 @@
+"""What clients send. Whatever would change the answer and is not supported is refused by name, never ignored."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from meswitch.engine import SamplingParams
+
+MAX_CHOICES = 16
+MAX_STOPS = 4
+_SEED = 2**63 - 1
+_UNLIMITED = 1 << 31  # the engine cuts it to what the context leaves
+_COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has it
+
+# Nothing in the answer depends on these.
+_IGNORED = {
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+# Not supported; a client may send the value that asks for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0, 0.0),
+    "reasoning_effort": (),
+    "repetition_penalty": (1, 1.0),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+def _refuse(kind: Literal["unsupported", "bad_value"], field: str, reason: str) -> PydanticCustomError:
+    """An error of the whole object that says which field it is about."""
+    return PydanticCustomError(kind, "{reason}", {"field": field, "reason": reason})
+
+
+def _texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _content(value: Any) -> Any:
+    """A text, or a list of text parts joined by line breaks."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        fits = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        if not fits or part.get("type") != "text" or part.keys() - {"type", "text"}:
+            raise ValueError('a part must be {"type": "text", "text": "..."}; the experts read text only')
+    return "\n".join(part["text"] for part in value)
+
+
+def _prompts(value: Any) -> Any:
+    """One prompt or several -> a list of prompts."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_tokens(value)):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(item, str) or _is_tokens(item) for item in value):
+        return value
+    raise ValueError("give a text, a list of texts, a list of token ids or a list of such lists; none of them empty")
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        # clients send null for what they do not set
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it: OpenAI renamed the system role, templates have not."""
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": self.content}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against traffic analysis: there is none to switch on
+
+
+class GenerationRequest(_Strict):
+    """What both endpoints have in common."""
+
+    model: str = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=-_SEED, le=_SEED)
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts), Field(max_length=MAX_STOPS)
+    ] = ()
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for key, value in data.items():
+            if key in _IGNORED:
+                continue
+            if key not in _NEUTRAL:
+                kept[key] = value
+            elif value is not None and not any(type(value) is type(no) and value == no for no in _NEUTRAL[key]):
+                raise _refuse("unsupported", key, "not supported by this server; leave it out")
+        return kept
+
+    @model_validator(mode="after")
+    def _streaming(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise _refuse("bad_value", "stream_options", "only together with stream: true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens or _UNLIMITED
+
+    def params(self, choice: int) -> SamplingParams:
+        """Of the request's choice-th answer: each has its own seed, so that answers differ and can be repeated."""
+        return SamplingParams(
+            max_new_tokens=self.token_limit,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=None if self.seed is None else self.seed + choice,
+            stop=self.stop,
+        )
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise _refuse("bad_value", "max_tokens", "differs from max_completion_tokens, its new name; give one")
+        return self
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or _UNLIMITED
+
+    def conversation(self) -> list[dict[str, Any]]:
+        return [message.for_template() for message in self.messages]
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens or _COMPLETION_TOKENS

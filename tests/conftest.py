@@ -1,0 +1,45 @@
+"""Real models for all tests: the trained family, and small random pairs for the cases it does not have."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_pair
+
+import meswitch
+
+FAMILY = Path(__file__).parent.parent / "examples" / "family"
+
+
+def pytest_configure(config):
+    # the matrices are small: a second thread costs more in waiting than it computes
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def family() -> Path:
+    return FAMILY
+
+
+@pytest.fixture(scope="session")
+def deltas(tmp_path_factory) -> dict[str, Path]:
+    """Data-free artifacts of the family's experts."""
+    root = tmp_path_factory.mktemp("deltas")
+    for name in ("math", "code", "instruct", "sql"):
+        meswitch.compress(FAMILY / "base", FAMILY / name, root / name)
+    return {name: root / name for name in ("math", "code", "instruct", "sql")}
+
+
+@pytest.fixture(scope="session")
+def math_delta(deltas) -> Path:
+    return deltas["math"]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """`pair(arch, **case)` writes a small random base and expert and gives their directories."""
+
+    def build(arch: str = "mistral", **case):
+        return make_pair(tmp_path / f"{arch}-pair", FAMILY / "base", arch, **case)
+
+    return build

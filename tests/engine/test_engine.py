@@ -1,0 +1,187 @@
+"""The engine's behaviour around one request: streaming, stops, sampling, limits, errors."""
+
+import threading
+import time
+
+import pytest
+
+import meswitch
+from meswitch import Engine, SamplingParams
+from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
+
+QUESTION = [{"role": "user", "content": "Ben shares 24 coins equally among 6 friends. How many does each friend get?"}]
+
+
+@pytest.fixture(scope="module")
+def engine(family, deltas):
+    with Engine(family / "base", {k: deltas[k] for k in ("math", "code")}, device="cpu", max_queue=64) as engine:
+        yield engine
+
+
+def idle(engine):
+    deadline = time.monotonic() + 20
+    while engine.load() != {"waiting": 0, "running": 0} and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return engine.load() == {"waiting": 0, "running": 0} and all(r.pins == 0 for r in engine.store.residency())
+
+
+def test_chunks_join_to_the_whole_text_and_end_with_a_reason(engine):
+    (whole,) = engine.generate([QUESTION], model="math", max_new_tokens=40)
+    chunks = list(engine.stream(QUESTION, model="math", max_new_tokens=40))
+    assert len(chunks) > 3
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert sum(chunk.tokens for chunk in chunks) == len(whole.tokens)
+    assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == whole.finish_reason == "stop"
+    assert whole.text.startswith("24/6=4")
+    assert "<|end|>" not in whole.text
+
+
+def test_the_length_limit_ends_an_answer(engine):
+    (answer,) = engine.generate([QUESTION], model="math", max_new_tokens=3)
+    assert len(answer.tokens) == 3
+    assert answer.finish_reason == "length"
+
+
+def test_a_stop_text_ends_the_answer_before_it(engine):
+    (answer,) = engine.generate([QUESTION], model="math", max_new_tokens=40, stop=("####",))
+    (whole,) = engine.generate([QUESTION], model="math", max_new_tokens=40)
+    assert answer.text == whole.text[: whole.text.index("####")]
+    assert answer.finish_reason == "stop"
+    pieces = [c.text for c in engine.stream(QUESTION, model="math", max_new_tokens=40, stop=("####",))]
+    assert "".join(pieces) == answer.text
+    assert idle(engine)
+
+
+def test_a_seed_repeats_a_sampled_answer_whatever_shares_the_batch(engine):
+    options = {"temperature": 1.5, "seed": 11, "max_new_tokens": 20}
+    (alone,) = engine.generate([QUESTION], model="code", **options)
+    crowd = [engine.submit(QUESTION, model="math") for _ in range(3)]
+    (again,) = engine.generate([QUESTION], model="code", **options)
+    (other,) = engine.generate([QUESTION], model="code", **options | {"seed": 12})
+    for request in crowd:
+        request.result()
+    assert again.tokens == alone.tokens
+    assert other.tokens != alone.tokens
+
+
+def test_top_k_of_one_is_greedy(engine):
+    greedy, narrow = (
+        engine.generate([QUESTION], model="math", max_new_tokens=30, **options)[0].tokens
+        for options in ({}, {"temperature": 2.0, "top_k": 1})
+    )
+    assert greedy == narrow
+
+
+def test_cancelling_frees_the_slot_and_the_queue(engine):
+    stream = engine.stream(QUESTION, model="code", max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert idle(engine)
+
+
+def test_a_full_queue_refuses_and_recovers(family, deltas):
+    with Engine(family / "base", {"math": deltas["math"]}, device="cpu", max_queue=3) as engine:
+        requests = [engine.submit(QUESTION, model="base", params=SamplingParams(200)) for _ in range(3)]
+        with pytest.raises(CapacityError, match=r"the queue is full \(3 requests\).*engine\.max_queue"):
+            engine.submit(QUESTION, model="math")
+        for request in requests:
+            engine.cancel(request)
+        assert idle(engine)
+        assert engine.generate([QUESTION], model="math")[0].text
+
+
+def test_an_unknown_model_is_named_with_those_that_exist(engine):
+    with pytest.raises(UnknownExpertError, match="model 'poetry' does not exist; there are base, math, code"):
+        engine.submit(QUESTION, model="poetry")
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_refused(engine, prompt):
+    with pytest.raises(ConfigError, match="prompt: it is empty"):
+        engine.submit(prompt, model="math")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_long_answers_are_cut_to_fit(engine):
+    with pytest.raises(ConfigError, match="prompt: 3000 tokens leave no room"):
+        engine.submit([5] * 3000, model="math")
+    request = engine.submit([5] * 2040, model="math", params=SamplingParams(max_new_tokens=500))
+    assert len(request.result(60).tokens) <= 8
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"max_new_tokens": 0}, {"top_k": -1}])
+def test_sampling_parameters_out_of_range_are_named(engine, options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: .* is out of range"):
+        engine.generate([QUESTION], model="math", **options)
+
+
+def test_another_base_is_refused_at_the_start(family, deltas):
+    with pytest.raises(IncompatibleError, match="its fingerprint"):
+        Engine(family / "code", {"math": deltas["math"]}, device="cpu")
+
+
+def test_a_missing_tokenizer_is_named(family, tmp_path):
+    import shutil
+
+    shutil.copytree(family / "math", tmp_path / "math")
+    (tmp_path / "math/tokenizer.json").unlink()
+    meswitch.compress(family / "base", tmp_path / "math", tmp_path / "delta")
+    with pytest.raises(ConfigError, match=r"delta: 'math' has no tokenizer\.json"):
+        Engine(family / "base", {"math": tmp_path / "delta"}, device="cpu")
+
+
+def test_each_expert_has_its_own_template_and_end_token(family, deltas, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(family / "math", tmp_path / "shouting")
+    file = tmp_path / "shouting/chat_template.jinja"
+    file.write_text("<s><|user|>{{ messages[0]['content'] }} How many?<|end|><|assistant|>")
+    config = tmp_path / "shouting/generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [3, 15]}))
+    meswitch.compress(family / "base", tmp_path / "shouting", tmp_path / "delta")
+    experts = {"math": deltas["math"], "shouting": tmp_path / "delta"}
+    with Engine(family / "base", experts, device="cpu") as engine:
+        plain, shouting = engine.generate([QUESTION] * 2, model=["math", "shouting"])
+        assert shouting.prompt_tokens > plain.prompt_tokens
+        assert engine.voices["shouting"].eos == [3, 15]
+        assert not {3, 15} & set(shouting.tokens[:-1])
+
+
+def test_a_waiting_request_is_not_starved_by_a_stream_of_others(family, deltas):
+    """One slot, a steady flow for math: code still gets its turn."""
+    with Engine(family / "base", {k: deltas[k] for k in ("math", "code")}, device="cpu", slots=1) as engine:
+        stop = threading.Event()
+
+        def flow():
+            while not stop.is_set():
+                engine.generate([QUESTION] * 2, model="math", max_new_tokens=6)
+
+        threads = [threading.Thread(target=flow) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            request = engine.submit(QUESTION, model="code", params=SamplingParams(max_new_tokens=3))
+            assert request.result(timeout=90).model == "code"
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_closing_fails_what_has_not_finished(family, deltas):
+    engine = Engine(family / "base", {"math": deltas["math"]}, device="cpu")
+    request = engine.submit(QUESTION, model="base", params=SamplingParams(max_new_tokens=1500))
+    engine.close()
+    engine.close()
+    with pytest.raises(MeswitchError):
+        request.result(timeout=10)
+    with pytest.raises(MeswitchError, match="closed"):
+        engine.submit(QUESTION)
+
+
+def test_device_memory_is_the_base_and_the_slots(engine):
+    memory = engine.memory()
+    assert memory["base"] == 2_000_512 * 4
+    assert memory["slots"] == engine.store.slot_count * engine.store.slot_bytes
+    assert engine.store.slot_bytes < 2_000_512 * 2 / 5  # packed, never a merged copy

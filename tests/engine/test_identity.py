@@ -1,0 +1,185 @@
+"""A token is never computed with another request's expert: mixed batches against each expert's merged model alone."""
+
+import threading
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import meswitch
+from meswitch import Engine, SamplingParams
+from meswitch.compression.merge import load_merged
+
+PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
+LONG = [{"role": "user", "content": "Write these words in capital letters: " + "river stone cloud table " * 12}]
+NEW_TOKENS = 24
+
+
+def alone(model, voice, prompt):
+    """Greedy continuation by the model itself, in float32, one request."""
+    ids = torch.tensor([voice.encode(prompt)])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=voice.eos,
+            pad_token_id=1,
+        )
+    return tuple(out[0, ids.shape[1] :].tolist())
+
+
+@pytest.fixture(scope="module")
+def engine(family, deltas):
+    with Engine(family / "base", deltas, device="cpu", slots=3) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(family, deltas, engine):
+    """(model name, prompt number) -> the tokens that its merged model gives alone."""
+    answers = {}
+    for name in engine.names:
+        if name == "base":
+            model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
+        else:
+            model = load_merged(family / "base", deltas[name])
+        for number, prompt in enumerate((PROMPT, LONG)):
+            answers[name, number] = alone(model, engine.voices[name], prompt)
+    return answers
+
+
+def test_the_experts_disagree_so_that_a_mix_up_would_show(expected):
+    for number in (0, 1):
+        assert len({expected[name, number] for name in ("base", "math", "code", "instruct", "sql")}) == 5
+
+
+def test_identical_prompts_for_all_experts_at_once(engine, expected):
+    names = engine.names * 2  # five models, three slots
+    answers = engine.generate([PROMPT] * len(names), model=names, max_new_tokens=NEW_TOKENS)
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.model == name
+        assert answer.tokens == expected[name, 0], name
+
+
+def test_staggered_concurrent_streaming_and_not(engine, expected):
+    failures = []
+
+    def ask(name, number, delay, streaming):
+        time.sleep(delay)
+        prompt = (PROMPT, LONG)[number]
+        request = engine.submit(prompt, model=name, params=SamplingParams(max_new_tokens=NEW_TOKENS))
+        text = "".join(chunk.text for chunk in request) if streaming else None
+        result = request.result(timeout=120)
+        if result.tokens != expected[name, number] or (streaming and text != result.text):
+            failures.append((name, number, delay))
+
+    jobs = [
+        threading.Thread(target=ask, args=(name, (i + j) % 2, 0.07 * j + 0.02 * i, (i + j) % 3 == 0))
+        for i, name in enumerate(engine.names)
+        for j in range(4)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert not failures
+
+
+def test_a_prefix_shared_by_two_experts_is_computed_by_each(engine, expected):
+    """Right after math's answer its KV blocks are free but filled; code's identical prompt must not find them."""
+    for name in ("math", "code", "math", "base", "instruct"):
+        (answer,) = engine.generate([PROMPT], model=name, max_new_tokens=NEW_TOKENS)
+        assert answer.tokens == expected[name, 0], name
+
+
+def test_one_slot_serves_the_whole_family(family, deltas, expected):
+    with Engine(family / "base", deltas, device="cpu", slots=1) as engine:
+        names = ["sql", "math", "base", "code", "math", "instruct"]
+        answers = engine.generate([PROMPT] * len(names), model=names, max_new_tokens=NEW_TOKENS)
+        assert [a.tokens for a in answers] == [expected[name, 0] for name in names]
+        assert engine.store.evictions >= 3
+
+
+def test_a_prompt_split_over_several_steps(family, deltas, expected):
+    """Chunked prefill: 16 tokens a step, experts mixed in every one of them."""
+    with Engine(family / "base", deltas, device="cpu", max_batch_tokens=16) as engine:
+        answers = engine.generate([LONG] * 5, model=engine.names, max_new_tokens=NEW_TOKENS)
+        assert [a.tokens for a in answers] == [expected[name, 1] for name in engine.names]
+
+
+def test_requests_that_are_preempted_for_lack_of_cache_stay_themselves(family, deltas, expected):
+    with Engine(family / "base", deltas, device="cpu", kv_cache_tokens=512) as engine:
+        names = engine.names * 2
+        answers = engine.generate([LONG] * len(names), model=names, max_new_tokens=NEW_TOKENS)
+        for name, answer in zip(names, answers, strict=True):
+            assert answer.tokens == expected[name, 1], name
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("arch", "case", "options"),
+    [
+        ("mistral", {"added_tokens": 2}, {"bits": 4}),
+        ("mistral", {"added_tokens": 2}, {"bits": 3, "embeddings": "exact"}),
+        ("llama", {"tied": True, "added_tokens": 1}, {"bits": 2, "group_size": None}),
+        ("qwen2", {"added_tokens": 3}, {"bits": 1}),
+        ("qwen3", {"tied": True}, {"bits": 2, "salient": 5}),
+    ],
+    ids=["added", "added-exact", "llama-tied-added", "qwen2-biases", "qwen3-qk-norms"],
+)
+def test_other_architectures_and_added_tokens(pair, tmp_path, arch, case, options, backend):
+    base, expert = pair(arch, change=0.3, **case)
+    meswitch.compress(base, expert, tmp_path / "delta", **options)
+    merged = load_merged(base, tmp_path / "delta")
+    with Engine(base, {"expert": tmp_path / "delta"}, device="cpu", op_backend=backend) as engine:
+        tokens = list(range(5, 40)) + list(range(2048, 2048 + case.get("added_tokens", 0)))
+        plain = list(range(5, 40))
+        params = SamplingParams(max_new_tokens=NEW_TOKENS)
+        requests = [
+            engine.submit(tokens, model="expert", params=params),
+            engine.submit(plain, model="base", params=params),
+            engine.submit(plain, model="expert", params=params),
+        ]
+        answers = [request.result(timeout=120).tokens for request in requests]
+        voice = engine.voices["expert"]
+        assert answers[0] == continued(merged, tokens, voice.eos)
+        assert answers[2] == continued(merged, plain, voice.eos)
+        assert answers[1] == continued(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), plain, [3])
+        assert answers[1] != answers[2]
+
+
+def continued(model, tokens, eos):
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=1,
+        )
+    return tuple(out[0, len(tokens) :].tolist())
+
+
+def test_added_tokens_can_be_generated_by_their_expert_only(pair, tmp_path):
+    base, expert = pair(added_tokens=2)
+    model = AutoModelForCausalLM.from_pretrained(expert)
+    with torch.no_grad():  # the last token wins always
+        model.lm_head.weight[2049] = 0
+        model.model.norm.weight.fill_(1.0)
+        model.lm_head.weight[:2049] *= 1e-3
+        model.lm_head.weight[2049] = model.model.embed_tokens.weight[7] * 100
+    model.save_pretrained(expert)
+    meswitch.compress(base, expert, tmp_path / "delta", bits=4)
+    merged = load_merged(base, tmp_path / "delta")
+    with Engine(base, {"expert": tmp_path / "delta"}, device="cpu") as engine:
+        prompts = [[7, 8, 9]] * 2
+        theirs, ours = engine.generate(prompts, model=["base", "expert"], max_new_tokens=12)
+        assert ours.tokens == continued(merged, [7, 8, 9], engine.voices["expert"].eos)[:12]
+        assert max(theirs.tokens) < 2048
+        with pytest.raises(meswitch.MeswitchError, match="token ids of 'base' lie between 0 and 2047"):
+            engine.submit([2049], model="base")

@@ -1,0 +1,139 @@
+"""Residency: pins, eviction order, budgets in bytes."""
+
+import threading
+
+import pytest
+import torch
+
+from meswitch import Artifact
+from meswitch.codec import PackedDelta
+from meswitch.errors import ArtifactError, CapacityError, UnknownExpertError
+from meswitch.experts import ExpertStore
+from meswitch.experts.layout import Layout
+
+
+@pytest.fixture
+def artifacts(deltas):
+    return {name: Artifact.open(path) for name, path in deltas.items()}
+
+
+def store(artifacts, **options):
+    return ExpertStore(artifacts, device=torch.device("cpu"), **{"slots": 2} | options)
+
+
+def place(store, name):
+    return next(row.place for row in store.residency() if row.expert == name)
+
+
+def test_a_slot_holds_exactly_the_artifacts_tensors(artifacts):
+    experts = store(artifacts)
+    tensors = experts.tensors(experts.acquire("math"))
+    entries = artifacts["math"].manifest.tensors
+    assert set(tensors) == {name for name, entry in entries.items() if entry.kind != "same"}
+    for name, held in tensors.items():
+        stored = artifacts["math"].read(name)
+        if isinstance(stored, PackedDelta):
+            assert torch.equal(held.dequantize(), stored.dequantize()), name
+        else:
+            assert torch.equal(held, stored), name
+
+
+def test_the_least_recently_used_expert_makes_room(artifacts):
+    experts = store(artifacts)
+    for name in ("math", "code", "math", "sql"):
+        experts.release(experts.acquire(name))
+    assert place(experts, "code") == "host"
+    assert place(experts, "math") == place(experts, "sql") == "device"
+    assert experts.evictions == 1
+
+
+def test_an_expert_in_use_is_never_evicted(artifacts):
+    experts = store(artifacts)
+    math, code = experts.acquire("math"), experts.acquire("code")
+    before = experts.tensors(math)["lm_head.weight"].dequantize()
+    assert experts.try_acquire("sql") is None
+    with pytest.raises(CapacityError, match="'sql': all 2 slots are in use"):
+        experts.acquire("sql", timeout=0.05)
+    experts.release(code)
+    assert experts.acquire("sql") == code
+    assert torch.equal(experts.tensors(math)["lm_head.weight"].dequantize(), before)
+
+
+def test_an_expert_needed_twice_shares_one_slot_until_both_are_done(artifacts):
+    experts = store(artifacts, slots=1)
+    first, second = experts.acquire("math"), experts.acquire("math")
+    assert first == second
+    experts.release(first)
+    assert experts.try_acquire("code") is None
+    experts.release(second)
+    assert experts.try_acquire("code") is not None
+
+
+def test_addresses_of_a_slot_never_change(artifacts):
+    experts = store(artifacts, slots=1)
+    addresses = set()
+    for name in ("math", "code", "math"):
+        slot = experts.acquire(name)
+        addresses.add(experts.tensors(slot)["lm_head.weight"].packed.data_ptr())
+        experts.release(slot)
+    assert len(addresses) == 1
+
+
+def test_the_host_tier_is_limited_in_bytes(artifacts):
+    size = Layout.of(artifacts["math"]).nbytes
+    experts = store(artifacts, slots=1, host_bytes=2 * size)
+    for name in ("math", "code", "instruct"):
+        experts.release(experts.acquire(name))
+    assert place(experts, "math") == "disk"
+    assert experts.host.nbytes <= 2 * size
+    experts.release(experts.acquire("math"))
+    assert place(experts, "math") == "device"
+
+
+def test_a_budget_too_small_for_one_expert_says_so(artifacts):
+    experts = store(artifacts, host_bytes=1000)
+    with pytest.raises(CapacityError, match=r"'math' needs .* budget is 1 KB; raise engine\.host_bytes"):
+        experts.acquire("math")
+
+
+def test_an_unknown_expert_is_named(artifacts):
+    with pytest.raises(UnknownExpertError, match="no expert 'poetry'; there are math, code"):
+        store(artifacts).acquire("poetry")
+
+
+def test_a_damaged_expert_frees_its_slot(artifacts, tmp_path):
+    import shutil
+
+    shutil.copytree(artifacts["math"].directory, tmp_path / "math")
+    broken = Artifact.open(tmp_path / "math")
+    file = tmp_path / "math/delta.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    experts = store({"math": broken, "code": artifacts["code"]}, slots=1)
+    with pytest.raises(ArtifactError, match="checksum differs"):
+        experts.acquire("math")
+    experts.release(experts.acquire("code"))
+
+
+def test_many_threads_never_share_a_slot_between_experts(artifacts):
+    experts = store(artifacts)
+    wanted = {name: artifacts[name].read("model.norm.weight") for name in artifacts}
+    failures = []
+
+    def work(seed):
+        names = list(artifacts)
+        for step in range(25):
+            name = names[(seed * 7 + step * 3) % len(names)]
+            slot = experts.acquire(name, timeout=60)
+            if not torch.equal(experts.tensors(slot)["model.norm.weight"], wanted[name]):
+                failures.append(name)
+            experts.release(slot)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(row.pins == 0 for row in experts.residency())

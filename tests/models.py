@@ -1,0 +1,65 @@
+"""Small random checkpoint pairs: other architectures, added tokens, tied heads, other dtypes, shards."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def make_pair(
+    root: Path,
+    tokenizer_dir: Path,
+    arch: str,
+    *,
+    added_tokens: int = 0,
+    tied: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str = "5GB",
+    change: float = 0.05,
+    seed: int = 0,
+    **config_fields,
+) -> tuple[Path, Path]:
+    """A base, and an expert whose every weight moved by about `change` of its tensor's norm."""
+    torch.manual_seed(seed)
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 2048,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 3,
+        "pad_token_id": 1,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+    }
+    model = AutoModelForCausalLM.from_config(CONFIGS[arch](**fields | config_fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    base, expert = root / "base", root / "expert"
+    model.to(dtype).save_pretrained(base, max_shard_size=shard)
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(tokenizer_dir / file, base / file)
+    if added_tokens:
+        model.resize_token_embeddings(2048 + added_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = change * parameter.float().std().clamp_min(0.02)
+            parameter.add_((torch.randn(parameter.shape) * scale).to(dtype))
+    model.save_pretrained(expert, max_shard_size=shard)
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(tokenizer_dir / file, expert / file)
+    if added_tokens:
+        tokenizer = AutoTokenizer.from_pretrained(expert)
+        tokenizer.add_tokens([f"<added_{i}>" for i in range(added_tokens)])
+        tokenizer.save_pretrained(expert)
+    return base, expert
