@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_pair
 
 import meswitch
+from models import make_pair
 
 FAMILY = Path(__file__).parent.parent / "examples" / "family"
 

@@ -1,4 +1,4 @@
-"""Reading safetensors files tensor by tensor with plain reads.
+"""Safetensors files: read tensor by tensor with plain reads, written whole.
 
 `safetensors.safe_open` maps the whole file: two 5 GB shards of a checkpoint pair then count against a memory
 limit although one tensor is in use. Here a tensor costs its own bytes, and a truncated file is told from a good one
@@ -11,8 +11,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from meswitch.errors import MeswitchError
@@ -107,7 +109,17 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row-major order, without a copy where it is contiguous and on the host."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, flushed to the disk and readable as the umask says (safetensors makes it private)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    fsync_path(path)
 
 
 def fsync_path(path: Path) -> None:

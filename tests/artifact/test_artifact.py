@@ -214,7 +214,7 @@ def test_the_right_base_is_accepted_from_any_path_and_any_sharding(family, math_
 
 def test_another_base_is_refused_by_content(family, math_delta):
     other = Checkpoint.open(family / "code")
-    with pytest.raises(IncompatibleError, match="its fingerprint .* is not the"):
+    with pytest.raises(IncompatibleError, match=r"its fingerprint .* is not the"):
         Artifact.open(math_delta).check_base(other)
     with pytest.raises(IncompatibleError, match=r"lm_head\.weight is not the tensor"):
         Artifact.open(math_delta).check_base(other, full=True)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from io import StringIO
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from meswitch.artifact import Artifact
 from meswitch.cli.eval import evaluate
-from meswitch.errors import CheckpointError, ConfigError
+from meswitch.errors import ArtifactError, CheckpointError, ConfigError, IncompatibleError
 from meswitch.evaluate import Report, Settings, evaluate_family
 
 FEW = Settings(n=40, seed=6, fidelity_n=8)
@@ -123,11 +124,30 @@ def test_what_cannot_be_measured_is_refused_before_any_model_is_loaded(family: P
         evaluate_family(tmp_path, two, tasks=["law"])
     with pytest.raises(ConfigError, match="wizard are no domains"):
         evaluate_family(tmp_path, {"wizard": tmp_path})
+    for device in ("toaster", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device: '{device}' cannot be used"):
+            evaluate_family(tmp_path, two, settings=Settings(device=device))
 
 
-def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: not a Hugging Face checkpoint"):
+def test_what_is_missing_on_disk_is_named_before_any_question_is_asked(family: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: no model.safetensors"):
+        evaluate_family(family / "base", {"math": tmp_path}, say=asked.append)
+    with pytest.raises(ArtifactError, match=str(tmp_path)):
+        evaluate_family(family / "base", {"math": family / "math"}, {"math": tmp_path}, say=asked.append)
+    assert asked == []
+
+
+def test_a_checkpoint_without_a_tokenizer_is_named(family: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(family / "base" / name, tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: transformers cannot load it"):
         evaluate_family(tmp_path, {}, tasks=["math"])
+
+
+def test_a_delta_of_another_base_is_refused(family: Path, math_delta: Path) -> None:
+    with pytest.raises(IncompatibleError):
+        evaluate_family(family / "code", {}, {"math": math_delta}, settings=Settings(n=1))
 
 
 # -- the command ------------------------------------------------------------------------------------------------

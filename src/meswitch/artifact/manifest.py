@@ -200,7 +200,8 @@ def _decode(kind: Any, value: Any, file: Path, where: str) -> Any:
                 raise ArtifactError(f"{file}: {prefix}{item.name}: missing field; the artifact is damaged")
         given = {key: _decode(hints[key], item, file, f"{prefix}{key}") for key, item in value.items()}
         absent = {f.name: None for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING} | given
-        return kind(**absent)
+        make: Any = kind
+        return make(**absent)
     accepted = (int, float) if kind is float else kind
     _expect(
         isinstance(value, accepted) and not (kind is not bool and isinstance(value, bool)), file, where, kind, value

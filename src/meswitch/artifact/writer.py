@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored
 from meswitch.errors import ArtifactError
-from meswitch.tensorfile import NAMES, fsync_path, tensor_bytes
+from meswitch.tensorfile import NAMES, fsync_path, tensor_bytes, write_tensors
 
 SHARD_BYTES = 256 << 20
 _PROGRESS = "progress.json"
@@ -116,8 +115,7 @@ class ArtifactWriter:
         with self._explained():
             if self._pending:
                 path = self.partial / self._shard_name(len(self._shards))
-                save_file(self._pending, path, metadata={"format": "pt"})
-                fsync_path(path)
+                write_tensors(path, self._pending)
                 self._shards.append(path.name)
             self.entries |= self._pending_entries
             self._pending, self._pending_entries = {}, {}

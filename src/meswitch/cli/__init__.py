@@ -1,0 +1,92 @@
+"""The command line: one file a command. Heavy packages are imported where a command uses them."""
+
+import errno
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from meswitch.cli import chat, compress, console, diff, generate, inspect, merge, serve, verify
+from meswitch.cli.eval import evaluate
+from meswitch.errors import MeswitchError
+from meswitch.version import __version__
+
+try:  # INTERIM
+    from meswitch.cli import route, router
+except ImportError:
+    route = router = None
+
+_AFTER_AN_INTERRUPT = {
+    "compress": "run the same command again to go on",
+    "chat": "run the same command again for a new conversation",
+}
+
+
+class _Commands(TyperGroup):
+    """Turns errors that a person can act on into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MeswitchError as error:
+            if console.debugging():
+                raise
+            console.fail(str(error))
+        except OSError as error:
+            if console.debugging() or error.filename is None or error.errno == errno.EPIPE:
+                raise
+            console.fail(f"{error.filename}: {error.strerror}")
+        except KeyboardInterrupt:
+            if console.debugging():
+                raise
+            console.note(f"interrupted; {_AFTER_AN_INTERRUPT.get(ctx.invoked_subcommand, 'run the same command again')}")
+            raise typer.Exit(130) from None
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    name="meswitch",
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (compress.compress, inspect.inspect, verify.verify, merge.merge, diff.diff):
+    app.command(rich_help_panel="Make and look at experts")(_command)
+app.command("eval", rich_help_panel="Make and look at experts")(evaluate)
+for _command in (generate.generate, chat.chat, serve.serve):
+    app.command(rich_help_panel="Ask")(_command)
+if route and router:  # INTERIM
+    app.command(rich_help_panel="Ask")(route.route)
+    app.add_typer(router.app, name="router", rich_help_panel="Ask")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"meswitch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve many full fine-tunes of one base LLM on one GPU.
+
+    Compress each fine-tune to its difference from the base, route every question to the right one, and answer them
+    all in one batch. Start with a family.toml that names the base and its experts:
+
+        meswitch compress --family family.toml
+        meswitch generate --family family.toml --model auto "What is 17 + 25?"
+        meswitch serve family.toml
+
+    Results go to stdout, progress and notes to stderr. MESWITCH_DEBUG=1 shows tracebacks and libraries' warnings.
+    """
+
+
+def main() -> None:
+    """The entry point of the `meswitch` command."""
+    app()

@@ -1,30 +1,35 @@
 """`meswitch eval`: what compression cost, on questions with exact answers."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from meswitch.cli import console
 from meswitch.errors import ConfigError
 
 
 def evaluate(
     family: Annotated[
         Path | None,
-        typer.Option(help="A family.toml: measure its base, all its experts and the deltas made so far."),
+        typer.Option(
+            metavar="FILE", help="A family.toml: measure its base, all its experts and the deltas made so far."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base checkpoint: a directory or hub id.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint.")] = None,
     expert: Annotated[
         list[str] | None,
-        typer.Option(help="A full fine-tune, PATH or NAME=PATH (the name is the directory's otherwise). Repeatable."),
+        typer.Option(
+            metavar="[NAME=]DIR|HUB_ID", help="A full fine-tune; its name is that of the directory. Repeatable."
+        ),
     ] = None,
     delta: Annotated[
         list[str] | None,
         typer.Option(
-            help="A compressed expert (a directory that `meswitch compress` wrote), PATH or NAME=PATH. It is compared "
-            "with the expert of its name, or with the only one given. Repeatable."
+            metavar="[NAME=]DIR",
+            help="A compressed expert: a directory that `meswitch compress` wrote. It is compared with the expert of "
+            "its name, or with the only one given. Repeatable.",
         ),
     ] = None,
     tasks: Annotated[
@@ -54,7 +59,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the models compute in.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the result: FILE.json or FILE.md.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the result to FILE.json or FILE.md.")
+    ] = None,
 ) -> None:
     """Measure accuracy, gain retained and fidelity of compressed experts against the full ones.
 
@@ -62,9 +69,8 @@ def evaluate(
     Gain retained is (compressed - base) / (expert - base); its interval is a paired bootstrap. The table also
     shows the bits per weight of the whole artifact, because quality without size says little.
 
-      meswitch eval --family examples/family
-
-      meswitch eval --base B --expert math=B-math --delta math=out/math --tasks math -n 2000
+        meswitch eval --family examples/family
+        meswitch eval --base B --expert math=M --delta math=out/math -n 2000
     """
     if out is not None and out.suffix not in (".json", ".md"):
         raise ConfigError(f"--out {out}: the ending says the format; use .json or .md")
@@ -78,31 +84,27 @@ def evaluate(
         origin, experts, deltas = str(base), _named("--expert", expert or []), _named("--delta", delta or [])
 
     import torch
-    from rich.console import Console
 
     from meswitch.evaluate import Settings, evaluate_family
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: use float32, bfloat16 or float16")
+    console.quiet()
     report = evaluate_family(
         origin,
         experts,
         deltas,
         tasks=[task.strip() for task in tasks.split(",")] if tasks else None,
         settings=Settings(n, seed, fidelity_n, batch_size=batch_size, device=device, dtype=getattr(torch, dtype)),
-        say=_note,
+        say=console.note,
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(report.to_json() if out.suffix == ".json" else report.to_markdown())
     if as_json:
-        typer.echo(report.to_json(), nl=False)
+        console.print_json(report.to_dict())
     else:
-        Console().print(report.to_table())
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        console.show(report.to_table())
 
 
 def _named(option: str, values: list[str]) -> dict[str, str]:
@@ -110,7 +112,7 @@ def _named(option: str, values: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for value in values:
         match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", value)
-        name, path = match.groups() if match else (Path(value).name, value)
+        name, path = match.groups() if match else (Path(value).resolve().name, value)
         if name in named:
             raise ConfigError(f"{option} {value}: {name!r} is given twice; tell them apart with NAME=PATH")
         named[name] = path
@@ -128,9 +130,9 @@ def _family(file: Path) -> tuple[str, dict[str, str], dict[str, str]]:
         if section.source is not None:
             experts[section.name] = family.resolve_model(section.source)
         else:
-            _note(f"{section.name}: no `source` in {file}, so no full expert to compare with")
+            console.note(f"{section.name}: no `source` in {file}, so no full expert to compare with")
         if family.resolve(section.delta).exists():
             deltas[section.name] = str(family.resolve(section.delta))
         else:
-            _note(f"{section.name}: no delta yet; `meswitch compress --family {file}` makes it")
+            console.note(f"{section.name}: no delta yet; `meswitch compress --family {file}` makes it")
     return family.resolve_model(family.base.path), experts, deltas

@@ -14,6 +14,7 @@ from meswitch.codec.quantize import (
     group_count,
     levels,
     mse_scales,
+    normal_scales,
     quantize,
 )
 from meswitch.codec.salient import reconstruction_error, select_salient
@@ -183,7 +184,7 @@ def _choose_salient(delta: Tensor, spec: Spec, energy: Tensor | None) -> Tensor:
         return torch.empty(0, dtype=torch.int32, device=delta.device)
     score = torch.zeros(delta.shape[1], dtype=torch.float32, device=delta.device)
     for block in _row_blocks(delta, _BLOCK):
-        scale = mse_scales(block, spec.bits, spec.group_size)
+        scale = normal_scales(block, spec.bits, spec.group_size)
         codes = quantize(block, scale, spec.bits, spec.group_size)
         score += reconstruction_error(block, dequantize(codes, scale, spec.bits, spec.group_size), energy)
     return select_salient(score, spec.salient)

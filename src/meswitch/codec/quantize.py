@@ -15,7 +15,9 @@ SCALE_DTYPE = torch.bfloat16  # deltas of fine-tunes reach 1e-7: below the norma
 
 # Step / (2 * standard deviation) that minimises the squared error of a normal variable (Max, 1960).
 _NORMAL_STEP = {1: 0.7979, 2: 0.4978, 3: 0.2930, 4: 0.1676}
-_MULTIPLES = (0.45, 0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
+_MULTIPLES = (0.6, 0.8, 1.0, 1.25)
+_REFINEMENTS = 2
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def group_count(in_features: int, group_size: int | None) -> int:
@@ -48,7 +50,7 @@ def quantize(delta: Tensor, scale: Tensor, bits: int, group_size: int | None) ->
     """
     step = expand_scale(scale.to(torch.float32), delta.shape[1], group_size)
     top = 2**bits - 1
-    codes = (delta / step.clamp_min(torch.finfo(torch.float32).tiny) + top) / 2
+    codes = (delta / step.clamp_min(_TINY) + top) / 2
     return codes.round_().clamp_(0, top).to(torch.uint8)
 
 
@@ -61,6 +63,14 @@ def absmax_scales(delta: Tensor, bits: int, group_size: int | None) -> Tensor:
     """Scales whose outermost level is the group's largest magnitude: [rows, groups] bfloat16."""
     grouped, _ = _grouped(delta, group_size)
     return (grouped.abs().amax(dim=-1) / (2**bits - 1)).to(SCALE_DTYPE)
+
+
+def normal_scales(delta: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """Scales that would be optimal for normally distributed groups: [rows, groups] bfloat16; one pass."""
+    grouped, mask = _grouped(delta, group_size)
+    size = grouped.shape[-1] if mask is None else mask.sum(dim=-1)
+    mean = grouped.abs().sum(dim=-1) / size  # sqrt(2 / pi) standard deviations; squares could overflow
+    return (mean / math.sqrt(2 / math.pi) * _NORMAL_STEP[bits]).to(SCALE_DTYPE)
 
 
 def mse_scales(delta: Tensor, bits: int, group_size: int | None, weight: Tensor | None = None) -> Tensor:
@@ -79,46 +89,49 @@ def mse_scales(delta: Tensor, bits: int, group_size: int | None, weight: Tensor 
     """
     grouped, mask = _grouped(delta, group_size)
     if weight is not None:
-        mask = _grouped(weight[None], group_size)[0] * mask
+        mask = _grouped(weight[None], group_size)[0]  # padding weighs nothing either
     top = 2**bits - 1
     peak = grouped.abs().amax(dim=-1, keepdim=True)
-    unit = grouped / peak.clamp_min(torch.finfo(torch.float32).tiny)  # squares of huge deltas must not overflow
-    count = mask.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    rms = ((unit.square() * mask).sum(dim=-1, keepdim=True) / count).sqrt()
-    candidates = [rms * (_NORMAL_STEP[bits] * m) for m in _MULTIPLES]
-    candidates += [torch.ones_like(rms) * (m / top) for m in (0.7, 1.0)]
+    unit = grouped / peak.clamp_min(_TINY)  # squares of huge deltas must not overflow
+    if mask is None:
+        power = unit.square().mean(dim=-1, keepdim=True)
+    else:
+        count = mask.sum(dim=-1, keepdim=True).clamp_min(_TINY)
+        power = (unit.square() * mask).sum(dim=-1, keepdim=True) / count
+    rms = power.sqrt()
+    best, best_error = torch.zeros_like(rms), torch.full_like(rms, math.inf)
+    codes = torch.empty_like(unit)
 
-    best = torch.zeros_like(rms)
-    best_error = torch.full_like(rms, math.inf)
-
-    def consider(scale: Tensor) -> None:
+    def consider(scale: Tensor) -> Tensor:
+        """Keep `scale` where it is the best so far; return the least-squares scale for its codes."""
         nonlocal best, best_error
-        error = ((unit - _nearest(unit, scale, top)).square() * mask).sum(dim=-1, keepdim=True)
+        torch.div(unit, (2 * scale).clamp_min(_TINY), out=codes)
+        codes.add_(top / 2).round_().clamp_(0, top).mul_(2).sub_(top)
+        weighted = codes if mask is None else codes * mask
+        cross = (unit * weighted).sum(dim=-1, keepdim=True)
+        norm = (codes * weighted).sum(dim=-1, keepdim=True)
+        error = scale * (scale * norm - 2 * cross)  # less the constant power of the delta
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+        return (cross / norm.clamp_min(_TINY)).clamp_min(0)
 
-    for scale in candidates:
-        consider(scale)
-    for _ in range(3):
-        codes = _nearest(unit, best, top) / best.clamp_min(torch.finfo(torch.float32).tiny)
-        power = (codes.square() * mask).sum(dim=-1, keepdim=True)
-        consider((unit * codes * mask).sum(dim=-1, keepdim=True) / power.clamp_min(torch.finfo(torch.float32).tiny))
+    for multiple in _MULTIPLES:
+        consider(rms * (_NORMAL_STEP[bits] * multiple))
+    refined = consider(peak / peak.clamp_min(_TINY) / top)
+    consider(refined)
+    for _ in range(_REFINEMENTS):
+        refined = consider(consider(best))
     return (best * peak).squeeze(-1).to(SCALE_DTYPE)
 
 
-def _nearest(unit: Tensor, scale: Tensor, top: int) -> Tensor:
-    codes = ((unit / scale.clamp_min(torch.finfo(torch.float32).tiny) + top) / 2).round_().clamp_(0, top)
-    return (codes * 2 - top) * scale
-
-
-def _grouped(delta: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """[rows, in] -> [rows, groups, size] zero-padded, and a [groups, size] mask of what is not padding."""
+def _grouped(delta: Tensor, group_size: int | None) -> tuple[Tensor, Tensor | None]:
+    """[rows, in] -> [rows, groups, size] zero-padded; and a [groups, size] mask of what is not padding, if any is."""
     rows, width = delta.shape
     size = width if group_size is None else group_size
     groups = group_count(width, group_size)
-    mask = torch.ones(width, dtype=torch.float32, device=delta.device)
     missing = groups * size - width
-    if missing:
-        delta = torch.nn.functional.pad(delta, (0, missing))
-        mask = torch.nn.functional.pad(mask, (0, missing))
-    return delta.view(rows, groups, size), mask.view(groups, size)
+    if not missing:
+        return delta.view(rows, groups, size), None
+    mask = torch.ones(width, dtype=torch.float32, device=delta.device)
+    mask = torch.nn.functional.pad(mask, (0, missing)).view(groups, size)
+    return torch.nn.functional.pad(delta, (0, missing)).view(rows, groups, size), mask

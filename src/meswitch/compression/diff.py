@@ -25,7 +25,7 @@ Progress = Callable[[int, int, str], None]
 
 _BLOCK = 1 << 21  # weights in float64 at a time
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_NOT_A_CHANGE = {"transformers_version", "_from_model_config"}
+_NOT_A_CHANGE = {"_from_model_config", "_name_or_path", "transformers_version"}
 
 
 @dataclass(frozen=True, slots=True)

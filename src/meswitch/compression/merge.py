@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import PackedDelta
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
-from meswitch.tensorfile import fsync_path
+from meswitch.tensorfile import fsync_path, write_tensors
 
 _SHARD_BYTES = 2 << 30
 
@@ -68,8 +67,7 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | 
     def flush() -> None:
         if pending:
             path = partial / f"model-{len(shards) + 1:05d}.safetensors"
-            save_file(pending, path, metadata={"format": "pt"})
-            fsync_path(path)
+            write_tensors(path, pending)
             shards.append(path)
             weight_map.update(dict.fromkeys(pending, path.name))
             pending.clear()

@@ -20,7 +20,7 @@ from meswitch.errors import IncompatibleError
 Visit = Callable[[str, Tensor], None]
 
 
-def skeleton(checkpoint: Checkpoint) -> nn.Module:
+def skeleton(checkpoint: Checkpoint) -> Any:
     """The checkpoint's model with parameters on the meta device and real buffers."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa")

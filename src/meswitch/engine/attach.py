@@ -1,6 +1,7 @@
 """Turning a loaded base model into one that can switch experts, layer by layer."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, Switchab
 from meswitch.errors import IncompatibleError
 
 
-def attach(model: nn.Module, artifacts: Iterable[Artifact], switch: Switch) -> None:
+def attach(model: Any, artifacts: Iterable[Artifact], switch: Switch) -> None:
     """Wrap every layer that some expert changes; `model` is changed in place.
 
     Raises:

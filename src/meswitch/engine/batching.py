@@ -31,7 +31,7 @@ class Batch:
 
     PAGE = 64
 
-    def __init__(self, model: nn.Module, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
+    def __init__(self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
         self._switch = switch
         self._device = next(model.parameters()).device
@@ -144,7 +144,10 @@ class Batch:
 
     def _is_gone(self, request: str) -> bool:
         """Whether a cancelled request has left the scheduler: then no later step holds its tokens."""
-        scheduler = self._manager.batch_processor.scheduler
+        processor = self._manager.batch_processor
+        if processor is None:  # the loop is still starting
+            return False
+        scheduler = processor.scheduler
         return request not in scheduler.active_requests and request not in scheduler.waiting_requests
 
     def _fail_all(self, reason: str) -> None:

@@ -12,6 +12,8 @@ from meswitch.engine.context import Switch
 class Switchable(nn.Module):
     """Wraps one layer of the base; `name` is the layer's name in the checkpoint."""
 
+    base: Any
+
     def __init__(self, base: nn.Module, name: str, switch: Switch) -> None:
         super().__init__()
         self.base = base

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.artifact import Artifact
+from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.evaluate.accuracy import MAX_NEW_TOKENS, Score, accuracy, generate, prompt_ids
@@ -64,6 +65,11 @@ def evaluate_family(
     deltas = deltas or {}
     owners = {delta: _owner(delta, experts) for delta in deltas}
     plan = _plan(experts, owners, tasks)
+    _device(settings)
+    for source in (base, *experts.values()):  # what is wrong is said now, not after minutes of measuring
+        Checkpoint.open(source)
+    for source in deltas.values():
+        Artifact.open(source)
     every = list(dict.fromkeys(task for names in plan.values() for task in names))
     run = _Run(settings, say)
 
@@ -169,13 +175,14 @@ def _vocabulary(loaded: _Loaded) -> int:
 
 
 def _load_checkpoint(source: Source, settings: Settings) -> _Loaded:
+    directory = Checkpoint.open(source).directory
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=settings.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=settings.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{source}: not a Hugging Face checkpoint with its tokenizer ({error}); "
-            "give the directory that holds config.json, or a hub id"
+            f"{directory}: transformers cannot load it ({reason}); it needs config.json and its tokenizer's files"
         ) from error
     return _Loaded(model.to(_device(settings)).eval(), tokenizer)
 
@@ -186,7 +193,13 @@ def _load_delta(base: Source, source: Source, settings: Settings) -> tuple[_Load
     return _Loaded(model.to(_device(settings)).eval(), AutoTokenizer.from_pretrained(str(source))), bits
 
 
-def _device(settings: Settings) -> str:
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown name; torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device: {settings.device!r} cannot be used ({reason}); use auto or cpu") from None
+    return device

@@ -1,6 +1,5 @@
 """What an expert adds to the base's output, for the tokens of that expert; one op, several backends."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -13,8 +12,9 @@ from meswitch.ops import cpu, reference
 class Backend(Protocol):
     """The functions that a backend module has; see `ops.reference` for their shapes."""
 
-    expert_matmul: Callable[[Tensor, PackedDelta], Tensor]
-    expert_rows: Callable[[Tensor, PackedDelta], Tensor]
+    def expert_matmul(self, x: Tensor, delta: PackedDelta) -> Tensor: ...
+
+    def expert_rows(self, ids: Tensor, delta: PackedDelta) -> Tensor: ...
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu}

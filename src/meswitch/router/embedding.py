@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meswitch.router.base import OTHER, Messages, Router, text_of
-from meswitch.router.encoder import Encoder, Progress
+from meswitch.router.encoder import Encoder, Progress, fitting_threads
 from meswitch.router.lexical import Bags, bags
 from meswitch.router.storage import KIND, BaseInfo, Calibration, Provenance, RouterFile, Settings, write_router
 
@@ -72,9 +72,10 @@ class EmbeddingRouter(Router):
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
         if not messages_batch:
             return []
-        features = extract(self.encoder, [text_of(messages) for messages in messages_batch], self.settings)
-        logits = self.heads.logits(features) / self.calibration.temperature
-        rows = logits.double().softmax(1).tolist()
+        with fitting_threads(self.encoder):
+            features = extract(self.encoder, [text_of(messages) for messages in messages_batch], self.settings)
+            logits = self.heads.logits(features) / self.calibration.temperature
+            rows = logits.double().softmax(1).tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in rows]
 
     def save(self, path: str | Path) -> None:

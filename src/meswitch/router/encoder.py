@@ -14,7 +14,9 @@ from meswitch.router.lexical import clip
 
 Progress = Callable[[int, int], None]  # (done, total)
 
-_BATCH_TOKENS = 2048
+_CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches are slower
+_GPU_BATCH_TOKENS = 8192
+_SMALL = 512  # hidden size up to which one thread is faster than several
 
 
 class Encoder:
@@ -64,7 +66,8 @@ class Encoder:
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         out = torch.zeros(len(texts), len(layers) * self.hidden_size)
         done = 0
-        for batch in _batches(order, tokens):
+        limit = _CPU_BATCH_TOKENS if self.model.device.type == "cpu" else _GPU_BATCH_TOKENS
+        for batch in _batches(order, tokens, limit):
             out[batch] = self._pooled([tokens[i] for i in batch], layers)
             done += len(batch)
             if progress is not None:
@@ -99,16 +102,32 @@ class Encoder:
         return torch.cat(means, 1).cpu()
 
 
-def _batches(order: list[int], tokens: list[list[int]]) -> Iterator[list[int]]:
-    """Runs of `order` (ascending lengths) that hold at most `_BATCH_TOKENS` tokens with their padding."""
+def _batches(order: list[int], tokens: list[list[int]], limit: int) -> Iterator[list[int]]:
+    """Runs of `order` (ascending lengths) that hold at most `limit` tokens with their padding."""
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * len(tokens[i]) > _BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(tokens[i]) > limit:
             yield batch
             batch = []
         batch.append(i)
     if batch:
         yield batch
+
+
+@contextlib.contextmanager
+def fitting_threads(encoder: Encoder) -> Iterator[None]:
+    """One torch thread while a small model runs on the CPU.
+
+    Its operations take microseconds, and where something else is busy the threads' barriers cost a hundred times that.
+    The setting belongs to the thread that calls (and to threads born meanwhile), so others keep theirs.
+    """
+    before = torch.get_num_threads()
+    small = encoder.model.device.type == "cpu" and encoder.hidden_size <= _SMALL
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

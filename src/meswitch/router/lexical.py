@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ _WORD = re.compile(rf"{_CJK}|[^\W\d_]+|\d+(?:\.\d+)?|[^\w\s]|_")
 
 # Words that carry the form of a request rather than its topic.
 _FORM_WORDS = frozenset(
-    "a an the of to in on at by for with from into about as is are was were be been do does did has have had can could "
-    "will would should may might must i you he she it we they me my your his her its our their them this that these "
-    "those what which who whom whose when where why how many much all each every any some no not and or but if than "
-    "then there so more most less least first last only also other same write find give list show tell make create "
-    "explain describe name count return get number function".split()
+    """
+    a an the of to in on at by for with from into about as is are was were be been do does did has have had can could
+    will would should may might must i you he she it we they me my your his her its our their them this that these
+    those what which who whom whose when where why how many much all each every any some no not and or but if than
+    then there so more most less least first last only also other same write find give list show tell make create
+    explain describe name count return get number function
+    """.split()
 )
 
 
@@ -84,7 +87,7 @@ def features(text: str) -> list[str]:
     shapes = [_shape(word) for word in raw[:4]]
     return [
         *words[:-1],
-        *(f"{a} {b}" for a, b in zip(words[:-1], words[1:-1], strict=False)),
+        *(f"{a} {b}" for a, b in pairwise(words[:-1])),
         *("^^" + " ".join(opening[:n]) for n in (1, 2, 3, 4)),
         *("^~" + " ".join(shapes[:n]) for n in (1, 2, 3, 4)),
         *("$$" + " ".join(words[-n:]) for n in (2, 3)),

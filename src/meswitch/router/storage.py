@@ -49,8 +49,8 @@ class Settings:
     layers: tuple[int, ...]
     max_tokens: int = 256
     buckets: int = 1 << 15
-    smoothing: float = 1.0
-    l2: float = 3e-4
+    smoothing: float = 0.7
+    l2: float = 2e-5
     folds: int = 5
     seed: int = 0
 
@@ -130,7 +130,9 @@ def read_file(path: Path) -> RouterFile:
     try:
         data = json.loads(name.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RouterError(f"{path}: no router here; make one with `meswitch router train`") from None
+        raise RouterError(
+            f"{path}: no router here; make one with `meswitch router train --family F --data rows.jsonl`"
+        ) from None
     except (OSError, ValueError) as error:
         raise RouterError(f"{name}: not valid JSON ({error}); train the router again") from None
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:

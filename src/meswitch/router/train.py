@@ -10,7 +10,7 @@ from torch import Tensor
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, extract
-from meswitch.router.encoder import Encoder, Progress
+from meswitch.router.encoder import Encoder, Progress, fitting_threads
 from meswitch.router.heads import auroc, calibration_error, logistic, naive_bayes, temperature, threshold
 from meswitch.router.storage import Calibration, Provenance, Settings
 from meswitch.version import __version__
@@ -46,25 +46,25 @@ def train_router(
     """
     settings = settings or default_settings(encoder)
     labels = _labels(rows, experts, settings.folds)
-    targets = torch.tensor([labels.index(row.domain) for row in rows])
-    features = extract(encoder, [row.query for row in rows], settings, progress)
+    with fitting_threads(encoder):
+        targets = torch.tensor([labels.index(row.domain) for row in rows])
+        features = extract(encoder, [row.query for row in rows], settings, progress)
+        heads, calibration = _train(rows, features, targets, len(labels), len(experts), settings)
+    provenance = _provenance(rows, data_sha256)
+    return EmbeddingRouter(encoder, heads, experts, settings, calibration, provenance, fallback=fallback)
 
+
+def _train(
+    rows: Sequence[Row], features: Features, targets: Tensor, labels: int, experts: int, settings: Settings
+) -> tuple[Heads, Calibration]:
+    """Calibration from held-out predictions, then heads from all rows."""
     fold = _folds(rows, settings.folds, settings.seed)
-    held_out = torch.zeros(len(rows), len(labels))
+    held_out = torch.zeros(len(rows), labels)
     for k in range(settings.folds):
         seen, unseen = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
-        heads = _fit(features.select(seen), targets[seen], len(labels), settings)
+        heads = _fit(features.select(seen), targets[seen], labels, settings)
         held_out[unseen] = heads.logits(features.select(unseen))
-
-    return EmbeddingRouter(
-        encoder,
-        _fit(features, targets, len(labels), settings),
-        experts,
-        settings,
-        _calibrate(held_out, targets, len(experts)),
-        _provenance(rows, data_sha256),
-        fallback=fallback,
-    )
+    return _fit(features, targets, labels, settings), _calibrate(held_out, targets, experts)
 
 
 def _labels(rows: Sequence[Row], experts: Sequence[str], folds: int) -> list[str]:

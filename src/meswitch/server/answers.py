@@ -1,8 +1,16 @@
 """What clients get: OpenAI's response objects."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+
+
+class _Lean(BaseModel):
+    """Leaves out fields that are None; the other objects write them as null, which clients rely on."""
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None}
 
 
 class Usage(BaseModel):
@@ -37,7 +45,7 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class Delta(BaseModel):
+class Delta(_Lean):
     role: Literal["assistant"] | None = None
     content: str | None = None
 
@@ -49,7 +57,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(_Lean):
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
@@ -65,7 +73,7 @@ class TextChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class TextCompletion(BaseModel):
+class TextCompletion(_Lean):
     """A whole answer, or a piece of a streamed one."""
 
     id: str
@@ -76,7 +84,7 @@ class TextCompletion(BaseModel):
     usage: Usage | None = None
 
 
-class ModelCard(BaseModel):
+class ModelCard(_Lean):
     """One row of `/v1/models`. kind: `base`, `expert` or `router`. parent: the base of an expert."""
 
     id: str
@@ -93,7 +101,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class Health(BaseModel):
+class Health(_Lean):
     """waiting, running: requests. auto: whether the router is there."""
 
     status: Literal["ok", "failed"]

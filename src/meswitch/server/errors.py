@@ -1,6 +1,5 @@
 """OpenAI error bodies: `{"error": {"message", "type", "param", "code"}}`, each naming the field and the fix."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
-
-logger = logging.getLogger("meswitch.server")
 
 
 class ApiError(Exception):
@@ -36,7 +33,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _printable(self.param)
+        return {"error": {"message": _printable(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
@@ -76,6 +74,11 @@ class ApiError(Exception):
         return cls(400, f"{field}: {message}", param=field, code=code)
 
 
+def _printable(text: str) -> str:
+    """JSON may smuggle in half a surrogate pair, which could not be sent back."""
+    return text.encode(errors="replace").decode()
+
+
 def _dotted(where: tuple[Any, ...]) -> str:
     """`("messages", 0, "role")` -> `messages[0].role`."""
     text = ""
@@ -100,8 +103,7 @@ def install_error_handlers(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:  # starlette then raises it for the log
         return ApiError(500, "the server failed on this request; its log says why", code="internal_error").response()
 
     app.add_exception_handler(ApiError, api)

@@ -1,0 +1,139 @@
+"""Checkpoint pairs of true shapes with random weights and heavy-tailed deltas, written shard by shard.
+
+    python benchmarks/synthetic.py OUT [--model mistral-7b] [--layers N] [--shard-gb 4.9]
+
+Each shard is written before the next is drawn, so that the host needs the memory of one.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+MODELS = {
+    "mistral-7b": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    },
+    "llama-2-13b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+def shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Llama-like checkpoint, in the order of its layers."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim", hidden // config["num_attention_heads"])
+    query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    named: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        named |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (query, hidden),
+            f"{layer}.self_attn.k_proj.weight": (key, hidden),
+            f"{layer}.self_attn.v_proj.weight": (key, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, query),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.mlp.gate_proj.weight": (inner, hidden),
+            f"{layer}.mlp.up_proj.weight": (inner, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, inner),
+        }
+    return named | {"model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
+
+
+def draw(name: str, shape: tuple[int, ...], relative: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A base tensor and the expert's: a delta of Student-t tails (4 degrees of freedom), `relative` of the norm."""
+    if len(shape) == 1:
+        base = torch.ones(shape)
+        return base.bfloat16(), (base + relative * torch.randn(shape)).bfloat16()
+    base = torch.randn(shape).mul_(1 / math.sqrt(shape[1])).bfloat16()
+    tails = torch.empty(shape[0], 1).exponential_().add_(0.3).rsqrt_()  # rows of unlike size: heavy tails over all
+    delta = torch.randn(shape).mul_(tails).mul_(relative / math.sqrt(shape[1]))
+    return base, (base.float() + delta).bfloat16()
+
+
+def write_pair(
+    out: Path, config: dict, shard_bytes: int, relative: float = 0.03, tokenizer: Path | None = None
+) -> None:
+    """Write `out/base` and `out/expert` as sharded checkpoints."""
+    torch.manual_seed(0)
+    named = shapes(config)
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in named.items():
+        count = 2 * math.prod(shape)
+        if size + count > shard_bytes and groups[-1]:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += count
+    for side in ("base", "expert"):
+        (out / side).mkdir(parents=True, exist_ok=True)
+        (out / side / "config.json").write_text(json.dumps(config, indent=2))
+        weight_map = {n: f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i, g in enumerate(groups) for n in g}
+        index = {"metadata": {"total_size": 2 * sum(map(math.prod, named.values()))}, "weight_map": weight_map}
+        (out / side / "model.safetensors.index.json").write_text(json.dumps(index))
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if tokenizer is not None and (tokenizer / file).is_file():
+                shutil.copyfile(tokenizer / file, out / side / file)
+    for i, group in enumerate(groups):
+        base, expert = {}, {}
+        for name in group:
+            base[name], expert[name] = draw(name, named[name], relative)
+        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        save_file(base, out / "base" / file, metadata={"format": "pt"})
+        base.clear()
+        save_file(expert, out / "expert" / file, metadata={"format": "pt"})
+        print(f"{file}: {len(group)} tensors", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="mistral-7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the true model, for a quick try")
+    parser.add_argument("--shard-gb", type=float, default=4.9)
+    parser.add_argument("--tokenizer", type=Path, help="copy the tokenizer files of this directory")
+    options = parser.parse_args()
+    config = dict(MODELS[options.model])
+    if options.layers:
+        config["num_hidden_layers"] = options.layers
+    write_pair(options.out, config, int(options.shard_gb * 1e9), tokenizer=options.tokenizer)
+
+
+if __name__ == "__main__":
+    main()

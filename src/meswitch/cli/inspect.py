@@ -1,0 +1,177 @@
+"""`meswitch inspect`: where an artifact's bytes are, and how it was made."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meswitch.cli import console
+from meswitch.units import format_bytes
+
+if TYPE_CHECKING:
+    from meswitch.artifact import Artifact
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact: what `meswitch compress` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show where an artifact's bytes are and how it was made.
+
+    Bytes are given by kind of content, by layer type and by file, and add up to the directory's size. Only headers
+    are read: `meswitch verify` compares the checksums.
+
+    Example:
+
+        meswitch inspect deltas/math
+    """
+    from meswitch.artifact import Artifact
+
+    artifact = Artifact.open(directory)
+    found = report(artifact)
+    if as_json:
+        console.print_json(found)
+    else:
+        _show(found)
+
+
+def report(artifact: "Artifact") -> dict[str, Any]:
+    """Everything that `inspect` shows. `bytes.tensors` and `bytes.other` add up to `bytes.total`."""
+    from meswitch.artifact import account
+
+    manifest, accounting = artifact.manifest, account(artifact)
+    other = _bytes_beside_tensors(artifact)
+    tensors, total = artifact.nbytes, artifact.nbytes + sum(other.values())
+    parameters, full = manifest.expert.parameters, manifest.expert.bytes
+    kinds = [entry.kind for entry in manifest.tensors.values()]
+    return {
+        "artifact": str(artifact.directory),
+        "format_version": manifest.version,
+        "expert": dataclasses.asdict(manifest.expert),
+        "base": dataclasses.asdict(manifest.base),
+        "method": dataclasses.asdict(manifest.method),
+        "tensors": {kind: kinds.count(kind) for kind in ("packed", "dense", "same")},
+        "bytes": {
+            "by_content": accounting.by_content,
+            "by_layer": [
+                {"layer": row.layer, "parameters": row.parameters, "bytes": row.bytes,
+                 "bits_per_weight": row.bits_per_weight}
+                for row in accounting.by_layer
+            ],
+            "tensors": tensors,
+            "other": other,
+            "total": total,
+        },
+        "bits_per_weight": {"tensors": artifact.bits_per_weight, "all_files": total * 8 / parameters},
+        "ratio": {"tensors": full / tensors if tensors else None, "all_files": full / total},
+        "provenance": dataclasses.asdict(manifest.provenance),
+        "quality": [dataclasses.asdict(item) for item in manifest.quality],
+    }  # fmt: skip
+
+
+def _bytes_beside_tensors(artifact: "Artifact") -> dict[str, int]:
+    """What is on the disk besides tensors: the headers of safetensors files, and every other file by its name."""
+    held: dict[str, int] = {}
+    for info in artifact.infos.values():
+        held[info.file.name] = held.get(info.file.name, 0) + info.nbytes
+    other = {"safetensors headers": 0}
+    for path in sorted(path for path in artifact.directory.rglob("*") if path.is_file()):
+        name = path.relative_to(artifact.directory).as_posix()
+        if name in held:
+            other["safetensors headers"] += path.stat().st_size - held[name]
+        else:
+            other[name] = path.stat().st_size
+    return other
+
+
+def _show(found: dict[str, Any]) -> None:
+    expert, base, method, made = found["expert"], found["base"], found["method"], found["provenance"]
+    bytes_, bpw, ratio = found["bytes"], found["bits_per_weight"], found["ratio"]
+    smaller = f"{ratio['tensors']:.2f}x" if ratio["tensors"] else "-"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["tensors"].items() if count)
+    console.show(
+        console.pairs(
+            f"{expert['name']}  ({found['artifact']})",
+            {
+                "full checkpoint": f"{format_bytes(expert['bytes'])}, {expert['parameters']:,} parameters in "
+                f"{expert['dtype']}, vocabulary {expert['vocab_size']}{_tied(expert)}",
+                "compressed": f"{format_bytes(bytes_['tensors'])} of tensors, {smaller} smaller; "
+                f"{format_bytes(bytes_['total'])} with all files, {ratio['all_files']:.2f}x",
+                "bits per weight": f"{bpw['tensors']:.3f} (tensors), {bpw['all_files']:.3f} (all files)",
+                "tensors": kinds,
+            },
+        ),
+        _bytes_table(found),
+        _layer_table(bytes_),
+        console.pairs(
+            "how it was made",
+            {
+                "base": f"{base['name']} ({base['model_type']}, vocabulary {base['vocab_size']})",
+                "fingerprint": base["fingerprint"],
+                "method": f"{method['name']}, {method['bits']} bits, {_groups(method['group_size'])}",
+                "salient channels": _salient(method["salient"]),
+                "embeddings": method["embeddings"],
+                "damping": f"{method['damping']:g}",
+                "calibration": _calibration(method["calibration"]),
+                "created": f"{made['created']} with meswitch {made['meswitch']}, torch {made['torch']}, "
+                f"transformers {made['transformers']}",
+                "quality": _quality(found["quality"]),
+            },
+        ),
+    )
+
+
+def _bytes_table(found: dict[str, Any]) -> Any:
+    parameters, bytes_ = found["expert"]["parameters"], found["bytes"]
+    made = console.table("bytes by content", "", "bytes", "share", "bits/weight")
+
+    def add(name: str, count: int, style: str | None = None) -> None:
+        share = f"{count / bytes_['total']:.1%}"
+        made.add_row(name, f"{count:,}", share, f"{count * 8 / parameters:.4f}", style=style)
+
+    for name, count in sorted(bytes_["by_content"].items(), key=lambda item: -item[1]):
+        add(name, count)
+    add("all tensors", bytes_["tensors"], "bold")
+    for name, count in sorted(bytes_["other"].items(), key=lambda item: -item[1]):
+        add(name, count)
+    add("all files", bytes_["total"], "bold")
+    return made
+
+
+def _layer_table(bytes_: dict[str, Any]) -> Any:
+    made = console.table("bytes by layer type", "", "parameters", "bytes", "bits/weight")
+    for row in sorted(bytes_["by_layer"], key=lambda row: -row["bytes"]):
+        made.add_row(row["layer"], f"{row['parameters']:,}", f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}")
+    parameters = sum(row["parameters"] for row in bytes_["by_layer"])
+    made.add_row("all", f"{parameters:,}", f"{bytes_['tensors']:,}", f"{bytes_['tensors'] * 8 / parameters:.3f}",
+                 style="bold")  # fmt: skip
+    return made
+
+
+def _tied(expert: dict[str, Any]) -> str:
+    return ", head tied to the embedding" if expert["tied_head"] else ""
+
+
+def _groups(size: int | None) -> str:
+    return "one scale a row" if size is None else f"one scale for {size} weights of a row"
+
+
+def _salient(count: int | None) -> str:
+    return "one input channel in 512, at least one" if count is None else f"{count} of each linear layer"
+
+
+def _calibration(text: dict[str, Any] | None) -> str:
+    if text is None:
+        return "none (data-free)"
+    return f"{text['source']}: {text['sequences']} sequences, {text['tokens']} tokens (sha256 {text['sha256'][:12]}…)"
+
+
+def _quality(measured: list[dict[str, Any]]) -> str:
+    if not measured:
+        return "not measured; `meswitch eval` does"
+    return "\n".join(
+        f"{q['task']}: {q['compressed']:.3f} compressed, {q['expert']:.3f} full, {q['base']:.3f} base "
+        f"({q['questions']} questions)"
+        for q in measured
+    )

@@ -1,0 +1,43 @@
+"""`meswitch merge`: base + artifact = an ordinary checkpoint."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from meswitch.cli import console
+from meswitch.units import format_bytes
+
+
+def merge(
+    base: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="The base that the artifact was compressed against.")],
+    delta: Annotated[Path, typer.Option(metavar="DIR", help="An artifact: what `meswitch compress` wrote.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint to create; it must not exist.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            help="Of the result; by default each tensor's own. Deltas are added in float32 and rounded to it: float32 keeps all of it in twice the "
+            "bytes.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Write base + artifact as a full checkpoint that transformers and vLLM load.
+
+    The result is what the engine computes with, as a plain model: to serve it alone, to compare with, or to
+    fine-tune on. It takes the full size again.
+
+    Example:
+
+        meswitch merge --base B --delta deltas/math --out merged-math
+    """
+    console.quiet()
+    from meswitch.checkpoint import Checkpoint
+    from meswitch.compression import merge as run
+
+    console.note(f"merging {base} and {delta}")
+    written = Checkpoint.open(run(base, delta, out, dtype=dtype))
+    if as_json:
+        console.print_json({"out": str(out), "tensors": len(written.tensors), "tensor_bytes": written.nbytes})
+    else:
+        typer.echo(f"{out}: {len(written.tensors)} tensors, {format_bytes(written.nbytes)}")

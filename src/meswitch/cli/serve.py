@@ -1,0 +1,120 @@
+"""`meswitch serve`: the OpenAI-compatible server of a family."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meswitch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from meswitch.engine import Engine
+    from meswitch.family import Family
+
+_SECONDS_TO_FINISH = 30  # running answers get so long when the server is asked to stop
+
+
+def serve(
+    family: Annotated[Path, typer.Argument(help="A family.toml, or the directory that holds one.")],
+    host: Annotated[str | None, typer.Option(help="Address to listen on, instead of the family's.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port, instead of the family's; 0 picks a free one.")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Experts on the device at a time, instead of the family's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one line of JSON.")] = False,
+    log_level: Annotated[str, typer.Option(help="warning, or info for a line per request.")] = "warning",
+) -> None:
+    """Serve the base and all experts of a family over HTTP, in OpenAI's protocol.
+
+    `model` of a request is an expert's name, the base's, or `auto` for the router's choice. If the environment has
+    MESWITCH_API_KEY, clients must send it. Ctrl-C lets running answers finish.
+
+      meswitch serve examples/family --port 8000
+    """
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"--log-level {log_level}: use debug, info, warning or error")
+    from meswitch.family import Family
+
+    config = Family.load(family)
+    if slots is not None:
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": slots})})
+    # bound before anything is loaded: a taken port should not cost a minute
+    listener = _bind(host or config.server.host, config.server.port if port is None else port)
+
+    import uvicorn
+
+    from meswitch.launch import app_from_family, engine_from_family
+
+    engine = engine_from_family(config)
+    app, problem = app_from_family(config, engine)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_SECONDS_TO_FINISH, server_header=False)
+    )
+    listener.listen(2048)  # from here on clients may connect, so only now is the address printed
+    _show(_summary(config, engine, listener, problem), as_json)
+    server.run(sockets=[listener])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host}: not an address of this machine ({error})") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another, or port 0") from None
+    return listener
+
+
+def _summary(family: "Family", engine: "Engine", listener: socket.socket, problem: str | None) -> dict[str, Any]:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    sizes = {row.expert: row.bytes for row in engine.store.residency()}
+    return {
+        "url": f"http://{shown}:{port}/v1",
+        "host": host,
+        "port": port,
+        "base": {"name": engine.base_name, "path": family.resolve_model(family.base.path)},
+        "experts": [{"name": e.name, "bytes": sizes[e.name], "description": e.description} for e in family.expert],
+        "slots": engine.store.slot_count,
+        "memory": engine.memory(),
+        "auto": problem is None,
+        "auto_problem": problem,
+        "api_key": bool(os.environ.get("MESWITCH_API_KEY")),
+    }
+
+
+def _show(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary), flush=True)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from meswitch.units import format_bytes
+
+    memory = summary["memory"]
+    table = Table(title=f"meswitch serves {summary['url']}", title_justify="left", show_edge=False)
+    table.add_column("model")
+    table.add_column("bytes", justify="right")
+    table.add_column("what it is", overflow="fold")
+    table.add_row(escape(summary["base"]["name"]), format_bytes(memory["base"]), escape(summary["base"]["path"]))
+    for expert in summary["experts"]:
+        table.add_row(expert["name"], format_bytes(expert["bytes"]), escape(expert["description"]))
+    router = "the router's choice" if summary["auto"] else f"[yellow]off:[/] {escape(summary['auto_problem'])}"
+    table.add_row("auto", "", router)
+    console = Console()
+    console.print(table)
+    console.print(f"{summary['slots']} slots, {format_bytes(memory['slots'])}; base {format_bytes(memory['base'])}")
+    if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
+        console.print("[yellow]open to the network without a key: set MESWITCH_API_KEY[/]")

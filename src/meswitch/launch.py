@@ -1,0 +1,107 @@
+"""From a `family.toml` to something that runs."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from meswitch.engine import Engine
+from meswitch.errors import ArtifactError, MeswitchError
+from meswitch.family import Family
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from meswitch.router import Router
+
+
+def engine_from_family(family: Family) -> Engine:
+    """The engine that `[base]`, `[[expert]]` and `[engine]` describe.
+
+    Raises:
+        ArtifactError: an expert has not been compressed yet, or its artifact is damaged.
+        MeswitchError: see `Engine`.
+    """
+    for section in family.expert:
+        directory = family.resolve(section.delta)
+        if not directory.exists():
+            raise ArtifactError(
+                f"expert {section.name!r}: {directory}: no such artifact; make it with "
+                f"`meswitch compress --family {family.directory}`"
+            )
+    options = family.engine
+    return Engine(
+        family.resolve_model(family.base.path),
+        family.deltas(),
+        base_name=family.base.name,
+        device=options.device,
+        dtype=options.dtype,
+        slots=options.slots,
+        host_bytes=options.host_bytes,
+        max_batch_tokens=options.max_batch_tokens,
+        kv_cache_tokens=options.kv_cache_tokens,
+        max_queue=options.max_queue,
+    )
+
+
+def router_from_family(family: Family, engine: Engine | None = None) -> "Router":
+    """The router that `[router]` describes.
+
+    Args:
+        engine: a running engine of the same family; the router then reads hidden states with the engine's weights
+            instead of loading the base a second time.
+
+    Raises:
+        RouterError: there is none yet (the message says how to train it), or it does not fit the family.
+    """
+    from meswitch.router import load_router
+
+    return load_router(
+        family.resolve(family.router.path),
+        family.resolve_model(family.base.path),
+        experts=family.names,
+        fallback=family.router.fallback,
+        threshold=family.router.threshold,
+        model=None if engine is None else _base_beside(engine),
+        tokenizer=None if engine is None else engine.voices[engine.base_name].tokenizer,
+    )
+
+
+def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | None]:
+    """The HTTP application, and why `auto` will not work, or None if it will.
+
+    A router that is missing or does not fit costs `auto` alone: the experts still answer by name.
+    """
+    from meswitch.server import create_app
+
+    router, problem = None, None
+    try:
+        router = router_from_family(family, engine)
+    except MeswitchError as error:
+        problem = str(error)
+    descriptions = {section.name: section.description for section in family.expert}
+    fallback = family.router.fallback
+    if problem is None:
+        return create_app(engine, router=router, fallback=fallback, descriptions=descriptions), None
+    return create_app(engine, descriptions=descriptions, no_router=problem), problem
+
+
+def _base_beside(engine: Engine) -> Any:
+    """A plain base model on the engine's own weights, without its head.
+
+    The engine's layers work on the batch of the step that runs now, so nothing else may pass through them.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModel
+
+    config = copy.deepcopy(engine.model.config)
+    prefix = f"{engine.model.base_model_prefix}."
+    weights = {
+        name.removeprefix(prefix).replace(".base.", "."): tensor
+        for name, tensor in engine.model.state_dict().items()
+        if name.startswith(prefix)
+    }
+    device = next(iter(weights.values())).device
+    with init_empty_weights(include_buffers=False), torch.device(device):
+        model = AutoModel.from_config(config, attn_implementation="sdpa")
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval()

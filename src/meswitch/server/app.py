@@ -1,0 +1,178 @@
+"""The routes."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from meswitch.engine import Engine
+from meswitch.engine.voice import Prompt
+from meswitch.router import Router
+from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
+from meswitch.server.auth import ApiKeyMiddleware
+from meswitch.server.errors import ApiError, install_error_handlers
+from meswitch.server.formats import ChatFormat, Format, TextFormat
+from meswitch.server.generation import Generation
+from meswitch.server.routing import Desk, Messages
+from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
+from meswitch.server.stream import EventStream, answer
+from meswitch.version import __version__
+
+AUTO = "auto"
+API_KEY_VARIABLE = "MESWITCH_API_KEY"
+
+
+def create_app(
+    engine: Engine,
+    *,
+    router: Router | None = None,
+    fallback: str | None = None,
+    descriptions: Mapping[str, str] | None = None,
+    no_router: str = "there is no router; make one with `meswitch router train` and start the server again",
+    api_key: str | None = None,
+    close_engine: bool = True,
+) -> FastAPI:
+    """The application: serve it with uvicorn or any ASGI server, in one process.
+
+    Args:
+        router: answers `model: "auto"`. no_router: why there is none, for who asks for `auto` all the same.
+        fallback: who answers when the router fails; None for the base.
+        descriptions: what the experts are good at, by name, for the models page.
+        api_key: what clients must send; None takes it from MESWITCH_API_KEY, empty asks for none.
+        close_engine: whether the engine ends with the server.
+    """
+    service = _Service(engine, router, fallback or engine.base_name, descriptions or {}, no_router)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if close_engine:
+            await asyncio.to_thread(engine.close)
+
+    app = FastAPI(title="meswitch", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    install_error_handlers(app)
+    key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
+    if key:
+        app.add_middleware(ApiKeyMiddleware, key=key)
+
+    @app.get("/health", response_model=Health)
+    async def health() -> Response:
+        """200 while the engine can answer, 503 when it cannot."""
+        report = service.health()
+        return JSONResponse(report.model_dump(), 200 if report.status == "ok" else 503)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        """The base, the experts, and `auto` if there is a router."""
+        return ModelList(data=service.cards())
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> ModelCard:
+        """One of them."""
+        for card in service.cards():
+            if card.id == name:
+                return card
+        raise service.unknown(name)
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        messages = body.conversation()
+        expert, headers = await service.choose(body.model, messages)
+        generation = Generation(engine, expert, [messages], body, "messages")
+        return await _respond(generation, ChatFormat(expert), body, request, headers)
+
+    @app.post("/v1/completions", response_model=TextCompletion)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts or token ids."""
+        prompts: Sequence[Prompt] = body.prompt
+        expert, headers = await service.choose(body.model, _routable(body) if body.model == AUTO else [])
+        generation = Generation(engine, expert, prompts, body, "prompt")
+        return await _respond(generation, TextFormat(expert), body, request, headers)
+
+    return app
+
+
+async def _respond(
+    generation: Generation, shape: Format, body: GenerationRequest, request: Request, headers: Mapping[str, str]
+) -> Response:
+    if body.stream:
+        return EventStream(generation, shape, body.include_usage, headers)
+    return await answer(generation, shape, request, headers)
+
+
+def _routable(body: CompletionRequest) -> Messages:
+    """The one text that the router can read."""
+    if len(body.prompt) != 1 or not isinstance(body.prompt[0], str):
+        message = f"prompt: model {AUTO!r} takes one text a request; name an expert for several prompts or token ids"
+        raise ApiError(400, message, param="prompt", code="invalid_value")
+    return [{"role": "user", "content": body.prompt[0]}]
+
+
+class _Service:
+    """What the routes share."""
+
+    def __init__(
+        self, engine: Engine, router: Router | None, fallback: str, descriptions: Mapping[str, str], no_router: str
+    ) -> None:
+        self._engine = engine
+        self._desk = None if router is None else Desk(router, engine.names, fallback)
+        self._descriptions = descriptions
+        self._no_router = no_router
+        self._created = int(time.time())
+
+    async def choose(self, model: str, messages: Messages) -> tuple[str, dict[str, str]]:
+        """A request's `model` -> (who answers, headers that say so)."""
+        if model != AUTO:
+            if model not in self._engine.names:
+                raise self.unknown(model)
+            return model, _served_by(model)
+        if self._desk is None:
+            raise self.unknown(model)
+        decision = await self._desk.decide(messages)
+        headers = {**_served_by(decision.expert), "x-meswitch-route-reason": decision.reason}
+        if decision.score is not None:
+            headers["x-meswitch-route-score"] = f"{decision.score:.4f}"
+        return decision.expert, headers
+
+    def unknown(self, model: str) -> ApiError:
+        if model == AUTO:
+            message = f"model {AUTO!r} needs a router: {self._no_router}"
+        else:
+            message = f"model {model!r} does not exist; there are {', '.join(card.id for card in self.cards())}"
+        return ApiError(404, message, param="model", code="model_not_found")
+
+    def cards(self) -> list[ModelCard]:
+        base = self._engine.base_name
+        cards = []
+        for name in self._engine.names:
+            description = self._descriptions.get(name, "")
+            if name == base:
+                cards.append(ModelCard(id=name, created=self._created, kind="base", description=description))
+            else:
+                card = ModelCard(id=name, created=self._created, kind="expert", description=description, parent=base)
+                cards.append(card)
+        if self._desk is not None:
+            description = "The router chooses the expert for each request."
+            cards.append(ModelCard(id=AUTO, created=self._created, kind="router", description=description))
+        return cards
+
+    def health(self) -> Health:
+        failure = self._engine.failure
+        load = self._engine.load()
+        return Health(
+            status="ok" if failure is None else "failed",
+            reason=failure,
+            waiting=load["waiting"],
+            running=load["running"],
+            auto=self._desk is not None,
+        )
+
+
+def _served_by(expert: str) -> dict[str, str]:
+    return {"x-meswitch-expert": quote(expert, safe=" /:@+,")}  # the base's name may be any text, a header may not

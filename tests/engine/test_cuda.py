@@ -1,0 +1,53 @@
+"""The same engine on a GPU. Skipped where there is none."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import meswitch
+from meswitch import Engine
+from meswitch.checkpoint import Checkpoint
+from meswitch.compression.merge import load_merged
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
+
+
+def test_mixed_experts_equal_their_merged_models(family, deltas):
+    with Engine(family / "base", deltas, device="cuda", dtype="float32", slots=3, kv_cache_tokens=8192) as engine:
+        answers = engine.generate([PROMPT] * 10, model=engine.names * 2, max_new_tokens=24)
+        for answer in answers:
+            if answer.model == "base":
+                model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
+            else:
+                model = load_merged(family / "base", deltas[answer.model])
+            ids = torch.tensor([engine.voices[answer.model].encode(PROMPT)], device="cuda")
+            alone = model.cuda().generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=3,
+                pad_token_id=1,
+            )
+            assert answer.tokens == tuple(alone[0, ids.shape[1] :].tolist()), answer.model
+
+
+def test_bfloat16_is_the_default_and_answers(family, deltas):
+    with Engine(family / "base", {"math": deltas["math"]}, kv_cache_tokens=8192) as engine:
+        assert engine.model.dtype == torch.bfloat16
+        (answer,) = engine.generate([PROMPT], model="math", max_new_tokens=40)
+        assert answer.text.startswith("4*5=20")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_compression_on_the_gpu_is_as_good_as_on_the_cpu(family, tmp_path, calibrated):
+    options = {"calibration": family / "calibration" / "code.jsonl"} if calibrated else {}
+    errors = []
+    for device in ("cpu", "cuda"):
+        meswitch.compress(family / "base", family / "code", tmp_path / device, device=device, **options)
+        model = load_merged(family / "base", tmp_path / device)
+        full = Checkpoint.open(family / "code")
+        state = model.state_dict()
+        errors.append(sum((state[n] - full.read(n).float()).square().sum().item() for n in full.tensors) ** 0.5)
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)

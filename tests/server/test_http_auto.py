@@ -1,0 +1,93 @@
+"""`model: "auto"`: a trained router, and what happens when a router cannot be trusted."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from http_server import QUESTIONS, ask_with, serving, user
+
+from meswitch.router import Router
+from meswitch.server import create_app
+
+
+class Fragile(Router):
+    """Sends all to code, unless a query says otherwise."""
+
+    experts = ("math", "code", "gone")
+    threshold = 0.5
+    fallback = "base"
+
+    def scores(self, messages_batch):
+        out = []
+        for messages in messages_batch:
+            text = messages[-1]["content"]
+            if "crash" in text:
+                raise RuntimeError("the router crashed, as the test wants")
+            best = "gone" if "gone" in text else "code"
+            sure = 0.2 if "unsure" in text else 0.8
+            out.append({name: sure if name == best else 0.1 for name in self.experts})
+        return out
+
+
+@pytest.fixture(scope="module")
+def fragile(engine):
+    with serving(create_app(engine, router=Fragile(), fallback="math", close_engine=False)) as url:
+        yield ask_with(url)
+
+
+def ask(client, text, **more):
+    raw = client.chat.completions.with_raw_response.create(
+        model="auto", messages=user(text), **{"max_tokens": 4} | more
+    )
+    return raw.headers, raw.parse()
+
+
+@pytest.mark.parametrize("expert", ["math", "code"])
+def test_the_router_chooses_and_the_answer_says_so(client, engine, expert):
+    headers, answer = ask(client, QUESTIONS[expert], max_tokens=16)
+    assert answer.model == headers["x-meswitch-expert"] == expert
+    assert headers["x-meswitch-route-reason"] == "scored"
+    assert 0.5 < float(headers["x-meswitch-route-score"]) <= 1
+    (alone,) = engine.generate([user(QUESTIONS[expert])], model=expert, max_new_tokens=16)
+    assert answer.choices[0].message.content == alone.text
+
+
+def test_an_unsure_router_leaves_the_answer_to_the_fallback(client):
+    headers, answer = ask(client, "Good morning! What is the weather like in Lisbon?")
+    assert answer.model == headers["x-meswitch-expert"] == "base"
+    assert headers["x-meswitch-route-reason"] == "abstained"
+    assert 0 <= float(headers["x-meswitch-route-score"]) < 1
+
+
+def test_streams_and_plain_completions_are_routed_too(client):
+    asked = {"model": "auto", "max_tokens": 4}
+    chunks = client.chat.completions.create(**asked, messages=user(QUESTIONS["math"]), stream=True)
+    assert {chunk.model for chunk in chunks} == {"math"}
+    raw = client.completions.with_raw_response.create(**asked, prompt=QUESTIONS["code"])
+    assert raw.parse().model == raw.headers["x-meswitch-expert"] == "code"
+    for prompt in (["a", "b"], [5, 6]):
+        with pytest.raises(openai.BadRequestError, match="prompt: model 'auto' takes one text"):
+            client.completions.create(**asked, prompt=prompt)
+
+
+def test_many_queries_at_once_are_each_routed_as_if_alone(client):
+    names = ["math", "code"] * 6
+    with ThreadPoolExecutor(len(names)) as pool:
+        served = list(pool.map(lambda name: ask(client, QUESTIONS[name], max_tokens=1)[1].model, names))
+    assert served == names
+
+
+@pytest.mark.parametrize("trouble", ["crash", "gone"])
+def test_a_router_that_fails_costs_nobody_an_answer(fragile, trouble):
+    headers, answer = ask(fragile, f"please {trouble}")
+    assert answer.model == headers["x-meswitch-expert"] == "math"
+    assert headers["x-meswitch-route-reason"] == "failed"
+    assert "x-meswitch-route-score" not in headers
+    assert answer.choices[0].message.content
+
+
+def test_a_query_that_breaks_the_router_does_not_disturb_its_neighbours(fragile):
+    texts = ["crash", "fine", "unsure", "fine", "crash", "fine"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        served = list(pool.map(lambda text: ask(fragile, text, max_tokens=1)[1].model, texts))
+    assert served == ["math", "code", "base", "code", "math", "code"]

@@ -1,0 +1,71 @@
+"""Imports point inward, and nothing below the command line and HTTP needs pydantic, fastapi or typer."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "meswitch"
+# Each package may import those to its left: codec <- artifact <- compression, codec <- ops <- engine <- server.
+ALLOWED = {
+    "codec": set(),
+    "artifact": {"codec"},
+    "compression": {"codec", "artifact"},
+    "ops": {"codec"},
+    "experts": {"codec", "artifact"},
+    "engine": {"codec", "artifact", "ops", "experts"},
+    "router": {"artifact"},
+    "evaluate": {"artifact", "compression"},
+    "server": {"engine", "router"},
+}
+ROOT = {"errors", "units", "version", "tensorfile", "checkpoint"}
+EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
+CORE = ("codec", "artifact", "compression", "ops", "experts", "engine")
+
+
+def imports(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_lies_further_in(package):
+    allowed = (
+        ALLOWED[package] | ROOT | {package, "family", "launch"}
+        if package == "server"
+        else (ALLOWED[package] | ROOT | {package})
+    )
+    for file in (PACKAGE / package).rglob("*.py"):
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] == "meswitch" and len(parts) > 1 and (PACKAGE / parts[1]).exists():
+                assert parts[1] in allowed, f"{file.relative_to(PACKAGE)} imports {name}"
+
+
+@pytest.mark.parametrize("package", CORE)
+def test_the_core_does_without_the_edges_libraries(package):
+    for file in (PACKAGE / package).rglob("*.py"):
+        used = {name.split(".")[0] for name in imports(file)} & EDGES
+        assert not used, f"{file.relative_to(PACKAGE)} imports {used}"
+
+
+def test_the_core_runs_where_the_edges_libraries_are_not_installed():
+    code = (
+        "import sys\n"
+        f"for name in {sorted(EDGES - {'rich'})}: sys.modules[name] = None\n"
+        "import meswitch\n"
+        "from meswitch import Engine, compress, merge, load_merged, Artifact, SamplingParams\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, meswitch; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
