@@ -25,7 +25,7 @@ def engine_from_family(family: Family) -> Engine:
         if not directory.exists():
             raise ArtifactError(
                 f"expert {section.name!r}: {directory}: no such artifact; make it with "
-                f"`meswitch compress --family {family.directory}`"
+                f"`meswitch compress --family {family.directory} --expert {section.name}`"
             )
     options = family.engine
     return Engine(

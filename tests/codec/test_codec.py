@@ -149,6 +149,39 @@ def test_error_feedback_lowers_the_output_error_of_correlated_inputs():
     assert salient < fed_back
 
 
+def test_refitted_scales_lower_the_output_error_further(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    delta = draw_delta(48, 96, 4)
+    inputs = torch.randn(2000, 12, generator=generator) @ torch.randn(12, 96, generator=generator)
+    inputs += 0.1 * torch.randn(2000, 96, generator=generator)
+    moment = inputs.T @ inputs / len(inputs)
+
+    def output_error():
+        restored = encode(delta, Spec(salient=2), name="w", second_moment=moment).dequantize()
+        return (inputs @ (restored - delta).T).square().mean().item()
+
+    refitted = output_error()
+
+    def keep(delta, codes, bits, group_size, salient, metric, scale):
+        step = expand_scale(scale.float(), delta.shape[1], group_size)
+        return scale, (delta - (2 * codes.float() - (2**bits - 1)) * step)[:, salient]
+
+    monkeypatch.setattr("meswitch.codec.delta.refit", keep)
+    assert refitted < 0.9 * output_error()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_inputs_that_never_vary_do_no_harm(bits, rank):
+    directions = torch.randn(rank, 40, generator=torch.Generator().manual_seed(1))
+    moment = directions.T @ directions
+    delta = draw_delta(6, 40, 2)
+    packed = encode(delta, Spec(bits=bits, salient=2, group_size=16), name="w", second_moment=moment)
+    restored = packed.dequantize()
+    assert bool(restored.isfinite().all())
+    assert (restored - delta).norm() < delta.norm()
+
+
 def test_single_rows_are_restored_like_the_whole():
     packed = encode(draw_delta(20, 70, 5), Spec(bits=3, salient=3), name="w")
     rows = torch.tensor([3, 3, 19, 0])

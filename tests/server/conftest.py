@@ -12,12 +12,12 @@ from meswitch.router import Encoder, Row, train_router
 
 @pytest.fixture(scope="session")
 def router_directory(family, tmp_path_factory):
-    """A router over math, code and other, trained on three hundred real queries."""
+    """A router over math, code and other, trained on 180 real queries."""
     rows: dict[str, list[Row]] = {"math": [], "code": [], "other": []}
     for line in (family / "routing.jsonl").read_text().splitlines():
         data = json.loads(line)
         domain = data["domain"] if data["domain"] in EXPERTS else "other"
-        if len(rows[domain]) < 100:
+        if len(rows[domain]) < 60:
             rows[domain].append(Row(data["query"], domain))
     router = train_router([row for some in rows.values() for row in some], EXPERTS, Encoder.load(family / "base"))
     directory = tmp_path_factory.mktemp("router") / "router"

@@ -48,7 +48,7 @@ def test_sixteen_tokens_without_max_tokens(client):
         ("prompt", [-1]),
         ("prompt", [1, "a"]),
         ("prompt", {"text": "a"}),
-        ("prompt", "word " * 3000),
+        ("prompt", "word " * 2100),
         ("prompt", ["a"] * 2000),
         ("logprobs", 0),
         ("echo", True),

@@ -149,7 +149,6 @@ def test_without_a_router_only_auto_fails_and_says_what_to_do(engine):
         (b'{"model": "math", "messages": [{"role": "user", "content": "a"}], "top_p": NaN}', "top_p: "),
         (b'{"model": "math", "messages": [{"role": "user", "content": "\\ud800"}]}', "messages[0].content: "),
         (b'{"model": "math", "messages": [{"role": "user", "content": "a"}], "stop": "\\ud800"}', "stop[0]: "),
-        (b'{"model": "math", "messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', "?: no such field"),
     ],
 )
 def test_a_body_that_is_not_a_request_gets_an_openai_error(url, content, message):

@@ -30,7 +30,7 @@ def changed(family_file, directory, *changes):
 
 def test_an_expert_that_is_not_compressed_yet_names_the_command(family_file, deltas, tmp_path):
     config = changed(family_file, tmp_path, (str(deltas["code"]), "nowhere/code"))
-    with pytest.raises(ArtifactError, match=r"'code': .*nowhere/code: .*`meswitch compress --family"):
+    with pytest.raises(ArtifactError, match=r"'code': .*nowhere/code: .*`meswitch compress --family .* --expert code`"):
         engine_from_family(config)
 
 
@@ -99,8 +99,8 @@ def test_serve_prints_where_it_listens_answers_and_stops_on_a_signal(family_file
         answer = client.chat.completions.create(model="auto", messages=user(QUESTIONS["math"]))
         assert (answer.model, answer.choices[0].message.content[-6:]) == ("math", "#### 2")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) in (0, 1, 130, -signal.SIGINT)
-        assert "Traceback" not in process.stderr.read().replace("KeyboardInterrupt", "")
+        assert process.wait(timeout=20) == 0
+        assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.communicate()

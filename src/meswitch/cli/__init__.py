@@ -1,25 +1,18 @@
 """The command line: one file a command. Heavy packages are imported where a command uses them."""
 
 import errno
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from meswitch.cli import chat, compress, console, diff, generate, inspect, merge, serve, verify
+from meswitch.cli import chat, compress, console, diff, generate, inspect, merge, route, router, serve, verify
 from meswitch.cli.eval import evaluate
 from meswitch.errors import MeswitchError
 from meswitch.version import __version__
 
-try:  # INTERIM
-    from meswitch.cli import route, router
-except ImportError:
-    route = router = None
-
-_AFTER_AN_INTERRUPT = {
-    "compress": "run the same command again to go on",
-    "chat": "run the same command again for a new conversation",
-}
+_AFTER_AN_INTERRUPT = {"compress": "run the same command again to go on"}
 
 
 class _Commands(TyperGroup):
@@ -39,7 +32,8 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             if console.debugging():
                 raise
-            console.note(f"interrupted; {_AFTER_AN_INTERRUPT.get(ctx.invoked_subcommand, 'run the same command again')}")
+            advice = _AFTER_AN_INTERRUPT.get(ctx.invoked_subcommand, "run the same command again")
+            console.note(f"interrupted; {advice}")
             raise typer.Exit(130) from None
         raise typer.Exit(1)
 
@@ -52,14 +46,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (compress.compress, inspect.inspect, verify.verify, merge.merge, diff.diff):
-    app.command(rich_help_panel="Make and look at experts")(_command)
-app.command("eval", rich_help_panel="Make and look at experts")(evaluate)
-for _command in (generate.generate, chat.chat, serve.serve):
-    app.command(rich_help_panel="Ask")(_command)
-if route and router:  # INTERIM
-    app.command(rich_help_panel="Ask")(route.route)
-    app.add_typer(router.app, name="router", rich_help_panel="Ask")
+_MAKE: tuple[Callable[..., None], ...] = (
+    compress.compress,
+    inspect.inspect,
+    verify.verify,
+    merge.merge,
+    diff.diff,
+)
+_ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route)
+for _command in _MAKE:
+    app.command(rich_help_panel="Make and measure experts")(_command)
+app.command("eval", rich_help_panel="Make and measure experts")(evaluate)
+for _command in _ASK:
+    app.command(rich_help_panel="Ask them")(_command)
+app.add_typer(router.app, name="router", rich_help_panel="Ask them")
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.generate import explain
+from meswitch.cli.generate import check_router, explain
 from meswitch.errors import MeswitchError, UnknownExpertError
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ def chat(
 
     params = SamplingParams(max_new_tokens=max_tokens, temperature=temperature)
     config = Family.load(family)
+    if model == "auto":
+        check_router(config)
+    elif model != config.base.name:
+        config.get(model)
     with engine_from_family(config) as engine:
         talk = _Talk(config, engine, params)
         talk.use(model)
@@ -139,6 +143,6 @@ def _lines(interactive: bool) -> Iterator[str]:
     while True:
         try:
             yield input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             typer.echo()
             return

@@ -12,7 +12,7 @@ from meswitch.units import format_bytes
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
-    from meswitch.family import ExpertSection, Family
+    from meswitch.family import ExpertSection
 
 
 def compress(
@@ -46,8 +46,8 @@ def compress(
         typer.Option(
             min=1,
             max=4,
-            help="Bits of a code, 2 by default. Every bit adds an eighth of a byte a weight, and takes most of the error that is "
-            "left: 1 is for small deltas, 4 is close to exact.",
+            help="Bits of a code, 2 by default. Each bit more costs one bit a weight and leaves less than half of the "
+            "error: 1 does for small deltas, 4 is close to exact.",
         ),
     ] = None,
     salient: Annotated[
@@ -63,8 +63,8 @@ def compress(
         str | None,
         typer.Option(
             metavar="G|row",
-            help="Input channels that share a 16-bit scale, 64 by default. Fewer follow the weights better and cost 16/G bits a "
-            "weight; `row` is one scale a row.",
+            help="Input channels that share a 16-bit scale, 64 by default. It costs 16/G bits a weight: a smaller G "
+            "follows the weights better; `row` is one scale a row.",
         ),
     ] = None,
     calibration: Annotated[
@@ -77,7 +77,7 @@ def compress(
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Use at most so many tokens of that text. More cost time, not bytes.")
+        int, typer.Option(metavar="N", min=1, help="Use at most so many tokens of it; more cost time, not bytes.")
     ] = 32768,
     embeddings: Annotated[
         Literal["quantised", "exact"] | None,
@@ -124,7 +124,7 @@ def compress(
             raise ConfigError("--expert: one at a time; a family.toml (--family) compresses several")
     options: dict[str, Any] = {
         "calibration_tokens": calibration_tokens,
-        "device": _device(device),
+        "device": console.check_device(device),
         "overwrite": overwrite,
     }
     console.quiet()
@@ -163,7 +163,7 @@ def _compress_family(file: Path, names: list[str], data_free: bool, options: dic
     rows = []
     for section in experts:
         out = family.resolve(section.delta)
-        present = None if options["overwrite"] else _present(family, section, out)
+        present = None if options["overwrite"] else _present(file, section, out)
         if present is not None:
             differing = [key for key, value in settings.items() if getattr(present.manifest.method, key) != value]
             hint = f", although its {', '.join(differing)} differ from {file}'s" if differing else ""
@@ -182,7 +182,7 @@ def _compress_family(file: Path, names: list[str], data_free: bool, options: dic
     return rows
 
 
-def _present(family: "Family", section: "ExpertSection", out: Path) -> "Artifact | None":
+def _present(file: Path, section: "ExpertSection", out: Path) -> "Artifact | None":
     """The artifact that is there already; None if there is none, or a damaged one."""
     from meswitch.artifact import Artifact
     from meswitch.artifact.manifest import MANIFEST_NAME
@@ -191,7 +191,7 @@ def _present(family: "Family", section: "ExpertSection", out: Path) -> "Artifact
         return None
     if not (out / MANIFEST_NAME).is_file():
         raise ConfigError(
-            f"{family.directory / 'family.toml'}: expert {section.name!r}: delta: {out} exists and is not an artifact; "
+            f"{file}: expert {section.name!r}: delta: {out} exists and is not an artifact; "
             "move it away or choose another path"
         )
     try:
@@ -226,7 +226,7 @@ def _row(name: str, artifact: "Artifact", seconds: float | None) -> dict[str, An
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
-    made = console.table("", "expert", "full tensors", "compressed", "smaller", "bits/weight", "all files", "seconds")
+    made = console.table("", "expert", "full", "compressed", "smaller", "bits/weight", "all files", "seconds")
     for row in rows:
         made.add_row(
             row["expert"],
@@ -246,14 +246,3 @@ def _group_size(text: str | None) -> int | None:
     if text is not None and not text.isdigit():
         raise ConfigError(f"--group-size: {text!r} is neither a number nor `row`")
     return 64 if text is None else int(text)
-
-
-def _device(name: str) -> str:
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: {name!r} is neither cpu nor cuda")
-    if name != "cpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(f"--device: {name!r}: torch sees no GPU here; use cpu")
-    return name

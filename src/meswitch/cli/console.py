@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from meswitch.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -30,6 +32,22 @@ def quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
+
+
+def check_device(name: str) -> str:
+    """A `--device` that torch has here.
+
+    Raises:
+        ConfigError: it is neither cpu nor cuda, or there is no GPU.
+    """
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: {name!r} is neither cpu nor cuda")
+    if name != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device: {name!r}: torch sees no GPU here; use cpu")
+    return name
 
 
 def note(line: str) -> None:

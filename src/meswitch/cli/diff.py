@@ -213,5 +213,5 @@ def plot(found: "Diff", file: Path) -> None:
     figure.suptitle(f"What the fine-tune changed: {names}", x=0.01, ha="left", fontsize=11, fontweight="bold")
     axes.set_title(f"outside the layers: {shares or 'nothing'}", loc="left", fontsize=9, color="#555555")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)

@@ -30,7 +30,7 @@ def generate(
         float, typer.Option(min=0.0, help="0 always takes the likeliest token; 1 samples as the model says.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample only from the likeliest tokens that hold so much probability.")
+        float, typer.Option(min=0.0, max=1.0, help="Sample only from the likeliest tokens that make up this share.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable; without it every run differs.")] = None,
     raw: Annotated[
@@ -85,12 +85,24 @@ def needed(family: "Family", model: str) -> "Family":
     """The family without the experts that a named model does not need: they are not opened.
 
     Raises:
-        UnknownExpertError: no such model.
+        UnknownExpertError: no such model. RouterError: `auto`, and there is no router.
     """
     if model == "auto":
+        check_router(family)
         return family
     wanted = () if model == family.base.name else (family.get(model),)
     return family.model_copy(update={"expert": wanted})
+
+
+def check_router(family: "Family") -> None:
+    """Refuse a family without a router at once, instead of after its models are loaded.
+
+    Raises:
+        RouterError: none there, or a damaged one.
+    """
+    from meswitch.router.storage import read_file
+
+    read_file(family.resolve(family.router.path))
 
 
 def explain(route: "Route") -> str:

@@ -16,8 +16,8 @@ def merge(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(
-            help="Of the result; by default each tensor's own. Deltas are added in float32 and rounded to it: float32 keeps all of it in twice the "
-            "bytes.",
+            help="Of the result; by default each tensor keeps its own. Deltas are added in float32 and then rounded: "
+            "`float32` loses nothing of them and takes twice the bytes of bfloat16.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,

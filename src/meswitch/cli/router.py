@@ -59,7 +59,7 @@ def train(
 
     config = Family.load(family)
     rows = read_rows(data, config.names)  # before the model is loaded: a typing error shows at once
-    encoder = Encoder.load(config.resolve_model(config.base.path), device)
+    encoder = Encoder.load(config.resolve_model(config.base.path), console.check_device(device))
     target = out or config.resolve(config.router.path)
     start = time.perf_counter()
     with console.tensor_progress("queries") as advance:

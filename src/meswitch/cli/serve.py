@@ -1,5 +1,6 @@
 """`meswitch serve`: the OpenAI-compatible server of a family."""
 
+import contextlib
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meswitch.cli import console
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +20,10 @@ _SECONDS_TO_FINISH = 30  # running answers get so long when the server is asked 
 
 
 def serve(
-    family: Annotated[Path, typer.Argument(help="A family.toml, or the directory that holds one.")],
-    host: Annotated[str | None, typer.Option(help="Address to listen on, instead of the family's.")] = None,
+    family: Annotated[Path, typer.Argument(metavar="FILE", help="A family.toml, or the directory that holds one.")],
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Address to listen on, instead of the family's.")
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port, instead of the family's; 0 picks a free one.")
     ] = None,
@@ -27,15 +31,20 @@ def serve(
         int | None, typer.Option(min=1, help="Experts on the device at a time, instead of the family's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one line of JSON.")] = False,
-    log_level: Annotated[str, typer.Option(help="warning, or info for a line per request.")] = "warning",
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="warning, or info for a line per request.")
+    ] = "warning",
 ) -> None:
     """Serve the base and all experts of a family over HTTP, in OpenAI's protocol.
 
     `model` of a request is an expert's name, the base's, or `auto` for the router's choice. If the environment has
     MESWITCH_API_KEY, clients must send it. Ctrl-C lets running answers finish.
 
-      meswitch serve examples/family --port 8000
+    Example:
+
+        meswitch serve family.toml --port 8000
     """
+    console.quiet()
     if log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level}: use debug, info, warning or error")
     from meswitch.family import Family
@@ -57,7 +66,8 @@ def serve(
     )
     listener.listen(2048)  # from here on clients may connect, so only now is the address printed
     _show(_summary(config, engine, listener, problem), as_json)
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped in good order
+        server.run(sockets=[listener])
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -97,24 +107,17 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary), flush=True)
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from meswitch.units import format_bytes
 
     memory = summary["memory"]
-    table = Table(title=f"meswitch serves {summary['url']}", title_justify="left", show_edge=False)
-    table.add_column("model")
-    table.add_column("bytes", justify="right")
-    table.add_column("what it is", overflow="fold")
-    table.add_row(escape(summary["base"]["name"]), format_bytes(memory["base"]), escape(summary["base"]["path"]))
+    base = format_bytes(memory["base"])
+    table = console.table(f"meswitch serves {summary['url']}", "model", "bytes", "what it is")
+    table.columns[2].justify = "left"
+    table.add_row(summary["base"]["name"], base, summary["base"]["path"])
     for expert in summary["experts"]:
-        table.add_row(expert["name"], format_bytes(expert["bytes"]), escape(expert["description"]))
-    router = "the router's choice" if summary["auto"] else f"[yellow]off:[/] {escape(summary['auto_problem'])}"
-    table.add_row("auto", "", router)
-    console = Console()
-    console.print(table)
-    console.print(f"{summary['slots']} slots, {format_bytes(memory['slots'])}; base {format_bytes(memory['base'])}")
+        table.add_row(expert["name"], format_bytes(expert["bytes"]), expert["description"])
+    table.add_row("auto", "", "the router's choice" if summary["auto"] else f"off: {summary['auto_problem']}")
+    slots = "1 slot" if summary["slots"] == 1 else f"{summary['slots']} slots"
+    console.show(table, f"Memory: base {base}, {slots} {format_bytes(memory['slots'])}")
     if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
-        console.print("[yellow]open to the network without a key: set MESWITCH_API_KEY[/]")
+        console.note("open to the network without a key; set MESWITCH_API_KEY to ask for one")

@@ -1,7 +1,7 @@
 """`meswitch verify`: is every byte what was written, and is this its base?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,19 +37,19 @@ def verify(
 
     artifact = Artifact.open(directory)
     artifact.verify()
-    entries = artifact.manifest.tensors.values()
-    checked = {
+    companions = sorted(artifact.manifest.companions)
+    checked: dict[str, Any] = {
         "artifact": str(directory),
         "ok": True,
         "tensors": len(artifact.manifest.tensors),
         "stored_tensors": len(artifact.infos),
         "tensor_bytes": artifact.nbytes,
-        "companion_files": sorted(artifact.manifest.companions),
+        "companion_files": companions,
         "base": None,
     }
     if base is not None:
         artifact.check_base(Checkpoint.open(base), full=True)
-        compared = sum(entry.base_sha256 is not None for entry in entries)
+        compared = sum(entry.base_sha256 is not None for entry in artifact.manifest.tensors.values())
         checked["base"] = {"source": base, "tensors": compared, "fingerprint": artifact.manifest.base.fingerprint}
     if as_json:
         console.print_json(checked)
@@ -58,7 +58,7 @@ def verify(
         f"{directory}: all is as it was written",
         f"  manifest     every field, and the shapes that {checked['tensors']} tensors imply",
         f"  tensors      {checked['stored_tensors']} SHA-256 sums over {format_bytes(artifact.nbytes)}",
-        f"  companions   {len(artifact.manifest.companions)} SHA-256 sums: {', '.join(checked['companion_files'])}",
+        f"  companions   {len(companions)} SHA-256 sums: {', '.join(companions)}",
         "  base         not compared; give --base"
         if base is None
         else f"  base         {compared} SHA-256 sums of {base}, and its fingerprint",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meswitch.codec.feedback import feedback_codes, inverse_factor
+from meswitch.codec.feedback import damped, feedback_codes, inverse_factor
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import (
     SCALE_DTYPE,
@@ -17,6 +17,7 @@ from meswitch.codec.quantize import (
     normal_scales,
     quantize,
 )
+from meswitch.codec.refit import refit
 from meswitch.codec.salient import reconstruction_error, select_salient
 from meswitch.errors import MeswitchError
 
@@ -135,8 +136,8 @@ def encode(
         delta: [rows, in_features] float32.
         name: of the tensor, for errors.
         second_moment: [in_features, in_features] float32, `X^T X / n` of the layer's inputs. With it the
-            salient channels are chosen by activation energy x quantisation error and rounding uses error
-            feedback; without it both are data-free.
+            salient channels are chosen by activation energy x quantisation error, rounding uses error feedback
+            and scales are refitted; without it all are data-free.
         extra: [extra_rows, in_features], stored as it is.
 
     Raises:
@@ -151,21 +152,25 @@ def encode(
     if index.numel():  # the salient channels need no scale: fit it to the rest
         kept = torch.ones(delta.shape[1], dtype=torch.float32, device=delta.device)
         kept[index.long()] = 0
+    metric = None
     if second_moment is not None:
+        metric = damped(second_moment, spec.damping)
         order = _salient_last(second_moment.diagonal(), index)
-        factor = inverse_factor(second_moment, order, spec.damping)
+        factor = inverse_factor(metric, order)
     columns = index.long()
     packed, scales, salient = [], [], []
     for block in _row_blocks(delta, _FEEDBACK_BLOCK if second_moment is not None else _BLOCK):
         scale = mse_scales(block, spec.bits, spec.group_size, kept)
-        if second_moment is None:
-            codes, target = quantize(block, scale, spec.bits, spec.group_size), block
+        if metric is None:
+            codes = quantize(block, scale, spec.bits, spec.group_size)
+            step = expand_scale(scale.float(), delta.shape[1], spec.group_size)[:, columns]
+            missing = block[:, columns] - levels(codes[:, columns], spec.bits) * step
         else:
-            codes, target = feedback_codes(block, scale, spec.bits, spec.group_size, factor, order, exact=index.numel())
-        step = expand_scale(scale.float(), delta.shape[1], spec.group_size)[:, columns]
+            codes = feedback_codes(block, scale, spec.bits, spec.group_size, factor, order, exact=index.numel())
+            scale, missing = refit(block, codes, spec.bits, spec.group_size, columns, metric, scale)
         packed.append(pack(codes, spec.bits))
         scales.append(scale)
-        salient.append((target[:, columns] - levels(codes[:, columns], spec.bits) * step).to(SALIENT_DTYPE))
+        salient.append(missing.to(SALIENT_DTYPE))
     return PackedDelta(
         packed=torch.cat(packed),
         scale=torch.cat(scales),

@@ -4,7 +4,7 @@ The layer's output error is `tr((D - Dq) H (D - Dq)^T)` with the inputs' second 
 Rounding the columns one after another and correcting the rest by the inverse Cholesky factor of `H`
 minimises it greedily (GPTQ, arXiv 2210.17323, section 3). Two choices are ours: the scales are fixed
 beforehand, so that columns can be taken in order of falling energy whatever their group; and the salient
-channels come last, so that they absorb in 16 bit what all the others leave behind.
+channels come last, so that they absorb in 16 bit what all the others leave behind (`refit` finds their values).
 """
 
 import torch
@@ -15,28 +15,31 @@ from meswitch.codec.quantize import expand_scale
 _BLOCK = 128
 
 
-def inverse_factor(second_moment: Tensor, order: Tensor, damping: float) -> Tensor:
+def damped(second_moment: Tensor, damping: float) -> Tensor:
+    """The second moment with `damping` times its mean diagonal added to the diagonal: positive definite."""
+    shift = damping * second_moment.diagonal().mean() + torch.finfo(torch.float32).tiny
+    return second_moment + shift * torch.eye(len(second_moment), device=second_moment.device)
+
+
+def inverse_factor(metric: Tensor, order: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped second moment, its channels permuted by `order`.
 
     Args:
-        second_moment: [in_features, in_features] float32, symmetric, positive semidefinite.
+        metric: [in_features, in_features] float32, symmetric, positive definite.
         order: [in_features] int64, a permutation.
-        damping: share of the mean diagonal added to the diagonal.
 
     Returns:
-        [in_features, in_features] float32, upper triangular.
+        [in_features, in_features] float32, upper triangular; the identity where `metric` is too ill-conditioned
+        for float32 even with more damping: then there is no feedback.
     """
-    matrix = second_moment[order][:, order]
-    mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    for attempt in range(6):
-        damped = matrix + eye * (mean * damping * 10**attempt)
-        lower, info = torch.linalg.cholesky_ex(damped)
+    matrix = metric[order][:, order]
+    for extra in (0.0, 0.01, 0.1, 1.0):
+        lower, info = torch.linalg.cholesky_ex(damped(matrix, extra))
         if int(info) == 0:
             factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if int(info) == 0:
                 return factor
-    return eye  # an input that never varies: no correlation to exploit
+    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
 def feedback_codes(
@@ -47,7 +50,7 @@ def feedback_codes(
     factor: Tensor,
     order: Tensor,
     exact: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Codes with error feedback.
 
     Args:
@@ -58,8 +61,7 @@ def feedback_codes(
         exact: number of salient channels.
 
     Returns:
-        codes [out_features, in_features] uint8, and the corrected target [out_features, in_features] float32,
-        of which the salient columns are to be kept.
+        [out_features, in_features] uint8.
     """
     top = 2**bits - 1
     width = delta.shape[1]
@@ -86,4 +88,4 @@ def feedback_codes(
         codes[:, rounded:] = ((value / step[:, rounded:] + top) / 2).round_().clamp_(0, top).to(torch.uint8)
     back = torch.empty_like(order)
     back[order] = torch.arange(width, device=order.device)
-    return codes[:, back], target[:, back]
+    return codes[:, back]

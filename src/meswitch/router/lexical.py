@@ -20,15 +20,14 @@ _CJK = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # written without spaces: e
 _WORD = re.compile(rf"{_CJK}|[^\W\d_]+|\d+(?:\.\d+)?|[^\w\s]|_")
 
 # Words that carry the form of a request rather than its topic.
-_FORM_WORDS = frozenset(
-    """
-    a an the of to in on at by for with from into about as is are was were be been do does did has have had can could
-    will would should may might must i you he she it we they me my your his her its our their them this that these
-    those what which who whom whose when where why how many much all each every any some no not and or but if than
-    then there so more most less least first last only also other same write find give list show tell make create
-    explain describe name count return get number function
-    """.split()
-)
+_FORM = """
+a an the of to in on at by for with from into about as is are was were be been do does did has have had can could will
+would should may might must i you he she it we they me my your his her its our their them this that these those what
+which who whom whose when where why how many much all each every any some no not and or but if than then there so more
+most less least first last only also other same write find give list show tell make create explain describe name count
+return get number function
+"""
+_FORM_WORDS = frozenset(_FORM.split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,7 @@ class RouterFile:
 
 def write_router(path: Path, file: RouterFile, tensors: dict[str, Tensor]) -> None:
     """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router."""
+    path = path.resolve()
     if path.exists() and not (path / JSON_NAME).is_file():
         raise RouterError(f"{path}: exists and is not a router; choose another place")
     raw = save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -189,7 +190,8 @@ def _decode(kind: Any, value: Any, file: Path, where: str) -> Any:
             raise RouterError(f"{file}: {prefix}{key}: unknown field; it was written by another version")
         for key in hints.keys() - value.keys():
             raise RouterError(f"{file}: {prefix}{key}: missing field; train the router again")
-        return kind(**{key: _decode(hints[key], item, file, prefix + key) for key, item in value.items()})
+        make: Any = kind
+        return make(**{key: _decode(hints[key], item, file, prefix + key) for key, item in value.items()})
     if origin is tuple:
         _expect(isinstance(value, list), "a list", value, file, where)
         return tuple(_decode(arguments[0], item, file, f"{where}[{i}]") for i, item in enumerate(value))

@@ -29,12 +29,9 @@ class Generation:
             raise _dead(engine)
         count = len(prompts) * request.n
         if count > engine.max_queue:
-            raise ApiError(
-                400,
-                f"{prompt_field}: {count} answers in one request, the queue holds {engine.max_queue}; ask for less",
-                param=prompt_field,
-                code="invalid_value",
-            )
+            field = "n" if len(prompts) == 1 else prompt_field
+            message = f"{field}: {count} answers in one request, the queue holds {engine.max_queue}; ask for less"
+            raise ApiError(400, message, param=field, code="invalid_value")
         self._engine = engine
         self._choices = request.n
         self._loop = asyncio.get_running_loop()

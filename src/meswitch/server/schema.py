@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from meswitch.engine import SamplingParams
@@ -56,6 +56,18 @@ def _refuse(kind: Literal["unsupported", "bad_value"], field: str, reason: str) 
     return PydanticCustomError(kind, "{reason}", {"field": field, "reason": reason})
 
 
+def _encodable(value: str) -> str:
+    """JSON may hold half a surrogate pair, which no tokenizer reads."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not valid Unicode text (half of a surrogate pair)") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 def _texts(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
@@ -73,9 +85,10 @@ def _content(value: Any) -> Any:
 
 def _prompts(value: Any) -> Any:
     """One prompt or several -> a list of prompts."""
-    if isinstance(value, str) or (isinstance(value, list) and value and _is_tokens(value)):
+    if isinstance(value, str) or _is_tokens(value):
         return [value]
-    if isinstance(value, list) and value and all(isinstance(item, str) or _is_tokens(item) for item in value):
+    several = isinstance(value, list) and bool(value)
+    if several and (all(isinstance(item, str) for item in value) or all(_is_tokens(item) for item in value)):
         return value
     raise ValueError("give a text, a list of texts, a list of token ids or a list of such lists; none of them empty")
 
@@ -98,8 +111,8 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
-    name: str | None = None
+    content: Annotated[Text, BeforeValidator(_content)]
+    name: Text | None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it: OpenAI renamed the system role, templates have not."""
@@ -123,7 +136,7 @@ class GenerationRequest(_Strict):
     top_k: int = Field(default=0, ge=0)
     seed: int | None = Field(default=None, ge=-_SEED, le=_SEED)
     stop: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts), Field(max_length=MAX_STOPS)
+        tuple[Annotated[Text, Field(min_length=1)], ...], BeforeValidator(_texts), Field(max_length=MAX_STOPS)
     ] = ()
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
@@ -193,7 +206,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[Text] | list[list[int]], BeforeValidator(_prompts)]
 
     @property
     def token_limit(self) -> int:

@@ -1,0 +1,170 @@
+"""The whole of meswitch on a real family: compress four fine-tunes, train a router, serve, ask, count.
+
+    make demo          (or: python examples/demo.py [--out runs/demo])
+
+Every step is the command that a user would type; the questions go through the `openai` client, all at once.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.table import Table
+
+from meswitch import Artifact
+from meswitch.evaluate.accuracy import answer
+from meswitch.evaluate.tasks import Question, draw
+from meswitch.family import Family
+from meswitch.units import format_bytes
+
+EXAMPLE = Path(__file__).parent / "family"
+QUESTIONS = {"math": 12, "code": 10, "instruct": 10, "sql": 8}
+SEED = 7  # the experts were trained on draws of seed 1
+MESWITCH = [sys.executable, "-m", "meswitch"]
+console = Console()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question."""
+
+    text: str
+    served_by: str
+    tokens: int
+
+
+def step(*command: str) -> None:
+    """Show a command and run it."""
+    console.print(f"\n[bold]$ meswitch {' '.join(command)}[/]")
+    subprocess.run([*MESWITCH, *command], check=True)
+
+
+@contextmanager
+def server(family: Path) -> Iterator[dict]:
+    """A running `meswitch serve` and its summary."""
+    command = ["serve", str(family), "--port", "0", "--json"]
+    console.print(f"\n[bold]$ meswitch {' '.join(command)}[/]")
+    process = subprocess.Popen([*MESWITCH, *command], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            sys.exit("the server did not start; its message is above")
+        summary = json.loads(line)
+        console.print(f"{summary['url']}: {len(summary['experts'])} experts, {summary['slots']} slots")
+        yield summary
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+async def ask_all(url: str, questions: list[Question], models: list[str]) -> tuple[list[Answer], float]:
+    """All questions at once; the answers in their order, and the seconds it took."""
+    async with AsyncOpenAI(base_url=url, api_key="unused", timeout=300) as client:
+
+        async def ask(question: Question, model: str) -> Answer:
+            reply = await client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": question.prompt}], max_tokens=56
+            )
+            tokens = reply.usage.completion_tokens if reply.usage else 0
+            return Answer(reply.choices[0].message.content or "", reply.model, tokens)
+
+        started = time.perf_counter()
+        answers = await asyncio.gather(*map(ask, questions, models))
+        return list(answers), time.perf_counter() - started
+
+
+def full_answers(family: Family, questions: list[Question]) -> list[str]:
+    """Each question answered by its uncompressed fine-tune, with plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts: dict[str, str] = {}
+    for section in family.expert:
+        source = family.resolve_model(section.source or "")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        prompts = [q.prompt for q in questions if q.domain == section.name]
+        texts |= zip(prompts, answer(model, AutoTokenizer.from_pretrained(source), prompts), strict=True)
+    return [texts[q.prompt] for q in questions]
+
+
+def share_right(questions: list[Question], texts: list[str], full: list[str], domain: str) -> str:
+    """How many of a domain's answers are right. SQL has no exact check: right is what the full fine-tune says."""
+    rows = [(q, text, wanted) for q, text, wanted in zip(questions, texts, full, strict=True) if q.domain == domain]
+    right = sum(q.check(text) if q.check else text == wanted for q, text, wanted in rows)
+    return f"{right}/{len(rows)}"
+
+
+def report(family: Family, questions: list[Question], results: dict[str, list[Answer]], full: list[str]) -> Table:
+    """One row an expert."""
+    table = Table(title="\nThe same questions, four ways", title_justify="left")
+    columns = (
+        "expert",
+        "before",
+        "after",
+        "bits/weight",
+        "full fine-tune",
+        "compressed",
+        "base",
+        "auto",
+        "routed right",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "expert" else "right")
+    texts = {way: [a.text for a in answers] for way, answers in results.items()}
+    for section in family.expert:
+        artifact = Artifact.open(family.resolve(section.delta))
+        mine = [a for q, a in zip(questions, results["auto"], strict=True) if q.domain == section.name]
+        table.add_row(
+            section.name,
+            format_bytes(artifact.manifest.expert.bytes),
+            format_bytes(artifact.nbytes),
+            f"{artifact.bits_per_weight:.2f}",
+            share_right(questions, full, full, section.name),
+            *(share_right(questions, texts[way], full, section.name) for way in ("named", "base", "auto")),
+            f"{sum(a.served_by == section.name for a in mine)}/{len(mine)}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="compress and train again what is there already")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    family = Family.load(EXAMPLE)
+    step("compress", "--family", str(EXAMPLE), *(["--overwrite"] if options.fresh else []))
+    step("router", "train", "--family", str(EXAMPLE), "--data", str(EXAMPLE / "routing.jsonl"))
+    questions = [q for domain, n in QUESTIONS.items() for q in draw(domain, n, SEED)]
+    results: dict[str, list[Answer]] = {}
+    seconds = 0.0
+    with server(EXAMPLE) as summary:
+        console.print(f"asking {len(questions)} questions at once, three ways: auto, by the expert's name, the base")
+        ways = {"auto": ["auto"] * len(questions), "named": [q.domain for q in questions]}
+        ways["base"] = ["base"] * len(questions)
+        for way, models in ways.items():
+            results[way], took = asyncio.run(ask_all(summary["url"], questions, models))
+            seconds = took if way == "auto" else seconds
+    console.print("asking the full fine-tunes the same, one after another, with transformers")
+    full = full_answers(family, questions)
+    console.print(report(family, questions, results, full))
+    routed = sum(a.served_by == q.domain for q, a in zip(questions, results["auto"], strict=True))
+    tokens = sum(a.tokens for a in results["auto"])
+    console.print(
+        f"routed right: {routed}/{len(questions)}; auto: {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} "
+        f"tokens/s, {len(QUESTIONS)} experts in one batch. sql counts answers equal to the full fine-tune's.\n"
+        f"In all {time.perf_counter() - started:.0f} s."
+    )
+
+
+if __name__ == "__main__":
+    main()

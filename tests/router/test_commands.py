@@ -1,0 +1,89 @@
+"""`meswitch route` and `meswitch router`, as a person runs them."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from meswitch.cli import app
+
+
+@pytest.fixture(scope="module")
+def project(family, all_rows, tmp_path_factory):
+    """A copy of the family whose router goes beside it, and some of its routing data."""
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(family / "base", root / "base")
+    text = (family / "family.toml").read_text()
+    (root / "family.toml").write_text(text.replace("../../runs/demo/router", "router"))
+    lines = (family / "routing.jsonl").read_text().splitlines()
+    (root / "train.jsonl").write_text("\n".join(lines[::6]))
+    (root / "dev.jsonl").write_text("\n".join(lines[1::12]))
+    return root
+
+
+def run(project, *words):
+    return CliRunner().invoke(app, [word.replace("@", f"{project}/") for word in words])
+
+
+@pytest.fixture(scope="module")
+def trained(project):
+    done = run(project, "router", "train", "--family", "@family.toml", "--data", "@train.jsonl", "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_training_writes_the_familys_router_and_says_how_good_it_is(trained, project):
+    assert (project / "router" / "router.json").is_file()
+    assert trained["router"] == str((project / "router").resolve())
+    assert trained["held_out"]["accuracy"] > 0.95
+    assert sum(trained["rows"].values()) == len((project / "train.jsonl").read_text().splitlines())
+
+
+def test_eval_prints_only_json(trained, project):
+    done = run(project, "router", "eval", "--family", "@", "--data", "@dev.jsonl", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert set(json.loads(done.stdout)) == {
+        "accuracy",
+        "per_domain",
+        "per_source",
+        "confusion",
+        "ece",
+        "auroc",
+        "coverage",
+        "latency_ms",
+    }
+
+
+def test_eval_prints_tables(trained, project):
+    done = run(project, "router", "eval", "--family", "@", "--data", "@dev.jsonl")
+    assert "accuracy" in done.stdout
+    assert "templates" in done.stdout
+
+
+def test_route_prints_scores_and_the_choice(trained, project):
+    done = run(project, "route", "--family", "@family.toml", "Write a Python function that doubles a number.")
+    assert done.exit_code == 0, done.stderr
+    assert "choice: code" in done.stdout
+    assert all(name in done.stdout for name in ("math", "code", "instruct", "sql"))
+
+
+def test_route_as_json_and_with_a_threshold(trained, project):
+    words = ("route", "--family", "@family.toml", "--threshold", "1", "--json", "Write a Python function.")
+    route = json.loads(run(project, *words).stdout)
+    assert (route["choice"], route["reason"], route["threshold"]) == ("base", "abstained", 1.0)
+    assert sum(route["scores"].values()) == pytest.approx(1)
+
+
+def test_an_untrained_family_says_how_to_train(project):
+    done = run(project, "route", "--family", "@family.toml", "--router", "@nowhere", "hello")
+    assert done.exit_code == 1
+    assert "meswitch router train" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_bad_row_is_named(project):
+    (project / "bad.jsonl").write_text('{"query": "x", "domain": "math"}\n{"query": "x", "domain": "chess"}\n')
+    done = run(project, "router", "train", "--family", "@family.toml", "--data", "@bad.jsonl")
+    assert done.exit_code == 1
+    assert "bad.jsonl:2: domain: 'chess'" in done.stderr
