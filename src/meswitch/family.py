@@ -96,8 +96,9 @@ class Family(_Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"expert.name: {name!r} is used twice; every expert and the base need their own")
-        if "auto" in names:
-            raise ValueError("expert.name: 'auto' is reserved for routing; choose another name")
+        for name in ("auto", "other"):
+            if name in names:
+                raise ValueError(f"expert.name: {name!r} is reserved for routing; choose another name")
         if self.router.fallback not in names:
             raise ValueError(f"router.fallback: {self.router.fallback!r} is none of {', '.join(names)}")
         return self

@@ -180,7 +180,9 @@ class ArtifactWriter:
                     f"{self.partial}: no space left to write ({error.strerror}); free some and run the same command "
                     "again: it goes on where it stopped"
                 ) from error
-            raise ArtifactError(f"{error.filename or self.partial}: cannot write: {error.strerror or error}") from error
+            raise ArtifactError(
+                f"{error.filename or self.partial}: cannot write ({error.strerror or error}); choose another --out"
+            ) from error
         except Exception as error:
             # safetensors reports a failed write as its own exception, with the cause only in the text
             if type(error).__name__ == "SafetensorError":

@@ -43,7 +43,7 @@ class Spec:
         if self.bits not in (1, 2, 3, 4):
             raise ValueError(f"bits must be 1, 2, 3 or 4, not {self.bits}")
         if self.group_size is not None and self.group_size < 8:
-            raise ValueError(f"group_size must be at least 8 or None for a row, not {self.group_size}")
+            raise ValueError(f"group_size must be at least 8 or a whole row, not {self.group_size}")
         if self.salient < 0:
             raise ValueError(f"salient must be 0 or more, not {self.salient}")
 

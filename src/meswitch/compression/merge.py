@@ -25,6 +25,10 @@ def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | No
         dtype: of the result; None keeps each tensor's stored one (deltas are added in float32 either way).
     """
     artifact.check_base(base)
+    return _restore(base, artifact, dtype)
+
+
+def _restore(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, entry in artifact.manifest.tensors.items():
         value = artifact.read(name)
         if isinstance(value, PackedDelta):
@@ -56,6 +60,7 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype: {dtype!r} is none of float32, bfloat16, float16")
     checkpoint, artifact = Checkpoint.open(base), Artifact.open(delta)
+    artifact.check_base(checkpoint)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -72,7 +77,7 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | 
             weight_map.update(dict.fromkeys(pending, path.name))
             pending.clear()
 
-    for name, tensor in merged_tensors(checkpoint, artifact, wanted):
+    for name, tensor in _restore(checkpoint, artifact, wanted):
         pending[name] = tensor
         if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
             flush()

@@ -26,6 +26,7 @@ from meswitch.compression.compatibility import check_same_computation, check_sam
 from meswitch.compression.walk import walk
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.tensorfile import NAMES, tensor_bytes
+from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
 # (tensors done, tensors in all, name of the last one)
@@ -103,7 +104,8 @@ def compress(
     check_same_tensors(source, target)
     text = None if calibration is None else load_calibration(calibration, target.directory, calibration_tokens)
     run = _Run(source, target, Path(out), options, text, torch.device(device), overwrite, progress)
-    return run.execute()
+    with fitting_threads(run.device, target.config.hidden_size):
+        return run.execute()
 
 
 class _Run:

@@ -6,10 +6,12 @@ another's KV blocks.
 
 import dataclasses
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
@@ -17,6 +19,7 @@ from transformers.generation import ContinuousBatchingConfig
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
+from meswitch.threads import deserves_one
 
 # (all tokens so far, finished, error text or None)
 Listener = Callable[[list[int], bool, str | None], None]
@@ -35,6 +38,7 @@ class Batch:
         self.kv_tokens = kv_tokens
         self._switch = switch
         self._device = next(model.parameters()).device
+        self._narrow = deserves_one(self._device, model.config.hidden_size)
         self._slots: dict[str, int] = {}
         self._listeners: dict[str, Listener] = {}
         self._cancelled: set[str] = set()
@@ -92,6 +96,8 @@ class Batch:
 
     def close(self) -> None:
         self._stopping = True
+        if self._manager.batch_processor is None:  # nothing was served yet: stopping is no cause for a warning
+            logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
         self._manager.stop(block=True, timeout=30, hard_stop=True)
         self._reader.join(timeout=5)
         self._hook.remove()
@@ -107,6 +113,8 @@ class Batch:
         """Map each token of the step to its expert's slot."""
         if "cu_seq_lens_q" not in kwargs:
             return
+        if self._narrow:  # of this thread alone; the loop has no other place where it could be said
+            torch.set_num_threads(1)
         batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         requests = [future.state.request_id for future in batch]
         with self._lock:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from meswitch.router.base import OTHER, Messages, Router, text_of
-from meswitch.router.encoder import Encoder, Progress, fitting_threads
+from meswitch.router.encoder import Encoder, Progress
 from meswitch.router.lexical import Bags, bags
 from meswitch.router.storage import KIND, BaseInfo, Calibration, Provenance, RouterFile, Settings, write_router
+from meswitch.threads import fitting_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class EmbeddingRouter(Router):
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
         if not messages_batch:
             return []
-        with fitting_threads(self.encoder):
+        with fitting_threads(self.encoder.model.device, self.encoder.hidden_size):
             features = extract(self.encoder, [text_of(messages) for messages in messages_batch], self.settings)
             logits = self.heads.logits(features) / self.calibration.temperature
             rows = logits.double().softmax(1).tolist()

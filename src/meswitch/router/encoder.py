@@ -16,7 +16,6 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 _CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches are slower
 _GPU_BATCH_TOKENS = 8192
-_SMALL = 512  # hidden size up to which one thread is faster than several
 
 
 class Encoder:
@@ -112,22 +111,6 @@ def _batches(order: list[int], tokens: list[list[int]], limit: int) -> Iterator[
         batch.append(i)
     if batch:
         yield batch
-
-
-@contextlib.contextmanager
-def fitting_threads(encoder: Encoder) -> Iterator[None]:
-    """One torch thread while a small model runs on the CPU.
-
-    Its operations take microseconds, and where something else is busy the threads' barriers cost a hundred times that.
-    The setting belongs to the thread that calls (and to threads born meanwhile), so others keep theirs.
-    """
-    before = torch.get_num_threads()
-    small = encoder.model.device.type == "cpu" and encoder.hidden_size <= _SMALL
-    torch.set_num_threads(1 if small else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ from torch import Tensor
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, extract
-from meswitch.router.encoder import Encoder, Progress, fitting_threads
+from meswitch.router.encoder import Encoder, Progress
 from meswitch.router.heads import auroc, calibration_error, logistic, naive_bayes, temperature, threshold
 from meswitch.router.storage import Calibration, Provenance, Settings
+from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
 COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
@@ -46,7 +47,7 @@ def train_router(
     """
     settings = settings or default_settings(encoder)
     labels = _labels(rows, experts, settings.folds)
-    with fitting_threads(encoder):
+    with fitting_threads(encoder.model.device, encoder.hidden_size):
         targets = torch.tensor([labels.index(row.domain) for row in rows])
         features = extract(encoder, [row.query for row in rows], settings, progress)
         heads, calibration = _train(rows, features, targets, len(labels), len(experts), settings)
