@@ -58,6 +58,7 @@ def main() -> None:
             )
         for row in (r.to_dict() for r in measured.rows):
             if row["kind"] == "delta":
+                del row["path"]
                 rows.append({"setting": label, "compress_seconds": seconds[row["model"]], **row})
                 print(json.dumps(rows[-1]), flush=True)
     meta = {

@@ -80,6 +80,21 @@ def test_cancelling_frees_the_slot_and_the_queue(engine):
     assert idle(engine)
 
 
+def test_cancelling_at_the_moment_of_admission_leaks_nothing(engine, monkeypatch):
+    submit = engine._batch.submit
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        submit(*arguments)
+
+    monkeypatch.setattr(engine._batch, "submit", slowly)
+    request = engine.submit(QUESTION, model="code", params=SamplingParams(max_new_tokens=400))
+    while engine.load()["running"] == 0:
+        time.sleep(0.01)
+    engine.cancel(request)
+    assert idle(engine)
+
+
 def test_a_full_queue_refuses_and_recovers(family, deltas):
     with Engine(family / "base", {"math": deltas["math"]}, device="cpu", max_queue=3) as engine:
         requests = [engine.submit(QUESTION, model="base", params=SamplingParams(200)) for _ in range(3)]

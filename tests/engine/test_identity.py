@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
+from meswitch.engine.batching import Batch
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 LONG = [{"role": "user", "content": "Write these words in capital letters: " + "river stone cloud table " * 12}]
@@ -58,10 +59,11 @@ def test_the_experts_disagree_so_that_a_mix_up_would_show(expected):
 
 def test_identical_prompts_for_all_experts_at_once(engine, expected):
     names = engine.names * 2  # five models, three slots
-    answers = engine.generate([PROMPT] * len(names), model=names, max_new_tokens=NEW_TOKENS)
-    for name, answer in zip(names, answers, strict=True):
-        assert answer.model == name
-        assert answer.tokens == expected[name, 0], name
+    for number, prompt in enumerate((PROMPT, LONG)):
+        answers = engine.generate([prompt] * len(names), model=names, max_new_tokens=NEW_TOKENS)
+        for name, answer in zip(names, answers, strict=True):
+            assert answer.model == name
+            assert answer.tokens == expected[name, number], name
 
 
 def test_staggered_concurrent_streaming_and_not(engine, expected):
@@ -90,9 +92,10 @@ def test_staggered_concurrent_streaming_and_not(engine, expected):
 
 def test_a_prefix_shared_by_two_experts_is_computed_by_each(engine, expected):
     """Right after math's answer its KV blocks are free but filled; code's identical prompt must not find them."""
+    assert len(engine.voices["math"].encode(LONG)) > Batch.PAGE  # whole blocks, which a prefix cache would share
     for name in ("math", "code", "math", "base", "instruct"):
-        (answer,) = engine.generate([PROMPT], model=name, max_new_tokens=NEW_TOKENS)
-        assert answer.tokens == expected[name, 0], name
+        (answer,) = engine.generate([LONG], model=name, max_new_tokens=NEW_TOKENS)
+        assert answer.tokens == expected[name, 1], name
 
 
 def test_one_slot_serves_the_whole_family(family, deltas, expected):

@@ -156,7 +156,8 @@ class Batch:
         if processor is None:  # the loop is still starting
             return False
         scheduler = processor.scheduler
-        return request not in scheduler.active_requests and request not in scheduler.waiting_requests
+        queued = {state.request_id for state in list(self._manager.input_queue.queue)}
+        return request not in queued | scheduler.active_requests.keys() | scheduler.waiting_requests.keys()
 
     def _fail_all(self, reason: str) -> None:
         with self._lock:

@@ -243,6 +243,8 @@ class Engine:
             self._batch.submit(request.id, request.prompt, slot, request.params, request.voice.eos, listen)
         except MeswitchError as error:
             self._on_tokens(request, slot, [], True, str(error))
+        if request.done:  # cancelled between leaving the queue and joining the batch, which did not know it yet
+            self._batch.cancel(request.id)
         return True
 
     def _leave_queue(self, request: Request, running_in: int | None = None) -> bool:
