@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meswitch import Artifact
+from meswitch.cli.console import quiet
 from meswitch.evaluate.accuracy import answer
 from meswitch.evaluate.tasks import Question, draw
 from meswitch.family import Family
@@ -30,7 +31,7 @@ EXAMPLE = Path(__file__).parent / "family"
 QUESTIONS = {"math": 12, "code": 10, "instruct": 10, "sql": 8}
 SEED = 7  # the experts were trained on draws of seed 1
 MESWITCH = [sys.executable, "-m", "meswitch"]
-console = Console()
+console = Console(width=max(100, Console().width))
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,8 @@ def share_right(questions: list[Question], texts: list[str], full: list[str], do
 
 def report(family: Family, questions: list[Question], results: dict[str, list[Answer]], full: list[str]) -> Table:
     """One row an expert."""
-    table = Table(title="\nThe same questions, four ways", title_justify="left")
-    columns = (
-        "expert",
-        "before",
-        "after",
-        "bits/weight",
-        "full fine-tune",
-        "compressed",
-        "base",
-        "auto",
-        "routed right",
-    )
+    table = Table(title="\nThe same questions to the full fine-tune, the compressed expert, the base, and auto")
+    columns = ("expert", "before", "after", "bits/weight", "full", "compressed", "base", "auto", "routed")
     for name in columns:
         table.add_column(name, justify="left" if name == "expert" else "right")
     texts = {way: [a.text for a in answers] for way, answers in results.items()}
@@ -140,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="compress and train again what is there already")
     options = parser.parse_args()
+    quiet()
     started = time.perf_counter()
     family = Family.load(EXAMPLE)
     step("compress", "--family", str(EXAMPLE), *(["--overwrite"] if options.fresh else []))

@@ -33,6 +33,7 @@ class CompressSection(_Section):
     salient: int | None = Field(default=None, ge=0)  # None: one input channel in 512, at least one
     group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 64
     embeddings: Literal["quantised", "exact"] = "quantised"
+    distill: int | None = Field(default=None, ge=0)  # steps of training scales; None: 100 for small experts
 
 
 class ExpertSection(_Section):

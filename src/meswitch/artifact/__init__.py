@@ -4,6 +4,7 @@ from meswitch.artifact.accounting import Accounting, account
 from meswitch.artifact.fingerprint import fingerprint
 from meswitch.artifact.manifest import Calibration, Entry, Manifest, Method
 from meswitch.artifact.reader import Artifact, packed_from_parts
+from meswitch.artifact.rewrite import rewrite
 from meswitch.artifact.writer import ArtifactWriter
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "account",
     "fingerprint",
     "packed_from_parts",
+    "rewrite",
 ]

@@ -85,6 +85,19 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Distillation:
+    """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
+    expert, nats a token) on its held-out tenth before and after."""
+
+    steps: int
+    learning_rate: float
+    batch: int
+    seed: int
+    held_out_before: float
+    held_out_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """Every parameter of the compression."""
 
@@ -95,6 +108,7 @@ class Method:
     embeddings: str
     damping: float
     calibration: Calibration | None = None
+    distillation: Distillation | None = None
 
 
 @dataclass(frozen=True, slots=True)

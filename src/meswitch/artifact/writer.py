@@ -51,9 +51,7 @@ class ArtifactWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_entries: dict[str, Entry] = {}
         self.entries: dict[str, Entry] = {}
-        if self.out.exists() and not (overwrite and (self.out / MANIFEST_NAME).is_file()):
-            fix = "use --overwrite to replace it" if (self.out / MANIFEST_NAME).is_file() else "choose another --out"
-            raise ArtifactError(f"{self.out}: already exists; {fix}")
+        check_destination(self.out, overwrite)
         with self._explained():
             self.partial.mkdir(parents=True, exist_ok=True)
             self._resume()
@@ -191,6 +189,17 @@ class ArtifactWriter:
                     "it goes on where it stopped"
                 ) from error
             raise
+
+
+def check_destination(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what exists, unless it is an artifact and `overwrite` says so.
+
+    Raises:
+        ArtifactError: it exists.
+    """
+    if out.exists() and not (overwrite and (out / MANIFEST_NAME).is_file()):
+        fix = "use --overwrite to replace it" if (out / MANIFEST_NAME).is_file() else "choose another --out"
+        raise ArtifactError(f"{out}: already exists; {fix}")
 
 
 def companion_digests(paths: list[Path]) -> dict[str, str]:

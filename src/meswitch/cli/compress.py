@@ -79,6 +79,16 @@ def compress(
     calibration_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Use at most so many tokens of it; more cost time, not bytes.")
     ] = 32768,
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            min=0,
+            help="Train scales, salient weights and norms against the full expert on the calibration text for so many "
+            "steps; 0 does not. It costs no bytes, closes much of the gap at 1 and 2 bits, and needs both models in "
+            "memory. Default: 100 with calibration text if the expert has at most 256 MB, else 0.",
+        ),
+    ] = None,
     embeddings: Annotated[
         Literal["quantised", "exact"] | None,
         typer.Option(
@@ -109,7 +119,7 @@ def compress(
     """
     settings = {
         "--bits": bits, "--salient": salient, "--group-size": group_size, "--embeddings": embeddings, "--out": out,
-        "--base": base,
+        "--base": base, "--distill": distill,
     }  # fmt: skip
     if family is not None:
         for option, value in settings.items():
@@ -137,6 +147,7 @@ def compress(
             "salient": salient,
             "group_size": _group_size(group_size),
             "embeddings": embeddings or "quantised",
+            "distill": distill,
             "calibration": None if calibration in (None, "none") else calibration,
         }
         assert expert is not None
@@ -173,10 +184,11 @@ def _compress_family(file: Path, names: list[str], data_free: bool, options: dic
         if section.source is None:
             raise ConfigError(f"{file}: expert {section.name!r}: source: is needed to compress it")
         calibration = section.calibration
-        own = {
+        own: dict[str, Any] = {
             "calibration": None if data_free or calibration is None else family.resolve(calibration),
             "overwrite": options["overwrite"] or out.exists(),  # what exists here is a damaged artifact
         }
+        own["distill"] = 0 if own["calibration"] is None else wanted.distill
         base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
         rows.append(_compress_one(section.name, base, source, out, options | settings | own))
     return rows

@@ -5,8 +5,10 @@ over the text (`walk`), and each linear layer is compressed the moment its input
 are in memory at a time, and a run that was interrupted goes on after its last finished shard.
 """
 
+import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,19 +18,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meswitch.artifact import Artifact, ArtifactWriter, Manifest, Method, fingerprint
+from meswitch.artifact import Artifact, ArtifactWriter, Manifest, Method, fingerprint, rewrite
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
-from meswitch.artifact.writer import companion_digests
+from meswitch.artifact.writer import check_destination, companion_digests
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import PackedDelta, Spec, encode
 from meswitch.compression.calibration import CalibrationSet, load_calibration
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors, role_of
+from meswitch.compression.distill import Recipe, check_text, train
 from meswitch.compression.walk import walk
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.tensorfile import NAMES, tensor_bytes
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
+DISTILL_STEPS, DISTILL_BYTES, DISTILL_SEQUENCES = 100, 256 << 20, 32
 # (tensors done, tensors in all, name of the last one)
 Progress = Callable[[int, int, str], None]
 
@@ -80,6 +84,7 @@ def compress(
     calibration_tokens: int = 32768,
     embeddings: Literal["quantised", "exact"] = "quantised",
     damping: float = 0.01,
+    distill: int | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -93,6 +98,9 @@ def compress(
         group_size: input channels that share a scale; None is one scale a row.
         calibration: text (`.txt`, `.jsonl`) that shows typical inputs; None compresses data-free.
         embeddings: `exact` keeps embedding and head whole.
+        distill: steps of training scales, salient weights and norms against the full expert on the calibration text
+            (`compression.distill`); 0 does not. It needs both models in memory: None is 100 if the expert has at
+            most 256 MB and the text at least 32 sequences, else 0.
         device: where the arithmetic runs, `cpu` or `cuda`.
 
     Raises:
@@ -103,9 +111,26 @@ def compress(
     check_same_computation(source, target)
     check_same_tensors(source, target)
     text = None if calibration is None else load_calibration(calibration, target.directory, calibration_tokens)
-    run = _Run(source, target, Path(out), options, text, torch.device(device), overwrite, progress)
-    with fitting_threads(run.device, target.config.hidden_size):
-        return run.execute()
+    if distill is None:
+        enough = text is not None and len(text.sequences) >= DISTILL_SEQUENCES
+        distill = DISTILL_STEPS if enough and target.nbytes <= DISTILL_BYTES else 0
+    if distill and text is None:
+        raise ConfigError("distill: needs calibration text to train on; give a calibration file")
+    if distill and text is not None:
+        check_text(text.sequences)
+    out, where = Path(out), torch.device(device)
+    check_destination(out, overwrite)
+    stage = out.with_name(out.name + ".undistilled") if distill else out
+    with fitting_threads(where, target.config.hidden_size):
+        artifact = _Run(source, target, stage, options, text, where, overwrite or stage != out, progress).execute()
+    if not distill or text is None:
+        return artifact
+    recipe = Recipe(steps=distill)
+    changed, info = train(source, target, artifact, text.sequences, recipe, device=where, progress=progress)
+    method = dataclasses.replace(artifact.manifest.method, distillation=info)
+    artifact = rewrite(artifact, out, changed, method, overwrite=overwrite)
+    shutil.rmtree(stage)
+    return artifact
 
 
 class _Run:
