@@ -8,12 +8,15 @@ Every step is the command that a user would type; the questions go through the `
 import argparse
 import asyncio
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from openai import AsyncOpenAI
@@ -30,6 +33,7 @@ from meswitch.units import format_bytes
 EXAMPLE = Path(__file__).parent / "family"
 QUESTIONS = {"math": 12, "code": 10, "instruct": 10, "sql": 8}
 SEED = 7  # the experts were trained on draws of seed 1
+COLUMNS = ("expert", "before", "after", "bits/weight", "full", "compressed", "base", "auto", "routed")
 MESWITCH = [sys.executable, "-m", "meswitch"]
 console = Console(width=max(100, Console().width))
 
@@ -105,31 +109,42 @@ def share_right(questions: list[Question], texts: list[str], full: list[str], do
     return f"{right}/{len(rows)}"
 
 
-def report(family: Family, questions: list[Question], results: dict[str, list[Answer]], full: list[str]) -> Table:
-    """One row an expert."""
-    table = Table(title="\nThe same questions to the full fine-tune, the compressed expert, the base, and auto")
-    columns = ("expert", "before", "after", "bits/weight", "full", "compressed", "base", "auto", "routed")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "expert" else "right")
+def rows(
+    family: Family, questions: list[Question], results: dict[str, list[Answer]], full: list[str]
+) -> list[list[str]]:
+    """One row an expert, as `COLUMNS`."""
     texts = {way: [a.text for a in answers] for way, answers in results.items()}
+    found = []
     for section in family.expert:
         artifact = Artifact.open(family.resolve(section.delta))
         mine = [a for q, a in zip(questions, results["auto"], strict=True) if q.domain == section.name]
-        table.add_row(
-            section.name,
-            format_bytes(artifact.manifest.expert.bytes),
-            format_bytes(artifact.nbytes),
-            f"{artifact.bits_per_weight:.2f}",
-            share_right(questions, full, full, section.name),
-            *(share_right(questions, texts[way], full, section.name) for way in ("named", "base", "auto")),
-            f"{sum(a.served_by == section.name for a in mine)}/{len(mine)}",
+        found.append(
+            [
+                section.name,
+                format_bytes(artifact.manifest.expert.bytes),
+                format_bytes(artifact.nbytes),
+                f"{artifact.bits_per_weight:.2f}",
+                share_right(questions, full, full, section.name),
+                *(share_right(questions, texts[way], full, section.name) for way in ("named", "base", "auto")),
+                f"{sum(a.served_by == section.name for a in mine)}/{len(mine)}",
+            ]
         )
+    return found
+
+
+def report(found: list[list[str]]) -> Table:
+    table = Table(title="\nThe same questions to the full fine-tune, the compressed expert, the base, and auto")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "expert" else "right")
+    for row in found:
+        table.add_row(*row)
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="compress and train again what is there already")
+    parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     quiet()
     started = time.perf_counter()
@@ -148,14 +163,25 @@ def main() -> None:
             seconds = took if way == "auto" else seconds
     console.print("asking the full fine-tunes the same, one after another, with transformers")
     full = full_answers(family, questions)
-    console.print(report(family, questions, results, full))
-    routed = sum(a.served_by == q.domain for q, a in zip(questions, results["auto"], strict=True))
+    found = rows(family, questions, results, full)
+    console.print(report(found))
+    right = sum(a.served_by == q.domain for q, a in zip(questions, results["auto"], strict=True))
     tokens = sum(a.tokens for a in results["auto"])
+    total = time.perf_counter() - started
     console.print(
-        f"routed right: {routed}/{len(questions)}; auto: {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} "
+        f"routed right: {right}/{len(questions)}; auto: {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} "
         f"tokens/s, {len(QUESTIONS)} experts in one batch. sql counts answers equal to the full fine-tune's.\n"
-        f"In all {time.perf_counter() - started:.0f} s."
+        f"In all {total:.0f} s."
     )
+    if options.json:
+        meta = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        result = {"meta": meta, "rows": found, "routed": f"{right}/{len(questions)}", "tokens": tokens}
+        result |= {"seconds": seconds, "total_seconds": total}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
