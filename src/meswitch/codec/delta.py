@@ -23,7 +23,8 @@ from meswitch.errors import MeswitchError
 
 SALIENT_DTYPE = torch.bfloat16
 _BLOCK = 1 << 22  # weights worked on at once
-_FEEDBACK_BLOCK = 1 << 25  # larger: error feedback walks all columns once for every block
+# larger: error feedback walks all columns once for every block, and on a GPU each step costs its launch
+_FEEDBACK_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,7 @@ def encode(
     Raises:
         MeswitchError: the delta has NaN or infinite values.
     """
-    if not delta.isfinite().all():
-        bad = int((~delta.isfinite()).sum())
-        raise MeswitchError(f"{name}: {bad} of {delta.numel()} delta values are NaN or infinite; repair the checkpoint")
+    check_finite(delta, name)
     energy = None if second_moment is None else second_moment.diagonal()
     index = _choose_salient(delta, spec, energy)
     kept = None
@@ -159,7 +158,9 @@ def encode(
         factor = inverse_factor(metric, order)
     columns = index.long()
     packed, scales, salient = [], [], []
-    for block in _row_blocks(delta, _FEEDBACK_BLOCK if second_moment is not None else _BLOCK):
+    for block in _row_blocks(
+        delta, _FEEDBACK_BLOCK.get(delta.device.type, _BLOCK) if second_moment is not None else _BLOCK
+    ):
         scale = mse_scales(block, spec.bits, spec.group_size, kept)
         if metric is None:
             codes = quantize(block, scale, spec.bits, spec.group_size)
@@ -181,6 +182,17 @@ def encode(
         in_features=delta.shape[1],
         extra=extra,
     )
+
+
+def check_finite(delta: Tensor, name: str) -> None:
+    """Refuse a delta with NaN or infinite values.
+
+    Raises:
+        MeswitchError: naming the tensor.
+    """
+    if not delta.isfinite().all():
+        bad = int((~delta.isfinite()).sum())
+        raise MeswitchError(f"{name}: {bad} of {delta.numel()} delta values are NaN or infinite; repair the checkpoint")
 
 
 def _choose_salient(delta: Tensor, spec: Spec, energy: Tensor | None) -> Tensor:

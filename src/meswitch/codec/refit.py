@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meswitch.codec.quantize import SCALE_DTYPE, group_count, levels
 
-_BLOCK = 1 << 25  # numbers in the largest temporary
+_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}  # numbers in the largest temporary
 _RIDGE = 1e-6
 
 
@@ -30,7 +30,7 @@ def refit(
     """
     width = delta.shape[1]
     groups = group_count(width, group_size)
-    rows = max(1, _BLOCK // (groups * width))
+    rows = max(1, _BLOCK.get(delta.device.type, _BLOCK["cpu"]) // (groups * width))
     parts = [
         _refit(d, c, bits, group_size or width, salient, metric, s)
         for d, c, s in zip(delta.split(rows), codes.split(rows), scale.split(rows), strict=True)
