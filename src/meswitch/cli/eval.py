@@ -1,5 +1,6 @@
 """`meswitch eval`: what compression cost, on questions with exact answers."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Annotated
@@ -35,12 +36,19 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks that every model is asked: math, code, instruct (exact answers) or sql (fidelity only), with "
-            "commas. Left out: each expert is asked the one it is named after."
+            help="Tasks that every model is asked: math, code, instruct (exact answers), sql (fidelity only) or "
+            "lm:NAME, a task of lm-evaluation-harness such as lm:arc_easy, with commas. Left out: each expert is "
+            "asked the one it is named after."
         ),
     ] = None,
     n: Annotated[
-        int, typer.Option("-n", "--questions", min=1, help="Questions a task. 1000 give about +-2 points of accuracy.")
+        int,
+        typer.Option(
+            "-n",
+            "--questions",
+            min=1,
+            help="Questions a task; of an lm: task at most its first n. 1000 give about +-2 points of accuracy.",
+        ),
     ] = 1000,
     seed: Annotated[
         int,
@@ -58,6 +66,17 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once; less if memory is short.")] = 256,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the models compute in.")] = "float32",
+    lm_chat_template: Annotated[
+        bool,
+        typer.Option("--lm-chat-template", help="lm: tasks in the chat template; lm-eval's default is plain text."),
+    ] = False,
+    lm_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples before each question of lm: tasks. Left out: what the task says."),
+    ] = None,
+    lm_include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A directory of lm-eval task files (YAML) of your own.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the result to FILE.json or FILE.md.")
@@ -71,6 +90,7 @@ def evaluate(
 
         meswitch eval --family examples/family
         meswitch eval --base B --expert math=M --delta math=out/math -n 2000
+        meswitch eval --base B --expert math=M --delta math=out/math --tasks math,lm:gsm8k,lm:arc_easy
     """
     if out is not None and out.suffix not in (".json", ".md"):
         raise ConfigError(f"--out {out}: the ending says the format; use .json or .md")
@@ -85,17 +105,29 @@ def evaluate(
 
     import torch
 
-    from meswitch.evaluate import Settings, evaluate_family
+    from meswitch.evaluate import HarnessSettings, Settings, evaluate_family
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: use float32, bfloat16 or float16")
+    names = [task.strip() for task in tasks.split(",")] if tasks else None
+    if not any(name.startswith("lm:") for name in names or ()) and (
+        lm_chat_template or lm_fewshot is not None or lm_include
+    ):
+        raise ConfigError(
+            "--lm-chat-template, --lm-fewshot, --lm-include: are about tasks of lm-eval; name one, lm:TASK"
+        )
     console.quiet()
+    if not console.debugging():
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    harness = HarnessSettings(lm_chat_template, lm_fewshot, lm_include)
     report = evaluate_family(
         origin,
         experts,
         deltas,
-        tasks=[task.strip() for task in tasks.split(",")] if tasks else None,
-        settings=Settings(n, seed, fidelity_n, batch_size=batch_size, device=device, dtype=getattr(torch, dtype)),
+        tasks=names,
+        settings=Settings(
+            n, seed, fidelity_n, batch_size=batch_size, device=device, dtype=getattr(torch, dtype), harness=harness
+        ),
         say=console.note,
     )
     if out is not None:

@@ -3,6 +3,7 @@
 from meswitch.evaluate.accuracy import Score, accuracy, answer
 from meswitch.evaluate.fidelity import Fidelity, Text, fidelity
 from meswitch.evaluate.gain import Comparison, GainRetained, Interval, compare, gain_retained, wilson
+from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
 from meswitch.evaluate.report import Report, Row
 from meswitch.evaluate.run import Settings, evaluate_family
 from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, Question, draw
@@ -13,7 +14,10 @@ __all__ = [
     "Comparison",
     "Fidelity",
     "GainRetained",
+    "Harness",
+    "HarnessSettings",
     "Interval",
+    "Measure",
     "Question",
     "Report",
     "Row",

@@ -1,6 +1,7 @@
 """What an evaluation found, as JSON, Markdown or a table for the terminal."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ from rich.table import Table
 
 from meswitch.evaluate.accuracy import Score
 from meswitch.evaluate.fidelity import Fidelity
-from meswitch.evaluate.gain import Comparison, GainRetained
+from meswitch.evaluate.gain import Z95, Comparison, GainRetained, Interval
+from meswitch.evaluate.harness import Measure
 from meswitch.version import __version__
 
 Kind = Literal["base", "expert", "delta"]
@@ -19,6 +21,10 @@ NOTES = (
     "bpw = bits per weight, all bytes of the artifact x 8 / all parameters of the expert; "
     "KL (nats a token) and top-1 agreement are against the full expert, on its own answers; "
     "lost/gained = questions that only the full expert / only this model answered right, with McNemar's exact p."
+)
+HARNESS_NOTES = (
+    "lm: tasks are lm-eval's, at most their first n questions, without KL and top-1; under the task its metric, which "
+    "the column accuracy shows."
 )
 
 
@@ -36,16 +42,38 @@ class Row:
     gain: GainRetained | None = None
     comparison: Comparison | None = None
     bits_per_weight: float | None = None
+    measure: Measure | None = None  # what lm-eval reported, on one of its tasks
+
+    @property
+    def metric(self) -> str:
+        """What `value` is: accuracy on our own tasks, lm-eval's name for it on its."""
+        return self.measure.metric if self.measure else "accuracy"
+
+    @property
+    def value(self) -> float | None:
+        return self.measure.value if self.measure else self.score.accuracy if self.score else None
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of `value`: lm-eval's own, or by the same formula (n - 1) from right and wrong answers."""
+        if self.measure:
+            return self.measure.stderr
+        if self.score is None or self.score.total < 2:
+            return None
+        return math.sqrt(self.score.accuracy * (1 - self.score.accuracy) / (self.score.total - 1))
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The row as text, one cell for each of `HEADINGS`, of one or two lines."""
         score, fidelity, gain, pairs = self.score, self.fidelity, self.gain, self.comparison
         retained = None if gain is None or gain.value is None else _with_interval(gain.value, gain.interval)
+        interval = score.interval if score else None
+        if score is None and self.value is not None and self.stderr is not None:
+            interval = Interval(self.value - Z95 * self.stderr, self.value + Z95 * self.stderr)
         return (
-            self.task,
+            f"{self.task}\n{self.metric}" if self.measure else self.task,
             self.model if self.kind == "base" else f"{self.model}\n{self.kind}",
-            _with_interval(score.accuracy, score.interval) if score else "-",
+            _with_interval(self.value, interval) if self.value is not None else "-",
             retained or "-",
             f"{self.bits_per_weight:.3f}" if self.bits_per_weight is not None else "-",
             f"{fidelity.kl:.4f}" if fidelity else "-",
@@ -56,9 +84,11 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """The row for JSON; `outcomes` is a string of 1 (right) and 0, in the order of `draw`."""
         data = asdict(self)
+        del data["measure"]
+        data |= {"metric": self.metric, "value": self.value, "stderr": self.stderr}
         if self.score is not None:
             data["score"] = {
-                "seed": self.score.seed,
+                "seed": None if self.measure else self.score.seed,
                 "correct": self.score.correct,
                 "total": self.score.total,
                 "accuracy": self.score.accuracy,
@@ -76,16 +106,21 @@ class Report:
     n: int
     seed: int
 
-    def get(self, model: str, task: str, kind: Kind | None = None) -> Row:
-        """The row of a model on a task.
+    def get(self, model: str, task: str, kind: Kind | None = None, metric: str | None = None) -> Row:
+        """The row of a model on a task; the first one, where lm-eval gives several metrics and none is named.
 
         Raises:
             KeyError: it was not measured.
         """
         for row in self.rows:
-            if (row.model, row.task) == (model, task) and kind in (None, row.kind):
+            if (row.model, row.task) == (model, task) and kind in (None, row.kind) and metric in (None, row.metric):
                 return row
-        raise KeyError(f"no row for {kind or 'model'} {model!r} on {task!r}")
+        raise KeyError(f"no row for {kind or 'model'} {model!r} on {task!r}" + (f" with {metric!r}" if metric else ""))
+
+    @property
+    def _caption(self) -> str:
+        notes = f"{NOTES} {HARNESS_NOTES}" if any(row.measure for row in self.rows) else NOTES
+        return f"n = {self.n}, seed = {self.seed}; {notes}"
 
     def to_dict(self) -> dict[str, Any]:
         settings = {"meswitch": __version__, "n": self.n, "seed": self.seed}
@@ -98,7 +133,7 @@ class Report:
         """A pipe table and a line that defines its columns."""
         lines = [HEADINGS, ("---",) * len(HEADINGS), *(row.cells for row in self.rows)]
         table = "\n".join(f"| {' | '.join(cells)} |".replace("\n", " ") for cells in lines)
-        return f"{table}\n\nn = {self.n}, seed = {self.seed}; {NOTES}\n"
+        return f"{table}\n\n{self._caption}\n"
 
     def to_table(self) -> Table:
         """A rich table; print it with `rich.console.Console().print(table)`."""
@@ -106,13 +141,14 @@ class Report:
             box=box.SIMPLE_HEAD,
             show_edge=False,
             padding=(0, 1, 0, 0),
-            caption=f"n = {self.n}, seed = {self.seed}; {NOTES}",
+            caption=self._caption,
             caption_justify="left",
         )
         for i, heading in enumerate(HEADINGS):
             # One word a line keeps the whole table within 80 columns.
             heading = heading.replace(" ", "\n").replace("/", "/\n")
-            table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
+            # Names of lm-eval's tasks can be long: those, and only those, are broken rather than cut.
+            table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold")
         previous = None
         for row in self.rows:
             if previous not in (None, row.task):

@@ -1,7 +1,7 @@
 """Measure a base, its full experts and their compressed deltas side by side on the same questions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from meswitch.errors import CheckpointError, ConfigError
 from meswitch.evaluate.accuracy import MAX_NEW_TOKENS, Score, accuracy, generate, prompt_ids
 from meswitch.evaluate.fidelity import Text, fidelity
 from meswitch.evaluate.gain import compare, gain_retained
-from meswitch.evaluate.report import Report, Row
+from meswitch.evaluate.harness import PREFIX, Harness, HarnessSettings, Measure
+from meswitch.evaluate.report import Kind, Report, Row
 from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, draw
 
 Source = str | Path
@@ -32,12 +33,25 @@ class Settings:
     batch_size: int = 256
     device: str = "auto"
     dtype: torch.dtype = torch.float32
+    harness: HarnessSettings = field(default_factory=HarnessSettings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     model: Any
     tokenizer: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """One figure of one model; lm-eval tasks give one for each metric."""
+
+    task: str
+    score: Score | None
+    measure: Measure | None = None
+
+
+_Results = Mapping[tuple[str, str], _Result]  # by task and metric
 
 
 def evaluate_family(
@@ -53,11 +67,13 @@ def evaluate_family(
 
     A delta belongs to the expert of its name, or to the only expert. With `tasks` None each expert is measured on
     the domain it is named after, and the base on all of those; otherwise every model on every task. On `sql`,
-    which has no exact check, there is fidelity only. At most three models are in memory at a time (base, one
-    expert, one of its deltas); `say` is called with a line of progress before each step.
+    which has no exact check, there is fidelity only. A task `lm:NAME` is lm-evaluation-harness's NAME: a row for
+    each of its metrics, without fidelity. At most three models are in memory at a time (base, one expert, one of
+    its deltas); `say` is called with a line of progress before each step.
 
     Raises:
-        ConfigError: unknown task, nothing to measure, or a delta that belongs to none of several experts.
+        ConfigError: unknown task, lm-eval is needed and not installed, nothing to measure, or a delta that belongs
+            to none of several experts.
         CheckpointError: a checkpoint cannot be read.
         ArtifactError: a delta cannot be read.
         IncompatibleError: a delta of another base.
@@ -71,42 +87,52 @@ def evaluate_family(
     for source in deltas.values():
         Artifact.open(source)
     every = list(dict.fromkeys(task for names in plan.values() for task in names))
-    run = _Run(settings, say)
+    foreign = [task for task in every if task.startswith(PREFIX)]
+    run = _Run(settings, say, Harness(foreign, settings.harness) if foreign else None)
 
     say(f"base: {base}")
     origin = _load_checkpoint(base, settings)
-    base_scores = {task: run.score(origin, task) for task in every}
+    of_base = run.results(origin, every)
     rows = []
-    against: dict[str, Row] = {}  # the base's rows by task, against the expert that the task is named after
+    against: dict[tuple[str, str], Row] = {}  # the base's rows, each against the expert that the task is named after
     for name, source in experts.items():
         say(f"expert {name}: {source}")
         expert = _load_checkpoint(source, settings)
-        scores = {task: run.score(expert, task) for task in plan[name]}
-        texts = {task: run.texts(expert, task) for task in plan[name]}
-        rows += [Row(task, name, "expert", str(source), name, scores[task]) for task in plan[name]]
-        for task in plan[name]:
-            if task == name or len(experts) == 1:
-                distance = None
-                if _vocabulary(origin) == _vocabulary(expert):
-                    distance = fidelity(origin.model, expert.model, texts[task])
-                against[task] = Row(task, "base", "base", str(base), name, base_scores[task], distance)
+        of_expert = run.results(expert, plan[name])
+        texts = {task: run.texts(expert, task) for task in plan[name] if task in DOMAINS}
+        rows += [_row(result, name, "expert", source, name) for result in of_expert.values()]
+        for key, result in of_expert.items():
+            if result.task == name or len(experts) == 1:
+                on = texts.get(result.task) if _vocabulary(origin) == _vocabulary(expert) else None
+                distance = fidelity(origin.model, expert.model, on) if on else None
+                against[key] = _row(of_base[key], "base", "base", base, name, fidelity=distance)
         for delta in (delta for delta, owner in owners.items() if owner == name):
             say(f"delta {delta}: {deltas[delta]}")
             merged, bits = _load_delta(base, deltas[delta], settings)
-            for task in plan[name]:
-                kept = fidelity(merged.model, expert.model, texts[task])
-                score, full, none = run.score(merged, task), scores[task], base_scores[task]
-                gain = gain_retained(score, full, none) if score and full and none else None
-                pairs = compare(full, score) if score and full else None
-                rows.append(Row(task, delta, "delta", str(deltas[delta]), name, score, kept, gain, pairs, bits))
+            for key, result in run.results(merged, plan[name]).items():
+                on = texts.get(result.task)
+                score, full, none = result.score, of_expert[key].score, of_base[key].score
+                rows.append(
+                    _row(
+                        result,
+                        delta,
+                        "delta",
+                        deltas[delta],
+                        name,
+                        fidelity=fidelity(merged.model, expert.model, on) if on else None,
+                        gain=gain_retained(score, full, none) if score and full and none else None,
+                        comparison=compare(full, score) if score and full else None,
+                        bits_per_weight=bits,
+                    )
+                )
     for delta in (delta for delta, owner in owners.items() if owner is None):
         say(f"delta {delta}: {deltas[delta]}")
         merged, bits = _load_delta(base, deltas[delta], settings)
-        for task in plan[delta]:
-            score = run.score(merged, task)
-            rows.append(Row(task, delta, "delta", str(deltas[delta]), None, score, bits_per_weight=bits))
-    first = [against.get(task, Row(task, "base", "base", str(base), None, base_scores[task])) for task in every]
-    rows = sorted([*first, *rows], key=lambda row: every.index(row.task))  # stable: base, then in order of work
+        for result in run.results(merged, plan[delta]).values():
+            rows.append(_row(result, delta, "delta", deltas[delta], None, bits_per_weight=bits))
+    first = [against.get(key, _row(result, "base", "base", base, None)) for key, result in of_base.items()]
+    order = {key: place for place, key in enumerate(of_base)}
+    rows = sorted([*first, *rows], key=lambda row: order[row.task, row.metric])  # stable: base, then in order of work
     return Report(tuple(rows), settings.n, settings.seed)
 
 
@@ -114,6 +140,19 @@ def evaluate_family(
 class _Run:
     settings: Settings
     say: Callable[[str], None]
+    harness: Harness | None
+
+    def results(self, loaded: _Loaded, tasks: Sequence[str]) -> _Results:
+        """What a model does on each of the tasks, lm-eval's last."""
+        results = {(task, "accuracy"): _Result(task, self.score(loaded, task)) for task in tasks if task in DOMAINS}
+        if self.harness is None or len(results) == len(tasks):
+            return results
+        self.say(f"  lm-eval: {', '.join(self.harness.tasks)}")
+        for measure in self.harness.run(loaded.model, loaded.tokenizer, self.settings.n, self.settings.batch_size):
+            # The seed is not ours: lm-eval asks the first questions of its task, the same of every model.
+            score = Score(measure.task, 0, measure.outcomes) if measure.outcomes else None
+            results[measure.task, measure.metric] = _Result(measure.task, score, measure)
+        return results
 
     def score(self, loaded: _Loaded, task: str) -> Score | None:
         if task not in CHECKABLE:
@@ -140,6 +179,10 @@ class _Run:
         return [Text((*start, *answer), len(start) - 1) for start, answer in zip(starts, answers, strict=True) if start]
 
 
+def _row(result: _Result, model: str, kind: Kind, path: Source, expert: str | None, **found: Any) -> Row:
+    return Row(result.task, model, kind, str(path), expert, result.score, measure=result.measure, **found)
+
+
 def _owner(delta: str, experts: Mapping[str, Source]) -> str | None:
     if delta in experts or not experts:
         return delta if experts else None
@@ -156,8 +199,10 @@ def _plan(
 ) -> dict[str, tuple[str, ...]]:
     """The tasks of each expert and of each delta without one."""
     for task in tasks or ():
-        if task not in DOMAINS:
-            raise ConfigError(f"tasks: no domain {task!r}; choose from {', '.join(DOMAINS)}")
+        if task not in DOMAINS and not task.startswith(PREFIX):
+            raise ConfigError(
+                f"tasks: no domain {task!r}; choose from {', '.join(DOMAINS)}, or {PREFIX}NAME for a task of lm-eval"
+            )
     names = [*experts, *(delta for delta, owner in owners.items() if owner is None)]
     own = {name: (name,) if name in DOMAINS else () for name in names}
     plan = {name: tuple(dict.fromkeys(tasks)) if tasks is not None else own[name] for name in names}
