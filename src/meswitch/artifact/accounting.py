@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from meswitch.artifact.reader import Artifact
 
+# By the suffix of the stored name; baselines have more codes (`..._packed`) and scales (`..._scale`).
 _CONTENT = {
     "weight_packed": "codes",
     "weight_scale": "scales",
@@ -11,7 +12,10 @@ _CONTENT = {
     "salient_index": "salient channels",
     "salient_weight": "salient channels",
     "weight_extra": "added rows",
-    "": "exact tensors",
+    "mask_packed": "sparsity pattern",
+    "index_packed": "sparsity pattern",
+    "factor_left": "factors",
+    "factor_right": "factors",
 }
 
 
@@ -42,7 +46,8 @@ def account(artifact: Artifact) -> Accounting:
     layers: dict[str, list[int]] = {}
     for name, entry in artifact.manifest.tensors.items():
         for suffix, part in entry.stored.items():
-            content[_CONTENT[suffix]] = content.get(_CONTENT[suffix], 0) + part.bytes
+            kind = _content(suffix)
+            content[kind] = content.get(kind, 0) + part.bytes
         parameters = 1
         for size in entry.shape:
             parameters *= size
@@ -51,6 +56,12 @@ def account(artifact: Artifact) -> Accounting:
         total[1] += entry.bytes
     by_layer = tuple(LayerBytes(layer, *numbers) for layer, numbers in layers.items())
     return Accounting(content, by_layer)
+
+
+def _content(suffix: str) -> str:
+    if not suffix:
+        return "exact tensors"
+    return _CONTENT.get(suffix) or ("scales" if suffix.endswith("_scale") else "codes")
 
 
 def layer_type(tensor: str) -> str:

@@ -16,6 +16,7 @@ from meswitch.errors import ArtifactError
 FORMAT = "meswitch-delta"
 VERSION = 1
 MANIFEST_NAME = "meswitch.json"
+KINDS = ("packed", "coded", "dense", "same")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,12 @@ class Stored:
 class Entry:
     """One tensor of the expert.
 
-    kind: `packed` (base + quantised delta), `dense` (the expert's own values) or `same` (the base's values).
+    kind: `packed` (base + quantised delta), `coded` (base + delta of a baseline), `dense` (the expert's own values) or
+    `same` (the base's values).
     role: `embedding`, `head`, `linear`, `norm`, `bias` or `other`.
     shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
     base_sha256: of the base's tensor, None where the base has none.
+    bits, group_size: of a packed tensor. method, meta: of a coded one (`codec.registry`).
     """
 
     kind: str
@@ -46,10 +49,18 @@ class Entry:
     base_sha256: str | None
     bits: int | None = None
     group_size: int | None = None
+    method: str | None = None
+    meta: dict[str, int] | None = None
 
     @property
     def bytes(self) -> int:
         return sum(part.bytes for part in self.stored.values())
+
+    @property
+    def base_rows(self) -> int:
+        """Rows of a packed or coded tensor that the base has too."""
+        extra = self.stored.get("weight_extra")
+        return self.shape[0] - (extra.shape[0] if extra and extra.shape else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +110,8 @@ class Distillation:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Every parameter of the compression."""
+    """Every parameter of the compression. name: one of `codec.METHODS`. bits: of a code, or of the budget for methods
+    whose size is free. parameters: what only this method has."""
 
     name: str
     bits: int
@@ -109,6 +121,7 @@ class Method:
     damping: float
     calibration: Calibration | None = None
     distillation: Distillation | None = None
+    parameters: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +194,12 @@ class Manifest:
             )
         manifest = _decode(cls, data, file, "")
         for name, entry in manifest.tensors.items():
-            if entry.kind not in ("packed", "dense", "same"):
-                raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of packed, dense, same")
+            if entry.kind not in KINDS:
+                raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of {', '.join(KINDS)}")
+            foreign = ("bits", "group_size") if entry.kind == "coded" else ("method", "meta")
+            for item in foreign:
+                if getattr(entry, item) is not None:
+                    raise ArtifactError(f"{file}: tensors.{name}.{item}: not a field of a {entry.kind} tensor")
             if entry.kind == "packed" and entry.bits not in (1, 2, 3, 4):
                 raise ArtifactError(f"{file}: tensors.{name}.bits: {entry.bits!r} is none of 1, 2, 3, 4")
         return manifest

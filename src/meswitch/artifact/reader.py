@@ -11,7 +11,7 @@ from meswitch.artifact.fingerprint import fingerprint, sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored
 from meswitch.artifact.writer import stored_name
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import PackedDelta, packed_words
+from meswitch.codec import CodedDelta, PackedDelta, find_baseline, packed_words, restore_baseline
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import group_count
 from meswitch.errors import ArtifactError, IncompatibleError, MeswitchError
@@ -89,11 +89,12 @@ class Artifact:
             expected = {}
         elif entry.kind == "dense":
             expected = {"": entry.shape}
+        elif entry.kind == "coded":
+            expected = self._coded_shapes(name, entry)
         else:
             if len(entry.shape) != 2 or entry.bits is None:
                 raise ArtifactError(f"{file}: tensors.{name}.shape: a packed tensor has two dimensions")
-            extra = entry.stored.get("weight_extra")
-            rows = entry.shape[0] - (extra.shape[0] if extra and extra.shape else 0)
+            rows = entry.base_rows
             salient = entry.stored.get("salient_index")
             expected = {
                 "weight_packed": (rows, packed_words(entry.shape[1], entry.bits)),
@@ -102,11 +103,25 @@ class Artifact:
             }
             if salient is not None:
                 expected |= {"salient_index": salient.shape[:1], "salient_weight": (rows, *salient.shape[:1])}
-            if extra is not None:
-                expected["weight_extra"] = (entry.shape[0] - rows, entry.shape[1])
+        if entry.kind in ("packed", "coded") and "weight_extra" in entry.stored:
+            expected["weight_extra"] = (entry.shape[0] - entry.base_rows, entry.shape[1])
         found = {suffix: part.shape for suffix, part in entry.stored.items()}
         if found != expected:
             raise ArtifactError(f"{file}: tensors.{name}.stored: shapes {found} do not fit the tensor ({expected})")
+
+    def _coded_shapes(self, name: str, entry: Entry) -> dict[str, tuple[int, ...]]:
+        """What the method stores for this tensor, its dtypes compared."""
+        where = f"{self.directory / MANIFEST_NAME}: tensors.{name}"
+        if len(entry.shape) != 2:
+            raise ArtifactError(f"{where}.shape: a coded tensor has two dimensions")
+        try:
+            shapes = find_baseline(entry.method, entry.meta).shapes(entry.base_rows, entry.shape[1], entry.meta or {})
+        except ValueError as error:
+            raise ArtifactError(f"{where}.{error}") from None
+        for suffix, part in entry.stored.items():
+            if suffix in shapes and part.dtype != NAMES[shapes[suffix][1]]:
+                raise ArtifactError(f"{where}.stored.{suffix}.dtype: {part.dtype}, not {NAMES[shapes[suffix][1]]}")
+        return {suffix: shape for suffix, (shape, _) in shapes.items()}
 
     def _check_companions(self) -> None:
         for name in self.manifest.companions:
@@ -148,14 +163,17 @@ class Artifact:
             return torch.empty(part.shape, dtype=DTYPES[part.dtype])
         return torch.frombuffer(raw, dtype=DTYPES[part.dtype]).view(part.shape)
 
-    def read(self, name: str) -> PackedDelta | Tensor | None:
+    def read(self, name: str) -> PackedDelta | CodedDelta | Tensor | None:
         """A tensor of the expert: its delta, its own values, or None where it equals the base's."""
         entry = self.manifest.tensors[name]
         if entry.kind == "same":
             return None
         if entry.kind == "dense":
             return self.read_stored(name)
-        return packed_from_parts(entry, self._checked_parts(name))
+        parts = self._checked_parts(name)
+        if entry.kind == "coded":
+            return restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.shape[1])
+        return packed_from_parts(entry, parts)
 
     def _checked_parts(self, name: str) -> dict[str, Tensor]:
         """All parts of one tensor, their values checked where a wrong one would read out of bounds."""

@@ -6,6 +6,7 @@ a half-written artifact never has the name of a whole one.
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -84,6 +85,8 @@ class ArtifactWriter:
         base_sha256: str | None,
         bits: int | None = None,
         group_size: int | None = None,
+        method: str | None = None,
+        meta: dict[str, int] | None = None,
     ) -> None:
         """Add one tensor of the expert; `tensors` maps suffixes ("" for a dense tensor) to what is stored."""
         parts: dict[str, Stored] = {}
@@ -98,7 +101,7 @@ class ArtifactWriter:
                 sha256=hashlib.sha256(raw).hexdigest(),
             )
             self._pending[stored_name(name, suffix)] = tensor
-        self._pending_entries[name] = Entry(kind, role, shape, parts, base_sha256, bits, group_size)
+        self._pending_entries[name] = Entry(kind, role, shape, parts, base_sha256, bits, group_size, method, meta)
         if sum(t.nbytes for t in self._pending.values()) >= self._shard_bytes:
             self.flush()
 
@@ -163,9 +166,7 @@ class ArtifactWriter:
                 suffix: Stored("delta.safetensors", part.dtype, part.shape, part.bytes, part.sha256)
                 for suffix, part in entry.stored.items()
             }
-            renamed[name] = Entry(
-                entry.kind, entry.role, entry.shape, parts, entry.base_sha256, entry.bits, entry.group_size
-            )
+            renamed[name] = dataclasses.replace(entry, stored=parts)
         return renamed
 
     @contextlib.contextmanager
@@ -207,8 +208,6 @@ def companion_digests(paths: list[Path]) -> dict[str, str]:
 
 
 def _plain_entries(entries: dict[str, Entry]) -> dict[str, Any]:
-    import dataclasses
-
     return {name: dataclasses.asdict(entry) for name, entry in entries.items()}
 
 

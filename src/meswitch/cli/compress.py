@@ -96,6 +96,22 @@ def compress(
             "they are, at their full size. Rows of added tokens are exact either way.",
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="`me-switch`, the default, or another method to compare it with: `rtn`, `bitdelta`, `svd`, "
+            "`per-axis`, `delta-come`, `deltazip`, `dare`. All but `rtn` can be merged and evaluated, not served.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="R", min=1, help="Of `svd`. Default: what fits in the bytes of the default method."),
+    ] = None,
+    drop: Annotated[
+        float | None,
+        typer.Option(metavar="P", min=0, max=1, help="Share of weights that `dare` drops, 0.9 by default."),
+    ] = None,
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs. One tensor at a time is there.")
     ] = "cpu",
@@ -119,10 +135,12 @@ def compress(
     """
     settings = {
         "--bits": bits, "--salient": salient, "--group-size": group_size, "--embeddings": embeddings, "--out": out,
-        "--base": base, "--distill": distill,
+        "--base": base, "--distill": distill, "--method": method, "--rank": rank, "--drop": drop,
     }  # fmt: skip
     if family is not None:
         for option, value in settings.items():
+            if value is not None and option in ("--method", "--rank", "--drop"):
+                raise ConfigError(f"{option}: a family is served, by the default method; compress a single --expert")
             if value is not None:
                 raise ConfigError(f"{option}: {family} says this for its experts; change it there")
         if calibration not in (None, "none"):
@@ -146,7 +164,10 @@ def compress(
             "bits": 2 if bits is None else bits,
             "salient": salient,
             "group_size": _group_size(group_size),
-            "embeddings": embeddings or "quantised",
+            "embeddings": embeddings,
+            "method": method or "me-switch",
+            "rank": rank,
+            "drop": drop,
             "distill": distill,
             "calibration": None if calibration in (None, "none") else calibration,
         }

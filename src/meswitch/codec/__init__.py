@@ -1,21 +1,33 @@
 """Tensors in, named tensors out: quantisers, packing, the salient split. No models, no files."""
 
+from meswitch.codec.baselines.coded import CodedDelta, Request, nbytes
 from meswitch.codec.delta import PackedDelta, Spec, encode, stored_shapes
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
+from meswitch.codec.registry import BASELINES, ME_SWITCH, METHODS, RTN, encode_baseline, find_baseline, restore_baseline
 from meswitch.codec.salient import reconstruction_error, select_salient
 
 __all__ = [
+    "BASELINES",
+    "METHODS",
+    "ME_SWITCH",
+    "RTN",
+    "CodedDelta",
     "PackedDelta",
+    "Request",
     "Spec",
     "absmax_scales",
     "dequantize",
     "encode",
+    "encode_baseline",
+    "find_baseline",
     "mse_scales",
+    "nbytes",
     "pack",
     "packed_words",
     "quantize",
     "reconstruction_error",
+    "restore_baseline",
     "select_salient",
     "stored_shapes",
     "unpack",

@@ -9,23 +9,24 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from meswitch.artifact import Artifact, ArtifactWriter, Manifest, Method, fingerprint, rewrite
+from meswitch.artifact import Artifact, ArtifactWriter, Manifest, fingerprint, rewrite
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import check_destination, companion_digests
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import PackedDelta, Spec, encode
+from meswitch.codec import CodedDelta, PackedDelta, encode, encode_baseline
 from meswitch.compression.calibration import CalibrationSet, load_calibration
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors, role_of
 from meswitch.compression.distill import Recipe, check_text, train
+from meswitch.compression.options import Embeddings, Options
 from meswitch.compression.walk import walk
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.tensorfile import NAMES, tensor_bytes
@@ -35,41 +36,6 @@ from meswitch.version import __version__
 DISTILL_STEPS, DISTILL_BYTES, DISTILL_SEQUENCES = 100, 256 << 20, 32
 # (tensors done, tensors in all, name of the last one)
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What decides the bytes of an artifact.
-
-    bits, group_size, damping: see `codec.Spec`. salient: input channels of each linear layer that stay 16 bit; None
-    takes one in 512, at least one (0.03 bits a weight at the widths of a 7B model). embeddings: `quantised` treats the
-    embedding and the head like any matrix, `exact` keeps the expert's own values. calibration_tokens: at most so many
-    are used.
-    """
-
-    bits: int = 2
-    group_size: int | None = 64
-    salient: int | None = None
-    damping: float = 0.01
-    embeddings: Literal["quantised", "exact"] = "quantised"
-    calibration_tokens: int = 32768
-
-    def __post_init__(self) -> None:
-        if self.embeddings not in ("quantised", "exact"):
-            raise ConfigError(f"embeddings: {self.embeddings!r} is neither quantised nor exact")
-        if self.calibration_tokens < 1:
-            raise ConfigError(f"calibration_tokens: {self.calibration_tokens} is not a positive number")
-        try:
-            self.spec("linear", 512)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def spec(self, role: str, in_features: int) -> Spec:
-        """How one matrix is quantised."""
-        salient = max(1, in_features // 512) if self.salient is None else self.salient
-        if role == "embedding":  # no input channels in the sense of saliency: its "input" picks a row
-            salient = 0
-        return Spec(self.bits, self.group_size, salient, self.damping)
 
 
 def compress(
@@ -82,9 +48,12 @@ def compress(
     group_size: int | None = 64,
     calibration: str | Path | None = None,
     calibration_tokens: int = 32768,
-    embeddings: Literal["quantised", "exact"] = "quantised",
+    embeddings: Embeddings | None = None,
     damping: float = 0.01,
     distill: int | None = None,
+    method: str = "me-switch",
+    rank: int | None = None,
+    drop: float | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -97,23 +66,27 @@ def compress(
         bits: 1-4 a code. salient: input channels of each linear layer that stay 16 bit; None is one in 512.
         group_size: input channels that share a scale; None is one scale a row.
         calibration: text (`.txt`, `.jsonl`) that shows typical inputs; None compresses data-free.
-        embeddings: `exact` keeps embedding and head whole.
+        embeddings: `exact` keeps embedding and head whole, `quantised` compresses them like other matrices; None is
+            `quantised`, unless the method's paper leaves them whole.
         distill: steps of training scales, salient weights and norms against the full expert on the calibration text
             (`compression.distill`); 0 does not. It needs both models in memory: None is 100 if the expert has at
             most 256 MB and the text at least 32 sequences, else 0.
+        method: `me-switch`, or another paper's for comparison (`codec.METHODS`, docs/baselines.md). rank: of `svd`.
+            drop: share of weights that `dare` sets to zero, 0.9 by default.
         device: where the arithmetic runs, `cpu` or `cuda`.
 
     Raises:
         MeswitchError: see `meswitch.errors`; nothing half-written is left under the name `out`.
     """
-    options = Options(bits, group_size, salient, damping, embeddings, calibration_tokens)
+    options = Options(bits, group_size, salient, damping, embeddings, calibration_tokens, method, rank, drop)
+    options.check_distillation(distill, calibration is not None)
     source, target = Checkpoint.open(base), Checkpoint.open(expert)
     check_same_computation(source, target)
     check_same_tensors(source, target)
     text = None if calibration is None else load_calibration(calibration, target.directory, calibration_tokens)
     if distill is None:
         enough = text is not None and len(text.sequences) >= DISTILL_SEQUENCES
-        distill = DISTILL_STEPS if enough and target.nbytes <= DISTILL_BYTES else 0
+        distill = DISTILL_STEPS if enough and options.baseline is None and target.nbytes <= DISTILL_BYTES else 0
     if distill and text is None:
         raise ConfigError("distill: needs calibration text to train on; give a calibration file")
     if distill and text is not None:
@@ -127,8 +100,8 @@ def compress(
         return artifact
     recipe = Recipe(steps=distill)
     changed, info = train(source, target, artifact, text.sequences, recipe, device=where, progress=progress)
-    method = dataclasses.replace(artifact.manifest.method, distillation=info)
-    artifact = rewrite(artifact, out, changed, method, overwrite=overwrite)
+    distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
+    artifact = rewrite(artifact, out, changed, distilled, overwrite=overwrite)
     shutil.rmtree(stage)
     return artifact
 
@@ -156,7 +129,7 @@ class _Run:
         self._moment_of: tuple[Tensor, Tensor] | None = None  # the last inputs seen, and their second moment
 
     def execute(self) -> Artifact:
-        if self.text is not None and len(self.done) < len(self.expert.tensors):
+        if self.text is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
             walk(self.expert, self.text.sequences, self._visit, device=self.device, dtype=dtype)
         for name in self.expert.tensors:
@@ -185,7 +158,7 @@ class _Run:
         digest = None if base is None else hashlib.sha256(tensor_bytes(base)).hexdigest()
         kind: str
         parts: dict[str, Tensor]
-        packed: PackedDelta | None = None
+        delta: PackedDelta | CodedDelta | None = None
         if base is not None and base.dtype == ours.dtype and torch.equal(base, ours):
             kind, parts = "same", {}
         elif self._keeps_exact(role, len(info.shape)) or base is None:
@@ -193,8 +166,8 @@ class _Run:
                 raise MeswitchError(f"{name}: the expert has NaN or infinite values; repair the checkpoint")
             kind, parts = "dense", {"": ours}
         else:
-            packed = self._encode(name, role, ours, base, moment)
-            kind, parts = "packed", packed.tensors()
+            delta = self._encode(name, role, ours, base, moment)
+            kind, parts = "coded" if isinstance(delta, CodedDelta) else "packed", delta.tensors()
         self.writer.add(
             name,
             parts,
@@ -202,8 +175,10 @@ class _Run:
             role=role,
             shape=info.shape,
             base_sha256=digest,
-            bits=packed.bits if packed else None,
-            group_size=packed.group_size if packed else None,
+            bits=delta.bits if isinstance(delta, PackedDelta) else None,
+            group_size=delta.group_size if isinstance(delta, PackedDelta) else None,
+            method=delta.baseline.name if isinstance(delta, CodedDelta) else None,
+            meta=dict(delta.meta) if isinstance(delta, CodedDelta) else None,
         )
         self.done.add(name)
         if self.progress is not None:
@@ -211,20 +186,26 @@ class _Run:
 
     def _keeps_exact(self, role: str, dimensions: int) -> bool:
         if role in ("embedding", "head"):
-            return self.options.embeddings == "exact"
+            return self.options.exact_embeddings
         return role != "linear" or dimensions != 2
 
-    def _encode(self, name: str, role: str, ours: Tensor, base: Tensor, moment: Tensor | None) -> PackedDelta:
+    def _encode(
+        self, name: str, role: str, ours: Tensor, base: Tensor, moment: Tensor | None
+    ) -> PackedDelta | CodedDelta:
         rows = min(len(ours), len(base))
         delta = ours[:rows].to(self.device, torch.float32).sub_(base[:rows].to(self.device, torch.float32))
         extra = ours[rows:].contiguous() if len(ours) > rows else None
-        spec = self.options.spec(role, delta.shape[1])
-        return encode(delta, spec, name=name, second_moment=moment, extra=extra)
+        options = self.options
+        if options.baseline is None:
+            spec = options.spec(role, delta.shape[1])
+            return encode(delta, spec, name=name, second_moment=moment, extra=extra)
+        request = options.request(role, rows, delta.shape[1], zlib.crc32(name.encode()) + options.seed)
+        return encode_baseline(options.method, delta, request, name=name, second_moment=moment, extra=extra)
 
     def _manifest(self, entries: dict, companions: list[Path]) -> Manifest:
         import transformers
 
-        options, expert, base = self.options, self.expert, self.base
+        expert, base = self.expert, self.base
         dtypes = {NAMES[info.dtype] for info in expert.tensors.values()}
         return Manifest(
             base=BaseInfo(
@@ -238,15 +219,7 @@ class _Run:
                 vocab_size=expert.config.vocab_size,
                 tied_head=bool(expert.aliases),
             ),
-            method=Method(
-                name="me-switch",
-                bits=options.bits,
-                group_size=options.group_size,
-                salient=options.salient,
-                embeddings=options.embeddings,
-                damping=options.damping,
-                calibration=None if self.text is None else self.text.info,
-            ),
+            method=self.options.describe(None if self.text is None else self.text.info),
             tensors=dict(sorted(entries.items())),
             companions=companion_digests(companions),
             provenance=Provenance(

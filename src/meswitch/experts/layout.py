@@ -12,6 +12,7 @@ from torch import Tensor
 from meswitch.artifact import Artifact, Entry, packed_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
+from meswitch.errors import IncompatibleError
 from meswitch.tensorfile import DTYPES
 
 _ALIGNMENT = 256  # bytes; at least what a vectorised load and a DMA copy like
@@ -39,12 +40,22 @@ class Layout:
 
     @classmethod
     def of(cls, artifact: Artifact) -> "Layout":
+        """Where each part of an artifact goes.
+
+        Raises:
+            IncompatibleError: a tensor is compressed by a method that no op reads.
+        """
         places: dict[str, dict[str, Place]] = {}
         entries: dict[str, Entry] = {}
         offset = 0
         for name, entry in artifact.manifest.tensors.items():
             if entry.kind == "same":
                 continue
+            if entry.kind == "coded":
+                raise IncompatibleError(
+                    f"{artifact.directory}: {entry.method} is a baseline for comparison: it can be merged and "
+                    "evaluated, not served; compress with the default method"
+                )
             entries[name] = entry
             places[name] = {}
             for suffix, part in entry.stored.items():

@@ -1,0 +1,35 @@
+"""BitDelta (arXiv 2402.10193, section 3.1): the sign of the delta times one scalar a matrix.
+
+The scalar is the mean magnitude, which is the least-squares one for given signs (equation 3). Only the projections of
+the blocks are compressed; embedding, head and norms stay whole. A weight without change counts as +1, as in the
+authors' code. This is the paper's "BitDelta-Initial": its second step, training the scalars against the full expert, is
+not done. Ours: a matrix without any change has scalar 0 and stays exact (of itself: the mean is 0).
+
+Stored for [rows, in]: `sign_packed` int32 [rows, ceil(in / 32)], `sign_scale` float32 [1]: 1 bit a weight + 4 bytes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from meswitch.codec.baselines.coded import Baseline, Meta, Request, Shapes
+from meswitch.codec.packing import pack, packed_words, unpack
+
+
+def encode(delta: Tensor, moment: Tensor | None, request: Request) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """delta: [rows, in] float32; `moment` and the request are not used."""
+    scale = delta.abs().double().mean().float().reshape(1)
+    return {"sign_packed": pack((delta >= 0).to(torch.uint8), 1), "sign_scale": scale}, {}
+
+
+def decode(parts: Mapping[str, Tensor], rows: int, width: int, meta: Meta) -> Tensor:
+    """[rows, in] float32."""
+    return (unpack(parts["sign_packed"], 1, width).float() * 2 - 1) * parts["sign_scale"]
+
+
+def shapes(rows: int, width: int, meta: Meta) -> Shapes:
+    return {"sign_packed": ((rows, packed_words(width, 1)), torch.int32), "sign_scale": ((1,), torch.float32)}
+
+
+METHOD = Baseline("bitdelta", encode, decode, shapes, bits=1, blocks_only=True)
