@@ -51,7 +51,7 @@ def report(artifact: "Artifact") -> dict[str, Any]:
         "expert": dataclasses.asdict(manifest.expert),
         "base": dataclasses.asdict(manifest.base),
         "method": dataclasses.asdict(manifest.method),
-        "tensors": {kind: kinds.count(kind) for kind in ("packed", "dense", "same")},
+        "tensors": {kind: kinds.count(kind) for kind in ("packed", "coded", "dense", "same")},
         "bytes": {
             "by_content": accounting.by_content,
             "by_layer": [
