@@ -20,7 +20,7 @@ ALLOWED = {
     "evaluate": {"artifact", "compression"},
     "server": {"engine", "router"},
 }
-ROOT = {"errors", "units", "version", "tensorfile", "checkpoint", "threads"}
+ROOT = {"errors", "units", "version", "tensorfile", "checkpoint", "strict", "threads"}
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
 CORE = ("codec", "artifact", "compression", "ops", "experts", "engine")
 

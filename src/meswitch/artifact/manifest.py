@@ -5,13 +5,12 @@ Unknown fields, missing fields and wrong types are errors that name the file and
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from meswitch.errors import ArtifactError
+from meswitch.strict import Decoder
 
 FORMAT = "meswitch-delta"
 VERSION = 1
@@ -192,7 +191,7 @@ class Manifest:
             raise ArtifactError(
                 f"{file}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch"
             )
-        manifest = _decode(cls, data, file, "")
+        manifest: Manifest = decoder(file).decode(cls, data)
         for name, entry in manifest.tensors.items():
             if entry.kind not in KINDS:
                 raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of {', '.join(KINDS)}")
@@ -205,42 +204,6 @@ class Manifest:
         return manifest
 
 
-def _decode(kind: Any, value: Any, file: Path, where: str) -> Any:
-    """`value` as `kind`, a type made of dataclasses, dict[str, X], tuple[X, ...], X | None and scalars."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        options = [option for option in arguments if option is not type(None)]
-        return None if value is None else _decode(options[0], value, file, where)
-    if origin is dict:
-        _expect(isinstance(value, dict), file, where, "an object", value)
-        return {key: _decode(arguments[1], item, file, f"{where}.{key}") for key, item in value.items()}
-    if origin is tuple:
-        _expect(isinstance(value, list), file, where, "a list", value)
-        return tuple(_decode(arguments[0], item, file, f"{where}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(kind):
-        _expect(isinstance(value, dict), file, where, "an object", value)
-        hints = typing.get_type_hints(kind)
-        prefix = f"{where}." if where else ""
-        for key in value:
-            if key not in hints:
-                raise ArtifactError(f"{file}: {prefix}{key}: unknown field; it was written by another version")
-        for item in dataclasses.fields(kind):
-            optional = type(None) in typing.get_args(hints[item.name])
-            has_default = item.default is not dataclasses.MISSING
-            if item.name not in value and not optional and not has_default:
-                raise ArtifactError(f"{file}: {prefix}{item.name}: missing field; the artifact is damaged")
-        given = {key: _decode(hints[key], item, file, f"{prefix}{key}") for key, item in value.items()}
-        absent = {f.name: None for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING} | given
-        make: Any = kind
-        return make(**absent)
-    accepted = (int, float) if kind is float else kind
-    _expect(
-        isinstance(value, accepted) and not (kind is not bool and isinstance(value, bool)), file, where, kind, value
-    )
-    return value
-
-
-def _expect(fits: bool, file: Path, where: str, wanted: Any, value: Any) -> None:
-    if not fits:
-        wanted = getattr(wanted, "__name__", wanted)
-        raise ArtifactError(f"{file}: {where}: expected {wanted}, found {value!r:.80}")
+def decoder(file: Path) -> Decoder:
+    """Reads the parts of a manifest."""
+    return Decoder(file, ArtifactError, "the artifact is damaged")

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored
+from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, decoder
 from meswitch.errors import ArtifactError
 from meswitch.tensorfile import NAMES, fsync_path, tensor_bytes, write_tensors
 
@@ -61,15 +61,13 @@ class ArtifactWriter:
         progress = self.partial / _PROGRESS
         self._shards: list[str] = []
         if progress.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, ArtifactError):
                 data = json.loads(progress.read_text())
                 shards = data["shards"]
                 whole = all((self.partial / s["file"]).stat().st_size == s["size"] for s in shards)
                 if data["plan"] == self._plan and whole:
+                    self.entries = decoder(progress).decode(dict[str, Entry], data["entries"])
                     self._shards = [s["file"] for s in shards]
-                    for name, entry in data["entries"].items():
-                        parts = {key: Stored(**{**v, "shape": tuple(v["shape"])}) for key, v in entry["stored"].items()}
-                        self.entries[name] = Entry(**{**entry, "shape": tuple(entry["shape"]), "stored": parts})
         for path in self.partial.iterdir():
             if path.name not in self._shards and path.name != _PROGRESS:
                 path.unlink()

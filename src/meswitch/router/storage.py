@@ -9,10 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from meswitch.router.base import RouterError
+from meswitch.strict import Decoder
 from meswitch.tensorfile import fsync_path
 
 FORMAT = "meswitch-router"
@@ -145,7 +144,8 @@ def read_file(path: Path) -> RouterFile:
         raise RouterError(f"{name}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch")
     if data.get("kind") != KIND:
         raise RouterError(f"{name}: kind: {data.get('kind')!r} is not known to this meswitch (it has {KIND!r})")
-    file: RouterFile = _decode(RouterFile, data, name, "")
+    decoder = Decoder(name, RouterError, "train the router again", complete=True)
+    file: RouterFile = decoder.decode(RouterFile, data)
     if not file.experts:
         raise RouterError(f"{name}: experts: empty; train the router again")
     return file
@@ -175,35 +175,3 @@ def read_tensors(path: Path, file: RouterFile, expected: dict[str, tuple[int, ..
         if tensors[key].dtype != torch.float32:
             raise RouterError(f"{name}: {key}: expected float32, found {tensors[key].dtype}")
     return tensors
-
-
-def _decode(kind: Any, value: Any, file: Path, where: str) -> Any:
-    """`value` as `kind`: a dataclass here, tuple[X, ...], dict[str, X], X | None or a scalar."""
-    arguments = typing.get_args(kind)
-    if type(None) in arguments:
-        return None if value is None else _decode(arguments[0], value, file, where)
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        _expect(isinstance(value, dict), "an object", value, file, where or "the file")
-        hints, prefix = typing.get_type_hints(kind), f"{where}." if where else ""
-        for key in value.keys() - hints.keys():
-            raise RouterError(f"{file}: {prefix}{key}: unknown field; it was written by another version")
-        for key in hints.keys() - value.keys():
-            raise RouterError(f"{file}: {prefix}{key}: missing field; train the router again")
-        make: Any = kind
-        return make(**{key: _decode(hints[key], item, file, prefix + key) for key, item in value.items()})
-    if origin is tuple:
-        _expect(isinstance(value, list), "a list", value, file, where)
-        return tuple(_decode(arguments[0], item, file, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        _expect(isinstance(value, dict), "an object", value, file, where)
-        return {key: _decode(arguments[1], item, file, f"{where}.{key}") for key, item in value.items()}
-    accepted = (int, float) if kind is float else kind
-    fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    _expect(fits, kind.__name__, value, file, where)
-    return value
-
-
-def _expect(fits: bool, wanted: str, value: Any, file: Path, where: str) -> None:
-    if not fits:
-        raise RouterError(f"{file}: {where}: expected {wanted}, found {value!r:.60}")
