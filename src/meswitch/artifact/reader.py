@@ -204,11 +204,12 @@ class Artifact:
                     f"{self.directory / name}: differs from the manifest's checksum; copy the artifact again"
                 )
 
-    def check_base(self, base: Checkpoint, *, full: bool = False) -> None:
+    def check_base(self, base: Checkpoint, *, full: bool = False, known: str | None = None) -> None:
         """Refuse another base.
 
         Args:
-            full: compare the SHA-256 of every tensor instead of the sampled fingerprint.
+            full: compare the SHA-256 of every tensor, not only the sampled fingerprint.
+            known: the base's fingerprint, where several artifacts are checked against one base.
 
         Raises:
             IncompatibleError: naming what differs.
@@ -223,7 +224,7 @@ class Artifact:
                     raise IncompatibleError(
                         f"{base.directory}: {name} is not the tensor that {self.directory} was compressed against"
                     )
-        found = fingerprint(base)
+        found = known or fingerprint(base)
         if found != wanted.fingerprint:
             raise IncompatibleError(
                 f"{base.directory}: its fingerprint {found[15:27]}… is not the {wanted.fingerprint[15:27]}… of "

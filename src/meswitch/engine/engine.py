@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from meswitch.artifact import Artifact
+from meswitch.artifact import Artifact, fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.engine.attach import attach
 from meswitch.engine.batching import Batch
@@ -63,8 +63,9 @@ class Engine:
         self.max_queue = max_queue
         checkpoint = Checkpoint.open(base)
         artifacts = {name: Artifact.open(path) for name, path in experts.items()}
+        known = fingerprint(checkpoint) if artifacts else None
         for artifact in artifacts.values():
-            artifact.check_base(checkpoint)
+            artifact.check_base(checkpoint, known=known)
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.voices = {base_name: Voice(base_name, checkpoint.directory)}
         self.voices |= {name: Voice(name, artifact.directory) for name, artifact in artifacts.items()}
