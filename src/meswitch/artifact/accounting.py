@@ -12,6 +12,7 @@ _CONTENT = {
     "salient_index": "salient channels",
     "salient_weight": "salient channels",
     "weight_extra": "added rows",
+    "row_index": "row indices",
     "mask_packed": "sparsity pattern",
     "index_packed": "sparsity pattern",
     "factor_left": "factors",

@@ -13,7 +13,7 @@ from meswitch.errors import ArtifactError
 from meswitch.strict import Decoder
 
 FORMAT = "meswitch-delta"
-VERSION = 1
+VERSION = 2  # 2: packed tensors may leave out rows (`row_index`)
 MANIFEST_NAME = "meswitch.json"
 KINDS = ("packed", "coded", "dense", "same")
 
@@ -86,18 +86,23 @@ class ExpertInfo:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The text that the salient channels and the error feedback were measured on."""
+    """The text that the salient channels and the error feedback were measured on.
+
+    sha256: of the file; of the token ids where the expert wrote the text. seed: of its sampling, None for a file.
+    """
 
     source: str
     sha256: str
     sequences: int
     tokens: int
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
     """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
-    expert, nats a token) on its held-out tenth before and after."""
+    expert, nats a token) on its held-out tenth before and after. The rest as in
+    `compression.recipe`."""
 
     steps: int
     learning_rate: float
@@ -105,15 +110,31 @@ class Distillation:
     seed: int
     held_out_before: float
     held_out_after: float
+    loss: str = "kl"
+    codes: bool = False
+    norms: bool = True
+    hidden: float = 0.0
+    question_weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """The parts of the solver, see `codec.Spec`."""
+
+    salient_rule: str
+    scales: str
+    feedback: bool
+    refit: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """Every parameter of the compression. name: one of `codec.METHODS`. bits: of a code, or of the budget for methods
-    whose size is free. parameters: what only this method has."""
+    whose size is free; None where each tensor has its own under `target_bpw`. solver: None is the default one.
+    parameters: what only this method has."""
 
     name: str
-    bits: int
+    bits: int | None
     group_size: int | None
     salient: int | None
     embeddings: str
@@ -121,6 +142,8 @@ class Method:
     calibration: Calibration | None = None
     distillation: Distillation | None = None
     parameters: dict[str, float] | None = None
+    target_bpw: float | None = None
+    solver: Solver | None = None
 
 
 @dataclass(frozen=True, slots=True)

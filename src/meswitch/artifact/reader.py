@@ -14,6 +14,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, PackedDelta, find_baseline, packed_words, restore_baseline
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import group_count
+from meswitch.codec.rows import expand_rows
 from meswitch.errors import ArtifactError, IncompatibleError, MeswitchError
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
 
@@ -94,9 +95,10 @@ class Artifact:
         else:
             if len(entry.shape) != 2 or entry.bits is None:
                 raise ArtifactError(f"{file}: tensors.{name}.shape: a packed tensor has two dimensions")
-            rows = entry.base_rows
-            salient = entry.stored.get("salient_index")
-            expected = {
+            salient, live = entry.stored.get("salient_index"), entry.stored.get("row_index")
+            rows = entry.base_rows if live is None else live.shape[0] if live.shape else -1
+            expected = {} if live is None else {"row_index": (rows,)}
+            expected |= {
                 "weight_packed": (rows, packed_words(entry.shape[1], entry.bits)),
                 "weight_scale": (rows, group_count(entry.shape[1], entry.group_size)),
                 "weight_shape": (2,),
@@ -183,11 +185,14 @@ class Artifact:
         shape = parts.get("weight_shape")
         if shape is not None and tuple(shape.tolist()) != entry.shape:
             raise ArtifactError(f"{where}.shape: {list(entry.shape)}, but the stored weight_shape is {shape.tolist()}")
-        index = parts.get("salient_index")
-        if index is not None and index.numel():
+        limits = {"salient_index": (entry.shape[-1:], "input channels"), "row_index": ((entry.base_rows,), "rows")}
+        for suffix, ((limit,), unit) in limits.items() if entry.kind == "packed" else ():
+            index = parts.get(suffix)
+            if index is None or not index.numel():
+                continue
             ascending = bool((index.diff() > 0).all())
-            if not (ascending and int(index[0]) >= 0 and int(index[-1]) < entry.shape[1]):
-                raise ArtifactError(f"{where}.salient_index: not ascending within {entry.shape[1]} input channels")
+            if not (ascending and int(index[0]) >= 0 and int(index[-1]) < limit):
+                raise ArtifactError(f"{where}.{suffix}: not ascending within {limit} {unit}")
         return parts
 
     def verify(self) -> None:
@@ -236,6 +241,9 @@ def packed_from_parts(entry: Entry, parts: dict[str, Tensor]) -> PackedDelta:
     """A `PackedDelta` over the parts of a packed entry, wherever they lie."""
     if entry.bits is None:
         raise ArtifactError("a packed tensor needs its bits")
+    if "row_index" in parts:
+        by_row = {"weight_packed", "weight_scale", "salient_weight"} & parts.keys()
+        parts = parts | {suffix: expand_rows(parts[suffix], parts["row_index"], entry.base_rows) for suffix in by_row}
     packed = parts["weight_packed"]
     no_index = torch.empty(0, dtype=torch.int32, device=packed.device)
     no_weight = torch.empty(len(packed), 0, dtype=SALIENT_DTYPE, device=packed.device)

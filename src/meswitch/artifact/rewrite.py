@@ -10,11 +10,16 @@ from torch import Tensor
 from meswitch.artifact.manifest import Method
 from meswitch.artifact.reader import Artifact
 from meswitch.artifact.writer import ArtifactWriter
-from meswitch.codec import PackedDelta
+from meswitch.codec import CodedDelta, PackedDelta
 
 
 def rewrite(
-    artifact: Artifact, out: Path, changed: Mapping[str, PackedDelta | Tensor], method: Method, *, overwrite: bool
+    artifact: Artifact,
+    out: Path,
+    changed: Mapping[str, PackedDelta | CodedDelta | Tensor],
+    method: Method,
+    *,
+    overwrite: bool,
 ) -> Artifact:
     """Write `artifact` to `out` with the tensors in `changed`; shapes, dtypes and kinds stay as they are.
 
@@ -27,7 +32,7 @@ def rewrite(
         if name in writer.entries:
             continue
         value = changed.get(name)
-        if isinstance(value, PackedDelta):
+        if isinstance(value, PackedDelta | CodedDelta):
             parts = value.tensors()
         elif value is not None:
             parts = {"": value}
@@ -42,6 +47,8 @@ def rewrite(
             base_sha256=entry.base_sha256,
             bits=entry.bits,
             group_size=entry.group_size,
+            method=entry.method,
+            meta=entry.meta,
         )
     tensors = dict(sorted(writer.final_entries().items()))
     manifest = dataclasses.replace(artifact.manifest, tensors=tensors, method=method)

@@ -9,16 +9,18 @@ from meswitch.codec.feedback import damped, feedback_codes, inverse_factor
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import (
     SCALE_DTYPE,
+    SCALES,
     dequantize,
     expand_scale,
     group_count,
     levels,
-    mse_scales,
     normal_scales,
     quantize,
+    starting_scales,
 )
 from meswitch.codec.refit import refit
-from meswitch.codec.salient import reconstruction_error, select_salient
+from meswitch.codec.rows import live_rows, without_negligible
+from meswitch.codec.salient import RULES, other_score, reconstruction_error, select_salient
 from meswitch.errors import MeswitchError
 
 SALIENT_DTYPE = torch.bfloat16
@@ -33,12 +35,21 @@ class Spec:
 
     bits: 1-4. group_size: input channels that share a scale, None for one scale a row.
     salient: input channels kept in 16 bit. damping: of the second moment, for error feedback.
+    row_floor: rows whose root mean square is below this share of the matrix's are taken as unchanged.
+    rule: how the salient channels are chosen, one of `codec.salient.RULES`. scales: the search that starts them, one
+    of `codec.quantize.SCALES`. With the inputs' second moment, feedback: round with error feedback; refit: solve for
+    scales and salient weights once the codes are chosen.
     """
 
     bits: int = 2
-    group_size: int | None = 64
+    group_size: int | None = 128
     salient: int = 4
     damping: float = 0.01
+    row_floor: float = 0.0
+    rule: str = "error"
+    scales: str = "mse"
+    feedback: bool = True
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in (1, 2, 3, 4):
@@ -47,6 +58,9 @@ class Spec:
             raise ValueError(f"group_size must be at least 8 or a whole row, not {self.group_size}")
         if self.salient < 0:
             raise ValueError(f"salient must be 0 or more, not {self.salient}")
+        for name, value, known in (("salient_rule", self.rule, RULES), ("scales", self.scales, SCALES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +88,19 @@ class PackedDelta:
         return self.packed.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the suffix of their stored names (the first three are compressed-tensors')."""
+        """By the suffix of their stored names (the first three are compressed-tensors'); see `codec.rows`."""
         extra_rows = 0 if self.extra is None else self.extra.shape[0]
+        live = live_rows(self.packed, self.scale, self.salient_weight)
+        rows = slice(None) if live is None else live.long()
         named = {
-            "weight_packed": self.packed,
-            "weight_scale": self.scale,
+            "weight_packed": self.packed[rows],
+            "weight_scale": self.scale[rows],
             "weight_shape": torch.tensor([self.rows + extra_rows, self.in_features], dtype=torch.int32),
         }
+        if live is not None:
+            named["row_index"] = live
         if self.salient_index.numel():
-            named |= {"salient_index": self.salient_index, "salient_weight": self.salient_weight}
+            named |= {"salient_index": self.salient_index, "salient_weight": self.salient_weight[rows]}
         if self.extra is not None:
             named["weight_extra"] = self.extra
         return named
@@ -108,7 +126,7 @@ class PackedDelta:
 def stored_shapes(
     rows: int, in_features: int, spec: Spec, extra_rows: int, extra_dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `encode` stores, without weights: suffix -> (shape, dtype)."""
+    """Shapes and dtypes of what `encode` stores if every row changed, without weights: suffix -> (shape, dtype)."""
     salient = min(spec.salient, in_features)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "weight_packed": ((rows, packed_words(in_features, spec.bits)), torch.int32),
@@ -145,6 +163,8 @@ def encode(
         MeswitchError: the delta has NaN or infinite values.
     """
     check_finite(delta, name)
+    if spec.row_floor:
+        delta = without_negligible(delta, spec.row_floor)
     energy = None if second_moment is None else second_moment.diagonal()
     index = _choose_salient(delta, spec, energy)
     kept = None
@@ -161,13 +181,15 @@ def encode(
     for block in _row_blocks(
         delta, _FEEDBACK_BLOCK.get(delta.device.type, _BLOCK) if second_moment is not None else _BLOCK
     ):
-        scale = mse_scales(block, spec.bits, spec.group_size, kept)
-        if metric is None:
+        scale = starting_scales(spec.scales, block, spec.bits, spec.group_size, kept)
+        if metric is None or not spec.feedback:
             codes = quantize(block, scale, spec.bits, spec.group_size)
+        else:
+            codes = feedback_codes(block, scale, spec.bits, spec.group_size, factor, order, exact=index.numel())
+        if metric is None or not spec.refit:
             step = expand_scale(scale.float(), delta.shape[1], spec.group_size)[:, columns]
             missing = block[:, columns] - levels(codes[:, columns], spec.bits) * step
         else:
-            codes = feedback_codes(block, scale, spec.bits, spec.group_size, factor, order, exact=index.numel())
             scale, missing = refit(block, codes, spec.bits, spec.group_size, columns, metric, scale)
         packed.append(pack(codes, spec.bits))
         scales.append(scale)
@@ -196,9 +218,11 @@ def check_finite(delta: Tensor, name: str) -> None:
 
 
 def _choose_salient(delta: Tensor, spec: Spec, energy: Tensor | None) -> Tensor:
-    """[k] int32: the channels whose plain rounding costs most."""
+    """[k] int32, ascending: by default the channels whose plain rounding costs most."""
     if not spec.salient:
         return torch.empty(0, dtype=torch.int32, device=delta.device)
+    if spec.rule != "error":
+        return select_salient(other_score(spec.rule, delta, energy), spec.salient)
     score = torch.zeros(delta.shape[1], dtype=torch.float32, device=delta.device)
     for block in _row_blocks(delta, _BLOCK):
         scale = normal_scales(block, spec.bits, spec.group_size)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+SCALES = ("mse", "absmax", "normal")
 SCALE_DTYPE = torch.bfloat16  # deltas of fine-tunes reach 1e-7: below the normal range of fp16
 
 # Step / (2 * standard deviation) that minimises the squared error of a normal variable (Max, 1960).
@@ -122,6 +123,15 @@ def mse_scales(delta: Tensor, bits: int, group_size: int | None, weight: Tensor 
     for _ in range(_REFINEMENTS):
         refined = consider(consider(best))
     return (best * peak).squeeze(-1).to(SCALE_DTYPE)
+
+
+def starting_scales(
+    search: str, delta: Tensor, bits: int, group_size: int | None, weight: Tensor | None = None
+) -> Tensor:
+    """[rows, groups] bfloat16 by one of `SCALES`; `weight` is used by `mse` only."""
+    if search == "mse":
+        return mse_scales(delta, bits, group_size, weight)
+    return (absmax_scales if search == "absmax" else normal_scales)(delta, bits, group_size)
 
 
 def _grouped(delta: Tensor, group_size: int | None) -> tuple[Tensor, Tensor | None]:

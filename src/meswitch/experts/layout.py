@@ -4,6 +4,7 @@ Host memory and a device slot use the same layout, so that loading an expert is 
 never change.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 from meswitch.artifact import Artifact, Entry, packed_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
+from meswitch.codec.rows import expand_rows
 from meswitch.errors import IncompatibleError
 from meswitch.tensorfile import DTYPES
 
 _ALIGNMENT = 256  # bytes; at least what a vectorised load and a DMA copy like
-_NOT_SERVED = {"weight_shape"}
+_NOT_SERVED = {"weight_shape", "row_index"}
+_BY_ROW = {"weight_packed", "weight_scale", "salient_weight"}  # a slot has all rows, those without a change as zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,10 @@ class Layout:
             for suffix, part in entry.stored.items():
                 if suffix in _NOT_SERVED:
                     continue
-                places[name][suffix] = Place(offset, part.bytes, part.shape, DTYPES[part.dtype])
-                offset += -(-part.bytes // _ALIGNMENT) * _ALIGNMENT
+                shape = (entry.base_rows, *part.shape[1:]) if suffix in _BY_ROW else part.shape
+                dtype = DTYPES[part.dtype]
+                places[name][suffix] = place = Place(offset, math.prod(shape) * dtype.itemsize, shape, dtype)
+                offset += -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
         return cls(places, entries, offset, artifact.manifest.expert.tied_head)
 
     def fill(self, artifact: Artifact, buffer: Tensor) -> None:
@@ -70,6 +75,8 @@ class Layout:
         for name, parts in self.places.items():
             for suffix, place in parts.items():
                 tensor = artifact.read_stored(name, suffix)
+                if tensor.shape != place.shape:
+                    tensor = expand_rows(tensor, artifact.read_stored(name, "row_index"), place.shape[0])
                 buffer[place.offset : place.offset + place.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
 
     def views(self, buffer: Tensor) -> dict[str, PackedDelta | Tensor]:

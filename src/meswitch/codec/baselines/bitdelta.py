@@ -1,9 +1,9 @@
 """BitDelta (arXiv 2402.10193, section 3.1): the sign of the delta times one scalar a matrix.
 
-The scalar is the mean magnitude, which is the least-squares one for given signs (equation 3). Only the projections of
-the blocks are compressed; embedding, head and norms stay whole. A weight without change counts as +1, as in the
-authors' code. This is the paper's "BitDelta-Initial": its second step, training the scalars against the full expert, is
-not done. Ours: a matrix without any change has scalar 0 and stays exact (of itself: the mean is 0).
+The scalar is the mean magnitude, which is the least-squares one for given signs. Only the projections of the blocks are
+compressed; embedding, head and norms stay whole. A weight without change counts as +1, as in the authors' code. This is
+the paper's "BitDelta-Initial"; its second step, training the scalars against the full expert, is `compression.distill`
+with the paper's recipe (`compression.recipe`). A matrix without any change has scalar 0 and stays exact.
 
 Stored for [rows, in]: `sign_packed` int32 [rows, ceil(in / 32)], `sign_scale` float32 [1]: 1 bit a weight + 4 bytes.
 """
@@ -32,4 +32,4 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return {"sign_packed": ((rows, packed_words(width, 1)), torch.int32), "sign_scale": ((1,), torch.float32)}
 
 
-METHOD = Baseline("bitdelta", encode, decode, shapes, bits=1, blocks_only=True)
+METHOD = Baseline("bitdelta", encode, decode, shapes, bits=1, blocks_only=True, scale="sign_scale")

@@ -41,7 +41,8 @@ class Baseline:
     decode: those, and the shape -> [rows, in_features] float32.
     shapes: what is stored for a shape and these integers; raises ValueError for integers that make no sense.
     fields: names of the integers. bits: of its codes, if that is not a choice. blocks_only: the paper leaves embedding
-    and head whole. uses_inputs: calibration text makes a difference.
+    and head whole. uses_inputs: calibration text makes a difference. scale: the part that can be trained end to end, by
+    which the signs are multiplied.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Baseline:
     bits: int | None = None
     blocks_only: bool = False
     uses_inputs: bool = False
+    scale: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""DARE (arXiv 2311.03099, section 3.2): drop a random share p of the delta and rescale the rest by 1 / (1 - p).
+"""DARE (arXiv 2311.03099): drop a random share p of the delta and rescale the rest by 1 / (1 - p).
 
-Ours: the paper keeps the rest in 16 bit and does not store it compactly; here it is rounded to nearest in groups of
-kept weights, with scales of least squared error. Every row keeps the same number of weights, so that shapes are known
-beforehand, and the rescaling uses the exact share kept. The mask is paid for as a bit a weight, although the seed (kept
+The paper drops 90 % or even 99 %. It makes models to be merged, not small files: what is kept stays in 16 bit. Ours: it
+is rounded to nearest in groups of kept weights, with scales of least squared error. Every row keeps the same number of
+weights, where the authors draw each weight by itself, so that shapes are known beforehand, and the rescaling uses the
+exact share kept. The mask is paid for as a bit a weight, although the seed (kept
 in the manifest, another one for every tensor) could draw it again on the same version of torch.
 
 Stored for [rows, in] with k = max(1, round((1 - p) in)): `mask_packed` int32 [rows, ceil(in / 32)], `kept_packed` int32

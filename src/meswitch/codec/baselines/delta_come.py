@@ -1,14 +1,15 @@
-"""Delta-CoMe (arXiv 2406.08903, section 4): singular vectors in mixed precision, more bits for larger singular values.
+"""Delta-CoMe (arXiv 2406.08903): singular vectors in mixed precision, more bits for larger singular values.
 
 The delta's leading singular vectors are stored in 8 bit, the next in 3, more in 2, the rest is dropped; all are rounded
 in groups, with error feedback (GPTQ) where the inputs' second moment is known. At a width of 4096 the authors' code
-takes 2 vectors in 8 bit, 32 in 3 bit and 968 or 1428 in 2 bit, groups of 128.
+takes 2 vectors in 8 bit, 32 in 3 bit and 968 (attention) or 1428 (MLP) in 2 bit, groups of 128.
 
 Ours: the first two counts scale with the width (at least 1 each), and the 2-bit vectors fill the bytes that the default
-method spends on the same matrix, unless there are fewer (the paper's own budget is 1 bit a weight). Each vector of
-either side has its own scales, along its length, and carries the square root of its singular value. `V^T` is rounded
-for the inputs' second moment, `U` for that of `V^T x` with the rounded `V^T`, within each band of equal bits. The
-levels are the codec's.
+method spends on the same matrix, unless there are fewer (the paper's own budget is 1/16 of 16 bits a weight). Each
+vector of either side has its own scales, along its length, and carries the square root of its singular value, which the
+authors keep apart. `V^T` is rounded for the inputs' second moment, `U` for that of `V^T x` with the rounded `V^T`,
+within each band of equal bits. The inputs are the uncompressed expert's, where the authors' have passed the layers
+compressed so far. The levels are the codec's.
 
 Stored for [rows, in] and each band of n vectors in b bits: `right<b>_packed` [n, ceil(in b / 32)] int32 (8 bit: uint8
 [n, in]), `right<b>_scale` bfloat16 [n, ceil(in / group)], and `left<b>_*` alike with rows for in. Bits a weight: the

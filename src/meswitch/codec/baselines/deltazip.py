@@ -1,12 +1,14 @@
-"""DeltaZip (arXiv 2312.05215, section 4): two of every four weights are kept and rounded, with error feedback.
+"""DeltaZip (arXiv 2312.05215): two of every four weights are kept and rounded, with error feedback.
 
 As SparseGPT (2301.00774), which it applies to the delta: walking along the inputs, in each four the two weights are
-kept whose loss would cost the layer's output most (`d^2 / [H^-1]_cc`), they are rounded, and what is lost is passed on
-to the inputs that follow. Without calibration `H` is the identity: magnitudes decide and nothing is passed on.
+kept whose loss would cost the layer's output most (`(d / U_cc)^2`, U the Cholesky factor of the inputs' inverse second
+moment `H^-1 = U^T U`), they are rounded, and what is lost is passed on to the inputs that follow. Without calibration
+`H` is the identity: magnitudes decide and nothing is passed on. The authors take 4 or 2 bits and 256 sequences.
 
-Ours: the levels are the codec's, the scales are fixed beforehand for the weights that the same score keeps before any
-correction, and there is no lossless compression of the codes on top. The paper's 4 bits are `bits=4`; the default is 2
-as everywhere here.
+Ours: the levels are the codec's, the scales belong to groups (the authors' code has one a row) and are fixed beforehand
+for the weights that the same score keeps before any correction. A layer's inputs are the uncompressed expert's; the
+authors run each layer with the compressed delta before they look at the next. There is no lossless compression of the
+codes on top. The default is 2 bits as everywhere here.
 
 Stored for [rows, in] with q = ceil(in / 4): `kept_packed` int32 [rows, ceil(2 q bits / 32)], `index_packed` int32
 [rows, ceil(2 q * 2 / 32)] (position in its four, ascending), `kept_scale` bfloat16 [rows, ceil(2 q / group)]:

@@ -1,10 +1,10 @@
 """Per-axis weight deltas (arXiv 2512.19720): the sign of the delta times one scale a row or one a column.
 
-As in the paper, every matrix takes the axis that reconstructs the layer's output better on calibration text. Ours: the
-scales are not trained by gradient descent but solved: with the inputs' second moment `H` (the identity without
-calibration) they minimise `tr((D - Dq) H (D - Dq)^T)`, one number a row, or a linear system over the columns. The axis
-is chosen by the same error on the same text, not on held-out text, and the scales are bfloat16, not fp16. The paper's
-end-to-end training of the scales is not done.
+As in the paper, every matrix takes the axis that reconstructs the layer's output better on calibration text. Ours: at
+this stage the scales are not trained by gradient descent but solved: with the inputs' second moment `H` (the identity
+without calibration) they minimise `tr((D - Dq) H (D - Dq)^T)`, one number a row, or a linear system over the columns.
+The axis is chosen by the same error on the same text, not on held-out text, and the scales are bfloat16, not fp16. The
+training of the scales end to end is `compression.distill` with the authors' recipe (`compression.recipe`).
 
 Stored for [rows, in]: `sign_packed` int32 [rows, ceil(in / 32)], `axis_scale` bfloat16 [rows] or [in]: 1 + 16 / in or
 1 + 16 / rows bits a weight.
@@ -70,4 +70,6 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return {"sign_packed": ((rows, packed_words(width, 1)), torch.int32), "axis_scale": scale}
 
 
-METHOD = Baseline("per-axis", encode, decode, shapes, ("axis",), bits=1, blocks_only=True, uses_inputs=True)
+METHOD = Baseline(
+    "per-axis", encode, decode, shapes, ("axis",), bits=1, blocks_only=True, uses_inputs=True, scale="axis_scale"
+)
