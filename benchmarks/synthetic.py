@@ -75,50 +75,82 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return named | {"model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
 
 
-def draw(name: str, shape: tuple[int, ...], relative: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A base tensor and the expert's: a delta of Student-t tails (4 degrees of freedom), `relative` of the norm."""
+def draw_base(shape: tuple[int, ...]) -> torch.Tensor:
     if len(shape) == 1:
-        base = torch.ones(shape)
-        return base.bfloat16(), (base + relative * torch.randn(shape)).bfloat16()
-    base = torch.randn(shape).mul_(1 / math.sqrt(shape[1])).bfloat16()
+        return torch.ones(shape).bfloat16()
+    return torch.randn(shape).mul_(1 / math.sqrt(shape[1])).bfloat16()
+
+
+def draw_expert(base: torch.Tensor, shape: tuple[int, ...], relative: float) -> torch.Tensor:
+    """An expert's tensor: a delta of Student-t tails (4 degrees of freedom), `relative` of the norm.
+
+    Rows after the base's last one, those of added tokens, are drawn like the base's.
+    """
+    if len(shape) == 1:
+        return (base.float() + relative * torch.randn(shape)).bfloat16()
+    whole = torch.cat([base, draw_base((shape[0] - len(base), *shape[1:]))]) if shape[0] > len(base) else base
     tails = torch.empty(shape[0], 1).exponential_().add_(0.3).rsqrt_()  # rows of unlike size: heavy tails over all
     delta = torch.randn(shape).mul_(tails).mul_(relative / math.sqrt(shape[1]))
-    return base, (base.float() + delta).bfloat16()
+    return delta.add_(whole).to(torch.bfloat16)
 
 
 def write_pair(
     out: Path, config: dict, shard_bytes: int, relative: float = 0.03, tokenizer: Path | None = None
 ) -> None:
     """Write `out/base` and `out/expert` as sharded checkpoints."""
+    write_family({out / "base": config, out / "expert": config}, shard_bytes, relative, tokenizer)
+
+
+def write_family(
+    configs: dict[Path, dict], shard_bytes: int, relative: float = 0.03, tokenizer: Path | None = None
+) -> None:
+    """Write a base, the first of `configs` (directory -> configuration), and experts of it as sharded checkpoints.
+
+    Vocabularies may differ, and so may dtypes; everything else is the base's.
+    """
     torch.manual_seed(0)
-    named = shapes(config)
     groups: list[list[str]] = [[]]
     size = 0
-    for name, shape in named.items():
+    for name, shape in shapes(next(iter(configs.values()))).items():
         count = 2 * math.prod(shape)
         if size + count > shard_bytes and groups[-1]:
             groups.append([])
             size = 0
         groups[-1].append(name)
         size += count
-    for side in ("base", "expert"):
-        (out / side).mkdir(parents=True, exist_ok=True)
-        (out / side / "config.json").write_text(json.dumps(config, indent=2))
-        weight_map = {n: f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i, g in enumerate(groups) for n in g}
-        index = {"metadata": {"total_size": 2 * sum(map(math.prod, named.values()))}, "weight_map": weight_map}
-        (out / side / "model.safetensors.index.json").write_text(json.dumps(index))
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            if tokenizer is not None and (tokenizer / file).is_file():
-                shutil.copyfile(tokenizer / file, out / side / file)
-    for i, group in enumerate(groups):
-        base, expert = {}, {}
-        for name in group:
-            base[name], expert[name] = draw(name, named[name], relative)
-        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        save_file(base, out / "base" / file, metadata={"format": "pt"})
-        base.clear()
-        save_file(expert, out / "expert" / file, metadata={"format": "pt"})
+    files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    for directory, config in configs.items():
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+        weight_map = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+        index = {"metadata": {"total_size": 2 * sum(map(math.prod, shapes(config).values()))}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        for companion in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if tokenizer is not None and (tokenizer / companion).is_file():
+                shutil.copyfile(tokenizer / companion, directory / companion)
+        if (directory / "tokenizer.json").is_file():
+            name_every_token(directory / "tokenizer.json", config["vocab_size"])
+    (base_directory, base_config), *experts = configs.items()
+    for file, group in zip(files, groups, strict=True):
+        named = shapes(base_config)
+        base = {name: draw_base(named[name]) for name in group}
+        save_file(base, base_directory / file, metadata={"format": "pt"})
+        for directory, config in experts:
+            named, dtype = shapes(config), getattr(torch, config.get("torch_dtype", "bfloat16"))
+            own = {name: draw_expert(base[name], named[name], relative).to(dtype) for name in group}
+            save_file(own, directory / file, metadata={"format": "pt"})
+            del own  # one expert's shard at a time
         print(f"{file}: {len(group)} tensors", flush=True)
+
+
+def name_every_token(file: Path, vocab_size: int) -> None:
+    """Give ids that a tokenizer lacks a text of their own: a random model's answers then decode to what it said."""
+    data = json.loads(file.read_text())
+    known = {*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"])}
+    missing = [i for i in range(vocab_size) if i not in known]
+    data["model"]["vocab"] |= {f"<{i}>": i for i in missing}
+    if missing:
+        file.write_text(json.dumps(data, ensure_ascii=False))
 
 
 def main() -> None:

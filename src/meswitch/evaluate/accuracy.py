@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from meswitch.errors import ConfigError
+from meswitch.evaluate.fidelity import Text
 from meswitch.evaluate.gain import Interval, wilson
 from meswitch.evaluate.tasks import CHECKABLE, draw
 from meswitch.threads import fitting_threads
@@ -96,6 +97,24 @@ def answer(
     """Greedy answers as text, in the order of `prompts`; special tokens are left out."""
     ids = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+def own_answers(
+    model: Any,
+    tokenizer: Any,
+    domain: str,
+    n: int,
+    seed: int,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 256,
+) -> list[Text]:
+    """Held-out conversations to measure fidelity on: prompts with the model's greedy answers, compared on those."""
+    prompts = [question.prompt for question in draw(domain, n, seed)]
+    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
+    starts = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    # The prompt's last token predicts the answer's first.
+    return [Text((*start, *answer), len(start) - 1) for start, answer in zip(starts, answers, strict=True) if start]
 
 
 def accuracy(

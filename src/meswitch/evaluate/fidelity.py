@@ -27,7 +27,15 @@ class Fidelity:
     sequences: int
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One text's share of `Fidelity`: `kl` is its mean in nats a token."""
+
+    kl: float
+    agreeing: int  # tokens with the same most likely next one, of `tokens`
+    tokens: int
+
+
 def fidelity(model: Any, expert: Any, texts: Iterable[Text], batch_tokens: int = 2048) -> Fidelity:
     """Compare the next-token distributions of two models of one vocabulary; both see the same token ids.
 
@@ -38,32 +46,56 @@ def fidelity(model: Any, expert: Any, texts: Iterable[Text], batch_tokens: int =
         ConfigError: there is no position to compare.
         IncompatibleError: the vocabularies differ in size.
     """
-    kl = agree = tokens = sequences = 0.0
-    for ids, mask, counted in _batches(texts, batch_tokens):
-        p = _log_probabilities(expert, ids, mask)[counted]
-        q = _log_probabilities(model, ids, mask)[counted.to(model.device)].to(p.device)
+    return total(divergences(model, expert, texts, batch_tokens))
+
+
+def total(found: Iterable[Divergence]) -> Fidelity:
+    """The fidelity over all tokens of some texts.
+
+    Raises:
+        ConfigError: there is no text.
+    """
+    kl = agreeing = tokens = sequences = 0.0
+    for text in found:
+        kl += text.kl * text.tokens
+        agreeing += text.agreeing
+        tokens += text.tokens
+        sequences += 1
+    if not tokens:
+        raise ConfigError("texts: no token to compare; give at least one sequence longer than its `start`")
+    return Fidelity(kl / tokens, agreeing / tokens, int(tokens), int(sequences))
+
+
+@torch.inference_mode()
+def divergences(model: Any, expert: Any, texts: Iterable[Text], batch_tokens: int = 2048) -> Iterator[Divergence]:
+    """As `fidelity`, text by text and in their order, for paired comparison; texts without a position are left out.
+
+    Raises:
+        IncompatibleError: the vocabularies differ in size.
+    """
+    for ids, mask, counted in padded_batches(texts, batch_tokens):
+        p = _log_probabilities(expert, ids, mask, counted)
+        q = _log_probabilities(model, ids, mask, counted).to(p.device)
         if p.shape[-1] != q.shape[-1]:
             raise IncompatibleError(
                 f"vocab_size: {q.shape[-1]} of the model and {p.shape[-1]} of the expert; "
                 "compare models of one vocabulary"
             )
-        kl += (p.exp() * (p - q)).sum().item()
-        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        tokens += counted.sum().item()
-        sequences += len(ids)
-    if not tokens:
-        raise ConfigError("texts: no token to compare; give at least one sequence longer than its `start`")
-    # Rounding in float32 can leave a hair less than nothing where the two are the same.
-    return Fidelity(max(0.0, kl / tokens), agree / tokens, int(tokens), int(sequences))
+        lengths = counted.sum(-1).tolist()
+        kl = (p.exp() * (p - q)).sum(-1).split(lengths)
+        agreeing = (p.argmax(-1) == q.argmax(-1)).split(lengths)
+        for row, tokens in enumerate(lengths):
+            # Rounding in float32 can leave a hair less than nothing where the two are the same.
+            yield Divergence(max(0.0, kl[row].mean().item()), int(agreeing[row].sum()), tokens)
 
 
-def _log_probabilities(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Next-token log probabilities [batch, length, vocabulary], float32."""
+def _log_probabilities(model: Any, ids: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Next-token log probabilities at the counted positions of all rows in turn: [positions, vocabulary], float32."""
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    return logits.float().log_softmax(-1)
+    return logits[counted.to(logits.device)].float().log_softmax(-1)
 
 
-def _batches(texts: Iterable[Text], budget: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def padded_batches(texts: Iterable[Text], budget: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Ids, attention mask and compared positions, each [batch, length]; padded on the right, so causality hides it."""
     batch: list[Text] = []
     for text in texts:

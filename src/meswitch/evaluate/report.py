@@ -3,16 +3,16 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-from rich import box
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Literal
 
 from meswitch.evaluate.accuracy import Score
 from meswitch.evaluate.fidelity import Fidelity
 from meswitch.evaluate.gain import Z95, Comparison, GainRetained, Interval
 from meswitch.evaluate.harness import Measure
 from meswitch.version import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Kind = Literal["base", "expert", "delta"]
 HEADINGS = ("task", "model", "accuracy", "gain retained", "bpw", "KL", "top-1", "lost/gained")
@@ -135,8 +135,11 @@ class Report:
         table = "\n".join(f"| {' | '.join(cells)} |".replace("\n", " ") for cells in lines)
         return f"{table}\n\n{self._caption}\n"
 
-    def to_table(self) -> Table:
+    def to_table(self) -> "Table":
         """A rich table; print it with `rich.console.Console().print(table)`."""
+        from rich import box
+        from rich.table import Table
+
         table = Table(
             box=box.SIMPLE_HEAD,
             show_edge=False,

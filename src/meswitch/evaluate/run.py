@@ -12,12 +12,12 @@ from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
-from meswitch.evaluate.accuracy import MAX_NEW_TOKENS, Score, accuracy, generate, prompt_ids
+from meswitch.evaluate.accuracy import MAX_NEW_TOKENS, Score, accuracy, own_answers
 from meswitch.evaluate.fidelity import Text, fidelity
 from meswitch.evaluate.gain import compare, gain_retained
 from meswitch.evaluate.harness import PREFIX, Harness, HarnessSettings, Measure
 from meswitch.evaluate.report import Kind, Report, Row
-from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, draw
+from meswitch.evaluate.tasks import CHECKABLE, DOMAINS
 
 Source = str | Path
 
@@ -172,11 +172,8 @@ class _Run:
     def texts(self, expert: _Loaded, task: str) -> list[Text]:
         """Held-out conversations: prompts of the task with the expert's own answers, compared on the answers."""
         s = self.settings
-        prompts = [question.prompt for question in draw(task, s.fidelity_n, s.seed)]
-        answers = generate(expert.model, expert.tokenizer, prompts, s.max_new_tokens, s.batch_size)
-        starts = [prompt_ids(expert.tokenizer, prompt) for prompt in prompts]
-        # The prompt's last token predicts the answer's first.
-        return [Text((*start, *answer), len(start) - 1) for start, answer in zip(starts, answers, strict=True) if start]
+        how = {"max_new_tokens": s.max_new_tokens, "batch_size": s.batch_size}
+        return own_answers(expert.model, expert.tokenizer, task, s.fidelity_n, s.seed, **how)
 
 
 def _row(result: _Result, model: str, kind: Kind, path: Source, expert: str | None, **found: Any) -> Row:
