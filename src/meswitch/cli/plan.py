@@ -1,0 +1,238 @@
+"""`meswitch plan`: what an expert will take, and what fits, before anything is downloaded or compressed."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from meswitch.cli import console
+from meswitch.cli.compress import parse_group_size
+from meswitch.cli.inspect import layer_table
+from meswitch.errors import ConfigError
+from meswitch.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from meswitch.artifact import Artifact
+    from meswitch.checkpoint import Checkpoint
+    from meswitch.compression import Options
+    from meswitch.compression.plan import Memory
+
+# Columns of the table of contents: what a tensor is for.
+_GROUPS = {"linear": "linear layers", "embedding": "embedding, head", "head": "embedding, head"}
+_REST = "norms, biases"
+_KV_TOKENS = 32768  # what the engine reserves by default
+
+
+def plan(
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|FILE|HUB_ID",
+            help="The base: a checkpoint, a directory or file with only its config.json, or a hub id, of which only "
+            "the configuration is fetched.",
+        ),
+    ],
+    expert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|FILE|HUB_ID", help="The fine-tune, given likewise. Left out: one of the base's own shapes."
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tokens of the expert, where its configuration is not at hand."),
+    ] = None,
+    bits: Annotated[int, typer.Option(min=1, max=4, help="Bits of a code, as `compress` takes them.")] = 2,
+    salient: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=0,
+            help="Input channels of each linear layer that stay 16 bit. By default one in 512, at least one.",
+        ),
+    ] = None,
+    group_size: Annotated[
+        str | None, typer.Option(metavar="G|row", help="Input channels that share a scale, 64 by default, or `row`.")
+    ] = None,
+    embeddings: Annotated[
+        Literal["quantised", "exact"], typer.Option(help="Embedding and head: compressed, or whole.")
+    ] = "quantised",
+    experts: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Experts on the device at a time: slots beside the base.")
+    ] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GB", help="Memory of the device: how many experts fit? A number of GB, or a size such as 24GiB."
+        ),
+    ] = None,
+    kv_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Tokens of the KV cache beside them, as engine.kv_cache_tokens."),
+    ] = _KV_TOKENS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Predict an artifact's bytes and what fits on a device, from configurations alone.
+
+    Nothing is compressed and no weights are read, so this works before a download. The bytes are those that
+    `compress` writes and `inspect` shows, for a fine-tune that changed every row of every tensor: what equals the
+    base's costs nothing, which only the weights can tell.
+
+    Examples:
+
+        meswitch plan --base mistralai/Mistral-7B-v0.1 --vocab-size 32002
+        meswitch plan --base base/config.json --expert math/config.json \\
+            --bits 1 --experts 16 --memory 80
+    """
+    limit = None if memory is None else _size(memory)
+    console.quiet()
+    from meswitch.compression import Options, outline
+
+    options = Options(bits, parse_group_size(group_size), salient, embeddings=embeddings)
+    source = outline(base)
+    target = source if expert is None and vocab_size is None else outline(expert or base, vocab_size=vocab_size)
+    found = report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens)
+    if as_json:
+        console.print_json(found)
+    else:
+        _show(found)
+
+
+def report(
+    base: "Checkpoint",
+    expert: "Checkpoint",
+    options: "Options",
+    *,
+    experts: int = 1,
+    limit: int | None = None,
+    kv_tokens: int = _KV_TOKENS,
+) -> dict[str, Any]:
+    """Everything that `plan` shows. limit: bytes of the device. `bytes` is as in `inspect`, with `by_role` beside."""
+    from meswitch.artifact import account
+    from meswitch.compression import predict
+    from meswitch.compression.plan import Memory, kv_bytes
+    from meswitch.experts.layout import Layout
+
+    planned = predict(base, expert, options)
+    accounting, manifest = account(planned), planned.manifest
+    memory = Memory(
+        base.nbytes, Layout.of(planned).nbytes, expert.nbytes, kv_bytes(base, kv_tokens) if kv_tokens else 0,
+        experts, limit,
+    )  # fmt: skip
+    return {
+        "expert": dataclasses.asdict(manifest.expert),
+        "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},
+        "method": dataclasses.asdict(manifest.method),
+        "bytes": {
+            "by_content": accounting.by_content,
+            "by_layer": [
+                {"layer": row.layer, "parameters": row.parameters, "bytes": row.bytes,
+                 "bits_per_weight": row.bits_per_weight}
+                for row in accounting.by_layer
+            ],
+            "by_role": _by_role(planned),
+            "tensors": planned.nbytes,
+        },
+        "bits_per_weight": planned.bits_per_weight,
+        "ratio": expert.nbytes / planned.nbytes,
+        "memory": _memory(memory, kv_tokens),
+    }  # fmt: skip
+
+
+def _by_role(planned: "Artifact") -> dict[str, dict[str, int]]:
+    """What a tensor is for -> kind of content -> bytes: `account` of the tensors of one role at a time."""
+    from meswitch.artifact import account
+
+    tensors = planned.manifest.tensors
+    found = {}
+    for role in sorted({entry.role for entry in tensors.values()}):
+        own = {name: entry for name, entry in tensors.items() if entry.role == role}
+        part = dataclasses.replace(planned, manifest=dataclasses.replace(planned.manifest, tensors=own))
+        found[role] = account(part).by_content
+    return found
+
+
+def _memory(memory: "Memory", kv_tokens: int) -> dict[str, int | None]:
+    return {
+        "experts": memory.experts,
+        "base": memory.base,
+        "slot": memory.slot,
+        "kv_tokens": kv_tokens,
+        "kv_cache": memory.kv,
+        "compressed": memory.compressed,
+        "full_models": memory.full_models,
+        "limit": memory.limit,
+        "experts_that_fit": memory.experts_that_fit,
+        "full_models_that_fit": memory.full_models_that_fit,
+    }
+
+
+def _show(found: dict[str, Any]) -> None:
+    expert, method = found["expert"], found["method"]
+    salient = "one salient channel in 512" if method["salient"] is None else f"{method['salient']} salient channels"
+    group = "a row" if method["group_size"] is None else f"{method['group_size']} weights"
+    console.show(
+        console.pairs(
+            f"{expert['name']} over {found['base']['name']}",
+            {
+                "method": f"{method['bits']} bits, a scale for {group}, {salient}, embeddings {method['embeddings']}",
+                "full checkpoint": f"{format_bytes(expert['bytes'])}, {expert['parameters']:,} parameters in "
+                f"{expert['dtype']}, vocabulary {expert['vocab_size']}",
+                "compressed": f"{format_bytes(found['bytes']['tensors'])} of tensors, {found['ratio']:.2f}x smaller, "
+                f"{found['bits_per_weight']:.3f} bits a weight",
+            },
+        ),
+        _content_table(found),
+        layer_table(found["bytes"]),
+        _memory_table(found["memory"]),
+        "For a fine-tune that changed every row of every tensor; what equals the base's costs nothing.",
+    )
+
+
+def _content_table(found: dict[str, Any]) -> Any:
+    parameters, bytes_ = found["expert"]["parameters"], found["bytes"]
+    columns = ("linear layers", "embedding, head", _REST)
+    made = console.table("bytes by content", "", *columns, "all", "bits/weight")
+    sums = {name: dict.fromkeys(columns, 0) for name in bytes_["by_content"]}
+    for role, contents in bytes_["by_role"].items():
+        for name, count in contents.items():
+            sums[name][_GROUPS.get(role, _REST)] += count
+
+    def add(name: str, row: dict[str, int], style: str | None = None) -> None:
+        total = sum(row.values())
+        cells = (f"{row[column]:,}" if row[column] else "-" for column in columns)
+        made.add_row(name, *cells, f"{total:,}", f"{total * 8 / parameters:.4f}", style=style)
+
+    for name, row in sorted(sums.items(), key=lambda item: -sum(item[1].values())):
+        add(name, row)
+    add("all", {column: sum(row[column] for row in sums.values()) for column in columns}, "bold")
+    return made
+
+
+def _memory_table(memory: dict[str, Any]) -> Any:
+    rows = {
+        "base": format_bytes(memory["base"]),
+        "a slot": format_bytes(memory["slot"]),
+        "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
+        f"base + {_count(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
+        f"{format_bytes(memory['full_models'])}, {memory['full_models'] / memory['compressed']:.2f}x",
+    }
+    if memory["limit"] is not None:
+        room = memory["limit"] >= memory["base"] + memory["kv_cache"]
+        ours = f"the base and {_count(memory['experts_that_fit'], 'expert')}"
+        rows[f"in {format_bytes(memory['limit'])} fit"] = (
+            f"{ours if room else 'not even the base and its KV cache'}; "
+            f"or {_count(memory['full_models_that_fit'], 'full model')}"
+        )
+    return console.pairs("device memory, without activations", rows)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(f"{text}GB" if text.replace(".", "", 1).isdigit() else text)
+    except ConfigError as error:
+        raise ConfigError(f"--memory: {error}") from None

@@ -1,0 +1,216 @@
+"""What an artifact will take, from shapes alone.
+
+`predict` makes the artifact that `compress` would write, without its bytes: whatever counts an artifact's bytes
+(`artifact.account`, the layout of a slot) counts a predicted one by the same code.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meswitch.artifact import Artifact, Entry, Manifest
+from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, Stored
+from meswitch.checkpoint import TIED_HEAD, Checkpoint
+from meswitch.codec import stored_shapes
+from meswitch.compression.compatibility import check_same_computation, check_same_tensors, is_vocabulary, role_of
+from meswitch.compression.options import Options
+from meswitch.errors import CheckpointError, ConfigError
+from meswitch.tensorfile import NAMES, TensorInfo
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Outline(Checkpoint):
+    """A checkpoint known by its tensors' shapes and dtypes only. given: its configuration."""
+
+    given: Any
+
+    @cached_property
+    def config(self) -> Any:
+        return self.given
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Device memory of one base and experts in slots, against as many full models. All in bytes.
+
+    base: the base's weights. slot: what one expert takes in its slot. full: one full fine-tune. kv: the KV cache, the
+    same either way. experts: slots. limit: of the device, None if it was not given.
+    """
+
+    base: int
+    slot: int
+    full: int
+    kv: int
+    experts: int
+    limit: int | None = None
+
+    @property
+    def compressed(self) -> int:
+        return self.base + self.experts * self.slot + self.kv
+
+    @property
+    def full_models(self) -> int:
+        return self.experts * self.full + self.kv
+
+    @property
+    def experts_that_fit(self) -> int | None:
+        """How many slots the limit leaves room for; None without a limit."""
+        return None if self.limit is None else max(0, self.limit - self.base - self.kv) // max(1, self.slot)
+
+    @property
+    def full_models_that_fit(self) -> int | None:
+        return None if self.limit is None else max(0, self.limit - self.kv) // max(1, self.full)
+
+
+def outline(source: str | Path, *, vocab_size: int | None = None) -> Checkpoint:
+    """The tensors of a model, by shape and dtype.
+
+    Args:
+        source: a directory with weights (their headers are read), a directory or file with a configuration, or a hub
+            id (only its configuration is fetched): then transformers lays the model out without memory.
+        vocab_size: rows of embedding and head instead of the configuration's.
+
+    Raises:
+        CheckpointError: no configuration there, or one that transformers has no causal language model for.
+        ConfigError: a vocabulary without tokens.
+    """
+    path = Path(source)
+    has_weights = any((path / name).is_file() for name in _WEIGHTS)
+    found = Checkpoint.open(path) if has_weights else _from_config(source)
+    return found if vocab_size is None else _with_vocabulary(found, vocab_size)
+
+
+def predict(
+    base: Checkpoint,
+    expert: Checkpoint,
+    options: Options | None = None,
+    *,
+    changed_rows: Mapping[str, int] | None = None,
+) -> Artifact:
+    """The artifact that compressing `expert` writes: every shape and dtype, no bytes, no checksums.
+
+    Args:
+        base, expert: with or without weights (`outline`).
+        changed_rows: tensor -> how many of its rows changed, 0 if it equals the base's. What did not change costs
+            nothing, but shapes cannot tell: without this the prediction is that of a fine-tune that changed every
+            row of every tensor, an upper bound.
+
+    Raises:
+        IncompatibleError: the two cannot share a base. ConfigError: a method whose sizes depend on the weights.
+    """
+    options = options or Options()
+    if options.baseline is not None:
+        raise ConfigError(f"method: {options.method}: only artifacts that can be served are planned; leave it out")
+    if options.target_bpw is not None:
+        raise ConfigError(f"target_bpw: {options.target_bpw}: is itself the size; a plan is for a number of bits")
+    check_same_computation(base, expert)
+    check_same_tensors(base, expert)
+    known = changed_rows or {}
+    entries = {name: _entry(name, info, base, options, known.get(name)) for name, info in expert.tensors.items()}
+    manifest = Manifest(
+        base=BaseInfo(Path(base.source).name, "", base.config.model_type, base.config.vocab_size),
+        expert=ExpertInfo(
+            name=Path(expert.source).name,
+            parameters=expert.parameters,
+            bytes=expert.nbytes,
+            dtype="+".join(sorted({NAMES[info.dtype] for info in expert.tensors.values()})),
+            vocab_size=expert.config.vocab_size,
+            tied_head=bool(expert.aliases),
+        ),
+        method=options.describe(None),
+        tensors=dict(sorted(entries.items())),
+        companions={},
+        provenance=Provenance("", "", "", ""),
+    )
+    return Artifact(expert.directory, manifest, {})
+
+
+def kv_bytes(model: Checkpoint, tokens: int) -> int:
+    """Bytes of keys and values of so many tokens, in the dtype of the model's weights."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    itemsize = max(info.dtype.itemsize for info in model.tensors.values())
+    return 2 * config.num_hidden_layers * heads * width * itemsize * tokens
+
+
+def _entry(name: str, info: TensorInfo, base: Checkpoint, options: Options, changed: int | None) -> Entry:
+    """One tensor, as `compress` decides it (tests/compression/test_plan.py holds the two together).
+
+    changed: how many rows did; None: all.
+    """
+    role, theirs = role_of(name, len(info.shape)), base.info(name)
+    kind, bits, group_size = "packed", None, None
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    if changed == 0:
+        kind, shapes = "same", {}
+    elif theirs is None or not options.packs(role, len(info.shape)):
+        kind, shapes = "dense", {"": (info.shape, info.dtype)}
+    else:
+        rows = min(info.shape[0], theirs.shape[0])
+        live = rows if changed is None else changed
+        spec = options.spec(role, info.shape[1])
+        bits, group_size = spec.bits, spec.group_size
+        shapes = stored_shapes(live, info.shape[1], spec, info.shape[0] - rows, info.dtype)
+        if live < rows:
+            shapes["row_index"] = ((live,), torch.int32)
+    stored = {
+        suffix: Stored("", NAMES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize, "")
+        for suffix, (shape, dtype) in shapes.items()
+    }
+    return Entry(kind, role, info.shape, stored, None, bits, group_size)
+
+
+def _from_config(source: str | Path) -> Outline:
+    """The layout of a model from its configuration, under the names that a saved checkpoint has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: neither weights nor a config.json; give one of them, or a hub id")
+    if not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
+        raise CheckpointError(f"{source}: no such file or directory; give a config.json, a checkpoint or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        dtype = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise CheckpointError(
+            f"{source}: no configuration of a causal language model that transformers can lay out ({reason}); "
+            "check the file, or give a checkpoint with weights"
+        ) from error
+    # models of many experts a layer are fused in memory and stored one by one
+    state = revert_weight_conversion(model, model.state_dict())
+    if getattr(config, "tie_word_embeddings", False):
+        state.pop(TIED_HEAD, None)
+    nowhere = Path()
+    tensors = {
+        name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), nowhere, 0, tensor.numel() * tensor.itemsize)
+        for name, tensor in sorted(state.items())
+    }
+    directory = path.parent if path.is_file() else path
+    return Outline(str(directory), directory, tensors, config)
+
+
+def _with_vocabulary(model: Checkpoint, size: int) -> Outline:
+    if size < 1:
+        raise ConfigError(f"vocab_size: {size}: a vocabulary has at least one token")
+    config = copy.deepcopy(model.config)
+    config.vocab_size = size
+    tensors = dict(model.tensors)
+    for name, info in model.tensors.items():
+        if is_vocabulary(name):
+            shape = (size, *info.shape[1:])
+            nbytes = torch.Size(shape).numel() * info.dtype.itemsize
+            tensors[name] = replace(info, shape=shape, nbytes=nbytes)
+    return Outline(model.source, model.directory, tensors, config)

@@ -1,0 +1,91 @@
+"""plan: the bytes that inspect will show, and what fits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples/mistral-7b/configs"
+
+
+def test_plan_says_before_what_inspect_says_after(cli, pair, tmp_path):
+    base, expert = pair(added_tokens=2, change=0.5)  # enough to move every norm
+    planned = cli.json("plan", "--base", base / "config.json", "--expert", expert / "config.json")
+    cli.ok("compress", "--base", base, "--expert", expert, "--out", tmp_path / "delta")
+    seen = cli.json("inspect", tmp_path / "delta")
+    for part in ("by_content", "by_layer", "tensors"):
+        assert planned["bytes"][part] == seen["bytes"][part]
+    for field in ("parameters", "bytes", "dtype", "vocab_size"):
+        assert planned["expert"][field] == seen["expert"][field]
+    assert planned["bits_per_weight"] == seen["bits_per_weight"]["tensors"]
+    assert planned["ratio"] == seen["ratio"]["tensors"]
+    assert sum(sum(role.values()) for role in planned["bytes"]["by_role"].values()) == planned["bytes"]["tensors"]
+
+
+def test_the_slot_is_the_one_that_the_store_reserves(cli, family, math_delta):
+    import torch
+
+    from meswitch import Artifact
+    from meswitch.experts import ExpertStore
+
+    store = ExpertStore({"math": Artifact.open(math_delta)}, device=torch.device("cpu"), slots=1)
+    found = cli.json("plan", "--base", family / "base", "--expert", family / "math", "--kv-tokens", 0)
+    assert found["memory"]["slot"] == store.slot_bytes
+
+
+def test_a_7b_expert_has_the_bytes_that_were_measured(cli):
+    measured = json.loads((ROOT / "benchmarks/results/compress-memory-7b.json").read_text())
+    found = cli.json("plan", "--base", CONFIGS / "mistral-7b/base", "--group-size", 64)
+    assert found["bytes"]["tensors"] / 1e9 == measured["artifact_gb"]
+    assert found["expert"]["bytes"] / 1e9 == measured["checkpoint_gb"]
+    assert found["bits_per_weight"] == measured["bits_per_weight"]
+
+
+def test_added_tokens_cost_their_rows_twice(cli):
+    base = CONFIGS / "mistral-7b/base"
+    found = cli.json("plan", "--base", base, "--vocab-size", 32002)
+    assert found == cli.json("plan", "--base", base, "--expert", CONFIGS / "mistral-7b/dolphin") | {
+        "expert": found["expert"]
+    }
+    assert found["bytes"]["by_content"]["added rows"] == 2 * 2 * 4096 * 2  # tokens, matrices, hidden size, bf16
+
+
+def test_options_change_the_plan_as_they_change_the_artifact(cli):
+    base = CONFIGS / "mistral-7b/base"
+    plain = cli.json("plan", "--base", base)["bytes"]
+    exact = cli.json("plan", "--base", base, "--embeddings", "exact", "--group-size", "row", "--bits", 1)["bytes"]
+    assert exact["by_role"]["head"] == {"exact tensors": 32000 * 4096 * 2}
+    assert exact["by_role"]["linear"]["codes"] == plain["by_role"]["linear"]["codes"] / 2
+    assert "salient channels" not in cli.json("plan", "--base", base, "--salient", 0)["bytes"]["by_content"]
+
+
+def test_what_fits_in_a_device(cli):
+    command = ("plan", "--base", CONFIGS / "mistral-7b/base", "--experts", 16)
+    found = cli.json(*command, "--memory", 80)["memory"]
+    assert found["limit"] == 80 * 10**9
+    assert found["compressed"] == found["base"] + 16 * found["slot"] + found["kv_cache"]
+    room = found["limit"] - found["base"] - found["kv_cache"]
+    assert found["experts_that_fit"] == room // found["slot"] >= 16  # the paper serves 16 of them on 80 GB
+    assert found["full_models_that_fit"] == 5
+    assert cli.json(*command, "--memory", "24GiB")["memory"]["limit"] == 24 * 2**30
+    shown = cli.ok(*command, "--memory", 80).stdout
+    assert f"the base and {found['experts_that_fit']} experts; or 5 full models" in " ".join(shown.split())
+    assert "not even the base" in cli.ok(*command, "--memory", 10).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--memory", "much"), "--memory: 'much"),
+        (("--group-size", "few"), "--group-size: 'few' is neither a number nor `row`"),
+        (("--group-size", "4"), "group_size must be at least 8"),
+        (
+            ("--expert", CONFIGS / "llama-2-13b/math"),
+            "model_type: the expert has 'llama', the base 'mistral'",
+        ),
+        (("--expert", "./nowhere"), "./nowhere: no such file or directory; give a config.json"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(cli, arguments, message):
+    assert message in cli.error("plan", "--base", CONFIGS / "mistral-7b/base", *arguments)
