@@ -26,7 +26,7 @@ def test_a_minimal_file_has_sensible_defaults(tmp_path):
     assert (found.base.name, found.compress.bits, found.compress.group_size, found.router.fallback) == (
         "base",
         2,
-        64,
+        128,
         "base",
     )
     assert found.deltas() == {"math": tmp_path / "d" / "math"}

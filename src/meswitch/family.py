@@ -31,9 +31,10 @@ class CompressSection(_Section):
 
     bits: Literal[1, 2, 3, 4] = 2
     salient: int | None = Field(default=None, ge=0)  # None: one input channel in 512, at least one
-    group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 64
+    group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 128
     embeddings: Literal["quantised", "exact"] = "quantised"
-    distill: int | None = Field(default=None, ge=0)  # steps of training scales; None: 100 for small experts
+    target_bpw: float | None = Field(default=None, gt=0, le=16)  # instead of bits and salient
+    distill: int | None = Field(default=None, ge=0)  # steps of training; None: 300 for small experts
 
 
 class ExpertSection(_Section):

@@ -90,7 +90,7 @@ def test_inspect_adds_up_to_the_directory_whatever_lies_in_it(cli, math_delta, t
 def test_compress_without_options_is_two_bits_and_data_free(cli, family, tmp_path):
     cli.ok("compress", "--base", family / "base", "--expert", family / "sql", "--out", tmp_path / "sql")
     method = Artifact.open(tmp_path / "sql").manifest.method
-    assert (method.bits, method.group_size, method.salient, method.embeddings) == (2, 64, None, "quantised")
+    assert (method.bits, method.group_size, method.salient, method.embeddings) == (2, 128, None, "quantised")
     assert method.calibration is None
 
 

@@ -8,6 +8,7 @@ import torch
 import meswitch
 from meswitch import Artifact
 from meswitch.compression.merge import load_merged
+from meswitch.compression.recipe import Recipe
 from meswitch.errors import ArtifactError, ConfigError
 
 
@@ -21,11 +22,13 @@ def text(family, tmp_path):
 
 def test_distillation_lowers_the_divergence_on_held_out_text_and_costs_no_bytes(family, tmp_path, text):
     plain = meswitch.compress(family / "base", family / "math", tmp_path / "plain", calibration=text, distill=0)
-    artifact = meswitch.compress(family / "base", family / "math", tmp_path / "delta", calibration=text, distill=12)
+    artifact = meswitch.compress(
+        family / "base", family / "math", tmp_path / "delta", calibration=text, distill=Recipe(steps=12, codes=False)
+    )
     artifact.verify()
     info = artifact.manifest.method.distillation
     assert info.steps == 12
-    assert info.held_out_after < 0.9 * info.held_out_before
+    assert info.held_out_after < 0.95 * info.held_out_before
     assert artifact.nbytes == plain.nbytes
     for name, entry in plain.manifest.tensors.items():
         assert artifact.manifest.tensors[name].kind == entry.kind

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from meswitch.cli import chat, compress, console, diff, generate, inspect, merge, route, router, serve, verify
+from meswitch.cli import chat, compress, console, diff, generate, inspect, merge, plan, route, router, serve, verify
 from meswitch.cli.eval import evaluate
 from meswitch.errors import MeswitchError
 from meswitch.version import __version__
@@ -52,6 +52,7 @@ _MAKE: tuple[Callable[..., None], ...] = (
     verify.verify,
     merge.merge,
     diff.diff,
+    plan.plan,
 )
 _ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route)
 for _command in _MAKE:

@@ -1,18 +1,14 @@
 """`meswitch compress`: a fine-tune becomes an artifact of its difference from the base."""
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from meswitch.cli import console
-from meswitch.errors import ArtifactError, ConfigError
+from meswitch.cli.compress_run import compress_family, compress_one
+from meswitch.errors import ConfigError
 from meswitch.units import format_bytes
-
-if TYPE_CHECKING:
-    from meswitch.artifact import Artifact
-    from meswitch.family import ExpertSection
 
 
 def compress(
@@ -50,6 +46,16 @@ def compress(
             "error: 1 does for small deltas, 4 is close to exact.",
         ),
     ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            min=0,
+            help="Instead of --bits and --salient: a budget in bits a weight for the whole file of tensors. Bits and "
+            "salient channels of every tensor are chosen within it, by what rounding that tensor does to the model's "
+            "output on the calibration text.",
+        ),
+    ] = None,
     salient: Annotated[
         int | None,
         typer.Option(
@@ -63,30 +69,39 @@ def compress(
         str | None,
         typer.Option(
             metavar="G|row",
-            help="Input channels that share a 16-bit scale, 64 by default. It costs 16/G bits a weight: a smaller G "
+            help="Input channels that share a 16-bit scale, 128 by default. It costs 16/G bits a weight: a smaller G "
             "follows the weights better; `row` is one scale a row.",
         ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|none",
+            metavar="FILE|self|none",
             help="Text like the expert's own inputs (.txt: one a line; .jsonl: `text`, `messages` or `prompt`). "
             "It chooses the salient channels and corrects rounding errors, in one forward pass of the expert. "
+            "`self` lets the expert write the text, `self:FILE` lets it answer the file's questions, `FILE+self` lets "
+            "it fill up a short file; all three load the full expert into memory. "
             "`none`, the default without `--family`, is data-free: faster, and worse at 1 and 2 bits.",
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Use at most so many tokens of it; more cost time, not bytes.")
-    ] = 32768,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Use at most so many tokens of it; more cost time, not bytes. Default: 131072 of a file, 32768 that "
+            "the expert writes.",
+        ),
+    ] = None,
     distill: Annotated[
         int | None,
         typer.Option(
             metavar="STEPS",
             min=0,
-            help="Train scales, salient weights and norms against the full expert on the calibration text for so many "
-            "steps; 0 does not. It costs no bytes, closes much of the gap at 1 and 2 bits, and needs both models in "
-            "memory. Default: 100 with calibration text if the expert has at most 256 MB, else 0.",
+            help="Train codes, scales, salient weights and norms against the full expert on the calibration text for "
+            "so many steps; 0 does not. It costs no bytes, closes most of the gap at 1 and 2 bits, and needs both "
+            "models in memory. Default: 300 with calibration text if the expert has at most 256 MB, else 0; at 1 bit "
+            "1000 pay.",
         ),
     ] = None,
     embeddings: Annotated[
@@ -112,6 +127,17 @@ def compress(
         float | None,
         typer.Option(metavar="P", min=0, max=1, help="Share of weights that `dare` drops, 0.9 by default."),
     ] = None,
+    salient_rule: Annotated[
+        Literal["error", "magnitude", "activation", "random"],
+        typer.Option(help="How salient channels are chosen; all but `error` are there to compare."),
+    ] = "error",
+    scales: Annotated[
+        Literal["mse", "absmax", "normal"], typer.Option(help="The search that starts scales, to compare.")
+    ] = "mse",
+    feedback: Annotated[
+        bool, typer.Option(help="Let later columns absorb the rounding errors of earlier ones (needs calibration).")
+    ] = True,
+    refit: Annotated[bool, typer.Option(help="Solve for scales once the codes are chosen (needs calibration).")] = True,
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs. One tensor at a time is there.")
     ] = "cpu",
@@ -130,12 +156,13 @@ def compress(
 
         meswitch compress --base B --expert B-math --out deltas/math
         meswitch compress --base B --expert B-math --out deltas/math \\
-            --bits 3 --calibration math.jsonl
+            --target-bpw 2.3 --calibration math.jsonl
         meswitch compress --family family.toml
     """
     settings = {
         "--bits": bits, "--salient": salient, "--group-size": group_size, "--embeddings": embeddings, "--out": out,
         "--base": base, "--distill": distill, "--method": method, "--rank": rank, "--drop": drop,
+        "--target-bpw": target_bpw,
     }  # fmt: skip
     if family is not None:
         for option, value in settings.items():
@@ -143,27 +170,37 @@ def compress(
                 raise ConfigError(f"{option}: a family is served, by the default method; compress a single --expert")
             if value is not None:
                 raise ConfigError(f"{option}: {family} says this for its experts; change it there")
-        if calibration not in (None, "none"):
-            raise ConfigError(f"--calibration: {family} names each expert's text; change it there, or give `none`")
+        if calibration not in (None, "none", "self"):
+            raise ConfigError(
+                f"--calibration: {family} names each expert's text; change it there, or give `self` or `none`"
+            )
     else:
         if base is None or out is None or not expert:
             raise ConfigError("--base, --expert and --out are needed, or --family; see `meswitch compress --help`")
         if len(expert) > 1:
             raise ConfigError("--expert: one at a time; a family.toml (--family) compresses several")
+        for option, value in (("--bits", bits), ("--salient", salient)):
+            if target_bpw is not None and value is not None:
+                raise ConfigError(f"{option}: --target-bpw chooses this for every tensor; give one of the two")
     options: dict[str, Any] = {
         "calibration_tokens": calibration_tokens,
+        "salient_rule": salient_rule,
+        "scales": scales,
+        "feedback": feedback,
+        "refit": refit,
         "device": console.check_device(device),
         "overwrite": overwrite,
     }
     console.quiet()
     if family is not None:
-        rows = _compress_family(family, expert or [], calibration == "none", options)
+        rows = compress_family(family, expert or [], calibration, options)
         result: Any = rows
     else:
         options |= {
             "bits": 2 if bits is None else bits,
+            "target_bpw": target_bpw,
             "salient": salient,
-            "group_size": _group_size(group_size),
+            "group_size": parse_group_size(group_size),
             "embeddings": embeddings,
             "method": method or "me-switch",
             "rank": rank,
@@ -172,90 +209,12 @@ def compress(
             "calibration": None if calibration in (None, "none") else calibration,
         }
         assert expert is not None
-        result = _compress_one(Path(expert[0]).name, str(base), expert[0], Path(str(out)), options)
+        result = compress_one(Path(expert[0]).name, str(base), expert[0], Path(str(out)), options)
         rows = [result]
     if as_json:
         console.print_json(result)
     else:
         console.show(_table(rows))
-
-
-def _compress_family(file: Path, names: list[str], data_free: bool, options: dict[str, Any]) -> list[dict[str, Any]]:
-    from meswitch.family import Family
-
-    family = Family.load(file)
-    experts = [family.get(name) for name in names] or list(family.expert)
-    wanted = family.compress
-    settings = {
-        "bits": wanted.bits,
-        "salient": wanted.salient,
-        "group_size": None if wanted.group_size == "row" else wanted.group_size,
-        "embeddings": wanted.embeddings,
-    }
-    rows = []
-    for section in experts:
-        out = family.resolve(section.delta)
-        present = None if options["overwrite"] else _present(file, section, out)
-        if present is not None:
-            differing = [key for key, value in settings.items() if getattr(present.manifest.method, key) != value]
-            hint = f", although its {', '.join(differing)} differ from {file}'s" if differing else ""
-            console.note(f"{section.name}: {out} is kept{hint}; --overwrite makes it anew")
-            rows.append(_row(section.name, present, None))
-            continue
-        if section.source is None:
-            raise ConfigError(f"{file}: expert {section.name!r}: source: is needed to compress it")
-        calibration = section.calibration
-        own: dict[str, Any] = {
-            "calibration": None if data_free or calibration is None else family.resolve(calibration),
-            "overwrite": options["overwrite"] or out.exists(),  # what exists here is a damaged artifact
-        }
-        own["distill"] = 0 if own["calibration"] is None else wanted.distill
-        base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
-        rows.append(_compress_one(section.name, base, source, out, options | settings | own))
-    return rows
-
-
-def _present(file: Path, section: "ExpertSection", out: Path) -> "Artifact | None":
-    """The artifact that is there already; None if there is none, or a damaged one."""
-    from meswitch.artifact import Artifact
-    from meswitch.artifact.manifest import MANIFEST_NAME
-
-    if not out.exists():
-        return None
-    if not (out / MANIFEST_NAME).is_file():
-        raise ConfigError(
-            f"{file}: expert {section.name!r}: delta: {out} exists and is not an artifact; "
-            "move it away or choose another path"
-        )
-    try:
-        return Artifact.open(out)
-    except ArtifactError as error:
-        console.note(f"{section.name}: made anew, because {error}")
-        return None
-
-
-def _compress_one(name: str, base: str, expert: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    from meswitch.compression import compress as run
-
-    started = time.perf_counter()
-    with console.tensor_progress(name) as progress:
-        artifact = run(base, expert, out, progress=progress, **options)
-    return _row(name, artifact, time.perf_counter() - started)
-
-
-def _row(name: str, artifact: "Artifact", seconds: float | None) -> dict[str, Any]:
-    full = artifact.manifest.expert.bytes
-    return {
-        "expert": name,
-        "artifact": str(artifact.directory),
-        "skipped": seconds is None,
-        "full_bytes": full,
-        "tensor_bytes": artifact.nbytes,
-        "disk_bytes": artifact.disk_bytes,
-        "ratio": full / artifact.nbytes if artifact.nbytes else None,
-        "bits_per_weight": artifact.bits_per_weight,
-        "seconds": seconds,
-    }
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
@@ -273,9 +232,9 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     return made
 
 
-def _group_size(text: str | None) -> int | None:
+def parse_group_size(text: str | None) -> int | None:
     if text == "row":
         return None
     if text is not None and not text.isdigit():
         raise ConfigError(f"--group-size: {text!r} is neither a number nor `row`")
-    return 64 if text is None else int(text)
+    return 128 if text is None else int(text)

@@ -103,13 +103,13 @@ def _show(found: dict[str, Any]) -> None:
             },
         ),
         _bytes_table(found),
-        _layer_table(bytes_),
+        layer_table(bytes_),
         console.pairs(
             "how it was made",
             {
                 "base": f"{base['name']} ({base['model_type']}, vocabulary {base['vocab_size']})",
                 "fingerprint": base["fingerprint"],
-                "method": f"{method['name']}, {method['bits']} bits, {_groups(method['group_size'])}",
+                "method": f"{method['name']}, {_bits(method)}, {_groups(method['group_size'])}",
                 "salient channels": _salient(method["salient"]),
                 "embeddings": method["embeddings"],
                 "damping": f"{method['damping']:g}",
@@ -120,6 +120,12 @@ def _show(found: dict[str, Any]) -> None:
             },
         ),
     )
+
+
+def _bits(method: dict[str, Any]) -> str:
+    if method["bits"] is None:
+        return f"bits chosen for {method['target_bpw']} bits a weight"
+    return f"{method['bits']} bits"
 
 
 def _bytes_table(found: dict[str, Any]) -> Any:
@@ -139,7 +145,8 @@ def _bytes_table(found: dict[str, Any]) -> Any:
     return made
 
 
-def _layer_table(bytes_: dict[str, Any]) -> Any:
+def layer_table(bytes_: dict[str, Any]) -> Any:
+    """Parameters and bytes of each layer type, and their sum; `bytes_` as in `report`."""
     made = console.table("bytes by layer type", "", "parameters", "bytes", "bits/weight")
     for row in sorted(bytes_["by_layer"], key=lambda row: -row["bytes"]):
         made.add_row(row["layer"], f"{row['parameters']:,}", f"{row['bytes']:,}", f"{row['bits_per_weight']:.3f}")

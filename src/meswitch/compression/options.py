@@ -5,12 +5,13 @@ from typing import Literal
 
 import torch
 
-from meswitch.artifact.manifest import Calibration, Method
+from meswitch.artifact.manifest import Calibration, Method, Solver
 from meswitch.codec import BASELINES, ME_SWITCH, METHODS, RTN, Request, Spec, nbytes, stored_shapes
 from meswitch.codec.baselines.coded import Baseline
 from meswitch.errors import ConfigError
 
 DROP = 0.9  # of `dare`
+ROW_FLOOR = 0.1  # rows of an embedding that changed less than this share of the average are taken as unchanged
 Embeddings = Literal["quantised", "exact"]
 
 
@@ -25,22 +26,32 @@ class Options:
 
     method: one of `codec.METHODS`. embeddings None: whole for methods whose paper leaves them so, else quantised. rank:
     of `svd`; None takes what the default method's bytes allow. drop, seed: of `dare`.
+
+    target_bpw: instead of one number of bits, bits and salient channels are shared out over the tensors within this
+    budget (`compression.budget`). salient_rule, scales, feedback, refit: see `codec.Spec`.
     """
 
     bits: int = 2
-    group_size: int | None = 64
+    group_size: int | None = 128
     salient: int | None = None
     damping: float = 0.01
     embeddings: Embeddings | None = None
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 131072
     method: str = ME_SWITCH
     rank: int | None = None
     drop: float | None = None
     seed: int = 0
+    target_bpw: float | None = None
+    salient_rule: str = "error"
+    scales: str = "mse"
+    feedback: bool = True
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+        if self.target_bpw is not None and not (0 < self.target_bpw <= 16 and self.method == ME_SWITCH):
+            raise ConfigError(f"target_bpw: {self.target_bpw}: between 0 and 16, and for the method {ME_SWITCH} only")
         if self.embeddings not in ("quantised", "exact", None):
             raise ConfigError(f"embeddings: {self.embeddings!r} is neither quantised nor exact")
         if self.calibration_tokens < 1:
@@ -67,23 +78,30 @@ class Options:
         return self.method == ME_SWITCH if self.baseline is None else self.baseline.uses_inputs
 
     @property
+    def solver(self) -> Solver:
+        return Solver(self.salient_rule, self.scales, self.feedback, self.refit)
+
+    @property
     def exact_embeddings(self) -> bool:
         if self.embeddings is None:
             return self.baseline is not None and self.baseline.blocks_only
         return self.embeddings == "exact"
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether distillation has something to train."""
+        return self.baseline is None or self.baseline.scale is not None
+
     def check_distillation(self, steps: int | None, has_text: bool) -> None:
-        """Refuse what would do nothing.
+        """Refuse what would do nothing. steps: None if that is not yet decided.
 
         Raises:
             ConfigError: the method has no scales to train, or no use for calibration text.
         """
-        if steps and self.baseline is not None:
-            raise ConfigError(
-                f"distill: it trains packed tensors; the method {self.method} has none: 0 steps, or {RTN}"
-            )
-        if has_text and not self.uses_inputs and not steps:
-            use = " without distillation" if self.baseline is None else ""
+        if steps and not self.has_scales:
+            raise ConfigError(f"distill: the method {self.method} has no scales to train: 0 steps, or another method")
+        if has_text and not self.uses_inputs and (steps == 0 or (steps is None and not self.has_scales)):
+            use = " without distillation" if self.has_scales else ""
             raise ConfigError(f"calibration: the method {self.method} makes no use of it{use}; leave it out")
 
     def request(self, role: str, rows: int, in_features: int, seed: int) -> Request:
@@ -99,9 +117,12 @@ class Options:
             parameters["rank"] = float(self.rank)
         if self.method == "dare":
             parameters = {"drop": DROP if self.drop is None else self.drop, "seed": float(self.seed)}
+        fixed = self.bits if baseline is None or baseline.bits is None else baseline.bits
         return Method(
             name=self.method,
-            bits=self.bits if baseline is None or baseline.bits is None else baseline.bits,
+            bits=fixed if self.target_bpw is None else None,
+            target_bpw=self.target_bpw,
+            solver=None if self.solver == Options().solver else self.solver,
             group_size=self.group_size,
             salient=self.salient if self.method == ME_SWITCH else 0,
             embeddings="exact" if self.exact_embeddings else "quantised",
@@ -116,5 +137,22 @@ class Options:
         if role == "embedding":  # no input channels in the sense of saliency: its "input" picks a row
             salient = 0
         if self.method == RTN:
-            salient = 0
-        return Spec(self.bits, self.group_size, salient, self.damping)
+            return Spec(self.bits, self.group_size, 0, scales=self.scales)
+        floor = ROW_FLOOR if role == "embedding" else 0.0
+        return Spec(
+            self.bits,
+            self.group_size,
+            salient,
+            self.damping,
+            floor,
+            self.salient_rule,
+            self.scales,
+            self.feedback,
+            self.refit,
+        )
+
+    def packs(self, role: str, dimensions: int) -> bool:
+        """Whether a tensor that changed is compressed, not stored whole."""
+        if role in ("embedding", "head"):
+            return not self.exact_embeddings
+        return role == "linear" and dimensions == 2

@@ -1,0 +1,78 @@
+"""How to distil: the default recipe, and those that other methods were published with."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from meswitch.errors import ConfigError
+
+LOSSES = ("kl", "mse")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train.
+
+    steps, batch: sequences a step. learning_rate: of AdamW, falling to 0 as a cosine, after ten steps of rising.
+    relative: the learning rate is a share of what is trained: 0.02 moves a scale by about 2 % a step at most. If not,
+    it moves a scale by that much itself; packed tensors are always trained relatively. betas: of AdamW.
+
+    loss: `kl`, the divergence from the full expert, or `mse` of the logits. hidden: weight of a second loss, the
+    squared error of every block's output, relative to that output. question_weight: what a token that is not the
+    assistant's counts in both, against 1 for one that is. length: training sequences are cut at so many tokens; None
+    uses them whole.
+
+    norms: train them too. codes: train the codes of packed tensors with their scales. check_every: steps between looks
+    at the held-out text (a tenth of the sequences).
+    """
+
+    steps: int = 300
+    learning_rate: float = 2e-2
+    relative: bool = True
+    betas: tuple[float, float] = (0.8, 0.99)
+    batch: int = 16
+    loss: Literal["kl", "mse"] = "kl"
+    hidden: float = 0.3
+    question_weight: float = 0.1
+    length: int | None = None
+    norms: bool = True
+    codes: bool = True
+    check_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ConfigError(f"recipe: loss: {self.loss!r} is none of {', '.join(LOSSES)}")
+        for name in ("batch", "length", "check_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"recipe: {name}: {value} is not a positive number")
+        if self.steps < 0 or not self.learning_rate > 0:
+            raise ConfigError(f"recipe: {self.steps} steps at learning rate {self.learning_rate}: nothing to train")
+
+
+# BitDelta (arXiv 2402.10193, sections 3.1 and 3.2): scalars only, mean squared error of the logits on 800 sequences of
+# 128 tokens, 4 a step, Adam. The cosine is the authors' code's, which hands embedding, head and norms to AdamW as well.
+_BITDELTA = Recipe(
+    steps=200,
+    learning_rate=1e-4,
+    relative=False,
+    betas=(0.9, 0.999),
+    batch=4,
+    loss="mse",
+    hidden=0.0,
+    question_weight=1.0,
+    length=128,
+    norms=False,
+    codes=False,
+)
+# Per-axis deltas (2512.19720): five epochs over 150 sequences at 1e-5 (the authors' README). Loss, length, cosine and
+# one sequence a step are those of their code, which builds on BitDelta's.
+_PER_AXIS = dataclasses.replace(_BITDELTA, steps=750, learning_rate=1e-5, batch=1, check_every=50)
+PUBLISHED = {"bitdelta": _BITDELTA, "per-axis": _PER_AXIS}
+
+
+def recipe_for(method: str, steps: int | None = None) -> Recipe:
+    """A method's own recipe: the published one, or the default. steps: instead of its own."""
+    recipe = PUBLISHED.get(method, Recipe())
+    return recipe if steps is None else dataclasses.replace(recipe, steps=steps)

@@ -1,0 +1,174 @@
+"""Calibration text that the expert writes itself: no data set is needed, and it is what the expert was tuned to say.
+
+A chat model that is shown only the opening of a user's turn invents a question (Magpie, arXiv 2406.08464), and then
+answers it; a model without a chat template writes from its beginning-of-sequence token (LLM-QAT, arXiv 2305.17888).
+Question and answer are two runs, because only the template knows what stands between them. The whole expert is in
+memory while it writes, unlike in the rest of compression.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from meswitch.artifact.manifest import Calibration
+from meswitch.checkpoint import Checkpoint
+from meswitch.compression.calibration import (
+    MAX_LENGTH,
+    SELF,
+    CalibrationSet,
+    Progress,
+    load_questions,
+    load_tokenizer,
+)
+from meswitch.compression.sampler import Sampler, cache_bytes, repeats
+from meswitch.errors import ConfigError
+from meswitch.threads import fitting_threads
+from meswitch.units import format_bytes
+
+QUESTION, ANSWER = 96, 160  # tokens at most that the expert invents of each
+LENGTH = QUESTION + ANSWER  # of a sequence, unless a file asks a longer question
+BATCH, CACHE_BYTES = 256, 4 << 30  # sequences at a time at most, and what their keys and values may take
+DRY = 0.1  # a batch of which less than this is of use is the last one
+_MARK = "QUESTION-GOES-HERE"
+
+
+def self_calibration(
+    expert: Checkpoint,
+    tokens: int,
+    *,
+    prompts: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> CalibrationSet:
+    """Let the expert write its own calibration text, sampled at temperature 1.
+
+    The same arguments give the same text, with the same versions of torch and transformers on the same hardware.
+
+    Args:
+        tokens: sequences of at most 256 tokens are written until they hold this many.
+        prompts: a file of questions that it answers (`calibration.load_questions`), again and again until there are
+            enough tokens or nothing new comes; None lets it invent them.
+        device: where the whole expert is loaded, in float32 on the CPU and bfloat16 elsewhere.
+        notice: is told about memory before, and about what was dropped after.
+
+    Raises:
+        ConfigError: there is no tokenizer, the prompts cannot be read, or the expert writes nothing of use.
+    """
+    say = notice or (lambda line: None)
+    device = torch.device(device)
+    tokenizer = load_tokenizer(expert.directory)
+    asked = None if prompts is None else load_questions(Path(prompts))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    size = format_bytes(expert.parameters * dtype.itemsize)
+    say(f"calibration: the full expert is loaded on {device} ({size}) to write its own text")
+    writer = _Writer(expert, tokenizer, device, dtype, seed)
+    kept: list[list[int]] = []
+    seen: set[tuple[int, ...]] = set()
+    dropped: Counter[str] = Counter()
+    total = asked_for = 0
+    dry = False
+    with fitting_threads(device, expert.config.hidden_size):
+        while total < tokens and not dry:
+            mean = total / len(kept) if kept else 64
+            wanted = min(writer.batch, max(8, round(1.1 * (tokens - total) / mean)))
+            batch = [asked[(asked_for + i) % len(asked)] for i in range(wanted)] if asked else wanted
+            asked_for, useless = asked_for + wanted, 0
+            for sequence, fault in writer.write(batch):
+                fault = fault or ("a copy" if tuple(sequence) in seen else None)
+                if fault:
+                    dropped[fault] += 1
+                    useless += 1
+                elif total < tokens:
+                    seen.add(tuple(sequence))
+                    kept.append(sequence[: tokens - total])
+                    total += len(kept[-1])
+            dry = wanted - useless < DRY * wanted
+            if progress is not None:
+                progress(total, tokens, "calibration text")
+    if not kept:
+        raise ConfigError(
+            f"calibration: {SELF}: {expert.directory} wrote only text that is {_list(dropped)}; give a file of text"
+        )
+    losses = f"; dropped {_list(dropped)}" if dropped else ""
+    less = f" of {tokens} wanted" if total < tokens else ""
+    say(f"calibration: it wrote {len(kept)} sequences, {total} tokens{less}{losses}")
+    source = SELF if prompts is None else f"{SELF}:{Path(prompts).name}"
+    digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    return CalibrationSet(kept, Calibration(source, digest, len(kept), total, seed))
+
+
+def _list(dropped: Counter[str]) -> str:
+    return ", ".join(f"{fault} ({count})" for fault, count in sorted(dropped.items()))
+
+
+class _Writer:
+    """The expert with its tokenizer, ready to write batches of sequences."""
+
+    def __init__(self, expert: Checkpoint, tokenizer: Any, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self.tokenizer = tokenizer
+        model: Any = AutoModelForCausalLM.from_pretrained(expert.directory, dtype=dtype)
+        configured = model.generation_config.eos_token_id
+        ends = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+        self.ends: set[int] = {i for i in ends if i is not None}
+        self.start = next((i for i in (tokenizer.bos_token_id, *sorted(self.ends)) if i is not None), 0)
+        self.sampler = Sampler(model.to(device).eval(), self.start, seed)
+        self.batch = max(1, min(BATCH, CACHE_BYTES // (cache_bytes(expert.config, dtype) * MAX_LENGTH)))
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        if self.chat:
+            opening, _, closing = self._render([{"role": "user", "content": _MARK}]).partition(_MARK)
+            self.opening = self._ids(opening.rstrip(" "))
+            # what ends a user's turn: a token of its own, or text such as `[/INST]`
+            self.closing = closing.strip().split("\n")[0]
+            self.turn_ends = {i for i in self._ids(closing.strip())[:1] if i in tokenizer.added_tokens_decoder}
+
+    def write(self, batch: int | list[list[dict[str, str]]]) -> Iterator[tuple[list[int], str | None]]:
+        """So many sequences of its own, or answers to these conversations: each with what is wrong with it."""
+        most, longest = ANSWER, LENGTH if isinstance(batch, int) else MAX_LENGTH
+        if isinstance(batch, int) and not self.chat:
+            most = LENGTH
+            heads = [[self.start]] * batch
+        elif isinstance(batch, int):
+            heads = [self._ids(self._render(turn)) if turn else [] for turn in self._invent(batch)]
+        elif self.chat:
+            heads = [self._ids(self._render(conversation)) for conversation in batch]
+        else:
+            heads = [list(self.tokenizer(conversation[-1]["content"]).input_ids) for conversation in batch]
+        usable = [0 < len(head) < longest for head in heads]
+        tails = iter(
+            self.sampler.sample([head for head, use in zip(heads, usable, strict=True) if use], most, self.ends)
+        )
+        for head, use in zip(heads, usable, strict=True):
+            tail = next(tails) if use else []
+            fault = None if use or not head else "too long a question"
+            fault = fault or ("empty" if not set(tail) - self.ends else "endless repetition" if repeats(tail) else None)
+            yield (head + tail)[:longest], fault
+
+    def _invent(self, count: int) -> Iterator[list[dict[str, str]] | None]:
+        """Questions, None where there is nothing in it."""
+        mark = "" if self.turn_ends else self.closing
+
+        def ended(tail: list[int]) -> bool:
+            return mark in self.tokenizer.decode(tail[-len(mark) - 1 :])
+
+        ends = self.ends | self.turn_ends
+        for ids in self.sampler.sample([self.opening] * count, QUESTION, ends, ended if mark else None):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = (text.partition(mark)[0] if mark else text).strip()
+            yield [{"role": "user", "content": text}] if text and not repeats(ids) else None
+
+    def _render(self, conversation: list[dict[str, str]]) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates raise what they like
+            raise ConfigError(f"calibration: {SELF}: the chat template refuses a question: {error}") from error
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
