@@ -39,7 +39,7 @@ FRONTIER: dict[str, dict[str, Keywords]] = {
     "me-switch": {
         **{_bits(bits): {"bits": bits} for bits in (1, 2, 3, 4)},
         "1 bit, 1000 steps": {"bits": 1, "distill": 1000},
-        **{f"{bpw} bpw": {"target_bpw": bpw} for bpw in (1.3, 1.6, 2.0, 2.3, 3.0, 3.5, 4.0)},
+        **{f"{bpw} bpw": {"target_bpw": bpw} for bpw in (1.3, 1.6, 2.0, 2.3, 3.0, 4.0)},
     },
     "rtn": {
         **{_bits(bits): {"bits": bits} for bits in (1, 2, 3, 4)},

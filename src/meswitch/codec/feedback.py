@@ -13,6 +13,7 @@ from torch import Tensor
 from meswitch.codec.quantize import expand_scale
 
 _BLOCK = 128
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -65,27 +66,23 @@ def feedback_codes(
     """
     top = 2**bits - 1
     width = delta.shape[1]
-    target = delta[:, order].clone()
-    step = expand_scale(scale.to(torch.float32), width, group_size)[:, order]
-    step = step.clamp_min(torch.finfo(torch.float32).tiny)
-    silent = step <= torch.finfo(torch.float32).tiny
-    codes = torch.zeros_like(target, dtype=torch.uint8)
+    # transposed: a step of the loop then reads and writes whole rows
+    target = delta.T[order].contiguous()
+    step = expand_scale(scale.to(torch.float32), width, group_size).T[order]
+    half = torch.where(step > _TINY, 0.5 / step, 0.0)
+    codes = torch.empty_like(target)
     rounded = width - exact
     for start in range(0, rounded, _BLOCK):
         stop = min(start + _BLOCK, rounded)
-        errors = torch.empty(delta.shape[0], stop - start, dtype=torch.float32, device=delta.device)
+        errors = torch.empty_like(target[start:stop])
         for column in range(start, stop):
-            value = target[:, column]
-            code = ((value / step[:, column] + top) / 2).round_().clamp_(0, top)
-            restored = torch.where(silent[:, column], 0.0, (code * 2 - top) * step[:, column])
-            error = (value - restored) / factor[column, column]
-            target[:, column + 1 : stop] -= torch.outer(error, factor[column, column + 1 : stop])
-            codes[:, column] = code.to(torch.uint8)
-            errors[:, column - start] = error
-        target[:, stop:] -= errors @ factor[start:stop, stop:]
-    if exact:
-        value = target[:, rounded:]
-        codes[:, rounded:] = ((value / step[:, rounded:] + top) / 2).round_().clamp_(0, top).to(torch.uint8)
+            code, error = codes[column], errors[column - start]
+            torch.mul(target[column], half[column], out=code).add_(top / 2).round_().clamp_(0, top)
+            torch.addcmul(target[column] + top * step[column], code, step[column], value=-2, out=error)
+            error.div_(factor[column, column])
+            target[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+        target[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    codes[rounded:] = (target[rounded:] * half[rounded:] + top / 2).round_().clamp_(0, top)
     back = torch.empty_like(order)
     back[order] = torch.arange(width, device=order.device)
-    return codes[:, back]
+    return codes[back].T.to(torch.uint8).contiguous()

@@ -29,6 +29,7 @@ from meswitch.errors import ConfigError
 Progress = Callable[[int, int, str], None]
 
 HELD_OUT = 128  # sequences at most
+FLOAT32_PARAMETERS = 1 << 30
 _HELD_OUT_BATCH = 16
 _WARM_UP = 10  # steps
 _POOL = 8  # batches that are sorted by length together
@@ -65,7 +66,8 @@ def train(
             other layers than the artifact.
     """
     check_text(text.sequences)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    # bfloat16 rounds away what a step changes; only where float32 would not fit is it worth that
+    dtype = torch.float32 if device.type == "cpu" or expert.parameters <= FLOAT32_PARAMETERS else torch.bfloat16
     teacher = frozen(expert, device, dtype)
     student = build(base, expert, artifact, recipe, device, dtype)
     generator = torch.Generator().manual_seed(recipe.seed)

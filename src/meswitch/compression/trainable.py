@@ -81,8 +81,10 @@ class RestoredPacked(nn.Module):
         return self.salient_start + self.salient_unit * self.salient_step * self.live
 
     def groups(self) -> list[Group]:
-        found: list[Group] = [([self.scale_step, self.salient_step], 1.0)]
-        return found if self.latent is None else [*found, ([self.latent], CODES_RATE)]
+        # every bit halves the error that training is to repair, and what steps of one size do harm besides
+        rate = 2.0 ** (1 - self.delta.bits)
+        found: list[Group] = [([self.scale_step, self.salient_step], rate)]
+        return found if self.latent is None else [*found, ([self.latent], CODES_RATE * rate)]
 
     def matrix(self) -> Tensor:
         chosen = self.levels if self.latent is None else _Nearest.apply(self.latent, self.top)
