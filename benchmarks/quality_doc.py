@@ -7,6 +7,7 @@ A place to fill stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import argparse
+import json
 import re
 import statistics
 import sys
@@ -21,6 +22,7 @@ from quality_store import RESULTS, Store
 from tables import ROOT, pipe
 
 Stores = Mapping[str, Store]
+LEVELS_FILE = RESULTS / "quality-levels.json"
 
 
 def cost(stores: Stores) -> str:
@@ -56,6 +58,24 @@ def provenance(stores: Stores) -> str:
     return "\n".join(parts) or "Nothing is stored yet."
 
 
+def levels(_: Stores) -> str:
+    """What `quality_levels.py` measured."""
+    if not LEVELS_FILE.exists():
+        return "Not measured yet: `python benchmarks/quality_levels.py`."
+    data = json.loads(LEVELS_FILE.read_text())
+    meta, rows = data["meta"], data["rows"]
+    cells = [
+        [row["levels"], str(row["bits"]), row["expert"], f"{row['relative_error']:.3f}", f"{row['kl']:.5f}"]
+        for row in rows
+    ]
+    for cell, row in zip(cells, rows, strict=True):
+        cell.append(str(row.get("correct", "-")))
+    head = ["levels", "bits", "expert", "relative error of the delta", "KL", f"right of {meta['questions']}"]
+    least = {bits: min((r["kl"], r["levels"]) for r in rows if r["bits"] == bits) for bits in (2, 3, 4)}
+    said = ", ".join(f"at {bits} bits {name}" for bits, (_, name) in least.items())
+    return f"{pipe(head, *cells)}\n\nThe lowest KL has {said}. {meta['date']}, torch {meta['torch']}, {meta['device']}."
+
+
 def plot(name: str, stores: Stores) -> str:
     data_of, _, title = PLOTS[name]
     return f"![{title}](quality/{name}.svg)" if data_of(stores) else "Not measured yet."
@@ -66,6 +86,7 @@ PLACES: dict[str, Callable[[Stores], str]] = {
     "frontier": lambda stores: quality_tables.frontier(stores["frontier"]),
     "pairs": lambda stores: quality_tables.pairs(stores["frontier"]),
     "ablations": lambda stores: quality_ablations.ablations(stores["ablations"]),
+    "levels": levels,
     "cost": cost,
     "provenance": provenance,
     **{f"plot {name}": lambda stores, name=name: plot(name, stores) for name in PLOTS},

@@ -24,12 +24,13 @@ def _bits(number: int) -> str:
 
 FAMILY: dict[str, Keywords] = {
     **{f"{bpw} bpw": {"target_bpw": bpw} for bpw in (3.0, 2.3, 1.3)},
-    "1.3 bpw, 1000 steps": {"target_bpw": 1.3, "distill": 1000},
+    **{f"{bpw} bpw, 1000 steps": {"target_bpw": bpw, "distill": 1000} for bpw in (3.0, 1.3)},
 }
 BARS: dict[str, dict[str, float]] = {
     "3.0 bpw": {"math": 0.995, "code": 0.995, "instruct": 0.995},
     "2.3 bpw": {"math": 0.97, "code": 0.97, "instruct": 0.97},
     "1.3 bpw": {"math": 0.85, "code": 0.95, "instruct": 0.95},
+    "3.0 bpw, 1000 steps": {"math": 0.995, "code": 0.995, "instruct": 0.995},
     "1.3 bpw, 1000 steps": {"math": 0.85, "code": 0.95, "instruct": 0.95},
 }
 

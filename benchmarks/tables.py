@@ -28,23 +28,27 @@ def pipe(*rows: list[str]) -> str:
 
 
 def quality() -> str:
-    """Accuracy and gain retained by setting and expert."""
-    data = load("family-quality.json")
-    head = ["setting", "bits/weight", "expert", "base", "full", "compressed", "gain retained", "KL, nats/token"]
+    """Accuracy and gain retained under each budget, by expert."""
+    data = load("quality-family.json")
+    labels = {json.dumps(row["keywords"], sort_keys=True): row["label"] for row in data["settings"]}
+    head = ["budget", "bits/weight", "expert", "base", "full", "compressed", "gain retained", "KL, nats/token"]
     rows = []
-    for row in data["rows"]:
-        gain, score = row["gain"], row["score"]
+    for job in data["jobs"]:
+        if "failed" in job:
+            continue
         counts = ["-", "-", "-", "-"]
-        if gain is not None:
-            low, high = gain["interval"]
-            counts = [str(gain["base"]), str(gain["expert"]), str(score["correct"])]
-            counts.append(f"{gain['value']:.1%} [{low:.1%}, {high:.1%}]")
-        bits = f"{row['bits_per_weight']:.2f}"
-        rows.append([row["setting"], bits, row["model"], *counts, f"{row['fidelity']['kl']:.5f}"])
-    meta = data["meta"]
+        reference = data["references"][job["expert"]]
+        if job.get("gain") is not None:
+            low, high = job["interval"]
+            counts = [str(reference[kind]["correct"]) for kind in ("base", "expert")] + [str(job["correct"])]
+            counts.append(f"{job['gain']:.1%} [{low:.1%}, {high:.1%}]")
+        label = labels[json.dumps(job["keywords"], sort_keys=True)]
+        rows.append([label, f"{job['bits_per_weight']:.2f}", job["expert"], *counts, f"{job['kl']:.5f}"])
+    run = data["runs"][data["jobs"][-1]["run"]]
     note = (
-        f"Right answers of {meta['questions']}; gain retained = (compressed - base) / (full - base) with a 95 % "
-        f"interval. sql has no exact check. torch {meta['torch']}, transformers {meta['transformers']}, {meta['date']}."
+        f"Right answers of {data['meta']['questions']}; gain retained = (compressed - base) / (full - base) with a "
+        f"95 % interval. sql has no exact check. torch {run['torch']}, transformers {run['transformers']}, "
+        f"{run['date'][:10]}."
     )
     return f"{pipe(head, *rows)}\n\n{note}"
 

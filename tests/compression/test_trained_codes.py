@@ -31,7 +31,7 @@ def test_training_changes_codes_where_that_lowers_the_loss():
     base, full = pair()
     matrix = trainable(base, full)
     goal = base + (full - base) * torch.randn(24, 96).sign()  # half of the codes have to change
-    optimizer = torch.optim.Adam([{"params": p, "lr": 0.01 * f} for p, f in matrix.groups()])
+    optimizer = torch.optim.Adam([{"params": p, "lr": 0.02 * f} for p, f in matrix.groups()])
     start = (matrix.matrix() - goal).square().mean().item()
     for _ in range(300):
         loss = (matrix.matrix() - goal).square().mean()
