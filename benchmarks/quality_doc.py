@@ -8,7 +8,6 @@ A place to fill stands between `<!-- NAME -->` and `<!-- end -->`.
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -16,10 +15,11 @@ from pathlib import Path
 
 import quality_ablations
 import quality_tables
+from markdown_tables import fill, has_place, pipe
 from quality_plots import PLOTS, digest, write
 from quality_settings import SUITES
 from quality_store import RESULTS, Store
-from tables import ROOT, pipe
+from tables import ROOT
 
 Stores = Mapping[str, Store]
 LEVELS_FILE = RESULTS / "quality-levels.json"
@@ -96,11 +96,9 @@ PLACES: dict[str, Callable[[Stores], str]] = {
 def filled(text: str, stores: Stores) -> str:
     """The text with every place filled."""
     for name, make in PLACES.items():
-        pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.S)
-        if not pattern.search(text):
+        if not has_place(text, name):
             raise SystemExit(f"<!-- {name} -->: no such place in the document")
-        content = f"<!-- {name} -->\n\n{make(stores)}\n\n<!-- end -->"
-        text = pattern.sub(lambda _, c=content: c, text)
+        text = fill(text, name, make(stores))
     return text
 
 

@@ -2,11 +2,11 @@
 
 import math
 
+from markdown_tables import pipe
 from meswitch.evaluate import compare
 from quality_cells import bits, caption, kl, missing, references, retained, versus
 from quality_pairs import CHANCE, LEAST, MOST, Pair, Point, against_best, against_each
 from quality_store import Store
-from tables import pipe
 
 
 def family(store: Store) -> str:

@@ -8,10 +8,11 @@ A place to fill stands between `<!-- NAME -->` and `<!-- end -->`.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from markdown_tables import fill, has_place, pipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,12 +20,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / name).read_text())
-
-
-def pipe(*rows: list[str]) -> str:
-    """Rows as a Markdown table, the first one its head; all columns but the first on the right."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
 def quality() -> str:
@@ -83,11 +78,8 @@ PLACES: dict[str, tuple[Callable[[], str], bool]] = {
 def filled(text: str) -> str:
     """The text with every place filled."""
     for name, (make, block) in PLACES.items():
-        pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.S)
-        if not pattern.search(text):
-            continue
-        content = f"\n\n{make()}\n\n" if block else make()
-        text = pattern.sub(lambda _, n=name, c=content: f"<!-- {n} -->{c}<!-- end -->", text)
+        if has_place(text, name):
+            text = fill(text, name, make(), block=block)
     return text
 
 

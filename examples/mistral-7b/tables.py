@@ -8,7 +8,6 @@ A place to fill stands between `<!-- NAME -->` and `<!-- end -->`, as in the REA
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,6 +19,10 @@ from meswitch.cli.plan import report
 from meswitch.compression import Options, outline
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent / "benchmarks"))
+
+from markdown_tables import fill, has_place, pipe  # noqa: E402 - of the benchmarks
+
 CONFIGS = HERE / "configs"
 GB = 1e9
 # The paper's own layout is one scale a row and whole embeddings; the other rows are ours.
@@ -47,12 +50,6 @@ def experts(family: str) -> list[str]:
 
 def plan(family: str, role: str, options: Options | None = None, **more: Any) -> dict[str, Any]:
     return report(model(family, "base"), model(family, role), options or Options(), **more)
-
-
-def pipe(*rows: list[str]) -> str:
-    """Rows as a Markdown table, the first one its head; all columns but the first on the right."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
 def sizes(family: str) -> str:
@@ -170,10 +167,8 @@ PLACES: dict[str, Callable[[], str]] = {
 def filled(text: str) -> str:
     """The text with every place filled."""
     for name, make in PLACES.items():
-        pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.S)
-        if pattern.search(text):
-            block = f"<!-- {name} -->\n\n{make()}\n\n<!-- end -->"
-            text = pattern.sub(lambda _, b=block: b, text)
+        if has_place(text, name):
+            text = fill(text, name, make())
     return text
 
 

@@ -1,6 +1,7 @@
 """Where an artifact's bytes are, by kind of content and by layer type."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from meswitch.artifact.reader import Artifact
 
@@ -39,6 +40,11 @@ class Accounting:
 
     by_content: dict[str, int]
     by_layer: tuple[LayerBytes, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; every layer type with its bits per weight."""
+        by_layer = [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.by_layer]
+        return {"by_content": self.by_content, "by_layer": by_layer}
 
 
 def account(artifact: Artifact) -> Accounting:

@@ -40,7 +40,7 @@ def report(artifact: "Artifact") -> dict[str, Any]:
     """Everything that `inspect` shows. `bytes.tensors` and `bytes.other` add up to `bytes.total`."""
     from meswitch.artifact import account
 
-    manifest, accounting = artifact.manifest, account(artifact)
+    manifest = artifact.manifest
     other = _bytes_beside_tensors(artifact)
     tensors, total = artifact.nbytes, artifact.nbytes + sum(other.values())
     parameters, full = manifest.expert.parameters, manifest.expert.bytes
@@ -53,12 +53,7 @@ def report(artifact: "Artifact") -> dict[str, Any]:
         "method": dataclasses.asdict(manifest.method),
         "tensors": {kind: kinds.count(kind) for kind in ("packed", "coded", "dense", "same")},
         "bytes": {
-            "by_content": accounting.by_content,
-            "by_layer": [
-                {"layer": row.layer, "parameters": row.parameters, "bytes": row.bytes,
-                 "bits_per_weight": row.bits_per_weight}
-                for row in accounting.by_layer
-            ],
+            **account(artifact).to_dict(),
             "tensors": tensors,
             "other": other,
             "total": total,

@@ -52,7 +52,7 @@ def plan(
         ),
     ] = None,
     group_size: Annotated[
-        str | None, typer.Option(metavar="G|row", help="Input channels that share a scale, 64 by default, or `row`.")
+        str | None, typer.Option(metavar="G|row", help="Input channels that share a scale, 128 by default, or `row`.")
     ] = None,
     embeddings: Annotated[
         Literal["quantised", "exact"], typer.Option(help="Embedding and head: compressed, or whole.")
@@ -114,7 +114,7 @@ def report(
     from meswitch.experts.layout import Layout
 
     planned = predict(base, expert, options)
-    accounting, manifest = account(planned), planned.manifest
+    manifest = planned.manifest
     memory = Memory(
         base.nbytes, Layout.of(planned).nbytes, expert.nbytes, kv_bytes(base, kv_tokens) if kv_tokens else 0,
         experts, limit,
@@ -124,12 +124,7 @@ def report(
         "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},
         "method": dataclasses.asdict(manifest.method),
         "bytes": {
-            "by_content": accounting.by_content,
-            "by_layer": [
-                {"layer": row.layer, "parameters": row.parameters, "bytes": row.bytes,
-                 "bits_per_weight": row.bits_per_weight}
-                for row in accounting.by_layer
-            ],
+            **account(planned).to_dict(),
             "by_role": _by_role(planned),
             "tensors": planned.nbytes,
         },

@@ -1,6 +1,6 @@
 """`--target-bpw`: which tensor gets how many bits and salient channels, so that the artifact's file keeps a budget."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,15 +10,13 @@ from meswitch.codec import Spec
 from meswitch.codec.rows import without_negligible
 from meswitch.compression.allocation import Candidate, allocate, hull
 from meswitch.compression.compatibility import role_of
+from meswitch.compression.convert import Progress
 from meswitch.compression.options import Options
 from meswitch.compression.sensitivity import measured, offers, weighted
-from meswitch.compression.walk import walk
+from meswitch.compression.walk import compute_dtype, walk
 from meswitch.errors import ConfigError
 
 _HEADER = 85  # bytes that a stored part takes in the file's header, beside its module's name; at most
-
-# (tensors done, tensors in all, name of the last one)
-Progress = Callable[[int, int, str], None]
 
 
 def specs_within(
@@ -94,7 +92,7 @@ def _input_energies(expert: Checkpoint, moments: list[list[int]], device: torch.
     def visit(module: str, inputs: Tensor) -> None:
         energies[f"{module}.weight"] = inputs.float().square().mean(0)
 
-    walk(expert, moments, visit, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    walk(expert, moments, visit, device=device, dtype=compute_dtype(device))
     return energies
 
 

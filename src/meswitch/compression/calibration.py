@@ -34,6 +34,11 @@ class CalibrationSet:
     info: Calibration
     starts: list[int] = field(default_factory=list)
 
+    @property
+    def known_starts(self) -> list[int]:
+        """`starts`, one for each sequence."""
+        return self.starts or [0] * len(self.sequences)
+
     def first(self, tokens: int) -> list[list[int]]:
         """The first sequences, as far as they hold at most so many tokens; at least one."""
         ends = list(itertools.accumulate(map(len, self.sequences)))
@@ -113,8 +118,7 @@ def gather(
         read.info.tokens + own.info.tokens,
         own.info.seed,
     )
-    starts = (read.starts or [0] * len(read.sequences)) + (own.starts or [0] * len(own.sequences))
-    return CalibrationSet(read.sequences + own.sequences, joined, starts)
+    return CalibrationSet(read.sequences + own.sequences, joined, read.known_starts + own.known_starts)
 
 
 def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: int = 131072) -> CalibrationSet:

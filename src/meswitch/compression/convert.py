@@ -25,7 +25,7 @@ from meswitch.compression.calibration import CalibrationSet
 from meswitch.compression.compatibility import role_of
 from meswitch.compression.large_delta import LargeDeltas
 from meswitch.compression.options import Options
-from meswitch.compression.walk import walk
+from meswitch.compression.walk import compute_dtype, walk
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.tensorfile import NAMES, tensor_bytes
 from meswitch.version import __version__
@@ -67,8 +67,7 @@ class Conversion:
 
     def run(self) -> Artifact:
         if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
-            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            walk(self.expert, self.moments, self._visit, device=self.device, dtype=dtype)
+            walk(self.expert, self.moments, self._visit, device=self.device, dtype=compute_dtype(self.device))
         for name in self.expert.tensors:
             self._compress(name, None)
         entries = self.writer.final_entries()
@@ -139,20 +138,9 @@ class Conversion:
     def _manifest(self, entries: dict, companions: list[Path]) -> Manifest:
         import transformers
 
-        expert, base = self.expert, self.base
-        dtypes = {NAMES[info.dtype] for info in expert.tensors.values()}
         return Manifest(
-            base=BaseInfo(
-                Path(base.source).name, self.base_fingerprint, base.config.model_type, base.config.vocab_size
-            ),
-            expert=ExpertInfo(
-                name=Path(expert.source).name,
-                parameters=expert.parameters,
-                bytes=expert.nbytes,
-                dtype="+".join(sorted(dtypes)),
-                vocab_size=expert.config.vocab_size,
-                tied_head=bool(expert.aliases),
-            ),
+            base=base_info(self.base, self.base_fingerprint),
+            expert=expert_info(self.expert),
             method=self.options.describe(None if self.text is None else self.text.info),
             tensors=dict(sorted(entries.items())),
             companions=companion_digests(companions),
@@ -163,6 +151,23 @@ class Conversion:
                 datetime.now(UTC).isoformat(timespec="seconds"),
             ),
         )
+
+
+def base_info(base: Checkpoint, content: str) -> BaseInfo:
+    """The base as a manifest records it. content: its fingerprint."""
+    return BaseInfo(Path(base.source).name, content, base.config.model_type, base.config.vocab_size)
+
+
+def expert_info(expert: Checkpoint) -> ExpertInfo:
+    """The full fine-tune as a manifest records it."""
+    return ExpertInfo(
+        name=Path(expert.source).name,
+        parameters=expert.parameters,
+        bytes=expert.nbytes,
+        dtype="+".join(sorted({NAMES[info.dtype] for info in expert.tensors.values()})),
+        vocab_size=expert.config.vocab_size,
+        tied_head=bool(expert.aliases),
+    )
 
 
 def second_moment(inputs: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from meswitch.codec import CodedDelta, PackedDelta
 from meswitch.compression.calibration import CalibrationSet
 from meswitch.compression.recipe import Recipe
 from meswitch.compression.student import Said, build, frozen, read_batch
+from meswitch.compression.walk import compute_dtype
 from meswitch.errors import ConfigError
 
 # (steps done, steps in all, a line with the losses)
@@ -67,13 +68,11 @@ def train(
     """
     check_text(text.sequences)
     # bfloat16 rounds away what a step changes; only where float32 would not fit is it worth that
-    dtype = torch.float32 if device.type == "cpu" or expert.parameters <= FLOAT32_PARAMETERS else torch.bfloat16
+    dtype = torch.float32 if expert.parameters <= FLOAT32_PARAMETERS else compute_dtype(device)
     teacher = frozen(expert, device, dtype)
     student = build(base, expert, artifact, recipe, device, dtype)
     generator = torch.Generator().manual_seed(recipe.seed)
-    samples = [
-        _Sample(ids, start) for ids, start in zip(text.sequences, text.starts or [0] * len(text.sequences), strict=True)
-    ]
+    samples = [_Sample(ids, start) for ids, start in zip(text.sequences, text.known_starts, strict=True)]
     order = torch.randperm(len(samples), generator=generator).tolist()
     count = min(max(1, len(order) // 10), HELD_OUT)
     held = [samples[i] for i in order[:count]]

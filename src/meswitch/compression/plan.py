@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from meswitch.artifact import Artifact, Entry, Manifest
-from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, Stored
+from meswitch.artifact.manifest import Provenance, Stored
 from meswitch.checkpoint import TIED_HEAD, Checkpoint
 from meswitch.codec import stored_shapes
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors, is_vocabulary, role_of
+from meswitch.compression.convert import base_info, expert_info
 from meswitch.compression.options import Options
+from meswitch.compression.sampler import cache_bytes
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.tensorfile import NAMES, TensorInfo
 
@@ -115,15 +117,8 @@ def predict(
     known = changed_rows or {}
     entries = {name: _entry(name, info, base, options, known.get(name)) for name, info in expert.tensors.items()}
     manifest = Manifest(
-        base=BaseInfo(Path(base.source).name, "", base.config.model_type, base.config.vocab_size),
-        expert=ExpertInfo(
-            name=Path(expert.source).name,
-            parameters=expert.parameters,
-            bytes=expert.nbytes,
-            dtype="+".join(sorted({NAMES[info.dtype] for info in expert.tensors.values()})),
-            vocab_size=expert.config.vocab_size,
-            tied_head=bool(expert.aliases),
-        ),
+        base=base_info(base, ""),
+        expert=expert_info(expert),
         method=options.describe(None),
         tensors=dict(sorted(entries.items())),
         companions={},
@@ -134,11 +129,8 @@ def predict(
 
 def kv_bytes(model: Checkpoint, tokens: int) -> int:
     """Bytes of keys and values of so many tokens, in the dtype of the model's weights."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    itemsize = max(info.dtype.itemsize for info in model.tensors.values())
-    return 2 * config.num_hidden_layers * heads * width * itemsize * tokens
+    widest = max((info.dtype for info in model.tensors.values()), key=lambda dtype: dtype.itemsize)
+    return cache_bytes(model.config, widest) * tokens
 
 
 def _entry(name: str, info: TensorInfo, base: Checkpoint, options: Options, changed: int | None) -> Entry:

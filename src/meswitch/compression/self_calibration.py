@@ -27,6 +27,7 @@ from meswitch.compression.calibration import (
     load_tokenizer,
 )
 from meswitch.compression.sampler import Sampler, cache_bytes, repeats
+from meswitch.compression.walk import compute_dtype
 from meswitch.errors import ConfigError
 from meswitch.threads import fitting_threads
 from meswitch.units import format_bytes
@@ -66,7 +67,7 @@ def self_calibration(
     device = torch.device(device)
     tokenizer = load_tokenizer(expert.directory)
     asked = None if prompts is None else load_questions(Path(prompts))
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = compute_dtype(device)
     size = format_bytes(expert.parameters * dtype.itemsize)
     say(f"calibration: the full expert is loaded on {device} ({size}) to write its own text")
     writer = _Writer(expert, tokenizer, device, dtype, seed)

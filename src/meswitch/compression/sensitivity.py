@@ -18,6 +18,7 @@ from meswitch.codec import Spec, dequantize, mse_scales, nbytes, quantize, store
 from meswitch.codec.salient import reconstruction_error
 from meswitch.compression.allocation import Candidate
 from meswitch.compression.student import frozen, read_batch
+from meswitch.compression.walk import compute_dtype
 
 _SAMPLE = 256  # rows
 _SALIENT = (0, 1, 2, 4)  # multiples of one channel in 512
@@ -67,7 +68,7 @@ def measured(
     device: torch.device,
 ) -> dict[str, float]:
     """Divergence from the full expert in nats a token when only this tensor is rounded to 2 bits: name -> KL."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = compute_dtype(device)
     model = frozen(expert, device, dtype)
     parameters = dict(model.named_parameters())
     batches = _batches(sequences)

@@ -20,6 +20,11 @@ from meswitch.errors import IncompatibleError
 Visit = Callable[[str, Tensor], None]
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """In which a model computes on a device: CPUs are slow in bfloat16, other devices short of memory in float32."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def skeleton(checkpoint: Checkpoint) -> Any:
     """The checkpoint's model with parameters on the meta device and real buffers."""
     with init_empty_weights(include_buffers=False):
