@@ -68,9 +68,9 @@ def compress(
             None is 131072, or 32768 if the expert has to write them.
         embeddings: `exact` keeps embedding and head whole, `quantised` compresses them like other matrices; None is
             `quantised`, unless the method's paper leaves them whole.
-        distill: steps of training what is 16 bit against the full expert on the calibration text, by the method's
-            `compression.recipe`, or another recipe; 0 does not. It needs both models in memory: None is the recipe's
-            steps if the expert has at most 256 MB and the text at least 32 sequences, else 0.
+        distill: steps of training codes, scales and norms against the full expert on the calibration text, by the
+            method's `compression.recipe`, or another recipe; 0 does not. It needs both models in memory: None is the
+            recipe's steps if the expert has at most 256 MB and the text at least 32 sequences, else 0.
         method: `me-switch`, or another paper's for comparison (`codec.METHODS`, docs/baselines.md). rank: of `svd`.
             drop: share of weights that `dare` sets to zero, 0.9 by default.
         target_bpw: bits a weight of the whole tensor file; bits and salient channels of each tensor are then chosen
