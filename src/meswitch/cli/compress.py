@@ -89,7 +89,7 @@ def compress(
         typer.Option(
             metavar="N",
             min=1,
-            help="Use at most so many tokens of it; more cost time, not bytes. Default: 131072 of a file, 32768 that "
+            help="Use at most so many tokens of it; more cost time, not bytes. Default: 524288 of a file, 32768 that "
             "the expert writes.",
         ),
     ] = None,

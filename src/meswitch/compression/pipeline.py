@@ -25,7 +25,7 @@ from meswitch.errors import ConfigError
 from meswitch.threads import fitting_threads
 
 DISTILL_BYTES, DISTILL_SEQUENCES = 256 << 20, 32
-TOKENS, WRITTEN_TOKENS = 131072, 32768
+TOKENS, WRITTEN_TOKENS = 524288, 32768
 MOMENT_TOKENS = 32768  # that second moments are taken over; more text is for training only
 
 
@@ -65,7 +65,7 @@ def compress(
         calibration: text (`.txt`, `.jsonl`) that shows typical inputs, or what lets the expert write it (`self`,
             `self:FILE`, `FILE+self`: see `calibration.Source`); None compresses data-free.
         calibration_tokens: at most so many are used, to train; the inputs of layers are measured on the first 32768.
-            None is 131072, or 32768 if the expert has to write them.
+            None is 524288, or 32768 if the expert has to write them.
         embeddings: `exact` keeps embedding and head whole, `quantised` compresses them like other matrices; None is
             `quantised`, unless the method's paper leaves them whole.
         distill: steps of training codes, scales and norms against the full expert on the calibration text, by the

@@ -32,12 +32,12 @@ class Recipe:
     betas: tuple[float, float] = (0.8, 0.99)
     batch: int = 16
     loss: Literal["kl", "mse"] = "kl"
-    hidden: float = 0.3
+    hidden: float = 5.0
     question_weight: float = 0.1
     length: int | None = None
     norms: bool = True
     codes: bool = True
-    check_every: int = 50
+    check_every: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from meswitch.compression.trainable import Group, RestoredPacked, Trainable
 from meswitch.compression.trainable_signs import RestoredSigns
 from meswitch.errors import IncompatibleError
 
-_NORMS = 0.2  # their steps are not relative to their values, which are around 1
+_NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
 
 
 @dataclass(frozen=True, slots=True)
