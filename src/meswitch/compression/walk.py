@@ -33,12 +33,19 @@ def skeleton(checkpoint: Checkpoint) -> Any:
 
 
 def walk(
-    checkpoint: Checkpoint, sequences: list[list[int]], visit: Visit, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    sequences: list[list[int]],
+    visit: Visit,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: Callable[[list[str]], None] | None = None,
 ) -> None:
     """Run the sequences through the model and show `visit` the inputs of every linear layer, the head included.
 
     Args:
         sequences: token ids; padded on the right to one batch, padding is not shown.
+        plan: is told beforehand the names of the linear layers, in the order in which the model lists them.
 
     Raises:
         IncompatibleError: the checkpoint lacks a tensor that its architecture has.
@@ -47,6 +54,8 @@ def walk(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    if plan is not None:
+        plan([name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     length = max(len(tokens) for tokens in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -63,7 +72,7 @@ def walk(
             for key in list(module._parameters):
                 tensor = _parameter(checkpoint, f"{name}.{key}", module._parameters[key])
                 if tensor is not None:
-                    module._parameters[key] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+                    module._parameters[key] = nn.Parameter(tensor.to(device).to(dtype), requires_grad=False)
             if isinstance(module, nn.Linear) and args[0].shape[:2] == real.shape:
                 visit(name, args[0][real])
 
