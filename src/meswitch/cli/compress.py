@@ -104,6 +104,13 @@ def compress(
             "1000 pay.",
         ),
     ] = None,
+    distill_scope: Annotated[
+        Literal["model", "block"] | None,
+        typer.Option(
+            help="`model`, the default, trains end to end. `block` trains one decoder block after the other, each for "
+            "--distill steps (100 by default), with one block's weights in memory: for experts of any size.",
+        ),
+    ] = None,
     embeddings: Annotated[
         Literal["quantised", "exact"] | None,
         typer.Option(
@@ -161,7 +168,8 @@ def compress(
     """
     settings = {
         "--bits": bits, "--salient": salient, "--group-size": group_size, "--embeddings": embeddings, "--out": out,
-        "--base": base, "--distill": distill, "--method": method, "--rank": rank, "--drop": drop,
+        "--base": base, "--distill": distill,
+        "--distill-scope": distill_scope, "--method": method, "--rank": rank, "--drop": drop,
         "--target-bpw": target_bpw,
     }  # fmt: skip
     if family is not None:
@@ -206,6 +214,7 @@ def compress(
             "rank": rank,
             "drop": drop,
             "distill": distill,
+            "distill_scope": distill_scope,
             "calibration": None if calibration in (None, "none") else calibration,
         }
         assert expert is not None

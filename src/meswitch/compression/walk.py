@@ -69,10 +69,7 @@ def walk(
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            for key in list(module._parameters):
-                tensor = _parameter(checkpoint, f"{name}.{key}", module._parameters[key])
-                if tensor is not None:
-                    module._parameters[key] = nn.Parameter(tensor.to(device).to(dtype), requires_grad=False)
+            load_own(module, checkpoint, f"{name}.", device, dtype)
             if isinstance(module, nn.Linear) and args[0].shape[:2] == real.shape:
                 visit(name, args[0][real])
 
@@ -91,6 +88,27 @@ def walk(
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     if head_name is not None:  # its logits are not needed: tokens x vocabulary would be the largest tensor of all
         visit(head_name, hidden[real])
+
+
+def load_parameters(
+    module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a part of a skeleton its weights, not to be trained. prefix: what their names begin with.
+
+    Raises:
+        IncompatibleError: the checkpoint lacks a tensor that its architecture has.
+    """
+    for name, part in module.named_modules():
+        load_own(part, checkpoint, f"{prefix}{name}." if name else prefix, device, dtype)
+
+
+def load_own(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+    """The same, of a module without those inside it."""
+    for key in list(module._parameters):
+        tensor = _parameter(checkpoint, f"{prefix}{key}", module._parameters[key])
+        if tensor is not None:
+            # moved in its own dtype: half the bytes, and the device converts faster
+            module._parameters[key] = nn.Parameter(tensor.to(device).to(dtype), requires_grad=False)
 
 
 def _parameter(checkpoint: Checkpoint, name: str, slot: nn.Parameter | None) -> Tensor | None:
