@@ -1,12 +1,16 @@
 """What compressing an expert costs at the shapes of a 7B model: seconds, device memory, host memory.
 
     python benchmarks/synthetic.py PAIR --layers 8 [--tokenizer examples/family/base]
-    python benchmarks/compress_cost.py PAIR --device cuda [--json FILE]
+    python benchmarks/compress_cost.py PAIR --device cuda [--only data-free|calibrated] [--json FILE]
 
 Data-free, and calibrated with error feedback, each in a process of its own. A pair with fewer layers than the model has
 is enough: seconds are counted a tensor, and the table gives what was measured and what all the model's layers take, the
 seconds of a layer being the mean over the layers after the first. The floor is reading both checkpoints once from where
 they lie; start-up and imports are not counted.
+
+`phases` are the seconds of the main thread, in all: waiting for a pair to be read and hashed, encoding (on a GPU with
+all that was under way before), waiting for the writer, running the expert forward (`other`); and those that the two
+other threads worked beside it.
 """
 
 import argparse
@@ -23,8 +27,26 @@ TEXT_TOKENS, LENGTH = 32768, 256
 WORKER = """
 import json, resource, sys, time
 import torch, meswitch
+from meswitch.compression.ahead import Behind, Reader
+from meswitch.compression.convert import Conversion
 base, expert, out, device, options = sys.argv[1:6]
-stamps = []
+stamps, phases = [], {}
+def timed(owner, method, phase, sync=False):
+    call = getattr(owner, method)
+    def timing(*args, **keywords):
+        started = time.perf_counter()
+        try:
+            return call(*args, **keywords)
+        finally:
+            if sync and device == "cuda":
+                torch.cuda.synchronize()
+            phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
+    setattr(owner, method, timing)
+timed(Reader, "take", "wait_for_reader")
+timed(Reader, "_read", "reader")
+timed(Conversion, "_encode", "encode", sync=True)
+timed(Behind, "wait", "wait_for_writer")
+timed(meswitch.artifact.ArtifactWriter, "add", "writer")
 def progress(done, total, name):
     if device == "cuda":
         torch.cuda.synchronize()
@@ -33,9 +55,12 @@ if device == "cuda":
     torch.zeros(1, device=device)
 started = time.perf_counter()
 artifact = meswitch.compress(base, expert, out, device=device, distill=0, progress=progress, **json.loads(options))
+seconds = time.perf_counter() - started
+main = sum(phases.get(phase, 0.0) for phase in ("wait_for_reader", "encode", "wait_for_writer"))
 print(json.dumps({
+    "phases": {**phases, "other": seconds - main},
     "started": started,
-    "seconds": time.perf_counter() - started,
+    "seconds": seconds,
     "stamps": stamps,
     "device_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
     "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -50,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", choices=("data-free", "calibrated"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
@@ -58,6 +84,8 @@ def main() -> None:
         write_text(text)
         read = read_seconds(options.pair)
         for label, keywords in (("data-free", {}), ("calibrated, error feedback", {"calibration": str(text)})):
+            if options.only and not label.startswith(options.only):
+                continue
             paths = [str(options.pair / "base"), str(options.pair / "expert"), f"{scratch}/{len(rows)}"]
             command = [sys.executable, "-c", WORKER, *paths, options.device, json.dumps(keywords)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -118,6 +146,7 @@ def summary(found: dict) -> dict:
         "seconds_a_layer": round(mean, 2),
         "seconds_rest": round(rest + tail, 1),
         "seconds_of_all_layers": round(by_layer[0] + mean * (LAYERS - 1) + rest + tail, 1),
+        "phases": {phase: round(seconds, 2) for phase, seconds in sorted(found["phases"].items())},
         "device_gib": found["device_gib"] and round(found["device_gib"], 2),
         "host_gib": round(found["host_gib"], 2),
         "bits_per_weight": round(found["bits_per_weight"], 3),

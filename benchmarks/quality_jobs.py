@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 import meswitch
 from meswitch.compression.recipe import recipe_for
-from meswitch.errors import ConfigError
 from meswitch.evaluate import (
     CHECKABLE,
+    DOMAINS,
     Score,
     Text,
     accuracy,
@@ -127,14 +127,13 @@ def _measured(
 
 def resolved(plan: Plan, expert: str, keywords: Keywords) -> Keywords:
     """The keywords as `compress` wants them: files of calibration text by their paths, a recipe as a `Recipe`."""
-    other = plan.experts[(plan.experts.index(expert) + 1) % len(plan.experts)]
+    known = [name for name in DOMAINS if (EXAMPLE / "calibration" / f"{name}.jsonl").exists()]
+    other = known[(known.index(expert) + 1) % len(known)]
     names = {"{own}": _calibration(plan, expert), "{other}": _calibration(plan, other)}
     found = {"calibration": "{own}"} | keywords
     if isinstance(found["calibration"], str):
         for name, file in names.items():
             found["calibration"] = found["calibration"].replace(name, str(file))
-        if other == expert and "{other}" in keywords.get("calibration", ""):
-            raise ConfigError("calibration: {other}: the run has one expert only; measure several")
     if isinstance(found.get("distill"), dict):
         found["distill"] = dataclasses.replace(recipe_for(found.get("method", "me-switch")), **found["distill"])
     return found

@@ -24,14 +24,15 @@ def _bits(number: int) -> str:
 
 FAMILY: dict[str, Keywords] = {
     **{f"{bpw} bpw": {"target_bpw": bpw} for bpw in (3.0, 2.3, 1.3)},
-    **{f"{bpw} bpw, 1000 steps": {"target_bpw": bpw, "distill": 1000} for bpw in (3.0, 1.3)},
+    **{f"{bpw} bpw, 1000 steps": {"target_bpw": bpw, "distill": 1000} for bpw in (3.0, 2.3, 1.3)},
 }
 BARS: dict[str, dict[str, float]] = {
     "3.0 bpw": {"math": 0.995, "code": 0.995, "instruct": 0.995},
     "2.3 bpw": {"math": 0.97, "code": 0.97, "instruct": 0.97},
     "1.3 bpw": {"math": 0.85, "code": 0.95, "instruct": 0.95},
     "3.0 bpw, 1000 steps": {"math": 0.995, "code": 0.995, "instruct": 0.995},
-    "1.3 bpw, 1000 steps": {"math": 0.85, "code": 0.95, "instruct": 0.95},
+    "2.3 bpw, 1000 steps": {"math": 0.99, "code": 0.99, "instruct": 0.99},
+    "1.3 bpw, 1000 steps": {"math": 0.97, "code": 0.97, "instruct": 0.97},
 }
 
 # -- frontier: the default and every baseline, at many sizes -------------------------------------------------------
@@ -74,6 +75,7 @@ LAYERS_OF: frozenset[tuple[str, str]] = frozenset(  # whose output error is meas
 
 ABLATED: Keywords = {"bits": 2}  # what all of them share, unless they say otherwise
 ONE_BIT: Keywords = {"bits": 1}
+TOKENS = (4096, 16384, 65536, 131072)
 ABLATIONS: dict[str, dict[str, Keywords]] = {
     "salient channels: how many": {
         "0": {"salient": 0},
@@ -136,14 +138,36 @@ ABLATIONS: dict[str, dict[str, Keywords]] = {
         "codes, scales, salient channels, norms (default)": {},
         "all but codes": {"distill": {"codes": False}},
         "all but norms": {"distill": {"norms": False}},
-        "without the loss on blocks' outputs": {"distill": {"hidden": 0.0}},
         "questions count like answers": {"distill": {"question_weight": 1.0}},
+    },
+    "weight of the loss on blocks' outputs": {
+        "0": {"distill": {"hidden": 0.0}},
+        "1": {"distill": {"hidden": 1.0}},
+        "5 (default)": {},
+        "20": {"distill": {"hidden": 20.0}},
+    },
+    "weight of the loss on blocks' outputs at 1 bit": {
+        "0": ONE_BIT | {"distill": {"hidden": 0.0}},
+        "1": ONE_BIT | {"distill": {"hidden": 1.0}},
+        "5 (default)": ONE_BIT,
+        "20": ONE_BIT | {"distill": {"hidden": 20.0}},
     },
     "what is trained at 1 bit": {
         "codes, scales, salient channels, norms (default)": ONE_BIT,
         "all but codes": ONE_BIT | {"distill": {"codes": False}},
-        "without the loss on blocks' outputs": ONE_BIT | {"distill": {"hidden": 0.0}},
         "questions count like answers": ONE_BIT | {"distill": {"question_weight": 1.0}},
+    },
+    "distillation, end to end or block by block": {
+        "end to end (default)": {},
+        "block by block": {"distill_scope": "block"},
+        "block by block, 300 steps each": {"distill_scope": "block", "distill": 300},
+        "none": {"distill": 0},
+    },
+    "distillation at 1 bit, end to end or block by block": {
+        "end to end (default)": ONE_BIT,
+        "block by block": ONE_BIT | {"distill_scope": "block"},
+        "block by block, 300 steps each": ONE_BIT | {"distill_scope": "block", "distill": 300},
+        "none": ONE_BIT | {"distill": 0},
     },
     "calibration source": {
         "own text (default)": {},
@@ -154,12 +178,16 @@ ABLATIONS: dict[str, dict[str, Keywords]] = {
     },
     "embeddings": {"quantised (default)": {}, "exact": {"embeddings": "exact"}},
     "calibration tokens": {
-        **{str(tokens): {"calibration_tokens": tokens} for tokens in (4096, 16384, 65536)},
-        "131072 (default)": {},
+        **{str(tokens): {"calibration_tokens": tokens} for tokens in TOKENS},
+        "524288 (default)": {},
     },
     "calibration tokens at 1 bit": {
-        **{str(tokens): ONE_BIT | {"calibration_tokens": tokens} for tokens in (4096, 16384, 65536)},
-        "131072 (default)": ONE_BIT,
+        **{str(tokens): ONE_BIT | {"calibration_tokens": tokens} for tokens in TOKENS},
+        "524288 (default)": ONE_BIT,
+    },
+    "calibration tokens, its answers to the file's questions": {
+        **{str(tokens): {"calibration": "self:{own}", "calibration_tokens": tokens} for tokens in TOKENS},
+        "524288 of the file (default)": {},
     },
     "calibration tokens, not distilled": {
         **{str(tokens): {"distill": 0, "calibration_tokens": tokens} for tokens in (256, 1024, 4096, 16384)},

@@ -27,8 +27,13 @@ def quality() -> str:
     data = load("quality-family.json")
     labels = {json.dumps(row["keywords"], sort_keys=True): row["label"] for row in data["settings"]}
     head = ["budget", "bits/weight", "expert", "base", "full", "compressed", "gain retained", "KL, nats/token"]
-    rows = []
-    for job in data["jobs"]:
+    rows, order = [], list(labels)
+    experts = list(data["references"])
+
+    def place(job: dict) -> tuple[int, int]:
+        return order.index(json.dumps(job["keywords"], sort_keys=True)), experts.index(job["expert"])
+
+    for job in sorted(data["jobs"], key=place):
         if "failed" in job:
             continue
         counts = ["-", "-", "-", "-"]

@@ -26,7 +26,7 @@ from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, draw
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION_SEED, ROUTING_SEED, TEMPLATE_SEED = 1001, 1002, 1003
-CALIBRATION_ROWS = 2048
+CALIBRATION_ROWS = 8192
 TASK_ROWS, TEMPLATE_ROWS, OTHER_ROWS = 125, 225, 200  # sql has no templates here, so it gets 350 from tasks
 
 

@@ -35,6 +35,7 @@ class CompressSection(_Section):
     embeddings: Literal["quantised", "exact"] = "quantised"
     target_bpw: float | None = Field(default=None, gt=0, le=16)  # instead of bits and salient
     distill: int | None = Field(default=None, ge=0)  # steps of training; None: 300 for small experts
+    distill_scope: Literal["model", "block"] = "model"  # block: one after the other, 100 steps each
 
 
 class ExpertSection(_Section):

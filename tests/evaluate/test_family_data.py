@@ -27,11 +27,11 @@ def make_data(family: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_calibration_is_2048_conversations_of_its_own_seed(family: Path, domain: str) -> None:
+def test_calibration_is_8192_conversations_of_its_own_seed(family: Path, domain: str) -> None:
     found = rows(family / "calibration" / f"{domain}.jsonl")
     turns = [row["messages"] for row in found]
     assert all([turn["role"] for turn in pair] == ["user", "assistant"] for pair in turns)
-    assert [pair[0]["content"] for pair in turns] == [question.prompt for question in draw(domain, 2048, 1001)]
+    assert [pair[0]["content"] for pair in turns] == [question.prompt for question in draw(domain, 8192, 1001)]
     assert all(pair[1]["content"].strip() for pair in turns)
 
 
@@ -65,4 +65,4 @@ def test_routing_has_every_query_once_and_every_domain_in_number(family: Path) -
 
 def test_the_files_stay_small(family: Path) -> None:
     made = [*(family / "calibration").iterdir(), family / "routing.jsonl", family / "routing_templates.toml"]
-    assert sum(path.stat().st_size for path in made) < 2_500_000
+    assert sum(path.stat().st_size for path in made) < 8_000_000

@@ -101,8 +101,8 @@ class Calibration:
 @dataclass(frozen=True, slots=True)
 class Distillation:
     """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
-    expert, nats a token) on its held-out tenth before and after. The rest as in
-    `compression.recipe`."""
+    expert, nats a token) on its held-out tenth before and after. steps: for each part where the scope is `block`. The
+    rest as in `compression.recipe`."""
 
     steps: int
     learning_rate: float
@@ -115,6 +115,7 @@ class Distillation:
     norms: bool = True
     hidden: float = 0.0
     question_weight: float = 1.0
+    scope: str = "model"
 
 
 @dataclass(frozen=True, slots=True)

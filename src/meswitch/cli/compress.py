@@ -89,7 +89,7 @@ def compress(
         typer.Option(
             metavar="N",
             min=1,
-            help="Use at most so many tokens of it; more cost time, not bytes. Default: 131072 of a file, 32768 that "
+            help="Use at most so many tokens of it; more cost time, not bytes. Default: 524288 of a file, 32768 that "
             "the expert writes.",
         ),
     ] = None,
@@ -102,6 +102,13 @@ def compress(
             "so many steps; 0 does not. It costs no bytes, closes most of the gap at 1 and 2 bits, and needs both "
             "models in memory. Default: 300 with calibration text if the expert has at most 256 MB, else 0; at 1 bit "
             "1000 pay.",
+        ),
+    ] = None,
+    distill_scope: Annotated[
+        Literal["model", "block"] | None,
+        typer.Option(
+            help="`model`, the default, trains end to end. `block` trains one decoder block after the other, each for "
+            "--distill steps (100 by default), with one block's weights in memory: for experts of any size.",
         ),
     ] = None,
     embeddings: Annotated[
@@ -161,7 +168,8 @@ def compress(
     """
     settings = {
         "--bits": bits, "--salient": salient, "--group-size": group_size, "--embeddings": embeddings, "--out": out,
-        "--base": base, "--distill": distill, "--method": method, "--rank": rank, "--drop": drop,
+        "--base": base, "--distill": distill,
+        "--distill-scope": distill_scope, "--method": method, "--rank": rank, "--drop": drop,
         "--target-bpw": target_bpw,
     }  # fmt: skip
     if family is not None:
@@ -206,6 +214,7 @@ def compress(
             "rank": rank,
             "drop": drop,
             "distill": distill,
+            "distill_scope": distill_scope,
             "calibration": None if calibration in (None, "none") else calibration,
         }
         assert expert is not None

@@ -51,6 +51,7 @@ def compress_family(
             "overwrite": options["overwrite"] or out.exists(),  # what exists here is a damaged artifact
         }
         own["distill"] = 0 if own["calibration"] is None else wanted.distill
+        own["distill_scope"] = None if own["calibration"] is None else wanted.distill_scope
         base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
         rows.append(compress_one(section.name, base, source, out, options | settings | own))
     return rows

@@ -109,6 +109,7 @@ def _show(found: dict[str, Any]) -> None:
                 "embeddings": method["embeddings"],
                 "damping": f"{method['damping']:g}",
                 "calibration": _calibration(method["calibration"]),
+                "distillation": _distillation(method["distillation"]),
                 "created": f"{made['created']} with meswitch {made['meswitch']}, torch {made['torch']}, "
                 f"transformers {made['transformers']}",
                 "quality": _quality(found["quality"]),
@@ -167,6 +168,16 @@ def _calibration(text: dict[str, Any] | None) -> str:
     if text is None:
         return "none (data-free)"
     return f"{text['source']}: {text['sequences']} sequences, {text['tokens']} tokens (sha256 {text['sha256'][:12]}…)"
+
+
+def _distillation(done: dict[str, Any] | None) -> str:
+    if done is None:
+        return "none"
+    how = "each block and the head" if done["scope"] == "block" else "end to end"
+    return (
+        f"{how}, {done['steps']} steps; held-out divergence {done['held_out_before']:.4g} before, "
+        f"{done['held_out_after']:.4g} after (nats a token)"
+    )
 
 
 def _quality(measured: list[dict[str, Any]]) -> str:

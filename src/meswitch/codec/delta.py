@@ -1,5 +1,6 @@
 """One delta matrix: low-bit codes, scales, salient channels and rows that the base does not have."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,9 @@ from meswitch.codec.salient import RULES, other_score, reconstruction_error, sel
 from meswitch.errors import MeswitchError
 
 SALIENT_DTYPE = torch.bfloat16
-_BLOCK = 1 << 22  # weights worked on at once
-# larger: error feedback walks all columns once for every block, and on a GPU each step costs its launch
+# weights worked on at once: on a GPU many, as each step costs its launch
+_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}
+# larger: error feedback walks all columns once for every block
 _FEEDBACK_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
@@ -178,9 +180,7 @@ def encode(
         factor = inverse_factor(metric, order)
     columns = index.long()
     packed, scales, salient = [], [], []
-    for block in _row_blocks(
-        delta, _FEEDBACK_BLOCK.get(delta.device.type, _BLOCK) if second_moment is not None else _BLOCK
-    ):
+    for block in _row_blocks(delta, _BLOCK if second_moment is None else _FEEDBACK_BLOCK):
         scale = starting_scales(spec.scales, block, spec.bits, spec.group_size, kept)
         if metric is None or not spec.feedback:
             codes = quantize(block, scale, spec.bits, spec.group_size)
@@ -231,8 +231,8 @@ def _choose_salient(delta: Tensor, spec: Spec, energy: Tensor | None) -> Tensor:
     return select_salient(score, spec.salient)
 
 
-def _row_blocks(delta: Tensor, weights: int) -> tuple[Tensor, ...]:
-    return delta.split(max(1, weights // max(1, delta.shape[1])))
+def _row_blocks(delta: Tensor, weights: Mapping[str, int]) -> tuple[Tensor, ...]:
+    return delta.split(max(1, weights.get(delta.device.type, weights["cpu"]) // max(1, delta.shape[1])))
 
 
 def _salient_last(energy: Tensor, salient: Tensor) -> Tensor:

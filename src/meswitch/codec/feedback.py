@@ -7,19 +7,24 @@ beforehand, so that columns can be taken in order of falling energy whatever the
 channels come last, so that they absorb in 16 bit what all the others leave behind (`refit` finds their values).
 """
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from meswitch.codec.quantize import expand_scale
 
-_BLOCK = 128
+COLUMNS = 128
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
     """The second moment with `damping` times its mean diagonal added to the diagonal: positive definite."""
     shift = damping * second_moment.diagonal().mean() + torch.finfo(torch.float32).tiny
-    return second_moment + shift * torch.eye(len(second_moment), device=second_moment.device)
+    metric = second_moment.clone()
+    metric.diagonal().add_(shift)
+    return metric
 
 
 def inverse_factor(metric: Tensor, order: Tensor) -> Tensor:
@@ -68,21 +73,52 @@ def feedback_codes(
     width = delta.shape[1]
     # transposed: a step of the loop then reads and writes whole rows
     target = delta.T[order].contiguous()
-    step = expand_scale(scale.to(torch.float32), width, group_size).T[order]
-    half = torch.where(step > _TINY, 0.5 / step, 0.0)
-    codes = torch.empty_like(target)
+    step = expand_scale(scale.to(torch.float32), width, group_size).T[order].contiguous()
+    codes = torch.empty_like(target, dtype=torch.uint8)
     rounded = width - exact
-    for start in range(0, rounded, _BLOCK):
-        stop = min(start + _BLOCK, rounded)
-        errors = torch.empty_like(target[start:stop])
-        for column in range(start, stop):
-            code, error = codes[column], errors[column - start]
-            torch.mul(target[column], half[column], out=code).add_(top / 2).round_().clamp_(0, top)
-            torch.addcmul(target[column] + top * step[column], code, step[column], value=-2, out=error)
-            error.div_(factor[column, column])
-            target[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+    round_some, columns = _rounding(delta.device)
+    for start in range(0, rounded, columns):
+        stop = min(start + columns, rounded)
+        factor_here = factor[start:stop, start:stop]
+        errors = round_some(target[start:stop], step[start:stop], factor_here, top, codes[start:stop])
         target[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    codes[rounded:] = (target[rounded:] * half[rounded:] + top / 2).round_().clamp_(0, top)
+    codes[rounded:] = (target[rounded:] * _half(step[rounded:]) + top / 2).round_().clamp_(0, top)
     back = torch.empty_like(order)
     back[order] = torch.arange(width, device=order.device)
-    return codes[back].T.to(torch.uint8).contiguous()
+    return codes[back].T.contiguous()
+
+
+def round_columns(target: Tensor, step: Tensor, factor: Tensor, top: int, codes: Tensor) -> Tensor:
+    """Round columns, each after the errors of those before it.
+
+    Args:
+        target: [columns, out_features] float32; changed.
+        step: of the same shape, the scales.
+        factor: [columns, columns] float32, upper triangular.
+        codes: [columns, out_features] uint8; filled.
+
+    Returns:
+        [columns, out_features] float32, the errors for the columns that follow.
+    """
+    half, chosen, errors = _half(step), torch.empty_like(target), torch.empty_like(target)
+    for column in range(len(target)):
+        code, error = chosen[column], errors[column]
+        torch.mul(target[column], half[column], out=code).add_(top / 2).round_().clamp_(0, top)
+        torch.addcmul(target[column] + top * step[column], code, step[column], value=-2, out=error)
+        error.div_(factor[column, column])
+        target[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
+    codes.copy_(chosen)
+    return errors
+
+
+def _half(step: Tensor) -> Tensor:
+    return torch.where(step > _TINY, 0.5 / step, 0.0)
+
+
+def _rounding(device: torch.device) -> tuple[Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor], int]:
+    """What rounds columns on a device, and how many of them at once."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from meswitch.codec import feedback_triton
+
+        return feedback_triton.round_columns, feedback_triton.COLUMNS
+    return round_columns, COLUMNS

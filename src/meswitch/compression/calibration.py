@@ -121,7 +121,7 @@ def gather(
     return CalibrationSet(read.sequences + own.sequences, joined, read.known_starts + own.known_starts)
 
 
-def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: int = 131072) -> CalibrationSet:
+def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: int = 524288) -> CalibrationSet:
     """Read calibration text and tokenise it with the expert's own tokenizer and chat template.
 
     Args:

@@ -23,6 +23,7 @@ from meswitch.codec import CodedDelta, PackedDelta
 from meswitch.compression.calibration import CalibrationSet
 from meswitch.compression.recipe import Recipe
 from meswitch.compression.student import Said, build, frozen, read_batch
+from meswitch.compression.trainable import Group
 from meswitch.compression.walk import compute_dtype
 from meswitch.errors import ConfigError
 
@@ -31,7 +32,7 @@ Progress = Callable[[int, int, str], None]
 
 HELD_OUT = 128  # sequences at most
 FLOAT32_PARAMETERS = 1 << 30
-_HELD_OUT_BATCH = 16
+HELD_OUT_BATCH = 16
 _WARM_UP = 10  # steps
 _POOL = 8  # batches that are sorted by length together
 
@@ -72,36 +73,20 @@ def train(
     teacher = frozen(expert, device, dtype)
     student = build(base, expert, artifact, recipe, device, dtype)
     generator = torch.Generator().manual_seed(recipe.seed)
-    samples = [_Sample(ids, start) for ids, start in zip(text.sequences, text.known_starts, strict=True)]
-    order = torch.randperm(len(samples), generator=generator).tolist()
-    count = min(max(1, len(order) // 10), HELD_OUT)
-    held = [samples[i] for i in order[:count]]
-    rest = [samples[i].cut(recipe.length) for i in order[count:]]
+    held, rest = split(text, recipe, generator)
 
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "lr": recipe.learning_rate * factor} for parameters, factor in student.groups()
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
-    trained = [parameter for group in groups for parameter in group["params"]]
-    before = best = _held_out(teacher, student.model, held, recipe, device)
-    kept = [p.detach().clone() for p in trained]
-    batches = _batches(rest, recipe.batch, generator)
-    for step in range(1, recipe.steps + 1):
-        loss = _loss(teacher, student.model, next(batches), recipe, device)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % recipe.check_every == 0 or step == recipe.steps:
-            now = _held_out(teacher, student.model, held, recipe, device)
-            if now < best:
-                best, kept = now, [p.detach().clone() for p in trained]
-            if progress is not None:
-                progress(step, recipe.steps, f"held-out divergence {now:.4f} nats a token, {before:.4f} before")
-    with torch.no_grad():
-        for parameter, value in zip(trained, kept, strict=True):
-            parameter.copy_(value)
+    def told(step: int, now: float, before: float) -> None:
+        if progress is not None:
+            progress(step, recipe.steps, f"held-out divergence {now:.4f} nats a token, {before:.4f} before")
+
+    before, best = fit(
+        student.groups(),
+        batches(rest, recipe.batch, generator),
+        lambda batch: _loss(teacher, student.model, batch, recipe, device).backward(),
+        lambda: _held_out(teacher, student.model, held, recipe, device),
+        recipe,
+        told,
+    )
     info = Distillation(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
@@ -118,15 +103,70 @@ def train(
     return student.trained(artifact), info
 
 
+def fit(
+    groups: list[Group],
+    text: Iterator[Any],
+    learn: Callable[[Any], object],
+    held_out: Callable[[], float],
+    recipe: Recipe,
+    told: Callable[[int, float, float], None],
+) -> tuple[float, float]:
+    """Train parameters and leave them in the state that was best on held-out text.
+
+    Args:
+        text: batches without end. learn: leaves a batch's gradients in the parameters. held_out: what is to fall.
+        told: after every look at the held-out text: steps done, its value now and before the first step.
+
+    Returns:
+        the held-out value before the first step, and the best.
+    """
+    trained = [parameter for parameters, _ in groups for parameter in parameters]
+    before = best = held_out()
+    if not trained:
+        return before, best
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": recipe.learning_rate * factor} for parameters, factor in groups
+    ]
+    optimizer = torch.optim.AdamW(settings, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe.steps))
+    kept = [p.detach().clone() for p in trained]
+    for step in range(1, recipe.steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        learn(next(text))
+        optimizer.step()
+        schedule.step()
+        if step % recipe.check_every == 0 or step == recipe.steps:
+            now = held_out()
+            if now < best:
+                best, kept = now, [p.detach().clone() for p in trained]
+            told(step, now, before)
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
+    return before, best
+
+
+def split(text: CalibrationSet, recipe: Recipe, generator: torch.Generator) -> tuple[list["Sample"], list["Sample"]]:
+    """A held-out tenth, and the rest, which is trained on."""
+    samples = [
+        Sample(ids, start, number)
+        for number, (ids, start) in enumerate(zip(text.sequences, text.known_starts, strict=True))
+    ]
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    count = min(max(1, len(order) // 10), HELD_OUT)
+    return [samples[i] for i in order[:count]], [samples[i].cut(recipe.length) for i in order[count:]]
+
+
 @dataclass(frozen=True, slots=True)
-class _Sample:
-    """Token ids, and where the assistant's last turn starts (0: all of it counts in full)."""
+class Sample:
+    """Token ids, where the assistant's last turn starts (0: all of it counts in full), and its place in the text."""
 
     ids: list[int]
     start: int
+    number: int
 
-    def cut(self, length: int | None) -> "_Sample":
-        return self if length is None else _Sample(self.ids[:length], self.start)
+    def cut(self, length: int | None) -> "Sample":
+        return self if length is None else Sample(self.ids[:length], self.start, self.number)
 
     def weights(self, question: float) -> list[float]:
         """What each position counts: position `i` predicts token `i + 1`."""
@@ -134,9 +174,9 @@ class _Sample:
         return [question] * asked + [1.0] * (len(self.ids) - asked)
 
 
-def _batches(samples: list[_Sample], size: int, generator: torch.Generator) -> Iterator[list[_Sample]]:
+def batches(samples: list[Sample], size: int, generator: torch.Generator) -> Iterator[list[Sample]]:
     """Batches without end, every sample once before any comes again; of similar lengths, so that little is padding."""
-    pool: list[_Sample] = []
+    pool: list[Sample] = []
     while True:
         while len(pool) < size * _POOL:
             pool += [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
@@ -145,18 +185,18 @@ def _batches(samples: list[_Sample], size: int, generator: torch.Generator) -> I
             yield chosen[at * size : (at + 1) * size]
 
 
-def _rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
 
 
-def _loss(teacher: Any, student: Any, batch: list[_Sample], recipe: Recipe, device: torch.device) -> Tensor:
+def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> Tensor:
     ids = [sample.ids for sample in batch]
     with torch.no_grad():
         wanted = read_batch(teacher, ids, device, hidden=recipe.hidden > 0)
     found = read_batch(student, ids, device, hidden=recipe.hidden > 0)
     if recipe.loss == "mse":
         return F.mse_loss(found.logits, wanted.logits)
-    weight = _weights(batch, recipe.question_weight, device)
+    weight = weights(batch, recipe.question_weight, device)
     loss = (_divergence(wanted, found) * weight).sum()
     for theirs, ours in zip(wanted.hidden, found.hidden, strict=True):
         missed, power = ((ours - theirs).float().square().sum(-1), theirs.float().square().sum(-1))
@@ -164,7 +204,7 @@ def _loss(teacher: Any, student: Any, batch: list[_Sample], recipe: Recipe, devi
     return loss
 
 
-def _weights(batch: list[_Sample], question: float, device: torch.device) -> Tensor:
+def weights(batch: list[Sample], question: float, device: torch.device) -> Tensor:
     """[tokens], of sum 1."""
     weight = torch.tensor([w for sample in batch for w in sample.weights(question)], device=device)
     return weight / weight.sum()
@@ -177,14 +217,14 @@ def _divergence(wanted: Said, found: Said) -> Tensor:
 
 
 @torch.no_grad()
-def _held_out(teacher: Any, student: Any, held: list[_Sample], recipe: Recipe, device: torch.device) -> float:
+def _held_out(teacher: Any, student: Any, held: list[Sample], recipe: Recipe, device: torch.device) -> float:
     """Mean divergence, weighed as in training."""
     total = mass = 0.0
-    for start in range(0, len(held), _HELD_OUT_BATCH):
-        part = held[start : start + _HELD_OUT_BATCH]
+    for start in range(0, len(held), HELD_OUT_BATCH):
+        part = held[start : start + HELD_OUT_BATCH]
         ids = [sample.ids for sample in part]
         divergence = _divergence(read_batch(teacher, ids, device), read_batch(student, ids, device))
         count = sum(sum(sample.weights(recipe.question_weight)) for sample in part)
-        total += float((divergence * _weights(part, recipe.question_weight, device)).sum()) * count
+        total += float((divergence * weights(part, recipe.question_weight, device)).sum()) * count
         mass += count
     return total / mass

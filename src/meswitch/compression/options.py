@@ -36,7 +36,7 @@ class Options:
     salient: int | None = None
     damping: float = 0.01
     embeddings: Embeddings | None = None
-    calibration_tokens: int = 131072
+    calibration_tokens: int = 524288
     method: str = ME_SWITCH
     rank: int | None = None
     drop: float | None = None

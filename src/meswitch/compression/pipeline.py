@@ -1,7 +1,7 @@
 """Checkpoint pair -> artifact: the steps of a compression, in their order.
 
 Options and pair are checked; calibration text is read or written; bits are shared out if there is a budget; one pass
-encodes every tensor (`convert`); what was encoded is trained against the full expert (`distill`).
+encodes every tensor (`convert`); what was encoded is trained against the full expert (`distill`, `blockwise`).
 """
 
 import dataclasses
@@ -14,18 +14,19 @@ import torch
 from meswitch.artifact import Artifact, rewrite
 from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
+from meswitch.compression.blockwise import train_blocks
 from meswitch.compression.budget import specs_within
 from meswitch.compression.calibration import Source, gather
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors
 from meswitch.compression.convert import Conversion, Progress
 from meswitch.compression.distill import check_text, train
 from meswitch.compression.options import Embeddings, Options
-from meswitch.compression.recipe import Recipe, recipe_for
+from meswitch.compression.recipe import Recipe, Scope, recipe_for
 from meswitch.errors import ConfigError
 from meswitch.threads import fitting_threads
 
 DISTILL_BYTES, DISTILL_SEQUENCES = 256 << 20, 32
-TOKENS, WRITTEN_TOKENS = 131072, 32768
+TOKENS, WRITTEN_TOKENS = 524288, 32768
 MOMENT_TOKENS = 32768  # that second moments are taken over; more text is for training only
 
 
@@ -42,6 +43,7 @@ def compress(
     embeddings: Embeddings | None = None,
     damping: float = 0.01,
     distill: int | Recipe | None = None,
+    distill_scope: Scope | None = None,
     method: str = "me-switch",
     rank: int | None = None,
     drop: float | None = None,
@@ -65,12 +67,14 @@ def compress(
         calibration: text (`.txt`, `.jsonl`) that shows typical inputs, or what lets the expert write it (`self`,
             `self:FILE`, `FILE+self`: see `calibration.Source`); None compresses data-free.
         calibration_tokens: at most so many are used, to train; the inputs of layers are measured on the first 32768.
-            None is 131072, or 32768 if the expert has to write them.
+            None is 524288, or 32768 if the expert has to write them.
         embeddings: `exact` keeps embedding and head whole, `quantised` compresses them like other matrices; None is
             `quantised`, unless the method's paper leaves them whole.
         distill: steps of training codes, scales and norms against the full expert on the calibration text, by the
             method's `compression.recipe`, or another recipe; 0 does not. It needs both models in memory: None is the
             recipe's steps if the expert has at most 256 MB and the text at least 32 sequences, else 0.
+        distill_scope: `model` trains end to end; `block` one block after the other, by `recipe_for(..., scope="block")`
+            for an expert of any size, with one block in memory. None is `model`, or what a `Recipe` says.
         method: `me-switch`, or another paper's for comparison (`codec.METHODS`, docs/baselines.md). rank: of `svd`.
             drop: share of weights that `dare` sets to zero, 0.9 by default.
         target_bpw: bits a weight of the whole tensor file; bits and salient channels of each tensor are then chosen
@@ -101,6 +105,8 @@ def compress(
         feedback=feedback,
         refit=refit,
     )
+    if distill_scope is not None:
+        distill = _with_scope(distill, distill_scope, method)
     options.check_distillation(distill.steps if isinstance(distill, Recipe) else distill, calibration is not None)
     source, target = Checkpoint.open(base), Checkpoint.open(expert)
     check_same_computation(source, target)
@@ -135,11 +141,25 @@ def compress(
         notice(warning)
     if not recipe.steps or text is None:
         return artifact
-    changed, info = train(source, target, artifact, text, recipe, device=where, progress=progress)
+    by = train_blocks if recipe.scope == "block" else train
+    changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress)
     distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
     artifact = rewrite(artifact, out, changed, distilled, overwrite=overwrite)
     shutil.rmtree(stage)
     return artifact
+
+
+def _with_scope(distill: int | Recipe | None, scope: Scope, method: str) -> int | Recipe | None:
+    """What is asked of distillation by steps and scope together. Naming `block` asks for it, whatever the size."""
+    if isinstance(distill, Recipe):
+        if distill.scope != scope:
+            raise ConfigError(f"distill_scope: {scope}: the recipe says {distill.scope}; say it there")
+        return distill
+    if scope == "model":
+        return distill
+    if distill == 0:
+        raise ConfigError("distill_scope: block: 0 steps train nothing; give steps, or leave it out")
+    return recipe_for(method, distill, scope)
 
 
 def _fits(expert: Checkpoint, device: torch.device) -> bool:

@@ -7,6 +7,8 @@ from typing import Literal
 from meswitch.errors import ConfigError
 
 LOSSES = ("kl", "mse")
+SCOPES = ("model", "block")
+Scope = Literal["model", "block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class Recipe:
 
     norms: train them too. codes: train the codes of packed tensors with their scales. check_every: steps between looks
     at the held-out text (a tenth of the sequences).
+
+    scope: `model` trains end to end, `block` one block after the other and the head last, so many steps each; the loss
+    on logits is then that of the head, `hidden` has no meaning (`compression.blockwise`).
     """
 
     steps: int = 300
@@ -32,15 +37,20 @@ class Recipe:
     betas: tuple[float, float] = (0.8, 0.99)
     batch: int = 16
     loss: Literal["kl", "mse"] = "kl"
-    hidden: float = 0.3
+    hidden: float = 5.0
     question_weight: float = 0.1
     length: int | None = None
     norms: bool = True
     codes: bool = True
-    check_every: int = 50
+    check_every: int = 100
     seed: int = 0
+    scope: Scope = "model"
 
     def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ConfigError(f"recipe: scope: {self.scope!r} is none of {', '.join(SCOPES)}")
+        if self.scope == "block" and self.loss != "kl":
+            raise ConfigError(f"recipe: scope: block by block, the loss is kl, not {self.loss}")
         if self.loss not in LOSSES:
             raise ConfigError(f"recipe: loss: {self.loss!r} is none of {', '.join(LOSSES)}")
         for name in ("batch", "length", "check_every"):
@@ -72,7 +82,16 @@ _PER_AXIS = dataclasses.replace(_BITDELTA, steps=750, learning_rate=1e-5, batch=
 PUBLISHED = {"bitdelta": _BITDELTA, "per-axis": _PER_AXIS}
 
 
-def recipe_for(method: str, steps: int | None = None) -> Recipe:
-    """A method's own recipe: the published one, or the default. steps: instead of its own."""
-    recipe = PUBLISHED.get(method, Recipe())
+_BLOCKWISE = Recipe(steps=100, scope="block")
+
+
+def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") -> Recipe:
+    """A method's own recipe: the published one, or the default. steps: instead of its own.
+
+    Raises:
+        ConfigError: a published recipe is to be followed block by block.
+    """
+    if scope == "block" and method in PUBLISHED:
+        raise ConfigError(f"distill_scope: block: {method}'s published recipe trains end to end; leave it out")
+    recipe = _BLOCKWISE if scope == "block" else PUBLISHED.get(method, Recipe())
     return recipe if steps is None else dataclasses.replace(recipe, steps=steps)

@@ -1,11 +1,13 @@
 """The compressed expert as a model that can be trained: the expert's own, with matrices made from base and artifact."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM
 
 from meswitch.artifact import Artifact
@@ -16,7 +18,7 @@ from meswitch.compression.trainable import Group, RestoredPacked, Trainable
 from meswitch.compression.trainable_signs import RestoredSigns
 from meswitch.errors import IncompatibleError
 
-_NORMS = 0.2  # their steps are not relative to their values, which are around 1
+_NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,38 @@ def build(
     Raises:
         IncompatibleError: the model has other layers than the artifact. ConfigError: its method cannot be trained.
     """
-    model = frozen(expert, device, dtype)
+    student = attach(frozen(expert, device, dtype), base, expert, artifact, recipe, device, dtype)
+    if expert.aliases and TIED_EMBEDDING in student.matrices:
+        _replace(student.model, TIED_HEAD.rpartition(".")[0], _Linear(student.matrices[TIED_EMBEDDING], None))
+    return student
+
+
+def attach(
+    model: Any,
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Callable[[str], str | None] = lambda name: name,
+) -> Student:
+    """Put what the artifact stores in the place of a model's own weights.
+
+    Args:
+        model: the expert, or a part of it. names: of an artifact's tensor in `model`; None if it is elsewhere.
+
+    Raises:
+        IncompatibleError: the model has other layers than the artifact. ConfigError: its method cannot be trained.
+    """
     modules = dict(model.named_modules())
     matrices: dict[str, Trainable] = {}
     norms: dict[str, nn.Parameter] = {}
     for name, entry in artifact.manifest.tensors.items():
-        path, _, leaf = name.rpartition(".")
-        if entry.kind == "same":
+        inside = names(name)
+        if entry.kind == "same" or inside is None:
             continue
+        path, _, leaf = inside.rpartition(".")
         module = modules.get(path)
         if module is None:
             raise IncompatibleError(f"{artifact.directory}: {name}: {expert.config.model_type} has no such layer")
@@ -103,14 +129,14 @@ def build(
         if isinstance(value, PackedDelta | CodedDelta):
             full = expert.read(name) if recipe.codes else None
             matrices[name] = _trainable(base.read(name), value, full, recipe, device, dtype)
-            is_embedding = entry.role == "embedding"
+            is_embedding = isinstance(module, nn.Embedding)
             new = _Embedding(matrices[name]) if is_embedding else _Linear(matrices[name], module.bias)
             _replace(model, path, new)
         elif entry.role == "norm" and recipe.norms:
-            norms[name] = getattr(module, leaf)
-            norms[name].requires_grad_(True)
-    if expert.aliases and TIED_EMBEDDING in matrices:
-        _replace(model, TIED_HEAD.rpartition(".")[0], _Linear(matrices[TIED_EMBEDDING], None))
+            assert isinstance(value, Tensor)
+            norms[name] = nn.Parameter(getattr(module, leaf).detach().float())
+            setattr(module, leaf, norms[name])
+            register_parametrization(module, leaf, _AsStored(value.dtype, dtype), unsafe=True)  # it changes the dtype
     return Student(model, matrices, norms)
 
 
@@ -143,6 +169,17 @@ class _Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.restored.matrix())
+
+
+class _AsStored(nn.Module):
+    """A parameter rounded to the dtype it will be stored in; the gradient passes as if it were not."""
+
+    def __init__(self, stored: torch.dtype, computed: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.computed = stored, computed
+
+    def forward(self, value: Tensor) -> Tensor:
+        return (value + (value.to(self.stored).float() - value).detach()).to(self.computed)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -33,12 +33,19 @@ def skeleton(checkpoint: Checkpoint) -> Any:
 
 
 def walk(
-    checkpoint: Checkpoint, sequences: list[list[int]], visit: Visit, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    sequences: list[list[int]],
+    visit: Visit,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: Callable[[list[str]], None] | None = None,
 ) -> None:
     """Run the sequences through the model and show `visit` the inputs of every linear layer, the head included.
 
     Args:
         sequences: token ids; padded on the right to one batch, padding is not shown.
+        plan: is told beforehand the names of the linear layers, in the order in which the model lists them.
 
     Raises:
         IncompatibleError: the checkpoint lacks a tensor that its architecture has.
@@ -47,6 +54,8 @@ def walk(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    if plan is not None:
+        plan([name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     length = max(len(tokens) for tokens in sequences)
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -60,10 +69,7 @@ def walk(
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            for key in list(module._parameters):
-                tensor = _parameter(checkpoint, f"{name}.{key}", module._parameters[key])
-                if tensor is not None:
-                    module._parameters[key] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            load_own(module, checkpoint, f"{name}.", device, dtype)
             if isinstance(module, nn.Linear) and args[0].shape[:2] == real.shape:
                 visit(name, args[0][real])
 
@@ -82,6 +88,27 @@ def walk(
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     if head_name is not None:  # its logits are not needed: tokens x vocabulary would be the largest tensor of all
         visit(head_name, hidden[real])
+
+
+def load_parameters(
+    module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a part of a skeleton its weights, not to be trained. prefix: what their names begin with.
+
+    Raises:
+        IncompatibleError: the checkpoint lacks a tensor that its architecture has.
+    """
+    for name, part in module.named_modules():
+        load_own(part, checkpoint, f"{prefix}{name}." if name else prefix, device, dtype)
+
+
+def load_own(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+    """The same, of a module without those inside it."""
+    for key in list(module._parameters):
+        tensor = _parameter(checkpoint, f"{prefix}{key}", module._parameters[key])
+        if tensor is not None:
+            # moved in its own dtype: half the bytes, and the device converts faster
+            module._parameters[key] = nn.Parameter(tensor.to(device).to(dtype), requires_grad=False)
 
 
 def _parameter(checkpoint: Checkpoint, name: str, slot: nn.Parameter | None) -> Tensor | None:

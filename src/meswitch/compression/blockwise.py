@@ -1,0 +1,278 @@
+"""Distillation block by block: for experts that do not fit into memory twice.
+
+The blocks are trained in their order, each to give what the expert's own block gives, from what the compressed blocks
+before it give: a later block makes good what the earlier ones have left, as in GPTQ (arXiv 2210.17323) and OmniQuant
+(2308.13137). Final norm and head come last, by the divergence of the logits. Hidden states of the text are kept on the
+host; of the weights, one block of the expert or of the student is on the device at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meswitch.artifact import Artifact
+from meswitch.artifact.manifest import Distillation
+from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
+from meswitch.codec import CodedDelta, PackedDelta
+from meswitch.compression.calibration import CalibrationSet
+from meswitch.compression.distill import (
+    FLOAT32_PARAMETERS,
+    HELD_OUT_BATCH,
+    Progress,
+    Sample,
+    batches,
+    check_text,
+    fit,
+    split,
+    weights,
+)
+from meswitch.compression.frame import Frame
+from meswitch.compression.recipe import Recipe
+from meswitch.compression.student import Student, attach
+from meswitch.compression.walk import compute_dtype
+
+_LOGITS = 1 << 26  # that are made at once, at most
+Changed = dict[str, PackedDelta | CodedDelta | Tensor]
+States = dict[int, Tensor]  # number of a sample -> [tokens, hidden_size], on the host
+
+
+def train_blocks(
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    text: CalibrationSet,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> tuple[Changed, Distillation]:
+    """Train an artifact's codes and scales on text, and what else the recipe says, one block after the other.
+
+    The embedding stays as it is, and so does a head that is tied to it. The recipe's steps are taken for every block
+    and once more for the head.
+
+    Returns:
+        the tensors that changed, by name, and what was done: the divergence of the whole model, before and after. It
+        never rises: if training does not help, nothing is changed.
+
+    Raises:
+        ConfigError: fewer than 10 sequences, or a method that has nothing to train. IncompatibleError: the model has
+            other layers than the artifact, or is not a row of blocks.
+    """
+    check_text(text.sequences)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    held, rest = split(text, recipe, generator)
+    job = _Job(base, expert, artifact, recipe, held, rest, generator, device)
+    theirs, ours = job.enter()
+    untrained = {sample.number: ours[sample.number] for sample in held}
+    changed: Changed = {}
+    parts = len(job.frame) + 1
+
+    def told(part: int, what: str) -> Callable[[int, float, float], None]:
+        def tell(step: int, now: float, before: float) -> None:
+            if progress is not None:
+                done = part * recipe.steps + step
+                progress(done, parts * recipe.steps, f"{what} {now:.4g}, {before:.4g} before")
+
+        return tell
+
+    for index in range(len(job.frame)):
+        job.advance(index, job.frame.block(index), theirs)
+        block = job.frame.block(index)
+        student = job.attach(block, _inside(job.frame.name(index)))
+        job.advance(index, block, untrained, held)
+        what = f"block {index + 1} of {len(job.frame)}: held-out error of its output"
+        _fit_block(job, index, block, student, ours, theirs, told(index, what))
+        changed |= student.trained(artifact)
+        job.advance(index, block, ours)
+        del block, student
+
+    end = _End(job, theirs)
+    before = job.mean(lambda batch: end.divergence(batch, untrained))
+    _, after = fit(
+        end.student.groups(),
+        batches(rest, recipe.batch, job.generator),
+        lambda batch: end.divergence(batch, ours, learn=True),
+        lambda: job.mean(lambda batch: end.divergence(batch, ours)),
+        recipe,
+        told(len(job.frame), "head: held-out divergence"),
+    )
+    changed |= end.student.trained(artifact)
+    info = Distillation(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        held_out_before=round(before, 6),
+        held_out_after=round(min(before, after), 6),
+        loss=recipe.loss,
+        codes=recipe.codes and any(entry.kind == "packed" for entry in artifact.manifest.tensors.values()),
+        norms=recipe.norms,
+        question_weight=recipe.question_weight,
+        scope=recipe.scope,
+    )
+    return changed if after < before else {}, info
+
+
+def _fit_block(
+    job: "_Job",
+    index: int,
+    block: nn.Module,
+    student: Student,
+    ours: States,
+    theirs: States,
+    told: Callable[[int, float, float], None],
+) -> None:
+    """Train a block to give `theirs` from `ours`."""
+    fit(
+        student.groups(),
+        batches(job.rest, job.recipe.batch, job.generator),
+        lambda batch: job.error(index, block, batch, ours, theirs).backward(),
+        lambda: job.mean(lambda batch: float(job.error(index, block, batch, ours, theirs))),
+        job.recipe,
+        told,
+    )
+
+
+def _inside(prefix: str) -> Callable[[str], str | None]:
+    """A tensor's name without what a block's tensors begin with; None for other tensors."""
+    return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
+@dataclass
+class _Job:
+    """What the training of all blocks shares."""
+
+    base: Checkpoint
+    expert: Checkpoint
+    artifact: Artifact
+    recipe: Recipe
+    held: list[Sample]
+    rest: list[Sample]
+    generator: torch.Generator
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        few = self.expert.parameters <= FLOAT32_PARAMETERS
+        self.dtype = torch.float32 if few else compute_dtype(self.device)
+        self.frame = self.new_frame()
+        embedding = self.frame.model.get_input_embeddings()
+        path = next(name for name, module in self.frame.model.named_modules() if module is embedding)
+        self.embedding = f"{path}.weight"
+
+    def new_frame(self) -> Frame:
+        return Frame(self.expert, self.device, self.dtype)
+
+    def attach(self, model: nn.Module, names: Callable[[str], str | None]) -> Student:
+        return attach(model, self.base, self.expert, self.artifact, self.recipe, self.device, self.dtype, names)
+
+    @torch.no_grad()
+    def enter(self) -> tuple[States, States]:
+        """What the first block sees in the expert, and in the student."""
+        frame = self.new_frame()
+        frame.load(leaving=False)
+        theirs = self._embedded(frame)
+        self.attach(frame.model, lambda name: name if name == self.embedding else None)
+        return theirs, self._embedded(frame)
+
+    def _embedded(self, frame: Frame) -> States:
+        states: States = {}
+        for batch in _in_batches(self.held + self.rest):
+            length = max(len(sample.ids) for sample in batch)
+            ids = [sample.ids + [0] * (length - len(sample.ids)) for sample in batch]
+            _store(batch, frame.enter(torch.tensor(ids, device=self.device)), states)
+        return states
+
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module, states: States, samples: list[Sample] | None = None) -> None:
+        """Replace what a block sees by what it gives, for all samples or for these."""
+        for batch in _in_batches(self.held + self.rest if samples is None else samples):
+            _store(batch, self._call(index, block, batch, states), states)
+
+    def _call(self, index: int, block: nn.Module, batch: list[Sample], states: States) -> Tensor:
+        length = max(len(sample.ids) for sample in batch)
+        rows = [F.pad(states[sample.number], (0, 0, 0, length - len(sample.ids))) for sample in batch]
+        hidden = torch.stack(rows).to(self.device)
+        given = block(hidden, **self.frame.arguments(hidden)[index])
+        return given[0] if isinstance(given, tuple) else given
+
+    def error(self, index: int, block: nn.Module, batch: list[Sample], ours: States, theirs: States) -> Tensor:
+        """Squared error of the block's output at a token, relative to that output: its mean, as the recipe weighs.
+
+        Relative token by token: the first token's hidden states can be a thousand times those of all others.
+        """
+        given = self._call(index, block, batch, ours)
+        found = torch.cat([row[: len(sample.ids)] for sample, row in zip(batch, given, strict=True)]).float()
+        wanted = self.tokens(batch, theirs).float()
+        missed, power = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+        return (missed / power * weights(batch, self.recipe.question_weight, self.device)).sum()
+
+    def tokens(self, batch: list[Sample], states: States) -> Tensor:
+        """[tokens, hidden_size], on the device."""
+        return torch.cat([states[sample.number] for sample in batch]).to(self.device)
+
+    @torch.no_grad()
+    def mean(self, value: Callable[[list[Sample]], float]) -> float:
+        """Of a weighted mean over a batch's tokens, that over the held-out text's."""
+        total = mass = 0.0
+        for batch in _in_batches(self.held):
+            count = sum(sum(sample.weights(self.recipe.question_weight)) for sample in batch)
+            total, mass = total + value(batch) * count, mass + count
+        return total / mass
+
+
+class _End:
+    """What follows the last block: final norm and head, the expert's and the student's.
+
+    A tied head is not trained: it would change what the first block sees.
+    """
+
+    def __init__(self, job: _Job, theirs: States) -> None:
+        self.job, self.theirs = job, theirs
+        self.teacher, self.frame = job.new_frame(), job.new_frame()
+        self.teacher.load(leaving=True)
+        self.frame.load(leaving=True)
+        self.tied = bool(job.expert.aliases)
+        made = job.attach(self.frame.model, self._place)
+        self.student = Student(made.model, {}, made.norms) if self.tied else made
+
+    def _place(self, name: str) -> str | None:
+        if self.tied and name == TIED_EMBEDDING:
+            return TIED_HEAD
+        return None if name == self.job.embedding or name.startswith(f"{self.frame.prefix}.") else name
+
+    def divergence(self, batch: list[Sample], states: States, *, learn: bool = False) -> float:
+        """KL(expert || student) in nats at a token, its mean as the recipe weighs.
+
+        Args:
+            states: what the student's last block gave. learn: leave gradients in the student's parameters.
+        """
+        wanted, found = self.job.tokens(batch, self.theirs), self.job.tokens(batch, states)
+        weight = weights(batch, self.job.recipe.question_weight, self.job.device)
+        total = 0.0
+        size = max(1, _LOGITS // self.job.expert.config.vocab_size)
+        for some in torch.arange(len(wanted), device=self.job.device).split(size):
+            with torch.no_grad():
+                theirs = self.teacher.leave(wanted[some]).log_softmax(-1)
+            ours = self.frame.leave(found[some]).log_softmax(-1)
+            loss = (F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * weight[some]).sum()
+            if learn:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+
+def _in_batches(samples: list[Sample]) -> Iterator[list[Sample]]:
+    """Every sample once, in batches of similar lengths."""
+    ordered = sorted(samples, key=lambda sample: len(sample.ids))
+    for start in range(0, len(ordered), HELD_OUT_BATCH):
+        yield ordered[start : start + HELD_OUT_BATCH]
+
+
+def _store(batch: list[Sample], hidden: Tensor, states: States) -> None:
+    """Keep the hidden states of a padded batch on the host, padding left out."""
+    for sample, row in zip(batch, hidden, strict=True):
+        states[sample.number] = row[: len(sample.ids)].to("cpu", copy=True)
