@@ -8,7 +8,10 @@ from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError
 from meswitch.ops import cpu, reference
 from meswitch.ops.linear import expert_linear
+from meswitch.ops.prefill import expert_prefill
+from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.routing import Routing
+from meswitch.ops.rows import embedding_rows, head_logits, rms_norm
 from meswitch.ops.slots import SlotLinear
 
 
@@ -36,4 +39,16 @@ def backend(device_type: str, name: str | None = None) -> Backend:
     return BACKENDS["cpu"] if device_type == "cpu" else BACKENDS["reference"]
 
 
-__all__ = ["BACKENDS", "Backend", "Routing", "SlotLinear", "backend", "expert_linear"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "PrefillRouting",
+    "Routing",
+    "SlotLinear",
+    "backend",
+    "embedding_rows",
+    "expert_linear",
+    "expert_prefill",
+    "head_logits",
+    "rms_norm",
+]

@@ -39,8 +39,11 @@ class Routing:
             token_slots: the slot of each token, `BASE` for none. experts, max_tokens: the step's buckets, by default
                 the next powers of two.
         """
-        present = sorted(set(token_slots) - {BASE})
-        segments = [[t for t, slot in enumerate(token_slots) if slot == own] for own in present]
+        tokens: dict[int, list[int]] = {}
+        for position, slot in enumerate(token_slots):
+            tokens.setdefault(slot, []).append(position)
+        present = sorted(tokens.keys() - {BASE})
+        segments = [tokens[own] for own in present]
         experts = experts or bucket(len(present))
         lengths = [len(segment) for segment in segments]
         max_tokens = max_tokens or bucket(max(lengths, default=1), least=8)
@@ -58,8 +61,8 @@ class Routing:
         padded = [part + [0] * (-len(part) % 4) for part in parts]  # 16-byte aligned, or Triton compiles anew
         flat = torch.tensor([*padded[0], *padded[1], *padded[2]], dtype=torch.int32).to(device)  # one copy
         places = flat.split([len(part) for part in padded])
-        slots, begins, tokens = (place[: len(part)] for place, part in zip(places, parts, strict=True))
-        return cls(slots, begins, tokens, max_tokens)
+        slots, begins, positions = (place[: len(part)] for place, part in zip(places, parts, strict=True))
+        return cls(slots, begins, positions, max_tokens)
 
 
 def bucket(count: int, least: int = 1) -> int:

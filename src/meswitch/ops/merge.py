@@ -1,0 +1,168 @@
+"""`W + D` of several experts, for a range of a layer's rows: what a long segment's product reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meswitch.errors import ConfigError
+from meswitch.ops.slots import SlotLinear, read_slot
+
+MOST = 4  # experts of one launch: their part of a tile is read ahead, one at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """rows of a tile of 256 channels, the warps that work on it, and the most registers of a thread if it matters."""
+
+    rows: int
+    warps: int
+    registers: int | None = None
+
+
+TILES = {1: Tile(16, 8), 2: Tile(16, 8, 80), 3: Tile(16, 8, 80), 4: Tile(16, 8, 80)}  # by the experts of a launch
+
+
+def merge(
+    weight: Tensor,
+    layer: SlotLinear,
+    slots: Tensor,
+    first: int,
+    last: int,
+    out: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """Rows `first` to `last` of the base's weight plus each expert's delta; an absent delta leaves the weight as it is.
+
+    Args:
+        weight: [rows, in_features] bf16 or fp16. slots: [experts] int32, none below 0. out: [experts, last - first,
+            in_features] of weight's dtype, contiguous; written whole.
+        backend: `triton` or `reference`; by default triton on a GPU.
+
+    Returns:
+        out.
+
+    Raises:
+        ConfigError: the backend cannot serve this; the message names one that can.
+    """
+    if backend is None:
+        backend = "triton" if weight.device.type == "cuda" else "reference"
+    if backend not in ("triton", "reference"):
+        raise ConfigError(f"backend: {backend!r} has no merge; 'triton' and 'reference' have")
+    if weight.shape != (layer.rows, layer.in_features) or weight.stride(1) != 1:
+        raise ConfigError(f"shapes: weight {tuple(weight.shape)} for a layer of {layer.rows} x {layer.in_features}")
+    if out.shape != (len(slots), last - first, layer.in_features) or out.dtype != weight.dtype:
+        raise ConfigError(
+            f"out: {tuple(out.shape)} {out.dtype} for {len(slots)} experts' rows {first} to {last} of {weight.dtype}"
+        )
+    if not out.is_contiguous():
+        raise ConfigError("out: not contiguous")
+    if backend == "triton" and weight.dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"dtype: weight is {weight.dtype}: the triton backend takes bfloat16 or float16; "
+            "the backend 'reference' serves any"
+        )
+    v = layer.variant
+    torch.ops.meswitch.merge(
+        *(out, weight, layer.arena, layer.table, slots, first, last, v.two, v.one, v.group, v.salient, backend)
+    )
+    return out
+
+
+def constants(in_features: int, two: bool, one: bool, group: int, salient: int) -> dict[str, Any]:
+    """What both kernels of `triton_merge` are compiled for."""
+    from meswitch.ops.triton_launch import INTERPRET
+    from meswitch.ops.triton_merge import BLOCK
+
+    block = BLOCK.value
+    return {
+        "TWO": two,
+        "ONE": one,
+        "SALIENT": salient,
+        "GROUP": group,
+        "GROUPS": block // group if 0 < group < block else 1,
+        "INTERPRET": INTERPRET,
+    }
+
+
+def merge_constants(experts: int, tile: Tile, rows: int, in_features: int) -> dict[str, Any]:
+    """What `merge_kernel` is compiled for besides `constants`."""
+    from meswitch.ops.triton_merge import BLOCK
+
+    even = in_features % BLOCK.value == 0 and rows % tile.rows == 0
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return {"EXPERTS": experts, "EVEN": even, "ROWS": tile.rows, "num_warps": tile.warps, **limit}
+
+
+def launch(
+    out: Tensor,
+    weight: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    first: int,
+    last: int,
+    two: bool,
+    one: bool,
+    group: int,
+    salient: int,
+    tile: Tile | None = None,
+) -> None:
+    """The Triton kernel, once for every `MOST` experts; shapes as for `merge`."""
+    from meswitch.ops.triton_merge import BLOCK, merge_kernel
+
+    (rows, width), block = weight.shape, BLOCK.value
+    for e in range(0, len(slots), MOST):
+        experts = min(MOST, len(slots) - e)
+        used = tile or TILES[experts]
+        merge_kernel[(-(-width // block), -(-(last - first) // used.rows))](
+            *(weight, out[e:], arena.view(torch.int32), table, slots[e:], first, last, weight.stride(0), rows, width),
+            **merge_constants(experts, used, last - first, width),
+            **constants(width, two, one, group, salient),
+        )
+
+
+@torch.library.custom_op("meswitch::merge", mutates_args=("out",))
+def _merge(
+    out: Tensor,
+    weight: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    first: int,
+    last: int,
+    two: bool,
+    one: bool,
+    group: int,
+    salient: int,
+    backend: str,
+) -> None:
+    if backend == "triton":
+        launch(out, weight, arena, table, slots, first, last, two, one, group, salient)
+        return
+    for e, slot in enumerate(slots.tolist()):
+        delta = read_slot(arena, table[slot].tolist(), weight.shape[0], weight.shape[1], group)
+        merged = weight[first:last]
+        if delta is not None:
+            rows = torch.arange(first, last, device=weight.device)
+            merged = (merged.float() + delta.dequantize(rows)).to(weight.dtype)
+        out[e] = merged
+
+
+@_merge.register_fake
+def _(
+    out: Tensor,
+    weight: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    first: int,
+    last: int,
+    two: bool,
+    one: bool,
+    group: int,
+    salient: int,
+    backend: str,
+) -> None:
+    return None

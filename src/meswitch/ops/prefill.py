@@ -1,0 +1,95 @@
+"""A whole linear layer for long segments: each expert's weights are merged block by block and multiplied once.
+
+What a delta adds could be a second product, but the first already takes all of the matrix unit's time. Merging moves
+bytes instead, `2 + 2 + bits / 8` of them a weight for one expert, and `y = x (W + D)^T` costs what `y = x W^T` costs.
+Short segments share the base's product and get their deltas from the decode kernel.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from meswitch.errors import ConfigError
+from meswitch.ops.linear import expert_linear
+from meswitch.ops.merge import MOST, merge
+from meswitch.ops.prefill_routing import PrefillRouting
+from meswitch.ops.slots import SMALLEST_TILE, SlotLinear
+
+SCRATCH = 512 << 20  # bytes of merged weights at a time
+_WAVE = 4096  # rows: with 1,024 tokens they are 128 tiles of 128 x 256, one for nearly every multiprocessor
+_LEAST_ROWS = 256
+
+
+def expert_prefill(
+    x: Tensor,
+    weight: Tensor,
+    layer: SlotLinear,
+    routing: PrefillRouting,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    scratch: int = SCRATCH,
+) -> Tensor:
+    """The base's layer plus each expert's delta, for a step of long segments.
+
+    Args:
+        x: [tokens, in_features] bf16 or fp16. weight: [rows, in_features] of x's dtype, the base's. bias: [rows], the
+            base's, for all tokens. backend: `triton` or `reference`; by default triton on a GPU. scratch: bytes that
+            merged weights may take at a time.
+
+    Returns:
+        [tokens, rows] of x's dtype.
+
+    Raises:
+        ConfigError: the backend cannot serve this; the message names one that can.
+    """
+    if x.shape[1:] != weight.shape[1:] or weight.shape != (layer.rows, layer.in_features) or x.dtype != weight.dtype:
+        raise ConfigError(
+            f"shapes: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype} for a layer of "
+            f"{layer.rows} x {layer.in_features}"
+        )
+    tokens = x if routing.order is None else x.index_select(0, routing.order)
+    y = x.new_empty(len(x), layer.rows)
+    for first, last in routing.plain:
+        _product(tokens[first:last], weight, bias, y[first:last])
+    if routing.short is not None:
+        expert_linear(y, tokens, _with_counters(layer, routing.short.slots.numel()), routing.short, backend)
+    for e in range(0, len(routing.merged), MOST):
+        spans, slots = routing.merged[e : e + MOST], routing.merged_slots[e : e + MOST]
+        step = block_rows(layer.rows, layer.in_features, len(spans), scratch)
+        room = weight.new_empty(len(spans) * step * layer.in_features)  # every block's: it may still be in the cache
+        for start in range(0, layer.rows, step):
+            end = min(start + step, layer.rows)
+            block = room[: len(spans) * (end - start) * layer.in_features].view(len(spans), -1, layer.in_features)
+            merge(weight, layer, slots, start, end, block, backend)
+            own_bias = None if bias is None else bias[start:end]
+            for (first, last), merged in zip(spans, block, strict=True):
+                _product(tokens[first:last], merged, own_bias, y[first:last, start:end])
+    return y if routing.order is None else torch.empty_like(y).index_copy_(0, routing.order, y)
+
+
+def block_rows(rows: int, in_features: int, experts: int, scratch: int) -> int:
+    """How many rows to merge at a time: as many whole waves of tiles as the scratch memory holds."""
+    most = scratch // (experts * in_features * 2)
+    if most >= rows:
+        return rows
+    if most >= _WAVE:
+        return most // _WAVE * _WAVE
+    return max(_LEAST_ROWS, 1 << max(most, 1).bit_length() - 1)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`out = x weight^T + bias`, in place; out may be some columns of a matrix."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def _with_counters(layer: SlotLinear, places: int) -> SlotLinear:
+    """The decode kernel counts by tile and place, and there may be more places here than slots."""
+    cells = -(-layer.rows // SMALLEST_TILE) * places
+    if cells <= layer.arrived.numel():
+        return layer
+    return dataclasses.replace(layer, arrived=layer.arrived.new_zeros(cells))
