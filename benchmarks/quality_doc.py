@@ -42,6 +42,37 @@ def cost(stores: Stores) -> str:
     return pipe(head, *rows) if rows else "Not measured yet."
 
 
+def cost_7b(_: Stores) -> str:
+    """What `compress_cost.py` measured, and `compress_family.py`."""
+    parts = []
+    file = RESULTS / "compress-cost-h100.json"
+    if file.exists():
+        data = json.loads(file.read_text())
+        meta = data["meta"]
+        head = ["Mistral-7B shapes", "layers measured", "s a layer", f"s for {meta['layers']} layers and the rest"]
+        head += ["waits for reading, s", "encodes, s", "device GiB", "host GiB"]
+        rows = [
+            [
+                row["setting"],
+                str(row["layers_measured"]),
+                f"{row['seconds_a_layer']:.2f}",
+                f"{row['seconds_of_all_layers']:.0f}",
+                *(f"{row['phases'][phase]:.1f}" for phase in ("wait_for_reader", "encode")),
+                *(f"{row[where]:.1f}" for where in ("device_gib", "host_gib")),
+            ]
+            for row in data["rows"]
+        ]
+        parts.append(f"{pipe(head, *rows)}\n\n{meta['card']}, torch {meta['torch']}, {meta['date']}.")
+    file = RESULTS / "compress-family-cpu.json"
+    if file.exists():
+        data = json.loads(file.read_text())
+        meta = data["meta"]
+        rows = [[row["expert"], str(row["steps"]), f"{row['seconds']:.0f}"] for row in data["rows"]]
+        table = pipe(["example family", "steps of distillation", "s, the whole command"], *rows)
+        parts.append(f"{table}\n\n{meta['machine']} CPU, {meta['cores']} cores, torch {meta['torch']}, {meta['date']}.")
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def provenance(stores: Stores) -> str:
     """The command, date, machine, versions and commit of every run that a stored job is from."""
     parts = []
@@ -88,6 +119,7 @@ PLACES: dict[str, Callable[[Stores], str]] = {
     "ablations": lambda stores: quality_ablations.ablations(stores["ablations"]),
     "levels": levels,
     "cost": cost,
+    "cost 7b": cost_7b,
     "provenance": provenance,
     **{f"plot {name}": lambda stores, name=name: plot(name, stores) for name in PLOTS},
 }
