@@ -107,6 +107,30 @@ def levels(_: Stores) -> str:
     return f"{pipe(head, *cells)}\n\nThe lowest KL has {said}. {meta['date']}, torch {meta['torch']}, {meta['device']}."
 
 
+def large(_: Stores) -> str:
+    """What `quality_large.py` measured."""
+    file = RESULTS / "quality-large.json"
+    if not file.exists():
+        return "Not measured yet: `python benchmarks/quality_large.py`."
+    data = json.loads(file.read_text())
+    meta = data["meta"]
+    head = ["base", "norm of the delta / norm of the base", "bits", "bpw", "full", "compressed", "KL"]
+    rows = [
+        [
+            row["base"],
+            f"{row['relative_norm']:.2f}",
+            str(row["bits"]),
+            f"{row['bits_per_weight']:.2f}",
+            str(row["full"]),
+            str(row["correct"]),
+            f"{row['kl']:.5f}",
+        ]
+        for row in data["rows"]
+    ]
+    said = f"{meta['questions']} questions; {meta['device']}, torch {meta['torch']}, {meta['date']}."
+    return f"{pipe(head, *rows)}\n\n{said}"
+
+
 def plot(name: str, stores: Stores) -> str:
     data_of, _, title = PLOTS[name]
     return f"![{title}](quality/{name}.svg)" if data_of(stores) else "Not measured yet."
@@ -118,6 +142,7 @@ PLACES: dict[str, Callable[[Stores], str]] = {
     "pairs": lambda stores: quality_tables.pairs(stores["frontier"]),
     "ablations": lambda stores: quality_ablations.ablations(stores["ablations"]),
     "levels": levels,
+    "large": large,
     "cost": cost,
     "cost 7b": cost_7b,
     "provenance": provenance,
