@@ -1,9 +1,13 @@
 """Real models for all tests: the trained family, and small random pairs for the cases it does not have."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import meswitch
 from models import make_pair

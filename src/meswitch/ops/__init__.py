@@ -7,6 +7,9 @@ from torch import Tensor
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError
 from meswitch.ops import cpu, reference
+from meswitch.ops.linear import expert_linear, fused_linear
+from meswitch.ops.routing import Routing
+from meswitch.ops.slots import SlotLinear
 
 
 class Backend(Protocol):
@@ -33,4 +36,4 @@ def backend(device_type: str, name: str | None = None) -> Backend:
     return BACKENDS["cpu"] if device_type == "cpu" else BACKENDS["reference"]
 
 
-__all__ = ["BACKENDS", "Backend", "backend"]
+__all__ = ["BACKENDS", "Backend", "Routing", "SlotLinear", "backend", "expert_linear", "fused_linear"]

@@ -1,0 +1,103 @@
+"""The expert op on a GPU: correctness, decode steps against the bandwidth floor and what others take, prefill.
+
+PYTHONPATH=src python benchmarks/ops.py --out benchmarks/results/ops-h100.json
+
+A step is all linears of a model, one after another in one CUDA graph, without what lies between them. Eight layers have
+weights and deltas of their own and a step goes round them, so that 16 experts fit: between two uses of any weight a
+step reads more than 3 GB, and L2 holds 50 MB. Times are medians. `ms` is the faster of one fused launch a linear and of
+cuBLAS with the delta kernel after it; `path` says which. `merged_ms` is one merged bf16 model after another for their
+own tokens. `bitdelta_ms`: our kernels at 1 bit with a scale a row. `lora16_ms`, `lora64_ms`: the base and two batched
+products of torch over gathered tokens.
+"""
+
+import argparse
+import importlib.util
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import triton
+
+import ops_check
+import ops_decode
+import ops_sweep
+from ops_timing import compile_all, copy_gb_s, read_gb_s
+
+PREFILL = importlib.util.find_spec("ops_prefill") is not None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--workers", type=int, default=15, help="processes that compile")
+    parser.add_argument("--check-only", action="store_true", help="numbers, no timings")
+    parser.add_argument("--sweep", action="store_true", help="also the fused kernel with other items than it chooses")
+    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further decode point starts")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    result: dict = {"meta": _meta()}
+
+    def elapsed() -> float:
+        return time.perf_counter() - started
+
+    def stage(name: str) -> None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"-- {name} at {elapsed():.0f} s", flush=True)
+
+    prefill = PREFILL and not args.no_prefill and not args.check_only
+    wanted = [ops_check.wanted(case) for case in ops_check.cases()]
+    if not args.check_only:
+        wanted += ops_decode.wanted()
+    if args.sweep:
+        wanted += ops_sweep.wanted("mistral-7b")
+    print("\n".join(compile_all(wanted, args.workers)))
+    stage("compiled")
+    result["check"] = ops_check.check()
+    stage("checked")
+    if args.check_only:
+        return
+    ways = copy_gb_s()
+    copy = max(ways.values())
+    result["meta"] |= {"copy_gb_s": copy, "copies_gb_s": ways, "read_gb_s": read_gb_s()}
+    print(
+        ", ".join(f"{way} {value:.0f}" for way, value in ways.items()), f"GB/s, read {result['meta']['read_gb_s']:.0f}"
+    )
+    result["decode"], model = [], None
+    for name, bits, points in ops_decode.PLAN:
+        if elapsed() > args.budget:
+            print(f"out of time before {name} at {bits} bits")
+            break
+        model = None  # frees the last one's memory before the next is drawn
+        torch.cuda.empty_cache()
+        model = ops_decode.Model.random(name, bits)
+        for batch, experts, spread in points:
+            if elapsed() < args.budget:
+                result["decode"].append(ops_decode.point(model, batch, experts, spread, copy))
+        stage(f"{name} at {bits} bits")
+        if args.sweep and (name, bits) == ("mistral-7b", 2):
+            result["sweep"] = ops_sweep.sweep(model)
+            stage("swept")
+    model = None
+    torch.cuda.empty_cache()
+    result["prefill"] = []
+    if prefill:
+        import ops_prefill
+
+        result["prefill"] = ops_prefill.prefill(copy)
+    stage("done")
+
+
+def _meta() -> dict:
+    return {
+        "card": torch.cuda.get_device_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "layers_of_their_own": ops_decode.DEPTH,
+    }
+
+
+if __name__ == "__main__":
+    main()

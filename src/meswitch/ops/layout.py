@@ -1,0 +1,167 @@
+"""One expert's delta of one linear layer, as the GPU kernels read it: a flat run of bytes at fixed offsets.
+
+Codes are split into planes of two bits and one bit, because levels add up: with `code = low + 4 high`,
+
+    2 code - (2^b - 1) = (2 low - 3) + 4 (2 high - (2^(b-2) - 1))
+
+so 3 bits are a 2-bit plane and 4 times a 1-bit plane, 4 bits two 2-bit planes, and a kernel unpacks only two widths.
+
+A plane holds blocks of 16 words for every row; a word has P = 16 or 32 codes, a block 16 P input channels. Code d of
+word j is channel `block * 16 P + 16 d + j`: the codes d of a row's 16 words are 16 consecutive channels, one K step of
+a matrix unit, and a thread that holds words j and j + 1 has both halves of each operand register without a shuffle.
+
+    planes    [planes, blocks, rows, 16] int32: what a tile of rows reads of a block is contiguous
+    scale     [groups, rows] bfloat16
+    index     [salient] int32, padding repeats channel 0
+    salient   [rows, salient] bfloat16, padding is 0
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meswitch.codec import PackedDelta, pack, unpack
+from meswitch.codec.quantize import SCALE_DTYPE, group_count
+from meswitch.errors import ConfigError
+
+WORDS = 16  # of a row in a block: the K of one step of a matrix unit
+FIELDS = 8  # of a slot's row in the table
+_UNIT = 16  # bytes; the table's offsets count these, so that a kernel knows how its addresses are aligned
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What fixes the offsets. group: input channels of one scale, 0 for the whole row. salient: padded count."""
+
+    rows: int
+    in_features: int
+    bits: int
+    group: int
+    salient: int
+
+    @classmethod
+    def of(cls, delta: PackedDelta) -> "Shape":
+        """The shape of a delta; raises ConfigError where no kernel reads it."""
+        group = 0 if delta.group_size is None or delta.group_size >= delta.in_features else delta.group_size
+        if group and (group < WORDS or group & (group - 1)):
+            raise ConfigError(
+                f"group_size: {delta.group_size}: the triton backend takes powers of two from {WORDS}, or whole rows; "
+                "the backend 'reference' serves any"
+            )
+        return cls(delta.rows, delta.in_features, delta.bits, group, padded_salient(delta.salient_index.numel()))
+
+    @property
+    def planes(self) -> tuple[int, int]:
+        """Planes of two bits, planes of one bit."""
+        return self.bits // 2, self.bits % 2
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.in_features, self.group or None)
+
+    def parts(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of each part in the order of the bytes."""
+        two, one = self.planes
+        return [
+            ("two", (two, _blocks(self.in_features, 2), self.rows, WORDS), torch.int32),
+            ("one", (one, _blocks(self.in_features, 1), self.rows, WORDS), torch.int32),
+            ("scale", (self.groups, self.rows), SCALE_DTYPE),
+            ("index", (self.salient,), torch.int32),
+            ("salient", (self.rows, self.salient), torch.bfloat16),
+        ]
+
+    def offsets(self) -> dict[str, int]:
+        """Where each part begins, in bytes."""
+        found, offset = {}, 0
+        for name, shape, dtype in self.parts():
+            found[name] = offset
+            offset += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return found | {"end": offset}
+
+    @property
+    def nbytes(self) -> int:
+        return self.offsets()["end"]
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The parts as views of a [>= nbytes] uint8 buffer."""
+        offsets = self.offsets()
+        return {
+            name: buffer[offsets[name] : offsets[name] + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, shape, dtype in self.parts()
+        }
+
+    def table_row(self, offset: int) -> list[int]:
+        """What a kernel needs to find this delta at a byte offset of its arena: see `FIELDS`."""
+        at = {name: (offset + place) // _UNIT for name, place in self.offsets().items()}
+        return [*self.planes, at["two"], at["one"], at["scale"], at["index"], at["salient"], self.salient]
+
+
+ABSENT = [0] * FIELDS  # the table's row of a slot whose expert leaves the tensor unchanged
+
+
+def padded_salient(count: int) -> int:
+    """Salient channels as the kernel holds them: none, or a power of two that fills a K step."""
+    return 0 if not count else max(WORDS, 1 << (count - 1).bit_length())
+
+
+def write(delta: PackedDelta, buffer: Tensor) -> Shape:
+    """Lay a delta out at the start of a [>= nbytes] uint8 buffer, on any device."""
+    shape = Shape.of(delta)
+    parts = shape.views(buffer)
+    codes = unpack(delta.packed, delta.bits, delta.in_features).to(buffer.device)
+    for plane in range(shape.planes[0]):
+        parts["two"][plane] = _interleave(codes >> (2 * plane) & 3, 2)
+    if shape.planes[1]:
+        parts["one"][0] = _interleave(codes >> (2 * shape.planes[0]) & 1, 1)
+    parts["scale"].copy_(delta.scale[:, : shape.groups].T)
+    count = delta.salient_index.numel()
+    parts["index"].zero_()
+    parts["index"][:count] = delta.salient_index
+    parts["salient"].zero_()
+    parts["salient"][:, :count] = delta.salient_weight
+    return shape
+
+
+def read(shape: Shape, buffer: Tensor) -> PackedDelta:
+    """Undo `write`; padded salient channels stay, with weights of 0."""
+    parts = shape.views(buffer)
+    codes = torch.zeros(shape.rows, shape.in_features, dtype=torch.uint8, device=buffer.device)
+    for plane in range(shape.planes[0]):
+        codes |= _straight(parts["two"][plane], 2, shape.in_features) << (2 * plane)
+    if shape.planes[1]:
+        codes |= _straight(parts["one"][0], 1, shape.in_features) << (2 * shape.planes[0])
+    return PackedDelta(
+        packed=pack(codes, shape.bits),
+        scale=parts["scale"].T.contiguous(),
+        salient_index=parts["index"],
+        salient_weight=parts["salient"],
+        bits=shape.bits,
+        group_size=shape.group or None,
+        in_features=shape.in_features,
+    )
+
+
+def _blocks(in_features: int, bits: int) -> int:
+    return -(-in_features // (WORDS * 32 // bits))
+
+
+def _interleave(codes: Tensor, bits: int) -> Tensor:
+    """[rows, in_features] uint8 -> [blocks, rows, 16] int32."""
+    rows, width = codes.shape
+    per_word, blocks = 32 // bits, _blocks(width, bits)
+    padded = torch.nn.functional.pad(codes, (0, blocks * WORDS * per_word - width))
+    padded = padded.view(rows, blocks, per_word, WORDS)
+    words = torch.zeros(rows, blocks, WORDS, dtype=torch.int32, device=codes.device)
+    for d in range(per_word):
+        words |= padded[:, :, d].int() << (bits * d)
+    return words.transpose(0, 1)
+
+
+def _straight(words: Tensor, bits: int, in_features: int) -> Tensor:
+    """Undo `_interleave`."""
+    rows = words.shape[1]
+    codes = torch.stack([words >> (bits * d) & (2**bits - 1) for d in range(32 // bits)], dim=2)
+    return codes.to(torch.uint8).transpose(0, 1).reshape(rows, -1)[:, :in_features]

@@ -1,0 +1,93 @@
+"""The deltas of one linear layer in all slots of an arena."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meswitch.codec import PackedDelta
+from meswitch.errors import ConfigError
+from meswitch.ops.layout import ABSENT, Shape, read, write
+from meswitch.ops.routing import bucket
+
+SMALLEST_TILE = 32  # rows
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a kernel is specialised on, the same for all experts that a layer may ever hold.
+
+    two, one: some expert has planes of that width. group: see `layout.Shape`. salient: the widest padded count.
+    """
+
+    two: bool
+    one: bool
+    group: int
+    salient: int
+
+    @classmethod
+    def of(cls, shapes: Iterable[Shape]) -> "Variant":
+        """Raises ConfigError if the experts' group sizes differ."""
+        shapes = list(shapes)
+        groups = {shape.group for shape in shapes}
+        if len(groups) > 1:
+            raise ConfigError(
+                f"group_size: one layer's experts have {sorted(groups)}: the triton backend takes one size a layer; "
+                "the backend 'reference' serves any"
+            )
+        return cls(
+            any(shape.planes[0] for shape in shapes),
+            any(shape.planes[1] for shape in shapes),
+            max(groups, default=0),
+            max((shape.salient for shape in shapes), default=0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLinear:
+    """One layer's deltas; all tensors lie on one device and keep their addresses.
+
+    arena: [bytes] uint8, 16-byte aligned. table: [slots, 8] int64, `Shape.table_row` of each slot. arrived: [cells]
+    int32, zeros that every launch leaves as zeros: how many programs of a tile are done.
+    """
+
+    arena: Tensor
+    table: Tensor
+    arrived: Tensor
+    rows: int
+    in_features: int
+    variant: Variant
+
+    @classmethod
+    def over(cls, arena: Tensor, table: Tensor, rows: int, in_features: int, variant: Variant) -> "SlotLinear":
+        """A layer whose deltas lie, or will lie, in a shared arena."""
+        cells = -(-rows // SMALLEST_TILE) * bucket(len(table))
+        arrived = torch.zeros(cells, dtype=torch.int32, device=arena.device)
+        return cls(arena, table, arrived, rows, in_features, variant)
+
+    @classmethod
+    def build(cls, deltas: Sequence[PackedDelta | None], device: torch.device | str = "cpu") -> "SlotLinear":
+        """A layer of its own arena, one slot a delta; None leaves the base unchanged."""
+        present = [delta for delta in deltas if delta is not None]
+        shapes = [None if delta is None else Shape.of(delta) for delta in deltas]
+        arena = torch.zeros(sum(s.nbytes for s in shapes if s), dtype=torch.uint8, device=device)
+        table, offset = [], 0
+        for delta, shape in zip(deltas, shapes, strict=True):
+            table.append(ABSENT if shape is None else shape.table_row(offset))
+            if delta is not None and shape is not None:
+                write(delta, arena[offset : offset + shape.nbytes])
+                offset += shape.nbytes
+        variant = Variant.of(s for s in shapes if s)
+        return cls.over(arena, torch.tensor(table).to(device), present[0].rows, present[0].in_features, variant)
+
+
+def read_slot(arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int) -> PackedDelta | None:
+    """The delta that a table's row points at, None for an absent one."""
+    two, one, *places, salient = row
+    if not (two or one or salient):
+        return None
+    shape = Shape(rows, in_features, 2 * two + one, group, salient)
+    offsets = shape.offsets()
+    first = places[0] * 16 - offsets["two"]
+    return read(shape, arena[first : first + shape.nbytes])

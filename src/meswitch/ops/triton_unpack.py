@@ -1,0 +1,66 @@
+"""Codes to bf16 or fp16 levels in registers, for the Triton kernels.
+
+A 16-bit float whose exponent is fixed holds an integer in its mantissa: `(word & mask) | magic` is two such floats, one
+in each half of the word, and one fused multiply-add turns both into the exact levels `2 code - top`. A code at mantissa
+bit p reads as `one + code * 2^p` (one = 2^7 in bf16, 2^10 in fp16); `2^(1-p) * that - (one * 2^(1-p) + top)` is its
+level, and the constant is exact for p >= 1. So one shift brings three 2-bit codes (six 1-bit codes) of each half into
+reach: 3 shifts, 8 LOP3 and 8 FMA for 16 weights of 2 bits.
+"""
+
+import struct
+
+import triton.language as tl
+
+_MANTISSA = {"bf16": 7, "fp16": 10}
+_REACH = 6  # mantissa bits 1-6 hold codes; bf16 has no more, and fp16 keeps the same scheme
+
+
+def unpack_asm(bits: int, dtype: str) -> str:
+    """PTX that turns a pair of words into 32 / bits registers; register d holds both words' levels of code d.
+
+    Args:
+        bits: 1 or 2. dtype: `bf16` or `fp16`.
+    """
+    codes, top, one = 32 // bits, 2**bits - 1, 2.0 ** _MANTISSA[dtype]
+    per_shift, half_codes = _REACH // bits, 16 // bits
+    constants, lines = {}, []
+    for half, selector in enumerate((0x5410, 0x7632)):  # the low halves of both words, then the high ones
+        lines.append(f"prmt.b32 w, ${codes}, ${codes + 1}, {selector:#x};")
+        for code in range(half_codes):
+            first = code - code % per_shift
+            if code == first:
+                lines.append(f"shr.u32 s, w, {first * bits - 1};" if first else "shl.b32 s, w, 1;")
+            p = 1 + (code - first) * bits
+            out = f"${half * half_codes + code}"
+            constants[f"f{p}"] = _pair(2.0 ** (1 - p), dtype)
+            constants[f"b{p}"] = _pair(-(one * 2.0 ** (1 - p) + top), dtype)
+            lines.append(f"lop3.b32 {out}, s, {(top << p) * 0x10001:#x}, {_pair(one, dtype):#x}, 0xEA;")
+            lines.append(f"fma.rn.{'bf16x2' if dtype == 'bf16' else 'f16x2'} {out}, {out}, f{p}, b{p};")
+    declared = [f".reg .b32 w, s, {', '.join(constants)};"]
+    declared += [f"mov.b32 {name}, {value:#x};" for name, value in constants.items()]
+    return "{\n" + "\n".join(declared + lines) + "\n}"
+
+
+def _pair(value: float, dtype: str) -> int:
+    """The value in both halves of a word; it must be exact."""
+    if dtype == "fp16":
+        packed = struct.pack(">e", value)
+        exact = struct.unpack(">e", packed)[0] == value
+    else:
+        packed, rest = struct.pack(">f", value)[:2], struct.pack(">f", value)[2:]
+        exact = rest == b"\0\0"
+    if not exact:
+        raise AssertionError(f"{value} is not exact in {dtype}")
+    return int.from_bytes(packed, "big") * 0x10001
+
+
+def _constraints(bits: int) -> str:
+    return ",".join(["=&r"] * (32 // bits) + ["r", "r"])
+
+
+ONE_BF16 = tl.constexpr(unpack_asm(1, "bf16"))
+ONE_FP16 = tl.constexpr(unpack_asm(1, "fp16"))
+TWO_BF16 = tl.constexpr(unpack_asm(2, "bf16"))
+TWO_FP16 = tl.constexpr(unpack_asm(2, "fp16"))
+ONE_REGISTERS = tl.constexpr(_constraints(1))
+TWO_REGISTERS = tl.constexpr(_constraints(2))

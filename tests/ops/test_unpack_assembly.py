@@ -1,0 +1,64 @@
+"""The inline assembly cannot run without a GPU: run its few instructions here, on all codes."""
+
+import random
+import re
+import struct
+
+import pytest
+
+from meswitch.ops.triton_unpack import unpack_asm
+
+
+def halves(word, dtype):
+    def value(half):
+        if dtype == "fp16":
+            return struct.unpack(">e", half.to_bytes(2, "big"))[0]
+        return struct.unpack(">f", half.to_bytes(2, "big") + b"\0\0")[0]
+
+    return value(word & 0xFFFF), value(word >> 16)
+
+
+def execute(asm, words, outputs, dtype):
+    registers = {f"${outputs + i}": word for i, word in enumerate(words)}
+
+    def read(operand):
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    results = {}
+    for line in asm.strip("{}\n").splitlines():
+        instruction, *operands = re.split(r",?\s+", line.rstrip(";"))
+        if instruction == ".reg":
+            continue
+        out, values = operands[0], operands[1:]
+        if instruction.startswith("fma"):
+            v, f, b = (halves(read(o), dtype) for o in values)
+            results[out] = [v[i] * f[i] + b[i] for i in (0, 1)]
+            continue
+        a, b, *rest = [read(o) for o in values] + [0]
+        if instruction == "mov.b32":
+            registers[out] = a
+        elif instruction == "prmt.b32":
+            data = (a | b << 32).to_bytes(8, "little")
+            registers[out] = int.from_bytes(bytes(data[rest[0] >> (4 * i) & 7] for i in range(4)), "little")
+        elif instruction == "shl.b32":
+            registers[out] = a << b & 0xFFFFFFFF
+        elif instruction == "shr.u32":
+            registers[out] = a >> b
+        elif instruction == "lop3.b32":
+            assert rest[1] == 0xEA
+            registers[out] = a & b | rest[0]
+        else:
+            raise AssertionError(instruction)
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_every_code_becomes_its_exact_level(bits, dtype):
+    codes, draw = 32 // bits, random.Random(bits)
+    for _ in range(50):
+        words = [draw.getrandbits(32), draw.getrandbits(32)]
+        results = execute(unpack_asm(bits, dtype), words, codes, dtype)
+        for d in range(codes):
+            level = [2 * (word >> (bits * d) & 2**bits - 1) - (2**bits - 1) for word in words]
+            assert results[f"${d}"] == level
