@@ -1,17 +1,19 @@
-"""Numbers before timings: the kernel against fp64 on the GPU."""
+"""Numbers before timings: the kernels against fp64 on the GPU."""
 
 import torch
 
-from meswitch.ops import Routing, SlotLinear, expert_linear
-from meswitch.ops.triton_launch import choose, constants
+from meswitch.ops import Routing, SlotLinear, expert_linear, fused_linear
+from meswitch.ops.routing import BASE, bucket
+from meswitch.ops.triton_launch import choose, choose_fused, constants, fused_constants
 from ops_models import DEVICE, random_delta, spread
+from ops_timing import Variant
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SPREADS = ("identical", "distinct", "uniform", "zipf", "skewed")
 
 
 def cases() -> list[dict]:
-    """Every bit width at even and odd sizes, every spread, group sizes, salient counts, both types."""
+    """Every bit width at even and odd sizes, every spread, group sizes, salient counts, both types; both kernels."""
     base = {
         "rows": 4096,
         "width": 4096,
@@ -30,23 +32,34 @@ def cases() -> list[dict]:
         for rows, width in ((4096, 4096), (1000, 3000))
     ]
     found += [base | {"spread": name, "tokens": tokens, "experts": 8} for name in SPREADS for tokens in (8, 32, 64)]
-    found += [base | {"group": group} for group in (16, 64, 512, None)]
+    found += [base | {"group": group} for group in (16, 512, None)]
     found += [base | {"salient": salient} for salient in (0, 1, 8)]
     found += [base | {"dtype": torch.float16, "bits": bits} for bits in (1, 2)]
     found += [base | {"bits": 0}]  # experts of 1-4 bits and an unchanged one
     found += [base | {"mean": 10.0}, base | {"tokens": 1, "experts": 1}, base | {"rows": 28672, "experts": 2}]
-    return found
+    return [case | {"kernel": kernel} for case in found for kernel in ("decode", "fused")]
 
 
-def wanted(case: dict) -> tuple[tuple, dict]:
+def token_slots(case: dict) -> list[int]:
+    """The fused kernel also gets two tokens of the base alone, one of them the first."""
+    drawn = spread(case["spread"], case["tokens"], case["experts"])
+    return drawn if case["kernel"] == "decode" or len(drawn) < 4 else [BASE, *drawn[1:-1], BASE]
+
+
+def wanted(case: dict) -> Variant:
     """What `ops_timing.compile_all` takes."""
-    slots = spread(case["spread"], case["tokens"], case["experts"])
+    slots = token_slots(case)
     routing = Routing.build(slots)
-    config = choose(case["rows"], case["width"], routing.slots.numel(), routing.max_tokens)
+    rows, width, count = case["rows"], case["width"], routing.slots.numel()
+    config = choose(rows, width, count, routing.max_tokens)
     two, one = (True, True) if case["bits"] == 0 else (case["bits"] > 1, case["bits"] % 2 == 1)
-    salient = 16 if case["salient"] else 0
-    fixed = constants(config, case["rows"], case["width"], two, one, case["group"] or 0, salient)
-    return (case["dtype"], case["rows"], case["width"], config.split), fixed
+    variant = rows, width, two, one, case["group"] or 0, 16 if case["salient"] else 0
+    if case["kernel"] == "decode":
+        fixed = constants(config, *variant)
+    else:
+        fused = choose_fused(rows, width, count, routing.max_tokens, bucket(len(slots), least=8))
+        fixed = fused_constants(fused, *variant, False)
+    return Variant(case["kernel"], case["dtype"], rows, width, config.split > 1, fixed)
 
 
 def error(case: dict) -> float:
@@ -57,28 +70,35 @@ def error(case: dict) -> float:
     deltas = [random_delta(*shape, bits, case["group"], case["salient"]) for bits in widths]
     if case["bits"] == 0:
         deltas[1] = None
-    token_slots = spread(case["spread"], case["tokens"], case["experts"])
+    slots = token_slots(case)
     layer = SlotLinear.build(deltas, DEVICE)
-    x = (torch.randn(len(token_slots), shape[1], device=DEVICE) + case["mean"]).to(case["dtype"])
-    before = torch.randn(len(token_slots), shape[0], device=DEVICE).to(case["dtype"])
-    expected = before.double()
-    for slot in set(token_slots):
+    x = (torch.randn(len(slots), shape[1], device=DEVICE) + case["mean"]).to(case["dtype"])
+    weight = (torch.randn(shape, device=DEVICE) * 0.02).to(case["dtype"])
+    before = torch.randn(len(slots), shape[0], device=DEVICE).to(case["dtype"])
+    fused = case["kernel"] == "fused"
+    expected = x.double() @ weight.double().T if fused else before.double()
+    for slot in set(slots) - {BASE}:
         if deltas[slot] is not None:
-            tokens = torch.tensor([t for t, own in enumerate(token_slots) if own == slot], device=DEVICE)
+            tokens = torch.tensor([t for t, own in enumerate(slots) if own == slot], device=DEVICE)
             expected[tokens] += x[tokens].double() @ deltas[slot].dequantize().double().T
-    routing = Routing.build(token_slots, DEVICE)
-    y = expert_linear(before.clone(), x, layer, routing)
-    again = expert_linear(before.clone(), x, layer, routing)
-    alone = [own if own == token_slots[0] else -1 for own in token_slots]
-    buckets = {"experts": routing.slots.numel(), "max_tokens": routing.max_tokens}
-    single = expert_linear(before.clone(), x, layer, Routing.build(alone, DEVICE, **buckets))
-    if not torch.equal(y, again) or not torch.equal(y[0], single[0]):
+
+    def run(routing: Routing) -> torch.Tensor:
+        if fused:
+            return fused_linear(x, weight, layer, routing)
+        return expert_linear(before.clone(), x, layer, routing)
+
+    routing = Routing.build(slots, DEVICE)
+    y, again = run(routing), run(routing)
+    own = min(1, len(slots) - 1)  # the token that stays when its batch mates leave
+    alone = [slot if slot == slots[own] else BASE for slot in slots]
+    single = run(Routing.build(alone, DEVICE, experts=routing.slots.numel(), max_tokens=routing.max_tokens))
+    if not torch.equal(y, again) or not torch.equal(y[own], single[own]) or layer.arrived.any():
         return float("inf")
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
 def check() -> list[dict]:
-    """Print one line a case and PASS or FAIL."""
+    """Print one line a failure, then PASS or FAIL."""
     rows = []
     for case in cases():
         try:

@@ -34,7 +34,9 @@ def delta_bytes(rows: int, in_features: int, bits: int, group: int = 128, salien
     return rows * in_features * bits // 8 + rows * (in_features // group) * 2 + rows * salient * 2
 
 
-def random_layer(name: str, rows: int, in_features: int, bits: int, experts: int, *, group=128, salient=4) -> Layer:
+def random_layer(
+    name: str, rows: int, in_features: int, bits: int, experts: int, *, group=128, salient=4, weight=None
+) -> Layer:
     """On the GPU; the deltas' codes are random bytes, their scales and salient weights small."""
     shape = Shape(rows, in_features, bits, group, padded_salient(salient))
     stride = -(-shape.nbytes // 256) * 256
@@ -50,7 +52,8 @@ def random_layer(name: str, rows: int, in_features: int, bits: int, experts: int
             parts["index"][:salient] = torch.randperm(in_features, device=DEVICE)[:salient].int()
             parts["salient"][:, :salient].normal_(std=5e-3)
         table.append(shape.table_row(e * stride))
-    weight = torch.empty(rows, in_features, dtype=torch.bfloat16, device=DEVICE).normal_(std=0.02)
+    if weight is None:
+        weight = torch.empty(rows, in_features, dtype=torch.bfloat16, device=DEVICE).normal_(std=0.02)
     variant = Variant.of([shape])
     table = torch.tensor(table, dtype=torch.int64, device=DEVICE)
     return Layer(name, weight, SlotLinear.over(arena, table, rows, in_features, variant))

@@ -46,11 +46,13 @@ def compile_jobs(jobs: list[Job], workers: int) -> list[str]:
 
 def _compile(job: Job) -> str:
     from meswitch.ops.triton_merge import merge_kernel, rows_kernel
+    from ops_timing import Variant as Decode
     from ops_timing import _compile as compile_decode
 
     kernel, key, fixed = job
     if kernel == "decode":
-        return compile_decode((key, fixed))
+        dtype, rows, width, split = key
+        return compile_decode(Decode("decode", dtype, rows, width, split > 1, fixed))
     dtype, rows, width = key
     i32, i64 = torch.int32, torch.int64
     try:

@@ -1,100 +1,81 @@
-"""Which tiles suit which shape and bucket: every candidate timed on the same layers."""
+"""Which items suit which linear: the fused kernel with other choices than `choose_fused`."""
 
-import math
+import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from meswitch.ops import Routing
-from meswitch.ops.triton_launch import Config, choose, constants, decode
-from ops_models import DEVICE, Layer, delta_bytes, spread
-from ops_timing import graph_ms
+from meswitch.ops.routing import bucket
+from meswitch.ops.triton_launch import FusedConfig, choose_fused, fused, fused_constants
+from ops_decode import DEPTH, Model, inputs, outputs
+from ops_models import DEVICE, MODELS, Layer, spread
+from ops_timing import Variant, graph_ms
 
-# tokens bucket -> (rows of a tile, warps, stages)
-CANDIDATES = {
-    8: [(r, w, s) for r, w in ((128, 2), (64, 2), (64, 1)) for s in (2, 3, 4)],
-    16: [(r, w, s) for r, w in ((128, 2), (64, 2), (64, 1), (128, 4)) for s in (2, 3)],
-    32: [(64, 2, 2), (64, 2, 3), (128, 4, 2), (128, 4, 3), (64, 4, 3)],
+CASES = [(1, 1), (8, 4), (32, 1), (32, 4), (16, 16)]  # batch, experts
+
+
+def _delta(config: FusedConfig, **changes: int) -> FusedConfig:
+    return dataclasses.replace(config, delta=dataclasses.replace(config.delta, **changes))
+
+
+CHANGES: dict[str, Callable[[FusedConfig], FusedConfig]] = {
+    "as chosen": lambda c: c,
+    "base split half": lambda c: dataclasses.replace(c, base_split=max(1, c.base_split // 2)),
+    "base split double": lambda c: dataclasses.replace(c, base_split=c.base_split * 2),
+    "delta split half": lambda c: _delta(c, split=max(1, c.delta.split // 2)),
+    "delta split double": lambda c: _delta(c, split=c.delta.split * 2),
+    "one stage less": lambda c: dataclasses.replace(c, base_stages=c.base_stages - 1),
+    "one stage more": lambda c: dataclasses.replace(c, base_stages=c.base_stages + 1),
+    "other base rows": lambda c: dataclasses.replace(c, base_rows=192 - c.base_rows),
+    "deltas first": lambda c: dataclasses.replace(c, deltas_first=True),
+    "other warps": lambda c: _delta(c, warps=6 - c.delta.warps),
 }
-SPLITS = {1: (1, 2, 4, 8), 4: (1, 2, 4), 16: (1, 2)}  # by experts
-CASES = [(8, 1, 1), (8, 4, 4), (8, 16, 16), (16, 16, 1), (16, 32, 4), (32, 32, 1)]  # bucket, tokens, experts
 
 
-def candidates(tokens: int, experts: int) -> list[Config]:
-    return [Config(r, tokens, split, w, s) for r, w, s in CANDIDATES[tokens] for split in SPLITS[experts]]
+def _configs(batch: int, experts: int, change: str) -> Callable[[int, int], FusedConfig]:
+    tokens = bucket(-(-batch // experts), least=8)
+    return lambda rows, width: CHANGES[change](choose_fused(rows, width, experts, tokens, bucket(batch, least=8)))
 
 
-def wanted(shapes: dict[str, tuple[int, int]]) -> list[tuple[tuple, dict]]:
-    """What `ops_timing.compile_all` takes. All shapes are even in rows and channels, so one of them stands for all."""
-    rows, width = shapes["qkv"]
+def wanted(name: str) -> list[Variant]:
+    """What `ops_timing.compile_all` takes."""
     found = []
-    for tokens, _, experts in CASES:
-        configs = candidates(tokens, experts)
-        configs += [choose(*shape, experts, tokens) for shape in shapes.values()]
-        for config in configs:
-            key = (torch.bfloat16, rows, width, config.split)
-            found.append((key, constants(config, rows, width, True, False, 128, 16)))
+    for batch, experts in CASES:
+        for change in CHANGES:
+            config = _configs(batch, experts, change)
+            for rows, width in MODELS[name][1].values():
+                fixed = fused_constants(config(rows, width), rows, width, True, False, 128, 16, False)
+                found.append(Variant("fused", torch.bfloat16, rows, width, True, fixed))
     return found
 
 
-def sweep(layers: list[list[Layer]], copy: float) -> list[dict]:
-    """layers: of the model, each its linears. Prints the best three of each case and what `choose` takes."""
-    rows = []
-    for tokens, batch, experts in CASES:
-        routing = Routing.build(spread("distinct", batch, experts), DEVICE, experts=experts, max_tokens=tokens)
-        for i, first in enumerate(layers[0]):
-            shape = first.weight.shape
-            nbytes = delta_bytes(*shape, 2) * experts
-            used = [layer[i] for layer in layers[: max(4, min(len(layers), math.ceil(4e8 / nbytes)))]]
-            x = torch.randn(batch, shape[1], device=DEVICE).bfloat16()
-            y = torch.zeros(batch, shape[0], device=DEVICE).bfloat16()
-            chosen, timed = choose(*shape, experts, tokens), []
-            for config in {*candidates(tokens, experts), chosen}:
+def sweep(model: Model) -> list[dict]:
+    """Microseconds of a linear for each case and change; prints a line a linear."""
+    found = []
+    for batch, experts in CASES:
+        routing = Routing.build(spread("distinct", batch, experts), DEVICE)
+        x, y = inputs(model.layers, batch), outputs(model.layers, batch)
+        for name, (rows, width) in MODELS[model.name][1].items():
+            own, times = [layer for layer in model.layers if layer.name == name][:DEPTH], {}
+            for change in CHANGES:
+                config = _configs(batch, experts, change)(rows, width)
                 try:
-                    ms = graph_ms(lambda c=config, u=used, x=x, y=y, r=routing: _run(u, x, y, r, c), 5)
+                    ms = graph_ms(lambda o=own, r=routing, c=config, x=x, y=y: _run(o, x, y, r, c), 5)
                 except Exception as failure:  # noqa: BLE001 - too much shared memory, for one
-                    print(f"  {config}: {type(failure).__name__} {str(failure)[:80]}")
+                    print(f"  {change}: {type(failure).__name__} {str(failure)[:80]}")
                     continue
-                timed.append((ms / len(used) * 1e3, config))
-            timed.sort(key=lambda t: t[0])
-            own = next(us for us, config in timed if config == chosen)
-            best = "  ".join(f"{us:.1f}us {c.rows}/w{c.warps}/s{c.stages}/k{c.split}" for us, c in timed[:3])
-            share = nbytes / timed[0][0] / 1e3 / copy
-            label = f"{first.name:8} M{tokens:<2} B{batch:<2} E{experts:<2}"
-            print(f"{label} best {share:4.0%} of copy: {best} | chosen {own:.1f}us k{chosen.split}", flush=True)
-
-            rows += [
-                {
-                    "layer": first.name,
-                    "bucket": tokens,
-                    "batch": batch,
-                    "experts": experts,
-                    "us": us,
-                    "rows": c.rows,
-                    "warps": c.warps,
-                    "stages": c.stages,
-                    "split": c.split,
-                }
-                for us, c in timed
-            ]
-    return rows
+                times[change] = ms * 1e3 / len(own)
+            text = ", ".join(f"{change} {us:.1f}" for change, us in sorted(times.items(), key=lambda t: t[1])[:4])
+            print(f"B{batch} E{experts} {name}: chosen {times.get('as chosen', 0):.1f} us; best {text}", flush=True)
+            where = {"batch": batch, "experts": experts, "linear": name}
+            found += [where | {"change": change, "us": us} for change, us in times.items()]
+    return found
 
 
-def _run(layers: list[Layer], x: torch.Tensor, y: torch.Tensor, routing: Routing, config: Config) -> None:
+def _run(layers: list[Layer], x: dict, y: dict, r: Routing, config: FusedConfig) -> None:
     for layer in layers:
-        d, v = layer.deltas, layer.deltas.variant
-        decode(
-            y,
-            x,
-            d.arena,
-            d.table,
-            d.arrived,
-            routing.slots,
-            routing.starts,
-            routing.order,
-            routing.max_tokens,
-            v.two,
-            v.one,
-            v.group,
-            v.salient,
-            config,
-        )
+        (rows, width), d, v = layer.weight.shape, layer.deltas, layer.deltas.variant
+        places = d.arena, d.table, d.arrived, r.slots, r.starts, r.order, r.max_tokens
+        variant = v.two, v.one, v.group, v.salient
+        fused(y[rows], x[width], layer.weight, None, *places, *variant, config)

@@ -42,6 +42,37 @@ def cost(stores: Stores) -> str:
     return pipe(head, *rows) if rows else "Not measured yet."
 
 
+def cost_7b(_: Stores) -> str:
+    """What `compress_cost.py` measured, and `compress_family.py`."""
+    parts = []
+    file = RESULTS / "compress-cost-h100.json"
+    if file.exists():
+        data = json.loads(file.read_text())
+        meta = data["meta"]
+        head = ["Mistral-7B shapes", "layers measured", "s a layer", f"s for {meta['layers']} layers and the rest"]
+        head += ["waits for reading, s", "encodes, s", "device GiB", "host GiB"]
+        rows = [
+            [
+                row["setting"],
+                str(row["layers_measured"]),
+                f"{row['seconds_a_layer']:.2f}",
+                f"{row['seconds_of_all_layers']:.0f}",
+                *(f"{row['phases'][phase]:.1f}" for phase in ("wait_for_reader", "encode")),
+                *(f"{row[where]:.1f}" for where in ("device_gib", "host_gib")),
+            ]
+            for row in data["rows"]
+        ]
+        parts.append(f"{pipe(head, *rows)}\n\n{meta['card']}, torch {meta['torch']}, {meta['date']}.")
+    file = RESULTS / "compress-family-cpu.json"
+    if file.exists():
+        data = json.loads(file.read_text())
+        meta = data["meta"]
+        rows = [[row["expert"], str(row["steps"]), f"{row['seconds']:.0f}"] for row in data["rows"]]
+        table = pipe(["example family", "steps of distillation", "s, the whole command"], *rows)
+        parts.append(f"{table}\n\n{meta['machine']} CPU, {meta['cores']} cores, torch {meta['torch']}, {meta['date']}.")
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def provenance(stores: Stores) -> str:
     """The command, date, machine, versions and commit of every run that a stored job is from."""
     parts = []
@@ -76,6 +107,30 @@ def levels(_: Stores) -> str:
     return f"{pipe(head, *cells)}\n\nThe lowest KL has {said}. {meta['date']}, torch {meta['torch']}, {meta['device']}."
 
 
+def large(_: Stores) -> str:
+    """What `quality_large.py` measured."""
+    file = RESULTS / "quality-large.json"
+    if not file.exists():
+        return "Not measured yet: `python benchmarks/quality_large.py`."
+    data = json.loads(file.read_text())
+    meta = data["meta"]
+    head = ["base", "norm of the delta / norm of the base", "bits", "bpw", "full", "compressed", "KL"]
+    rows = [
+        [
+            row["base"],
+            f"{row['relative_norm']:.2f}",
+            str(row["bits"]),
+            f"{row['bits_per_weight']:.2f}",
+            str(row["full"]),
+            str(row["correct"]),
+            f"{row['kl']:.5f}",
+        ]
+        for row in data["rows"]
+    ]
+    said = f"{meta['questions']} questions; {meta['device']}, torch {meta['torch']}, {meta['date']}."
+    return f"{pipe(head, *rows)}\n\n{said}"
+
+
 def plot(name: str, stores: Stores) -> str:
     data_of, _, title = PLOTS[name]
     return f"![{title}](quality/{name}.svg)" if data_of(stores) else "Not measured yet."
@@ -87,7 +142,9 @@ PLACES: dict[str, Callable[[Stores], str]] = {
     "pairs": lambda stores: quality_tables.pairs(stores["frontier"]),
     "ablations": lambda stores: quality_ablations.ablations(stores["ablations"]),
     "levels": levels,
+    "large": large,
     "cost": cost,
+    "cost 7b": cost_7b,
     "provenance": provenance,
     **{f"plot {name}": lambda stores, name=name: plot(name, stores) for name in PLOTS},
 }

@@ -65,7 +65,7 @@ def test_only_scales_change_and_norms_if_the_recipe_says_so(family, tmp_path, te
 def test_what_was_trained_is_what_is_stored(pair, tmp_path, text, method, case):
     base, expert = pair(change=0.3, **case)
     out = tmp_path / "delta"
-    recipe = Recipe(steps=6, batch=4, seed=3)
+    recipe = Recipe(steps=12, batch=4, hidden=0.3, seed=3)
     made = meswitch.compress(base, expert, out, method=method, calibration=text, embeddings="quantised", distill=recipe)
     info = made.manifest.method.distillation
     assert info.held_out_after < info.held_out_before

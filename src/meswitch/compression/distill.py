@@ -198,9 +198,10 @@ def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, devic
         return F.mse_loss(found.logits, wanted.logits)
     weight = weights(batch, recipe.question_weight, device)
     loss = (_divergence(wanted, found) * weight).sum()
+    padded = torch.zeros(found.real.shape, device=device).masked_scatter_(found.real, weight)
     for theirs, ours in zip(wanted.hidden, found.hidden, strict=True):
         missed, power = ((ours - theirs).float().square().sum(-1), theirs.float().square().sum(-1))
-        loss = loss + recipe.hidden / len(found.hidden) * (missed * weight).sum() / (power * weight).sum()
+        loss = loss + recipe.hidden / len(found.hidden) * (missed * padded).sum() / (power * padded).sum()
     return loss
 
 

@@ -57,24 +57,26 @@ def frozen(expert: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a model makes of a batch, padding left out.
+    """What a model makes of a batch.
 
-    logits: [tokens, vocabulary] float32. hidden: the output of every block, [tokens, hidden_size] each, if asked for.
+    logits: [tokens, vocabulary] float32, padding left out. hidden: the output of every block, [sequences, length,
+    hidden_size] each, if asked for. real: [sequences, length] bool, what is not padding.
     """
 
     logits: Tensor
     hidden: tuple[Tensor, ...]
+    real: Tensor
 
 
 def read_batch(model: Any, batch: list[list[int]], device: torch.device, *, hidden: bool = False) -> Said:
     """Run a batch of token ids through a model."""
     length = max(map(len, batch))
     ids = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in batch], device=device)
-    mask = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in batch], device=device)
-    real = mask.bool()
-    found = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=hidden)
-    states = found.hidden_states[1:] if hidden else ()
-    return Said(found.logits[real].float(), tuple(state[real] for state in states))
+    lengths = torch.tensor([len(tokens) for tokens in batch], device=device)
+    real = torch.arange(length, device=device) < lengths[:, None]
+    # no mask: padding is on the right, where no token looks
+    found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+    return Said(found.logits[real].float(), tuple(found.hidden_states[1:]) if hidden else (), real)
 
 
 def build(

@@ -87,11 +87,10 @@ class RestoredPacked(nn.Module):
         return found if self.latent is None else [*found, ([self.latent], CODES_RATE * rate)]
 
     def matrix(self) -> Tensor:
-        chosen = self.levels if self.latent is None else _Nearest.apply(self.latent, self.top)
-        change = chosen * expand_scale(self.scale, chosen.shape[1], self.delta.group_size)
-        if self.salient_index.numel():
-            change = change.index_add(1, self.salient_index, self.salient)
-        matrix = self.base + change.to(self.base.dtype)
+        trained = self.levels if self.latent is None else self.latent
+        matrix = _Restored.apply(
+            trained, self.scale, self.salient, self.base, self.salient_index, self.delta.group_size, self.top
+        )
         return matrix if self.extra is None else torch.cat([matrix, self.extra])
 
     def trained(self) -> PackedDelta:
@@ -117,14 +116,47 @@ def _nearest(latent: Tensor, top: int) -> Tensor:
     return latent.add(top).div_(2).round_().clamp_(0, top).mul_(2).sub_(top)
 
 
-class _Nearest(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, top: int) -> Tensor:
-        ctx.save_for_backward(latent)
-        ctx.top = top
-        return _nearest(latent, top)
+class _Restored(torch.autograd.Function):
+    """base + nearest levels x scales + salient, in few passes: every step does it for every matrix."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (latent,) = ctx.saved_tensors
-        return gradients[0] * (latent.abs() <= ctx.top + 1), None
+    def forward(
+        ctx: Any,
+        latent: Tensor,
+        scale: Tensor,
+        salient: Tensor,
+        base: Tensor,
+        index: Tensor,
+        group: int | None,
+        top: int,
+    ) -> Tensor:
+        chosen = _nearest(latent, top) if latent.is_floating_point() else latent.float()
+        ctx.save_for_backward(latent, chosen, scale, index)
+        ctx.group, ctx.top = group, top
+        matrix = _scaled(chosen, scale, group)
+        matrix = matrix.add_(base) if base.dtype == matrix.dtype else base + matrix.to(base.dtype)
+        return matrix.index_add_(1, index, salient.to(matrix.dtype)) if index.numel() else matrix
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        latent, chosen, scale, index = ctx.saved_tensors
+        gradient = gradients[0].float()
+        to_scale = _by_group(gradient * chosen, ctx.group).sum(-1)
+        to_latent = None
+        if ctx.needs_input_grad[0]:
+            to_latent = _scaled(gradient, scale, ctx.group).masked_fill_(latent.abs() > ctx.top + 1, 0.0)
+        return to_latent, to_scale, gradient[:, index], None, None, None, None
+
+
+def _by_group(values: Tensor, group: int | None) -> Tensor:
+    """[rows, in_features] -> [rows, groups, group], the last group filled up with zeros."""
+    rows, width = values.shape
+    group = width if group is None else group
+    if width % group:
+        values = torch.nn.functional.pad(values, (0, -width % group))
+    return values.reshape(rows, -1, group)
+
+
+def _scaled(values: Tensor, scale: Tensor, group: int | None) -> Tensor:
+    """[rows, in_features] times the scale of each group."""
+    return (_by_group(values, group) * scale[:, :, None]).view(len(values), -1)[:, : values.shape[1]]

@@ -7,7 +7,7 @@ from torch import Tensor
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError
 from meswitch.ops import cpu, reference
-from meswitch.ops.linear import expert_linear
+from meswitch.ops.linear import expert_linear, fused_linear
 from meswitch.ops.prefill import expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.routing import Routing
@@ -49,6 +49,7 @@ __all__ = [
     "embedding_rows",
     "expert_linear",
     "expert_prefill",
+    "fused_linear",
     "head_logits",
     "rms_norm",
 ]

@@ -1,14 +1,14 @@
-"""`y += x D^T` for the tokens of many experts, as one operator of `torch.library`."""
+"""`y += x D^T` for the tokens of many experts, and `y = x W^T + x D^T`."""
 
 import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops import reference
+from meswitch.ops import operators  # noqa: F401 - registers them
 from meswitch.ops.routing import Routing
-from meswitch.ops.slots import SlotLinear, read_slot
+from meswitch.ops.slots import SlotLinear
 
-MAX_TOKENS = 64  # of one expert in the decode kernel
+MAX_TOKENS = 64  # of one expert in the decode kernel, of a step in the fused one
 
 
 def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, backend: str | None = None) -> Tensor:
@@ -24,11 +24,9 @@ def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, bac
     Raises:
         ConfigError: the backend cannot serve this; the message names one that can.
     """
-    backend = backend or ("triton" if x.device.type == "cuda" else "reference")
-    if backend not in ("triton", "reference"):
-        raise ConfigError(f"backend: {backend!r} has no expert_linear; 'triton' and 'reference' have")
+    backend = _backend(backend, x)
     if backend == "triton":
-        check(y, x, layer, routing)
+        _check(y, x, layer, routing)
     v = layer.variant
     torch.ops.meswitch.expert_linear(
         y,
@@ -49,7 +47,82 @@ def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, bac
     return y
 
 
-def check(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing) -> None:
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    layer: SlotLinear,
+    routing: Routing,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear of a decode step with its experts' deltas: `x W^T + x D^T + bias`.
+
+    Args:
+        x: [tokens, in_features] bf16 or fp16. weight: [rows, in_features] of x's dtype, rows are contiguous.
+        bias: [rows]. backend: `triton` (up to 64 tokens) or `reference`; by default triton on a GPU.
+
+    Returns:
+        [tokens, rows] of x's dtype.
+
+    Raises:
+        ConfigError: the backend cannot serve this; the message names one that can.
+    """
+    backend = _backend(backend, x)
+    if backend == "triton":
+        _check_fused(x, weight, layer, routing)
+    v = layer.variant
+    result: Tensor = torch.ops.meswitch.fused_linear(
+        x,
+        weight,
+        bias,
+        layer.arena,
+        layer.table,
+        layer.arrived,
+        routing.slots,
+        routing.starts,
+        routing.order,
+        routing.max_tokens,
+        v.two,
+        v.one,
+        v.group,
+        v.salient,
+        backend,
+    )
+    return result
+
+
+def _backend(name: str | None, x: Tensor) -> str:
+    name = name or ("triton" if x.device.type == "cuda" else "reference")
+    if name not in ("triton", "reference"):
+        raise ConfigError(f"backend: {name!r} has no expert_linear; 'triton' and 'reference' have")
+    return name
+
+
+def _check_fused(x: Tensor, weight: Tensor, layer: SlotLinear, routing: Routing) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        raise ConfigError(
+            f"dtype: x is {x.dtype}, weight {weight.dtype}: the triton backend takes bfloat16 or float16 for both; "
+            "the backend 'reference' serves any"
+        )
+    if len(x) > MAX_TOKENS or routing.max_tokens > MAX_TOKENS:
+        raise ConfigError(
+            f"{len(x)} tokens: the triton fused kernel takes up to {MAX_TOKENS}; a product with the weight and then "
+            "expert_linear, or the backend 'reference', serve any number"
+        )
+    if (
+        x.shape[1] != layer.in_features
+        or weight.shape != (layer.rows, layer.in_features)
+        or x.stride(1) != 1
+        or weight.stride(1) != 1
+        or len(routing.order) != len(x)
+    ):
+        raise ConfigError(
+            f"shapes: x {tuple(x.shape)}, weight {tuple(weight.shape)}, {len(routing.order)} routed tokens "
+            f"for a layer of {layer.rows} x {layer.in_features}"
+        )
+
+
+def _check(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing) -> None:
     """Refuse what the Triton kernel does not compute.
 
     Raises:
@@ -69,53 +142,3 @@ def check(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing) -> None:
         raise ConfigError(
             f"shapes: x {tuple(x.shape)}, y {tuple(y.shape)} for a layer of {layer.rows} x {layer.in_features}"
         )
-
-
-@torch.library.custom_op("meswitch::expert_linear", mutates_args=("y", "arrived"))
-def _expert_linear(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    arrived: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    max_tokens: int,
-    two: bool,
-    one: bool,
-    group: int,
-    salient: int,
-    backend: str,
-) -> None:
-    if backend == "triton":
-        from meswitch.ops.triton_launch import decode
-
-        decode(y, x, arena, table, arrived, slots, starts, order, max_tokens, two, one, group, salient)
-        return
-    first = starts.tolist()
-    for e, slot in enumerate(slots.tolist()):
-        delta = read_slot(arena, table[slot].tolist(), y.shape[1], x.shape[1], group) if slot >= 0 else None
-        if delta is not None:
-            tokens = order[first[e] : first[e + 1]].long()
-            y[tokens] = (y[tokens].float() + reference.expert_matmul(x[tokens], delta)).to(y.dtype)
-
-
-@_expert_linear.register_fake
-def _(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    arrived: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    max_tokens: int,
-    two: bool,
-    one: bool,
-    group: int,
-    salient: int,
-    backend: str,
-) -> None:
-    return None

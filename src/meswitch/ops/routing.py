@@ -11,7 +11,7 @@ BASE = -1
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Tokens sorted by slot; the base's tokens are in no segment.
+    """Tokens sorted by slot; the base's tokens come last and are in no segment.
 
     slots: [experts] int32, -1 for an unused place. starts: [experts + 1] int32, segment e is
     `order[starts[e] : starts[e + 1]]`. order: [tokens] int32, positions in the step. max_tokens: a bound on the tokens
@@ -56,7 +56,7 @@ class Routing:
             starts.append(starts[-1] + length)
         starts += [starts[-1]] * (experts - len(present))
         order = [t for segment in segments for t in segment]
-        order += [0] * (len(token_slots) - len(order))
+        order += [t for t, slot in enumerate(token_slots) if slot == BASE]
         parts = [[*present, *[BASE] * (experts - len(present))], starts, order]
         padded = [part + [0] * (-len(part) % 4) for part in parts]  # 16-byte aligned, or Triton compiles anew
         flat = torch.tensor([*padded[0], *padded[1], *padded[2]], dtype=torch.int32).to(device)  # one copy

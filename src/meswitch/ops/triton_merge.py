@@ -9,7 +9,7 @@ which a kernel that must write 2 bytes a weight has plenty: 27 instructions a we
 import triton
 import triton.language as tl
 
-from meswitch.ops.triton_decode import _bound
+from meswitch.ops.triton_delta import bound
 
 BLOCK = tl.constexpr(256)  # channels of a tile; divides the blocks of both kinds of planes
 
@@ -106,7 +106,7 @@ def _delta(
         if tl.max(columns, axis=0) >= 0:
             index_ptr = arena + tl.load(row + 5) * 4
             salient_ptr = (arena + tl.load(row + 6) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-            for i in range(_bound(salients, INTERPRET)):
+            for i in range(bound(salients, INTERPRET)):
                 column = tl.load(index_ptr + i) - k_block * BLOCK
                 if (column >= 0) & (column < BLOCK) & ((i == 0) | (column + k_block > 0)):
                     mine = tl.load(salient_ptr + n.to(tl.int64) * salients + i, mask=n < N, other=0.0)

@@ -1,0 +1,53 @@
+"""Seconds to compress each expert of the example family with the default settings, as a person would.
+
+    python benchmarks/compress_family.py [--experts math] [--json FILE]
+
+The whole command is timed: start-up, calibration with error feedback, distillation, writing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+FAMILY = Path(__file__).parent.parent / "examples" / "family"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", nargs="+", default=["math", "code", "instruct", "sql"])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for expert in options.experts:
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "meswitch", "compress", "--expert", str(FAMILY / expert), "--base"]
+            command += [str(FAMILY / "base"), "--out", f"{scratch}/delta", "--json"]
+            command += ["--calibration", str(FAMILY / "calibration" / f"{expert}.jsonl")]
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            seconds = time.perf_counter() - started
+            method = json.loads((Path(scratch) / "delta" / "meswitch.json").read_text())["method"]
+        rows.append({"expert": expert, "seconds": round(seconds, 1), "steps": method["distillation"]["steps"]})
+        print(rows[-1], flush=True)
+    meta = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if options.json:
+        options.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
