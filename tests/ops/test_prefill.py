@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from deltas import DEVICE, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill
 from meswitch.ops.prefill import block_rows
-from op_deltas import DEVICE, random_delta
 
 LONG = 8  # here; where the decode kernel ends is a matter of speed
 
