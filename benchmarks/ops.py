@@ -11,7 +11,6 @@ products of torch over gathered tokens.
 """
 
 import argparse
-import importlib.util
 import json
 import time
 from datetime import UTC, datetime
@@ -22,10 +21,9 @@ import triton
 
 import ops_check
 import ops_decode
+import ops_prefill
 import ops_sweep
 from ops_timing import compile_all, copy_gb_s, read_gb_s
-
-PREFILL = importlib.util.find_spec("ops_prefill") is not None
 
 
 def main() -> None:
@@ -47,12 +45,14 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"-- {name} at {elapsed():.0f} s", flush=True)
 
-    prefill = PREFILL and not args.no_prefill and not args.check_only
+    prefill = not args.no_prefill and not args.check_only
     wanted = [ops_check.wanted(case) for case in ops_check.cases()]
     if not args.check_only:
         wanted += ops_decode.wanted()
     if args.sweep:
         wanted += ops_sweep.wanted("mistral-7b")
+    if prefill:
+        wanted += ops_prefill.wanted()
     print("\n".join(compile_all(wanted, args.workers)))
     stage("compiled")
     result["check"] = ops_check.check()
@@ -82,11 +82,7 @@ def main() -> None:
             stage("swept")
     model = None
     torch.cuda.empty_cache()
-    result["prefill"] = []
-    if prefill:
-        import ops_prefill
-
-        result["prefill"] = ops_prefill.prefill(copy)
+    result["prefill"] = ops_prefill.prefill(copy) if prefill else []
     stage("done")
 
 

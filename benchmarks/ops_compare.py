@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from meswitch.ops.routing import by_slot
 from ops_models import DEVICE, Layer, random_layer
 
 
@@ -39,12 +40,11 @@ class Places:
 
     @classmethod
     def of(cls, token_slots: list[int]) -> "Places":
-        present = sorted(set(token_slots))
-        segments = [[t for t, slot in enumerate(token_slots) if slot == own] for own in present]
+        segments = [tokens for _, tokens in sorted(by_slot(token_slots).items())]
         longest = max(len(segment) for segment in segments)
         gather = [t for s in segments for t in s + [0] * (longest - len(s))]
         scatter = [t for s in segments for t in s + [len(token_slots)] * (longest - len(s))]
-        return cls(len(present), torch.tensor(gather, device=DEVICE), torch.tensor(scatter, device=DEVICE))
+        return cls(len(segments), torch.tensor(gather, device=DEVICE), torch.tensor(scatter, device=DEVICE))
 
 
 def lora(layer: Layer, adapters: Lora, places: Places, x: dict, y: dict) -> None:

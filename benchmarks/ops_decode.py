@@ -8,9 +8,10 @@ import torch
 import ops_compare
 from meswitch.ops import Routing, expert_linear, fused_linear
 from meswitch.ops.routing import bucket
+from meswitch.ops.slots import Variant
 from meswitch.ops.triton_launch import choose, choose_fused, constants, fused_constants
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
-from ops_timing import Variant, graph_ms
+from ops_timing import Kernel, graph_ms
 
 SPREADS = ("identical", "uniform", "zipf", "skewed")
 DISTINCT = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e <= b]
@@ -152,7 +153,7 @@ def point(model: Model, batch: int, experts: int, name: str, copy: float) -> dic
     return row
 
 
-def wanted() -> list[Variant]:
+def wanted() -> list[Kernel]:
     """What `ops_timing.compile_all` takes."""
     found = []
     for name, bits, points in PLAN:
@@ -160,15 +161,13 @@ def wanted() -> list[Variant]:
             routing = Routing.build(spread(kind, batch, experts))
             count, tokens = routing.slots.numel(), routing.max_tokens
             for rows, width in MODELS[name][1].values():
-                widths = bits > 1, bits % 2 == 1
-                config, fused = (
-                    choose(rows, width, count, tokens),
-                    choose_fused(rows, width, count, tokens, bucket(batch, 8)),
-                )
-                common = torch.bfloat16, rows, width, config.split > 1
-                found.append(Variant("decode", *common, constants(config, rows, width, *widths, 128, 16)))
-                found.append(Variant("fused", *common, fused_constants(fused, rows, width, *widths, 128, 16, False)))
+                variant = Variant(bits > 1, bits % 2 == 1, 128, 16)
+                config = choose(rows, width, count, tokens)
+                fused = choose_fused(rows, width, count, tokens, bucket(batch, 8))
+                common = torch.bfloat16, rows, width
+                found.append(Kernel("decode", *common, constants(config, rows, width, variant), config.split > 1))
+                found.append(Kernel("fused", *common, fused_constants(fused, rows, width, variant, False)))
                 if bits == 2 and kind == "distinct":
-                    fixed = fused_constants(fused, rows, width, False, True, 0, 0, False)
-                    found.append(Variant("fused", *common, fixed))
+                    bitdelta = Variant(False, True, 0, 0)
+                    found.append(Kernel("fused", *common, fused_constants(fused, rows, width, bitdelta, False)))
     return found

@@ -18,8 +18,8 @@ from meswitch.ops.merge import Tile, launch
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.slots import Variant
 from ops_models import DEVICE, MODELS, Layer, random_layer
-from ops_prefill_compile import Job, compile_jobs, decode_jobs, merge_job
-from ops_timing import copy_gb_s, graph_ms
+from ops_prefill_compile import decode_jobs, merge_job
+from ops_timing import Kernel, compile_all, copy_gb_s, graph_ms
 
 MODEL, LAYERS, TOKENS = "mistral-7b", 3, 4096
 SHAPES = MODELS[MODEL][1]
@@ -29,7 +29,7 @@ CROSSOVER = [(tokens, experts) for tokens in (256, 512, 1024, 2048) for experts 
 TILES = [Tile(8, 4), Tile(8, 8), Tile(8, 8, 64), Tile(16, 8), Tile(16, 8, 80)]
 
 
-def wanted() -> list[Job]:
+def wanted() -> list[Kernel]:
     """What to compile beforehand."""
     found = [job for case in ops_prefill_check.cases() for job in ops_prefill_check.wanted(case)]
     v = Variant(two=True, one=False, group=128, salient=16)
@@ -40,10 +40,6 @@ def wanted() -> list[Job]:
             routing = PrefillRouting.build(paths.token_slots(lengths), merge_from=merge_from)
             found += [job for shape in SHAPES.values() for job in decode_jobs(torch.bfloat16, shape, v, routing)]
     return found
-
-
-def check() -> list[dict]:
-    return ops_prefill_check.check()
 
 
 def merge_speed(layers: list[Layer], copy: float) -> list[dict]:
@@ -60,9 +56,8 @@ def merge_speed(layers: list[Layer], copy: float) -> list[dict]:
 
                 def run(same=same, out=out, rows=rows, slots=slots, tile=tile) -> None:
                     for layer in same:
-                        d, v = layer.deltas, layer.deltas.variant
-                        fixed = v.two, v.one, v.group, v.salient
-                        launch(out, layer.weight, d.arena, d.table, slots, 0, rows, *fixed, tile)
+                        d = layer.deltas
+                        launch(out, layer.weight, d.arena, d.table, slots, 0, rows, d.variant, tile)
 
                 ms += graph_ms(run, 5) / len(same)
                 moved += rows * width * (2 + experts * (2 + 2 / 8 + 2 / 128)) / 1e6
@@ -167,9 +162,9 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1))
         print(f"-- {name} at {time.perf_counter() - started:.0f} s", flush=True)
 
-    print("\n".join(compile_jobs(wanted(), args.workers)))
+    print("\n".join(compile_all(wanted(), args.workers)))
     stage("compiled")
-    result["check"] = check()
+    result["check"] = ops_prefill_check.check()
     copy = max(copy_gb_s().values())
     result["meta"] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy}
     stage(f"checked, copy {copy:.0f} GB/s")

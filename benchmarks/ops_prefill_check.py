@@ -7,10 +7,11 @@ from meswitch.ops.prefill import SCRATCH, expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.rows import embedding_rows
 from meswitch.ops.slots import Variant
+from ops_check import judged
 from ops_models import DEVICE, random_delta
-from ops_prefill_compile import Job, decode_jobs, merge_job, rows_job
+from ops_prefill_compile import decode_jobs, merge_job, rows_job
+from ops_timing import Kernel
 
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 STEPS = {
     "one": [0] * 512,
     "mixed": [1] * 400 + [-1] * 50 + [0] * 390 + [2] * 70 + [3] * 3,
@@ -31,7 +32,7 @@ def cases() -> list[dict]:
     return found
 
 
-def wanted(case: dict) -> list[Job]:
+def wanted(case: dict) -> list[Kernel]:
     """What to compile for a case."""
     bits, shape = case["bits"], (case["rows"], case["width"])
     two, one = (True, True) if bits == 0 else (bits > 1, bits % 2 == 1)
@@ -75,20 +76,4 @@ def errors(case: dict) -> dict[str, float]:
 
 
 def check() -> list[dict]:
-    """Print PASS or FAIL, and each case that fails."""
-    found = []
-    for case in cases():
-        note = ""
-        try:
-            values = errors(case)
-        except Exception as failure:  # noqa: BLE001 - report every case
-            values, note = {"prefill": float("nan")}, f"{type(failure).__name__}: {str(failure)[:300]}"
-        good = all(value <= TOLERANCE[case["dtype"]] for value in values.values())
-        found.append(case | {"dtype": str(case["dtype"]), "pass": good} | values)
-        if not good:
-            print(f"FAIL {values} {case} {note}", flush=True)
-    passed, worst = sum(row["pass"] for row in found), max(row["prefill"] for row in found)
-    print(
-        f"{'PASS' if passed == len(found) else 'FAIL'}: {passed} of {len(found)} cases, worst {worst:.2e}", flush=True
-    )
-    return found
+    return judged(cases(), errors)

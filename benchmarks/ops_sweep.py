@@ -7,10 +7,11 @@ import torch
 
 from meswitch.ops import Routing
 from meswitch.ops.routing import bucket
+from meswitch.ops.slots import Variant
 from meswitch.ops.triton_launch import FusedConfig, choose_fused, fused, fused_constants
 from ops_decode import DEPTH, Model, inputs, outputs
 from ops_models import DEVICE, MODELS, Layer, spread
-from ops_timing import Variant, graph_ms
+from ops_timing import Kernel, graph_ms
 
 CASES = [(1, 1), (8, 4), (32, 1), (32, 4), (16, 16)]  # batch, experts
 
@@ -38,15 +39,15 @@ def _configs(batch: int, experts: int, change: str) -> Callable[[int, int], Fuse
     return lambda rows, width: CHANGES[change](choose_fused(rows, width, experts, tokens, bucket(batch, least=8)))
 
 
-def wanted(name: str) -> list[Variant]:
+def wanted(name: str) -> list[Kernel]:
     """What `ops_timing.compile_all` takes."""
     found = []
     for batch, experts in CASES:
         for change in CHANGES:
             config = _configs(batch, experts, change)
             for rows, width in MODELS[name][1].values():
-                fixed = fused_constants(config(rows, width), rows, width, True, False, 128, 16, False)
-                found.append(Variant("fused", torch.bfloat16, rows, width, True, fixed))
+                fixed = fused_constants(config(rows, width), rows, width, Variant(True, False, 128, 16), False)
+                found.append(Kernel("fused", torch.bfloat16, rows, width, fixed))
     return found
 
 
@@ -75,7 +76,5 @@ def sweep(model: Model) -> list[dict]:
 
 def _run(layers: list[Layer], x: dict, y: dict, r: Routing, config: FusedConfig) -> None:
     for layer in layers:
-        (rows, width), d, v = layer.weight.shape, layer.deltas, layer.deltas.variant
-        places = d.arena, d.table, d.arrived, r.slots, r.starts, r.order, r.max_tokens
-        variant = v.two, v.one, v.group, v.salient
-        fused(y[rows], x[width], layer.weight, None, *places, *variant, config)
+        rows, width = layer.weight.shape
+        fused(y[rows], x[width], layer.weight, None, layer.deltas, r, config)

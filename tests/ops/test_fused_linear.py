@@ -87,9 +87,7 @@ def test_every_output_is_written_and_nothing_else():
     layer = SlotLinear.build([random_delta(50, 300, 2), None], DEVICE)
     x, weight = inputs(4, layer, torch.bfloat16)
     poisoned = torch.full((6, 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    r, v = Routing.build([0, -1, 1, 0], DEVICE), layer.variant
-    places = layer.arena, layer.table, layer.arrived, r.slots, r.starts, r.order, r.max_tokens
-    fused(poisoned[1:5, :50], x, weight, None, *places, v.two, v.one, v.group, v.salient)
+    fused(poisoned[1:5, :50], x, weight, None, layer, Routing.build([0, -1, 1, 0], DEVICE))
     assert poisoned[1:5, :50].isfinite().all()
     assert poisoned[0].isnan().all()
     assert poisoned[5].isnan().all()
@@ -101,14 +99,13 @@ def test_the_order_in_which_items_start_changes_nothing():
 
     layer = SlotLinear.build([random_delta(300, 1024, 2, seed=seed) for seed in range(2)], DEVICE)
     x, weight = inputs(5, layer, torch.bfloat16)
-    r, v = Routing.build([0, -1, 1, 0, 1], DEVICE), layer.variant
-    places = layer.arena, layer.table, layer.arrived, r.slots, r.starts, r.order, r.max_tokens
+    routing = Routing.build([0, -1, 1, 0, 1], DEVICE)
     chosen = choose_fused(300, 1024, 2, 8, 8)
     found = []
     for deltas_first in (False, True):
         y = torch.full((5, 300), float("nan"), dtype=torch.bfloat16, device=DEVICE)
         config = dataclasses.replace(chosen, deltas_first=deltas_first)
-        fused(y, x, weight, None, *places, v.two, v.one, v.group, v.salient, config)
+        fused(y, x, weight, None, layer, routing, config)
         found.append(y)
     assert found[0].isfinite().all()
     assert torch.equal(*found)

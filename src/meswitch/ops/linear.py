@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops import operators  # noqa: F401 - registers them
+from meswitch.ops.operators import KERNEL_DTYPES, chosen_backend, flat
 from meswitch.ops.routing import Routing
 from meswitch.ops.slots import SlotLinear
 
@@ -24,26 +24,10 @@ def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, bac
     Raises:
         ConfigError: the backend cannot serve this; the message names one that can.
     """
-    backend = _backend(backend, x)
+    backend = chosen_backend(backend, x.device, "expert_linear")
     if backend == "triton":
         _check(y, x, layer, routing)
-    v = layer.variant
-    torch.ops.meswitch.expert_linear(
-        y,
-        x,
-        layer.arena,
-        layer.table,
-        layer.arrived,
-        routing.slots,
-        routing.starts,
-        routing.order,
-        routing.max_tokens,
-        v.two,
-        v.one,
-        v.group,
-        v.salient,
-        backend,
-    )
+    torch.ops.meswitch.expert_linear(y, x, *flat(layer, routing), backend)
     return y
 
 
@@ -67,43 +51,15 @@ def fused_linear(
     Raises:
         ConfigError: the backend cannot serve this; the message names one that can.
     """
-    backend = _backend(backend, x)
+    backend = chosen_backend(backend, x.device, "expert_linear")
     if backend == "triton":
         _check_fused(x, weight, layer, routing)
-    v = layer.variant
-    result: Tensor = torch.ops.meswitch.fused_linear(
-        x,
-        weight,
-        bias,
-        layer.arena,
-        layer.table,
-        layer.arrived,
-        routing.slots,
-        routing.starts,
-        routing.order,
-        routing.max_tokens,
-        v.two,
-        v.one,
-        v.group,
-        v.salient,
-        backend,
-    )
+    result: Tensor = torch.ops.meswitch.fused_linear(x, weight, bias, *flat(layer, routing), backend)
     return result
 
 
-def _backend(name: str | None, x: Tensor) -> str:
-    name = name or ("triton" if x.device.type == "cuda" else "reference")
-    if name not in ("triton", "reference"):
-        raise ConfigError(f"backend: {name!r} has no expert_linear; 'triton' and 'reference' have")
-    return name
-
-
 def _check_fused(x: Tensor, weight: Tensor, layer: SlotLinear, routing: Routing) -> None:
-    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
-        raise ConfigError(
-            f"dtype: x is {x.dtype}, weight {weight.dtype}: the triton backend takes bfloat16 or float16 for both; "
-            "the backend 'reference' serves any"
-        )
+    _check_dtypes(x, weight, "weight")
     if len(x) > MAX_TOKENS or routing.max_tokens > MAX_TOKENS:
         raise ConfigError(
             f"{len(x)} tokens: the triton fused kernel takes up to {MAX_TOKENS}; a product with the weight and then "
@@ -128,11 +84,7 @@ def _check(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing) -> None:
     Raises:
         ConfigError: names the backend that serves it.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16) or y.dtype != x.dtype:
-        raise ConfigError(
-            f"dtype: x is {x.dtype}, y {y.dtype}: the triton backend takes bfloat16 or float16 for both; "
-            "the backend 'reference' serves any"
-        )
+    _check_dtypes(x, y, "y")
     if routing.max_tokens > MAX_TOKENS:
         raise ConfigError(
             f"{routing.max_tokens} tokens of one expert: the triton decode kernel takes up to {MAX_TOKENS}; "
@@ -141,4 +93,12 @@ def _check(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing) -> None:
     if x.shape != (len(y), layer.in_features) or y.shape[1] != layer.rows or x.stride(1) != 1 or y.stride(1) != 1:
         raise ConfigError(
             f"shapes: x {tuple(x.shape)}, y {tuple(y.shape)} for a layer of {layer.rows} x {layer.in_features}"
+        )
+
+
+def _check_dtypes(x: Tensor, other: Tensor, name: str) -> None:
+    if x.dtype not in KERNEL_DTYPES or other.dtype != x.dtype:
+        raise ConfigError(
+            f"dtype: x is {x.dtype}, {name} {other.dtype}: the triton backend takes bfloat16 or float16 for both; "
+            "the backend 'reference' serves any"
         )

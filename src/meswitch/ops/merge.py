@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops.slots import SlotLinear, read_slot
+from meswitch.ops.operators import KERNEL_DTYPES, chosen_backend
+from meswitch.ops.slots import SlotLinear, Variant, read_slot
 
 MOST = 4  # experts of one launch: their part of a tile is read ahead, one at a time
 
@@ -46,10 +47,7 @@ def merge(
     Raises:
         ConfigError: the backend cannot serve this; the message names one that can.
     """
-    if backend is None:
-        backend = "triton" if weight.device.type == "cuda" else "reference"
-    if backend not in ("triton", "reference"):
-        raise ConfigError(f"backend: {backend!r} has no merge; 'triton' and 'reference' have")
+    backend = chosen_backend(backend, weight.device, "merge")
     if weight.shape != (layer.rows, layer.in_features) or weight.stride(1) != 1:
         raise ConfigError(f"shapes: weight {tuple(weight.shape)} for a layer of {layer.rows} x {layer.in_features}")
     if out.shape != (len(slots), last - first, layer.in_features) or out.dtype != weight.dtype:
@@ -58,28 +56,25 @@ def merge(
         )
     if not out.is_contiguous():
         raise ConfigError("out: not contiguous")
-    if backend == "triton" and weight.dtype not in (torch.bfloat16, torch.float16):
+    if backend == "triton" and weight.dtype not in KERNEL_DTYPES:
         raise ConfigError(
             f"dtype: weight is {weight.dtype}: the triton backend takes bfloat16 or float16; "
             "the backend 'reference' serves any"
         )
-    v = layer.variant
-    torch.ops.meswitch.merge(
-        *(out, weight, layer.arena, layer.table, slots, first, last, v.two, v.one, v.group, v.salient, backend)
-    )
+    torch.ops.meswitch.merge(out, weight, layer.arena, layer.table, slots, first, last, *layer.variant, backend)
     return out
 
 
-def constants(in_features: int, two: bool, one: bool, group: int, salient: int) -> dict[str, Any]:
+def constants(variant: Variant) -> dict[str, Any]:
     """What both kernels of `triton_merge` are compiled for."""
     from meswitch.ops.triton_launch import INTERPRET
     from meswitch.ops.triton_merge import BLOCK
 
-    block = BLOCK.value
+    block, group = BLOCK.value, variant.group
     return {
-        "TWO": two,
-        "ONE": one,
-        "SALIENT": salient,
+        "TWO": variant.two,
+        "ONE": variant.one,
+        "SALIENT": variant.salient,
         "GROUP": group,
         "GROUPS": block // group if 0 < group < block else 1,
         "INTERPRET": INTERPRET,
@@ -103,10 +98,7 @@ def launch(
     slots: Tensor,
     first: int,
     last: int,
-    two: bool,
-    one: bool,
-    group: int,
-    salient: int,
+    variant: Variant,
     tile: Tile | None = None,
 ) -> None:
     """The Triton kernel, once for every `MOST` experts; shapes as for `merge`."""
@@ -119,7 +111,7 @@ def launch(
         merge_kernel[(-(-width // block), -(-(last - first) // used.rows))](
             *(weight, out[e:], arena.view(torch.int32), table, slots[e:], first, last, weight.stride(0), rows, width),
             **merge_constants(experts, used, last - first, width),
-            **constants(width, two, one, group, salient),
+            **constants(variant),
         )
 
 
@@ -139,7 +131,7 @@ def _merge(
     backend: str,
 ) -> None:
     if backend == "triton":
-        launch(out, weight, arena, table, slots, first, last, two, one, group, salient)
+        launch(out, weight, arena, table, slots, first, last, Variant(two, one, group, salient))
         return
     for e, slot in enumerate(slots.tolist()):
         delta = read_slot(arena, table[slot].tolist(), weight.shape[0], weight.shape[1], group)
@@ -151,18 +143,5 @@ def _merge(
 
 
 @_merge.register_fake
-def _(
-    out: Tensor,
-    weight: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    slots: Tensor,
-    first: int,
-    last: int,
-    two: bool,
-    one: bool,
-    group: int,
-    salient: int,
-    backend: str,
-) -> None:
+def _(*_: object) -> None:
     return None

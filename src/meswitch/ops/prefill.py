@@ -5,8 +5,6 @@ bytes instead, `2 + 2 + bits / 8` of them a weight for one expert, and `y = x (W
 Short segments share the base's product and get their deltas from the decode kernel.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from meswitch.errors import ConfigError
 from meswitch.ops.linear import expert_linear
 from meswitch.ops.merge import MOST, merge
 from meswitch.ops.prefill_routing import PrefillRouting
-from meswitch.ops.slots import SMALLEST_TILE, SlotLinear
+from meswitch.ops.slots import SlotLinear
 
 SCRATCH = 512 << 20  # bytes of merged weights at a time
 _WAVE = 4096  # rows: with 1,024 tokens they are 128 tiles of 128 x 256, one for nearly every multiprocessor
@@ -54,7 +52,7 @@ def expert_prefill(
     for first, last in routing.plain:
         _product(tokens[first:last], weight, bias, y[first:last])
     if routing.short is not None:
-        expert_linear(y, tokens, _with_counters(layer, routing.short.slots.numel()), routing.short, backend)
+        expert_linear(y, tokens, layer.for_places(routing.short.slots.numel()), routing.short, backend)
     for e in range(0, len(routing.merged), MOST):
         spans, slots = routing.merged[e : e + MOST], routing.merged_slots[e : e + MOST]
         step = block_rows(layer.rows, layer.in_features, len(spans), scratch)
@@ -85,11 +83,3 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.mm(x, weight.T, out=out)
     else:
         torch.addmm(bias, x, weight.T, out=out)
-
-
-def _with_counters(layer: SlotLinear, places: int) -> SlotLinear:
-    """The decode kernel counts by tile and place, and there may be more places here than slots."""
-    cells = -(-layer.rows // SMALLEST_TILE) * places
-    if cells <= layer.arrived.numel():
-        return layer
-    return dataclasses.replace(layer, arrived=layer.arrived.new_zeros(cells))

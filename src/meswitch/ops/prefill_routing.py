@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meswitch.ops.linear import MAX_TOKENS
-from meswitch.ops.routing import BASE, Routing, bucket
+from meswitch.ops.routing import BASE, Routing, bucket, by_slot
 
 MERGE_FROM = 256  # tokens of one expert from which merging its weights costs less than the decode kernel; measured
 
@@ -42,9 +42,7 @@ class PrefillRouting:
             token_slots: the slot of each token, `BASE` for none. merge_from: the fewest tokens of an expert for which
                 its weights are merged; fewer go to the base's product and the decode kernel.
         """
-        tokens: dict[int, list[int]] = {}
-        for position, slot in enumerate(token_slots):
-            tokens.setdefault(slot, []).append(position)
+        tokens = by_slot(token_slots)
         order = [position for own in tokens.values() for position in own]
         merged, plain, slots, short, start = [], [], [], [], 0
         for slot, own in tokens.items():

@@ -39,9 +39,7 @@ class Routing:
             token_slots: the slot of each token, `BASE` for none. experts, max_tokens: the step's buckets, by default
                 the next powers of two.
         """
-        tokens: dict[int, list[int]] = {}
-        for position, slot in enumerate(token_slots):
-            tokens.setdefault(slot, []).append(position)
+        tokens = by_slot(token_slots)
         present = sorted(tokens.keys() - {BASE})
         segments = [tokens[own] for own in present]
         experts = experts or bucket(len(present))
@@ -56,13 +54,21 @@ class Routing:
             starts.append(starts[-1] + length)
         starts += [starts[-1]] * (experts - len(present))
         order = [t for segment in segments for t in segment]
-        order += [t for t, slot in enumerate(token_slots) if slot == BASE]
+        order += tokens.get(BASE, [])
         parts = [[*present, *[BASE] * (experts - len(present))], starts, order]
         padded = [part + [0] * (-len(part) % 4) for part in parts]  # 16-byte aligned, or Triton compiles anew
         flat = torch.tensor([*padded[0], *padded[1], *padded[2]], dtype=torch.int32).to(device)  # one copy
         places = flat.split([len(part) for part in padded])
         slots, begins, positions = (place[: len(part)] for place, part in zip(places, parts, strict=True))
         return cls(slots, begins, positions, max_tokens)
+
+
+def by_slot(token_slots: Sequence[int]) -> dict[int, list[int]]:
+    """The positions of each slot's tokens; slots in the order in which they first appear."""
+    tokens: dict[int, list[int]] = {}
+    for position, slot in enumerate(token_slots):
+        tokens.setdefault(slot, []).append(position)
+    return tokens
 
 
 def bucket(count: int, least: int = 1) -> int:

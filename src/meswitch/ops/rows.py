@@ -6,8 +6,9 @@ from torch import Tensor
 from meswitch.errors import ConfigError
 from meswitch.ops.linear import expert_linear
 from meswitch.ops.merge import constants
+from meswitch.ops.operators import chosen_backend
 from meswitch.ops.routing import Routing
-from meswitch.ops.slots import SlotLinear, read_slot
+from meswitch.ops.slots import SlotLinear, Variant, read_slot
 
 
 def embedding_rows(
@@ -31,9 +32,7 @@ def embedding_rows(
     Raises:
         ConfigError: the backend cannot serve this; the message names one that can.
     """
-    backend = backend or ("triton" if weight.device.type == "cuda" else "reference")
-    if backend not in ("triton", "reference"):
-        raise ConfigError(f"backend: {backend!r} has no embedding_rows; 'triton' and 'reference' have")
+    backend = chosen_backend(backend, weight.device, "embedding_rows")
     if weight.shape != (layer.rows, layer.in_features) or weight.stride(1) != 1 or ids.shape != token_slots.shape:
         raise ConfigError(
             f"shapes: {len(ids)} ids, {len(token_slots)} slots, weight {tuple(weight.shape)} for a layer of "
@@ -41,10 +40,10 @@ def embedding_rows(
         )
     if extra is not None and (extra.dtype != weight.dtype or not extra.is_contiguous()):
         raise ConfigError(f"extra: {extra.dtype}, for weights of {weight.dtype}, or not contiguous")
-    v, own_rows = layer.variant, 0 if extra is None else extra.shape[1]
+    own_rows = 0 if extra is None else extra.shape[1]
     return torch.ops.meswitch.embedding_rows(
         *(ids, token_slots, weight, weight if extra is None else extra, own_rows, layer.arena, layer.table),
-        *(v.two, v.one, v.group, v.salient, backend),
+        *(*layer.variant, backend),
     )
 
 
@@ -121,7 +120,7 @@ def _embedding_rows(
             *(weight.stride(0), extra_rows, rows, width),
             EXTRA=extra_rows > 0,
             num_warps=1,
-            **constants(width, two, one, group, salient),
+            **constants(Variant(two, one, group, salient)),
         )
         return out
     out.zero_()
@@ -137,18 +136,5 @@ def _embedding_rows(
 
 
 @_embedding_rows.register_fake
-def _(
-    ids: Tensor,
-    token_slots: Tensor,
-    weight: Tensor,
-    extra: Tensor,
-    extra_rows: int,
-    arena: Tensor,
-    table: Tensor,
-    two: bool,
-    one: bool,
-    group: int,
-    salient: int,
-    backend: str,
-) -> Tensor:
+def _(ids: Tensor, token_slots: Tensor, weight: Tensor, *_: object) -> Tensor:
     return weight.new_empty(len(ids), weight.shape[1])

@@ -1,7 +1,8 @@
 """The deltas of one linear layer in all slots of an arena."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,10 @@ from meswitch.errors import ConfigError
 from meswitch.ops.layout import ABSENT, Shape, read, write
 from meswitch.ops.routing import bucket
 
-SMALLEST_TILE = 32  # rows
+_SMALLEST_TILE = 32  # rows
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(NamedTuple):
     """What a kernel is specialised on, the same for all experts that a layer may ever hold.
 
     two, one: some expert has planes of that width. group: see `layout.Shape`. salient: the widest padded count.
@@ -62,9 +62,13 @@ class SlotLinear:
     @classmethod
     def over(cls, arena: Tensor, table: Tensor, rows: int, in_features: int, variant: Variant) -> "SlotLinear":
         """A layer whose deltas lie, or will lie, in a shared arena."""
-        cells = -(-rows // SMALLEST_TILE) * bucket(len(table))
-        arrived = torch.zeros(cells, dtype=torch.int32, device=arena.device)
+        arrived = torch.zeros(_cells(rows, bucket(len(table))), dtype=torch.int32, device=arena.device)
         return cls(arena, table, arrived, rows, in_features, variant)
+
+    def for_places(self, places: int) -> "SlotLinear":
+        """The same layer with counters for a routing of so many places, if it has not enough."""
+        cells = _cells(self.rows, places)
+        return self if cells <= self.arrived.numel() else replace(self, arrived=self.arrived.new_zeros(cells))
 
     @classmethod
     def build(cls, deltas: Sequence[PackedDelta | None], device: torch.device | str = "cpu") -> "SlotLinear":
@@ -80,6 +84,11 @@ class SlotLinear:
                 offset += shape.nbytes
         variant = Variant.of(s for s in shapes if s)
         return cls.over(arena, torch.tensor(table).to(device), present[0].rows, present[0].in_features, variant)
+
+
+def _cells(rows: int, places: int) -> int:
+    """Counters: one for each tile and place of a routing."""
+    return -(-rows // _SMALLEST_TILE) * places
 
 
 def read_slot(arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int) -> PackedDelta | None:

@@ -28,7 +28,6 @@ def decode_kernel(
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
     BN: tl.constexpr,
     MT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -51,8 +50,6 @@ def decode_kernel(
     acc = delta_tile(
         x_rows, arena, row, n, split, SPLIT, N, K, TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES
     )
-    if PDL:
-        tl.extra.cuda.gdc_wait()  # the base's product is in y, and an earlier launch is done with the scratch memory
     if SPLIT > 1:
         cell = tile + e * tl.num_programs(0)
         offsets = tl.arange(0, MT)[None, :] * BN + tl.arange(0, BN)[:, None]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.ops.routing import bucket
+from meswitch.ops.routing import Routing, bucket
+from meswitch.ops.slots import SlotLinear, Variant
 from meswitch.ops.triton_decode import decode_kernel
 from meswitch.ops.triton_fused import fused_kernel
 
@@ -22,18 +23,13 @@ _MOST_CHANNELS = 4096  # of one delta item beside base items: a longer one that 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """rows, tokens: of a tile. split: programs that share a tile's input channels. warps, stages: Triton's.
-
-    early: start while the kernel before this one ends (programmatic dependent launch). Right only if that kernel wrote
-    y and not x, as the base's product does.
-    """
+    """rows, tokens: of a tile. split: programs that share a tile's input channels. warps, stages: Triton's."""
 
     rows: int
     tokens: int
     split: int
     warps: int = 2
     stages: int = 3
-    early: bool = False
 
 
 def choose(rows: int, in_features: int, experts: int, tokens: int) -> Config:
@@ -81,25 +77,21 @@ def choose_fused(rows: int, in_features: int, experts: int, tokens: int, columns
     return FusedConfig(Config(128, tokens, split, warps, stages), columns, base_rows, base_split, base_stages)
 
 
-def constants(
-    config: Config, rows: int, in_features: int, two: bool, one: bool, group: int, salient: int
-) -> dict[str, Any]:
+def constants(config: Config, rows: int, in_features: int, variant: Variant) -> dict[str, Any]:
     """What the kernel is compiled for."""
     return {
-        "TWO": two,
-        "ONE": one,
-        "SALIENT": salient,
-        "GROUP": group,
+        "TWO": variant.two,
+        "ONE": variant.one,
+        "SALIENT": variant.salient,
+        "GROUP": variant.group,
         "EVEN_K": in_features % 512 == 0,
         "EVEN_N": rows % config.rows == 0,
         "INTERPRET": INTERPRET,
-        "PDL": config.early,
         "BN": config.rows,
         "MT": config.tokens,
         "SPLIT": config.split,
         "STAGES": config.stages,
         "num_warps": config.warps,
-        **({"launch_pdl": True} if config.early else {}),
     }
 
 
@@ -113,13 +105,10 @@ def _registers(tokens: int, one: bool) -> int:
     return 200 if tokens == 16 or one else 168
 
 
-def fused_constants(
-    config: FusedConfig, rows: int, in_features: int, two: bool, one: bool, group: int, salient: int, bias: bool
-) -> dict[str, Any]:
+def fused_constants(config: FusedConfig, rows: int, in_features: int, variant: Variant, bias: bool) -> dict[str, Any]:
     """What the fused kernel is compiled for."""
-    shared = constants(config.delta, rows, in_features, two, one, group, salient)
-    for name in ("PDL", "SPLIT"):
-        del shared[name]
+    shared = constants(config.delta, rows, in_features, variant)
+    del shared["SPLIT"]
     return shared | {
         "BIAS": bias,
         "BASE_BN": config.base_rows,
@@ -128,39 +117,23 @@ def fused_constants(
         "PARTS": bucket(config.base_split + config.delta.split),
         "COLUMNS": min(config.columns, 8 * config.delta.warps),
         "BASE_STAGES": config.base_stages,
-        "maxnreg": _registers(config.delta.tokens, one),
+        "maxnreg": _registers(config.delta.tokens, variant.one),
     }
 
 
-def decode(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    arrived: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    max_tokens: int,
-    two: bool,
-    one: bool,
-    group: int,
-    salient: int,
-    config: Config | None = None,
-) -> None:
+def decode(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, config: Config | None = None) -> None:
     """`y += x D^T` in one launch; see `linear.expert_linear` for the shapes."""
-    rows, width, experts = y.shape[1], x.shape[1], slots.numel()
-    config = config or choose(rows, width, experts, max_tokens)
+    rows, width, experts = layer.rows, layer.in_features, routing.slots.numel()
+    config = config or choose(rows, width, experts, routing.max_tokens)
     tiles = math.ceil(rows / config.rows)
     if config.split > 1:
         size = tiles * experts * config.split * config.rows * config.tokens
         work = torch.empty(size, dtype=torch.float32, device=x.device)
     else:
-        work = starts  # not used
-    strides = x.stride(0), y.stride(0)
+        work = routing.starts  # not used
     decode_kernel[(tiles, config.split, experts)](
-        *(x, y, arena.view(torch.int32), table, slots, starts, order, work, arrived, *strides, rows, width),
-        **constants(config, rows, width, two, one, group, salient),
+        *(x, y, *_tables(layer, routing), work, layer.arrived, x.stride(0), y.stride(0), rows, width),
+        **constants(config, rows, width, layer.variant),
     )
 
 
@@ -169,22 +142,13 @@ def fused(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    arena: Tensor,
-    table: Tensor,
-    arrived: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    order: Tensor,
-    max_tokens: int,
-    two: bool,
-    one: bool,
-    group: int,
-    salient: int,
+    layer: SlotLinear,
+    routing: Routing,
     config: FusedConfig | None = None,
 ) -> None:
     """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes."""
-    (rows, width), experts, tokens = weight.shape, slots.numel(), len(x)
-    config = config or choose_fused(rows, width, experts, max_tokens, bucket(tokens, least=8))
+    rows, width, experts, tokens = layer.rows, layer.in_features, routing.slots.numel(), len(x)
+    config = config or choose_fused(rows, width, experts, routing.max_tokens, bucket(tokens, least=8))
     tiles = math.ceil(rows / config.delta.rows)
     parts = config.base_split, config.delta.split
     base_items = tiles * (config.delta.rows // config.base_rows) * config.base_split
@@ -192,19 +156,12 @@ def fused(
     work = torch.empty(size, dtype=torch.float32, device=x.device)
     strides = x.stride(0), y.stride(0), weight.stride(0)
     fused_kernel[(base_items + tiles * experts * config.delta.split,)](
-        *(
-            x,
-            y,
-            weight,
-            y if bias is None else bias,
-            arena.view(torch.int32),
-            table,
-            slots,
-            starts,
-            order,
-            work,
-            arrived,
-        ),
+        *(x, y, weight, y if bias is None else bias, *_tables(layer, routing), work, layer.arrived),
         *(*strides, rows, width, tokens, experts, *parts, base_items if config.deltas_first else 0),
-        **fused_constants(config, rows, width, two, one, group, salient, bias is not None),
+        **fused_constants(config, rows, width, layer.variant, bias is not None),
     )
+
+
+def _tables(layer: SlotLinear, routing: Routing) -> tuple[Tensor, ...]:
+    """What tells a kernel where deltas lie and whose tokens are where."""
+    return layer.arena.view(torch.int32), layer.table, routing.slots, routing.starts, routing.order
