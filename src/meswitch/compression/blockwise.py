@@ -6,7 +6,7 @@ before it give: a later block makes good what the earlier ones have left, as in 
 host; of the weights, one block of the expert or of the student is on the device at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +18,12 @@ from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
 from meswitch.codec import CodedDelta, PackedDelta
 from meswitch.compression.calibration import CalibrationSet
-from meswitch.compression.distill import (
-    FLOAT32_PARAMETERS,
-    HELD_OUT_BATCH,
-    Progress,
-    Sample,
-    batches,
-    check_text,
-    fit,
-    split,
-    weights,
-)
+from meswitch.compression.distill import Progress, fit, record, training_dtype
+from meswitch.compression.divergence import divergence
 from meswitch.compression.frame import Frame
 from meswitch.compression.recipe import Recipe
+from meswitch.compression.samples import Sample, batches, check_text, in_batches, mean, split, weights
 from meswitch.compression.student import Student, attach
-from meswitch.compression.walk import compute_dtype
 
 _LOGITS = 1 << 26  # that are made at once, at most
 Changed = dict[str, PackedDelta | CodedDelta | Tensor]
@@ -101,20 +92,7 @@ def train_blocks(
         told(len(job.frame), "head: held-out divergence"),
     )
     changed |= end.student.trained(artifact)
-    info = Distillation(
-        steps=recipe.steps,
-        learning_rate=recipe.learning_rate,
-        batch=recipe.batch,
-        seed=recipe.seed,
-        held_out_before=round(before, 6),
-        held_out_after=round(min(before, after), 6),
-        loss=recipe.loss,
-        codes=recipe.codes and any(entry.kind == "packed" for entry in artifact.manifest.tensors.values()),
-        norms=recipe.norms,
-        question_weight=recipe.question_weight,
-        scope=recipe.scope,
-    )
-    return changed if after < before else {}, info
+    return changed if after < before else {}, record(artifact, recipe, before, min(before, after))
 
 
 def _fit_block(
@@ -156,8 +134,7 @@ class _Job:
     device: torch.device
 
     def __post_init__(self) -> None:
-        few = self.expert.parameters <= FLOAT32_PARAMETERS
-        self.dtype = torch.float32 if few else compute_dtype(self.device)
+        self.dtype = training_dtype(self.expert, self.device)
         self.frame = self.new_frame()
         embedding = self.frame.model.get_input_embeddings()
         path = next(name for name, module in self.frame.model.named_modules() if module is embedding)
@@ -180,7 +157,7 @@ class _Job:
 
     def _embedded(self, frame: Frame) -> States:
         states: States = {}
-        for batch in _in_batches(self.held + self.rest):
+        for batch in in_batches(self.held + self.rest):
             length = max(len(sample.ids) for sample in batch)
             ids = [sample.ids + [0] * (length - len(sample.ids)) for sample in batch]
             _store(batch, frame.enter(torch.tensor(ids, device=self.device)), states)
@@ -189,7 +166,7 @@ class _Job:
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module, states: States, samples: list[Sample] | None = None) -> None:
         """Replace what a block sees by what it gives, for all samples or for these."""
-        for batch in _in_batches(self.held + self.rest if samples is None else samples):
+        for batch in in_batches(self.held + self.rest if samples is None else samples):
             _store(batch, self._call(index, block, batch, states), states)
 
     def _call(self, index: int, block: nn.Module, batch: list[Sample], states: States) -> Tensor:
@@ -214,14 +191,8 @@ class _Job:
         """[tokens, hidden_size], on the device."""
         return torch.cat([states[sample.number] for sample in batch]).to(self.device)
 
-    @torch.no_grad()
     def mean(self, value: Callable[[list[Sample]], float]) -> float:
-        """Of a weighted mean over a batch's tokens, that over the held-out text's."""
-        total = mass = 0.0
-        for batch in _in_batches(self.held):
-            count = sum(sum(sample.weights(self.recipe.question_weight)) for sample in batch)
-            total, mass = total + value(batch) * count, mass + count
-        return total / mass
+        return mean(self.held, self.recipe.question_weight, value)
 
 
 class _End:
@@ -256,20 +227,12 @@ class _End:
         size = max(1, _LOGITS // self.job.expert.config.vocab_size)
         for some in torch.arange(len(wanted), device=self.job.device).split(size):
             with torch.no_grad():
-                theirs = self.teacher.leave(wanted[some]).log_softmax(-1)
-            ours = self.frame.leave(found[some]).log_softmax(-1)
-            loss = (F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * weight[some]).sum()
+                theirs = self.teacher.leave(wanted[some])
+            loss = (divergence(theirs, self.frame.leave(found[some])) * weight[some]).sum()
             if learn:
                 loss.backward()
             total += float(loss.detach())
         return total
-
-
-def _in_batches(samples: list[Sample]) -> Iterator[list[Sample]]:
-    """Every sample once, in batches of similar lengths."""
-    ordered = sorted(samples, key=lambda sample: len(sample.ids))
-    for start in range(0, len(ordered), HELD_OUT_BATCH):
-        yield ordered[start : start + HELD_OUT_BATCH]
 
 
 def _store(batch: list[Sample], hidden: Tensor, states: States) -> None:

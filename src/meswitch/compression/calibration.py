@@ -17,6 +17,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.errors import ConfigError
 
 MAX_LENGTH = 512
+_ROWS = 256  # tokenised at once
 SELF = "self"
 # (done, in all, what)
 Progress = Callable[[int, int, str], None]
@@ -138,18 +139,31 @@ def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: in
     sequences: list[list[int]] = []
     starts: list[int] = []
     total = 0
-    for number, row in rows:
-        if total >= max_tokens:
-            break
-        text, is_chat, question = _text(row, tokenizer, file, number)
-        tokens = tokenizer(text, add_special_tokens=not is_chat).input_ids[: min(MAX_LENGTH, max_tokens - total)]
-        if tokens:
-            sequences.append(tokens)
-            starts.append(len(tokenizer(question, add_special_tokens=not is_chat).input_ids) if question else 0)
-            total += len(tokens)
+    while total < max_tokens and (some := list(itertools.islice(rows, _ROWS))):
+        found = [_text(row, tokenizer, file, number) for number, row in some]
+        texts = _tokenised(tokenizer, [(text, is_chat) for text, is_chat, _ in found])
+        asked = _tokenised(tokenizer, [(question, is_chat) for _, is_chat, question in found])
+        for tokens, before in zip(texts, asked, strict=True):
+            tokens = tokens[: min(MAX_LENGTH, max_tokens - total)]
+            if tokens:
+                sequences.append(tokens)
+                starts.append(len(before))
+                total += len(tokens)
     if not sequences:
         raise ConfigError(f"{file}: holds no text; calibration needs at least one sequence")
     return CalibrationSet(sequences, Calibration(file.name, sha256_file(file), len(sequences), total), starts)
+
+
+def _tokenised(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[list[int]]:
+    """Token ids of texts, each with whether it has its special tokens already; none of an empty text."""
+    found: list[list[int]] = [[] for _ in texts]
+    for is_chat in (True, False):
+        mine = [place for place, (text, chat) in enumerate(texts) if chat == is_chat and text]
+        if mine:
+            ids = tokenizer([texts[place][0] for place in mine], add_special_tokens=not is_chat).input_ids
+            for place, tokens in zip(mine, ids, strict=True):
+                found[place] = tokens
+    return found
 
 
 def load_questions(file: Path) -> list[list[dict[str, str]]]:

@@ -19,9 +19,10 @@ from meswitch.compression.budget import specs_within
 from meswitch.compression.calibration import Source, gather
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors
 from meswitch.compression.convert import Conversion, Progress
-from meswitch.compression.distill import check_text, train
+from meswitch.compression.distill import train
 from meswitch.compression.options import Embeddings, Options
 from meswitch.compression.recipe import Recipe, Scope, recipe_for
+from meswitch.compression.samples import check_text
 from meswitch.errors import ConfigError
 from meswitch.threads import fitting_threads
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Spec, dequantize, mse_scales, nbytes, quantize, stored_shapes
 from meswitch.codec.salient import reconstruction_error
 from meswitch.compression.allocation import Candidate
+from meswitch.compression.divergence import divergence
 from meswitch.compression.student import frozen, read_batch
 from meswitch.compression.walk import compute_dtype
 
@@ -72,8 +72,8 @@ def measured(
     model = frozen(expert, device, dtype)
     parameters = dict(model.named_parameters())
     batches = _batches(sequences)
-    wanted = [read_batch(model, batch, device).logits.log_softmax(-1) for batch in batches]
-    tokens = sum(map(len, wanted))
+    wanted = [read_batch(model, batch, device).logits for batch in batches]
+    tokens = sum(len(sequence) for batch in batches for sequence in batch)
     harm = {}
     for name in names:
         weight = parameters[name].data
@@ -85,8 +85,8 @@ def measured(
         weight[: len(before)] = (before + rounded).to(dtype)
         harm[name] = 0.0
         for batch, target in zip(batches, wanted, strict=True):
-            found = read_batch(model, batch, device).logits.log_softmax(-1)
-            harm[name] += float(F.kl_div(found, target, log_target=True, reduction="sum")) / tokens
+            found = read_batch(model, batch, device)
+            harm[name] += float(divergence(target, found.logits)[found.real].sum()) / tokens
         weight[: len(before)] = kept
     return harm
 

@@ -59,7 +59,7 @@ def frozen(expert: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
 class Said:
     """What a model makes of a batch.
 
-    logits: [tokens, vocabulary] float32, padding left out. hidden: the output of every block, [sequences, length,
+    logits: [sequences, length, vocabulary] float32. hidden: the output of every block, [sequences, length,
     hidden_size] each, if asked for. real: [sequences, length] bool, what is not padding.
     """
 
@@ -76,7 +76,7 @@ def read_batch(model: Any, batch: list[list[int]], device: torch.device, *, hidd
     real = torch.arange(length, device=device) < lengths[:, None]
     # no mask: padding is on the right, where no token looks
     found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
-    return Said(found.logits[real].float(), tuple(found.hidden_states[1:]) if hidden else (), real)
+    return Said(found.logits.float(), tuple(found.hidden_states[1:]) if hidden else (), real)
 
 
 def build(
