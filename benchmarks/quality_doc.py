@@ -6,23 +6,19 @@
 A place to fill stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 
-import argparse
-import json
 import statistics
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import quality_ablations
 import quality_tables
-from markdown_tables import fill, has_place, pipe
-from quality_plots import PLOTS, digest, write
+from generated import RESULTS, arguments_of, stored, update
+from markdown_tables import pipe
+from quality_plots import plots
 from quality_settings import SUITES
-from quality_store import RESULTS, Store
-from tables import ROOT
+from quality_store import Store
 
 Stores = Mapping[str, Store]
-LEVELS_FILE = RESULTS / "quality-levels.json"
 
 
 def cost(stores: Stores) -> str:
@@ -42,12 +38,10 @@ def cost(stores: Stores) -> str:
     return pipe(head, *rows) if rows else "Not measured yet."
 
 
-def cost_7b(_: Stores) -> str:
+def cost_7b() -> str:
     """What `compress_cost.py` measured, and `compress_family.py`."""
     parts = []
-    file = RESULTS / "compress-cost-h100.json"
-    if file.exists():
-        data = json.loads(file.read_text())
+    if data := stored("compress-cost-h100.json"):
         meta = data["meta"]
         head = ["Mistral-7B shapes", "layers measured", "s a layer", f"s for {meta['layers']} layers and the rest"]
         head += ["waits for reading, s", "encodes, s", "device GiB", "host GiB"]
@@ -63,9 +57,7 @@ def cost_7b(_: Stores) -> str:
             for row in data["rows"]
         ]
         parts.append(f"{pipe(head, *rows)}\n\n{meta['card']}, torch {meta['torch']}, {meta['date']}.")
-    file = RESULTS / "compress-family-cpu.json"
-    if file.exists():
-        data = json.loads(file.read_text())
+    if data := stored("compress-family-cpu.json"):
         meta = data["meta"]
         rows = [[row["expert"], str(row["steps"]), f"{row['seconds']:.0f}"] for row in data["rows"]]
         table = pipe(["example family", "steps of distillation", "s, the whole command"], *rows)
@@ -89,11 +81,11 @@ def provenance(stores: Stores) -> str:
     return "\n".join(parts) or "Nothing is stored yet."
 
 
-def levels(_: Stores) -> str:
+def levels() -> str:
     """What `quality_levels.py` measured."""
-    if not LEVELS_FILE.exists():
+    data = stored("quality-levels.json")
+    if data is None:
         return "Not measured yet: `python benchmarks/quality_levels.py`."
-    data = json.loads(LEVELS_FILE.read_text())
     meta, rows = data["meta"], data["rows"]
     cells = [
         [row["levels"], str(row["bits"]), row["expert"], f"{row['relative_error']:.3f}", f"{row['kl']:.5f}"]
@@ -107,12 +99,11 @@ def levels(_: Stores) -> str:
     return f"{pipe(head, *cells)}\n\nThe lowest KL has {said}. {meta['date']}, torch {meta['torch']}, {meta['device']}."
 
 
-def large(_: Stores) -> str:
+def large() -> str:
     """What `quality_large.py` measured."""
-    file = RESULTS / "quality-large.json"
-    if not file.exists():
+    data = stored("quality-large.json")
+    if data is None:
         return "Not measured yet: `python benchmarks/quality_large.py`."
-    data = json.loads(file.read_text())
     meta = data["meta"]
     head = ["base", "norm of the delta / norm of the base", "bits", "bpw", "full", "compressed", "KL"]
     rows = [
@@ -131,69 +122,27 @@ def large(_: Stores) -> str:
     return f"{pipe(head, *rows)}\n\n{said}"
 
 
-def plot(name: str, stores: Stores) -> str:
-    data_of, _, title = PLOTS[name]
-    return f"![{title}](quality/{name}.svg)" if data_of(stores) else "Not measured yet."
-
-
-PLACES: dict[str, Callable[[Stores], str]] = {
-    "family": lambda stores: quality_tables.family(stores["family"]),
-    "frontier": lambda stores: quality_tables.frontier(stores["frontier"]),
-    "pairs": lambda stores: quality_tables.pairs(stores["frontier"]),
-    "ablations": lambda stores: quality_ablations.ablations(stores["ablations"]),
-    "levels": levels,
-    "large": large,
-    "cost": cost,
-    "cost 7b": cost_7b,
-    "provenance": provenance,
-    **{f"plot {name}": lambda stores, name=name: plot(name, stores) for name in PLOTS},
-}
-
-
-def filled(text: str, stores: Stores) -> str:
-    """The text with every place filled."""
-    for name, make in PLACES.items():
-        if not has_place(text, name):
-            raise SystemExit(f"<!-- {name} -->: no such place in the document")
-        text = fill(text, name, make(stores))
-    return text
-
-
-def stale_plots(stores: Stores, directory: Path) -> dict[str, dict]:
-    """The data of the plots whose files show others, or are missing; empty data: a file that must go."""
-    found = {}
-    for name, (data_of, _, _) in PLOTS.items():
-        data, file = data_of(stores), directory / f"{name}.svg"
-        drawn = file.read_text() if file.exists() else ""
-        if (digest(data) not in drawn) if data else drawn:
-            found[name] = data
-    return found
+def places(stores: Stores) -> dict[str, str]:
+    """What is to stand where."""
+    return {
+        "family": quality_tables.family(stores["family"]),
+        "frontier": quality_tables.frontier(stores["frontier"]),
+        "pairs": quality_tables.pairs(stores["frontier"]),
+        "ablations": quality_ablations.ablations(stores["ablations"]),
+        "levels": levels(),
+        "large": large(),
+        "cost": cost(stores),
+        "cost 7b": cost_7b(),
+        "provenance": provenance(stores),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--redraw", action="store_true", help="draw all plots, not only those whose data changed")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of quality-SUITE.json")
-    parser.add_argument("--doc", type=Path, default=ROOT / "docs" / "quality.md")
-    options = parser.parse_args(arguments)
+    results = {"type": Path, "default": RESULTS, "help": "directory of quality-SUITE.json"}
+    options = arguments_of(__doc__, "quality.md", arguments, results=results)
     stores = {suite: Store.load(options.results / f"quality-{suite}.json") for suite in SUITES}
-    plots = options.doc.parent / "quality"
-    old = options.doc.read_text()
-    new, stale = filled(old, stores), stale_plots(stores, plots)
-    if options.check and (new != old or stale):
-        what = [options.doc.name] * (new != old) + [f"quality/{name}.svg" for name in stale]
-        sys.exit(f"{', '.join(what)}: older than the results: run `python benchmarks/quality_doc.py`")
-    if options.check:
-        return
-    if options.redraw:
-        stale = {name: data_of(stores) for name, (data_of, _, _) in PLOTS.items()}
-    for name, data in stale.items():
-        if data:
-            write(name, data, plots / f"{name}.svg")
-        else:
-            (plots / f"{name}.svg").unlink(missing_ok=True)
-    options.doc.write_text(new)
+    command = "benchmarks/quality_doc.py"
+    update(options.doc, command, places(stores), plots(stores), check=options.check, redraw=options.redraw)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/quality_large.py [--bits 1 2 3] [--questions 2000]
 
-From another fine-tune to the math expert it is about twice as far as from the base: a delta of 0.3 of the norm, of a
+From another fine-tune to the math expert it is farther than from the base: a delta of more than 0.3 of the norm, of a
 trained model whose answers can be checked. Every artifact has the default settings.
 """
 

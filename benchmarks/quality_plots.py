@@ -1,20 +1,14 @@
-"""The plots of docs/quality.md: what each shows, taken from stored results, and how it is drawn.
+"""The plots of docs/quality.md: what each shows, taken from stored results, and how it is drawn."""
 
-A plot's data are plain JSON; their digest is in the SVG, so that whether it is up to date can be told without drawing.
-"""
-
-import hashlib
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from generated import Data, Plot, legend
 from quality_ablations import mean_kl
 from quality_pairs import OURS, points
 from quality_store import Store
 
-Data = dict[str, Any]
 COLOURS = {
     OURS: "#000000",
     "rtn": "#1f77b4",
@@ -27,10 +21,6 @@ COLOURS = {
 }
 LAYER_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-
-
-def digest(data: Data) -> str:
-    return f"data sha256 {hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}"
 
 
 def frontier_data(stores: Mapping[str, Store]) -> Data:
@@ -127,7 +117,7 @@ def _methods(data: Data, pyplot: Any, label: str, best: Any) -> Any:
         axis.set(title=expert, xlabel="bits per weight, whole artifact")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
-    _legend(figure, axes[0][0])
+    legend(figure, axes[0][0])
     return figure
 
 
@@ -143,7 +133,7 @@ def draw_layers(data: Data, pyplot: Any) -> Any:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("relative output error")
-    _legend(figure, axes[0][0])
+    legend(figure, axes[0][0])
     return figure
 
 
@@ -161,32 +151,11 @@ def draw_ablations(data: Data, pyplot: Any) -> Any:
     return figure
 
 
-def _legend(figure: Any, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    rows = -(-len(labels) // 4)
-    figure.tight_layout(rect=(0, 0.07 * rows, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncol=min(4, len(labels)), fontsize=8, frameon=False)
-
-
-PLOTS = {
-    "frontier": (frontier_data, draw_frontier, "Gain retained against bits per weight"),
-    "kl": (kl_data, draw_kl, "KL from the full expert against bits per weight"),
-    "layers": (layers_data, draw_layers, "Relative output error by layer"),
-    "ablations": (ablation_data, draw_ablations, "KL against what an ablation changes"),
-}
-
-
-def write(name: str, data: Data, file: Path) -> None:
-    """Draw a plot; the same data give the same bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
-        figure = PLOTS[name][1](data, pyplot)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Description": digest(data)})
-        pyplot.close(figure)
-    # matplotlib leaves blanks at the ends of lines, which a repository does not want
-    file.write_text("".join(f"{line.rstrip()}\n" for line in file.read_text().splitlines()))
+def plots(stores: Mapping[str, Store]) -> dict[str, Plot]:
+    """By name."""
+    return {
+        "frontier": Plot(frontier_data(stores), draw_frontier, "Gain retained against bits per weight"),
+        "kl": Plot(kl_data(stores), draw_kl, "KL from the full expert against bits per weight"),
+        "layers": Plot(layers_data(stores), draw_layers, "Relative output error by layer"),
+        "ablations": Plot(ablation_data(stores), draw_ablations, "KL against what an ablation changes"),
+    }

@@ -18,8 +18,6 @@ from typing import Any
 from meswitch.evaluate import Score
 from quality_settings import Setting, key_of
 
-RESULTS = Path(__file__).parent / "results"
-
 
 @dataclass
 class Store:

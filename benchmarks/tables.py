@@ -10,12 +10,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
+from generated import RESULTS, ROOT
 from markdown_tables import fill, has_place, pipe
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def load(name: str) -> dict:

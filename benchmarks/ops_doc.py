@@ -1,0 +1,156 @@
+"""Fill the tables and plots of docs/kernels.md from the results of `ops.py`.
+
+python benchmarks/ops_doc.py            rewrite what is out of date
+python benchmarks/ops_doc.py --check    say so instead, and exit 1
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from generated import Data, Plot, arguments_of, legend, stored, update
+from markdown_tables import pipe
+
+FILE = "ops-h100.json"
+NOT_YET = "Not measured yet: `python benchmarks/ops.py`."
+Rows = list[dict[str, Any]]
+
+
+def select(rows: Rows, **wanted: object) -> Rows:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def decode(data: Data) -> str:
+    """Every step of distinct experts at 2 bits."""
+    rows = select(data["decode"], spread="distinct", bits=2)
+    others = {"bitdelta_ms": "1 bit", "lora16_ms": "LoRA 16", "lora64_ms": "LoRA 64"}
+    head = ["model", "tokens", "experts", "path", "ms", "of the floor", "of the base", "against merged"]
+    cells = [
+        [
+            row["model"],
+            str(row["batch"]),
+            str(row["experts"]),
+            row["path"],
+            f"{row['ms']:.2f}",
+            f"{row['ratio_to_floor']:.2f}",
+            f"{row['ratio_to_base']:.2f}",
+            f"{row['speedup_vs_merged']:.2f}x",
+            f"{row['delta_gb_s'] / data['meta']['copy_gb_s']:.0%}",
+            *(f"{row[name]:.2f}" if name in row else "-" for name in others),
+        ]
+        for row in rows
+    ]
+    head += ["delta alone, of copy", *(f"{label}, ms" for label in others.values())]
+    return f"{pipe(head, *cells)}\n\n{said(data)}"
+
+
+def spreads(data: Data) -> str:
+    """Steps whose tokens are not one an expert."""
+    rows = [row for row in data["decode"] if row["spread"] != "distinct"]
+    head = ["model", "tokens", "spread over 8 slots", "experts met", "ms", "of the floor", "against merged"]
+    cells = [
+        [
+            row["model"],
+            str(row["batch"]),
+            row["spread"],
+            str(row["active"]),
+            f"{row['ms']:.2f}",
+            f"{row['ratio_to_floor']:.2f}",
+            f"{row['speedup_vs_merged']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return pipe(head, *cells) if cells else NOT_YET
+
+
+def checks(data: Data) -> str:
+    rows = data["check"]
+    worst = max(value for row in rows for name, value in row.items() if name == "error")
+    passed = sum(row["pass"] for row in rows)
+    return f"{passed} of {len(rows)} numerical checks against fp64 pass; the worst relative error is {worst:.1e}."
+
+
+def said(data: Data) -> str:
+    meta = data["meta"]
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    return f"{meta['card']}, copy {meta['copy_gb_s'] / 1e3:.2f} TB/s, {versions}, {meta['date'][:10]}."
+
+
+def floor_data(data: Data) -> Data:
+    """{model: {tokens: [[experts, ms / floor], ...]}}"""
+    return _curves(data["decode"], "ratio_to_floor")
+
+
+def step_data(data: Data) -> Data:
+    """{what: [[experts, ms], ...]} at the largest batch of the first model."""
+    rows = select(data["decode"], spread="distinct", bits=2, model=data["decode"][0]["model"])
+    rows = select(rows, batch=max(row["batch"] for row in rows))
+    lines = {
+        "floor": "floor_ms",
+        "meswitch": "ms",
+        "merged models in turn": "merged_ms",
+        "LoRA rank 16": "lora16_ms",
+        "LoRA rank 64": "lora64_ms",
+    }
+    return {
+        label: [[row["experts"], _short(row[name])] for row in rows if name in row] for label, name in lines.items()
+    }
+
+
+def _curves(rows: Rows, figure: str) -> Data:
+    found: Data = {}
+    for row in select(rows, spread="distinct", bits=2):
+        curves = found.setdefault(row["model"], {})
+        curves.setdefault(f"{row['batch']} tokens", []).append([row["experts"], _short(row[figure])])
+    return found
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def draw_floor(data: Data, pyplot: Any) -> Any:
+    figure, axes = pyplot.subplots(1, len(data), figsize=(3.2 * len(data), 3.2), sharey=True, squeeze=False)
+    for axis, (model, curves) in zip(axes[0], data.items(), strict=True):
+        for label, curve in curves.items():
+            axis.plot(*zip(*curve, strict=True), ".-", label=label)
+        axis.set(title=model, xlabel="distinct experts")
+        _grid(axis, (experts for curve in curves.values() for experts, _ in curve))
+        axis.axhline(1, color="#999999", linewidth=0.6)
+    axes[0][0].set_ylabel("time / bytes at copy bandwidth")
+    legend(figure, axes[0][0])
+    return figure
+
+
+def draw_step(data: Data, pyplot: Any) -> Any:
+    figure, axis = pyplot.subplots(figsize=(5.2, 3.6))
+    for label, curve in data.items():
+        style = {"floor": {"color": "#999999", "linestyle": ":"}, "meswitch": {"color": "#000000", "linewidth": 2}}
+        axis.plot(*zip(*curve, strict=True), marker=".", label=label, **style.get(label, {}))
+    axis.set(xlabel="distinct experts", ylabel="ms, all linears of a decode step", yscale="log")
+    _grid(axis, (experts for curve in data.values() for experts, _ in curve))
+    legend(figure, axis)
+    return figure
+
+
+def _grid(axis: Any, experts: Iterable[int]) -> None:
+    ticks = sorted(set(experts))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.grid(alpha=0.3)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = arguments_of(__doc__, "kernels.md", arguments)
+    data = stored(FILE)
+    if data is None:
+        raise SystemExit(f"benchmarks/results/{FILE}: no such file; run `python benchmarks/ops.py` on a GPU")
+    places = {"decode": decode(data), "spreads": spreads(data), "checks": checks(data)}
+    plots = {
+        "floor": Plot(floor_data(data), draw_floor, "Time of a decode step over the floor"),
+        "step": Plot(step_data(data), draw_step, "A decode step of 32 tokens"),
+    }
+    update(options.doc, "benchmarks/ops_doc.py", places, plots, check=options.check, redraw=options.redraw)
+
+
+if __name__ == "__main__":
+    main()
