@@ -13,7 +13,7 @@ from ops_decode import DEPTH, Model, inputs, outputs
 from ops_models import DEVICE, MODELS, Layer, spread
 from ops_timing import Kernel, graph_ms
 
-CASES = [(1, 1), (8, 4), (32, 1), (32, 4), (16, 16)]  # batch, experts
+CASES = [(1, 1), (8, 4), (16, 1), (32, 1), (32, 4), (16, 16)]  # batch, experts
 
 
 def _delta(config: FusedConfig, **changes: int) -> FusedConfig:
@@ -29,7 +29,10 @@ CHANGES: dict[str, Callable[[FusedConfig], FusedConfig]] = {
     "one stage less": lambda c: dataclasses.replace(c, base_stages=c.base_stages - 1),
     "one stage more": lambda c: dataclasses.replace(c, base_stages=c.base_stages + 1),
     "other base rows": lambda c: dataclasses.replace(c, base_rows=192 - c.base_rows),
-    "deltas first": lambda c: dataclasses.replace(c, deltas_first=True),
+    "other order": lambda c: dataclasses.replace(c, deltas_first=not c.deltas_first),
+    "base split half, other order": lambda c: dataclasses.replace(
+        c, base_split=max(1, c.base_split // 2), deltas_first=not c.deltas_first
+    ),
     "other warps": lambda c: _delta(c, warps=6 - c.delta.warps),
 }
 

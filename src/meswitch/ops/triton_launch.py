@@ -17,7 +17,6 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # no inline assembly ther
 _PROGRAMS = 132 * 6  # enough for every multiprocessor of an H100 to have its share of loads in flight
 _BASE_CHANNELS = 64  # of a base item's block: 128 bytes of a row
 _LEAST_CHANNELS = 1024  # of one program: less does not pay for its start
-
 _MOST_CHANNELS = 4096  # of one delta item beside base items: a longer one that starts late is the step's tail
 
 
@@ -60,21 +59,23 @@ class FusedConfig:
 def choose_fused(rows: int, in_features: int, experts: int, tokens: int, columns: int) -> FusedConfig:
     """Items from the layer's shape and the step's buckets, and from nothing else.
 
-    Programs of 2 warps fit six times on a multiprocessor, of 4 warps three times. Base items take about half of
-    those places, so that deltas stream beside them from the start, and none is shorter than pays for its sums.
+    Programs of 2 warps fit six times on a multiprocessor, of 4 warps three times. Base items take a third of those
+    places, so that deltas stream beside them from the start, and none is shorter than pays for its sums. Where the
+    base's tiles alone are more, deltas start first.
     """
     warps, stages = (2, 3) if tokens <= 16 else (4, 3 if tokens <= 32 else 2)
     places = _PROGRAMS if warps == 2 else _PROGRAMS // 2
     base_rows, base_stages = (64, 4 if columns <= 16 else 3) if warps == 2 else (128, 3)
     base_tiles = math.ceil(rows / 128) * (128 // base_rows)
     least = 512 if columns <= 16 else 1024
-    base_split = max(1, min(places * 2 // 3 // base_tiles, in_features // least))
+    base_split = max(1, min(places // 3 // base_tiles, in_features // least))
     programs, split = math.ceil(rows / 128) * experts, 1
     while in_features // (split * 2) >= _LEAST_CHANNELS and (
-        base_tiles * base_split + programs * split * 2 <= places * 4 // 3 or in_features // split > _MOST_CHANNELS
+        programs * split * 2 <= places * 2 // 3 or in_features // split > _MOST_CHANNELS
     ):
         split *= 2
-    return FusedConfig(Config(128, tokens, split, warps, stages), columns, base_rows, base_split, base_stages)
+    delta = Config(128, tokens, split, warps, stages)
+    return FusedConfig(delta, columns, base_rows, base_split, base_stages, deltas_first=base_split == 1)
 
 
 def constants(config: Config, rows: int, in_features: int, variant: Variant) -> dict[str, Any]:
