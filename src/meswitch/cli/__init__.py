@@ -7,7 +7,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from meswitch.cli import chat, compress, console, diff, generate, inspect, merge, plan, route, router, serve, verify
+from meswitch.cli import (
+    chat,
+    compress,
+    console,
+    deploy,
+    diff,
+    generate,
+    inspect,
+    merge,
+    plan,
+    route,
+    router,
+    serve,
+    verify,
+)
 from meswitch.cli.eval import evaluate
 from meswitch.errors import MeswitchError
 from meswitch.version import __version__
@@ -61,6 +75,7 @@ app.command("eval", rich_help_panel="Make and measure experts")(evaluate)
 for _command in _ASK:
     app.command(rich_help_panel="Ask them")(_command)
 app.add_typer(router.app, name="router", rich_help_panel="Ask them")
+app.add_typer(deploy.app, name="deploy", rich_help_panel="Ask them")
 
 
 def _print_version(wanted: bool) -> None:

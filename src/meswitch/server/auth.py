@@ -15,18 +15,23 @@ class ApiKeyMiddleware:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self._expected):  # takes as long for a good guess as for a bad one
-                error = ApiError(
-                    401,
-                    "wrong or missing API key; send the header `Authorization: Bearer <key>`",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                await error.response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        error = refusal(scope, self._key) if scope["type"] == "http" else None
+        await (self._app if error is None else error.response())(scope, receive, send)
+
+
+def refusal(scope: Scope, key: str) -> ApiError | None:
+    """What to answer an HTTP request that lacks the key; None if it has it or needs none."""
+    if not key or scope["path"] in _OPEN:
+        return None
+    given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+    if hmac.compare_digest(given, f"Bearer {key}".encode()):  # takes as long for a good guess as for a bad one
+        return None
+    return ApiError(
+        401,
+        "wrong or missing API key; send the header `Authorization: Bearer <key>`",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
