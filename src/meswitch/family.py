@@ -61,6 +61,7 @@ class EngineSection(_Section):
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    backend: Literal["auto", "triton", "cpu", "reference"] = "auto"  # what computes deltas
     slots: int = Field(default=4, ge=1)
     host_bytes: Bytes | None = None  # budget for deltas in host memory; None: no limit
     max_batch_tokens: int = Field(default=2048, ge=1)

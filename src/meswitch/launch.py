@@ -39,6 +39,7 @@ def engine_from_family(family: Family) -> Engine:
         max_batch_tokens=options.max_batch_tokens,
         kv_cache_tokens=options.kv_cache_tokens,
         max_queue=options.max_queue,
+        op_backend=None if options.backend == "auto" else options.backend,
     )
 
 

@@ -124,7 +124,7 @@ class Batch:
         rows = kwargs.get("logits_indices")
         step = StepContext.build(lengths, requests, slots, rows, padding=kwargs["input_ids"].shape[1] - bounds[-1])
         if "logits_to_keep" not in kwargs:  # the head sees every token
-            step = dataclasses.replace(step, head_segments=step.segments)
+            step = step.head_sees_all()
         self._switch.step = step.to(self._device)
         self._sampler.rows = step.row_request
 

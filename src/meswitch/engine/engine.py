@@ -16,12 +16,13 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.engine.attach import attach
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import BASE_SLOT, Switch
+from meswitch.engine.kernel import uses_kernels
 from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.voice import Prompt, Voice
 from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
 from meswitch.experts import ExpertStore
-from meswitch.ops import backend
+from meswitch.ops import BACKENDS, backend
 
 # After so many later requests went first, a request whose expert found no slot closes the door behind it.
 _MAX_BYPASSES = 32
@@ -36,7 +37,8 @@ class Engine:
         slots: experts on the device at a time. host_bytes: budget for experts in host memory, None for no limit.
         max_batch_tokens: tokens of one step. kv_cache_tokens: tokens of all running requests together.
         max_queue: waiting and running requests; one more is refused.
-        op_backend: of `meswitch.ops`; None chooses by device.
+        op_backend: what computes deltas: `triton` (bfloat16 or float16), `cpu` or `reference`; None is triton on a GPU,
+            cpu elsewhere.
 
     Raises:
         MeswitchError: see `meswitch.errors`: a damaged artifact, another base, a layer that cannot be switched.
@@ -69,9 +71,10 @@ class Engine:
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.voices = {base_name: Voice(base_name, checkpoint.directory)}
         self.voices |= {name: Voice(name, artifact.directory) for name, artifact in artifacts.items()}
-        self.store = ExpertStore(artifacts, device=target, slots=slots, host_bytes=host_bytes)
         self.model = _load_model(checkpoint, target, dtype)
-        switch = Switch(self.store, backend(target.type, op_backend))
+        kernel = uses_kernels(op_backend, target, self.model.dtype)
+        self.store = ExpertStore(artifacts, device=target, slots=slots, host_bytes=host_bytes, kernel=kernel)
+        switch = Switch(self.store, BACKENDS["reference"] if kernel else backend(target.type, op_backend))
         if artifacts:
             attach(self.model, artifacts.values(), switch)
         self._batch = Batch(self.model, switch, max_batch_tokens=max_batch_tokens, kv_tokens=kv_cache_tokens)

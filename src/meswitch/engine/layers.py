@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from meswitch.codec import PackedDelta
 from meswitch.engine.context import Switch
+from meswitch.engine.kernel import TRITON, product
+from meswitch.experts.layout import extra_name
+from meswitch.ops import embedding_rows
 
 
 class Switchable(nn.Module):
@@ -32,8 +35,13 @@ class SwitchableLinear(Switchable):
     """A linear layer: [..., in_features] -> [..., out_features]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        inputs, owners = x.reshape(-1, x.shape[-1]), self.switch.step.owners
+        layer = self.switch.kernel_layer(f"{self.name}.weight")
+        if layer is not None and owners.any:
+            y = product(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
+        else:
+            y = self.base(x)
+        outputs = y.view(-1, y.shape[-1])
         for segment in self.switch.step.segments:
             tensors = self.switch.tensors(segment.slot)
             delta, bias = tensors.get(f"{self.name}.weight"), tensors.get(f"{self.name}.bias")
@@ -59,23 +67,29 @@ class SwitchableHead(Switchable):
         self.vocabulary = vocabulary
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x)
-        inputs = x.reshape(-1, x.shape[-1])
+        inputs, owners = x.reshape(-1, x.shape[-1]), self.switch.step.head_owners
+        layer = self.switch.kernel_layer(f"{self.name}.weight")
+        if layer is not None and owners.any:
+            base = product(inputs, self.base.weight, self.base.bias, layer, owners)
+        else:
+            base = self.base(x)
         logits = base.new_full((len(inputs), self.vocabulary), -torch.inf)
         logits[:, : base.shape[-1]] = base.view(-1, base.shape[-1])
         for segment in self.switch.step.head_segments:
-            delta = self.switch.tensors(segment.slot).get(f"{self.name}.weight")
-            if delta is None:
+            tensors = self.switch.tensors(segment.slot)
+            delta, extra = tensors.get(f"{self.name}.weight"), tensors.get(extra_name(f"{self.name}.weight"))
+            if delta is None and extra is None:
                 continue
             rows = inputs[segment.tokens]
             own = logits[segment.tokens]
             if isinstance(delta, PackedDelta):
                 own[:, : delta.rows] += self.switch.backend.expert_matmul(rows, delta).to(own.dtype)
                 own[:, delta.rows :] = -torch.inf
-                if delta.extra is not None:
-                    added = rows.float() @ delta.extra.float().T
-                    own[:, delta.rows : delta.rows + added.shape[1]] = added.to(own.dtype)
-            else:
+                extra = delta.extra
+            if isinstance(extra, Tensor):
+                added = rows.float() @ extra.float().T
+                own[:, base.shape[-1] : base.shape[-1] + len(extra)] = added.to(own.dtype)
+            if isinstance(delta, Tensor):
                 own[:, : len(delta)] = (rows.float() @ delta.float().T).to(own.dtype)
                 own[:, len(delta) :] = -torch.inf
             logits[segment.tokens] = own
@@ -86,21 +100,29 @@ class SwitchableEmbedding(Switchable):
     """The embedding: [...] int64 -> [..., hidden]; ids that the base does not have come from the expert's own rows."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        base_rows = self.base.weight.shape[0]
-        hidden = self.base(ids.clamp(max=base_rows - 1))
-        flat, out = ids.reshape(-1), hidden.view(-1, hidden.shape[-1])
+        base_rows, owners = self.base.weight.shape[0], self.switch.step.owners
+        flat = ids.reshape(-1)
+        layer = self.switch.kernel_layer(f"{self.name}.weight")
+        if layer is not None and owners.any:
+            out = embedding_rows(flat, self.base.weight, layer, owners.slots, backend=TRITON)
+            hidden = out.view(*ids.shape, -1)
+        else:
+            hidden = self.base(ids.clamp(max=base_rows - 1))
+            out = hidden.view(-1, hidden.shape[-1])
         for segment in self.switch.step.segments:
-            delta = self.switch.tensors(segment.slot).get(f"{self.name}.weight")
-            if delta is None:
+            tensors = self.switch.tensors(segment.slot)
+            delta, extra = tensors.get(f"{self.name}.weight"), tensors.get(extra_name(f"{self.name}.weight"))
+            if delta is None and extra is None:
                 continue
             own = flat[segment.tokens]
+            known = own < base_rows
+            values = out[segment.tokens].float()
             if isinstance(delta, PackedDelta):
-                values = out[segment.tokens].float()
-                known = own < delta.rows
                 values[known] += self.switch.backend.expert_rows(own[known], delta)
-                if delta.extra is not None and not bool(known.all()):
-                    values[~known] = delta.extra[own[~known] - delta.rows].float()
-            else:
+                extra = delta.extra
+            if isinstance(extra, Tensor) and not bool(known.all()):
+                values[~known] = extra[own[~known] - base_rows].float()
+            if isinstance(delta, Tensor):
                 values = delta[own]
             out[segment.tokens] = values.to(out.dtype)
         return hidden

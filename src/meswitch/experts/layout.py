@@ -1,7 +1,7 @@
 """One expert's tensors in one flat buffer.
 
 Host memory and a device slot use the same layout, so that loading an expert is a single copy and a slot's addresses
-never change.
+never change. Packed deltas lie there as the artifact stores them, or as the GPU kernels read them (`ops.layout`).
 """
 
 import math
@@ -14,11 +14,13 @@ from meswitch.artifact import Artifact, Entry, packed_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
 from meswitch.codec.rows import expand_rows
-from meswitch.errors import IncompatibleError
+from meswitch.errors import ConfigError, IncompatibleError
+from meswitch.ops.layout import Shape, write
 from meswitch.tensorfile import DTYPES
 
 _ALIGNMENT = 256  # bytes; at least what a vectorised load and a DMA copy like
 _NOT_SERVED = {"weight_shape", "row_index"}
+_KERNEL, _EXTRA = "kernel", "weight_extra"
 _BY_ROW = {"weight_packed", "weight_scale", "salient_weight"}  # a slot has all rows, those without a change as zeros
 
 
@@ -34,22 +36,29 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """places: tensor name -> suffix -> place. nbytes: of the whole buffer."""
+    """places: tensor name -> suffix -> place. shapes: of the packed deltas that lie as the kernels read them, under the
+    suffix `_KERNEL`. nbytes: of the whole buffer."""
 
     places: dict[str, dict[str, Place]]
     entries: dict[str, Entry]
+    shapes: dict[str, Shape]
     nbytes: int
     tied_head: bool
 
     @classmethod
-    def of(cls, artifact: Artifact) -> "Layout":
+    def of(cls, artifact: Artifact, *, kernel: bool = False) -> "Layout":
         """Where each part of an artifact goes.
 
+        Args:
+            kernel: lay packed deltas out for the GPU kernels.
+
         Raises:
-            IncompatibleError: a tensor is compressed by a method that no op reads.
+            IncompatibleError: a tensor is compressed by a method that no op reads. ConfigError: by sizes that no kernel
+                reads; the message names the tensor and the backend that does.
         """
         places: dict[str, dict[str, Place]] = {}
         entries: dict[str, Entry] = {}
+        shapes: dict[str, Shape] = {}
         offset = 0
         for name, entry in artifact.manifest.tensors.items():
             if entry.kind == "same":
@@ -61,26 +70,38 @@ class Layout:
                 )
             entries[name] = entry
             places[name] = {}
+            wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+            if kernel and entry.kind == "packed":
+                shapes[name] = _kernel_shape(artifact, name, entry)
+                wanted.append((_KERNEL, (shapes[name].nbytes,), torch.uint8))
             for suffix, part in entry.stored.items():
-                if suffix in _NOT_SERVED:
-                    continue
-                shape = (entry.base_rows, *part.shape[1:]) if suffix in _BY_ROW else part.shape
-                dtype = DTYPES[part.dtype]
+                if suffix not in _NOT_SERVED and (name not in shapes or suffix == _EXTRA):
+                    shape = (entry.base_rows, *part.shape[1:]) if suffix in _BY_ROW else part.shape
+                    wanted.append((suffix, shape, DTYPES[part.dtype]))
+            for suffix, shape, dtype in wanted:
                 places[name][suffix] = place = Place(offset, math.prod(shape) * dtype.itemsize, shape, dtype)
                 offset += -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return cls(places, entries, offset, artifact.manifest.expert.tied_head)
+        return cls(places, entries, shapes, offset, artifact.manifest.expert.tied_head)
 
     def fill(self, artifact: Artifact, buffer: Tensor) -> None:
         """Read the artifact, checksums compared, into a [nbytes] uint8 host buffer."""
         for name, parts in self.places.items():
             for suffix, place in parts.items():
+                if suffix == _KERNEL:
+                    delta = artifact.read(name)
+                    assert isinstance(delta, PackedDelta)
+                    write(delta, buffer[place.offset : place.offset + place.nbytes])
+                    continue
                 tensor = artifact.read_stored(name, suffix)
                 if tensor.shape != place.shape:
                     tensor = expand_rows(tensor, artifact.read_stored(name, "row_index"), place.shape[0])
                 buffer[place.offset : place.offset + place.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
 
     def views(self, buffer: Tensor) -> dict[str, PackedDelta | Tensor]:
-        """The expert's tensors as views of a [>= nbytes] uint8 buffer: name -> delta or own values."""
+        """The expert's tensors as views of a [>= nbytes] uint8 buffer: name -> delta or own values.
+
+        Of deltas that lie as the kernels read them there are only the rows of added tokens, as `extra_name(name)`.
+        """
         tensors: dict[str, PackedDelta | Tensor] = {}
         for name, parts in self.places.items():
             found = {
@@ -88,7 +109,32 @@ class Layout:
                 for suffix, p in parts.items()
             }
             entry = self.entries[name]
-            tensors[name] = packed_from_parts(entry, found) if entry.kind == "packed" else found[""]
-        if self.tied_head and TIED_EMBEDDING in tensors:
-            tensors[TIED_HEAD] = tensors[TIED_EMBEDDING]
+            if name not in self.shapes:
+                tensors[name] = packed_from_parts(entry, found) if entry.kind == "packed" else found[""]
+            elif _EXTRA in found:
+                tensors[extra_name(name)] = found[_EXTRA]
+        if self.tied_head:
+            for of in (str, extra_name):
+                if of(TIED_EMBEDDING) in tensors:
+                    tensors[of(TIED_HEAD)] = tensors[of(TIED_EMBEDDING)]
         return tensors
+
+    def kernel_places(self) -> dict[str, tuple[Shape, int]]:
+        """Shape and offset of every delta that lies as the kernels read it, by the tensor it belongs to."""
+        found = {name: (shape, self.places[name][_KERNEL].offset) for name, shape in self.shapes.items()}
+        if self.tied_head and TIED_EMBEDDING in found:
+            found[TIED_HEAD] = found[TIED_EMBEDDING]
+        return found
+
+
+def extra_name(name: str) -> str:
+    return f"{name}_extra"
+
+
+def _kernel_shape(artifact: Artifact, name: str, entry: Entry) -> Shape:
+    index = entry.stored.get("salient_index")
+    salient = 0 if index is None else index.shape[0]
+    try:
+        return Shape.sized(entry.base_rows, entry.shape[1], entry.bits or 0, entry.group_size, salient)
+    except ConfigError as error:
+        raise ConfigError(f"{artifact.directory}: {name}: {error}") from None

@@ -4,6 +4,7 @@ A slot is a fixed place in device memory. A request pins its expert's slot from 
 slot is never overwritten, an unpinned one keeps its expert until another needs the place (least recently used first).
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from meswitch.codec import PackedDelta
 from meswitch.errors import CapacityError, UnknownExpertError
 from meswitch.experts.host import HostCache
 from meswitch.experts.layout import Layout
+from meswitch.experts.tables import SlotTables
 from meswitch.units import format_bytes
 
 
@@ -47,24 +49,32 @@ class ExpertStore:
     Args:
         artifacts: opened artifacts by name.
         slots: fixed places on the device. host_bytes: budget of the host tier, None for no limit.
+        kernel: lay packed deltas out for the GPU kernels, which find them through `tables`.
 
     Raises:
-        CapacityError: less than one slot.
+        CapacityError: less than one slot. ConfigError: a delta that no kernel reads.
     """
 
     def __init__(
-        self, artifacts: Mapping[str, Artifact], *, device: torch.device, slots: int, host_bytes: int | None = None
+        self,
+        artifacts: Mapping[str, Artifact],
+        *,
+        device: torch.device,
+        slots: int,
+        host_bytes: int | None = None,
+        kernel: bool = False,
     ) -> None:
         if slots < 1:
             raise CapacityError(f"slots: {slots}: an engine needs at least one slot")
         self.artifacts = dict(artifacts)
-        self.layouts = {name: Layout.of(artifact) for name, artifact in self.artifacts.items()}
+        self.layouts = {name: Layout.of(artifact, kernel=kernel) for name, artifact in self.artifacts.items()}
         self.device = device
         self.host = HostCache(host_bytes, pinned=device.type == "cuda")
         self.slot_bytes = max((layout.nbytes for layout in self.layouts.values()), default=0)
         count = min(slots, max(1, len(self.artifacts)))
         self._arena = torch.zeros(count, self.slot_bytes, dtype=torch.uint8, device=device)
         self._slots = [_Slot(self._arena[i]) for i in range(count)]
+        self.tables = SlotTables(self.layouts.values(), self._arena) if kernel else None
         self._changed = threading.Condition()
         self._clock = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -104,7 +114,7 @@ class ExpertStore:
             self.evictions += slot.expert is not None
             slot.expert, slot.ready, slot.pins, slot.used, slot.tensors = name, False, 1, self._clock, {}
         try:
-            tensors = self._load(name, slot.buffer)
+            tensors = self._load(name, index)
         except BaseException:
             with self._changed:
                 slot.expert, slot.ready, slot.pins = None, False, 0
@@ -156,8 +166,8 @@ class ExpertStore:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory of all slots, used or not."""
-        return self._arena.numel()
+        """Device memory of all slots, used or not, and of the tables that say where their deltas lie."""
+        return self._arena.numel() + (0 if self.tables is None else self.tables.nbytes)
 
     @property
     def slot_count(self) -> int:
@@ -169,15 +179,16 @@ class ExpertStore:
     def _find(self, name: str) -> int | None:
         return next((i for i, slot in enumerate(self._slots) if slot.expert == name), None)
 
-    def _load(self, name: str, buffer: Tensor) -> Mapping[str, PackedDelta | Tensor]:
+    def _load(self, name: str, index: int) -> Mapping[str, PackedDelta | Tensor]:
         started = time.perf_counter()
-        layout = self.layouts[name]
+        layout, buffer = self.layouts[name], self._slots[index].buffer
         source = self.host.get(name, self.artifacts[name], layout)
-        if self._stream is None:
-            buffer[: layout.nbytes].copy_(source)
-        else:  # beside the computing stream: a step in flight does not use this slot
-            with torch.cuda.stream(self._stream):
-                buffer[: layout.nbytes].copy_(source, non_blocking=True)
+        # beside the computing stream: a step in flight does not use this slot
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            buffer[: layout.nbytes].copy_(source, non_blocking=True)
+            if self.tables is not None:
+                self.tables.point(index, layout)
+        if self._stream is not None:
             self._stream.synchronize()
         self.loads += 1
         self.load_seconds += time.perf_counter() - started

@@ -34,7 +34,7 @@ def backend(device_type: str, name: str | None = None) -> Backend:
     """
     if name is not None:
         if name not in BACKENDS:
-            raise ConfigError(f"backend: {name!r} is none of {', '.join(BACKENDS)}")
+            raise ConfigError(f"backend: {name!r} is none of triton, {', '.join(BACKENDS)}")
         return BACKENDS[name]
     return BACKENDS["cpu"] if device_type == "cpu" else BACKENDS["reference"]
 

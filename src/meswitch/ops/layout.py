@@ -45,13 +45,18 @@ class Shape:
     @classmethod
     def of(cls, delta: PackedDelta) -> "Shape":
         """The shape of a delta; raises ConfigError where no kernel reads it."""
-        group = 0 if delta.group_size is None or delta.group_size >= delta.in_features else delta.group_size
+        return cls.sized(delta.rows, delta.in_features, delta.bits, delta.group_size, delta.salient_index.numel())
+
+    @classmethod
+    def sized(cls, rows: int, in_features: int, bits: int, group_size: int | None, salient: int) -> "Shape":
+        """The shape of a delta of these sizes, as an artifact states them; raises ConfigError like `of`."""
+        group = 0 if group_size is None or group_size >= in_features else group_size
         if group and (group < WORDS or group & (group - 1)):
             raise ConfigError(
-                f"group_size: {delta.group_size}: the triton backend takes powers of two from {WORDS}, or whole rows; "
+                f"group_size: {group_size}: the triton backend takes powers of two from {WORDS}, or whole rows; "
                 "the backend 'reference' serves any"
             )
-        return cls(delta.rows, delta.in_features, delta.bits, group, padded_salient(delta.salient_index.numel()))
+        return cls(rows, in_features, bits, group, padded_salient(salient))
 
     @property
     def planes(self) -> tuple[int, int]:

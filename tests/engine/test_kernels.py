@@ -1,0 +1,78 @@
+"""The engine on the GPU kernels (here interpreted): each request's tokens are its own expert's, whatever the batch."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import meswitch
+from meswitch import Engine, SamplingParams
+from meswitch.compression.merge import load_merged
+from meswitch.errors import ConfigError
+
+pytest.importorskip("triton")
+
+PROMPTS = {"short": list(range(5, 25)), "long": list(range(30, 110))}
+PARAMS = SamplingParams(max_new_tokens=2)
+
+
+@pytest.fixture
+def experts(pair, tmp_path):
+    """A base, and two experts of other bit widths and salient channels whose answers differ."""
+
+    def make(arch="mistral", **case):
+        base, expert = pair(arch, change=0.5, num_hidden_layers=1, **case)
+        made = {"one": {"bits": 1, "salient": 0}, "three": {"bits": 3, "salient": 5}}
+        for name, options in made.items():
+            meswitch.compress(base, expert, tmp_path / name, **options)
+        return base, {name: tmp_path / name for name in made}
+
+    return make
+
+
+def logits_alone(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([tokens])).logits[0].float()
+
+
+def check(engine, models, asked):
+    """Every answer is greedy by its own merged model, up to what rounding to 16 bits decides."""
+    requests = [engine.submit(PROMPTS[prompt], model=name, params=PARAMS) for name, prompt in asked]
+    for request, (name, prompt) in zip(requests, asked, strict=True):
+        tokens = list(request.result(timeout=300).tokens)
+        logits = logits_alone(models[name], PROMPTS[prompt] + tokens)[len(PROMPTS[prompt]) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (logits.max(1).values - chosen).max() < 0.02 * logits.std(), (name, prompt)
+
+
+@pytest.mark.parametrize(
+    ("arch", "case"), [("mistral", {}), ("qwen2", {"tied": True, "added_tokens": 3})], ids=["plain", "all-at-once"]
+)
+def test_mixed_batches_of_all_experts_and_the_base(experts, arch, case):
+    """all-at-once: biases, a tied head, added tokens."""
+    base, artifacts = experts(arch, **case)
+    models = {name: load_merged(base, path) for name, path in artifacts.items()}
+    models["base"] = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    best = {name: tuple(logits_alone(model, PROMPTS["short"]).argmax(-1).tolist()) for name, model in models.items()}
+    assert len(set(best.values())) == 3  # a mix-up would show
+    with Engine(base, artifacts, device="cpu", dtype="float16", op_backend="triton", slots=2) as engine:
+        check(engine, models, [("one", "short"), ("base", "short"), ("three", "short"), ("three", "long")])
+
+
+def test_one_slot_for_two_experts(experts):
+    base, artifacts = experts()
+    models = {name: load_merged(base, path) for name, path in artifacts.items()}
+    with Engine(base, artifacts, device="cpu", dtype="float16", op_backend="triton", slots=1) as engine:
+        check(engine, models, [("one", "short"), ("three", "short")])
+        assert engine.store.evictions >= 1
+
+
+def test_a_dtype_that_the_kernels_do_not_take_names_another_backend(experts):
+    base, artifacts = experts()
+    with pytest.raises(ConfigError, match=r"triton: takes bfloat16 and float16, the model is float32.*'reference'"):
+        Engine(base, artifacts, device="cpu", op_backend="triton")
+
+
+def test_an_unknown_backend_is_refused(experts):
+    base, artifacts = experts()
+    with pytest.raises(ConfigError, match="'cuda' is none of triton, reference, cpu"):
+        Engine(base, artifacts, device="cpu", op_backend="cuda")
