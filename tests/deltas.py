@@ -6,6 +6,7 @@ from meswitch.codec import PackedDelta, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+BACKENDS = ["triton", "reference", *(["cpu"] if DEVICE == "cpu" else [])]
 SPREADS = {
     "identical": [0] * 6,
     "distinct": [0, 1, 2, 3],

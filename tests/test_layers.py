@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "meswitch"
-# Each package may import those to its left: codec <- artifact <- compression, codec <- ops <- experts <- engine <- server.
+# Each package may import those to its left: codec <- artifact <- compression, codec <- ops <- experts <- engine
+# <- server.
 ALLOWED = {
     "codec": set(),
     "artifact": {"codec"},

@@ -102,8 +102,8 @@ def test_each_token_is_normalised_with_its_own_weights(shape):
 def test_refusals_of_embeddings():
     layer = SlotLinear.build([random_delta(16, 256, 2)], DEVICE)
     weight, ids = torch.zeros(16, 256, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ConfigError, match=r"backend: 'cpu' has no embedding_rows"):
-        embedding_rows(ids, weight, layer, slots_tensor([0, 0]), backend="cpu")
+    with pytest.raises(ConfigError, match=r"backend: 'metal' has no embedding_rows"):
+        embedding_rows(ids, weight, layer, slots_tensor([0, 0]), backend="metal")
     with pytest.raises(ConfigError, match="shapes: 2 ids, 1 slots"):
         embedding_rows(ids, weight, layer, slots_tensor([0]))
     with pytest.raises(ConfigError, match="extra: "):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from deltas import DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
+from deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, expert_linear
+from meswitch.ops.cpu import slot_matrix
 from meswitch.ops.slots import read_slot
 
 
@@ -24,7 +25,7 @@ def run(deltas, token_slots, *, dtype=torch.bfloat16, mean=0.0, backend="triton"
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_spread_of_tokens_over_experts(spread, backend):
     deltas = [random_delta(96, 512, 2, salient=4, seed=seed) for seed in range(4)]
     assert run(deltas, SPREADS[spread], backend=backend) < TOLERANCE[torch.bfloat16]
@@ -103,6 +104,35 @@ def test_the_layout_loses_nothing(bits):
     assert torch.equal(back.packed, delta.packed)
     assert torch.equal(back.dequantize(), delta.dequantize())
     assert read_slot(layer.arena, layer.table[0].tolist(), 33, 700, layer.variant.group) is None
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the backend computes on a CPU")
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("rows", "in_features"), [(64, 512), (37, 100), (130, 1100)])
+@pytest.mark.parametrize("group_size", [16, 64, None])
+def test_the_cpu_backend_restores_every_delta_exactly(bits, rows, in_features, group_size):
+    delta = random_delta(rows, in_features, bits, group_size, salient=bits - 1)
+    layer = SlotLinear.build([None, delta])
+    matrices = [slot_matrix(layer.arena, row, rows, in_features, layer.variant.group) for row in layer.table.tolist()]
+    assert matrices[0] is None
+    assert torch.equal(matrices[1], delta.dequantize())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs another device")
+def test_the_cpu_backend_refuses_other_devices():
+    layer = SlotLinear.build([random_delta(8, 96, 2)], DEVICE)
+    x, y = inputs(1, layer, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"backend: 'cpu' computes on a CPU.*use 'triton'"):
+        expert_linear(y, x, layer, Routing.build([0], DEVICE), "cpu")
+
+
+def test_any_number_of_tokens_of_an_expert_and_any_dtype_by_default_on_a_cpu():
+    deltas = [random_delta(48, 256, 2, salient=2, seed=seed) for seed in range(2)]
+    layer = SlotLinear.build(deltas)
+    x, y = torch.randn(200, 256), torch.randn(200, 48)
+    slots = [0, 1, 1, -1] * 50
+    wanted = expected(y, x, deltas, slots)
+    assert error(expert_linear(y, x, layer, Routing.build(slots)), wanted) < 1e-5
 
 
 def test_refusals_name_the_backend_that_serves_the_case():

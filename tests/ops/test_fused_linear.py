@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from deltas import DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
+from deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, fused_linear
 
@@ -28,7 +28,7 @@ def run(deltas, token_slots, *, dtype=torch.bfloat16, mean=0.0, bias=False, back
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_spread_of_tokens_over_experts(spread, backend):
     deltas = [random_delta(96, 512, 2, salient=4, seed=seed) for seed in range(4)]
     assert run(deltas, SPREADS[spread], backend=backend) < TOLERANCE[torch.bfloat16]

@@ -81,8 +81,8 @@ def test_refusals():
     slots = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ConfigError, match=r"dtype: .*'reference' serves"):
         merge(weight, layer, slots, 0, 16, out, "triton")
-    with pytest.raises(ConfigError, match=r"backend: 'cpu' has no merge"):
-        merge(weight, layer, slots, 0, 16, out, "cpu")
+    with pytest.raises(ConfigError, match=r"backend: 'metal' has no merge"):
+        merge(weight, layer, slots, 0, 16, out, "metal")
     with pytest.raises(ConfigError, match="shapes: weight"):
         merge(weight[:, :128], layer, slots, 0, 16, out)
     with pytest.raises(ConfigError, match="out: "):

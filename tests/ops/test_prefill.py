@@ -105,7 +105,7 @@ def test_refusals():
     x, weight = torch.zeros(9, 256, device=DEVICE), torch.zeros(16, 256, device=DEVICE)
     with pytest.raises(ConfigError, match=r"dtype: .*'reference' serves"):
         expert_prefill(x, weight, layer, routing, backend="triton")
-    with pytest.raises(ConfigError, match=r"backend: 'cpu' has no merge"):
-        expert_prefill(x, weight, layer, routing, backend="cpu")
+    with pytest.raises(ConfigError, match=r"backend: 'metal' has no merge"):
+        expert_prefill(x, weight, layer, routing, backend="metal")
     with pytest.raises(ConfigError, match="shapes: x"):
         expert_prefill(x, weight[:8], layer, routing)

@@ -1,9 +1,10 @@
 """The expert op on a CPU: one table look-up unpacks a whole byte of codes.
 
 A byte holds 8, 4 or 2 codes of 1, 2 or 4 bits; a [256, codes] table turns it into their levels in one gather. Three
-bits straddle bytes and take the reference's way.
+bits straddle bytes and take the reference's way. In the kernels' layout (`ops.layout`) no code straddles a byte.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from meswitch.codec import PackedDelta
 from meswitch.ops import reference
+from meswitch.ops.layout import Shape
+from meswitch.ops.slots import slot_shape
 
 
 def expert_matmul(x: Tensor, delta: PackedDelta) -> Tensor:
@@ -31,6 +34,36 @@ def expert_matmul(x: Tensor, delta: PackedDelta) -> Tensor:
 def expert_rows(ids: Tensor, delta: PackedDelta) -> Tensor:
     """Rows of D: [tokens] int64 -> [tokens, in_features] float32."""
     return reference.expert_rows(ids, delta)
+
+
+def slot_matrix(arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int) -> Tensor | None:
+    """The delta that a table's row points at, restored: [rows, in_features] float32; None for an absent one."""
+    found = slot_shape(row, rows, in_features, group)
+    if found is None:
+        return None
+    shape, first = found
+    parts = shape.views(arena[first : first + shape.nbytes])
+    weights = torch.zeros(rows, in_features)
+    for plane in range(shape.planes[0]):
+        weights += 4.0**plane * _plane(parts["two"][plane], 2, shape)
+    if shape.planes[1]:
+        weights += 4.0 ** shape.planes[0] * _plane(parts["one"][0], 1, shape)
+    if shape.group:
+        weights = _scaled(weights, parts["scale"].T, shape.group)
+    else:
+        weights *= parts["scale"].T.float()
+    if shape.salient:
+        weights.index_add_(1, parts["index"].long(), parts["salient"].float())
+    return weights
+
+
+def _plane(words: Tensor, bits: int, shape: Shape) -> Tensor:
+    """[blocks, rows, 16] int32 -> [rows, in_features] float32, the levels of one plane: see `ops.layout`."""
+    blocks, rows, width = words.shape
+    codes = words.contiguous().view(torch.uint8).view(-1).int()
+    # byte i of word j has the codes d of channel 16 d + j, the lowest d first
+    levels = torch.nn.functional.embedding(codes, _table(bits)).view(blocks, rows, width, 32 // bits)
+    return levels.permute(1, 0, 3, 2).reshape(rows, -1)[:, : shape.in_features]
 
 
 def _levels(packed: Tensor, bits: int, in_features: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops import reference
+from meswitch.ops import cpu, reference
 from meswitch.ops.routing import Routing
 from meswitch.ops.slots import SlotLinear, Variant, read_slot
 
@@ -18,14 +18,17 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def chosen_backend(name: str | None, device: torch.device, operator: str) -> str:
-    """`triton` or `reference`: the one asked for, or by the device.
+    """`triton`, `cpu` or `reference`: the one asked for, or by the device.
 
     Raises:
-        ConfigError: another is asked for.
+        ConfigError: another is asked for, or `cpu` elsewhere.
     """
-    name = name or ("triton" if device.type == "cuda" else "reference")
-    if name not in ("triton", "reference"):
-        raise ConfigError(f"backend: {name!r} has no {operator}; 'triton' and 'reference' have")
+    default = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+    name = name or default
+    if name not in ("triton", "cpu", "reference"):
+        raise ConfigError(f"backend: {name!r} has no {operator}; 'triton', 'cpu' and 'reference' have")
+    if name == "cpu" and device.type != "cpu":
+        raise ConfigError(f"backend: 'cpu' computes on a CPU, the tensors are on {device}; use {default!r}")
     return name
 
 
@@ -59,7 +62,7 @@ def _expert_linear(
 
         decode(y, x, layer, routing)
         return
-    y.copy_(y.float() + _reference_delta(x, layer, routing))
+    y.copy_(y.float() + _delta(x, layer, routing, backend))
 
 
 @_expert_linear.register_fake
@@ -94,7 +97,7 @@ def _fused_linear(
         fused(y, x, weight, bias, layer, routing)
         return y
     sums = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return (sums + _reference_delta(x, layer, routing)).to(x.dtype)
+    return (sums + _delta(x, layer, routing, backend)).to(x.dtype)
 
 
 @_fused_linear.register_fake
@@ -102,16 +105,20 @@ def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(len(x), len(weight))
 
 
-def _reference_delta(x: Tensor, layer: SlotLinear, routing: Routing) -> Tensor:
-    """[tokens, rows] float32: 0 for the base's tokens."""
+def _delta(x: Tensor, layer: SlotLinear, routing: Routing, backend: str) -> Tensor:
+    """[tokens, rows] float32, expert by expert: 0 for the base's tokens."""
     added = torch.zeros(len(x), layer.rows, dtype=torch.float32, device=x.device)
-    first = routing.starts.tolist()
+    first, owned = routing.starts.tolist(), dict[int, list[Tensor]]()
     for e, slot in enumerate(routing.slots.tolist()):
-        if slot < 0:
-            continue
-        row = layer.table[slot].tolist()
-        delta = read_slot(layer.arena, row, layer.rows, layer.in_features, layer.variant.group)
-        if delta is not None:
-            tokens = routing.order[first[e] : first[e + 1]].long()
+        if slot >= 0 and first[e] < first[e + 1]:
+            owned.setdefault(slot, []).append(routing.order[first[e] : first[e + 1]].long())
+    for slot, segments in owned.items():  # an expert's matrix is restored once, however many segments it has
+        where = layer.arena, layer.table[slot].tolist(), layer.rows, layer.in_features, layer.variant.group
+        tokens = torch.cat(segments)
+        if backend == "cpu":
+            matrix = cpu.slot_matrix(*where)
+            if matrix is not None:
+                added[tokens] = x[tokens].float() @ matrix.T
+        elif (delta := read_slot(*where)) is not None:
             added[tokens] = reference.expert_matmul(x[tokens], delta)
     return added

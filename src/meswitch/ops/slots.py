@@ -91,12 +91,19 @@ def _cells(rows: int, places: int) -> int:
     return -(-rows // _SMALLEST_TILE) * places
 
 
-def read_slot(arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int) -> PackedDelta | None:
-    """The delta that a table's row points at, None for an absent one."""
+def slot_shape(row: Sequence[int], rows: int, in_features: int, group: int) -> tuple[Shape, int] | None:
+    """Shape and first byte of the delta that a table's row points at, None for an absent one."""
     two, one, *places, salient = row
     if not (two or one or salient):
         return None
     shape = Shape(rows, in_features, 2 * two + one, group, salient)
-    offsets = shape.offsets()
-    first = places[0] * 16 - offsets["two"]
+    return shape, places[0] * 16 - shape.offsets()["two"]
+
+
+def read_slot(arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int) -> PackedDelta | None:
+    """The delta that a table's row points at, None for an absent one."""
+    found = slot_shape(row, rows, in_features, group)
+    if found is None:
+        return None
+    shape, first = found
     return read(shape, arena[first : first + shape.nbytes])
