@@ -10,8 +10,14 @@ NAMES = ("base", *EXPERTS)
 @pytest.fixture(scope="module")
 def engine(family, deltas):
     """Prefix caching is vLLM's default; two slots for four experts."""
-    with with_deltas(family / "base", max_loras=2, max_cpu_loras=3, enable_prefix_caching=True) as engine:
+    with with_deltas(
+        family / "base", max_loras=2, max_cpu_loras=3, enable_prefix_caching=True, disable_log_stats=False
+    ) as engine:
         yield engine
+
+
+def cached_tokens(engine):
+    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:prefix_cache_hits")
 
 
 def test_the_experts_disagree_so_that_a_mix_up_would_show(expected):
@@ -32,6 +38,9 @@ def test_a_shared_prefix_is_not_taken_from_another_expert(engine, deltas, expect
     known = adapters_of(deltas)
     for name in ("math", "code", "math", "base", "instruct", "sql"):
         assert ask(engine, [PROMPT], [known[name]]) == [expected[name, len(PROMPT)]], name
+    before = cached_tokens(engine)
+    assert ask(engine, [PROMPT], [known["math"]]) == [expected["math", len(PROMPT)]]
+    assert cached_tokens(engine) > before  # the cache is on: math's own block was found
 
 
 def test_requests_that_come_while_others_run(engine, deltas, expected):
@@ -93,6 +102,9 @@ def test_a_prompt_split_over_several_steps(family, deltas, expected):
 def test_requests_that_are_preempted_for_lack_of_cache_stay_themselves(family, deltas, expected):
     known = adapters_of(deltas)
     names = NAMES * 2
-    with with_deltas(family / "base", num_gpu_blocks_override=5, block_size=64, max_model_len=256) as engine:
-        answers = ask(engine, [PROMPT] * len(names), [known[name] for name in names], max_tokens=NEW_TOKENS)
-        assert answers == [expected[name, len(PROMPT)] for name in names]
+    options = {"num_gpu_blocks_override": 10, "max_model_len": 128, "disable_log_stats": False}
+    with with_deltas(family / "base", **options) as engine:
+        answers = ask(engine, [PROMPT[:12]] * len(names), [known[name] for name in names])
+        assert answers == [expected[name, 12] for name in names]
+        preempted = next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+        assert preempted > 0

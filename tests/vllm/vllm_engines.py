@@ -16,7 +16,7 @@ os.environ |= {
 }
 WORKER = "meswitch.vllm.DeltaWorker"
 EXPERTS = ("math", "code", "instruct", "sql")
-PROMPT = list(range(5, 40))  # more than two blocks of 16, so that prefixes can be shared
+PROMPT = list(range(5, 40))  # more than a block of 32, so that a prefix can be shared
 NEW_TOKENS = 24
 
 
@@ -32,6 +32,7 @@ def running(model, **options):
     from vllm import LLM
 
     defaults = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "seed": 0, "dtype": "float32"}
+    defaults |= {"block_size": 32}  # the least that attention on a CPU takes
     engine = LLM(model=str(model), **defaults | options)
     try:
         yield engine
