@@ -1,6 +1,7 @@
 """The family's merged models, and what each answers in vLLM."""
 
 import pytest
+
 from vllm_engines import PROMPT, ask, running
 
 

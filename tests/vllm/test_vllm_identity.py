@@ -1,6 +1,7 @@
 """A request in vLLM gets its own expert, token by token what that expert's merged model gives in the same vLLM."""
 
 import pytest
+
 from vllm_engines import EXPERTS, NEW_TOKENS, PROMPT, adapters_of, ask, needs_vllm, running, with_deltas
 
 pytestmark = needs_vllm

@@ -123,7 +123,9 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         deltas = {index for index, model in models.items() if isinstance(model, DeltaModel)}
         only = {index for index in deltas if not models[index].loras}
         plain = mapping
-        if only:  # LoRA's kernels skip tokens of the base
+        # LoRA's kernels skip the base's tokens on a GPU; on a CPU vLLM gives them to the last slot, zeros or not, so
+        # there a delta's tokens keep their own slot, whose LoRA is zeros
+        if only and self.device.type != "cpu":
             plain = dataclasses.replace(
                 mapping,
                 index_mapping=tuple(NO_LORA if index in only else index for index in mapping.index_mapping),
