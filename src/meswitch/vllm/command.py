@@ -10,6 +10,7 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Manifest
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.family import Family
+from meswitch.ops.linear import MAX_TOKENS
 from meswitch.vllm.settings import KEY
 
 FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router
@@ -36,6 +37,8 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
         arguments += ["--lora-modules", *(f"{name}={artifact.directory}" for name, artifact in artifacts.items())]
     arguments += ["--additional-config", json.dumps({KEY: settings})]
     arguments += ["--max-num-batched-tokens", str(options.max_batch_tokens), "--dtype", options.dtype]
+    # of longer steps a captured graph would not know how many kernels they need
+    arguments += ["--compilation-config", json.dumps({"max_cudagraph_capture_size": MAX_TOKENS})]
     # experts whose vocabulary is the base's speak through its tokenizer, others through the largest one
     speaker = _largest({name: artifact.manifest for name, artifact in artifacts.items()})
     if speaker is not None:

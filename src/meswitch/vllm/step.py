@@ -46,6 +46,7 @@ class Side:
         if before > now:
             self.token_slots[now:before].fill_(BASE)
         if not self.active:
+            self._slots.fill_(BASE)  # a graph that was captured with experts may be replayed without any
             return
         owners, routing = _pieces(self.host, self.least)
         self._pieces = len(owners)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from meswitch.errors import ConfigError
+from meswitch.ops.linear import MAX_TOKENS
 
 try:
     import vllm  # noqa: F401
@@ -34,4 +35,11 @@ class DeltaWorker(compat.worker_class()):  # type: ignore[misc]
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         if self.vllm_config.lora_config is None:
             raise ConfigError("deltas travel as LoRA adapters: add --enable-lora")
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+        if max(sizes) > MAX_TOKENS:
+            raise ConfigError(
+                f"cudagraph_capture_sizes: up to {max(sizes)}: the decode kernel takes {MAX_TOKENS} tokens of an "
+                f"expert; add --compilation-config '{{\"max_cudagraph_capture_size\": {MAX_TOKENS}}}' (larger steps "
+                "then run without a graph)"
+            )
         super().load_model(*args, **kwargs)
