@@ -13,7 +13,7 @@ from meswitch.ops.layout import write
 from meswitch.vllm.arena import Arena, Layer, Prepared, Rename
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM
 from meswitch.vllm.settings import KEY, Settings
-from meswitch.vllm.shard import conform, join, take_columns, take_rows
+from meswitch.vllm.shard import conform, join, on_device, take_columns, take_rows
 
 
 class Reader:
@@ -96,7 +96,7 @@ def prepare(
             part = value if isinstance(value, PackedDelta) else None
             have = source.last if part is None else max(source.first, min(source.last, part.rows))
             if part is not None:
-                part = take_rows(part, source.first, have)
+                part = on_device(take_rows(part, source.first, have), arena.device)  # laying out is quick on a GPU
                 if place.columns is not None:
                     part = take_columns(part, *place.columns, f"{source.module}.weight")
             parts += [part, None]
@@ -113,7 +113,11 @@ def prepare(
                 f"{_no_room(artifact, place.name)} (salient: {fitted.salient_index.numel()} channels, in a place made "
                 f"for {layer.shape.salient})"
             )
-        write(_padded(fitted, layer.shape.salient), buffer[layer.offset : layer.offset + layer.shape.nbytes])
+        target = buffer[layer.offset : layer.offset + layer.shape.nbytes]
+        laid = target if arena.device.type == "cpu" else torch.zeros_like(target, device=arena.device)
+        write(_padded(fitted, layer.shape.salient), laid)
+        if laid is not target:
+            target.copy_(laid)
         present[layer.index] = True
     _refuse_uncovered(reader, settings, elsewhere)
     return Prepared(buffer, tuple(present), vectors, own, extra, vocabulary)

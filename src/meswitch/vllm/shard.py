@@ -18,6 +18,17 @@ from meswitch.ops.layout import Shape
 _LEAST_GROUP = 16  # of the kernels, see `ops.layout`
 
 
+def on_device(delta: PackedDelta, device: torch.device) -> PackedDelta:
+    """Its codes, scales and salient channels there; extra rows stay where they are."""
+    return replace(
+        delta,
+        packed=delta.packed.to(device),
+        scale=delta.scale.to(device),
+        salient_index=delta.salient_index.to(device),
+        salient_weight=delta.salient_weight.to(device),
+    )
+
+
 def take_rows(delta: PackedDelta, first: int, last: int) -> PackedDelta:
     """Output channels `[first, last)`: what a column-parallel rank holds. Extra rows are left out."""
     return replace(
@@ -77,6 +88,7 @@ def join(parts: Sequence[PackedDelta | None], rows: Sequence[int]) -> PackedDelt
     if not present:
         return None
     width, bits = present[0].in_features, max(part.bits for part in present)
+    device = present[0].packed.device
     group = joint_group([part.group_size for part in present], width)
     salient = torch.cat([part.salient_index for part in present]).unique().int()
     joined = []
@@ -84,14 +96,14 @@ def join(parts: Sequence[PackedDelta | None], rows: Sequence[int]) -> PackedDelt
         if not count:
             continue
         if part is None:
-            none = torch.zeros(count, width, dtype=torch.uint8)
-            scale = torch.zeros(count, 1, dtype=present[0].scale.dtype)
+            none = torch.zeros(count, width, dtype=torch.uint8, device=device)
+            scale = torch.zeros(count, 1, dtype=present[0].scale.dtype, device=device)
             part = replace(
                 present[0],
                 packed=pack(none, bits),
                 scale=scale,
                 salient_index=salient[:0],
-                salient_weight=torch.zeros(count, 0, dtype=present[0].salient_weight.dtype),
+                salient_weight=present[0].salient_weight.new_zeros(count, 0),
                 bits=bits,
                 group_size=None,
             )
@@ -137,7 +149,7 @@ def conform(delta: PackedDelta, bits: int, group: int | None, salient: Tensor | 
         raise ConfigError(f"group_size: {own or 'row'}, in a place made for {group or 'row'}")
     index, weight = delta.salient_index, delta.salient_weight
     if salient is not None:
-        weight = torch.zeros(delta.rows, salient.numel(), dtype=weight.dtype)
+        weight = weight.new_zeros(delta.rows, salient.numel())
         weight[:, torch.searchsorted(salient, index)] = delta.salient_weight
         index = salient
     return replace(
@@ -162,5 +174,5 @@ def _scale_for(delta: PackedDelta, group: int | None, first: int, last: int) -> 
     """The scales of input channels `[first, last)` in groups of `group`, which divides the delta's own."""
     if delta.group_size is None or delta.group_size >= delta.in_features:
         return delta.scale[:, :1].expand(-1, 1 if group is None else -(-(last - first) // group)).contiguous()
-    starts = torch.arange(first, last, group or last - first)
+    starts = torch.arange(first, last, group or last - first, device=delta.scale.device)
     return delta.scale[:, starts // delta.group_size].contiguous()
