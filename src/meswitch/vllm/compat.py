@@ -1,0 +1,191 @@
+"""All that meswitch knows of vLLM's versions and of its private parts. Nothing else here names a private symbol.
+
+`moved()` says by name what an unknown version lacks; a test runs it against the installed one.
+"""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from meswitch.errors import ConfigError
+
+OLDEST, NEWEST = (0, 25), (0, 32)  # what the contract below was compared with
+log = logging.getLogger("meswitch.vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """Something of vLLM that is used: `path` in `module`, and parameters that it must take."""
+
+    module: str
+    path: str
+    parameters: tuple[str, ...] = ()
+
+
+CONTRACT = (
+    Symbol("vllm.v1.worker.gpu_worker", "Worker.init_device"),
+    Symbol("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.load_lora_model", ("model", "vllm_config")),
+    Symbol(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin._set_active_loras",
+        ("prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
+    ),
+    Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls"),
+    Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("lora_request",)),
+    Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.create_lora_manager", ("model", "vllm_config")),
+    Symbol(
+        "vllm.lora.model_manager",
+        "LRUCacheLoRAModelManager.__init__",
+        ("model", "max_num_batched_tokens", "lora_config", "device", "vllm_config"),
+    ),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("lora_id",)),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.capacity"),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._add_adapter", ("lora",)),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_lora_modules"),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._set_adapter_mapping", ("mapping",)),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.create_dummy_lora", ("lora_id", "rank")),
+    Symbol("vllm.lora.lora_model", "LoRAModel.__init__", ("lora_model_id", "rank", "loras")),
+    Symbol("vllm.lora.layers", "LoRAMapping.__init__", ("index_mapping", "prompt_mapping", "type")),
+    Symbol("vllm.lora.layers", "LoRAMappingType.LANGUAGE"),
+    Symbol("vllm.lora.layers", "VocabParallelEmbeddingWithLoRA"),
+    Symbol("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),
+    Symbol("vllm.lora.utils", "replace_submodule", ("model", "module_name", "new_module")),
+    Symbol("vllm.model_executor.layers.linear", "QKVParallelLinear"),
+    Symbol("vllm.model_executor.layers.linear", "MergedColumnParallelLinear"),
+    Symbol("vllm.model_executor.layers.linear", "ColumnParallelLinear"),
+    Symbol("vllm.model_executor.layers.linear", "RowParallelLinear"),
+    Symbol("vllm.model_executor.layers.linear", "ReplicatedLinear"),
+    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
+    Symbol("vllm.model_executor.layers.layernorm", "RMSNorm"),
+    Symbol(
+        "vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.apply", ("layer", "args", "kwargs")
+    ),
+    Symbol("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.embedding", ("layer",)),
+    Symbol("vllm.model_executor.models.utils", "WeightsMapper._map_name", ("key",)),
+)
+
+
+class LayerKinds(NamedTuple):
+    """vLLM's classes of layers: types, or tuples of them."""
+
+    linear: Any
+    qkv: Any
+    merged: Any
+    column: Any
+    row: Any
+    embedding: Any
+    head: Any
+    norms: Any
+
+
+def layer_kinds() -> LayerKinds:
+    from vllm.model_executor.layers import layernorm, linear, vocab_parallel_embedding
+
+    column, row, whole = linear.ColumnParallelLinear, linear.RowParallelLinear, linear.ReplicatedLinear
+    return LayerKinds(
+        (column, row, whole),
+        linear.QKVParallelLinear,
+        linear.MergedColumnParallelLinear,
+        column,
+        row,
+        vocab_parallel_embedding.VocabParallelEmbedding,
+        vocab_parallel_embedding.ParallelLMHead,
+        (layernorm.RMSNorm,),
+    )
+
+
+def moved(contract: tuple[Symbol, ...] = CONTRACT) -> list[str]:
+    """One line for each symbol of the contract that the installed vLLM does not have."""
+    problems = []
+    for symbol in contract:
+        where = f"{symbol.module}.{symbol.path}"
+        try:
+            found: Any = importlib.import_module(symbol.module)
+            for part in symbol.path.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{where}: gone ({error})")
+            continue
+        if symbol.parameters:
+            known = inspect.signature(found).parameters
+            lost = [name for name in symbol.parameters if name not in known]
+            if lost:
+                problems.append(f"{where}: no longer takes {', '.join(lost)}; it takes {', '.join(known)}")
+    if not any(hasattr(_mapper_class(), name) for name in _UNSTACKED):
+        problems.append(f"vllm.model_executor.models.utils.WeightsMapper: has none of {', '.join(_UNSTACKED)}")
+    return problems
+
+
+def check() -> None:
+    """Refuse a vLLM that lacks what is used here, and say so where the version is outside the declared range.
+
+    Raises:
+        ConfigError: naming each symbol.
+    """
+    found = version()
+    problems = moved()
+    text = f"vLLM {'.'.join(map(str, found))}"
+    span = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    if problems:
+        raise ConfigError(f"{text}: meswitch knows {span}; this one lacks:\n  " + "\n  ".join(problems))
+    if not OLDEST <= found[:2] <= NEWEST:
+        log.warning("%s has all that meswitch uses, but only %s have been tried", text, span)
+
+
+def version() -> tuple[int, ...]:
+    """The installed vLLM's."""
+    import vllm
+
+    return tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+_UNSTACKED = ("get_rename_mapper", "get_unstacked_mapper")  # since 0.32, before
+
+
+def _mapper_class() -> type:
+    from vllm.model_executor.models import utils
+
+    found: type = utils.WeightsMapper
+    return found
+
+
+def renamer(model: nn.Module) -> Callable[[str], str]:
+    """From a checkpoint's tensor name to where vLLM's model has it; q, k and v keep their own names."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return lambda name: name
+    for method in _UNSTACKED:
+        if hasattr(mapper, method):
+            mapper = getattr(mapper, method)()
+            break
+
+    def rename(name: str) -> str:
+        return mapper._map_name(name) or name
+
+    return rename
+
+
+def worker_class() -> type:
+    """The worker of this platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        found: type = CPUWorker
+    else:
+        from vllm.v1.worker.gpu_worker import Worker
+
+        found = Worker
+    return found
+
+
+def missing_modules(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what other pipeline ranks hold."""
+    return tuple(f"{name}." for name, module in model.named_modules() if type(module).__name__ == "PPMissingLayer")

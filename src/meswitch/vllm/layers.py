@@ -1,0 +1,203 @@
+"""How vLLM's layers get their deltas.
+
+Linear layers, embeddings and heads ask their `quant_method` for the product, whichever class they are and whether or
+not LoRA wraps them, and before any communication between ranks. So a method around that method sees the rank's own rows
+and columns, and no class of vLLM's layers has to be copied. Norms have no such method and are wrapped, as vLLM's LoRA
+wraps linear layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from meswitch.errors import IncompatibleError, MeswitchError
+from meswitch.ops import embedding_rows, expert_linear
+from meswitch.vllm.arena import Arena, Layer
+from meswitch.vllm.delta_op import add_delta
+from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM
+from meswitch.vllm.step import HEAD as HEAD_SIDE
+from meswitch.vllm.step import TOKENS, Step, part
+
+
+class DeltaMethod(QuantizeMethodBase):
+    """The base's method, then the deltas."""
+
+    def __init__(self, inner: Any, layer: Layer, step: Step) -> None:
+        self.inner, self.layer, self.step = inner, layer, step
+
+    def __getattr__(self, name: str) -> Any:  # vLLM asks methods for what they support
+        return getattr(self.__dict__["inner"], name)
+
+    def create_weights(self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
+        self.inner.create_weights(layer, *weight_args, **extra_weight_attrs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., in_features] -> [..., rows]."""
+        y: Tensor = self.inner.apply(layer, x, bias)
+        inputs, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        # a tied embedding multiplies too, as the head
+        if self.layer.place.kind == LINEAR:
+            if self.layer.slots is not None:
+                add_delta(outputs, inputs, self.layer.slots, TOKENS)
+            if self.layer.vectors is not None:
+                outputs += self.layer.vectors[self.step.tokens.token_slots[: inputs.shape[0]]].to(outputs.dtype)
+        else:
+            self._logits(outputs, inputs)
+        return y
+
+    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        """[tokens] int64 -> [tokens, features]."""
+        own, flat = self.layer, ids.view(-1)
+        slots = self.step.tokens.token_slots[: flat.shape[0]]
+        rows = own.place.used_rows
+        weight = own.place.module.weight[:rows]
+        if own.slots is not None:
+            y = embedding_rows(flat, weight, own.slots, slots, own.extra)
+        else:
+            y = self.inner.embedding(layer, flat.clamp(max=rows - 1))
+            if own.extra is not None:
+                theirs = own.extra[slots.long(), (flat - rows).clamp(min=0)]
+                y = torch.where((flat >= rows)[:, None], theirs, y)
+        if own.own is not None and own.has_own is not None:
+            chosen = own.has_own[slots.long()] & (slots >= 0) & (flat < rows)
+            y = torch.where(chosen[:, None], own.own[slots.long(), flat.clamp(max=rows - 1)], y)
+        return y.view(*ids.shape, -1)
+
+    def _logits(self, outputs: Tensor, inputs: Tensor) -> None:
+        rows = self.layer.place.used_rows
+        first = first_row(inputs, self.step)
+        slots = head_slots(inputs, self.step, first)
+        if slots is None:
+            return
+        if self.layer.slots is not None:
+            if first is None:
+                add_delta(outputs[:, :rows], inputs, self.layer.slots, HEAD_SIDE)
+            elif (routing := part(self.step.tokens, first, len(inputs))) is not None:
+                layer = self.layer.slots.for_places(routing.slots.numel())
+                expert_linear(outputs[:, :rows], inputs, layer, routing)
+        if self.layer.own is not None and self.layer.has_own is not None:
+            for slot in sorted({slot for slot in slots if slot >= 0}):
+                own = torch.tensor([slot == other for other in slots], device=inputs.device)
+                theirs = inputs @ self.layer.own[slot].T
+                chosen = (own & self.layer.has_own[slot])[:, None]
+                outputs[:, :rows] = torch.where(chosen, theirs.to(outputs.dtype), outputs[:, :rows])
+
+
+class DeltaNorm(nn.Module):
+    """RMS norm with each token's own weights, as `vllm.ir.ops.rms_norm` computes it."""
+
+    def __init__(self, base: Any, layer: Layer, step: Step) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.step = step
+        assert layer.vectors is not None
+        self.vectors = layer.vectors
+        self.eps = base.variance_epsilon
+        self.variance_size = getattr(base, "variance_size_override", None)
+
+    def __getattr__(self, name: str) -> Any:  # some models look at a norm's weight or size
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """[tokens, ..., features] -> the same, and the new residual if one was given."""
+        dtype = x.dtype
+        wide = x.float()
+        if residual is not None:
+            wide = wide + residual.float()
+            residual = wide.to(dtype)
+        measured = wide if self.variance_size is None else wide[..., : self.variance_size]
+        normal = wide * torch.rsqrt(measured.pow(2).mean(-1, keepdim=True) + self.eps)
+        weights = self.vectors[self.step.tokens.token_slots[: x.shape[0]]].to(self.base_layer.weight.dtype)
+        weights = weights.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+        y = (normal.to(weights.dtype) * weights).to(dtype)
+        return y if residual is None else (y, residual)
+
+
+def first_row(inputs: Tensor, step: Step) -> int | None:
+    """Where the head's inputs start among the step's tokens, or None if they are the rows to sample from.
+
+    For the logits of a prompt, vLLM passes the head a part of the step's hidden states; else a copy of chosen rows.
+    """
+    if len(inputs) == len(step.head.host) and inputs.untyped_storage().nbytes() == inputs.nbytes:
+        return None
+    return inputs.storage_offset() // inputs.stride(0) if inputs.dim() == 2 else 0
+
+
+def head_slots(inputs: Tensor, step: Step, first: int | None) -> list[int] | None:
+    """The slot of each of the head's rows, None if all are the base's.
+
+    Raises:
+        MeswitchError: the rows are not known, and some request has an expert.
+    """
+    if not (step.head.active or step.tokens.active):
+        return None
+    slots = step.head.host if first is None else step.tokens.host[first : first + len(inputs)]
+    if len(slots) != len(inputs):
+        if step.dummy:
+            return None
+        raise MeswitchError(
+            f"{len(inputs)} rows for the head in a step of {len(step.head.host)} requests and "
+            f"{len(step.tokens.host)} tokens: whose they are is not known"
+        )
+    return slots if any(slot >= 0 for slot in slots) else None
+
+
+def install(model: nn.Module, arena: Arena, step: Step, replace: Any) -> None:
+    """Give every layer of the arena its deltas; `model` is changed in place.
+
+    Args:
+        replace: `(model, name, module)`, sets a submodule.
+
+    Raises:
+        IncompatibleError: a quantised embedding that experts change, or a model whose tokens lie in a second dimension.
+    """
+    if type(model).__name__.startswith("Transformers"):
+        raise IncompatibleError(
+            f"{type(model).__name__}: vLLM's Transformers backend is not served; use --model-impl vllm"
+        )
+    for layer in arena.layers:
+        place = layer.place
+        used = layer.slots is not None or layer.own is not None or layer.extra is not None
+        if place.kind == NORM:
+            replace(model, place.name, DeltaNorm(place.module, layer, step))
+        elif used or layer.vectors is not None:
+            if place.kind == EMBEDDING and getattr(place.module, "weight", None) is None:
+                raise IncompatibleError(f"{place.name}: a quantised embedding cannot be switched; use a base in 16 bit")
+            place.module.quant_method = DeltaMethod(place.module.quant_method, layer, step)
+    heads = [layer for layer in arena.layers if layer.place.kind == HEAD] or [
+        layer for layer in arena.layers if layer.place.kind == EMBEDDING
+    ]
+    if arena.extra_rows and heads:
+        _widen(model, heads[-1], arena, step)
+
+
+def _widen(model: nn.Module, head: Layer, arena: Arena, step: Step) -> None:
+    """Logits of the experts' own tokens after the base's, and none for tokens that a request's model lacks."""
+    processors = [module for name, module in model.named_modules() if name.split(".")[-1] == "logits_processor"]
+    if len(processors) != 1 or head.place.module.tp_size != 1:
+        raise IncompatibleError("an expert's own tokens need one logits processor and no tensor parallelism")
+    if getattr(processors[0], "scale", 1.0) != 1.0 or getattr(processors[0], "soft_cap", None) is not None:
+        raise IncompatibleError("an expert's own tokens are not served in models that scale or cap logits")
+
+    def widen(_: nn.Module, arguments: tuple[Any, ...], logits: Tensor | None) -> Tensor | None:
+        if logits is None:
+            return None
+        inputs = arguments[1]
+        first = first_row(inputs, step)
+        slots = head_slots(inputs, step, first) or [-1] * len(inputs)
+        index = torch.tensor(slots, device=logits.device)
+        if head.extra is not None:
+            every = torch.einsum("th,seh->tse", inputs, head.extra).to(logits.dtype)
+            logits = torch.cat([logits, every[torch.arange(len(index), device=logits.device), index]], dim=1)
+        beyond = torch.arange(logits.shape[1], device=logits.device) >= arena.sizes[index][:, None]
+        return logits.masked_fill(beyond, -torch.inf)
+
+    processors[0].register_forward_hook(widen)

@@ -1,0 +1,159 @@
+"""vLLM's LoRA managers, holding deltas beside LoRA adapters: the same ids, slots and least-recently-used order."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from vllm.lora.layers import LoRAMapping, LoRAMappingType, VocabParallelEmbeddingWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path, replace_submodule
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from meswitch.artifact import Artifact, fingerprint
+from meswitch.artifact.manifest import MANIFEST_NAME
+from meswitch.checkpoint import Checkpoint
+from meswitch.errors import ConfigError, MeswitchError
+from meswitch.ops.routing import BASE
+from meswitch.vllm import compat, delta_op, layers
+from meswitch.vllm.arena import Arena, Prepared
+from meswitch.vllm.places import places
+from meswitch.vllm.prepare import prepare
+from meswitch.vllm.settings import KEY, Settings
+from meswitch.vllm.step import Step
+
+log = logging.getLogger("meswitch.vllm")
+NO_LORA = 0  # vLLM's id of the base
+
+
+class DeltaModel(LoRAModel):
+    """A delta where vLLM expects a LoRA: one without any LoRA layers. delta: None for vLLM's warm-up."""
+
+    def __init__(
+        self, lora_model_id: int, delta: Prepared | None, rank: int = 1, loras: Any = None, **more: Any
+    ) -> None:
+        super().__init__(lora_model_id, rank, loras or {}, **more)
+        self.delta = delta
+
+    def clone(self, lora_model_id: int) -> "DeltaModel":
+        return DeltaModel(lora_model_id, self.delta, self.rank, dict(self.loras))
+
+
+class DeltaModelManager(LRUCacheLoRAModelManager):
+    """Slots on the device: each holds a LoRA adapter or a delta."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        config = kwargs["vllm_config"]
+        self.settings = Settings.of(config.additional_config)
+        self.arena: Arena | None = None
+        super().__init__(model, *args, **kwargs)
+        self.rename = compat.renamer(model)
+        self._source = config.model_config.model
+        self._fingerprint: str | None = None
+        found = list(places(model, self.packed_modules_mapping))
+        self.arena = Arena(
+            found,
+            self.settings.models(self._source),
+            self.rename,
+            slots=self.lora_slots,
+            device=self.device,
+            dtype=config.model_config.dtype,
+            base_vocabulary=config.model_config.get_vocab_size(),
+            extra_rows=self.settings.extra_rows,
+        )
+        if self.arena.extra_rows > 0 and any(isinstance(m, VocabParallelEmbeddingWithLoRA) for m in model.modules()):
+            raise ConfigError(
+                f"extra_rows: {self.arena.extra_rows}: vLLM's LoRA embedding takes no tokens after the base's; set "
+                f"additional_config.{KEY}.lora to false"
+            )
+        self.step = Step(self.max_num_batched_tokens, self.lora_slots, self.device)
+        delta_op.install(self.step)
+        layers.install(model, self.arena, self.step, replace_submodule)
+        self._elsewhere = compat.missing_modules(model)
+        log.info("meswitch: %s for deltas", self.arena.describe())
+
+    def read(self, directory: Path, lora_id: int) -> DeltaModel:
+        """An artifact, checked and laid out in host memory."""
+        artifact = Artifact.open(directory)
+        if self.settings.check_base:
+            base = Checkpoint.open(self._source)
+            self._fingerprint = self._fingerprint or fingerprint(base)
+            artifact.check_base(base, known=self._fingerprint)
+        assert self.arena is not None
+        return DeltaModel(lora_id, prepare(artifact, self.arena, self.rename, self.settings, self._elsewhere))
+
+    @property
+    def capacity(self) -> int:
+        """Adapters in host memory; every delta takes the same bytes, so a budget of bytes is a count."""
+        most: int = super().capacity
+        if self.settings.host_bytes is None or self.arena is None:
+            return most
+        fit = self.settings.host_bytes // max(1, self.arena.slot_bytes)
+        return max(self.lora_slots, min(most, fit))  # a step may need as many at once
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        activated: bool = super().activate_adapter(lora_id)
+        if activated and self.arena is not None:
+            model = self._registered_adapters[lora_id]
+            slot = self.lora_index_to_id.index(lora_id)
+            self.arena.put(slot, model.delta if isinstance(model, DeltaModel) else None)
+            self._last_mapping = None  # the slot's kind may have changed though the mapping has not
+        return activated
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        if isinstance(lora, DeltaModel) and not lora.loras:  # nothing to pack and pin
+            self._registered_adapters[lora.id] = lora
+        else:
+            super()._add_adapter(lora)
+
+    def create_dummy_lora(self, lora_id: int, *args: Any, **kwargs: Any) -> DeltaModel:
+        """For warm-up and capture, an adapter that is both: graphs must hold the kernels of both."""
+        dummy = super().create_dummy_lora(lora_id, *args, **kwargs)
+        return DeltaModel(lora_id, None, dummy.rank, dummy.loras)
+
+    def _create_lora_modules(self) -> None:
+        if self.settings.lora:
+            super()._create_lora_modules()
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        models = {index: self._registered_adapters.get(index) for index in self.lora_index_to_id if index is not None}
+        deltas = {index for index, model in models.items() if isinstance(model, DeltaModel)}
+        only = {index for index in deltas if not models[index].loras}
+        plain = mapping
+        # LoRA's kernels skip the base's tokens on a GPU; on a CPU vLLM gives them to the last slot, zeros or not, so
+        # there a delta's tokens keep their own slot, whose LoRA is zeros
+        if only and self.device.type != "cpu":
+            plain = dataclasses.replace(
+                mapping,
+                index_mapping=tuple(NO_LORA if index in only else index for index in mapping.index_mapping),
+                prompt_mapping=tuple(NO_LORA if index in only else index for index in mapping.prompt_mapping),
+            )
+        super()._set_adapter_mapping(plain)
+        if mapping.type != LoRAMappingType.LANGUAGE:
+            return
+        slots = {index: slot for slot, index in enumerate(self.lora_index_to_id) if index in deltas}
+        self.step.dummy = any(models[index].delta is None for index in deltas)
+        self.step.tokens.fill([slots.get(index, BASE) for index in mapping.index_mapping])
+        self.step.head.fill([slots.get(index, BASE) for index in mapping.prompt_mapping])
+
+
+class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
+    """Loads a delta where the path holds one, else a LoRA adapter as vLLM does."""
+
+    _manager_cls = DeltaModelManager
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        directory = Path(get_adapter_absolute_path(lora_request.lora_path))
+        if (directory / MANIFEST_NAME).is_file():
+            try:
+                return self._adapter_manager.read(directory, lora_request.lora_int_id)
+            except MeswitchError as error:
+                raise ValueError(str(error)) from error  # what vLLM's server answers a request with
+        if not self._adapter_manager.settings.lora:
+            raise ValueError(
+                f"{directory}: not a meswitch artifact (no {MANIFEST_NAME}), and additional_config.{KEY}.lora is false"
+            )
+        return super()._load_adapter(lora_request)

@@ -1,0 +1,65 @@
+"""Static buffers: what a replayed graph reads is this step's, never an earlier one's. No vLLM needed."""
+
+import pytest
+import torch
+
+from deltas import expected, random_delta
+from meswitch.errors import ConfigError
+from meswitch.ops import SlotLinear, expert_linear
+from meswitch.vllm.step import Side, part
+
+
+def products(side, tokens, deltas):
+    """The op over a step, with padding after its tokens."""
+    layer = SlotLinear.build(deltas)
+    x, y = torch.randn(tokens, 128), torch.randn(tokens, 32)
+    wanted = expected(y, x, deltas, side.host + [-1] * (tokens - len(side.host)))
+    routing = side.routing(tokens)
+    if routing is not None:
+        expert_linear(y, x, layer.for_places(routing.slots.numel()), routing)
+    return y.double(), wanted
+
+
+def test_steps_of_all_kinds_one_after_another():
+    side = Side(256, 3, torch.device("cpu"))
+    deltas = [random_delta(32, 128, 2, 64, salient=2, seed=seed) for seed in range(3)]
+    addresses = side.token_slots.data_ptr()
+    for slots, rows in (
+        ([0, -1, 2, 2, 1], 8),
+        ([-1, -1], 2),
+        ([1] * 150 + [0] * 70 + [-1] * 3, 223),  # more tokens of an expert than the decode kernel takes
+        ([2], 1),
+        ([], 4),
+    ):
+        side.fill(slots)
+        y, wanted = products(side, rows, deltas)
+        assert torch.allclose(y, wanted, atol=1e-4)
+        assert side.token_slots[:rows].tolist() == (slots + [-1] * rows)[:rows]
+        assert (side.token_slots[len(slots) :] == -1).all()
+    assert side.token_slots.data_ptr() == addresses
+
+
+def test_small_steps_have_one_shape_whatever_experts_they_hold():
+    side, shapes = Side(64, 4, torch.device("cpu")), set()
+    for slots in ([0] * 64, [0, 1, 2, 3] * 16, [3] + [-1] * 63):
+        side.fill(slots)
+        routing = side.routing(64)
+        shapes.add(
+            (len(routing.slots), len(routing.starts), len(routing.order), routing.max_tokens, routing.slots.data_ptr())
+        )
+    assert len(shapes) == 1
+    side.fill([-1] * 64)
+    assert side.routing(64) is None
+    assert (side._slots == -1).all()  # what a graph captured with experts would read
+
+
+def test_part_of_a_step_and_a_step_too_long():
+    side = Side(16, 2, torch.device("cpu"))
+    side.fill([0] * 4 + [1] * 5 + [-1] * 3)
+    routing = part(side, 2, 4)
+    assert routing.slots[:2].tolist() == [0, 1]
+    assert routing.order.tolist() == [0, 1, 2, 3]
+    assert part(side, 9, 3) is None
+    assert part(side, 10, 5) is None
+    with pytest.raises(ConfigError, match="17 rows in a step that was announced with at most 16"):
+        side.fill([0] * 17)
