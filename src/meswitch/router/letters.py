@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch.errors import ConfigError
 from meswitch.router.prompt import Prompt, Question
 
 _CPU_BATCH_TOKENS = 1024
@@ -29,6 +30,7 @@ class LetterModel:
         accepted = inspect.signature(model.forward).parameters
         self._positions = "position_ids" in accepted
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cache = "cache" if "cache" in accepted else "past_key_values"  # renamed during transformers 5
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     @property
@@ -67,7 +69,11 @@ class LetterModel:
 
     def _read(self, before: tuple[int, ...]) -> Any:
         ids = torch.tensor([before], device=self.model.device)
-        return self.model(input_ids=ids, use_cache=True, **self._keep).past_key_values
+        out = self.model(input_ids=ids, use_cache=True, **self._keep)
+        cache = getattr(out, "cache", None) or getattr(out, "past_key_values", None)
+        if cache is None:
+            raise ConfigError(f"model: {type(self.model).__name__} keeps no keys and values; use a transformer")
+        return cache
 
     def _logits(self, queries: Sequence[Sequence[int]], question: Question, cache: Any, options: int) -> Tensor:
         """Padding lies between the shared prefix and the query, so the letter comes after the last position of all."""
@@ -81,9 +87,8 @@ class LetterModel:
         mask[:, prefix:] = place >= pads
         where = {"position_ids": prefix + (place - pads).clamp_min(0)} if self._positions else {}
         cache.batch_repeat_interleave(len(rows))
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where, **self._keep
-        ).logits
+        given = {self._cache: cache, **where, **self._keep}
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given).logits
         letters = torch.tensor(self.prompt.letter_ids[:options], device=device)
         picked: Tensor = logits[:, -1, letters].float()
         return picked

@@ -16,8 +16,7 @@ from meswitch.router.lexical import clip
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 NONE_OF_THESE = "None of these."
 _MARK = "\x1fquery\x1f"  # where the query goes; no text that a person types has it
-_QUESTION = "Which option is this request for?"
-_ANSWER = "Answer with the letter of one option."
+_QUESTION = "Which option is the request below for? Answer with its letter."
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +64,11 @@ class Prompt:
 
     def _text(self, options: Sequence[str]) -> tuple[str, str]:
         listed = "\n".join(f"{letter}. {one_line(text)}" for letter, text in zip(LETTERS, options, strict=False))
-        content = f"{_QUESTION}\n{listed}\n\nRequest: {_MARK}\n\n{_ANSWER}"
+        content = f"{_QUESTION}\n{listed}\n\nRequest: {_MARK}"
         if not self.chat:
             start = getattr(self.tokenizer, "bos_token", None) or ""
             before, after = content.split(_MARK)
-            return start + before, f"{after}\nAnswer:"
+            return start + before, f"{after}\n\nAnswer:"
         asked = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
