@@ -44,7 +44,10 @@ def main() -> None:
         weights=options.weights,
         max_tokens=options.max_tokens,
         steps=options.steps,
+        batch=options.batch,
+        question=options.question,
         learning_rate=options.learning_rate,
+        top=options.top,
         seed=options.seed,
     )
     _, held_out = hold_out(rows, settings.holdout, settings.seed)
@@ -59,7 +62,8 @@ def main() -> None:
         router.save(options.work / "tuned-router")
         bench.measure(router, "tuned", "held-out", held_out)
         bench.measure(router, "tuned", "dev", dev)
-        bench.measure(orders(router, len(router.labels)), "tuned-averaged", "dev", subset(dev, options.subset))
+        bench.measure(orders(router, len(router.labels)), "tuned-averaged", "dev", subset(dev, 100))
+        bench.measure(router, "tuned", "dev-subset", subset(dev, 100))
     if "added" in options.parts:
         name = options.added
         known = {expert: text for expert, text in descriptions.items() if expert != name}
@@ -82,7 +86,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=["zero-shot", "tuned", "added"])
     parser.add_argument("--weights", default="lora", choices=["lora", "full"])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--question", type=int, default=8, help="rows that share one order of the options")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--top", type=float, default=1.0, help="share of the blocks that LoRA adapts, from the last")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--added", default="math", help="the expert that one router only knows by description")
     parser.add_argument("--added-steps", type=int, default=100)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,7 +107,7 @@ def _tune(
     model = letters.model
     stored = getattr(model.config, "dtype", None) or torch.float32
     if settings.weights == "lora":
-        weights = add_adapters(model, settings.rank, settings.alpha)
+        weights = add_adapters(model, settings.rank, settings.alpha, settings.top)
     else:
         weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -163,7 +163,7 @@ def _step(
         with torch.autocast(letters.model.device.type, torch.bfloat16, enabled=cuda):
             logits = letters.forward([queries[i] for i in chosen], options)
         loss = cross_entropy(logits, targets.to(logits.device), reduction="sum") / settings.batch
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     return total
 
@@ -191,7 +191,7 @@ def balanced(rows: Sequence[Row], balance: float) -> Tensor:
     domain, alike (1)."""
     domains = Counter(row.domain for row in rows)
     sources = Counter((row.domain, row.source) for row in rows)
-    within: dict[str, float] = Counter()
+    within: defaultdict[str, float] = defaultdict(float)
     for (domain, _), count in sources.items():
         within[domain] += count ** (1 - balance)
     return torch.tensor(

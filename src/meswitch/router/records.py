@@ -47,7 +47,8 @@ class LlmSettings:
     max_tokens: of a query. permutations: orders of the options that are averaged. max_options: of one question.
     steps, batch, learning_rate, warmup (share of the steps), weight_decay: AdamW, cosine. question: rows that share one
     order of the options. drop: share of the questions that leave one expert out, whose queries then belong to "none of
-    these". balance: 0 draws rows as they come, 1 all domains and sources alike. rank, alpha: LoRA's.
+    these". balance: 0 draws rows as they come, 1 all domains and sources alike. rank, alpha: LoRA's. top: the share of
+    the blocks, from the last one down, that LoRA adapts.
     holdout: share of the rows kept for the calibration.
     """
 
@@ -65,6 +66,7 @@ class LlmSettings:
     balance: float = 0.5
     rank: int = 16
     alpha: int = 32
+    top: float = 1.0
     holdout: float = 0.1
     seed: int = 0
 
@@ -80,4 +82,45 @@ class LlmFile:
     settings: LlmSettings
     calibration: Calibration
     provenance: Provenance
+    tensors_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeFile:
+    """`router.json` of a cascade; its two routers are the directories `first` and `second`.
+
+    margin: below which lead of the first router's best label the second is asked too; None asks both always. weight:
+    of the second router's log-probabilities, 0 to 1. members: SHA-256 of each router's `router.json`.
+    """
+
+    kind: str
+    experts: tuple[str, ...]
+    margin: float | None
+    weight: float
+    calibration: Calibration
+    members: dict[str, str]
+    tensors_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. choose: an expert's name, or `other` for the fallback.
+
+    field: `text` (what the user asks), `system` (the system message), `header:NAME` or `metadata:NAME` of the request.
+    pattern: a regular expression that is searched there.
+    """
+
+    choose: str
+    field: str
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class RulesFile:
+    """`router.json` of rules; the router for what no rule decides, if there is one, is the directory `router`."""
+
+    kind: str
+    experts: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    members: dict[str, str]
     tensors_sha256: str = ""

@@ -9,17 +9,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from meswitch.artifact.fingerprint import sha256_file
 from meswitch.router.base import RouterError
-from meswitch.router.records import Calibration, LlmFile, Provenance
+from meswitch.router.records import Calibration, CascadeFile, LlmFile, Provenance, RulesFile
 from meswitch.strict import Decoder
 from meswitch.tensorfile import fsync_path
 
@@ -73,12 +75,26 @@ class RouterFile:
     tensors_sha256: str = ""
 
 
-AnyFile = RouterFile | LlmFile
-_KINDS: dict[str, type[AnyFile]] = {KIND: RouterFile, "llm": LlmFile}
+AnyFile = RouterFile | LlmFile | CascadeFile | RulesFile
+_KINDS: dict[str, type[AnyFile]] = {KIND: RouterFile, "llm": LlmFile, "cascade": CascadeFile, "rules": RulesFile}
 
 
-def write_router(path: Path, file: AnyFile, tensors: Mapping[str, Tensor]) -> None:
-    """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router."""
+class Keepable(Protocol):
+    """A router that can write itself."""
+
+    def save(self, path: str | Path) -> None: ...
+
+
+def write_router(
+    path: Path, file: AnyFile, tensors: Mapping[str, Tensor], members: Mapping[str, Keepable] | None = None
+) -> None:
+    """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router.
+
+    members: routers that this one is made of; each becomes a directory in it.
+
+    Raises:
+        RouterError: `path` exists and is not a router, or cannot be written.
+    """
     path = path.resolve()
     if path.exists() and not (path / JSON_NAME).is_file():
         raise RouterError(f"{path}: exists and is not a router; choose another place")
@@ -90,6 +106,11 @@ def write_router(path: Path, file: AnyFile, tensors: Mapping[str, Tensor]) -> No
         for left_over in (partial, old):
             shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True)
+        if isinstance(file, CascadeFile | RulesFile):
+            for name, member in (members or {}).items():
+                member.save(partial / name)
+            checksums = {name: sha256_file(partial / name / JSON_NAME) for name in members or {}}
+            file = dataclasses.replace(file, members=checksums)
         (partial / TENSORS_NAME).write_bytes(raw)
         (partial / JSON_NAME).write_text(json.dumps(head | dataclasses.asdict(file), indent=2) + "\n")
         for part in (partial / TENSORS_NAME, partial / JSON_NAME, partial):
@@ -171,3 +192,21 @@ def read_all_tensors(path: Path, file: AnyFile) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise RouterError(f"{name}: not a safetensors file ({error}); train the router again") from None
     return tensors
+
+
+def check_members(path: Path, file: CascadeFile | RulesFile, names: Collection[str]) -> None:
+    """Are the routers that this one is made of there, and the ones it was saved with?
+
+    names: which there must be; others are refused.
+
+    Raises:
+        RouterError: names the member.
+    """
+    if file.members.keys() != set(names):
+        raise RouterError(f"{path / JSON_NAME}: members: expected {', '.join(names)}, found {', '.join(file.members)}")
+    for name, checksum in file.members.items():
+        inner = path / name / JSON_NAME
+        if not inner.is_file():
+            raise RouterError(f"{inner}: no such file; the router is incomplete, copy or train it again")
+        if sha256_file(inner) != checksum:
+            raise RouterError(f"{path / JSON_NAME}: members.{name}: does not match {inner}; train the router again")
