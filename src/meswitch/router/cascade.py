@@ -55,10 +55,10 @@ class CascadeRouter(Router):
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
         if not messages_batch:
             return []
-        logits = log_scores(self.first, messages_batch)
+        logits = log_scores(self.first, messages_batch, self.labels)
         asked = unsure(logits, self.margin).nonzero()[:, 0].tolist()
         if asked:
-            second = log_scores(self.second, [messages_batch[i] for i in asked])
+            second = log_scores(self.second, [messages_batch[i] for i in asked], self.labels)
             logits[asked] = (1 - self.weight) * logits[asked] + self.weight * second
         rows = (logits / self.calibration.temperature).softmax(1).tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in rows]
@@ -73,9 +73,8 @@ class CascadeRouter(Router):
         write_router(Path(path), file, {}, {"first": self.first, "second": self.second})  # type: ignore[dict-item]
 
 
-def log_scores(router: Router, messages_batch: Sequence[Messages]) -> Tensor:
-    """[n, experts + other] float64 log-probabilities, the experts in the router's order."""
-    labels = (*router.experts, OTHER)
+def log_scores(router: Router, messages_batch: Sequence[Messages], labels: Sequence[str]) -> Tensor:
+    """[n, labels] float64 log-probabilities, in the order of `labels`."""
     scored = router.scores(messages_batch)
     values = torch.tensor([[scores.get(label, 0.0) for label in labels] for scores in scored], dtype=torch.float64)
     return values.clamp_min(_LEAST).log().log_softmax(1)
@@ -114,8 +113,7 @@ def fit_cascade(
         raise RouterError("data: no rows; a cascade is fitted on rows that neither router was trained on")
     targets = torch.tensor([labels.index(row.domain) for row in rows])
     batch: list[Messages] = [[{"role": "user", "content": row.query}] for row in rows]
-    one = log_scores(first, batch)
-    two = log_scores(second, batch)[:, [(*second.experts, OTHER).index(label) for label in labels]]
+    one, two = (log_scores(member, batch, labels) for member in (first, second))
     margin = None if asked is None else float(leads(one).quantile(asked))
     where = unsure(one, margin)
     weight = _weight(one[where], two[where], targets[where])

@@ -157,7 +157,7 @@ def _step(
     total = 0.0
     for part in drawn.split(settings.question):
         chosen = part.tolist()
-        labels, order = _options(list(descriptions), settings, generator)
+        labels, order = _options(list(descriptions), settings, step, generator)
         options = [NONE_OF_THESE if name == OTHER else descriptions[name] for name in order]
         targets = torch.tensor([order.index(d if (d := rows[i].domain) in labels else OTHER) for i in chosen])
         with torch.autocast(letters.model.device.type, torch.bfloat16, enabled=cuda):
@@ -168,12 +168,17 @@ def _step(
     return total
 
 
-def _options(experts: list[str], settings: LlmSettings, generator: torch.Generator) -> tuple[set[str], list[str]]:
+def _options(
+    experts: list[str], settings: LlmSettings, step: int, generator: torch.Generator
+) -> tuple[set[str], list[str]]:
     """Which labels a question shows, and in which order."""
+    settled = step / max(1.0, settings.settle * settings.steps)
+    if float(torch.rand(1, generator=generator)) >= settled and len(experts) < settings.max_options:
+        return {*experts, OTHER}, [*experts, OTHER]
     shuffled = [experts[i] for i in torch.randperm(len(experts), generator=generator).tolist()]
     shown = shuffled[: settings.max_options - 1]
     if len(shown) > 1 and float(torch.rand(1, generator=generator)) < settings.drop:
-        shown = shown[1:]
+        shown = shown[: int(torch.randint(1, len(shown), (1,), generator=generator))]
     labels = [*shown, OTHER]
     return set(labels), [labels[i] for i in torch.randperm(len(labels), generator=generator).tolist()]
 

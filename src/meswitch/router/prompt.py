@@ -15,7 +15,8 @@ from meswitch.router.lexical import clip
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 NONE_OF_THESE = "None of these."
-_MARK = "\x1fquery\x1f"  # where the query goes; no text that a person types has it
+_MARK, _OPTIONS = "\x1fquery\x1f", "\x1foptions\x1f"  # places in the text; no text that a person types has them
+_ARROW = " ="
 _QUESTION = "Which option is the request below for? Answer with its letter."
 
 
@@ -51,8 +52,12 @@ class Prompt:
         """
         if not 1 < len(options) <= len(self.letter_ids):
             raise ConfigError(f"options: {len(options)}; a question has 2 to {len(self.letter_ids)} lettered options")
-        before, after = self._text(options)
-        return Question(tuple(self._ids(before)), tuple(self._ids(after)))
+        before, after = self._text()
+        head, _, tail = before.partition(_OPTIONS)
+        ids = self._ids(head)
+        for letter, option in zip(self.letter_ids, options, strict=False):
+            ids += [*self._ids(one_line(option) + _ARROW), letter, *self._ids("\n")]
+        return Question((*ids, *self._ids(tail)), tuple(self._ids(after)))
 
     def query(self, text: str) -> list[int]:
         """A query's tokens."""
@@ -62,9 +67,9 @@ class Prompt:
             ids = ids[:head] + ids[head - self.max_tokens :]
         return ids
 
-    def _text(self, options: Sequence[str]) -> tuple[str, str]:
-        listed = "\n".join(f"{letter}. {one_line(text)}" for letter, text in zip(LETTERS, options, strict=False))
-        content = f"{_QUESTION}\n{listed}\n\nRequest: {_MARK}"
+    def _text(self) -> tuple[str, str]:
+        """Everything before the query, with a mark where the options go, and everything after it."""
+        content = f"{_QUESTION}\n{_OPTIONS}\nRequest: {_MARK}"
         if not self.chat:
             start = getattr(self.tokenizer, "bos_token", None) or ""
             before, after = content.split(_MARK)
@@ -73,7 +78,7 @@ class Prompt:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         before, mark, after = asked.partition(_MARK)
-        if not mark or _MARK in after:
+        if not mark or _MARK in after or before.count(_OPTIONS) != 1:
             raise ConfigError("chat_template: does not show the user's message exactly once; use another model")
         return before, after
 
@@ -87,7 +92,7 @@ class Prompt:
         Whether that is "A" or " A" is the tokenizer's choice, so both are tried in their place. Lower-case letters are
         optional: they only raise the number of options.
         """
-        _, after = self._text(["first", "second"])
+        _, after = self._text()
         place = self._ids(after)
         for space in ("", " ") if self.chat else (" ", ""):
             found: list[int] = []
