@@ -47,10 +47,9 @@ class LlmSettings:
     max_tokens: of a query. permutations: orders of the options that are averaged. max_options: of one question.
     steps, batch, learning_rate, warmup (share of the steps), weight_decay: AdamW, cosine. question: rows that share one
     order of the options. drop: share of the questions that leave experts out, whose queries then belong to "none of
-    these". settle: share of the steps during which the options pass from the family's order to random ones: a small
-    model learns first what a query is about, then to find it among the options. balance: 0 draws rows as they come, 1 all domains and sources alike. rank, alpha: LoRA's. top: the share of
-    the blocks, from the last one down, that LoRA adapts.
-    holdout: share of the rows kept for the calibration.
+    these". settle: share of the steps during which the options pass from the family's order to random ones.
+    balance: 0 draws rows as they come, 1 all domains and sources alike. rank, alpha: LoRA's. top: the share of the
+    blocks, from the last one down, that LoRA adapts. holdout: share of the rows kept for the calibration.
     """
 
     weights: str = "lora"
@@ -64,7 +63,7 @@ class LlmSettings:
     warmup: float = 0.05
     weight_decay: float = 0.0
     drop: float = 0.5
-    settle: float = 0.35
+    settle: float = 0.1
     balance: float = 0.5
     rank: int = 16
     alpha: int = 32
