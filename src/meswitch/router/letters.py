@@ -45,7 +45,7 @@ class LetterModel:
         limit = _CPU_BATCH_TOKENS if self.model.device.type == "cpu" else _GPU_BATCH_TOKENS
         order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
         for batch in _batches(order, [len(query) + len(question.after) for query in queries], limit):
-            cache = copy.deepcopy(self._prefix(question.before))
+            cache = _copied(self._prefix(question.before))
             out[batch] = self._logits([queries[i] for i in batch], question, cache, len(options)).cpu()
         return out
 
@@ -86,12 +86,28 @@ class LetterModel:
         mask = torch.ones(len(rows), prefix + width, dtype=torch.long, device=device)
         mask[:, prefix:] = place >= pads
         where = {"position_ids": prefix + (place - pads).clamp_min(0)} if self._positions else {}
-        cache.batch_repeat_interleave(len(rows))
+        if len(rows) > 1:
+            cache.batch_repeat_interleave(len(rows))
         given = {self._cache: cache, **where, **self._keep}
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given).logits
         letters = torch.tensor(self.prompt.letter_ids[:options], device=device)
         picked: Tensor = logits[:, -1, letters].float()
         return picked
+
+
+def _copied(cache: Any) -> Any:
+    """A cache that can be written to without changing this one.
+
+    Layers of plain keys and values replace their tensors when they grow, so those need not be copied: on a GPU that is
+    two launches a layer less. Others (recurrent states) may be written to in place.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return copy.deepcopy(cache)
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def _batches(order: list[int], lengths: list[int], limit: int) -> Iterator[list[int]]:
