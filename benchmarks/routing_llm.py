@@ -48,6 +48,8 @@ def main() -> None:
         question=options.question,
         learning_rate=options.learning_rate,
         top=options.top,
+        settle=options.settle,
+        holdout=options.holdout,
         seed=options.seed,
     )
     _, held_out = hold_out(rows, settings.holdout, settings.seed)
@@ -56,14 +58,15 @@ def main() -> None:
         router = bench.train(rows, descriptions, dataclasses.replace(settings, weights="reference"), "zero-shot")
         bench.measure(router, "zero-shot", "dev", subset(dev, options.subset))
         averaged = orders(router, len(router.labels))
-        bench.measure(calibrate(averaged, subset(held_out, 100)), "zero-shot-averaged", "dev", subset(dev, 100))
+        bench.measure(calibrate(averaged, subset(held_out, 100)), "zero-shot-averaged", "dev-100", subset(dev, 100))
     if "tuned" in options.parts:
-        router = bench.train(rows, descriptions, settings, "tuned")
-        router.save(options.work / "tuned-router")
-        bench.measure(router, "tuned", "held-out", subset(held_out, options.held_out_rows))
-        bench.measure(router, "tuned", "dev", subset(dev, options.dev_rows))
-        bench.measure(orders(router, len(router.labels)), "tuned-averaged", "dev", subset(dev, 100))
-        bench.measure(router, "tuned", "dev-subset", subset(dev, 100))
+        label = "tuned" if settings.settle < 1 else "tuned-one-order"
+        router = bench.train(rows, descriptions, settings, label)
+        router.save(options.work / f"{label}-router")
+        bench.measure(router, label, "held-out", subset(held_out, options.held_out_rows))
+        bench.measure(router, label, "dev", subset(dev, options.dev_rows))
+        bench.measure(orders(router, len(router.labels)), f"{label}-averaged", "dev-100", subset(dev, 100))
+        bench.measure(router, label, "dev-100", subset(dev, 100))
     if "added" in options.parts:
         name = options.added
         known = {expert: text for expert, text in descriptions.items() if expert != name}
@@ -90,6 +93,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--question", type=int, default=4, help="rows that share one order of the options")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--top", type=float, default=1.0, help="share of the blocks that LoRA adapts, from the last")
+    parser.add_argument("--settle", type=float, default=0.1, help="see LlmSettings; 1000 keeps one order throughout")
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the training rows that is held out")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--added", default="math", help="the expert that one router only knows by description")
     parser.add_argument("--added-steps", type=int, default=100)
