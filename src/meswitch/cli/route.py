@@ -27,6 +27,14 @@ ThresholdOption = Annotated[
         help="Abstain if the best expert's probability is less. 0 never abstains.",
     ),
 ]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        show_default="where it was when the router was trained; for training, the base",
+        help="An LLM router's causal LM: a checkpoint directory or a hub id.",
+    ),
+]
 
 
 def route(
@@ -34,6 +42,7 @@ def route(
     family: FamilyOption,
     router: RouterOption = None,
     threshold: ThresholdOption = None,
+    model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the router's scores for one query and who would answer it.
@@ -49,7 +58,7 @@ def route(
     text = sys.stdin.read() if query == "-" else query
     if not text.strip():
         raise ConfigError("QUERY: it is empty")
-    loaded = open_router(family, router, threshold)
+    loaded = open_router(family, router, threshold, model)
     loaded.route(text)  # the first pass of a process sets things up; the second one's latency is what a server sees
     decision = loaded.route(text)
     if as_json:
@@ -58,7 +67,9 @@ def route(
         _show(loaded, decision)
 
 
-def open_router(family: Path, router: Path | None, threshold: float | None) -> "Router":
+def open_router(
+    family: Path, router: Path | None, threshold: float | None, model: str | None = None, device: str = "cpu"
+) -> "Router":
     """The family's router with the options in place of what the family says."""
     console.quiet()
     from meswitch.family import Family
@@ -71,6 +82,8 @@ def open_router(family: Path, router: Path | None, threshold: float | None) -> "
         experts=config.names,
         fallback=config.router.fallback,
         threshold=config.router.threshold if threshold is None else threshold,
+        device=console.check_device(device),
+        llm=model,
     )
 
 

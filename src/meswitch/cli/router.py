@@ -1,85 +1,20 @@
-"""`meswitch router train` and `meswitch router eval`."""
+"""`meswitch router`: train, eval, update and check."""
 
-import dataclasses
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.route import FamilyOption, RouterOption, ThresholdOption, open_router
+from meswitch.cli.route import FamilyOption, ModelOption, RouterOption, ThresholdOption, open_router
+from meswitch.cli.router_train import DataOption, DeviceOption, JsonOption, OutOption, train
+from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from meswitch.router import EmbeddingRouter, Evaluation
+    from meswitch.router import Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Train and measure the router that `model: auto` asks.")
-
-DataOption = Annotated[
-    Path,
-    typer.Option(
-        metavar="FILE",
-        help='JSON lines of `{"query": ..., "domain": ..., "source": ...}`; the domain is an expert\'s name, or '
-        "`other` for queries that none of them is for.",
-    ),
-]
-
-
-@app.command()
-def train(
-    family: FamilyOption,
-    data: DataOption,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            show_default="what the family says",
-            help="Where to write the router. A router that is there is replaced in one step.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides which rows are held out together for the calibration.")] = 0,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the base runs over the queries.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Train the family's router on labelled queries.
-
-    It reads the base's hidden states and the queries' words; only linear heads are fitted, so this takes seconds.
-    Every expert needs at least 5 different queries; a few hundred are better. Rows of `other` teach it when to
-    abstain. The figures shown are from rows that were held out (5 folds).
-
-    Example:
-
-        meswitch router train --family family.toml --data train.jsonl
-    """
-    console.quiet()
-    from meswitch.artifact.fingerprint import sha256_file
-    from meswitch.family import Family
-    from meswitch.router import Encoder, read_rows, train_router
-    from meswitch.router.train import default_settings
-
-    config = Family.load(family)
-    rows = read_rows(data, config.names)  # before the model is loaded: a typing error shows at once
-    encoder = Encoder.load(config.resolve_model(config.base.path), console.check_device(device))
-    target = out or config.resolve(config.router.path)
-    start = time.perf_counter()
-    with console.tensor_progress("queries") as advance:
-        router = train_router(
-            rows,
-            config.names,
-            encoder,
-            settings=default_settings(encoder, seed),
-            data_sha256=sha256_file(data),
-            fallback=config.router.fallback,
-            progress=lambda done, total: advance(done, total, ""),
-        )
-    seconds = time.perf_counter() - start
-    router.save(target)
-    if as_json:
-        rows_used = router.provenance.rows
-        held_out = dataclasses.asdict(router.calibration)
-        console.print_json({"router": str(target), "rows": rows_used, "held_out": held_out, "seconds": seconds})
-    else:
-        _show_training(router, target, seconds)
+app.command()(train)
 
 
 @app.command("eval")
@@ -88,7 +23,9 @@ def evaluate(
     data: DataOption,
     router: RouterOption = None,
     threshold: ThresholdOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    device: DeviceOption = "cpu",
+    model: ModelOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure the family's router on labelled queries.
 
@@ -105,7 +42,7 @@ def evaluate(
     from meswitch.router import evaluate_router, read_rows
 
     rows = read_rows(data, Family.load(family).names)
-    loaded = open_router(family, router, threshold)
+    loaded = open_router(family, router, threshold, model, device)
     result = evaluate_router(loaded, rows)
     if as_json:
         console.print_json(result.to_dict())
@@ -113,19 +50,76 @@ def evaluate(
         _show(result)
 
 
-def _show_training(router: "EmbeddingRouter", target: Path, seconds: float) -> None:
-    calibration = router.calibration
-    counts = ", ".join(f"{name} {count}" for name, count in router.provenance.rows.items())
-    rows = {
-        "router": str(target),
-        "rows": counts,
-        "held-out accuracy": f"{calibration.accuracy:.4f}",
-        "held-out calibration error": f"{calibration.ece:.4f}",
-        "held-out AUROC of other": "-" if calibration.auroc is None else f"{calibration.auroc:.4f}",
-        "threshold": f"{calibration.threshold:.3f}",
-        "seconds": f"{seconds:.1f}",
-    }
-    console.show(console.pairs("", rows))
+@app.command()
+def update(
+    family: FamilyOption,
+    router: RouterOption = None,
+    out: OutOption = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give an LLM router the family's experts and descriptions as they are now, without training.
+
+    An expert that is new in family.toml is chosen by its description alone; one that is gone is forgotten. Measure the
+    result with `meswitch router eval`: descriptions that say what tells the experts apart do best.
+
+    Example:
+
+        meswitch router update --family family.toml
+    """
+    console.quiet()
+    from meswitch.family import Family
+    from meswitch.router import LlmRouter, load_router
+
+    config = Family.load(family)
+    source = router or config.resolve(config.router.path)
+    loaded = load_router(source, config.resolve_model(config.base.path), llm=model)
+    if not isinstance(loaded, LlmRouter):
+        raise ConfigError(f"{source}: kind: only an LLM router chooses by descriptions; train this one again")
+    updated = loaded.with_descriptions({expert.name: expert.description for expert in config.expert})
+    target = out or source
+    updated.save(target)
+    new = [name for name in updated.experts if name not in loaded.experts]
+    gone = [name for name in loaded.experts if name not in updated.experts]
+    if as_json:
+        console.print_json({"router": str(target), "experts": updated.experts, "new": new, "gone": gone})
+    else:
+        rows = {"router": str(target), "new": ", ".join(new) or "-", "gone": ", ".join(gone) or "-"}
+        console.show(console.pairs("", rows))
+
+
+@app.command()
+def check(
+    family: FamilyOption,
+    data: DataOption,
+    eval_data: Annotated[Path, typer.Option(metavar="FILE", help="The rows to measure on.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Which queries are in the training and in the evaluation data?
+
+    Counts rows of --eval-data that equal a row of --data exactly, but for case, spaces and punctuation, or nearly (7 of
+    10 runs of three words in common), and how many of those have another domain there. Exits with 1 if there are any.
+
+    Example:
+
+        meswitch router check --family family.toml --data train.jsonl --eval-data dev.jsonl
+    """
+    from meswitch.family import Family
+    from meswitch.router import find_leakage, read_rows
+    from meswitch.router.leakage import drop_duplicates
+
+    names = Family.load(family).names
+    rows, held_out = read_rows(data, names), read_rows(eval_data, names)
+    found = find_leakage(rows, held_out)
+    counts = {"rows": len(held_out), **found.counts(), "duplicates in --data": drop_duplicates(rows)[1]}
+    if as_json:
+        console.print_json(counts | {"queries": [held_out[i].query for i in found.rows]})
+    else:
+        console.show(console.pairs("", {name: str(count) for name, count in counts.items()}))
+        for i in found.rows[:10]:
+            console.note(f"{eval_data}: {held_out[i].query!r:.100}")
+    if found.rows:
+        raise typer.Exit(1)
 
 
 def _show(result: "Evaluation") -> None:

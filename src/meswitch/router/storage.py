@@ -9,15 +9,19 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from meswitch.artifact.fingerprint import sha256_file
 from meswitch.router.base import RouterError
+from meswitch.router.records import Calibration, CascadeFile, LlmFile, Provenance, RulesFile
 from meswitch.strict import Decoder
 from meswitch.tensorfile import fsync_path
 
@@ -55,29 +59,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """Fitted on held-out predictions, which also gave the figures (auroc is 0 without rows of `other`)."""
-
-    temperature: float
-    threshold: float
-    accuracy: float
-    ece: float
-    auroc: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """What it was trained on (SHA-256 of the data file, rows of every domain), with what, and when (UTC)."""
-
-    data_sha256: str
-    rows: dict[str, int]
-    meswitch: str
-    torch: str
-    transformers: str
-    created: str
-
-
-@dataclass(frozen=True, slots=True)
 class RouterFile:
     """`router.json` without its head (format, version) and the checksum of the tensors.
 
@@ -94,8 +75,26 @@ class RouterFile:
     tensors_sha256: str = ""
 
 
-def write_router(path: Path, file: RouterFile, tensors: dict[str, Tensor]) -> None:
-    """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router."""
+AnyFile = RouterFile | LlmFile | CascadeFile | RulesFile
+_KINDS: dict[str, type[AnyFile]] = {KIND: RouterFile, "llm": LlmFile, "cascade": CascadeFile, "rules": RulesFile}
+
+
+class Keepable(Protocol):
+    """A router that can write itself."""
+
+    def save(self, path: str | Path) -> None: ...
+
+
+def write_router(
+    path: Path, file: AnyFile, tensors: Mapping[str, Tensor], members: Mapping[str, Keepable] | None = None
+) -> None:
+    """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router.
+
+    members: routers that this one is made of; each becomes a directory in it.
+
+    Raises:
+        RouterError: `path` exists and is not a router, or cannot be written.
+    """
     path = path.resolve()
     if path.exists() and not (path / JSON_NAME).is_file():
         raise RouterError(f"{path}: exists and is not a router; choose another place")
@@ -107,6 +106,11 @@ def write_router(path: Path, file: RouterFile, tensors: dict[str, Tensor]) -> No
         for left_over in (partial, old):
             shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True)
+        if isinstance(file, CascadeFile | RulesFile):
+            for name, member in (members or {}).items():
+                member.save(partial / name)
+            checksums = {name: sha256_file(partial / name / JSON_NAME) for name in members or {}}
+            file = dataclasses.replace(file, members=checksums)
         (partial / TENSORS_NAME).write_bytes(raw)
         (partial / JSON_NAME).write_text(json.dumps(head | dataclasses.asdict(file), indent=2) + "\n")
         for part in (partial / TENSORS_NAME, partial / JSON_NAME, partial):
@@ -120,8 +124,8 @@ def write_router(path: Path, file: RouterFile, tensors: dict[str, Tensor]) -> No
         raise RouterError(f"{path}: cannot be written: {error}") from error
 
 
-def read_file(path: Path) -> RouterFile:
-    """`router.json` of a router directory.
+def read_file(path: Path) -> AnyFile:
+    """`router.json` of a router directory, of whichever kind it is.
 
     Raises:
         RouterError: not a router, a newer version, or a field that is missing, unknown or of another type.
@@ -142,10 +146,12 @@ def read_file(path: Path) -> RouterFile:
         raise RouterError(f"{name}: version: {version!r} is not a version number; train the router again")
     if version > VERSION:
         raise RouterError(f"{name}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch")
-    if data.get("kind") != KIND:
-        raise RouterError(f"{name}: kind: {data.get('kind')!r} is not known to this meswitch (it has {KIND!r})")
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        known = ", ".join(map(repr, _KINDS))
+        raise RouterError(f"{name}: kind: {kind!r} is not known to this meswitch (it has {known})")
     decoder = Decoder(name, RouterError, "train the router again", complete=True)
-    file: RouterFile = decoder.decode(RouterFile, data)
+    file: AnyFile = decoder.decode(_KINDS[kind], data)
     if not file.experts:
         raise RouterError(f"{name}: experts: empty; train the router again")
     return file
@@ -153,6 +159,23 @@ def read_file(path: Path) -> RouterFile:
 
 def read_tensors(path: Path, file: RouterFile, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors, float32, of exactly the `expected` names and shapes.
+
+    Raises:
+        RouterError: missing or damaged.
+    """
+    name = path / TENSORS_NAME
+    tensors = read_all_tensors(path, file)
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key in expected.keys() | found.keys():
+        if found.get(key) != expected.get(key):
+            raise RouterError(f"{name}: {key}: expected shape {expected.get(key)}, found {found.get(key)}")
+        if tensors[key].dtype != torch.float32:
+            raise RouterError(f"{name}: {key}: expected float32, found {tensors[key].dtype}")
+    return tensors
+
+
+def read_all_tensors(path: Path, file: AnyFile) -> dict[str, Tensor]:
+    """The tensors as they are, once their checksum is right.
 
     Raises:
         RouterError: missing or damaged.
@@ -168,10 +191,22 @@ def read_tensors(path: Path, file: RouterFile, expected: dict[str, tuple[int, ..
         tensors: dict[str, Tensor] = load(raw)
     except SafetensorError as error:
         raise RouterError(f"{name}: not a safetensors file ({error}); train the router again") from None
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    for key in expected.keys() | found.keys():
-        if found.get(key) != expected.get(key):
-            raise RouterError(f"{name}: {key}: expected shape {expected.get(key)}, found {found.get(key)}")
-        if tensors[key].dtype != torch.float32:
-            raise RouterError(f"{name}: {key}: expected float32, found {tensors[key].dtype}")
     return tensors
+
+
+def check_members(path: Path, file: CascadeFile | RulesFile, names: Collection[str]) -> None:
+    """Are the routers that this one is made of there, and the ones it was saved with?
+
+    names: which there must be; others are refused.
+
+    Raises:
+        RouterError: names the member.
+    """
+    if file.members.keys() != set(names):
+        raise RouterError(f"{path / JSON_NAME}: members: expected {', '.join(names)}, found {', '.join(file.members)}")
+    for name, checksum in file.members.items():
+        inner = path / name / JSON_NAME
+        if not inner.is_file():
+            raise RouterError(f"{inner}: no such file; the router is incomplete, copy or train it again")
+        if sha256_file(inner) != checksum:
+            raise RouterError(f"{path / JSON_NAME}: members.{name}: does not match {inner}; train the router again")

@@ -1,0 +1,97 @@
+"""Checkpoints of a training run: weights and optimizer as safetensors, the rest as JSON; replaced in one step.
+
+Steps draw their rows and their dropout from (seed, step), so a step number is all the random state there is, and a
+resumed run goes on with the very bits of one that was never interrupted.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from meswitch.router.base import RouterError
+from meswitch.tensorfile import fsync_path
+
+_STATE = "state.json"
+_TENSORS = "state.safetensors"
+_FORMAT = "meswitch-router-training"
+
+
+def save_checkpoint(
+    path: Path, step: int, run: str, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Replace the checkpoint at `path`. run: identifies data and settings. weights: name -> trained parameter."""
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old.partial")
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {f"weight.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    for name, value in weights.items():
+        for key, item in optimizer.state.get(value, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = item.detach().cpu().contiguous()
+    save_file(tensors, partial / _TENSORS)
+    (partial / _STATE).write_text(json.dumps({"format": _FORMAT, "step": step, "run": run}) + "\n")
+    for part in (partial / _TENSORS, partial / _STATE, partial):
+        fsync_path(part)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    fsync_path(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(path: Path, run: str, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint's state into `weights` and `optimizer`; the steps that are done, 0 without a checkpoint.
+
+    Raises:
+        RouterError: a checkpoint of another run, or a damaged one.
+    """
+    old = path.with_name(path.name + ".old.partial")
+    if not path.exists() and old.exists():  # interrupted between the two renames
+        os.replace(old, path)
+    if not path.exists():
+        return 0
+    state = _state(path)
+    if state["run"] != run:
+        raise RouterError(
+            f"{path}: run: a checkpoint of other data, settings or another model; remove the directory to start anew"
+        )
+    try:
+        tensors: dict[str, Tensor] = load_file(path / _TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise RouterError(f"{path / _TENSORS}: cannot be read ({error}); remove the directory to start anew") from None
+    for name, value in weights.items():
+        saved = tensors.pop(f"weight.{name}", None)
+        if saved is None or saved.shape != value.shape:
+            raise RouterError(f"{path / _TENSORS}: weight.{name}: missing or of another shape; remove the directory")
+        with torch.no_grad():
+            value.copy_(saved)
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        found = {key: tensors.pop(f"optimizer.{key}.{name}", None) for key in keys}
+        if any(item is not None for item in found.values()):
+            if any(item is None for item in found.values()):
+                raise RouterError(f"{path / _TENSORS}: optimizer.{name}: incomplete; remove the directory")
+            optimizer.state[value] = {
+                key: item if key == "step" else item.to(value.device) for key, item in found.items() if item is not None
+            }
+    if tensors:
+        raise RouterError(f"{path / _TENSORS}: {min(tensors)}: unknown tensor; remove the directory to start anew")
+    return int(state["step"])
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RouterError(f"{path / _STATE}: cannot be read ({error}); remove the directory to start anew") from None
+    fits = isinstance(state, dict) and state.get("format") == _FORMAT
+    if not fits or type(state.get("step")) is not int or not isinstance(state.get("run"), str):
+        raise RouterError(f"{path / _STATE}: not a checkpoint of router training; choose another place")
+    return dict(state)

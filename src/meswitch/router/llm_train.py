@@ -1,0 +1,242 @@
+"""Training the LLM router: fine-tuning on the option letter only, then calibration on rows that it did not see."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from meswitch.router.base import OTHER, RouterError
+from meswitch.router.data import Row
+from meswitch.router.heads import auroc, calibration_error, temperature, threshold
+from meswitch.router.letters import LetterModel
+from meswitch.router.llm import LlmRouter, check_descriptions
+from meswitch.router.llm_checkpoint import load_checkpoint, save_checkpoint
+from meswitch.router.lora import add_adapters, merge_adapters, take_adapters
+from meswitch.router.prompt import NONE_OF_THESE
+from meswitch.router.records import Calibration, LlmSettings, ModelInfo, Provenance
+from meswitch.router.split import hold_out
+from meswitch.threads import fitting_threads
+from meswitch.version import __version__
+
+COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
+
+Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
+
+
+def train_llm_router(
+    rows: Sequence[Row],
+    descriptions: Mapping[str, str],
+    model: Any,
+    tokenizer: Any,
+    info: ModelInfo,
+    *,
+    settings: LlmSettings | None = None,
+    data_sha256: str = "",
+    fallback: str = "base",
+    checkpoint: Path | None = None,
+    save_every: int = 50,
+    report: Report | None = None,
+) -> LlmRouter:
+    """Fine-tune `model` (in place) to choose among the experts' descriptions; the same inputs give the same router.
+
+    Every question shows the options in a new order. Some leave one expert out: its queries then belong to "none of
+    these", so the model must read the options that are there. Rows of `other` always do.
+
+    Args:
+        model: a causal LM with float32 weights. descriptions: of all experts, in the family's order.
+        checkpoint: a directory for the state after every `save_every` steps; a run goes on from what is there.
+
+    Raises:
+        RouterError: rows of a domain that is no expert, too few rows to hold some out, or a foreign checkpoint.
+        ConfigError: an empty description, or LoRA without PEFT.
+    """
+    settings = settings or LlmSettings()
+    check_descriptions(descriptions)
+    _check_rows(rows, descriptions)
+    seen, held_out = hold_out(rows, settings.holdout, settings.seed)
+    router = LlmRouter(
+        model, tokenizer, info, descriptions, settings, Calibration(1.0, 0.0, 0.0, 0.0), _provenance(rows, data_sha256),
+        fallback=fallback,
+    )  # fmt: skip
+    if settings.weights != "reference":
+        run = _identity(rows, descriptions, info, settings)
+        router.tuned = _tune(router.letters, seen, descriptions, settings, run, checkpoint, save_every, report)
+    return calibrate(router, held_out)
+
+
+def calibrate(router: LlmRouter, rows: Sequence[Row]) -> LlmRouter:
+    """Set the router's temperature and threshold by labelled rows that it was not trained on."""
+    odds = router.log_odds([row.query for row in rows])
+    targets = torch.tensor([router.labels.index(row.domain) for row in rows])
+    divisor = temperature(odds, targets)
+    experts = len(router.experts)
+    confidence, best = (odds.double() / divisor).softmax(1)[:, :experts].max(1)
+    known = targets < experts
+    correct = (best == targets)[known]
+    router.calibration = Calibration(
+        temperature=divisor,
+        threshold=threshold(confidence[known], confidence[~known], COVERAGE),
+        accuracy=float(correct.double().mean()) if len(correct) else 0.0,
+        ece=calibration_error(confidence[known], correct),
+        auroc=auroc(confidence[known], confidence[~known]),
+    )
+    router.threshold = router.calibration.threshold
+    return router
+
+
+def _tune(
+    letters: LetterModel,
+    rows: Sequence[Row],
+    descriptions: Mapping[str, str],
+    settings: LlmSettings,
+    run: str,
+    checkpoint: Path | None,
+    save_every: int,
+    report: Report | None,
+) -> dict[str, Tensor]:
+    """What training changed: adapters, or all weights in the model's own dtype."""
+    model = letters.model
+    stored = getattr(model.config, "dtype", None) or torch.float32
+    if settings.weights == "lora":
+        weights = add_adapters(model, settings.rank, settings.alpha, settings.top)
+    else:
+        weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(
+        list(weights.values()), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    done = load_checkpoint(checkpoint, run, weights, optimizer) if checkpoint is not None else 0
+    queries = [letters.prompt.query(row.query) for row in rows]
+    mass = balanced(rows, settings.balance)
+    letters.forget()
+    with fitting_threads(model.device, letters.hidden_size):
+        for step in range(done, settings.steps):
+            torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, if the model has any
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * rate(step, settings.steps, settings.warmup)
+            loss = _step(letters, rows, queries, mass, descriptions, settings, step)
+            nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if checkpoint is not None and (step + 1) % save_every == 0 and step + 1 < settings.steps:
+                save_checkpoint(checkpoint, step + 1, run, weights, optimizer)
+            if report is not None:
+                report(step + 1, settings.steps, loss)
+    model.eval()
+    if settings.weights == "lora":
+        tensors = take_adapters(model)
+        merge_adapters(model, tensors, settings.rank, settings.alpha)
+        return tensors
+    with torch.no_grad():
+        for value in weights.values():
+            value.copy_(value.to(stored))  # what is measured from here on is what is stored
+    return {name: value.detach().cpu().to(stored) for name, value in weights.items()}
+
+
+def _step(
+    letters: LetterModel,
+    rows: Sequence[Row],
+    queries: Sequence[list[int]],
+    mass: Tensor,
+    descriptions: Mapping[str, str],
+    settings: LlmSettings,
+    step: int,
+) -> float:
+    """Gradients of one batch: a few questions, each with its own options and order; the mean loss."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    drawn = torch.multinomial(mass, settings.batch, replacement=settings.batch > len(rows), generator=generator)
+    cuda = letters.model.device.type == "cuda"
+    total = 0.0
+    for part in drawn.split(settings.question):
+        chosen = part.tolist()
+        labels, order = _options(list(descriptions), settings, step, generator)
+        options = [NONE_OF_THESE if name == OTHER else descriptions[name] for name in order]
+        targets = torch.tensor([order.index(d if (d := rows[i].domain) in labels else OTHER) for i in chosen])
+        with torch.autocast(letters.model.device.type, torch.bfloat16, enabled=cuda):
+            logits = letters.forward([queries[i] for i in chosen], options)
+        loss = cross_entropy(logits, targets.to(logits.device), reduction="sum") / settings.batch
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _options(
+    experts: list[str], settings: LlmSettings, step: int, generator: torch.Generator
+) -> tuple[set[str], list[str]]:
+    """Which labels a question shows, and in which order."""
+    settled = step / max(1.0, settings.settle * settings.steps)
+    if float(torch.rand(1, generator=generator)) >= settled and len(experts) < settings.max_options:
+        return {*experts, OTHER}, [*experts, OTHER]
+    shuffled = [experts[i] for i in torch.randperm(len(experts), generator=generator).tolist()]
+    shown = shuffled[: settings.max_options - 1]
+    if len(shown) > 1 and float(torch.rand(1, generator=generator)) < settings.drop:
+        shown = shown[: int(torch.randint(1, len(shown), (1,), generator=generator))]
+    labels = [*shown, OTHER]
+    return set(labels), [labels[i] for i in torch.randperm(len(labels), generator=generator).tolist()]
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's share of its peak: a linear rise, then half a cosine down to a tenth."""
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
+
+
+def balanced(rows: Sequence[Row], balance: float) -> Tensor:
+    """[n] float64, how likely each row is drawn: between "as they come" (0) and all domains, and all sources of a
+    domain, alike (1)."""
+    domains = Counter(row.domain for row in rows)
+    sources = Counter((row.domain, row.source) for row in rows)
+    within: defaultdict[str, float] = defaultdict(float)
+    for (domain, _), count in sources.items():
+        within[domain] += count ** (1 - balance)
+    return torch.tensor(
+        [
+            domains[row.domain] ** (1 - balance) * sources[row.domain, row.source] ** -balance / within[row.domain]
+            for row in rows
+        ],
+        dtype=torch.float64,
+    )
+
+
+def _check_rows(rows: Sequence[Row], descriptions: Mapping[str, str]) -> None:
+    counts = Counter(row.domain for row in rows)
+    for domain in counts.keys() - {*descriptions, OTHER}:
+        raise RouterError(f"domain: {domain!r} is no expert of the family ({', '.join(descriptions)})")
+    if len(rows) < 20:
+        raise RouterError(f"data: {len(rows)} rows; at least 20 are needed to train on some and calibrate on others")
+    if len(counts) < 2:
+        raise RouterError(f"domain: nothing to tell apart; give rows of two domains, or of {OTHER!r}")
+
+
+def _identity(rows: Sequence[Row], descriptions: Mapping[str, str], info: ModelInfo, settings: LlmSettings) -> str:
+    """A hash of everything that decides what a training run does."""
+    told = [
+        [[row.query, row.domain, row.source] for row in rows],
+        list(descriptions.items()),
+        info.fingerprint,
+        dataclasses.asdict(settings),
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _provenance(rows: Sequence[Row], data_sha256: str) -> Provenance:
+    import transformers
+
+    return Provenance(
+        data_sha256=data_sha256,
+        rows=dict(sorted(Counter(row.domain for row in rows).items())),
+        meswitch=__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

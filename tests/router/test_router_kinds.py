@@ -1,0 +1,139 @@
+"""`meswitch router` for the kinds beside the embedding router, as a person runs it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from meswitch.cli import app
+
+DOCS = Path(__file__).parents[2] / "docs"
+LLM = ("--kind", "llm", "--weights", "full", "--steps", "2", "--batch", "2", "--max-tokens", "16")
+
+
+@pytest.fixture(scope="module")
+def project(family, tmp_path_factory):
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(family / "base", root / "base")
+    text = (family / "family.toml").read_text()
+    (root / "family.toml").write_text(text.replace("../../runs/demo/router", "router"))
+    lines = (family / "routing.jsonl").read_text().splitlines()
+    (root / "train.jsonl").write_text("\n".join(lines[::16]))
+    (root / "dev.jsonl").write_text("\n".join(lines[1::32]))
+    (root / "rules.toml").write_text('[[rule]]\nchoose = "sql"\nfield = "text"\npattern = "(?i)select"\n')
+    return root
+
+
+def run(project, *words):
+    return CliRunner().invoke(app, [word.replace("@", f"{project}/") for word in words])
+
+
+def train(project, *words):
+    done = run(project, "router", "train", "--family", "@", "--json", *words)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def llm(project):
+    return train(project, "--data", "@train.jsonl", "--eval-data", "@dev.jsonl", "--out", "@llm", *LLM)
+
+
+@pytest.fixture(scope="module")
+def embedding(project):
+    return train(project, "--data", "@train.jsonl")
+
+
+def test_an_llm_router_is_trained_and_its_checkpoint_removed(llm, project):
+    assert llm["kind"] == "llm"
+    assert set(llm["leaked"]) == {"exact", "normalised", "near", "conflicts"}
+    assert sorted(path.name for path in (project / "llm").iterdir()) == ["router.json", "router.safetensors"]
+    assert not (project / "llm.training").exists()
+
+
+def test_an_llm_router_is_evaluated_and_asked(llm, project):
+    done = run(project, "router", "eval", "--family", "@", "--router", "@llm", "--data", "@dev.jsonl", "--json")
+    assert set(json.loads(done.stdout)) >= {"accuracy", "per_domain", "ece", "auroc", "latency_ms"}
+    done = run(project, "route", "--family", "@", "--router", "@llm", "--model", "@base", "--json", "What is 17 + 25?")
+    assert sum(json.loads(done.stdout)["scores"].values()) == pytest.approx(1)
+
+
+def test_a_new_expert_is_described_not_trained(llm, project):
+    text = (project / "family.toml").read_text()
+    start = text.index('[[expert]]\nname = "sql"')
+    law = text[start : text.index("[router]")].replace("sql", "law").replace("a database", "contracts and statutes")
+    (project / "more.toml").write_text(text.replace("[router]", law + "[router]"))
+    done = run(project, "route", "--family", "@more.toml", "--router", "@llm", "hello")
+    assert "does not know law" in done.stderr
+    words = ("--family", "@more.toml", "--router", "@llm", "--out", "@more")
+    assert json.loads(run(project, "router", "update", *words, "--json").stdout)["new"] == ["law"]
+    done = run(project, "route", "--family", "@more.toml", "--router", "@more", "--json", "hello")
+    assert "law" in json.loads(done.stdout)["scores"]
+
+
+def test_only_llm_routers_are_updated(embedding, project):
+    done = run(project, "router", "update", "--family", "@")
+    assert done.exit_code == 1
+    assert "only an LLM router" in done.stderr
+
+
+def test_a_cascade_of_two_trained_routers(llm, embedding, project):
+    words = ("--kind", "cascade", "--first", "@router", "--second", "@llm", "--asked", "0.1", "--out", "@cascade")
+    told = train(project, "--data", "@dev.jsonl", *words)
+    assert 0 <= told["held_out"]["weight"] <= 1
+    done = run(project, "route", "--family", "@", "--router", "@cascade", "--json", "What is 17 + 25?")
+    assert json.loads(done.stdout)["choice"] == "math"
+
+
+def test_rules_before_a_router(embedding, project):
+    train(project, "--kind", "rules", "--rules", "@rules.toml", "--first", "@router", "--out", "@rules")
+    choice = [
+        json.loads(run(project, "route", "--family", "@", "--router", "@rules", "--json", query).stdout)["choice"]
+        for query in ("SELECT a poem", "What is 17 + 25?")
+    ]
+    assert choice == ["sql", "math"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kind", "llm"), "--data: a router of kind llm"),
+        (("--kind", "cascade", "--data", "@dev.jsonl"), "needs --first DIR and --second DIR"),
+        (("--kind", "rules"), "needs --rules FILE"),
+        (
+            ("--data", "@train.jsonl", "--eval-data", "@train.jsonl", "--leaks", "refuse"),
+            "queries of the training data",
+        ),
+        (("--data", "@train.jsonl", "--eval-data", "@train.jsonl"), "has 0 distinct queries"),
+    ],
+)
+def test_what_is_missing_is_named(project, words, message):
+    done = run(project, "router", "train", "--family", "@", "--out", "@nowhere", *words)
+    assert done.exit_code == 1
+    assert message in done.stderr
+
+
+def test_check_counts_what_two_files_share(project):
+    done = run(project, "router", "check", "--family", "@", "--data", "@train.jsonl", "--eval-data", "@train.jsonl")
+    assert done.exit_code == 1
+    words = ("--data", "@train.jsonl", "--eval-data", "@train.jsonl", "--json")
+    told = json.loads(run(project, "router", "check", "--family", "@", *words).stdout)
+    assert told["exact"] == told["rows"] == len(told["queries"])
+    assert told["conflicts"] == 0
+
+
+@pytest.mark.parametrize("command", ["route", "router train", "router eval", "router update", "router check"])
+def test_every_option_is_documented(command):
+    from typer.main import get_command
+
+    found = get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    page = (DOCS / "cli.md").read_text()
+    general, text = page.split("\n## ")[0], page.split(f"\n## {command}\n")[1].split("\n## ")[0]
+    for option in found.params:
+        name = option.opts[0]
+        if name.startswith("--") and name != "--help":
+            assert name in text or name in general, name
