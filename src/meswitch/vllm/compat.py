@@ -45,6 +45,7 @@ CONTRACT = (
     ),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("lora_id",)),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.capacity"),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.lora_slots"),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._add_adapter", ("lora",)),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_lora_modules"),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._set_adapter_mapping", ("mapping",)),

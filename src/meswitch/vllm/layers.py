@@ -39,6 +39,8 @@ class DeltaMethod(QuantizeMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., rows]."""
         y: Tensor = self.inner.apply(layer, x, bias)
+        if _idle(self.step, x):
+            return y
         inputs, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         # a tied embedding multiplies too, as the head
         if self.layer.place.kind == LINEAR:
@@ -52,6 +54,9 @@ class DeltaMethod(QuantizeMethodBase):
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         """[tokens] int64 -> [tokens, features]."""
+        if _idle(self.step, ids):
+            base: Tensor = self.inner.embedding(layer, ids)
+            return base
         own, flat = self.layer, ids.view(-1)
         slots = self.step.tokens.token_slots[: flat.shape[0]]
         rows = own.place.used_rows
@@ -108,6 +113,8 @@ class DeltaNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """[tokens, ..., features] -> the same, and the new residual if one was given."""
+        if _idle(self.step, x):
+            return self.base_layer(x, residual)
         dtype = x.dtype
         wide = x.float()
         if residual is not None:
@@ -119,6 +126,11 @@ class DeltaNorm(nn.Module):
         weights = weights.view(x.shape[0], *[1] * (x.dim() - 2), -1)
         y = (normal.to(weights.dtype) * weights).to(dtype)
         return y if residual is None else (y, residual)
+
+
+def _idle(step: Step, x: Tensor) -> bool:
+    """No request of the step has an expert. Only asked where neither a trace nor a graph would keep the answer."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not (step.tokens.active or step.head.active)
 
 
 def first_row(inputs: Tensor, step: Step) -> int | None:

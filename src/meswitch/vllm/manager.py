@@ -49,6 +49,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         config = kwargs["vllm_config"]
         self.settings = Settings.of(config.additional_config)
         self.arena: Arena | None = None
+        self._spare = 0
         super().__init__(model, *args, **kwargs)
         self.rename = compat.renamer(model)
         self._source = config.model_config.model
@@ -114,18 +115,24 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         dummy = super().create_dummy_lora(lora_id, *args, **kwargs)
         return DeltaModel(lora_id, None, dummy.rank, dummy.loras)
 
+    @property
+    def lora_slots(self) -> int:
+        most: int = super().lora_slots
+        return most + self._spare
+
     def _create_lora_modules(self) -> None:
         if self.settings.lora:
+            # vLLM's CPU kernels take slot -1, the base's, for the last one: give the layers one more, which stays zeros
+            self._spare = int(self.device.type == "cpu")
             super()._create_lora_modules()
+            self._spare = 0
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         models = {index: self._registered_adapters.get(index) for index in self.lora_index_to_id if index is not None}
         deltas = {index for index, model in models.items() if isinstance(model, DeltaModel)}
         only = {index for index in deltas if not models[index].loras}
         plain = mapping
-        # LoRA's kernels skip the base's tokens on a GPU; on a CPU vLLM gives them to the last slot, zeros or not, so
-        # there a delta's tokens keep their own slot, whose LoRA is zeros
-        if only and self.device.type != "cpu":
+        if only:  # LoRA's kernels skip the base's tokens
             plain = dataclasses.replace(
                 mapping,
                 index_mapping=tuple(NO_LORA if index in only else index for index in mapping.index_mapping),

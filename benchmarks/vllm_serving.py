@@ -1,0 +1,237 @@
+"""Decoding in vLLM: the base alone, deltas, LoRA and one expert at a time, at true shapes with random weights.
+
+    python benchmarks/vllm_serving.py [--model mistral-7b] [--out results.json] [--quick]
+
+Each engine runs in a process of its own and takes all counts of experts one after another. All experts are the same
+artifact under several names: each has its own slot, so the device reads as many bytes as for different ones. A token's
+time is that of answers of `--tokens` tokens less that of answers of one, so that prefill does not count.
+
+Needs only what vLLM itself needs: no server, no downloads. The vLLM of a GPU machine without either will do.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from synthetic import MODELS
+
+TINY = dict(
+    MODELS["mistral-7b"],
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=512,
+    max_position_embeddings=1024,
+    sliding_window=None,
+)
+SHAPES = MODELS | {"tiny": TINY}
+ENGINES = ("plain", "deltas", "lora-16", "lora-64", "swap")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPT = 128
+
+
+def write_config(directory: Path, model: str) -> Path:
+    """A base without weights: vLLM draws them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(SHAPES[model] | {"sliding_window": None}))
+    return directory
+
+
+def write_artifact(base: Path, out: Path, bits: int) -> Path:
+    """A random artifact as `meswitch compress` would lay it out, without a fine-tune to compress."""
+    from meswitch.artifact import ArtifactWriter
+    from meswitch.artifact.writer import companion_digests
+    from meswitch.codec import PackedDelta, packed_words
+    from meswitch.compression.options import Options
+    from meswitch.compression.plan import outline, predict
+
+    shape = outline(base)
+    predicted = predict(shape, shape, Options(bits=bits, group_size=64))
+    writer = ArtifactWriter(out, "random")
+    for name, entry in predicted.manifest.tensors.items():
+        if entry.kind != "packed":
+            writer.add(
+                name, {"": torch.ones(entry.shape)}, kind="dense", role=entry.role, shape=entry.shape, base_sha256=None
+            )
+            continue
+        rows, width = entry.shape
+        salient = entry.stored["salient_index"].shape[0] if "salient_index" in entry.stored else 0
+        delta = PackedDelta(
+            packed=torch.randint(-(2**31), 2**31, (rows, packed_words(width, bits)), dtype=torch.int32),
+            scale=torch.full((rows, -(-width // (entry.group_size or width))), 1e-4, dtype=torch.bfloat16),
+            salient_index=torch.randperm(width)[:salient].sort().values.int(),
+            salient_weight=torch.full((rows, salient), 1e-3, dtype=torch.bfloat16),
+            bits=bits,
+            group_size=entry.group_size,
+            in_features=width,
+        )
+        kinds = {"kind": "packed", "role": entry.role, "shape": entry.shape, "base_sha256": None}
+        writer.add(name, delta.tensors(), **kinds, bits=bits, group_size=entry.group_size)
+    config = base / "config.json"
+    manifest = dataclasses.replace(
+        predicted.manifest, tensors=writer.final_entries(), companions=companion_digests([config])
+    )
+    writer.finish(manifest, [config])
+    return out
+
+
+def write_lora(base: Path, out: Path, rank: int) -> Path:
+    """A random LoRA of all linear layers, as peft stores it."""
+    config = json.loads((base / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim", hidden // config["num_attention_heads"])
+    query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (rows, columns) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.full((rank, columns), 1e-3, dtype=torch.bfloat16)
+            tensors[f"{name}.lora_B.weight"] = torch.full((rows, rank), 1e-3, dtype=torch.bfloat16)
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS), "bias": "none"}
+    (out / "adapter_config.json").write_text(json.dumps(adapter))
+    return out
+
+
+def engine_options(kind: str, base: Path, slots: int, adapter: Path | None) -> dict:
+    options = {
+        "model": str(base),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    if torch.cuda.is_available():
+        options |= {"dtype": "bfloat16", "compilation_config": {"max_cudagraph_capture_size": 64}}
+        if os.environ.get("ATTENTION_BACKEND"):
+            options["attention_backend"] = os.environ["ATTENTION_BACKEND"]
+    if kind == "plain":
+        return options
+    options |= {"enable_lora": True, "max_loras": slots, "max_cpu_loras": max(slots, 16)}
+    options["max_lora_rank"] = int(kind.removeprefix("lora-")) if kind.startswith("lora-") else 8
+    if not kind.startswith("lora-"):
+        settings = {"experts": [str(adapter)], "lora": False, "check_base": False}
+        options |= {"worker_cls": "meswitch.vllm.DeltaWorker", "additional_config": {"meswitch": settings}}
+    return options
+
+
+def run_engine(kind: str, base: Path, adapter: Path | None, counts: list[int], batches: list[int], tokens: int) -> list:
+    """Every (batch, experts) of one engine: milliseconds a token and tokens a second."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm import LLM, SamplingParams
+
+    started = time.perf_counter()
+    # with one slot, vLLM runs one expert's requests after the other's
+    engine = LLM(**engine_options(kind, base, 1 if kind == "swap" else max(counts), adapter))
+    start_up = time.perf_counter() - started
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    draw = random.Random(0)
+
+    def seconds(batch: int, experts: int, new: int) -> float:
+        prompts = [{"prompt_token_ids": [draw.randrange(1, vocabulary) for _ in range(PROMPT)]} for _ in range(batch)]
+        requests = (
+            [LoRARequest(f"e{i % experts}", 1 + i % experts, str(adapter)) for i in range(batch)] if experts else None
+        )
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+        begin = time.perf_counter()
+        engine.generate(prompts, params, lora_request=requests, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    rows = []
+    for experts in [0] if kind == "plain" else [0, *counts]:
+        for batch in batches:
+            if experts > batch:
+                continue
+            seconds(batch, experts, 4)  # loads the experts, compiles what is left to compile
+            short = min(seconds(batch, experts, 1) for _ in range(3))
+            long = min(seconds(batch, experts, tokens + 1) for _ in range(3))
+            each = (long - short) / tokens
+            row = {"engine": kind, "batch": batch, "experts": experts, "ms_per_token": round(each * 1e3, 3)}
+            rows.append(row | {"tokens_per_s": round(batch / each, 1), "start_up_s": round(start_up, 1)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--experts", nargs="+", type=int, default=[1, 4, 8, 16])
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--layers", type=int, help="fewer layers, to try it")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, few tokens: does it run?")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs=3, metavar=("ENGINE", "BASE", "ADAPTER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.model, options.experts, options.batches, options.tokens = "tiny", [1, 2], [2, 4], 8
+    if options.only:
+        kind, base, adapter = options.only
+        path = None if adapter == "-" else Path(adapter)
+        run_engine(kind, Path(base), path, options.experts, options.batches, options.tokens)
+        return
+    SHAPES[options.model]["num_hidden_layers"] = options.layers or SHAPES[options.model]["num_hidden_layers"]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = write_config(Path(scratch) / "base", options.model)
+        for kind in options.engines:
+            adapter: Path | str = "-"
+            if kind in ("deltas", "swap"):
+                adapter = Path(scratch) / "delta"
+                if not adapter.exists():
+                    write_artifact(base, adapter, options.bits)
+            elif kind != "plain":
+                adapter = write_lora(base, Path(scratch) / kind, int(kind.removeprefix("lora-")))
+            own = [sys.executable, __file__, "--only", kind, str(base), str(adapter), "--tokens", str(options.tokens)]
+            own += ["--experts", *map(str, options.experts), "--batches", *map(str, options.batches)]
+            variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(own, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
+            rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
+            if done.returncode:
+                print(f"{kind}: ended with {done.returncode}", file=sys.stderr)
+    print(table(rows))
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; the share is of the plain engine's tokens a second at the same batch."""
+    plain = {row["batch"]: row["tokens_per_s"] for row in rows if row["engine"] == "plain"}
+    lines = ["| engine | batch | experts | ms a token | tokens/s | of plain |", "| --- | --: | --: | --: | --: | --: |"]
+    for row in rows:
+        share = f"{row['tokens_per_s'] / plain[row['batch']]:.2f}" if row["batch"] in plain else ""
+        cells = row["engine"], row["batch"], row["experts"], row["ms_per_token"], row["tokens_per_s"], share
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
