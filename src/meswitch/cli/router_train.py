@@ -166,7 +166,7 @@ def train(
             weights=weights,
             steps=steps,
             batch=batch,
-            question=min(8, batch),
+            question=min(4, batch),
             learning_rate=learning_rate or (5e-4 if weights == "lora" else 5e-5),
             rank=rank,
             alpha=2 * rank,

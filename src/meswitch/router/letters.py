@@ -46,13 +46,23 @@ class LetterModel:
         order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
         for batch in _batches(order, [len(query) + len(question.after) for query in queries], limit):
             cache = _copied(self._prefix(question.before))
-            out[batch] = self._logits([queries[i] for i in batch], question, cache, len(options)).cpu()
+            if len(batch) > 1:
+                cache.batch_repeat_interleave(len(batch))
+            prefixes = [len(question.before)] * len(batch)
+            logits = self._logits([queries[i] for i in batch], question, prefixes, cache)
+            out[batch] = logits[:, : len(options)].cpu()
         return out
 
-    def forward(self, queries: Sequence[Sequence[int]], options: Sequence[str]) -> Tensor:
-        """As `answer`, in one batch, on the model's device, and with gradients where they are enabled."""
-        question = self.prompt.question(options)
-        return self._logits(queries, question, self._read(question.before), len(options))
+    def forward(self, asked: Sequence[tuple[Sequence[Sequence[int]], Sequence[str]]]) -> list[Tensor]:
+        """As `answer` for several (queries, options) in one batch: on the model's device, with gradients if enabled."""
+        questions = [self.prompt.question(options) for _, options in asked]
+        rows = [i for i, (queries, _) in enumerate(asked) for _ in queries]
+        cache = self._read([question.before for question in questions])
+        cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+        queries = [query for queries, _ in asked for query in queries]
+        logits = self._logits(queries, questions[0], [len(questions[i].before) for i in rows], cache)
+        parts = logits.split([len(queries) for queries, _ in asked])
+        return [part[:, : len(options)] for part, (_, options) in zip(parts, asked, strict=True)]
 
     def forget(self) -> None:
         """Drop kept keys and values; call it when the weights have changed."""
@@ -61,37 +71,41 @@ class LetterModel:
     def _prefix(self, before: tuple[int, ...]) -> Any:
         """Keys and values of the question up to the query, computed once an order of the options."""
         if before not in self._prefixes:
-            self._prefixes[before] = self._read(before)
+            self._prefixes[before] = self._read([before])
             if len(self._prefixes) > _KEPT_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(before)
         return self._prefixes[before]
 
-    def _read(self, before: tuple[int, ...]) -> Any:
-        ids = torch.tensor([before], device=self.model.device)
-        out = self.model(input_ids=ids, use_cache=True, **self._keep)
+    def _read(self, befores: Sequence[tuple[int, ...]]) -> Any:
+        """Keys and values of some questions up to the query, padded on the right."""
+        lengths = torch.tensor([len(before) for before in befores], device=self.model.device)
+        width = int(lengths.max())
+        ids = torch.tensor([[*before, *[0] * (width - len(before))] for before in befores], device=self.model.device)
+        mask = (torch.arange(width, device=self.model.device) < lengths[:, None]).long()
+        out = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **self._keep)
         cache = getattr(out, "cache", None) or getattr(out, "past_key_values", None)
         if cache is None:
             raise ConfigError(f"model: {type(self.model).__name__} keeps no keys and values; use a transformer")
         return cache
 
-    def _logits(self, queries: Sequence[Sequence[int]], question: Question, cache: Any, options: int) -> Tensor:
-        """Padding lies between the shared prefix and the query, so the letter comes after the last position of all."""
-        device, prefix = self.model.device, len(question.before)
+    def _logits(self, queries: Sequence[Sequence[int]], question: Question, prefixes: list[int], cache: Any) -> Tensor:
+        """[n, letters] float32. prefixes: the length of each row's question in `cache`, which is padded to the longest.
+
+        Padding lies between a row's question and its query, so the letter comes after the last position of all rows.
+        """
+        device, prefix = self.model.device, max(prefixes)
+        lengths = torch.tensor(prefixes, device=device)[:, None]
         rows = [[*query, *question.after] for query in queries]
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         pads = torch.tensor([width - len(row) for row in rows], device=device)[:, None]
         place = torch.arange(width, device=device)
-        mask = torch.ones(len(rows), prefix + width, dtype=torch.long, device=device)
-        mask[:, prefix:] = place >= pads
-        where = {"position_ids": prefix + (place - pads).clamp_min(0)} if self._positions else {}
-        if len(rows) > 1:
-            cache.batch_repeat_interleave(len(rows))
+        mask = torch.cat([torch.arange(prefix, device=device) < lengths, place >= pads], 1).long()
+        where = {"position_ids": lengths + (place - pads).clamp_min(0)} if self._positions else {}
         given = {self._cache: cache, **where, **self._keep}
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given).logits
-        letters = torch.tensor(self.prompt.letter_ids[:options], device=device)
-        picked: Tensor = logits[:, -1, letters].float()
+        picked: Tensor = logits[:, -1, torch.tensor(self.prompt.letter_ids, device=device)].float()
         return picked
 
 

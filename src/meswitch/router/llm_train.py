@@ -153,19 +153,21 @@ def _step(
     """Gradients of one batch: a few questions, each with its own options and order; the mean loss."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     drawn = torch.multinomial(mass, settings.batch, replacement=settings.batch > len(rows), generator=generator)
-    cuda = letters.model.device.type == "cuda"
-    total = 0.0
+    asked: list[tuple[list[list[int]], list[str]]] = []
+    targets: list[Tensor] = []
     for part in drawn.split(settings.question):
         chosen = part.tolist()
         labels, order = _options(list(descriptions), settings, step, generator)
-        options = [NONE_OF_THESE if name == OTHER else descriptions[name] for name in order]
-        targets = torch.tensor([order.index(d if (d := rows[i].domain) in labels else OTHER) for i in chosen])
-        with torch.autocast(letters.model.device.type, torch.bfloat16, enabled=cuda):
-            logits = letters.forward([queries[i] for i in chosen], options)
-        loss = cross_entropy(logits, targets.to(logits.device), reduction="sum") / settings.batch
-        loss.backward()
-        total += float(loss.detach())
-    return total
+        asked.append(([queries[i] for i in chosen], [NONE_OF_THESE if n == OTHER else descriptions[n] for n in order]))
+        domains = [rows[i].domain for i in chosen]
+        targets.append(torch.tensor([order.index(d if d in labels else OTHER) for d in domains]))
+    device = letters.model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = letters.forward(asked)
+    losses = [cross_entropy(x, y.to(device), reduction="sum") for x, y in zip(logits, targets, strict=True)]
+    loss = torch.stack(losses).sum() / settings.batch
+    loss.backward()
+    return float(loss.detach())
 
 
 def _options(
