@@ -92,6 +92,15 @@ def train(
         float,
         typer.Option(min=0.05, max=1.0, rich_help_panel=_LLM, help="Share of the blocks with adapters, from the last."),
     ] = 1.0,
+    settle: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            rich_help_panel=_LLM,
+            help="Share of the steps in which the options pass from the family's order to random ones. 1000 keeps one "
+            "order: the least training, but position then carries the answer, and no expert can be added.",
+        ),
+    ] = 0.25,
     max_tokens: Annotated[
         int, typer.Option(min=8, rich_help_panel=_LLM, help="Of a query; of a longer one its beginning and end.")
     ] = 192,
@@ -171,6 +180,7 @@ def train(
             rank=rank,
             alpha=2 * rank,
             top=top,
+            settle=settle,
             max_tokens=max_tokens,
             permutations=permutations,
             seed=seed,

@@ -63,7 +63,7 @@ class LlmSettings:
     warmup: float = 0.05
     weight_decay: float = 0.0
     drop: float = 0.5
-    settle: float = 0.1
+    settle: float = 0.25
     balance: float = 0.5
     rank: int = 16
     alpha: int = 32
