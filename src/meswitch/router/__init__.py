@@ -6,10 +6,11 @@ from typing import Any
 
 from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.data import Row, read_rows
-from meswitch.router.embedding import EmbeddingRouter, Heads
+from meswitch.router.embedding import EmbeddingRouter
+from meswitch.router.embedding_file import open_embedding, open_encoder
 from meswitch.router.encoder import Encoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
-from meswitch.router.storage import RouterFile, read_file, read_tensors
+from meswitch.router.storage import RouterFile, read_file
 from meswitch.router.train import train_router
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Row",
     "evaluate_router",
     "load_router",
+    "open_encoder",
     "read_rows",
     "train_router",
 ]
@@ -51,54 +53,19 @@ def load_router(
         RouterError: no router, damaged or newer, of other experts, or trained on another base.
         CheckpointError: no base.
     """
-    from meswitch.artifact import fingerprint
-    from meswitch.checkpoint import Checkpoint
-
     directory = Path(path)
     file = read_file(directory)
     if experts is not None:
         _check_experts(directory, file, experts)
-    checkpoint = Checkpoint.open(base)
-    found = fingerprint(checkpoint)
-    if found != file.base.fingerprint:
-        raise RouterError(
-            f"{directory}: base.fingerprint: trained on the hidden states of another base than {base} "
-            f"({file.base.fingerprint:.24}..., this is {found:.24}...); train it again with `meswitch router train`"
-        )
-    labels = len(file.experts) + file.other
-    width = len(file.settings.layers) * file.base.hidden_size
-    tensors = read_tensors(
+    return open_embedding(
         directory,
         file,
-        {
-            "words.weight": (file.settings.buckets, labels),
-            "states.mean": (width,),
-            "states.scale": (width,),
-            "states.weight": (width, labels),
-            "bias": (labels,),
-        },
-    )
-    encoder = Encoder(model, tokenizer, found) if model is not None else Encoder.load(base, device)
-    for name in ("hidden_size", "vocab_size"):
-        if getattr(encoder, name) != getattr(file.base, name):
-            raise RouterError(
-                f"{directory}: base.{name}: {getattr(file.base, name)}, but the model has {getattr(encoder, name)}"
-            )
-    return EmbeddingRouter(
-        encoder,
-        Heads(
-            words=tensors["words.weight"],
-            mean=tensors["states.mean"],
-            scale=tensors["states.scale"],
-            weight=tensors["states.weight"],
-            bias=tensors["bias"],
-        ),
-        file.experts,
-        file.settings,
-        file.calibration,
-        file.provenance,
+        base,
         fallback=fallback,
         threshold=threshold,
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
     )
 
 

@@ -53,6 +53,22 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
     return float(grid[losses.argmin()])
 
 
+def line(logits: Tensor, positive: Tensor) -> tuple[float, float]:
+    """Slope and shift that make `sigmoid(slope x logits + shift)` most likely for held-out `positive` [n] bool.
+
+    Newton's method from (1, 0); a trace of ridge keeps it finite where the logits separate the two perfectly.
+    """
+    x = torch.stack([logits.double(), torch.ones(len(logits), dtype=torch.float64)], 1)
+    w = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    ridge = torch.eye(2, dtype=torch.float64)
+    for _ in range(30):
+        p = torch.sigmoid(x @ w)
+        gradient = x.T @ (p - positive.double()) + 1e-3 * w
+        w = w - torch.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + 1e-3 * ridge + 1e-9 * ridge, gradient)
+        w = w.clamp(-20, 20)
+    return max(float(w[0]), 1e-3), float(w[1])
+
+
 def threshold(known: Tensor, other: Tensor, coverage: float) -> float:
     """The confidence below which to abstain.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from meswitch.router import Router
+from meswitch.router.conversation import Reason
 
 logger = logging.getLogger("meswitch.server")
 
@@ -22,7 +23,7 @@ class Decision:
 
     expert: str
     score: float | None
-    reason: Literal["scored", "abstained", "failed"]
+    reason: Reason | Literal["failed"]
 
 
 class Desk:
@@ -72,7 +73,7 @@ class Desk:
             logger.exception("the router failed; %s answers", self._failed.expert)
             return [self._failed] * len(queries)
 
-    def _decision(self, choice: str, scores: Mapping[str, float], reason: Literal["scored", "abstained"]) -> Decision:
+    def _decision(self, choice: str, scores: Mapping[str, float], reason: Reason) -> Decision:
         if choice not in self._names:
             logger.error("the router chose %r, which is not served; %s answers", choice, self._failed.expert)
             return self._failed
