@@ -38,7 +38,25 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which rows are held out together for the calibration.")] = 0,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the base runs over the queries.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the encoder runs over the queries.")] = "cpu",
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            show_default="the family's base",
+            help="Whose hidden states to read: a directory or hub id of a sentence encoder, a causal LM, or static "
+            "embeddings (one safetensors matrix and tokenizer.json).",
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="8 keeps a sentence encoder's linear layers as int8, on the CPU.")] = 32,
+    target_precision: Annotated[
+        float | None,
+        typer.Option(help="Choose the threshold so that this share of what is answered is right, on held-out rows."),
+    ] = None,
+    target_coverage: Annotated[
+        float | None,
+        typer.Option(help="Choose the threshold so that this share of the experts' rows is answered."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Train the family's router on labelled queries.
@@ -54,20 +72,27 @@ def train(
     console.quiet()
     from meswitch.artifact.fingerprint import sha256_file
     from meswitch.family import Family
-    from meswitch.router import Encoder, read_rows, train_router
+    from meswitch.router import Encoder, TextEncoder, open_encoder, read_rows, train_router
     from meswitch.router.train import default_settings
 
     config = Family.load(family)
     rows = read_rows(data, config.names)  # before the model is loaded: a typing error shows at once
-    encoder = Encoder.load(config.resolve_model(config.base.path), console.check_device(device))
+    reads: TextEncoder
+    if encoder is None:
+        reads = Encoder.load(config.resolve_model(config.base.path), console.check_device(device))
+    else:
+        reads = open_encoder(encoder, console.check_device(device), bits)
+    settings = dataclasses.replace(
+        default_settings(reads, seed), target_precision=target_precision, target_coverage=target_coverage
+    )
     target = out or config.resolve(config.router.path)
     start = time.perf_counter()
     with console.tensor_progress("queries") as advance:
         router = train_router(
             rows,
             config.names,
-            encoder,
-            settings=default_settings(encoder, seed),
+            reads,
+            settings=settings,
             data_sha256=sha256_file(data),
             fallback=config.router.fallback,
             progress=lambda done, total: advance(done, total, ""),

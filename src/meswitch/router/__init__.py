@@ -8,7 +8,7 @@ from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.data import Row, read_rows
 from meswitch.router.embedding import EmbeddingRouter
 from meswitch.router.embedding_file import open_embedding, open_encoder
-from meswitch.router.encoder import Encoder
+from meswitch.router.encoder import Encoder, TextEncoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
 from meswitch.router.storage import RouterFile, read_file
 from meswitch.router.train import train_router
@@ -22,6 +22,7 @@ __all__ = [
     "Router",
     "RouterError",
     "Row",
+    "TextEncoder",
     "evaluate_router",
     "load_router",
     "open_encoder",

@@ -1,8 +1,8 @@
 """The embedding router: an encoder's hidden states, the query's words and its style, with calibrated linear heads.
 
 Two questions, two heads. *Which expert?* is learnt from the experts' rows alone, from states and words. *Any expert
-at all?* is learnt against the rows of `other`, from states and style. The probability of an expert is the product.
-Measured by leaving sources out, one softmax over experts and `other` does worse at both.
+at all?* is learnt against the rows of `other`, from states, words and perhaps style. The probability of an expert is
+the product. Measured by leaving sources out, one softmax over experts and `other` does worse at both.
 """
 
 from collections.abc import Sequence
@@ -55,22 +55,34 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """words: [buckets, experts] float32. states: width -> experts. known: width -> 1, None without rows of `other`."""
+    """The linear heads of both questions; float32.
+
+    words: [buckets, experts]. states: width -> experts. known: width -> 1, and known_words: [buckets, 1], whose sum is
+    the log-odds of "some expert's"; None without rows of `other`.
+    """
 
     words: Tensor
     states: Linear
     known: Linear | None
+    known_words: Tensor | None
 
     def logits(self, features: Features, words: float) -> Tensor:
         """[n, experts] float32, before the temperature."""
         return words * features.words.weighted(self.words) + self.states(features.states)
 
+    def odds(self, features: Features) -> Tensor | None:
+        """[n] float32: log-odds that some expert is for the text; None if that was not learnt."""
+        if self.known is None or self.known_words is None:
+            return None
+        return (self.known(features.known) + features.words.weighted(self.known_words))[:, 0]
+
     def scores(self, features: Features, words: float, temperature: float) -> Tensor:
         """[n, experts (+ 1 for other)] float64: log-probabilities."""
         which = (self.logits(features, words).double() / temperature).log_softmax(1)
-        if self.known is None:
+        odds = self.odds(features)
+        if odds is None:
             return which
-        known = self.known(features.known).double()
+        known = odds.double()[:, None].clamp(-30, 30)  # never so sure that a threshold of 1 would let it answer
         return torch.cat([which + logsigmoid(known), logsigmoid(-known)], 1)
 
 
@@ -138,6 +150,8 @@ def tensors_of(heads: Heads) -> dict[str, Tensor]:
     for name, head in (("states", heads.states), ("known", heads.known)):
         if head is not None:
             tensors |= {f"{name}.{part}": getattr(head, part) for part in ("mean", "scale", "weight", "bias")}
+    if heads.known_words is not None:
+        tensors["known.words"] = heads.known_words
     return tensors
 
 

@@ -63,6 +63,7 @@ def open_embedding(
     shapes |= _shapes("states", len(settings.layers) * width, experts)
     if file.other:
         shapes |= _shapes("known", len(settings.known_layers) * width + WIDTH * settings.style, 1)
+        shapes["known.words"] = (settings.buckets, 1)
     tensors = read_tensors(directory, file, shapes)
     encoder: TextEncoder
     if own and model is not None:
@@ -79,7 +80,9 @@ def open_embedding(
     def head(name: str) -> Linear:
         return Linear(*(tensors[f"{name}.{part}"] for part in ("mean", "scale", "weight", "bias")))
 
-    heads = Heads(tensors["words.weight"], head("states"), head("known") if file.other else None)
+    heads = Heads(
+        tensors["words.weight"], head("states"), head("known") if file.other else None, tensors.get("known.words")
+    )
     return EmbeddingRouter(
         encoder,
         heads,

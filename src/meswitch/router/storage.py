@@ -45,7 +45,8 @@ class Settings:
     some expert from others. max_tokens: of a query. buckets: of hashed words. smoothing: counts added by the word
     head. words: the word head's weight beside the states'. l2: on the state head's weights. folds: of the held-out
     calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
-    whether how a query is written counts for telling others. target_precision, target_coverage: what the threshold
+    whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
+    case, for encoders that see the case. target_precision, target_coverage: what the threshold
     was chosen for; neither: to tell experts' queries from others.
     """
 
@@ -58,7 +59,8 @@ class Settings:
     l2: float = 2e-5
     encoder: str = "base"
     bits: int = 32
-    style: bool = True
+    style: bool = False
+    lower: bool = True
     target_precision: float | None = None
     target_coverage: float | None = None
     folds: int = 5

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
@@ -14,6 +15,7 @@ from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.heads import auroc, calibration_error, line, logistic, naive_bayes, temperature
 from meswitch.router.storage import Calibration, Provenance, Settings
 from meswitch.router.targets import choose_threshold
+from meswitch.router.variants import in_lower_case, without_labels
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
@@ -29,8 +31,10 @@ def default_settings(encoder: TextEncoder, seed: int = 0) -> Settings:
     return Settings(
         layers=(middle,),
         known_layers=(max(1, round(depth / 3)),) if small and depth else (middle,),
-        words=1.0 if small else 0.5,
+        words=1.0 if small else 0.25,
         l2=2e-5 if small else 2e-4,
+        style=not small,
+        lower=small,
         encoder=encoder.source,
         bits=getattr(encoder, "bits", 32),
         seed=seed,
@@ -61,35 +65,57 @@ def train_router(
     settings = settings or default_settings(encoder)
     labels = _labels(rows, experts, settings.folds)
     with fitting_threads(encoder.device, encoder.hidden_size):
+        copies = without_labels(rows)
+        lower = (
+            in_lower_case([*rows, *(row for _, row in copies)]) if settings.lower and len(labels) > len(experts) else []
+        )
+        origin = torch.tensor([*range(len(rows)), *(i for i, _ in copies)])
+        origin = torch.cat([origin, origin[torch.tensor([i for i, _ in lower], dtype=torch.int64)]])
+        texts = [row.query for row in (*plain, *(row for _, row in lower))]
+        features = extract(encoder, texts, settings, progress)
         targets = torch.tensor([labels.index(row.domain) for row in rows])
-        features = extract(encoder, [row.query for row in rows], settings, progress)
-        heads, calibration = _train(rows, features, targets, len(experts), settings)
+        data = _Data(features, targets[origin], origin, len(plain), len(experts))
+        heads, calibration = _train(rows, data, settings)
     provenance = _provenance(rows, data_sha256)
     return EmbeddingRouter(encoder, heads, experts, settings, calibration, provenance, fallback=fallback)
 
 
-def _train(
-    rows: Sequence[Row], features: Features, targets: Tensor, experts: int, settings: Settings
-) -> tuple[Heads, Calibration]:
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """Rows, then copies of them: for both heads up to `both`, for telling others all.
+
+    targets: [n] int64, `experts` for others. origin: [n] int64, the row that each is a copy of.
+    """
+
+    features: Features
+    targets: Tensor
+    origin: Tensor
+    both: int
+    experts: int
+
+
+def _train(rows: Sequence[Row], data: _Data, settings: Settings) -> tuple[Heads, Calibration]:
     """Calibration from held-out predictions, then heads from all rows."""
-    fold = _folds(rows, settings.folds, settings.seed)
-    which, any_ = torch.zeros(len(rows), experts), torch.zeros(len(rows))
+    count, experts = len(rows), data.experts
+    fold, targets = _folds(rows, settings.folds, settings.seed), data.targets[: len(rows)]
+    which, odds = torch.zeros(count, experts), torch.zeros(count)
     for k in range(settings.folds):
-        seen, unseen = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
-        heads = _fit(features.select(seen), targets[seen], experts, settings)
-        there = features.select(unseen)
+        heads = _fit(data, fold[data.origin] != k, settings)
+        unseen = (fold == k).nonzero()[:, 0]
+        there = data.features.select(unseen)
         which[unseen] = heads.logits(there, settings.words)
-        if heads.known is not None:
-            any_[unseen] = heads.known(there.known)[:, 0]
-    heads = _fit(features, targets, experts, settings)
+        found = heads.odds(there)
+        if found is not None:
+            odds[unseen] = found
+    heads = _fit(data, torch.ones(len(data.targets), dtype=torch.bool), settings)
     known = targets < experts
     divisor = temperature(which[known], targets[known]) if experts > 1 else 1.0
     best = (which.double() / divisor).softmax(1).max(1)
     confidence = best.values
-    if heads.known is not None:  # its calibration goes into its weights
-        slope, shift = line(any_, known)
-        heads = Heads(heads.words, heads.states, heads.known.scaled(slope, shift))
-        confidence = confidence * torch.sigmoid(slope * any_ + shift)
+    if heads.known is not None and heads.known_words is not None:  # its calibration goes into its weights
+        slope, shift = line(odds, known)
+        heads = Heads(heads.words, heads.states, heads.known.scaled(slope, shift), heads.known_words * slope)
+        confidence = confidence * torch.sigmoid(slope * odds.double() + shift)
     return heads, _calibrate(divisor, confidence, best.indices == targets, known, settings)
 
 
@@ -132,17 +158,22 @@ def _folds(rows: Sequence[Row], folds: int, seed: int) -> Tensor:
     return fold
 
 
-def _fit(features: Features, targets: Tensor, experts: int, settings: Settings) -> Heads:
-    some = (targets < experts).nonzero()[:, 0]
-    own, mine = features.select(some), targets[some]
+def _fit(data: _Data, chosen: Tensor, settings: Settings) -> Heads:
+    """Heads from the rows `chosen` [n] bool and the copies among them."""
+    experts = data.experts
+    first = torch.arange(len(data.targets)) < data.both
+    some = (chosen & first & (data.targets < experts)).nonzero()[:, 0]
+    own, mine = data.features.select(some), data.targets[some]
     words = naive_bayes(own.words, mine, experts, settings.buckets, settings.smoothing)
     states = _linear(own.states, mine, experts, settings.l2)
-    known = None
-    if len(some) < len(targets):
-        both = _linear(features.known, (targets < experts).long(), 2, settings.l2)
-        weight, bias = both.weight[:, 1:] - both.weight[:, :1], both.bias[1:] - both.bias[:1]
-        known = Linear(both.mean, both.scale, weight, bias)
-    return Heads(words, states, known)
+    if not bool((data.targets == experts).any()):
+        return Heads(words, states, None, None)
+    every = chosen.nonzero()[:, 0]
+    all_, is_known = data.features.select(every), (data.targets[every] < experts).long()
+    both = _linear(all_.known, is_known, 2, settings.l2)
+    weight, bias = both.weight[:, 1:] - both.weight[:, :1], both.bias[1:] - both.bias[:1]
+    counted = naive_bayes(all_.words, is_known, 2, settings.buckets, settings.smoothing)
+    return Heads(words, states, Linear(both.mean, both.scale, weight, bias), counted[:, 1:] - counted[:, :1])
 
 
 def _linear(x: Tensor, targets: Tensor, classes: int, l2: float) -> Linear:
