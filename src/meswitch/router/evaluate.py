@@ -95,7 +95,7 @@ def risk_coverage(confidence: torch.Tensor, right: torch.Tensor, points: int = 2
 
 
 def accepted(known: torch.Tensor, other: torch.Tensor, coverage: float = 0.95) -> float | None:
-    """Share of `other` [m] that is at least as sure as the `coverage` surest of `known` [n]; None if either is empty."""
+    """Share of `other` [m] at least as sure as the `coverage` surest of `known` [n]; None if either is empty."""
     if not len(known) or not len(other):
         return None
     needed = min(len(known), max(1, round(coverage * len(known))))

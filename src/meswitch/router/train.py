@@ -66,9 +66,8 @@ def train_router(
     labels = _labels(rows, experts, settings.folds)
     with fitting_threads(encoder.device, encoder.hidden_size):
         copies = without_labels(rows)
-        lower = (
-            in_lower_case([*rows, *(row for _, row in copies)]) if settings.lower and len(labels) > len(experts) else []
-        )
+        plain = [*rows, *(row for _, row in copies)]
+        lower = in_lower_case(plain) if settings.lower and len(labels) > len(experts) else []
         origin = torch.tensor([*range(len(rows)), *(i for i, _ in copies)])
         origin = torch.cat([origin, origin[torch.tensor([i for i, _ in lower], dtype=torch.int64)]])
         texts = [row.query for row in (*plain, *(row for _, row in lower))]
