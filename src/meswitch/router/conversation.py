@@ -22,7 +22,7 @@ _NOTHING = """
 thanks thank thx ty cheers you u so very much many a lot that that's is that was this it it's great good nice cool
 perfect awesome excellent wonderful super brilliant fine ok okay k alright right got i see understood sure yes yeah
 yep no nope not really hi hello hey bye goodbye later helpful help for the your of course well done wow haha lol
-hmm oh ah makes sense love job answer appreciate
+hmm oh ah makes sense love job answer appreciate are been
 """
 _SMALL_TALK = frozenset(_NOTHING.split())
 # Words that point at what was said before.
