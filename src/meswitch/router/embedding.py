@@ -2,7 +2,9 @@
 
 Two questions, two heads. *Which expert?* is learnt from the experts' rows alone, from states and words. *Any expert
 at all?* is learnt against the rows of `other`, from states, words and perhaps style. The probability of an expert is
-the product. Measured by leaving sources out, one softmax over experts and `other` does worse at both.
+the product. Measured by leaving sources out with a sentence
+encoder, most unseen sources were chosen as well or better than with one softmax over experts and `other` (one of six
+a little worse); for the base that made no clear difference.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """How a query is written, apart from what it says: 16 numbers that tell a request to an expert from other traffic.
 
-Measured by leaving sources out: these numbers alone tell queries of unseen sources of `other` from queries of unseen
-sources of the experts better than a sentence encoder's states do, because chat and commands to an assistant differ
-from tasks in their form before they differ in their topic.
+A shortcut to be used with care. Leaving sources out, these numbers alone reach an AUROC of 0.94 and 0.90 on the two
+sources of `other`, but those are all in lower case: with capitals and final marks put in, it falls to 0.53 and 0.41.
+They are used beside states and words, and only with encoders that do not see the case.
 """
 
 import math

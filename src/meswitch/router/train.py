@@ -23,7 +23,8 @@ from meswitch.version import __version__
 def default_settings(encoder: TextEncoder, seed: int = 0) -> Settings:
     """Two thirds up the model, where states say most about meaning; a third up to tell others.
 
-    Chosen by leaving sources out. A larger encoder's states deserve more weight beside the words.
+    Layers and penalties were compared by leaving sources out; the words' weight beside a sentence encoder lies between
+    two that were (0 and 0.5).
     """
     depth = encoder.depth
     small = encoder.source == "base"
