@@ -52,7 +52,7 @@ class RouterSection(_Section):
     """`[router]`: what `model: "auto"` does."""
 
     path: str = "router"
-    fallback: str = "base"  # an expert's or the base's name: who answers when the router abstains
+    fallback: str = "base"  # an expert's or the base's name: who answers when the router abstains; or "error"
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)  # None: the router's own, calibrated
 
 
@@ -100,11 +100,11 @@ class Family(_Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"expert.name: {name!r} is used twice; every expert and the base need their own")
-        for name in ("auto", "other"):
+        for name in ("auto", "other", "error"):
             if name in names:
                 raise ValueError(f"expert.name: {name!r} is reserved for routing; choose another name")
-        if self.router.fallback not in names:
-            raise ValueError(f"router.fallback: {self.router.fallback!r} is none of {', '.join(names)}")
+        if self.router.fallback not in (*names, "error"):
+            raise ValueError(f"router.fallback: {self.router.fallback!r} is none of {', '.join(names)}, error")
         return self
 
     @classmethod

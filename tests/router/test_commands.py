@@ -52,6 +52,10 @@ def test_eval_prints_only_json(trained, project):
         "auroc",
         "coverage",
         "latency_ms",
+        "risk_coverage",
+        "accepted_other",
+        "unlabelled",
+        "bytes",
     }
 
 

@@ -2,10 +2,13 @@ import copy
 import json
 
 import pytest
+import torch
 
 from meswitch.router import OTHER, Row, evaluate_router
+from meswitch.router.evaluate import accepted, risk_coverage
 
 KEYS = {"accuracy", "per_domain", "per_source", "confusion", "ece", "auroc", "coverage", "latency_ms"}
+KEYS |= {"risk_coverage", "accepted_other", "unlabelled", "bytes"}
 
 
 def test_the_figures_have_these_keys_and_are_plain_json(result):
@@ -57,3 +60,20 @@ def test_only_other_rows_give_no_accuracy(router):
 
 def test_one_query_takes_milliseconds(result):
     assert result.latency_ms["p50"] < 200  # about 6 on an idle core
+
+
+def test_the_surest_rows_err_least_and_all_rows_err_as_accuracy_says():
+    curve = risk_coverage(torch.tensor([0.9, 0.8, 0.6, 0.5]), torch.tensor([True, True, False, True]), points=4)
+    assert curve == [(0.25, 0.0), (0.5, 0.0), (0.75, 1 / 3), (1.0, 0.25)]
+
+
+def test_accepted_counts_others_as_sure_as_the_nearly_least_sure_known():
+    known, other = torch.arange(1, 21) / 20, torch.tensor([0.05, 0.09, 0.1, 0.5])
+    assert accepted(known, other) == 0.5  # 19 of 20 known are at 0.1 or above
+    assert accepted(known, other[:0]) is None
+
+
+def test_rows_without_the_label_that_others_of_their_domain_carry_are_reported_apart(router):
+    rows = [Row(f"Write a SQL query: list all rivers of {i}", "sql") for i in range(6)]
+    result = evaluate_router(router, [*rows, Row("Write a Python function that adds two numbers.", "sql")])
+    assert result.unlabelled == {"sql": 0.0}

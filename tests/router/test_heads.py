@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from meswitch.router.heads import auroc, calibration_error, logistic, naive_bayes, temperature, threshold
+from meswitch.router.heads import auroc, calibration_error, line, logistic, naive_bayes, temperature, threshold
 from meswitch.router.lexical import TEXT_LIMIT, bags, features
 
 TEXTS = ["How many apples?", "", "Write a function", "Show me all flights to Oslo", "word " * 4000]
@@ -91,3 +91,13 @@ def test_auroc_counts_pairs_and_ties_by_half():
     pairs = [(p > n) + 0.5 * (p == n) for p in positive.tolist() for n in negative.tolist()]
     assert auroc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
     assert auroc(positive, negative[:0]) is None
+
+
+def test_perfectly_separated_rows_give_a_finite_line_and_temperature():
+    logits = torch.cat([torch.full((40,), 3.0), torch.full((20,), -2.0)])
+    slope, shift = line(logits, logits > 0)
+    likely = torch.sigmoid(slope * logits.double() + shift)
+    assert float(likely[0]) == pytest.approx(41 / 42, abs=1e-3)
+    assert float(likely[-1]) == pytest.approx(1 / 22, abs=1e-3)
+    two = torch.stack([logits, -logits], 1)
+    assert temperature(two, (logits < 0).long()) > 0.3

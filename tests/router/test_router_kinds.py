@@ -83,7 +83,8 @@ def test_a_cascade_of_two_trained_routers(llm, embedding, project):
     words = ("--kind", "cascade", "--first", "@router", "--second", "@llm", "--asked", "0.1", "--out", "@cascade")
     told = train(project, "--data", "@dev.jsonl", *words)
     assert 0 <= told["held_out"]["weight"] <= 1
-    done = run(project, "route", "--family", "@", "--router", "@cascade", "--json", "What is 17 + 25?")
+    question = "Ravi shares 8 books equally among 4 friends. How many books does each friend get?"
+    done = run(project, "route", "--family", "@", "--router", "@cascade", "--json", question)
     assert json.loads(done.stdout)["choice"] == "math"
 
 

@@ -99,7 +99,7 @@ def test_a_changed_router_json_is_refused_and_the_field_named(copy, base, change
 def test_changed_weights_are_refused(copy, base):
     file = copy / "router.safetensors"
     tensors = load_file(file)
-    tensors["bias"][0] += 5
+    tensors["states.bias"][0] += 5
     save_file(tensors, file)
     with pytest.raises(RouterError, match="tensors_sha256"):
         load_router(copy, base)

@@ -106,8 +106,14 @@ def check_router(family: "Family") -> None:
 
 
 def explain(route: "Route") -> str:
-    """Who answers and why, in one line."""
+    """Who answers and why, in one line.
+
+    Raises:
+        ConfigError: nobody, because the family's fallback is `error`.
+    """
     ranked = sorted(route.scores.items(), key=lambda item: -item[1])
     scores = ", ".join(f"{name} {score:.2f}" for name, score in ranked)
+    if route.choice == "error" and route.reason == "abstained":
+        raise ConfigError(f"no expert is likely enough ({scores}); name one with `--model`")
     why = " (the router is not sure enough, so the fallback answers)" if route.reason == "abstained" else ""
     return f"{route.choice} answers{why}: {scores}; {route.latency_ms:.0f} ms"

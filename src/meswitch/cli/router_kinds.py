@@ -37,20 +37,29 @@ class Trained:
     held_out: dict[str, Any]
 
 
-def embedding(job: Job) -> Trained:
+def embedding(
+    job: Job, source: str | None, bits: int, target_precision: float | None, target_coverage: float | None
+) -> Trained:
     from meswitch.artifact.fingerprint import sha256_file
-    from meswitch.router import Encoder, train_router
+    from meswitch.router import Encoder, TextEncoder, open_encoder, train_router
     from meswitch.router.train import default_settings
 
     assert job.data is not None
     config = job.family
-    encoder = Encoder.load(config.resolve_model(config.base.path), job.device)
+    encoder: TextEncoder
+    if source is None:
+        encoder = Encoder.load(config.resolve_model(config.base.path), job.device)
+    else:
+        encoder = open_encoder(source, job.device, bits)
+    settings = dataclasses.replace(
+        default_settings(encoder, job.seed), target_precision=target_precision, target_coverage=target_coverage
+    )
     with console.tensor_progress("queries") as advance:
         router = train_router(
             job.rows,
             config.names,
             encoder,
-            settings=default_settings(encoder, job.seed),
+            settings=settings,
             data_sha256=sha256_file(job.data),
             fallback=config.router.fallback,
             progress=lambda done, total: advance(done, total, ""),

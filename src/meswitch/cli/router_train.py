@@ -53,7 +53,7 @@ OutOption = Annotated[
         help="Where to write the router. A router that is there is replaced in one step.",
     ),
 ]
-_LLM, _PAIR = "LLM router", "Cascade and rules"
+_EMBEDDING, _LLM, _PAIR = "Embedding router", "LLM router", "Cascade and rules"
 
 
 def train(
@@ -73,6 +73,36 @@ def train(
     ] = Leaks.drop,
     seed: Annotated[int, typer.Option(help="Decides which rows are held out, and in which order they come.")] = 0,
     device: DeviceOption = "cpu",
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=_EMBEDDING,
+            show_default="the family's base",
+            help="Whose hidden states to read: a directory or hub id of a sentence encoder, a causal LM, or static "
+            "embeddings (one safetensors matrix and tokenizer.json).",
+        ),
+    ] = None,
+    bits: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_EMBEDDING, help="8 keeps a sentence encoder's linear layers as int8, on the CPU."
+        ),
+    ] = 32,
+    target_precision: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_EMBEDDING,
+            help="Choose the threshold so that this share of what is answered is right, on held-out rows.",
+        ),
+    ] = None,
+    target_coverage: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_EMBEDDING,
+            help="Choose the threshold so that this share of the experts' rows is answered.",
+        ),
+    ] = None,
     model: ModelOption = None,
     weights: Annotated[
         Weights,
@@ -138,7 +168,7 @@ def train(
 ) -> None:
     """Train the family's router on labelled queries.
 
-    - **embedding**: linear heads over the base's hidden states and the queries' words. Seconds to train, milliseconds
+    - **embedding**: linear heads over an encoder's hidden states and the queries' words. Seconds to train, milliseconds
       to ask. Every expert needs 5 different queries; a few hundred are better.
     - **llm**: a chat model answers a multiple-choice question over the experts' descriptions. Slower, but a new expert
       needs no more than a description: `meswitch router update`.
@@ -191,7 +221,7 @@ def train(
     elif kind is Kind.rules:
         trained = router_kinds.rules(job, rules, first, model)
     else:
-        trained = router_kinds.embedding(job)
+        trained = router_kinds.embedding(job, encoder, bits, target_precision, target_coverage)
     router_kinds.finish(trained, target, state)
     told = {
         "router": str(target),

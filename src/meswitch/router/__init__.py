@@ -4,7 +4,8 @@ from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade
 from meswitch.router.data import Row, read_rows
 from meswitch.router.embedding import EmbeddingRouter
-from meswitch.router.encoder import Encoder
+from meswitch.router.embedding_file import open_encoder
+from meswitch.router.encoder import Encoder, TextEncoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
 from meswitch.router.leakage import Leakage, find_leakage
 from meswitch.router.llm import LlmRouter
@@ -30,11 +31,13 @@ __all__ = [
     "Row",
     "Rule",
     "RulesRouter",
+    "TextEncoder",
     "evaluate_router",
     "find_leakage",
     "fit_cascade",
     "load_router",
     "model_info",
+    "open_encoder",
     "open_llm",
     "read_rows",
     "read_rules",

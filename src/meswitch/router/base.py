@@ -9,14 +9,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from meswitch.errors import ConfigError, MeswitchError
+from meswitch.router.conversation import TURNS, Reason, settle
 
 OTHER = "other"  # the label of queries that none of the experts is for
 
 Messages = Sequence[Mapping[str, Any]]  # OpenAI chat messages: {"role": ..., "content": ...}
-Reason = Literal["scored", "abstained"]
 
 
 class RouterError(MeswitchError):
@@ -27,9 +27,10 @@ class RouterError(MeswitchError):
 class Route:
     """One decision.
 
-    choice: who answers, an expert's name or the fallback's. scores: label -> probability, summing to one.
-    margin: the best expert's probability less the second best's. reason: `scored`, or `abstained` if the best
-    expert's probability is below the threshold. latency_ms: wall time; of a batch, the time of one query's share.
+    choice: who answers, an expert's name or the fallback's. scores: label -> probability, summing to one, of the last
+    turn. margin: the best expert's probability less the second best's. reason: `scored`; `abstained` if the best
+    expert's probability is below the threshold; `kept` if the expert of the turn before keeps the conversation.
+    latency_ms: wall time; of a batch, the time of one query's share.
     """
 
     choice: str
@@ -59,20 +60,28 @@ class Router(ABC):
         return self.route_batch([query])[0]
 
     def route_batch(self, queries: Sequence[str | Messages]) -> list[Route]:
-        """`route` of many queries at once; the results are the same, the time is less."""
+        """`route` of many queries at once; the results are the same, the time is less.
+
+        Of a conversation every user turn is scored alone, and the last one is decided in the light of the others:
+        see `meswitch.router.conversation`.
+        """
         start = time.perf_counter()
-        scored = self.scores([as_messages(query) for query in queries])
-        latency_ms = (time.perf_counter() - start) * 1e3 / max(1, len(scored))
-        return [self.decide(scores, latency_ms) for scores in scored]
+        turns = [user_turns(as_messages(query)) for query in queries]
+        scored = self.scores([as_messages(text) for texts in turns for text in texts])
+        latency_ms = (time.perf_counter() - start) * 1e3 / max(1, len(turns))
+        found = iter(scored)
+        return [self._route([(text, next(found)) for text in texts], latency_ms) for texts in turns]
 
     def decide(self, scores: dict[str, float], latency_ms: float = 0.0) -> Route:
-        """The decision that follows from scores."""
-        ranked = sorted(self.experts, key=lambda name: -scores[name])  # stable: ties go to the first named
-        best = ranked[0]
-        margin = scores[best] - (scores[ranked[1]] if len(ranked) > 1 else 0.0)
-        if scores[best] < self.threshold:
-            return Route(self.fallback, scores, margin, "abstained", latency_ms)
-        return Route(best, scores, margin, "scored", latency_ms)
+        """The decision that follows from the scores of one query."""
+        return self._route([("", scores)], latency_ms)
+
+    def _route(self, turns: list[tuple[str, dict[str, float]]], latency_ms: float) -> Route:
+        holder, reason = settle(turns, self.experts, self.threshold)
+        scores = turns[-1][1]
+        ranked = sorted((scores[name] for name in self.experts), reverse=True)
+        margin = ranked[0] - (ranked[1] if len(ranked) > 1 else 0.0)
+        return Route(self.fallback if holder is None else holder, scores, margin, reason, latency_ms)
 
 
 def as_messages(query: str | Messages) -> Messages:
@@ -81,21 +90,35 @@ def as_messages(query: str | Messages) -> Messages:
 
 
 def text_of(messages: Messages) -> str:
-    """What the user asks now: the text of the last user message (of the last message if none is the user's).
+    """What the user asks now: the last of `user_turns`."""
+    return user_turns(messages)[-1]
 
-    Content may be a string or OpenAI content parts, of which the text parts count.
+
+def user_turns(messages: Messages) -> list[str]:
+    """The texts of the user's messages, oldest first, the last `TURNS` (the last message if none is the user's).
+
+    Content may be a string or OpenAI content parts, of which the text parts count. Of earlier messages those without
+    text are left out.
 
     Raises:
-        ConfigError: no messages, or content of another form.
+        ConfigError: no messages, or content of another form in the last one.
     """
     if not messages:
         raise ConfigError("messages: empty; routing needs at least one message")
-    asked = [message for message in messages if message.get("role") == "user"] or messages
-    content = asked[-1].get("content")
+    asked = [message for message in messages if message.get("role") == "user"] or list(messages[-1:])
+    texts = [_text(message.get("content")) for message in asked[-TURNS:]]
+    if texts[-1] is None:
+        raise ConfigError(
+            f"messages: content of the last user message is {asked[-1].get('content')!r:.40}; give a text"
+        )
+    return [text for text in texts if text is not None]
+
+
+def _text(content: Any) -> str | None:
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence):
         return "\n".join(
             str(part.get("text", "")) for part in content if isinstance(part, Mapping) and part.get("type") == "text"
         )
-    raise ConfigError(f"messages: content of the last user message is {content!r:.40}; give a text")
+    return None

@@ -1,21 +1,47 @@
-"""The base model as an encoder: mean hidden states of a query's tokens."""
+"""A causal language model as an encoder: mean hidden states of a query's tokens. The family's base is the usual one."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
+from meswitch.router.hidden import first_layers, hidden_states
 from meswitch.router.lexical import clip
 
 Progress = Callable[[int, int], None]  # (done, total)
 
 _CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches are slower
 _GPU_BATCH_TOKENS = 8192
+
+
+class TextEncoder(Protocol):
+    """What turns texts into vectors: a causal LM (`Encoder`), a `SentenceEncoder` or a `StaticEncoder`.
+
+    fingerprint: which weights these are, by content. depth: the number of its last layer. source: where it is, or
+    `base` if it is the family's base.
+    """
+
+    source: str
+    fingerprint: str
+    hidden_size: int
+    vocab_size: int
+    depth: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(
+        self, texts: Sequence[str], layers: Sequence[int], max_tokens: int, progress: Progress | None = None
+    ) -> Tensor:
+        """[len(texts), len(layers) x hidden_size] float32 on the CPU; layers: ascending, 0 for the embeddings."""
+
+    def nbytes(self) -> int:
+        """Of its weights in memory."""
 
 
 class Encoder:
@@ -27,6 +53,8 @@ class Encoder:
         fingerprint: which base this is, from `meswitch.artifact.fingerprint`.
     """
 
+    source = "base"
+
     def __init__(self, model: Any, tokenizer: Any, fingerprint: str) -> None:
         self.model = getattr(model, "base_model", model)  # the head over the vocabulary is not needed
         self.tokenizer = tokenizer
@@ -35,6 +63,15 @@ class Encoder:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.depth: int = config.num_hidden_layers
+        self._short: dict[int, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
 
     @classmethod
     def load(cls, base: str | Path, device: str = "cpu") -> "Encoder":
@@ -47,7 +84,7 @@ class Encoder:
 
         checkpoint = Checkpoint.open(base)
         dtype = torch.float32 if device == "cpu" else "auto"
-        with _quiet():
+        with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
         return cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
@@ -62,22 +99,13 @@ class Encoder:
         text, three quarters of this many tokens from its beginning and one quarter from its end.
         """
         tokens = [self._tokens(text, max_tokens) for text in texts]
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         out = torch.zeros(len(texts), len(layers) * self.hidden_size)
-        done = 0
-        limit = _CPU_BATCH_TOKENS if self.model.device.type == "cpu" else _GPU_BATCH_TOKENS
-        for batch in _batches(order, tokens, limit):
+        for batch in batches(tokens, self.device, progress):
             out[batch] = self._pooled([tokens[i] for i in batch], layers)
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(texts))
         return out
 
     def _tokens(self, text: str, max_tokens: int) -> list[int]:
-        ids: list[int] = self.tokenizer(clip(text), add_special_tokens=False)["input_ids"]
-        if len(ids) > max_tokens:
-            head = max_tokens * 3 // 4
-            ids = ids[:head] + ids[head - max_tokens :]
+        ids = shortened(self.tokenizer(clip(text), add_special_tokens=False)["input_ids"], max_tokens)
         # A model without a start token still needs one position for an empty text.
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         return [start or 0, *ids]
@@ -93,28 +121,45 @@ class Encoder:
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens], device=device)
         real = (torch.arange(width) < lengths[:, None]).to(device)
         mask = real.long() if int(lengths.min()) < width else None  # without padding the attention is cheaper
-        states = self.model(input_ids=padded, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        last = max(layers)
+        if last not in self._short:
+            self._short[last] = first_layers(self.model, last, self.depth)
+        inputs = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
+        states = hidden_states(self._short[last], layers, self.depth, inputs)
         counted = real.float()
         counted[:, 0] = (lengths == 1).to(counted)
         share = (counted / counted.sum(1, keepdim=True))[:, None]  # [batch, 1, width]
-        means = [torch.bmm(share, states.hidden_states[layer].float())[:, 0] for layer in layers]
+        means = [torch.bmm(share, state.float())[:, 0] for state in states]
         return torch.cat(means, 1).cpu()
 
 
-def _batches(order: list[int], tokens: list[list[int]], limit: int) -> Iterator[list[int]]:
-    """Runs of `order` (ascending lengths) that hold at most `limit` tokens with their padding."""
+def shortened(ids: list[int], limit: int) -> list[int]:
+    """Three quarters of `limit` tokens from the beginning of a longer text and one quarter from its end."""
+    head = limit * 3 // 4
+    return ids if len(ids) <= limit else ids[:head] + ids[head - limit :]
+
+
+def batches(tokens: list[list[int]], device: torch.device, progress: Progress | None) -> Iterator[list[int]]:
+    """Indices of texts, shortest first, in batches that suit the device with their padding; reports those done."""
+    limit = _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
     batch: list[int] = []
-    for i in order:
+    done = 0
+    for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
         if batch and (len(batch) + 1) * len(tokens[i]) > limit:
             yield batch
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(tokens))
             batch = []
         batch.append(i)
     if batch:
         yield batch
+        if progress is not None:
+            progress(len(tokens), len(tokens))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Loading a model without transformers' own progress bar."""
     from transformers.utils import logging
 

@@ -46,11 +46,34 @@ def logistic(x: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """The divisor of `logits` [n, classes] that gives held-out `labels` [n] the highest likelihood."""
+    """The divisor of `logits` [n, classes] that gives held-out `labels` [n] the highest likelihood.
+
+    Labels are smoothed by one row's worth of doubt (Platt): a few hundred rows that are all right must not make the
+    router certain of everything.
+    """
+    doubt = 1 / (len(labels) + 2)
     # A search of one number over a fixed grid: exact enough (2 %), deterministic, never diverges.
     grid = torch.logspace(-1.5, 1.5, 350, dtype=torch.float64)
-    losses = torch.stack([cross_entropy(logits.double() / t, labels) for t in grid])
+    losses = torch.stack([cross_entropy(logits.double() / t, labels, label_smoothing=doubt) for t in grid])
     return float(grid[losses.argmin()])
+
+
+def line(logits: Tensor, positive: Tensor) -> tuple[float, float]:
+    """Slope and shift that make `sigmoid(slope x logits + shift)` most likely for held-out `positive` [n] bool.
+
+    Targets are Platt's, (n + 1) / (n + 2) and 1 / (m + 2), so that perfectly separated rows give finite numbers;
+    Newton's method from (1, 0).
+    """
+    x = torch.stack([logits.double(), torch.ones(len(logits), dtype=torch.float64)], 1)
+    count = int(positive.sum())
+    high, low = (count + 1) / (count + 2), 1 / (len(positive) - count + 2)
+    target = torch.where(positive, high, low).double()
+    w = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for _ in range(50):
+        p = torch.sigmoid(x @ w)
+        step = torch.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + 1e-6 * torch.eye(2), x.T @ (p - target))
+        w = w - step * min(1.0, 1.0 / float(step.norm().clamp_min(1e-9)))  # damped: far out the curvature vanishes
+    return max(float(w[0]), 1e-3), float(w[1])
 
 
 def threshold(known: Tensor, other: Tensor, coverage: float) -> float:

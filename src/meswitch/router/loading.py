@@ -12,13 +12,12 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError
 from meswitch.router.base import Router, RouterError
 from meswitch.router.cascade import CascadeRouter
-from meswitch.router.embedding import EmbeddingRouter, Heads
-from meswitch.router.encoder import Encoder
+from meswitch.router.embedding_file import open_embedding
 from meswitch.router.llm import LlmRouter
 from meswitch.router.lora import merge_adapters, replace_weights
 from meswitch.router.records import CascadeFile, LlmFile, ModelInfo, RulesFile
 from meswitch.router.rules import RulesRouter
-from meswitch.router.storage import AnyFile, RouterFile, check_members, read_all_tensors, read_file, read_tensors
+from meswitch.router.storage import AnyFile, RouterFile, check_members, read_all_tensors, read_file
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,16 @@ def load_router(
 
 def _load(directory: Path, file: AnyFile, given: _Given) -> Router:
     if isinstance(file, RouterFile):
-        return _load_embedding(directory, file, given)
+        return open_embedding(
+            directory,
+            file,
+            given.base,
+            fallback=given.fallback,
+            threshold=given.threshold,
+            model=given.model,
+            tokenizer=given.tokenizer,
+            device=given.device,
+        )
     if isinstance(file, LlmFile):
         return _load_llm(directory, file, given)
     tensors = read_all_tensors(directory, file)
@@ -184,54 +192,6 @@ def _is(source: str | Path, info: ModelInfo) -> bool:
         return fingerprint(Checkpoint.open(source)) == info.fingerprint
     except CheckpointError:
         return False
-
-
-def _load_embedding(directory: Path, file: RouterFile, given: _Given) -> EmbeddingRouter:
-    checkpoint = Checkpoint.open(given.base)
-    found = fingerprint(checkpoint)
-    if found != file.base.fingerprint:
-        raise RouterError(
-            f"{directory}: base.fingerprint: trained on the hidden states of another base than {given.base} "
-            f"({file.base.fingerprint:.24}..., this is {found:.24}...); train it again with `meswitch router train`"
-        )
-    labels = len(file.experts) + file.other
-    width = len(file.settings.layers) * file.base.hidden_size
-    tensors = read_tensors(
-        directory,
-        file,
-        {
-            "words.weight": (file.settings.buckets, labels),
-            "states.mean": (width,),
-            "states.scale": (width,),
-            "states.weight": (width, labels),
-            "bias": (labels,),
-        },
-    )
-    if given.model is not None:
-        encoder = Encoder(given.model, given.tokenizer, found)
-    else:
-        encoder = Encoder.load(given.base, given.device)
-    for name in ("hidden_size", "vocab_size"):
-        if getattr(encoder, name) != getattr(file.base, name):
-            raise RouterError(
-                f"{directory}: base.{name}: {getattr(file.base, name)}, but the model has {getattr(encoder, name)}"
-            )
-    return EmbeddingRouter(
-        encoder,
-        Heads(
-            words=tensors["words.weight"],
-            mean=tensors["states.mean"],
-            scale=tensors["states.scale"],
-            weight=tensors["states.weight"],
-            bias=tensors["bias"],
-        ),
-        file.experts,
-        file.settings,
-        file.calibration,
-        file.provenance,
-        fallback=given.fallback,
-        threshold=given.threshold,
-    )
 
 
 def _check_experts(directory: Path, file: AnyFile, experts: Sequence[str]) -> None:

@@ -1,13 +1,14 @@
 """Rules that decide before any model is asked: by the request's headers and metadata, or by patterns in the text."""
 
 import re
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
+from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, text_of
 from meswitch.router.lexical import clip
 from meswitch.router.records import Rule, RulesFile
 from meswitch.router.storage import write_router
@@ -87,6 +88,19 @@ class RulesRouter(Router):
             for i, scores in zip(rest, self.router.scores([messages_batch[i] for i in rest]), strict=True):
                 decided[i] = dict.fromkeys(self.labels, 0.0) | scores
         return decided
+
+    def route_batch(self, queries: Sequence[str | Messages]) -> list[Route]:
+        """As every router does; but a rule is matched against the whole request, not against each turn alone."""
+        start = time.perf_counter()
+        matched = [self.match(as_messages(query)) for query in queries]
+        latency_ms = (time.perf_counter() - start) * 1e3 / max(1, len(queries))
+        rest = iter(super().route_batch([query for query, rule in zip(queries, matched, strict=True) if rule is None]))
+        return [
+            next(rest)
+            if rule is None
+            else self.decide(dict.fromkeys(self.labels, 0.0) | {rule.choose: 1.0}, latency_ms)
+            for rule in matched
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write the rules, and the router behind them, as a directory in one step.

@@ -34,7 +34,7 @@ TENSORS_NAME = "router.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """The base whose hidden states the router reads; `fingerprint` identifies it by content."""
+    """The model whose hidden states the router reads; `fingerprint` identifies it by content."""
 
     fingerprint: str
     hidden_size: int
@@ -45,15 +45,28 @@ class BaseInfo:
 class Settings:
     """What the heads see and how they are fitted.
 
-    layers: which hidden states are averaged (0: embeddings). max_tokens: of a query. buckets: of hashed words.
-    smoothing: counts added by the word head. l2: on the state head's weights. folds: of the held-out calibration.
+    layers: which hidden states are averaged (0: embeddings) to choose the expert. known_layers: to tell queries for
+    some expert from others. max_tokens: of a query. buckets: of hashed words. smoothing: counts added by the word
+    head. words: the word head's weight beside the states'. l2: on the state head's weights. folds: of the held-out
+    calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
+    whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
+    case, for encoders that see the case. target_precision, target_coverage: what the threshold
+    was chosen for; neither: to tell experts' queries from others.
     """
 
     layers: tuple[int, ...]
-    max_tokens: int = 256
+    known_layers: tuple[int, ...]
+    max_tokens: int = 64
     buckets: int = 1 << 15
     smoothing: float = 0.7
+    words: float = 1.0
     l2: float = 2e-5
+    encoder: str = "base"
+    bits: int = 32
+    style: bool = False
+    lower: bool = True
+    target_precision: float | None = None
+    target_coverage: float | None = None
     folds: int = 5
     seed: int = 0
 

@@ -1,29 +1,32 @@
 """The routes."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from meswitch.engine import Engine
 from meswitch.engine.voice import Prompt
+from meswitch.errors import MeswitchError
 from meswitch.router import Router
 from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
 from meswitch.server.auth import ApiKeyMiddleware
 from meswitch.server.errors import ApiError, install_error_handlers
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation
-from meswitch.server.routing import Desk, Messages
+from meswitch.server.routing import ERROR, Desk, Messages
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.server.stream import EventStream, answer
 from meswitch.version import __version__
 
 AUTO = "auto"
+WANTED = "x-meswitch-expert"  # of a request to `auto`: who is to answer this one, whatever the router would say
 API_KEY_VARIABLE = "MESWITCH_API_KEY"
 
 
@@ -41,7 +44,8 @@ def create_app(
 
     Args:
         router: answers `model: "auto"`. no_router: why there is none, for who asks for `auto` all the same.
-        fallback: who answers when the router fails; None for the base.
+        fallback: who answers when the router fails; None for the base, and so does `error`, which only means that an
+            abstaining router is an error.
         descriptions: what the experts are good at, by name, for the models page.
         api_key: what clients must send; None takes it from MESWITCH_API_KEY, empty asks for none.
         close_engine: whether the engine ends with the server.
@@ -66,6 +70,11 @@ def create_app(
         report = service.health()
         return JSONResponse(report.model_dump(), 200 if report.status == "ok" else 503)
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> str:
+        """Counters of the router, for Prometheus."""
+        return service.metrics()
+
     @app.get("/v1/models")
     async def models() -> ModelList:
         """The base, the experts, and `auto` if there is a router."""
@@ -83,7 +92,7 @@ def create_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         messages = body.conversation()
-        expert, headers = await service.choose(body.model, messages)
+        expert, headers = await service.choose(body.model, messages, request.headers.get(WANTED))
         generation = Generation(engine, expert, [messages], body, "messages")
         return await _respond(generation, ChatFormat(expert), body, request, headers)
 
@@ -91,7 +100,9 @@ def create_app(
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts or token ids."""
         prompts: Sequence[Prompt] = body.prompt
-        expert, headers = await service.choose(body.model, _routable(body) if body.model == AUTO else [])
+        wanted = request.headers.get(WANTED)
+        routable = _routable(body) if body.model == AUTO and wanted is None else []
+        expert, headers = await service.choose(body.model, routable, wanted)
         generation = Generation(engine, expert, prompts, body, "prompt")
         return await _respond(generation, TextFormat(expert), body, request, headers)
 
@@ -121,13 +132,17 @@ class _Service:
         self, engine: Engine, router: Router | None, fallback: str, descriptions: Mapping[str, str], no_router: str
     ) -> None:
         self._engine = engine
-        self._desk = None if router is None else Desk(router, engine.names, fallback)
+        if fallback == ERROR:
+            fallback = engine.base_name
+        self._desk = None if router is None else Desk(router, engine.names, fallback, prefetch=self._prefetch)
         self._descriptions = descriptions
         self._no_router = no_router
         self._created = int(time.time())
 
-    async def choose(self, model: str, messages: Messages) -> tuple[str, dict[str, str]]:
-        """A request's `model` -> (who answers, headers that say so)."""
+    async def choose(self, model: str, messages: Messages, wanted: str | None) -> tuple[str, dict[str, str]]:
+        """A request's `model` -> (who answers, headers that say so); wanted: instead of the router's choice."""
+        if model == AUTO and wanted is not None:
+            model = unquote(wanted)
         if model != AUTO:
             if model not in self._engine.names:
                 raise self.unknown(model)
@@ -135,10 +150,27 @@ class _Service:
         if self._desk is None:
             raise self.unknown(model)
         decision = await self._desk.decide(messages)
+        if decision.expert == ERROR:
+            message = f"no expert is for this (probability {decision.score or 0:.4f} at best); name one instead of auto"
+            raise ApiError(422, message, param="model", code="no_expert")
         headers = {**_served_by(decision.expert), "x-meswitch-route-reason": decision.reason}
         if decision.score is not None:
             headers["x-meswitch-route-score"] = f"{decision.score:.4f}"
         return decision.expert, headers
+
+    def metrics(self) -> str:
+        lines = [] if self._desk is None else self._desk.metrics()
+        return "\n".join([*lines, ""])
+
+    def _prefetch(self, name: str) -> None:
+        """Bring an expert's weights to its slot, or at least into host memory, before its request is admitted."""
+        store = self._engine.store
+        if name not in store.artifacts:
+            return
+        with contextlib.suppress(MeswitchError):  # the request itself will say what is wrong
+            slot = store.try_acquire(name)
+            if slot is not None:
+                store.release(slot)
 
     def unknown(self, model: str) -> ApiError:
         if model == AUTO:

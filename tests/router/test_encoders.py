@@ -1,0 +1,97 @@
+"""Encoders other than the family's base: a small BERT and a table, both random, as a directory holds them."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from meswitch.errors import ConfigError
+from meswitch.router import RouterError, load_router, open_encoder, train_router
+from meswitch.router.sentence import SentenceEncoder
+from meswitch.router.static import StaticEncoder
+
+EXPERTS = ("math", "code", "instruct", "sql")
+TEXTS = ["How many apples?", "Write a function.", "", "word " * 500]
+
+
+@pytest.fixture(scope="module")
+def bert(base, tmp_path_factory):
+    """A random BERT with the base's tokenizer."""
+    directory = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def table(base, tmp_path_factory):
+    """Random static embeddings."""
+    directory = tmp_path_factory.mktemp("table")
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    torch.manual_seed(0)
+    save_file({"embedding.weight": torch.randn(tokenizer.get_vocab_size(), 24)}, directory / "model.safetensors")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_a_directory_says_which_kind_of_encoder_it_is(bert, table, base):
+    assert isinstance(open_encoder(bert), SentenceEncoder)
+    assert isinstance(open_encoder(table), StaticEncoder)
+    assert open_encoder(base).depth == 6
+
+
+def test_a_sentence_encoder_gives_the_mean_of_its_hidden_states(bert):
+    encoder = open_encoder(bert)
+    ids = torch.tensor([encoder._tokens(TEXTS[0], 64)])
+    states = encoder.model(input_ids=ids, output_hidden_states=True).hidden_states
+    expected = torch.cat([states[1].mean(1), states[3].mean(1)], 1)
+    torch.testing.assert_close(encoder.encode(TEXTS, (1, 3), 64)[:1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_that_nobody_reads_are_dropped_and_change_nothing(bert):
+    whole, short = open_encoder(bert), open_encoder(bert)
+    expected = whole.encode(TEXTS, (2, 3), 64)[:, :32]
+    torch.testing.assert_close(short.encode(TEXTS, (2,), 64), expected, atol=1e-5, rtol=1e-4)
+    assert short.nbytes() < whole.nbytes()
+    with pytest.raises(ConfigError, match="layers: 3 is above layer 2"):
+        short.encode(TEXTS, (3,), 64)
+
+
+def test_eight_bits_are_close_and_smaller(bert):
+    exact, packed = open_encoder(bert), open_encoder(bert, bits=8)
+    ours, theirs = packed.encode(TEXTS, (3,), 64), exact.encode(TEXTS, (3,), 64)
+    assert torch.nn.functional.cosine_similarity(ours, theirs).min() > 0.99
+    assert packed.nbytes() < exact.nbytes()
+
+
+def test_the_bases_first_layers_alone_give_the_same_states(encoder):
+    expected = encoder.encode(TEXTS, (2, 4, 6), 64).view(4, 3, -1)
+    torch.testing.assert_close(encoder.encode(TEXTS, (2, 4), 64).view(4, 2, -1), expected[:, :2])
+    states = encoder.model(torch.tensor([encoder._tokens(TEXTS[0], 64)]), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[6][0, 1:].mean(0), expected[0, 2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "table"])
+def test_a_router_with_another_encoder_is_kept_and_finds_it_again(kind, request, rows, unseen, base, tmp_path):
+    directory = request.getfixturevalue(kind)
+    router = train_router(rows, EXPERTS, open_encoder(directory))
+    router.save(tmp_path / "router")
+    loaded = load_router(tmp_path / "router", base, experts=EXPERTS)
+    queries = [row.query for row in unseen[:20]]
+    for ours, theirs in zip(loaded.route_batch(queries), router.route_batch(queries), strict=True):
+        assert ours.scores == pytest.approx(theirs.scores, abs=1e-6)
+    known = [row for row in unseen if row.domain in EXPERTS]
+    right = [router.decide(s).scores[r.domain] > 0.5 for r, s in zip(
+        known, router.scores([[{"role": "user", "content": r.query}] for r in known]), strict=True)]  # fmt: skip
+    assert sum(right) > 0.75 * len(right)  # the words alone give that
+
+
+def test_an_encoder_that_changed_is_refused(table, rows, base, tmp_path):
+    train_router(rows, EXPERTS, open_encoder(table)).save(tmp_path / "router")
+    save_file({"embedding.weight": torch.zeros(2048, 24)}, table / "model.safetensors")
+    with pytest.raises(RouterError, match=r"base\.fingerprint"):
+        load_router(tmp_path / "router", base)

@@ -1,0 +1,125 @@
+"""What the server does around the router: remembers, counts, fetches ahead, lets clients decide."""
+
+import httpx
+import openai
+import pytest
+from http_server import QUESTIONS, ask_with, serving, user, wait_until
+
+from meswitch.router import Router
+from meswitch.server import create_app
+from meswitch.server.route_cache import ENTRY_BYTES, RouteCache, key_of
+
+
+class Counting(Router):
+    """Sends what says "code" to code, what says "nothing" to nobody, the rest to math."""
+
+    experts = ("math", "code")
+    threshold = 0.5
+
+    def __init__(self, fallback="base"):
+        self.fallback = fallback
+        self.seen = []
+
+    def scores(self, messages_batch):
+        texts = [messages[-1]["content"] for messages in messages_batch]
+        self.seen += texts
+        sure = [0.3 if "nothing" in text else 0.9 for text in texts]
+        return [
+            {"math": 0.05 if "code" in text else p, "code": p if "code" in text else 0.05}
+            for text, p in zip(texts, sure, strict=True)
+        ]
+
+
+@pytest.fixture
+def counting():
+    return Counting()
+
+
+@pytest.fixture
+def address(engine, counting):
+    with serving(create_app(engine, router=counting, close_engine=False)) as url:
+        yield url
+
+
+def ask(address, messages, model="auto", headers=None):
+    return ask_with(address).chat.completions.with_raw_response.create(
+        model=model, messages=messages, max_tokens=1, extra_headers=headers
+    )
+
+
+def test_a_question_that_was_asked_before_is_not_scored_again(address, counting):
+    first, second = (ask(address, user("add 1 and 2")).headers for _ in range(2))
+    assert counting.seen == ["add 1 and 2"]
+    for name in ("x-meswitch-expert", "x-meswitch-route-score", "x-meswitch-route-reason"):
+        assert first[name] == second[name]
+
+
+def test_the_same_last_turn_after_another_history_is_another_question(address, counting):
+    assert ask(address, user("nothing more")).headers["x-meswitch-expert"] == "base"
+    talk = [*user("code, please"), {"role": "assistant", "content": "x"}, *user("nothing more")]
+    assert ask(address, talk).headers["x-meswitch-expert"] == "code"
+
+
+def test_metrics_count_decisions_hits_and_batches(address):
+    for text in ("add", "add", "code", "nothing"):
+        ask(address, user(text))
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    assert 'meswitch_route_decisions_total{expert="math",reason="scored"} 2' in lines
+    assert 'meswitch_route_decisions_total{expert="base",reason="abstained"} 1' in lines
+    assert "meswitch_route_cache_hits_total 1" in lines
+    assert "meswitch_route_scored_total 3" in lines
+    assert f"meswitch_route_cache_bytes {3 * ENTRY_BYTES}" in lines
+
+
+def test_a_header_decides_instead_of_the_router(address, counting):
+    raw = ask(address, user("add 1 and 2"), headers={"x-meswitch-expert": "code"})
+    assert (raw.headers["x-meswitch-expert"], raw.parse().model, counting.seen) == ("code", "code", [])
+    with pytest.raises(openai.NotFoundError, match="model 'poetry' does not exist"):
+        ask(address, user("add"), headers={"x-meswitch-expert": "poetry"})
+
+
+def test_a_chosen_expert_is_brought_to_its_slot(address, engine):
+    ask(address, user("code"))
+    places = lambda: {row.expert: row.place for row in engine.store.residency()}  # noqa: E731
+    assert wait_until(lambda: places()["code"] == "device")
+    assert wait_until(lambda: all(row.pins == 0 for row in engine.store.residency()))
+
+
+def test_an_abstention_can_be_an_error(engine):
+    with serving(create_app(engine, router=Counting("error"), fallback="error", close_engine=False)) as url:
+        assert ask(url, user("add")).parse().model == "math"
+        with pytest.raises(openai.UnprocessableEntityError, match="no expert is for this") as refused:
+            ask(url, user("nothing"))
+        assert refused.value.code == "no_expert"
+
+
+def test_a_switch_reads_the_history_again_with_the_new_experts_template(client, engine):
+    talk = user(QUESTIONS["math"])
+    first = client.chat.completions.create(model="auto", messages=talk, max_tokens=8)
+    assert first.model == "math"
+    talk += [{"role": "assistant", "content": first.choices[0].message.content}, *user(QUESTIONS["code"])]
+    second = client.chat.completions.create(model="auto", messages=talk, max_tokens=8)
+    assert second.model == "code"
+    (alone,) = engine.generate([talk], model="code", max_new_tokens=8)
+    assert second.choices[0].message.content == alone.text
+    assert second.usage.prompt_tokens == len(engine.voices["code"].encode(talk))
+
+
+def test_thanks_stays_with_whoever_answered(client):
+    talk = [*user(QUESTIONS["math"]), {"role": "assistant", "content": "2"}, *user("thanks, great!")]
+    raw = client.chat.completions.with_raw_response.create(model="auto", messages=talk, max_tokens=1)
+    assert (raw.headers["x-meswitch-expert"], raw.headers["x-meswitch-route-reason"]) == ("math", "kept")
+
+
+def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes():
+    cache = RouteCache(3 * ENTRY_BYTES)
+    keys = [key_of([str(i)]) for i in range(4)]
+    for i in range(3):
+        cache.put(keys[i], i)
+    assert cache.get(keys[0]) == 0
+    cache.put(keys[3], 3)
+    assert (cache.get(keys[1]), cache.get(keys[0]), cache.nbytes) == (None, 0, 3 * ENTRY_BYTES)
+
+
+def test_texts_that_join_to_the_same_are_not_the_same_conversation():
+    assert key_of(["ab", "c"]) != key_of(["a", "bc"]) != key_of(["abc"])

@@ -1,0 +1,41 @@
+"""docs/routing.md says what the stored results say."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def document(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("routing_doc")
+
+
+def test_the_page_is_made_from_the_stored_results(document):
+    document.main(["--check"])
+
+
+def test_results_of_an_llm_router_get_their_row(document, tmp_path):
+    row = {
+        "model": "tiny",
+        "params": 135_000_000,
+        "variant": "lora",
+        "data": "dev",
+        "rows": 9,
+        "accuracy": 0.96,
+        "per_domain": {"sql": 0.9},
+    }
+    row |= {"ece": 0.02, "auroc": 0.97, "latency_ms": {"p50": 9.0}, "bytes": 270_000_000}
+    (tmp_path / "routing-llm.json").write_text(json.dumps({"results": [row]}))
+    page = tmp_path / "routing.md"
+    page.write_text((ROOT / "docs" / "routing.md").read_text())
+    where = ["--results", str(tmp_path), "--doc", str(page)]
+    with pytest.raises(SystemExit, match="older than the results"):
+        document.main(["--check", *where])
+    document.main(where)
+    document.main(["--check", *where])
+    assert "| tiny | 135 M | lora | dev | 9 | 0.960 | - | - | - | 0.900 |" in page.read_text()
