@@ -28,11 +28,12 @@ import transformers
 
 import meswitch
 import quality_jobs
+from generated import RESULTS
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.evaluate import DOMAINS
 from quality_settings import BARS, SUITES, key_of
-from quality_store import RESULTS, Store
+from quality_store import Store
 
 
 def main(arguments: list[str] | None = None) -> None:
