@@ -59,8 +59,11 @@ def cost_7b() -> str:
         parts.append(f"{pipe(head, *rows)}\n\n{meta['card']}, torch {meta['torch']}, {meta['date']}.")
     if data := stored("compress-family-cpu.json"):
         meta = data["meta"]
-        rows = [[row["expert"], str(row["steps"]), f"{row['seconds']:.0f}"] for row in data["rows"]]
-        table = pipe(["example family", "steps of distillation", "s, the whole command"], *rows)
+        rows = [
+            [row["expert"], str(row["steps"]), f"{row['seconds']:.0f}", f"{min(row['all']):.0f}–{max(row['all']):.0f}"]
+            for row in data["rows"]
+        ]
+        table = pipe(["example family", "steps of distillation", "s, the whole command", "of several runs"], *rows)
         parts.append(f"{table}\n\n{meta['machine']} CPU, {meta['cores']} cores, torch {meta['torch']}, {meta['date']}.")
     return "\n\n".join(parts) or "Not measured yet."
 

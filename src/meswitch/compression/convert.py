@@ -30,6 +30,7 @@ from meswitch.compression.options import Options
 from meswitch.compression.walk import compute_dtype, walk
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.tensorfile import NAMES
+from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
 # (tensors done, tensors in all, name of the last one)
@@ -119,7 +120,9 @@ class Conversion:
                 raise MeswitchError(f"{name}: the expert has NaN or infinite values; repair the checkpoint")
             kind, parts = "dense", {"": ours}
         else:
-            delta = self._encode(name, role, ours, base, moment)
+            # reading the text deserves all threads, these small matrices may not
+            with fitting_threads(self.device, self.expert.config.hidden_size):
+                delta = self._encode(name, role, ours, base, moment)
             kind, parts = "coded" if isinstance(delta, CodedDelta) else "packed", delta.tensors()
         self._behind.call(
             self.writer.add,

@@ -23,7 +23,7 @@ from meswitch.compression.calibration import CalibrationSet
 from meswitch.compression.divergence import divergence
 from meswitch.compression.recipe import Recipe
 from meswitch.compression.samples import Sample, batches, check_text, mean, split, weights
-from meswitch.compression.student import build, frozen, read_batch
+from meswitch.compression.student import Said, build, frozen, read_batch
 from meswitch.compression.trainable import Group
 from meswitch.compression.walk import compute_dtype
 
@@ -32,6 +32,7 @@ Progress = Callable[[int, int, str], None]
 
 _FLOAT32_PARAMETERS = 1 << 30
 _WARM_UP = 10  # steps
+_REMEMBERED = 1 << 28  # bytes of logits
 
 
 def train(
@@ -65,11 +66,12 @@ def train(
         if progress is not None:
             progress(step, recipe.steps, f"held-out divergence {now:.4f} nats a token, {before:.4f} before")
 
+    full = _Remembering(teacher, sum(len(sample.ids) for sample in held), device)
     before, best = fit(
         student.groups(),
         batches(rest, recipe.batch, generator),
         lambda batch: _loss(teacher, student.model, batch, recipe, device).backward(),
-        lambda: mean(held, question, lambda batch: _divergence(teacher, student.model, batch, question, device)),
+        lambda: mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device)),
         recipe,
         told,
     )
@@ -148,7 +150,7 @@ def _rate(step: int, steps: int) -> float:
 
 def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> Tensor:
     ids = [sample.ids for sample in batch]
-    with torch.no_grad():
+    with torch.inference_mode():
         wanted = read_batch(teacher, ids, device, hidden=recipe.hidden > 0)
     found = read_batch(student, ids, device, hidden=recipe.hidden > 0)
     if recipe.loss == "mse":
@@ -162,8 +164,24 @@ def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, devic
     return loss
 
 
-@torch.no_grad()
-def _divergence(teacher: Any, student: Any, batch: list[Sample], question: float, device: torch.device) -> float:
-    ids = [sample.ids for sample in batch]
-    wanted, found = read_batch(teacher, ids, device), read_batch(student, ids, device)
+class _Remembering:
+    """The full expert's answers to held-out text, kept from one look to the next where they take few bytes."""
+
+    def __init__(self, teacher: Any, tokens: int, device: torch.device) -> None:
+        self._teacher, self._device = teacher, device
+        self._keeps = tokens * teacher.config.vocab_size * 4 <= _REMEMBERED
+        self._kept: dict[int, Said] = {}
+
+    def read(self, batch: list[Sample]) -> Said:
+        """batch: always the same that begins with this sample."""
+        number = batch[0].number
+        said = self._kept.get(number) or read_batch(self._teacher, [sample.ids for sample in batch], self._device)
+        if self._keeps:
+            self._kept[number] = said
+        return said
+
+
+@torch.inference_mode()
+def _divergence(full: _Remembering, student: Any, batch: list[Sample], question: float, device: torch.device) -> float:
+    wanted, found = full.read(batch), read_batch(student, [sample.ids for sample in batch], device)
     return float((divergence(wanted.logits, found.logits)[found.real] * weights(batch, question, device)).sum())

@@ -129,15 +129,15 @@ def compress(
     if recipe.steps and text is not None:
         check_text(text.sequences)
     stage = out.with_name(out.name + ".undistilled") if recipe.steps else out
-    with fitting_threads(where, target.config.hidden_size):
-        moments = None if text is None else text.first(MOMENT_TOKENS)
-        specs = None
-        if target_bpw is not None:
+    moments = None if text is None else text.first(MOMENT_TOKENS)
+    specs = None
+    if target_bpw is not None:
+        with fitting_threads(where, target.config.hidden_size):
             fits = _fits(target, where)
             specs = specs_within(source, target, options, moments, measure=fits, device=where, progress=progress)
-        replace = overwrite or stage != out
-        conversion = Conversion(source, target, stage, options, specs, text, moments, where, replace, progress)
-        artifact = conversion.run()
+    replace = overwrite or stage != out
+    conversion = Conversion(source, target, stage, options, specs, text, moments, where, replace, progress)
+    artifact = conversion.run()
     if notice is not None and (warning := conversion.large.warning(bits if target_bpw is None else None)):
         notice(warning)
     if not recipe.steps or text is None:

@@ -144,7 +144,9 @@ class _Restored(torch.autograd.Function):
         to_scale = _by_group(gradient * chosen, ctx.group).sum(-1)
         to_latent = None
         if ctx.needs_input_grad[0]:
-            to_latent = _scaled(gradient, scale, ctx.group).masked_fill_(latent.abs() > ctx.top + 1, 0.0)
+            edge = float(ctx.top + 1)
+            inside = torch.ops.aten.hardtanh_backward(gradient, latent, -edge, edge)  # 0 beyond the edges, in one pass
+            to_latent = _scaled(inside, scale, ctx.group)
         return to_latent, to_scale, gradient[:, index], None, None, None, None
 
 
