@@ -22,9 +22,9 @@ def many_data(encoders: dict[str, Any]) -> Data:
 def sizes_data(encoders: dict[str, Any], llm: dict[str, Any]) -> Data:
     """{router: [MB, ms, accuracy on shift, the weakest expert's]}"""
     found = {
-        name: [entry["dev"]["bytes"] / 1e6, entry["dev"]["cpu_ms"]["p50"], *_accuracies(entry["dev"])]
+        name: [entry["dev"]["bytes"] / 1e6, entry["held_out"]["cpu_ms"]["p50"], *_accuracies(entry["dev"])]
         for name, entry in encoders.items()
-        if entry.get("dev")
+        if entry.get("dev") and entry.get("held_out")
     }
     for row in llm.get("results", []):
         if row.get("data") == "dev" and "per_domain" in row:
