@@ -39,7 +39,7 @@ def main() -> None:
     family = Family.load(FAMILY)
     descriptions = {expert.name: expert.description for expert in family.expert}
     rows = read_rows(options.train, descriptions)
-    dev = read_rows(options.dev, descriptions)
+    dev = read_rows(options.dev, descriptions) if options.dev else []
     settings = LlmSettings(
         weights=options.weights,
         max_tokens=options.max_tokens,
@@ -72,10 +72,10 @@ def main() -> None:
         known = {expert: text for expert, text in descriptions.items() if expert != name}
         fewer = [row for row in rows if row.domain != name]
         router = bench.train(fewer, known, dataclasses.replace(settings, steps=options.added_steps), f"without-{name}")
-        small = subset(dev, options.subset)
-        bench.measure(router, f"without-{name}", "dev", [row for row in small if row.domain != name])
-        bench.measure(router.with_descriptions(descriptions), f"added-{name}", "dev", small)
-        bench.measure(router.with_descriptions(descriptions), f"added-{name}", "held-out", subset(held_out, 150))
+        updated = router.with_descriptions(descriptions)
+        for kind, some in (("dev", subset(dev, options.subset)), ("held-out", subset(held_out, options.held_out_rows))):
+            bench.measure(router, f"without-{name}", kind, [row for row in some if row.domain != name])
+            bench.measure(updated, f"added-{name}", kind, some)
 
 
 def arguments() -> argparse.Namespace:
@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory of a causal LM")
     parser.add_argument("--name", help="what the results call it (default: the directory's name)")
     parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--dev", type=Path, required=True)
+    parser.add_argument("--dev", type=Path, help="rows of other sources; none: measure on held-out rows alone")
     parser.add_argument("--out", type=Path, required=True, help="JSON; figures of other models in it stay")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and the trained router")
     parser.add_argument("--parts", nargs="+", default=["zero-shot", "tuned", "added"])
@@ -142,6 +142,8 @@ class Bench:
         return router
 
     def measure(self, router: LlmRouter, label: str, data: str, rows) -> None:
+        if not rows:  # no --dev
+            return
         figures = evaluate_router(router, rows).to_dict() | {"rows": len(rows)}
         print(label, data, {key: figures[key] for key in ("accuracy", "per_domain", "ece", "auroc")}, flush=True)
         self.write(label, data, figures, router)
@@ -199,7 +201,7 @@ def subset(rows, count: int):
     by_domain = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row.source, row.query)):
         by_domain[row.domain].append(row)
-    share = count // len(by_domain)
+    share = count // max(1, len(by_domain))
     chosen = []
     for domain in sorted(by_domain):
         members = by_domain[domain]
