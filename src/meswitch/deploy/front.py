@@ -17,6 +17,7 @@ from meswitch.family import Family
 from meswitch.server.app import API_KEY_VARIABLE, AUTO
 from meswitch.server.auth import refusal
 from meswitch.server.errors import ApiError
+from meswitch.server.routing import with_circumstances
 
 logger = logging.getLogger("meswitch.deploy")
 
@@ -46,21 +47,22 @@ class Front:
         asked = _json(body)
         expert = str(asked.get("model", ""))
         said: dict[str, str] = {}
-        if request.method == "POST" and expert == AUTO and (found := await self._route(asked)) is not None:
+        if request.method == "POST" and expert == AUTO and (found := await self._route(asked, request)) is not None:
             expert, said = found
             body = json.dumps({**asked, "model": expert}).encode()
         return await self._passed_on(request, expert if expert in self._experts else "", body, said)
 
-    async def _route(self, asked: dict[str, Any]) -> tuple[str, dict[str, str]] | None:
+    async def _route(self, asked: dict[str, Any], request: Request) -> tuple[str, dict[str, str]] | None:
         """Who answers `auto`, and headers that say why; None where a replica is to refuse the request."""
         messages = asked.get("messages")
         if isinstance(asked.get("prompt"), str):
             messages = [{"role": "user", "content": asked["prompt"]}]
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             return None
+        question = with_circumstances(messages, request.headers.items(), asked.get("metadata"))
         for _ in range(ATTEMPTS):
             try:
-                found: tuple[str, dict[str, str]] | None = await self._replicas.choose.remote(messages)
+                found: tuple[str, dict[str, str]] | None = await self._replicas.choose.remote(question)
             except _LOST:
                 logger.warning("a replica was lost while it routed; another one is asked")
             else:

@@ -9,7 +9,7 @@ from ray import serve
 from meswitch.deploy.asgi import Head, Headers, call
 from meswitch.family import Family
 from meswitch.launch import app_from_family, engine_from_family, router_from_family
-from meswitch.server.routing import Desk
+from meswitch.server.routing import Desk, Messages
 
 
 class Replica:
@@ -32,11 +32,11 @@ class Replica:
             router = router_from_family(config, self._engine)
             self._desk = Desk(router, self._engine.names, config.router.fallback)
 
-    async def choose(self, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]] | None:
+    async def choose(self, question: Messages) -> tuple[str, dict[str, str]] | None:
         """Who is to answer a conversation, and headers that say why; None without a router."""
         if self._desk is None:
             return None
-        decision = await self._desk.decide(messages)
+        decision = await self._desk.decide(question)
         headers: dict[str, str] = {"x-meswitch-route-reason": decision.reason}
         if decision.score is not None:
             headers["x-meswitch-route-score"] = f"{decision.score:.4f}"
