@@ -129,8 +129,12 @@ def predict(
 
 def kv_bytes(model: Checkpoint, tokens: int) -> int:
     """Bytes of keys and values of so many tokens, in the dtype of the model's weights."""
-    widest = max((info.dtype for info in model.tensors.values()), key=lambda dtype: dtype.itemsize)
-    return cache_bytes(model.config, widest) * tokens
+    return cache_bytes(model.config, widest_dtype(model)) * tokens
+
+
+def widest_dtype(model: Checkpoint) -> torch.dtype:
+    """What a model computes in that is loaded as it is stored."""
+    return max((info.dtype for info in model.tensors.values()), key=lambda dtype: dtype.itemsize)
 
 
 def _entry(name: str, info: TensorInfo, base: Checkpoint, options: Options, changed: int | None) -> Entry:
