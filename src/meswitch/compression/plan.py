@@ -15,12 +15,11 @@ import torch
 
 from meswitch.artifact import Artifact, Entry, Manifest
 from meswitch.artifact.manifest import Provenance, Stored
-from meswitch.checkpoint import TIED_HEAD, Checkpoint
+from meswitch.checkpoint import TIED_HEAD, Checkpoint, cache_bytes
 from meswitch.codec import stored_shapes
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors, is_vocabulary, role_of
 from meswitch.compression.convert import base_info, expert_info
 from meswitch.compression.options import Options
-from meswitch.compression.sampler import cache_bytes
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.tensorfile import NAMES, TensorInfo
 
