@@ -174,4 +174,5 @@ def _scales_row_by_row(norm: nn.Module) -> bool:
     except (RuntimeError, ValueError, TypeError):
         return False
     wanted = [torch.func.functional_call(norm, {"weight": w}, (x[:, i : i + 1],)) for i, w in enumerate(both)]
-    return torch.equal(found, torch.cat(wanted, 1))
+    # close, not equal: a GPU may sum fewer rows in another order
+    return found.shape == x.shape and torch.allclose(found, torch.cat(wanted, 1), rtol=0.02, atol=0.02)
