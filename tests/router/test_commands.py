@@ -53,6 +53,7 @@ def test_eval_prints_only_json(trained, project):
         "coverage",
         "latency_ms",
         "risk_coverage",
+        "reliability",
         "accepted_other",
         "unlabelled",
         "bytes",
@@ -63,6 +64,28 @@ def test_eval_prints_tables(trained, project):
     done = run(project, "router", "eval", "--family", "@", "--data", "@dev.jsonl")
     assert "accuracy" in done.stdout
     assert "templates" in done.stdout
+
+
+def test_eval_writes_a_report_with_its_plots(trained, project):
+    pytest.importorskip("matplotlib")
+    words = ("router", "eval", "--family", "@", "--data", "@dev.jsonl")
+    done = run(project, *words, "--out", "@reports/router.md", "--plots", "@reports/plots", "--json")
+    assert done.exit_code == 0, done.stderr
+    figures, page = json.loads(done.stdout), (project / "reports" / "router.md").read_text()
+    assert f"| accuracy | {figures['accuracy']:.4f} |" in page
+    assert all(f"| {source} | {share:.4f} |" in page for source, share in figures["per_source"].items())
+    links = [line.split("](")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
+    assert links == ["plots/risk-coverage.svg", "plots/reliability.svg"]
+    assert all((project / "reports" / link).read_text().rstrip().endswith("</svg>") for link in links)
+
+
+def test_eval_writes_its_json_to_a_file(trained, project):
+    words = ("router", "eval", "--family", "@", "--data", "@dev.jsonl", "--json")
+    done = run(project, *words, "--out", "@figures.json")
+    assert json.loads((project / "figures.json").read_text()) == json.loads(done.stdout)
+    refused = run(project, *words, "--out", "@figures.txt")
+    assert refused.exit_code == 1
+    assert "use .json or .md" in refused.stderr
 
 
 def test_route_prints_scores_and_the_choice(trained, project):

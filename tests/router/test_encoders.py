@@ -52,6 +52,19 @@ def test_a_sentence_encoder_gives_the_mean_of_its_hidden_states(bert):
     torch.testing.assert_close(encoder.encode(TEXTS, (1, 3), 64)[:1], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_every_layer_of_a_bert_is_what_transformers_computes_padded_or_not(bert):
+    encoder = open_encoder(bert)
+    tokens = [encoder._tokens(text, 64) for text in TEXTS]
+    theirs = [
+        torch.cat([state[0].mean(0) for state in encoder.model(torch.tensor([ids]), output_hidden_states=True)[2]])
+        for ids in tokens
+    ]
+    ours = encoder.encode(TEXTS, (0, 1, 2, 3), 64)
+    torch.testing.assert_close(ours, torch.stack(theirs), atol=1e-5, rtol=1e-4)
+    alone = torch.cat([encoder.encode([text], (0, 1, 2, 3), 64) for text in TEXTS])
+    torch.testing.assert_close(alone, ours, atol=1e-5, rtol=1e-4)
+
+
 def test_layers_that_nobody_reads_are_dropped_and_change_nothing(bert):
     whole, short = open_encoder(bert), open_encoder(bert)
     expected = whole.encode(TEXTS, (2, 3), 64)[:, :32]

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from meswitch.router import OTHER, Row, evaluate_router
-from meswitch.router.evaluate import accepted, risk_coverage
+from meswitch.router.evaluate import accepted, reliability, risk_coverage
+from meswitch.router.report import markdown
 
 KEYS = {"accuracy", "per_domain", "per_source", "confusion", "ece", "auroc", "coverage", "latency_ms"}
-KEYS |= {"risk_coverage", "accepted_other", "unlabelled", "bytes"}
+KEYS |= {"risk_coverage", "reliability", "accepted_other", "unlabelled", "bytes"}
 
 
 def test_the_figures_have_these_keys_and_are_plain_json(result):
@@ -77,3 +78,19 @@ def test_rows_without_the_label_that_others_of_their_domain_carry_are_reported_a
     rows = [Row(f"Write a SQL query: list all rivers of {i}", "sql") for i in range(6)]
     result = evaluate_router(router, [*rows, Row("Write a Python function that adds two numbers.", "sql")])
     assert result.unlabelled == {"sql": 0.0}
+
+
+def test_reliability_is_what_the_calibration_error_compares(result, unseen):
+    rows = sum(count for _, _, count in result.reliability)
+    assert rows == sum(row.domain != OTHER for row in unseen)
+    gaps = sum(abs(sure - right) * count for sure, right, count in result.reliability)
+    assert gaps / rows == pytest.approx(result.ece)
+    assert reliability(torch.tensor([0.9, 0.92, 0.1]), torch.tensor([True, False, True])) == [
+        (pytest.approx(0.1), 1.0, 1),
+        (pytest.approx(0.91), 0.5, 2),
+    ]
+
+
+def test_a_report_without_figures_says_so(router):
+    page = markdown(evaluate_router(router, [Row("lock my bank account", OTHER)]))
+    assert "| accuracy | - |" in page

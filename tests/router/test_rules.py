@@ -53,6 +53,20 @@ def test_what_is_not_there_does_not_match():
     assert rules.match(Request([user("hello")])) is None
 
 
+def test_what_a_decision_depends_on_holds_what_the_rules_look_at(rules):
+    asked = [user("hello")]
+    same = [Request(asked, headers={"x-other": "1"}), Request(asked, metadata={"colour": "red"}), asked]
+    assert len({tuple(rules.inputs(query)) for query in same}) == 1
+    different = [
+        *same[:1],
+        Request(asked, headers={"x-task": "sql"}),
+        Request(asked, metadata={"team": "tax"}),
+        Request(asked, metadata={"team": ""}),
+        Request([{"role": "system", "content": "medical"}, *asked]),
+    ]
+    assert len({tuple(rules.inputs(query)) for query in different}) == len(different)
+
+
 def test_without_a_router_behind_them_the_rest_abstains(rules):
     assert rules.route("hello").reason == "abstained"
 

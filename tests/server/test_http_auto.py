@@ -6,7 +6,7 @@ import openai
 import pytest
 from http_server import QUESTIONS, ask_with, serving, user
 
-from meswitch.router import Router
+from meswitch.router import Router, Rule, RulesRouter
 from meswitch.server import create_app
 
 
@@ -91,3 +91,45 @@ def test_a_query_that_breaks_the_router_does_not_disturb_its_neighbours(fragile)
     with ThreadPoolExecutor(len(texts)) as pool:
         served = list(pool.map(lambda text: ask(fragile, text, max_tokens=1)[1].model, texts))
     assert served == ["math", "code", "base", "code", "math", "code"]
+
+
+@pytest.fixture(scope="module")
+def ruled(engine):
+    """Rules in front of the router that sends all to code."""
+    names = ("math", "code", "gone")
+    rules = [
+        Rule("math", "header:X-Task", "^sums$"),
+        Rule("math", "metadata:team", "finance|tax"),
+        Rule("other", "header:authorization", "."),
+        Rule("math", "system", "You count"),
+    ]
+    router = RulesRouter(rules, names, Fragile(), fallback="base")
+    with serving(create_app(engine, router=router, close_engine=False)) as url:
+        yield ask_with(url)
+
+
+def test_rules_see_headers_and_metadata_of_a_request(ruled):
+    def served(**more):
+        return ask(ruled, "the same question", max_tokens=1, **more)[1].model
+
+    assert served() == "code"  # and no rule saw the key
+    assert served(extra_headers={"x-task": "sums"}) == "math"
+    assert served(extra_headers={"X-TASK": "poems"}) == "code"
+    assert served(metadata={"team": "tax office"}) == "math"
+    assert served(metadata={"team": "sales"}) == "code"
+    assert served() == "code"  # what was decided for others is not remembered for this one
+    plain = {"model": "auto", "max_tokens": 1, "prompt": "the same question"}
+    assert ruled.completions.create(**plain, extra_body={"metadata": {"team": "tax"}}).model == "math"
+
+
+def test_rules_see_the_system_prompt_of_each_request(ruled):
+    talk = [{"role": "system", "content": "You count."}, *user("the same question")]
+    asked = {"model": "auto", "max_tokens": 1}
+    assert ruled.chat.completions.create(**asked, messages=talk[1:]).model == "code"
+    assert ruled.chat.completions.create(**asked, messages=talk).model == "math"
+
+
+@pytest.mark.parametrize("metadata", [{"team": "x" * 513}, {str(i): "x" for i in range(17)}, {"team": ["x"]}])
+def test_metadata_of_another_form_than_openais_is_refused(ruled, metadata):
+    with pytest.raises(openai.BadRequestError, match="metadata"):
+        ask(ruled, "add", metadata=metadata)

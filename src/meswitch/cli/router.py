@@ -1,5 +1,7 @@
 """`meswitch router`: train, eval, update and check."""
 
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +28,17 @@ def evaluate(
     device: DeviceOption = "cpu",
     model: ModelOption = None,
     as_json: JsonOption = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the result to FILE.json or FILE.md.")
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also draw risk against coverage and reliability, as SVG; a report in Markdown shows them. Needs "
+            "`meswitch[plot]`.",
+        ),
+    ] = None,
 ) -> None:
     """Measure the family's router on labelled queries.
 
@@ -37,13 +50,24 @@ def evaluate(
     Example:
 
         meswitch router eval --family family.toml --data dev.jsonl --json
+        meswitch router eval --family family.toml --data dev.jsonl --out report.md --plots plots
     """
+    if out is not None and out.suffix not in (".json", ".md"):
+        raise ConfigError(f"--out {out}: the ending says the format; use .json or .md")
     from meswitch.family import Family
     from meswitch.router import evaluate_router, read_rows
+    from meswitch.router.report import draw, markdown
 
     rows = read_rows(data, Family.load(family).names)
     loaded = open_router(family, router, threshold, model, device)
     result = evaluate_router(loaded, rows)
+    drawn = draw(result, plots) if plots is not None else {}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        links = {title: Path(os.path.relpath(file, out.parent)).as_posix() for title, file in drawn.items()}
+        out.write_text(
+            markdown(result, links) if out.suffix == ".md" else json.dumps(result.to_dict(), indent=2) + "\n"
+        )
     if as_json:
         console.print_json(result.to_dict())
     else:
@@ -123,8 +147,7 @@ def check(
 
 
 def _show(result: "Evaluation") -> None:
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
+    from meswitch.router.report import number
 
     summary = {
         "accuracy": number(result.accuracy),

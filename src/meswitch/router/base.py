@@ -55,6 +55,10 @@ class Router(ABC):
             ConfigError: a conversation without any text.
         """
 
+    def inputs(self, query: str | Messages) -> list[str]:
+        """The texts that the decision depends on: two queries with equal ones get the same answer."""
+        return user_turns(as_messages(query))
+
     def route(self, query: str | Messages) -> Route:
         """Who answers this query (a text is one user message)?"""
         return self.route_batch([query])[0]

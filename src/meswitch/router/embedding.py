@@ -50,7 +50,7 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return ((x - self.mean) * self.scale) @ self.weight + self.bias
 
-    def scaled(self, factor: float, shift: float = 0.0) -> "Linear":
+    def scaled(self, factor: float, shift: float | Tensor = 0.0) -> "Linear":
         """The same head with its outputs times `factor`, plus `shift`."""
         return Linear(self.mean, self.scale, self.weight * factor, self.bias * factor + shift)
 

@@ -30,6 +30,7 @@ class Evaluation:
     latency_ms: of a single query, mean, p50 and p95. None: the data has no rows to tell.
 
     risk_coverage: (coverage, share wrong of what is then answered) of the experts' rows, the surest first.
+    reliability: (mean probability of the best expert, share right, rows) of bins of that probability, experts' rows.
     accepted_other: share of `other` rows answered at the threshold that answers 95 % of the experts' rows. unlabelled:
     in domains whose rows often open with a label ("Write a SQL query: "), share right of those that do not. bytes: of
     the router in memory with its encoder, None if it does not say.
@@ -44,6 +45,7 @@ class Evaluation:
     coverage: float | None
     latency_ms: dict[str, float]
     risk_coverage: list[tuple[float, float]]
+    reliability: list[tuple[float, float, int]]
     accepted_other: float | None
     unlabelled: dict[str, float]
     bytes: int | None
@@ -80,6 +82,7 @@ def evaluate_router(router: Router, rows: Sequence[Row]) -> Evaluation:
         coverage=float(answered[known].double().mean()) if some else None,
         latency_ms=_latency(router, rows),
         risk_coverage=risk_coverage(confidence[known], right[known]),
+        reliability=reliability(confidence[known], right[known]),
         accepted_other=accepted(confidence[known], confidence[~known]),
         unlabelled=_unlabelled(rows, right.tolist()),
         bytes=router.nbytes() if hasattr(router, "nbytes") else None,
@@ -92,6 +95,17 @@ def risk_coverage(confidence: torch.Tensor, right: torch.Tensor, points: int = 2
     wrong = (~right[order]).double().cumsum(0)
     counts = sorted({max(1, round(len(order) * i / points)) for i in range(1, points + 1)}) if len(order) else []
     return [(count / len(order), float(wrong[count - 1]) / count) for count in counts]
+
+
+def reliability(confidence: torch.Tensor, right: torch.Tensor, bins: int = 15) -> list[tuple[float, float, int]]:
+    """(mean confidence, share right, rows) of the bins that `calibration_error` compares; empty ones are left out."""
+    which = (confidence * bins).long().clamp(0, bins - 1)
+    found = [which == i for i in range(bins)]
+    return [
+        (float(confidence[own].double().mean()), float(right[own].double().mean()), int(own.sum()))
+        for own in found
+        if bool(own.any())
+    ]
 
 
 def accepted(known: torch.Tensor, other: torch.Tensor, coverage: float = 0.95) -> float | None:

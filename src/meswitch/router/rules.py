@@ -80,6 +80,12 @@ class RulesRouter(Router):
                 return rule
         return None
 
+    def inputs(self, query: str | Messages) -> list[str]:
+        """What the rules look at, there or not, and what the router behind them does."""
+        messages = as_messages(query)
+        looked_at = [_value(rule.field, messages) for rule in self.rules]
+        return [*("" if value is None else f"={value}" for value in looked_at), *super().inputs(messages)]
+
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
         matched = [self.match(messages) for messages in messages_batch]
         rest = [i for i, rule in enumerate(matched) if rule is None]

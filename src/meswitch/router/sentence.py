@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import ConfigError
+from meswitch.router.bert import BertLayers, is_bert
 from meswitch.router.encoder import Progress, batches, quiet_loading, shortened
 from meswitch.router.hidden import first_layers, hidden_states
 from meswitch.router.lexical import clip
@@ -37,6 +38,7 @@ class SentenceEncoder:
         self._limit = int(getattr(config, "max_position_embeddings", 512)) - 4
         self._before, self._after = _special(tokenizer)
         self._packed = bits != 8
+        self._bert: BertLayers | None = None
 
     @classmethod
     def load(cls, source: str | Path, device: str = "cpu", bits: int = 32) -> "SentenceEncoder":
@@ -57,10 +59,12 @@ class SentenceEncoder:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
+        device: torch.device = self.model.device if self._bert is None else self._bert.device
         return device
 
     def nbytes(self) -> int:
+        if self._bert is not None:
+            return self._bert.nbytes()
         kept = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
         packed = [m.weight() for m in self.model.modules() if type(m).__name__ == "Linear" and callable(m.weight)]
         return kept + sum(weight.numel() for weight in packed)
@@ -81,6 +85,11 @@ class SentenceEncoder:
         """Drop layers above `last`; a layer that is gone cannot be asked for again."""
         if last > self._kept:
             raise ConfigError(f"layers: {last} is above layer {self._kept}, the last that this encoder still has")
+        if self._bert is None and is_bert(self.model):
+            self._bert, self._kept = BertLayers(self.model, max(1, last), self.bits), max(1, last)
+            self.model = None  # its other layers are not needed any more
+        if self._bert is not None:
+            return
         if last < self._kept:
             self.model, self._kept = first_layers(self.model, last, self._kept), max(1, last)
         if not self._packed:
@@ -97,8 +106,11 @@ class SentenceEncoder:
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens], device=self.device)
         real = (torch.arange(width) < lengths[:, None]).to(self.device)
         mask = real.long() if int(lengths.min()) < width else None
-        inputs = {"input_ids": padded, "attention_mask": mask}
-        states = hidden_states(self.model, layers, self.depth, inputs)
+        if self._bert is not None:
+            states = self._bert(padded, None if mask is None else real, layers)
+        else:
+            inputs = {"input_ids": padded, "attention_mask": mask}
+            states = hidden_states(self.model, layers, self.depth, inputs)
         share = (real.float() / lengths.to(self.device)[:, None])[:, None]  # [batch, 1, width]
         return torch.cat([torch.bmm(share, state.float())[:, 0] for state in states], 1).cpu()
 

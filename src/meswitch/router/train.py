@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import torch
@@ -13,6 +13,7 @@ from meswitch.router.data import Row
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
 from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.heads import auroc, calibration_error, line, logistic, naive_bayes, temperature
+from meswitch.router.shift import offsets, sources_of
 from meswitch.router.storage import Calibration, Provenance, Settings
 from meswitch.router.targets import choose_threshold
 from meswitch.router.variants import in_lower_case, without_labels
@@ -68,7 +69,7 @@ def train_router(
     with fitting_threads(encoder.device, encoder.hidden_size):
         copies = without_labels(rows)
         plain = [*rows, *(row for _, row in copies)]
-        lower = in_lower_case(plain) if settings.lower and len(labels) > len(experts) else []
+        lower = in_lower_case(plain)
         origin = torch.tensor([*range(len(rows)), *(i for i, _ in copies)])
         origin = torch.cat([origin, origin[torch.tensor([i for i, _ in lower], dtype=torch.int64)]])
         texts = [row.query for row in (*plain, *(row for _, row in lower))]
@@ -82,7 +83,7 @@ def train_router(
 
 @dataclass(frozen=True, slots=True)
 class _Data:
-    """Rows, then copies of them: for both heads up to `both`, for telling others all.
+    """Rows, then copies of them without labels, from `both` on copies in lower case.
 
     targets: [n] int64, `experts` for others. origin: [n] int64, the row that each is a copy of.
     """
@@ -109,6 +110,8 @@ def _train(rows: Sequence[Row], data: _Data, settings: Settings) -> tuple[Heads,
             odds[unseen] = found
     heads = _fit(data, torch.ones(len(data.targets), dtype=torch.bool), settings)
     known = targets < experts
+    ahead = _offsets(rows, data, which[known], settings)
+    heads, which = replace(heads, states=heads.states.scaled(1.0, ahead)), which + ahead
     divisor = temperature(which[known], targets[known]) if experts > 1 else 1.0
     best = (which.double() / divisor).softmax(1).max(1)
     confidence = best.values
@@ -158,17 +161,38 @@ def _folds(rows: Sequence[Row], folds: int, seed: int) -> Tensor:
     return fold
 
 
+def _offsets(rows: Sequence[Row], data: _Data, near: Tensor, settings: Settings) -> Tensor:
+    """[experts] float32, see `meswitch.router.shift`; near: held-out logits of the experts' rows."""
+    targets = data.targets[: len(rows)]
+    numbers = {row.domain: int(target) for row, target in zip(rows, targets, strict=True)}
+    sources = {domain: names for domain, names in sources_of(rows).items() if numbers[domain] < data.experts}
+    free = torch.zeros(data.experts, dtype=torch.bool)
+    if len(sources) < 2:  # one alone would only be ahead of experts of which nothing is known
+        return torch.zeros(data.experts)
+    bare = torch.arange(len(rows))  # each row as it is without its label: a new source has none
+    bare[data.origin[len(rows) : data.both]] = torch.arange(len(rows), data.both)
+    far: list[Tensor] = []
+    groups: list[Tensor] = []
+    for domain, name in [(domain, name) for domain, names in sources.items() for name in names]:
+        free[numbers[domain]] = True
+        out = torch.tensor([row.domain == domain and row.source == name for row in rows])
+        words, states = _which(data, ~out[data.origin], settings)
+        there = data.features.select(bare[out])
+        far.append(settings.words * there.words.weighted(words) + states(there.states))
+        groups.append(torch.full((len(there.states),), len(groups)))
+    order = [i for domain, names in sources.items() for i in [numbers[domain]] * len(names)]
+    group = torch.cat(groups)
+    return offsets(near, targets[targets < data.experts], torch.cat(far), torch.tensor(order)[group], group, free)
+
+
 def _fit(data: _Data, chosen: Tensor, settings: Settings) -> Heads:
     """Heads from the rows `chosen` [n] bool and the copies among them."""
     experts = data.experts
-    first = torch.arange(len(data.targets)) < data.both
-    some = (chosen & first & (data.targets < experts)).nonzero()[:, 0]
-    own, mine = data.features.select(some), data.targets[some]
-    words = naive_bayes(own.words, mine, experts, settings.buckets, settings.smoothing)
-    states = _linear(own.states, mine, experts, settings.l2)
+    words, states = _which(data, chosen, settings)
     if not bool((data.targets == experts).any()):
         return Heads(words, states, None, None)
-    every = chosen.nonzero()[:, 0]
+    # Where style counts, copies that lack it would teach the head to ignore it.
+    every = (chosen if settings.lower else chosen & (torch.arange(len(chosen)) < data.both)).nonzero()[:, 0]
     all_, is_known = data.features.select(every), (data.targets[every] < experts).long()
     both = _linear(all_.known, is_known, 2, settings.l2)
     weight, bias = both.weight[:, 1:] - both.weight[:, :1], both.bias[1:] - both.bias[:1]
@@ -176,11 +200,19 @@ def _fit(data: _Data, chosen: Tensor, settings: Settings) -> Heads:
     return Heads(words, states, Linear(both.mean, both.scale, weight, bias), counted[:, 1:] - counted[:, :1])
 
 
-def _linear(x: Tensor, targets: Tensor, classes: int, l2: float) -> Linear:
+def _which(data: _Data, chosen: Tensor, settings: Settings) -> tuple[Tensor, Linear]:
+    """The heads that choose the expert: of words and of states."""
+    some = (chosen & (data.targets < data.experts)).nonzero()[:, 0]
+    own, mine = data.features.select(some), data.targets[some]
+    words = naive_bayes(own.words, mine, data.experts, settings.buckets, settings.smoothing)
+    return words, _linear(own.states, mine, data.experts, settings.l2, evenness=1.0)
+
+
+def _linear(x: Tensor, targets: Tensor, classes: int, l2: float, evenness: float = 0.5) -> Linear:
     mean = x.mean(0)
     # 1/sqrt(width): the same l2 then means the same for models of any width.
     scale = 1 / (x.std(0).clamp_min(1e-3) * max(1, x.shape[1]) ** 0.5)
-    return Linear(mean, scale, *logistic((x - mean) * scale, targets, classes, l2))
+    return Linear(mean, scale, *logistic((x - mean) * scale, targets, classes, l2, evenness))
 
 
 def _calibrate(divisor: float, confidence: Tensor, right: Tensor, known: Tensor, settings: Settings) -> Calibration:

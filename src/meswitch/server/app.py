@@ -20,7 +20,7 @@ from meswitch.server.auth import ApiKeyMiddleware
 from meswitch.server.errors import ApiError, install_error_handlers
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation
-from meswitch.server.routing import ERROR, Desk, Messages
+from meswitch.server.routing import ERROR, Desk, Messages, with_circumstances
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.server.stream import EventStream, answer
 from meswitch.version import __version__
@@ -92,7 +92,8 @@ def create_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         messages = body.conversation()
-        expert, headers = await service.choose(body.model, messages, request.headers.get(WANTED))
+        asked = with_circumstances(messages, request.headers.items(), body.metadata)
+        expert, headers = await service.choose(body.model, asked, request.headers.get(WANTED))
         generation = Generation(engine, expert, [messages], body, "messages")
         return await _respond(generation, ChatFormat(expert), body, request, headers)
 
@@ -102,7 +103,8 @@ def create_app(
         prompts: Sequence[Prompt] = body.prompt
         wanted = request.headers.get(WANTED)
         routable = _routable(body) if body.model == AUTO and wanted is None else []
-        expert, headers = await service.choose(body.model, routable, wanted)
+        asked = with_circumstances(routable, request.headers.items(), body.metadata)
+        expert, headers = await service.choose(body.model, asked, wanted)
         generation = Generation(engine, expert, prompts, body, "prompt")
         return await _respond(generation, TextFormat(expert), body, request, headers)
 

@@ -3,12 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from meswitch.router import Router
-from meswitch.router.base import user_turns
+from meswitch.router import Request, Router
 from meswitch.router.conversation import Reason
 from meswitch.server.route_cache import RouteCache, key_of
 
@@ -63,7 +62,7 @@ class Desk:
 
     async def decide(self, messages: Messages) -> Decision:
         """Never raises because of the router."""
-        key = _key(messages)
+        key = self._key(messages)
         decision = self._cache.get(key) if key else None
         if decision is not None:
             self._hits += 1
@@ -119,6 +118,13 @@ class Desk:
         finally:
             self._worker = None
 
+    def _key(self, messages: Messages) -> bytes | None:
+        """What the decision depends on; None for messages that the router will refuse."""
+        try:
+            return key_of(self._router.inputs(messages))
+        except Exception:  # noqa: BLE001 - whatever is wrong with them, the router says it
+            return None
+
     def _start_prefetch(self, expert: str) -> None:
         if self._prefetch is None or expert not in self._names:
             return
@@ -143,9 +149,7 @@ class Desk:
         return Decision(choice, max(scores[name] for name in self._router.experts), reason)
 
 
-def _key(messages: Messages) -> bytes | None:
-    """What the decision depends on; None for messages that the router will refuse."""
-    try:
-        return key_of(user_turns(messages))
-    except Exception:  # noqa: BLE001 - whatever is wrong with them, the router says it
-        return None
+def with_circumstances(messages: Messages, headers: Iterable[tuple[str, str]], metadata: Any) -> Request:
+    """The conversation with what rules may look at: headers that begin with `x-`, never a key or a cookie."""
+    named = {name.lower(): value for name, value in headers if name.lower().startswith("x-")}
+    return Request(messages, named, metadata if isinstance(metadata, Mapping) else {})

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 from meswitch.engine import SamplingParams
 
 MAX_CHOICES = 16
+MAX_PAIRS = 16  # of metadata, as OpenAI has it; so are the lengths
 MAX_STOPS = 4
 _SEED = 2**63 - 1
 _UNLIMITED = 1 << 31  # the engine cuts it to what the context leaves
@@ -16,7 +17,6 @@ _COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has 
 
 # Nothing in the answer depends on these.
 _IGNORED = {
-    "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
@@ -121,6 +121,11 @@ class Message(_Strict):
         return message if self.name is None else message | {"name": self.name}
 
 
+Metadata = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=MAX_PAIRS)
+]
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against traffic analysis: there is none to switch on
@@ -141,6 +146,7 @@ class GenerationRequest(_Strict):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    metadata: Metadata = Field(default_factory=dict)  # read by routing rules alone
 
     @model_validator(mode="before")
     @classmethod

@@ -6,13 +6,13 @@ environment is more than one family needs. It reads the family from the environm
 
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from meswitch.errors import ConfigError
 from meswitch.family import Family
 from meswitch.launch import router_from_family
-from meswitch.server.routing import Desk
+from meswitch.server.routing import Desk, with_circumstances
 from meswitch.vllm.command import FAMILY_VARIABLE
 
 Scope = MutableMapping[str, Any]
@@ -46,7 +46,7 @@ class AutoRouting:
             body += message.get("body", b"")
             if not message.get("more_body", False):
                 break
-        expert, body = await self._routed(body)
+        expert, body = await self._routed(body, scope["headers"])
         if expert is not None:
             kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
             scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
@@ -66,7 +66,7 @@ class AutoRouting:
 
         await self.app(scope, again, named)
 
-    async def _routed(self, body: bytes) -> tuple[str | None, bytes]:
+    async def _routed(self, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, bytes]:
         """Who answers, and the request in its name; None and as it was where it names a model or is not understood."""
         try:
             request = json.loads(body)
@@ -77,5 +77,6 @@ class AutoRouting:
         messages = request.get("messages")
         if not isinstance(messages, list):
             messages = [{"role": "user", "content": request.get("prompt", "")}]
-        decision = await self.desk.decide(messages)
+        named = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        decision = await self.desk.decide(with_circumstances(messages, named, request.get("metadata")))
         return decision.expert, json.dumps({**request, "model": decision.expert}).encode()
