@@ -1,8 +1,8 @@
 """Runs LoRA tests of vLLM's own repository with our worker: a pytest plugin.
 
-Wheels do not have them; the source archive of the installed version does. From its root:
+Wheels do not have them; the source archive of the installed version does. From its root, with pytest-asyncio:
 
-    PYTHONPATH=MESWITCH/tests:MESWITCH/tests/vllm python -m pytest --noconftest -p upstream_lora -p pytest_asyncio \\
+    PYTHONPATH=MESWITCH/tests/vllm python -m pytest --noconftest -p upstream_lora -p pytest_asyncio \\
         tests/lora/test_lora_functions.py tests/lora/test_worker.py
 
 The models that they take from a hub are replaced by the family's base and random adapters, and vLLM's default worker by
