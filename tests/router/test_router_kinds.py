@@ -73,10 +73,30 @@ def test_a_new_expert_is_described_not_trained(llm, project):
     assert "law" in json.loads(done.stdout)["scores"]
 
 
-def test_only_llm_routers_are_updated(embedding, project):
-    done = run(project, "router", "update", "--family", "@")
+def test_an_embedding_router_learns_a_new_expert_from_examples(embedding, project):
+    text = (project / "family.toml").read_text()
+    law = '\n[[expert]]\nname = "law"\ndelta = "law"\ndescription = "Legal questions."\n'
+    (project / "examples.toml").write_text(text + law)
+    queries = [f"Is clause {i} of the tenancy agreement enforceable under contract law?" for i in range(8)]
+    rows = [json.dumps({"query": query, "domain": "law"}) for query in queries]
+    (project / "law.jsonl").write_text("\n".join(rows))
+    words = ("router", "update", "--family", "@examples.toml", "--router", "@router", "--out", "@with-law", "--json")
+    told = json.loads(run(project, *words, "--examples", "@law.jsonl").stdout)
+    assert (told["new"], told["gone"]) == (["law"], [])
+    asked = "Is clause 12 of the lease enforceable under contract law?"
+    done = run(project, "route", "--family", "@examples.toml", "--router", "@with-law", "--json", asked)
+    assert json.loads(done.stdout)["choice"] == "law"
+    without = run(project, *words)
+    assert "give a file of them" in without.stderr
+    (project / "law.jsonl").write_text(rows[0].replace("law", "sql"))
+    assert "has no rows of 'law'" in run(project, *words, "--examples", "@law.jsonl").stderr
+
+
+def test_rules_are_not_updated(embedding, project):
+    train(project, "--kind", "rules", "--rules", "@rules.toml", "--out", "@plain-rules")
+    done = run(project, "router", "update", "--family", "@", "--router", "@plain-rules")
     assert done.exit_code == 1
-    assert "only an LLM router" in done.stderr
+    assert "only LLM and embedding routers" in done.stderr
 
 
 def test_a_cascade_of_two_trained_routers(llm, embedding, project):

@@ -3,7 +3,7 @@ import torch
 
 from meswitch.router import OTHER, RouterError, Row, evaluate_router, train_router
 from meswitch.router.embedding import tensors_of
-from meswitch.router.train import _folds
+from meswitch.router.split import folds
 
 EXPERTS = ("math", "code", "instruct", "sql")
 
@@ -31,7 +31,7 @@ def test_the_held_out_figures_say_what_unseen_rows_will_show(router, result):
 def test_training_twice_gives_the_same_router(few, encoder):
     first, second = train_router(few, EXPERTS, encoder), train_router(few, EXPERTS, encoder)
     assert first.calibration == second.calibration
-    ours, theirs = tensors_of(first.heads), tensors_of(second.heads)
+    ours, theirs = tensors_of(first.heads, first.memory), tensors_of(second.heads, second.memory)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -61,13 +61,13 @@ def test_one_expert_against_other_can_be_trained(rows, encoder):
 def test_equal_queries_are_never_on_both_sides_of_the_calibration_split():
     rows = [*queries("math", 20), *queries("code", 20)]
     rows += [Row(f"  {row.query.upper()} ", row.domain) for row in rows]
-    fold = _folds(rows, 5, seed=0)
+    fold = folds(rows, 5, seed=0)
     assert torch.equal(fold[:40], fold[40:])
 
 
 def test_every_fold_has_rows_of_every_domain():
     rows = [*queries("math", 50), *queries("code", 7)]
-    fold = _folds(rows, 5, seed=3)
+    fold = folds(rows, 5, seed=3)
     assert set(fold[50:].tolist()) == {0, 1, 2, 3, 4}
     assert torch.bincount(fold[:50]).tolist() == [10] * 5
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from meswitch.cli.router_train import DataOption, DeviceOption, JsonOption, OutO
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from meswitch.router import Evaluation
+    from meswitch.router import EmbeddingRouter, Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Train and measure the router that `model: auto` asks.")
 app.command()(train)
@@ -80,27 +81,42 @@ def update(
     router: RouterOption = None,
     out: OutOption = None,
     model: ModelOption = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="For an embedding router: rows of the new experts, 5 or more of each; 16 do well."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Give an LLM router the family's experts and descriptions as they are now, without training.
+    """Tell a router of the family's experts as they are now, without training it again.
 
-    An expert that is new in family.toml is chosen by its description alone; one that is gone is forgotten. Measure the
-    result with `meswitch router eval`: descriptions that say what tells the experts apart do best.
+    An LLM router takes the family's descriptions: an expert that is new in family.toml is chosen by its description
+    alone; one that is gone is forgotten. An embedding router needs --examples of the new experts; the training data
+    is not needed, and the old experts' scores among themselves do not change. Measure the result with `meswitch
+    router eval`.
 
-    Example:
+    Examples:
 
         meswitch router update --family family.toml
+        meswitch router update --family family.toml --examples law.jsonl
     """
     console.quiet()
     from meswitch.family import Family
-    from meswitch.router import LlmRouter, load_router
+    from meswitch.router import EmbeddingRouter, LlmRouter, load_router
 
     config = Family.load(family)
     source = router or config.resolve(config.router.path)
     loaded = load_router(source, config.resolve_model(config.base.path), llm=model)
-    if not isinstance(loaded, LlmRouter):
-        raise ConfigError(f"{source}: kind: only an LLM router chooses by descriptions; train this one again")
-    updated = loaded.with_descriptions({expert.name: expert.description for expert in config.expert})
+    updated: LlmRouter | EmbeddingRouter
+    if isinstance(loaded, EmbeddingRouter):
+        updated = _with_examples(loaded, config.names, source, examples)
+    elif not isinstance(loaded, LlmRouter):
+        raise ConfigError(f"{source}: kind: only LLM and embedding routers are updated; train this one again")
+    elif examples is not None:
+        raise ConfigError("--examples: an LLM router chooses by descriptions; give it a better one instead")
+    else:
+        updated = loaded.with_descriptions({expert.name: expert.description for expert in config.expert})
     target = out or source
     updated.save(target)
     new = [name for name in updated.experts if name not in loaded.experts]
@@ -110,6 +126,25 @@ def update(
     else:
         rows = {"router": str(target), "new": ", ".join(new) or "-", "gone": ", ".join(gone) or "-"}
         console.show(console.pairs("", rows))
+
+
+def _with_examples(
+    router: "EmbeddingRouter", names: Sequence[str], source: Path, examples: Path | None
+) -> "EmbeddingRouter":
+    """The router with the family's new experts."""
+    from meswitch.router import add_experts, read_rows
+
+    if examples is None:
+        raise ConfigError("--examples: an embedding router learns new experts from rows; give a file of them")
+    gone = [name for name in router.experts if name not in names]
+    if gone:
+        raise ConfigError(f"{source}: {gone[0]!r} is no expert of the family any more; train the router again")
+    new = [name for name in names if name not in router.experts]
+    rows = read_rows(examples, names)
+    for name in new:
+        if not any(row.domain == name for row in rows):
+            raise ConfigError(f"--examples: {examples} has no rows of {name!r}, which the router does not know")
+    return add_experts(router, rows)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from meswitch.router.embedding import EmbeddingRouter
 from meswitch.router.embedding_file import open_encoder
 from meswitch.router.encoder import Encoder, TextEncoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
+from meswitch.router.few import add_experts
 from meswitch.router.leakage import Leakage, find_leakage
 from meswitch.router.llm import LlmRouter
 from meswitch.router.llm_train import train_llm_router
@@ -32,6 +33,7 @@ __all__ = [
     "Rule",
     "RulesRouter",
     "TextEncoder",
+    "add_experts",
     "evaluate_router",
     "find_leakage",
     "fit_cascade",

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 from meswitch.router.base import OTHER, Messages, Router, text_of
 from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.lexical import Bags, bags
+from meswitch.router.memory import Memory
 from meswitch.router.storage import KIND, BaseInfo, Calibration, Provenance, RouterFile, Settings, write_router
 from meswitch.router.style import style
 from meswitch.threads import fitting_threads
@@ -60,7 +61,8 @@ class Heads:
     """The linear heads of both questions; float32.
 
     words: [buckets, experts]. states: width -> experts. known: width -> 1, and known_words: [buckets, 1], whose sum is
-    the log-odds of "some expert's"; None without rows of `other`.
+    the log-odds of "some expert's"; None without rows of `other`. Each expert that was added by examples has a further
+    column there, and the query is some expert's if any column says so.
     """
 
     words: Tensor
@@ -76,7 +78,7 @@ class Heads:
         """[n] float32: log-odds that some expert is for the text; None if that was not learnt."""
         if self.known is None or self.known_words is None:
             return None
-        return (self.known(features.known) + features.words.weighted(self.known_words))[:, 0]
+        return (self.known(features.known) + features.words.weighted(self.known_words)).logsumexp(1)
 
     def scores(self, features: Features, words: float, temperature: float) -> Tensor:
         """[n, experts (+ 1 for other)] float64: log-probabilities."""
@@ -100,6 +102,8 @@ class EmbeddingRouter(Router):
         calibration: Calibration,
         provenance: Provenance,
         *,
+        memory: Memory,
+        added: int = 0,
         fallback: str = "base",
         threshold: float | None = None,
     ) -> None:
@@ -111,6 +115,8 @@ class EmbeddingRouter(Router):
         self.settings = settings
         self.calibration = calibration
         self.provenance = provenance
+        self.memory = memory
+        self.added = added  # experts, by examples: see `meswitch.router.few`
         self.labels = self.experts if heads.known is None else (*self.experts, OTHER)
 
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
@@ -124,7 +130,7 @@ class EmbeddingRouter(Router):
 
     def nbytes(self) -> int:
         """Of the encoder and the heads in memory."""
-        tensors = tensors_of(self.heads).values()
+        tensors = tensors_of(self.heads, self.memory).values()
         return self.encoder.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def save(self, path: str | Path) -> None:
@@ -138,17 +144,19 @@ class EmbeddingRouter(Router):
             kind=KIND,
             experts=self.experts,
             other=self.labels != self.experts,
+            added=self.added,
             base=BaseInfo(encoder.fingerprint, encoder.hidden_size, encoder.vocab_size),
             settings=self.settings,
             calibration=self.calibration,
             provenance=self.provenance,
         )
-        write_router(Path(path), file, tensors_of(self.heads))
+        write_router(Path(path), file, tensors_of(self.heads, self.memory))
 
 
-def tensors_of(heads: Heads) -> dict[str, Tensor]:
-    """The heads by the names they have on disk."""
+def tensors_of(heads: Heads, memory: Memory) -> dict[str, Tensor]:
+    """Heads and memory by the names they have on disk."""
     tensors = {"words.weight": heads.words}
+    tensors |= {f"memory.{part}": getattr(memory, part) for part in ("states", "known", "words")}
     for name, head in (("states", heads.states), ("known", heads.known)):
         if head is not None:
             tensors |= {f"{name}.{part}": getattr(head, part) for part in ("mean", "scale", "weight", "bias")}

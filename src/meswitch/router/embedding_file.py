@@ -8,6 +8,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.router.base import RouterError
 from meswitch.router.embedding import EmbeddingRouter, Heads, Linear
 from meswitch.router.encoder import Encoder, TextEncoder
+from meswitch.router.memory import ROWS, Memory
 from meswitch.router.sentence import SentenceEncoder
 from meswitch.router.static import StaticEncoder, is_static
 from meswitch.router.storage import RouterFile, read_tensors
@@ -61,9 +62,13 @@ def open_embedding(
     experts, width = len(file.experts), file.base.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"words.weight": (settings.buckets, experts)}
     shapes |= _shapes("states", len(settings.layers) * width, experts)
+    known, columns = len(settings.known_layers) * width + WIDTH * settings.style, 1 + file.added
     if file.other:
-        shapes |= _shapes("known", len(settings.known_layers) * width + WIDTH * settings.style, 1)
-        shapes["known.words"] = (settings.buckets, 1)
+        shapes |= _shapes("known", known, columns)
+        shapes["known.words"] = (settings.buckets, columns)
+    rows = (experts + file.other) * ROWS
+    shapes |= {"memory.states": (rows, len(settings.layers) * width), "memory.words": (rows, experts)}
+    shapes["memory.known"] = (rows, known)
     tensors = read_tensors(directory, file, shapes)
     encoder: TextEncoder
     if own and model is not None:
@@ -91,6 +96,8 @@ def open_embedding(
         settings,
         file.calibration,
         file.provenance,
+        memory=Memory(*(tensors[f"memory.{part}"] for part in ("states", "known", "words"))),
+        added=file.added,
         fallback=fallback,
         threshold=threshold,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
+from meswitch.router.decoder import DecoderLayers, is_plain
 from meswitch.router.hidden import first_layers, hidden_states
 from meswitch.router.lexical import clip
 
@@ -128,16 +129,26 @@ class Encoder:
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens], device=device)
         real = (torch.arange(width) < lengths[:, None]).to(device)
         mask = real.long() if int(lengths.min()) < width else None  # without padding the attention is cheaper
-        last = max(layers)
-        if last not in self._short:
-            self._short[last] = first_layers(self.model, last, self.depth)
-        inputs = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
-        states = hidden_states(self._short[last], layers, self.depth, inputs)
+        states = self._states(padded, mask, layers)
         counted = real.float()
         counted[:, 0] = (lengths == 1).to(counted)
         share = (counted / counted.sum(1, keepdim=True))[:, None]  # [batch, 1, width]
         means = [torch.bmm(share, state.float())[:, 0] for state in states]
         return torch.cat(means, 1).cpu()
+
+    def _states(self, padded: Tensor, mask: Tensor | None, layers: Sequence[int]) -> list[Tensor]:
+        """[batch, width, hidden_size] each."""
+        last = max(layers)
+        if last not in self._short:
+            plain = is_plain(self.model)
+            short = DecoderLayers(self.model, last) if plain else first_layers(self.model, last, self.depth)
+            self._short[last] = short
+        short = self._short[last]
+        if isinstance(short, DecoderLayers) and (short.window is None or padded.shape[1] <= short.window):
+            return short(padded, layers)
+        model = self.model if isinstance(short, DecoderLayers) else short
+        inputs = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
+        return hidden_states(model, layers, self.depth, inputs)
 
 
 def _cut(config: Any, last: int | None) -> int:

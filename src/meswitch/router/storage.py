@@ -75,12 +75,14 @@ class Settings:
 class RouterFile:
     """`router.json` without its head (format, version) and the checksum of the tensors.
 
-    other: whether the heads have a last column for queries that no expert is for.
+    other: whether the router knows queries that no expert is for. added: how many of the experts, the last ones, were
+    added by examples.
     """
 
     kind: str
     experts: tuple[str, ...]
     other: bool
+    added: int
     base: BaseInfo
     settings: Settings
     calibration: Calibration

@@ -13,7 +13,9 @@ from meswitch.router.data import Row
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
 from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.heads import auroc, calibration_error, line, logistic, naive_bayes, temperature
+from meswitch.router.memory import Memory
 from meswitch.router.shift import offsets, sources_of
+from meswitch.router.split import folds, plain
 from meswitch.router.storage import Calibration, Provenance, Settings
 from meswitch.router.targets import choose_threshold
 from meswitch.router.variants import in_lower_case, without_labels
@@ -77,8 +79,9 @@ def train_router(
         targets = torch.tensor([labels.index(row.domain) for row in rows])
         data = _Data(features, targets[origin], origin, len(plain), len(experts))
         heads, calibration = _train(rows, data, settings)
+        memory = _memory(data, heads, len(labels), settings)
     provenance = _provenance(rows, data_sha256)
-    return EmbeddingRouter(encoder, heads, experts, settings, calibration, provenance, fallback=fallback)
+    return EmbeddingRouter(encoder, heads, experts, settings, calibration, provenance, memory=memory, fallback=fallback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class _Data:
 def _train(rows: Sequence[Row], data: _Data, settings: Settings) -> tuple[Heads, Calibration]:
     """Calibration from held-out predictions, then heads from all rows."""
     count, experts = len(rows), data.experts
-    fold, targets = _folds(rows, settings.folds, settings.seed), data.targets[: len(rows)]
+    fold, targets = folds(rows, settings.folds, settings.seed), data.targets[: len(rows)]
     which, odds = torch.zeros(count, experts), torch.zeros(count)
     for k in range(settings.folds):
         heads = _fit(data, fold[data.origin] != k, settings)
@@ -122,12 +125,19 @@ def _train(rows: Sequence[Row], data: _Data, settings: Settings) -> tuple[Heads,
     return heads, _calibrate(divisor, confidence, best.indices == targets, known, settings)
 
 
+def _memory(data: _Data, heads: Heads, labels: int, settings: Settings) -> Memory:
+    """Of rows and their copies without labels: what a query looks like, whoever wrote it."""
+    features, first = data.features, slice(data.both)
+    words = settings.words * features.words.weighted(heads.words)
+    return Memory.of(features.states[first], features.known[first], words[first], data.targets[first], labels)
+
+
 def _labels(rows: Sequence[Row], experts: Sequence[str], folds: int) -> list[str]:
     if OTHER in experts:
         raise RouterError(f"expert.name: {OTHER!r} means 'no expert' in routing data; rename the expert")
     queries: dict[str, set[str]] = {}
     for row in rows:
-        queries.setdefault(row.domain, set()).add(_normal(row.query))
+        queries.setdefault(row.domain, set()).add(plain(row.query))
     for domain in queries.keys() - {*experts, OTHER}:
         raise RouterError(f"domain: {domain!r} is no expert of the family ({', '.join(experts)})")
     for name in (*experts, *([OTHER] if OTHER in queries else [])):
@@ -138,27 +148,6 @@ def _labels(rows: Sequence[Row], experts: Sequence[str], folds: int) -> list[str
     if len(labels) < 2:
         raise RouterError(f"domain: nothing to tell apart; a router needs two experts, or rows of {OTHER!r}")
     return labels
-
-
-def _normal(query: str) -> str:
-    return " ".join(query.lower().split())
-
-
-def _folds(rows: Sequence[Row], folds: int, seed: int) -> Tensor:
-    """[n] int64: each row's fold. Every domain is spread evenly, and equal queries stay together."""
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(_normal(row.query), []).append(i)
-    by_domain: dict[str, list[list[int]]] = {}
-    for group in groups.values():
-        by_domain.setdefault(rows[group[0]].domain, []).append(group)
-    generator = torch.Generator().manual_seed(seed)
-    fold = torch.zeros(len(rows), dtype=torch.int64)
-    for domain in sorted(by_domain):
-        members = by_domain[domain]
-        for place, which in enumerate(torch.randperm(len(members), generator=generator).tolist()):
-            fold[members[which]] = place % folds
-    return fold
 
 
 def _offsets(rows: Sequence[Row], data: _Data, near: Tensor, settings: Settings) -> Tensor:
