@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meswitch.errors import CheckpointError
@@ -113,6 +114,14 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
+
+
+def cache_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
 def _fetch(source: str) -> Path:

@@ -23,14 +23,17 @@ def test_plan_says_before_what_inspect_says_after(cli, pair, tmp_path):
     assert sum(sum(role.values()) for role in planned["bytes"]["by_role"].values()) == planned["bytes"]["tensors"]
 
 
-def test_the_slot_is_the_one_that_the_store_reserves(cli, family, math_delta):
+@pytest.mark.parametrize(("backend", "kernel"), [("auto", True), ("triton", True), ("cpu", False)])
+def test_the_slot_is_the_one_that_the_store_reserves(cli, family, math_delta, backend, kernel):
     import torch
 
     from meswitch import Artifact
     from meswitch.experts import ExpertStore
 
-    store = ExpertStore({"math": Artifact.open(math_delta)}, device=torch.device("cpu"), slots=1)
-    found = cli.json("plan", "--base", family / "base", "--expert", family / "math", "--kv-tokens", 0)
+    store = ExpertStore({"math": Artifact.open(math_delta)}, device=torch.device("cpu"), slots=1, kernel=kernel)
+    found = cli.json(
+        "plan", "--base", family / "base", "--expert", family / "math", "--kv-tokens", 0, "--backend", backend
+    )
     assert found["memory"]["slot"] == store.slot_bytes
 
 

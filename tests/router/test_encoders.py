@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from meswitch.errors import ConfigError
-from meswitch.router import RouterError, load_router, open_encoder, train_router
+from meswitch.router import Encoder, RouterError, load_router, open_encoder, train_router
 from meswitch.router.sentence import SentenceEncoder
 from meswitch.router.static import StaticEncoder
 
@@ -86,6 +86,19 @@ def test_the_bases_first_layers_alone_give_the_same_states(encoder):
     torch.testing.assert_close(encoder.encode(TEXTS, (2, 4), 64).view(4, 2, -1), expected[:, :2])
     states = encoder.model(torch.tensor([encoder._tokens(TEXTS[0], 64)]), output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[6][0, 1:].mean(0), expected[0, 2], atol=1e-5, rtol=1e-4)
+
+
+def test_layers_of_the_base_that_no_router_reads_are_not_loaded(encoder, router, saved, base, capfd):
+    whole = encoder.encode(TEXTS, (0, 2, 4), 64)
+    short = Encoder.load(base, last=4)
+    assert torch.equal(short.encode(TEXTS, (0, 2, 4), 64), whole)
+    loaded = load_router(saved, base)
+    assert loaded.encoder.nbytes() < encoder.nbytes()
+    assert loaded.encoder.depth == encoder.depth
+    queries = ["What is 3 + 4?", "Write a poem."]
+    for ours, theirs in zip(loaded.route_batch(queries), router.route_batch(queries), strict=True):
+        assert ours.scores == pytest.approx(theirs.scores, abs=1e-6)
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("kind", ["bert", "table"])

@@ -1,8 +1,12 @@
-"""The family's merged models, and what each answers in vLLM."""
+"""The family's merged models, what each answers in vLLM, and a server of the family."""
+
+import shutil
+import sys
 
 import pytest
 
 from vllm_engines import PROMPT, ask, running
+from vllm_http import free_port, serving
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +28,18 @@ def expected(merged):
             for length in (len(PROMPT), 12):
                 (answers[name, length],) = ask(engine, [PROMPT[:length]])
     return answers
+
+
+@pytest.fixture(scope="session")
+def by_hand(family, deltas, tmp_path_factory):
+    """`vllm serve` with our worker, which knows no expert at start: its address, and where it may find some."""
+    directory = tmp_path_factory.mktemp("found") / "deltas"
+    shutil.copytree(deltas["math"], directory / "math")
+    shutil.copytree(deltas["code"], directory / "team" / "code")
+    port = free_port()
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(family / "base")]
+    arguments += ["--served-model-name", "base", "--worker-cls", "meswitch.vllm.DeltaWorker", "--enable-lora"]
+    arguments += ["--max-loras", "2", "--max-cpu-loras", "4", "--max-lora-rank", "8", "--dtype", "float32"]
+    arguments += ["--max-model-len", "512", "--enforce-eager", "--block-size", "32", "--port", str(port)]
+    with serving(arguments, port, MESWITCH_DELTA_DIR=str(directory)) as address:
+        yield address, directory

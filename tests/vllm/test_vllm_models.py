@@ -1,10 +1,7 @@
-"""Other architectures, vocabularies and compressions: in vLLM as merged; and plain LoRA beside the deltas."""
-
-import json
+"""Other architectures, vocabularies and compressions: in vLLM as merged."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import meswitch
 from meswitch.compression import merge
@@ -58,47 +55,6 @@ def test_tokens_that_only_the_expert_has(pair, tmp_path, options, tied):
     with with_deltas(base, tokenizer=str(expert), **settings(experts=[str(delta)], lora=False)) as engine:
         adapter = ("expert", 1, delta)
         assert ask(engine, [theirs, ours, ours], [adapter, None, adapter]) == [wanted[0], plain, wanted[1]]
-
-
-def make_lora(directory, base, rank=4):
-    """A random LoRA of the base's attention and MLP, as peft stores it."""
-    config = json.loads((base / "config.json").read_text())
-    torch.manual_seed(1)
-    hidden, width = config["hidden_size"], config["intermediate_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for module, rows, columns in (
-            ("self_attn.q_proj", queries, hidden),
-            ("self_attn.o_proj", hidden, queries),
-            ("mlp.up_proj", width, hidden),
-            ("mlp.down_proj", hidden, width),
-        ):
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, columns) * 0.1
-            tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank) * 0.1
-    directory.mkdir()
-    save_file(tensors, directory / "adapter_model.safetensors")
-    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
-    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
-    (directory / "adapter_config.json").write_text(json.dumps(adapter))
-    return directory
-
-
-def test_lora_adapters_and_deltas_in_one_batch(family, deltas, expected, tmp_path):
-    lora = ("lora", 9, make_lora(tmp_path / "lora", family / "base"))
-    with running(family / "base", enable_lora=True, max_loras=2, max_lora_rank=8) as engine:
-        plain = ask(engine, [PROMPT, PROMPT], [lora, None])
-    assert plain[0] != plain[1] == expected["base", len(PROMPT)]
-    math, sql = ("math", 1, deltas["math"]), ("sql", 2, deltas["sql"])
-    with with_deltas(family / "base", max_loras=2, max_cpu_loras=2) as engine:
-        adapters = [lora, math, None, lora, math]
-        names = [None, "math", None, None, "math"]
-        for chosen, own in ((adapters, names), ([sql, lora, None, sql], ["sql", None, None, "sql"])):
-            answers = ask(engine, [PROMPT] * len(chosen), chosen)
-            for adapter, name, answer in zip(chosen, own, answers, strict=True):
-                alone = plain[0] if adapter is lora else expected[name or "base", len(PROMPT)]
-                assert answer == alone, adapter
 
 
 def test_what_cannot_be_served_is_refused_by_name_when_it_is_loaded(pair, tmp_path):

@@ -1,14 +1,8 @@
 """`meswitch serve --engine vllm`: vLLM's own server, the family's experts as models, `auto`, loading at run time."""
 
 import json
-import os
 import shlex
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 
@@ -16,11 +10,11 @@ from meswitch import Family
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.router import Encoder, Row, train_router
 from meswitch.vllm.command import command
-from vllm_engines import EXPERTS, NEW_TOKENS, PROMPT, needs_vllm
+from vllm_engines import EXPERTS, PROMPT, needs_vllm
+from vllm_http import ask, completion, free_port, serving
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
 SERVED = ("math", "code")
-START = 240  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -68,50 +62,12 @@ def test_a_family_that_vllm_cannot_serve_is_refused(family_file, family, deltas,
         command(Family.load(tmp_path), "127.0.0.1", 8123, 2)
 
 
-def ask(url, path, body=None):
-    """(status, headers, parsed body)"""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-            return answer.status, answer.headers, json.loads(text) if text[:1] in (b"{", b"[") else text
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read().decode()
-
-
 @pytest.fixture(scope="module")
 def url(family_file):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
+    port = free_port()
     arguments = [sys.executable, "-c", SERVE, str(family_file), "--engine", "vllm", "--port", str(port)]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
-    try:
-        while True:
-            try:
-                if ask(address, "/health")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.5)
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"the server did not start:\n{process.communicate()[0][-4000:]}")
+    with serving(arguments, port) as address:
         yield address
-    finally:
-        process.terminate()  # the server ends its engine's process
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-
-
-def completion(url, model):
-    body = {"model": model, "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    return ask(url, "/v1/completions", body | {"return_token_ids": True})
 
 
 @needs_vllm

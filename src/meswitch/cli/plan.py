@@ -70,6 +70,10 @@ def plan(
         int,
         typer.Option(metavar="N", min=0, help="Tokens of the KV cache beside them, as engine.kv_cache_tokens."),
     ] = _KV_TOKENS,
+    backend: Annotated[
+        Literal["auto", "triton", "cpu", "reference"],
+        typer.Option(help="What computes the deltas, as engine.backend: its layout of a slot. auto is that of a GPU."),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Predict an artifact's bytes and what fits on a device, from configurations alone.
@@ -91,7 +95,7 @@ def plan(
     options = Options(bits, parse_group_size(group_size), salient, embeddings=embeddings)
     source = outline(base)
     target = source if expert is None and vocab_size is None else outline(expert or base, vocab_size=vocab_size)
-    found = report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens)
+    found = report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens, backend=backend)
     if as_json:
         console.print_json(found)
     else:
@@ -106,19 +110,23 @@ def report(
     experts: int = 1,
     limit: int | None = None,
     kv_tokens: int = _KV_TOKENS,
+    backend: str = "auto",
 ) -> dict[str, Any]:
     """Everything that `plan` shows. limit: bytes of the device. `bytes` is as in `inspect`, with `by_role` beside."""
+    import torch
+
     from meswitch.artifact import account
     from meswitch.compression import predict
-    from meswitch.compression.plan import Memory, kv_bytes
+    from meswitch.compression.plan import Memory, kv_bytes, widest_dtype
+    from meswitch.engine.kernel import uses_kernels
     from meswitch.experts.layout import Layout
 
+    kernel = uses_kernels(None if backend == "auto" else backend, torch.device("cuda"), widest_dtype(base))
     planned = predict(base, expert, options)
     manifest = planned.manifest
-    memory = Memory(
-        base.nbytes, Layout.of(planned).nbytes, expert.nbytes, kv_bytes(base, kv_tokens) if kv_tokens else 0,
-        experts, limit,
-    )  # fmt: skip
+    slot = Layout.of(planned, kernel=kernel).nbytes
+    kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
+    memory = Memory(base.nbytes, slot, expert.nbytes, kv, experts, limit)
     return {
         "expert": dataclasses.asdict(manifest.expert),
         "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},

@@ -146,6 +146,7 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
         table.add_row(expert["name"], format_bytes(expert["bytes"]), expert["description"])
     table.add_row("auto", "", "the router's choice" if summary["auto"] else f"off: {summary['auto_problem']}")
     slots = "1 slot" if summary["slots"] == 1 else f"{summary['slots']} slots"
-    console.show(table, f"Memory: base {base}, {slots} {format_bytes(memory['slots'])}")
+    sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
+    console.show(table, f"Memory: base {base}, {sizes}")
     if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
         console.note("open to the network without a key; set MESWITCH_API_KEY to ask for one")

@@ -15,12 +15,11 @@ import torch
 
 from meswitch.artifact import Artifact, Entry, Manifest
 from meswitch.artifact.manifest import Provenance, Stored
-from meswitch.checkpoint import TIED_HEAD, Checkpoint
+from meswitch.checkpoint import TIED_HEAD, Checkpoint, cache_bytes
 from meswitch.codec import stored_shapes
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors, is_vocabulary, role_of
 from meswitch.compression.convert import base_info, expert_info
 from meswitch.compression.options import Options
-from meswitch.compression.sampler import cache_bytes
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.tensorfile import NAMES, TensorInfo
 
@@ -129,8 +128,12 @@ def predict(
 
 def kv_bytes(model: Checkpoint, tokens: int) -> int:
     """Bytes of keys and values of so many tokens, in the dtype of the model's weights."""
-    widest = max((info.dtype for info in model.tensors.values()), key=lambda dtype: dtype.itemsize)
-    return cache_bytes(model.config, widest) * tokens
+    return cache_bytes(model.config, widest_dtype(model)) * tokens
+
+
+def widest_dtype(model: Checkpoint) -> torch.dtype:
+    """What a model computes in that is loaded as it is stored."""
+    return max((info.dtype for info in model.tensors.values()), key=lambda dtype: dtype.itemsize)
 
 
 def _entry(name: str, info: TensorInfo, base: Checkpoint, options: Options, changed: int | None) -> Entry:

@@ -81,11 +81,3 @@ def repeats(ids: list[int]) -> bool:
     return any(
         window == ids[-WINDOW - period : -period] for period in range(1, PERIOD + 1) if len(ids) >= WINDOW + period
     )
-
-
-def cache_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)

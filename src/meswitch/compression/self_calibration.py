@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch.artifact.manifest import Calibration
-from meswitch.checkpoint import Checkpoint
+from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.compression.calibration import (
     MAX_LENGTH,
     SELF,
@@ -26,7 +26,7 @@ from meswitch.compression.calibration import (
     load_questions,
     load_tokenizer,
 )
-from meswitch.compression.sampler import Sampler, cache_bytes, repeats
+from meswitch.compression.sampler import Sampler, repeats
 from meswitch.compression.walk import compute_dtype
 from meswitch.errors import ConfigError
 from meswitch.threads import fitting_threads

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from meswitch.checkpoint import cache_bytes
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
@@ -29,13 +30,15 @@ class Batch:
     """Runs requests; each belongs to a slot of the expert store, or to the base.
 
     Args:
-        model: the base with switchable layers. kv_tokens: tokens that the KV cache holds.
+        model: the base with switchable layers. kv_tokens: tokens that the KV cache holds, in pages of `PAGE`.
     """
 
     PAGE = 64
 
     def __init__(self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
+        pages = max(1, -(-kv_tokens // self.PAGE))
+        self.kv_bytes = pages * self.PAGE * cache_bytes(model.config, model.dtype)
         self._switch = switch
         self._device = next(model.parameters()).device
         self._narrow = deserves_one(self._device, model.config.hidden_size)
@@ -46,7 +49,7 @@ class Batch:
         self._sampler = StepSampler()
         config = _config(
             page_size=self.PAGE,
-            num_blocks=max(1, -(-kv_tokens // self.PAGE)),
+            num_blocks=pages,
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=min(256, max_batch_tokens),
             allow_block_sharing=False,

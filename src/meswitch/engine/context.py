@@ -46,6 +46,17 @@ class Owners:
         return self._host.int().to(self._device, non_blocking=True)
 
     @cached_property
+    def present(self) -> list[int]:
+        """The slots that own some row, ascending, without the base."""
+        return [int(slot) for slot in self._host.unique() if slot != BASE_SLOT]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[rows] int64, on the device: 0 for the base's rows, else 1 + the place of the row's slot in `present`."""
+        bounds = torch.tensor([BASE_SLOT, *self.present])
+        return torch.searchsorted(bounds, self._host).to(self._device, non_blocking=True)
+
+    @cached_property
     def routing(self) -> Routing:
         return Routing.build(self._host.tolist(), self._device)
 

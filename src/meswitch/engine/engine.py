@@ -174,9 +174,14 @@ class Engine:
         return self._batch.failure
 
     def memory(self) -> dict[str, int]:
-        """Bytes on the device by purpose."""
+        """Bytes by purpose: `base`, `slots` and (from the first request on) `kv_cache` on the device, and `host`."""
         seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
-        return {"base": sum(seen.values()), "slots": self.store.device_bytes, "host": self.store.host.nbytes}
+        return {
+            "base": sum(seen.values()),
+            "slots": self.store.device_bytes,
+            "kv_cache": self._batch.kv_bytes,
+            "host": self.store.host.nbytes,
+        }
 
     def close(self) -> None:
         """Stop the batch; what has not finished fails."""

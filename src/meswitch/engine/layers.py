@@ -131,15 +131,48 @@ class SwitchableEmbedding(Switchable):
 class SwitchableNorm(Switchable):
     """A normalisation over the last dimension: [1, tokens, ..., features]; each expert has its own exact weights."""
 
+    def __init__(self, base: nn.Module, name: str, switch: Switch) -> None:
+        super().__init__(base, name, switch)
+        self._row_by_row = _scales_row_by_row(base)
+
     def forward(self, x: Tensor) -> Tensor:
+        owners = self.switch.step.owners
+        if not owners.any:
+            return self.base(x)
+        if self._row_by_row:
+            weight = self.base.weight
+            weights = [weight, *(self._own(slot).get("weight", weight) for slot in owners.present)]
+            rows = torch.stack(weights)[owners.places]
+            shaped = rows.view(len(rows), *[1] * (x.dim() - 3), -1)
+            return torch.func.functional_call(self.base, {"weight": shaped}, (x,))
         y = self.base(x)
         for segment in self.switch.step.segments:
-            tensors = self.switch.tensors(segment.slot)
-            own = {
-                key: value.to(parameter.dtype)
-                for key, parameter in self.base.named_parameters()
-                if isinstance(value := tensors.get(f"{self.name}.{key}"), Tensor)
-            }
-            if own:
+            if own := self._own(segment.slot):
                 y[:, segment.tokens] = torch.func.functional_call(self.base, own, (x[:, segment.tokens],))
         return y
+
+    def _own(self, slot: int) -> dict[str, Tensor]:
+        tensors = self.switch.tensors(slot)
+        return {
+            key: value.to(parameter.dtype)
+            for key, parameter in self.base.named_parameters()
+            if isinstance(value := tensors.get(f"{self.name}.{key}"), Tensor)
+        }
+
+
+@torch.no_grad()
+def _scales_row_by_row(norm: nn.Module) -> bool:
+    """Whether a norm takes a weight for each row, so that one call serves all experts: most do, no class says so."""
+    parameters = dict(norm.named_parameters())
+    if list(parameters) != ["weight"]:
+        return False
+    weight = parameters["weight"]
+    both = torch.stack([weight, weight + 1])
+    x = torch.linspace(-1, 2, both.numel(), device=weight.device, dtype=weight.dtype).view(1, *both.shape)
+    try:
+        found = torch.func.functional_call(norm, {"weight": both}, (x,))
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    wanted = [torch.func.functional_call(norm, {"weight": w}, (x[:, i : i + 1],)) for i, w in enumerate(both)]
+    # close, not equal: a GPU may sum fewer rows in another order
+    return found.shape == x.shape and torch.allclose(found, torch.cat(wanted, 1), rtol=0.02, atol=0.02)

@@ -74,7 +74,8 @@ def open_embedding(
     if own and model is not None:
         encoder = Encoder(model, tokenizer, found)
     else:
-        encoder = Encoder.load(base, device) if own else open_encoder(source, device, settings.bits)
+        last = max(*settings.layers, *settings.known_layers, 0)
+        encoder = Encoder.load(base, device, last) if own else open_encoder(source, device, settings.bits)
         encoder.source = settings.encoder
     for name in ("hidden_size", "vocab_size"):
         if getattr(encoder, name) != getattr(file.base, name):

@@ -75,20 +75,27 @@ class Encoder:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
 
     @classmethod
-    def load(cls, base: str | Path, device: str = "cpu") -> "Encoder":
+    def load(cls, base: str | Path, device: str = "cpu", last: int | None = None) -> "Encoder":
         """Load a checkpoint directory or hub id; float32 on the CPU, the checkpoint's dtype elsewhere.
+
+        Args:
+            last: the last layer that will be asked for; those from the second above it on are not loaded.
 
         Raises:
             CheckpointError: nothing there, or weights that cannot be read.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         checkpoint = Checkpoint.open(base)
         dtype = torch.float32 if device == "cpu" else "auto"
-        with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype)
+        with quiet_loading(report=last is None):
+            config = AutoConfig.from_pretrained(checkpoint.directory)
+            depth = _cut(config.get_text_config(), last)
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-        return cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
+        encoder = cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
+        encoder.depth = depth
+        return encoder
 
     @torch.inference_mode()
     def encode(
@@ -144,6 +151,19 @@ class Encoder:
         return hidden_states(model, layers, self.depth, inputs)
 
 
+def _cut(config: Any, last: int | None) -> int:
+    """Leave a model's layers up to the one above `last`; how many it had.
+
+    One more than is read, as some models give the states after their topmost layer with the final norm applied.
+    """
+    depth: int = config.num_hidden_layers
+    if last is not None and last + 1 < depth:
+        config.num_hidden_layers = last + 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: last + 1]
+    return depth
+
+
 def shortened(ids: list[int], limit: int) -> list[int]:
     """Three quarters of `limit` tokens from the beginning of a longer text and one quarter from its end."""
     head = limit * 3 // 4
@@ -170,14 +190,17 @@ def batches(tokens: list[list[int]], device: torch.device, progress: Progress | 
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Loading a model without transformers' own progress bar."""
+def quiet_loading(*, report: bool = True) -> Iterator[None]:
+    """Loading a model without transformers' own progress bar. report: name tensors that do not fit the model."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if not report:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

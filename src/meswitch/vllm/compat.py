@@ -54,6 +54,8 @@ CONTRACT = (
     Symbol("vllm.lora.layers", "LoRAMapping.__init__", ("index_mapping", "prompt_mapping", "type")),
     Symbol("vllm.lora.layers", "LoRAMappingType.LANGUAGE"),
     Symbol("vllm.lora.layers", "VocabParallelEmbeddingWithLoRA"),
+    Symbol("vllm.lora.resolver", "LoRAResolver.resolve_lora", ("base_model_name", "lora_name")),
+    Symbol("vllm.lora.resolver", "LoRAResolverRegistry.register_resolver", ("resolver_name", "resolver")),
     Symbol("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),
     Symbol("vllm.lora.utils", "replace_submodule", ("model", "module_name", "new_module")),
     Symbol("vllm.model_executor.layers.linear", "QKVParallelLinear"),

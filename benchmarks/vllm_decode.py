@@ -1,16 +1,15 @@
-"""Decoding in vLLM: the base alone, deltas, LoRA and one expert at a time, at true shapes with random weights.
+"""Decoding in vLLM without a server: the base alone, deltas, LoRA and one expert at a time, at true shapes.
 
-    python benchmarks/vllm_serving.py [--model mistral-7b] [--out results.json] [--quick]
+    python benchmarks/vllm_decode.py [--model mistral-7b] [--out results.json] [--quick]
 
 Each engine runs in a process of its own and takes all counts of experts one after another. All experts are the same
 artifact under several names: each has its own slot, so the device reads as many bytes as for different ones. A token's
 time is that of answers of `--tokens` tokens less that of answers of one, so that prefill does not count.
 
-Needs only what vLLM itself needs: no server, no downloads. The vLLM of a GPU machine without either will do.
+What a server adds to it is measured by `vllm.py`.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -21,99 +20,11 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from synthetic import MODELS
+from vllm_models import SHAPES, write_artifact, write_config, write_lora
 
-TINY = dict(
-    MODELS["mistral-7b"],
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    vocab_size=512,
-    max_position_embeddings=1024,
-    sliding_window=None,
-)
-SHAPES = MODELS | {"tiny": TINY}
 ENGINES = ("plain", "deltas", "lora-16", "lora-64", "swap")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT = 128
-
-
-def write_config(directory: Path, model: str) -> Path:
-    """A base without weights: vLLM draws them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(SHAPES[model] | {"sliding_window": None}))
-    return directory
-
-
-def write_artifact(base: Path, out: Path, bits: int) -> Path:
-    """A random artifact as `meswitch compress` would lay it out, without a fine-tune to compress."""
-    from meswitch.artifact import ArtifactWriter
-    from meswitch.artifact.writer import companion_digests
-    from meswitch.codec import PackedDelta, packed_words
-    from meswitch.compression.options import Options
-    from meswitch.compression.plan import outline, predict
-
-    shape = outline(base)
-    predicted = predict(shape, shape, Options(bits=bits, group_size=64))
-    writer = ArtifactWriter(out, "random")
-    for name, entry in predicted.manifest.tensors.items():
-        if entry.kind != "packed":
-            writer.add(
-                name, {"": torch.ones(entry.shape)}, kind="dense", role=entry.role, shape=entry.shape, base_sha256=None
-            )
-            continue
-        rows, width = entry.shape
-        salient = entry.stored["salient_index"].shape[0] if "salient_index" in entry.stored else 0
-        delta = PackedDelta(
-            packed=torch.randint(-(2**31), 2**31, (rows, packed_words(width, bits)), dtype=torch.int32),
-            scale=torch.full((rows, -(-width // (entry.group_size or width))), 1e-4, dtype=torch.bfloat16),
-            salient_index=torch.randperm(width)[:salient].sort().values.int(),
-            salient_weight=torch.full((rows, salient), 1e-3, dtype=torch.bfloat16),
-            bits=bits,
-            group_size=entry.group_size,
-            in_features=width,
-        )
-        kinds = {"kind": "packed", "role": entry.role, "shape": entry.shape, "base_sha256": None}
-        writer.add(name, delta.tensors(), **kinds, bits=bits, group_size=entry.group_size)
-    config = base / "config.json"
-    manifest = dataclasses.replace(
-        predicted.manifest, tensors=writer.final_entries(), companions=companion_digests([config])
-    )
-    writer.finish(manifest, [config])
-    return out
-
-
-def write_lora(base: Path, out: Path, rank: int) -> Path:
-    """A random LoRA of all linear layers, as peft stores it."""
-    config = json.loads((base / "config.json").read_text())
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head = config.get("head_dim", hidden // config["num_attention_heads"])
-    query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    shapes = {
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for module, (rows, columns) in shapes.items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.full((rank, columns), 1e-3, dtype=torch.bfloat16)
-            tensors[f"{name}.lora_B.weight"] = torch.full((rows, rank), 1e-3, dtype=torch.bfloat16)
-    out.mkdir()
-    save_file(tensors, out / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS), "bias": "none"}
-    (out / "adapter_config.json").write_text(json.dumps(adapter))
-    return out
 
 
 def engine_options(kind: str, base: Path, slots: int, adapter: Path | None) -> dict:
@@ -142,6 +53,7 @@ def engine_options(kind: str, base: Path, slots: int, adapter: Path | None) -> d
 
 def run_engine(kind: str, base: Path, adapter: Path | None, counts: list[int], batches: list[int], tokens: int) -> list:
     """Every (batch, experts) of one engine: milliseconds a token and tokens a second."""
+    sys.path.remove(str(Path(__file__).parent.resolve()))  # `vllm.py` beside this file is not vLLM
     from vllm.lora.request import LoRARequest
 
     from vllm import LLM, SamplingParams
