@@ -118,8 +118,8 @@ def report(
     from meswitch.artifact import account
     from meswitch.compression import predict
     from meswitch.compression.plan import Memory, kv_bytes, widest_dtype
-    from meswitch.engine.kernel import uses_kernels
     from meswitch.experts.layout import Layout
+    from meswitch.ops import uses_kernels
 
     kernel = uses_kernels(None if backend == "auto" else backend, torch.device("cuda"), widest_dtype(base))
     planned = predict(base, expert, options)

@@ -16,13 +16,12 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.engine.attach import attach
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import BASE_SLOT, Switch
-from meswitch.engine.kernel import uses_kernels
 from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.voice import Prompt, Voice
 from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
 from meswitch.experts import ExpertStore
-from meswitch.ops import BACKENDS, backend
+from meswitch.ops import BACKENDS, backend, uses_kernels
 
 # After so many later requests went first, a request whose expert found no slot closes the door behind it.
 _MAX_BYPASSES = 32

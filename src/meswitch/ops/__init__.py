@@ -8,6 +8,7 @@ from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError
 from meswitch.ops import cpu, reference
 from meswitch.ops.linear import expert_linear, fused_linear
+from meswitch.ops.operators import uses_kernels
 from meswitch.ops.prefill import expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.routing import Routing
@@ -52,4 +53,5 @@ __all__ = [
     "fused_linear",
     "head_logits",
     "rms_norm",
+    "uses_kernels",
 ]

@@ -32,6 +32,22 @@ def chosen_backend(name: str | None, device: torch.device, operator: str) -> str
     return name
 
 
+def uses_kernels(name: str | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an engine computes deltas by the GPU kernels: asked for by name, or chosen by device and dtype.
+
+    Raises:
+        ConfigError: asked for, and they do not take this dtype; the message names a backend that does.
+    """
+    if name is None:
+        return device.type == "cuda" and dtype in KERNEL_DTYPES
+    if name == "triton" and dtype not in KERNEL_DTYPES:
+        raise ConfigError(
+            f"backend: triton: takes bfloat16 and float16, the model is {str(dtype).removeprefix('torch.')}; give a "
+            "dtype, or use the backend 'reference'"
+        )
+    return name == "triton"
+
+
 def flat(layer: SlotLinear, routing: Routing) -> tuple[Any, ...]:
     """As the operators take them, from `arena` to `salient`."""
     step = routing.slots, routing.starts, routing.order, routing.max_tokens
