@@ -140,15 +140,15 @@ class Encoder:
         """[batch, width, hidden_size] each."""
         last = max(layers)
         if last not in self._short:
-            plain = is_plain(self.model)
-            short = DecoderLayers(self.model, last) if plain else first_layers(self.model, last, self.depth)
-            self._short[last] = short
+            whole = self.model
+            self._short[last] = DecoderLayers(whole, last) if is_plain(whole) else first_layers(whole, last, self.depth)
         short = self._short[last]
-        if isinstance(short, DecoderLayers) and (short.window is None or padded.shape[1] <= short.window):
-            return short(padded, layers)
-        model = self.model if isinstance(short, DecoderLayers) else short
+        if isinstance(short, DecoderLayers):
+            if short.window is None or padded.shape[1] <= short.window:
+                return short(padded, layers)
+            short = self.model
         inputs = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
-        return hidden_states(model, layers, self.depth, inputs)
+        return hidden_states(short, layers, self.depth, inputs)
 
 
 def _cut(config: Any, last: int | None) -> int:

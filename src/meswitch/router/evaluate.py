@@ -9,7 +9,7 @@ import torch
 
 from meswitch.router.base import OTHER, Router, as_messages
 from meswitch.router.data import Row
-from meswitch.router.heads import auroc, calibration_error
+from meswitch.router.heads import auroc, calibration_error, reliability
 from meswitch.router.variants import without_labels
 
 _BATCH = 256
@@ -95,17 +95,6 @@ def risk_coverage(confidence: torch.Tensor, right: torch.Tensor, points: int = 2
     wrong = (~right[order]).double().cumsum(0)
     counts = sorted({max(1, round(len(order) * i / points)) for i in range(1, points + 1)}) if len(order) else []
     return [(count / len(order), float(wrong[count - 1]) / count) for count in counts]
-
-
-def reliability(confidence: torch.Tensor, right: torch.Tensor, bins: int = 15) -> list[tuple[float, float, int]]:
-    """(mean confidence, share right, rows) of the bins that `calibration_error` compares; empty ones are left out."""
-    which = (confidence * bins).long().clamp(0, bins - 1)
-    found = [which == i for i in range(bins)]
-    return [
-        (float(confidence[own].double().mean()), float(right[own].double().mean()), int(own.sum()))
-        for own in found
-        if bool(own.any())
-    ]
 
 
 def accepted(known: torch.Tensor, other: torch.Tensor, coverage: float = 0.95) -> float | None:

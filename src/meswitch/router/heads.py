@@ -102,9 +102,22 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 
     confidence: [n] in 0..1. correct: [n] bool.
     """
+    gaps = [abs(sure - share) * rows for sure, share, rows in reliability(confidence, correct, bins)]
+    return sum(gaps) / max(1, len(confidence))
+
+
+def reliability(confidence: Tensor, right: Tensor, bins: int = 15) -> list[tuple[float, float, int]]:
+    """(mean confidence, share right, rows) of bins of equal width; empty ones are left out.
+
+    confidence: [n] in 0..1. right: [n] bool.
+    """
     which = (confidence * bins).long().clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, confidence.double() - correct.double())
-    return float(gap.abs().sum() / max(1, len(confidence)))
+    found = [which == i for i in range(bins)]
+    return [
+        (float(confidence[own].double().mean()), float(right[own].double().mean()), int(own.sum()))
+        for own in found
+        if bool(own.any())
+    ]
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float | None:

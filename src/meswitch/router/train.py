@@ -70,14 +70,14 @@ def train_router(
     labels = _labels(rows, experts, settings.folds)
     with fitting_threads(encoder.device, encoder.hidden_size):
         copies = without_labels(rows)
-        plain = [*rows, *(row for _, row in copies)]
-        lower = in_lower_case(plain)
+        both = [*rows, *(row for _, row in copies)]
+        lower = in_lower_case(both)
         origin = torch.tensor([*range(len(rows)), *(i for i, _ in copies)])
         origin = torch.cat([origin, origin[torch.tensor([i for i, _ in lower], dtype=torch.int64)]])
-        texts = [row.query for row in (*plain, *(row for _, row in lower))]
+        texts = [row.query for row in (*both, *(row for _, row in lower))]
         features = extract(encoder, texts, settings, progress)
         targets = torch.tensor([labels.index(row.domain) for row in rows])
-        data = _Data(features, targets[origin], origin, len(plain), len(experts))
+        data = _Data(features, targets[origin], origin, len(both), len(experts))
         heads, calibration = _train(rows, data, settings)
         memory = _memory(data, heads, len(labels), settings)
     provenance = _provenance(rows, data_sha256)
