@@ -107,8 +107,8 @@ def legend(figure: Any, axis: Any) -> None:
     figure.legend(handles, labels, loc="lower center", ncol=min(4, len(labels)), fontsize=8, frameon=False)
 
 
-def stored(name: str) -> Data | None:
+def stored(name: str, results: Path = RESULTS) -> Data | None:
     """A result file, if it is there."""
-    file = RESULTS / name
+    file = results / name
     found: Data | None = json.loads(file.read_text()) if file.exists() else None
     return found

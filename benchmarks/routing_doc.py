@@ -7,12 +7,11 @@ Reads benchmarks/results/routing.json (`routing.py`) and, if it is there, benchm
 object or a list of them, each with model, params, kind, accuracy, per_domain, ece, auroc, latency_ms and bytes.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from generated import RESULTS, arguments_of, update
+from generated import RESULTS, arguments_of, stored, update
 from markdown_tables import pipe
 from routing_plots import plots
 
@@ -153,12 +152,8 @@ def places(found: dict[str, Any], llm_found: dict[str, Any]) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     results = {"type": Path, "default": RESULTS, "help": "directory of routing.json and routing-llm.json"}
     options = arguments_of(__doc__, "routing.md", arguments, results=results)
-
-    def stored(name: str) -> Any:
-        file = options.results / name
-        return json.loads(file.read_text()) if file.exists() else {}
-
-    found, llm_found = stored("routing.json").get("encoders", {}), stored("routing-llm.json")
+    found = (stored("routing.json", options.results) or {}).get("encoders", {})
+    llm_found = stored("routing-llm.json", options.results) or {}
     command = "benchmarks/routing_doc.py"
     filled = places(found, llm_found)
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)
