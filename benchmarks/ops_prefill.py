@@ -19,14 +19,15 @@ from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.slots import Variant
 from ops_models import DEVICE, MODELS, Layer, random_layer
 from ops_prefill_compile import decode_jobs, merge_job
-from ops_timing import Kernel, compile_all, copy_gb_s, graph_ms
+from ops_timing import Kernel, compile_all, copy_gb_s, graph_ms, graph_of, in_turn_ms
 
 MODEL, LAYERS, TOKENS = "mistral-7b", 3, 4096
+REPEATS = 15
 SHAPES = MODELS[MODEL][1]
 EQUAL = {experts: [TOKENS // experts] * experts for experts in (1, 2, 4, 8)}
 SKEWED = {2: [3584, 512], 4: [2560, 1024, 384, 128], 8: [2048, 1024, 512, 192, 128, 96, 64, 32]}
 CROSSOVER = [(tokens, experts) for tokens in (256, 512, 1024, 2048) for experts in (1, 4)]
-TILES = [Tile(8, 4), Tile(8, 8), Tile(8, 8, 64), Tile(16, 8), Tile(16, 8, 80)]
+TILES = [Tile(8, 4), Tile(8, 8), Tile(8, 8, 64), Tile(16, 8), Tile(16, 8, 80), Tile(16, 8, 64), Tile(32, 8), Tile(4, 4)]
 
 
 def wanted() -> list[Kernel]:
@@ -72,19 +73,21 @@ def merge_speed(layers: list[Layer], copy: float) -> list[dict]:
 
 def measure(label: dict, candidates: dict[str, paths.Path], base_path: paths.Path) -> list[dict]:
     """Milliseconds a layer of every candidate; one that fails is reported and left out."""
-    base_ms, found = graph_ms(base_path, 7) / LAYERS, []
+    graphs = {"base": graph_of(base_path)}
     for name, path in candidates.items():
         try:
-            ms = graph_ms(path, 7) / LAYERS
+            graphs[name] = graph_of(path)
         except Exception as failure:  # noqa: BLE001 - candidates
             print(f"{name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
-            continue
+    times = dict(zip(graphs, (ms / LAYERS for ms in in_turn_ms(list(graphs.values()), REPEATS)), strict=True))
+    base_ms, found = times.pop("base"), []
+    for name, ms in times.items():
         found.append(label | {"path": name, "ms": ms, "base_ms": base_ms, "ratio_to_base": ms / base_ms, "best": False})
     if found:
         min(found, key=lambda row: row["ms"])["best"] = True
-    times = "  ".join(f"{'*' if r['best'] else ''}{r['path']} {r['ms']:.3f} ({r['ratio_to_base']:.2f})" for r in found)
+    text = "  ".join(f"{'*' if r['best'] else ''}{r['path']} {r['ms']:.3f} ({r['ratio_to_base']:.2f})" for r in found)
     shape = f"b{label['bits']} T{label['tokens']} E{label['experts']} {label['spread']}"
-    print(f"{shape}: base {base_ms:.3f}  {times}", flush=True)
+    print(f"{shape}: base {base_ms:.3f}  {text}", flush=True)
     torch.cuda.empty_cache()
     return found
 

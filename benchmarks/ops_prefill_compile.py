@@ -11,7 +11,8 @@ from ops_timing import Kernel
 
 
 def merge_job(dtype: torch.dtype, shape: tuple[int, int], v: Variant, experts: int, tile: Tile | None = None) -> Kernel:
-    return Kernel("merge", dtype, *shape, constants(v) | merge_constants(experts, tile or TILES[experts], *shape))
+    own = merge_constants(experts, tile or TILES[experts], *shape, v, dtype)
+    return Kernel("merge", dtype, *shape, constants(v) | own)
 
 
 def rows_job(dtype: torch.dtype, shape: tuple[int, int], v: Variant) -> Kernel:
@@ -22,5 +23,5 @@ def decode_jobs(dtype: torch.dtype, shape: tuple[int, int], v: Variant, routing:
     """For the short segments, if there are any."""
     if routing.short is None:
         return []
-    config = choose(*shape, routing.short.slots.numel(), routing.short.max_tokens)
+    config = choose(*shape, routing.short.slots.numel(), routing.short.piece)
     return [Kernel("decode", dtype, *shape, decode_constants(config, *shape, v), config.split > 1)]

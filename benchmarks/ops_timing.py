@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -36,6 +36,21 @@ def replay_ms(graph: torch.cuda.CUDAGraph, repeats: int, warmups: int = 2) -> fl
         event.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def in_turn_ms(graphs: Sequence[torch.cuda.CUDAGraph], repeats: int, warmups: int = 2) -> list[float]:
+    """Median milliseconds of each, replayed in turn: long products heat a card, which slows what comes later."""
+    marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
+    for repetition in range(warmups + repeats):
+        for graph, own in zip(graphs, marks, strict=True):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            graph.replay()
+            last.record()
+            if repetition >= warmups:
+                own.append((first, last))
+    torch.cuda.synchronize()
+    return [statistics.median(first.elapsed_time(last) for first, last in own) for own in marks]
 
 
 def graph_ms(function: Callable[[], object], repeats: int = 7) -> float:

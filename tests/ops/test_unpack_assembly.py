@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from meswitch.ops.triton_unpack import unpack_asm
+from meswitch.ops.triton_unpack import merge_asm, unpack_asm
 
 
 def halves(word, dtype):
@@ -24,6 +24,10 @@ def execute(asm, words, outputs, dtype):
     def read(operand):
         return registers[operand] if operand in registers else int(operand, 0)
 
+    def pair(operand):
+        found = read(operand)
+        return found if isinstance(found, list) else halves(found, dtype)
+
     results = {}
     for line in asm.strip("{}\n").splitlines():
         instruction, *operands = re.split(r",?\s+", line.rstrip(";"))
@@ -31,8 +35,8 @@ def execute(asm, words, outputs, dtype):
             continue
         out, values = operands[0], operands[1:]
         if instruction.startswith("fma"):
-            v, f, b = (halves(read(o), dtype) for o in values)
-            results[out] = [v[i] * f[i] + b[i] for i in (0, 1)]
+            v, f, b = (pair(o) for o in values)
+            results[out] = registers[out] = [v[i] * f[i] + b[i] for i in (0, 1)]
             continue
         a, b, *rest = [read(o) for o in values] + [0]
         if instruction == "mov.b32":
@@ -42,6 +46,9 @@ def execute(asm, words, outputs, dtype):
             registers[out] = int.from_bytes(bytes(data[rest[0] >> (4 * i) & 7] for i in range(4)), "little")
         elif instruction == "shl.b32":
             registers[out] = a << b & 0xFFFFFFFF
+        elif instruction == "shf.r.wrap.b32":
+            assert a == b  # a rotation
+            registers[out] = (a >> rest[0] | a << 32 - rest[0]) & 0xFFFFFFFF
         elif instruction == "shr.u32":
             registers[out] = a >> b
         elif instruction == "lop3.b32":
@@ -62,3 +69,18 @@ def test_every_code_becomes_its_exact_level(bits, dtype):
         for d in range(codes):
             level = [2 * (word >> (bits * d) & 2**bits - 1) - (2**bits - 1) for word in words]
             assert results[f"${d}"] == level
+
+
+def test_merging_adds_each_codes_level_times_its_scale():
+    draw = random.Random(0)
+    for d in range(16):
+        words = [draw.getrandbits(32), draw.getrandbits(32)]
+        weights, scales = [1.5, -0.375], [0.25, 0.0078125]
+        arguments = [*words, *[(2 * d + 31) % 32] * 2, bf16(weights), bf16(scales)]
+        results = execute(merge_asm(), arguments, 1, "bf16")
+        levels = [2 * (word >> (2 * d) & 3) - 3 for word in words]
+        assert results["$0"] == [weights[i] + levels[i] * scales[i] for i in (0, 1)]
+
+
+def bf16(values):
+    return sum(int.from_bytes(struct.pack(">f", value)[:2], "big") << (16 * i) for i, value in enumerate(values))

@@ -81,13 +81,17 @@ def constants(variant: Variant) -> dict[str, Any]:
     }
 
 
-def merge_constants(experts: int, tile: Tile, rows: int, in_features: int) -> dict[str, Any]:
+def merge_constants(
+    experts: int, tile: Tile, rows: int, in_features: int, variant: Variant, dtype: torch.dtype
+) -> dict[str, Any]:
     """What `merge_kernel` is compiled for besides `constants`."""
+    from meswitch.ops.triton_launch import INTERPRET
     from meswitch.ops.triton_merge import BLOCK
 
     even = in_features % BLOCK.value == 0 and rows % tile.rows == 0
     limit = {} if tile.registers is None else {"maxnreg": tile.registers}
-    return {"EXPERTS": experts, "EVEN": even, "ROWS": tile.rows, "num_warps": tile.warps, **limit}
+    fast = dtype == torch.bfloat16 and variant.two and not variant.one and not INTERPRET
+    return {"EXPERTS": experts, "EVEN": even, "FAST": fast, "ROWS": tile.rows, "num_warps": tile.warps, **limit}
 
 
 def launch(
@@ -110,7 +114,7 @@ def launch(
         used = tile or TILES[experts]
         merge_kernel[(-(-width // block), -(-(last - first) // used.rows))](
             *(weight, out[e:], arena.view(torch.int32), table, slots[e:], first, last, weight.stride(0), rows, width),
-            **merge_constants(experts, used, last - first, width),
+            **merge_constants(experts, used, last - first, width, variant, weight.dtype),
             **constants(variant),
         )
 

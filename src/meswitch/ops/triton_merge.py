@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from meswitch.ops.triton_delta import bound
+from meswitch.ops.triton_unpack import MERGE_BF16
 
 BLOCK = tl.constexpr(256)  # channels of a tile; divides the blocks of both kinds of planes
 
@@ -115,6 +116,29 @@ def _delta(
 
 
 @triton.jit
+def _merged(
+    w,
+    words,
+    scale,
+    columns,
+    arena,
+    row,
+    n,
+    k_block,
+    channel,
+    N,
+    K,
+    TWO: tl.constexpr,
+    ONE: tl.constexpr,
+    SALIENT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """W's tile plus that of any delta."""
+    delta = _delta(words, scale, columns, arena, row, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET)
+    return (w.to(tl.float32) + delta).to(w.dtype)
+
+
+@triton.jit
 def merge_kernel(
     weight,
     out,
@@ -135,6 +159,7 @@ def merge_kernel(
     EVEN: tl.constexpr,
     INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """Rows first to last of W plus each of EXPERTS deltas: out [EXPERTS, last - first, K]; W's tile is read once."""
     k_block = tl.program_id(0)
@@ -156,8 +181,20 @@ def merge_kernel(
             next_words, next_scale, next_columns = _fetch(
                 arena, following, n, k_block, channel, N, K, TWO, SALIENT, GROUP, GROUPS
             )
-        delta = _delta(words, scale, columns, arena, row, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET)
-        merged = (w.to(tl.float32) + delta).to(w.dtype)
+        if FAST:
+            if (tl.load(row) > 1) | (tl.max(columns, axis=0) >= 0):
+                merged = _merged(
+                    w, words, scale, columns, arena, row, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET
+                )
+            else:
+                turn = (channel // 16 * 2 + 31) & 31
+                merged = tl.inline_asm_elementwise(
+                    MERGE_BF16, "=r,r,r,r,r,r,r", [words, turn, w, scale], dtype=tl.bfloat16, is_pure=True, pack=2
+                )
+        else:
+            merged = _merged(
+                w, words, scale, columns, arena, row, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET
+            )
         ptr = out + (e * (last - first) + local).to(tl.int64) * K + k
         if EVEN:
             tl.store(ptr, merged)

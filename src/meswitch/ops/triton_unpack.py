@@ -41,6 +41,26 @@ def unpack_asm(bits: int, dtype: str) -> str:
     return "{\n" + "\n".join(declared + lines) + "\n}"
 
 
+def merge_asm() -> str:
+    """PTX that adds the levels of two words' codes of 2 bits, times their scales, to two weights, all in bf16.
+
+    $1, $2: the words. $3, $4: how far to turn each to the right so that its code is at bits 1 and 2. $5: the weights.
+    $6: the scales. $0: the sums, rounded once: a level times a scale is exact inside the last fused multiply-add.
+    """
+    lines = [
+        ".reg .b32 w, v, one;",
+        "shf.r.wrap.b32 w, $1, $1, $3;",
+        "shf.r.wrap.b32 v, $2, $2, $4;",
+        "prmt.b32 w, w, v, 0x5410;",
+        f"lop3.b32 w, w, {0x60006:#x}, {_pair(128.0, 'bf16'):#x}, 0xEA;",
+        f"mov.b32 v, {_pair(-131.0, 'bf16'):#x};",
+        f"mov.b32 one, {_pair(1.0, 'bf16'):#x};",
+        "fma.rn.bf16x2 w, w, one, v;",
+        "fma.rn.bf16x2 $0, w, $6, $5;",
+    ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
 def _pair(value: float, dtype: str) -> int:
     """The value in both halves of a word; it must be exact."""
     if dtype == "fp16":
@@ -64,3 +84,4 @@ TWO_BF16 = tl.constexpr(unpack_asm(2, "bf16"))
 TWO_FP16 = tl.constexpr(unpack_asm(2, "fp16"))
 ONE_REGISTERS = tl.constexpr(_constraints(1))
 TWO_REGISTERS = tl.constexpr(_constraints(2))
+MERGE_BF16 = tl.constexpr(merge_asm())
