@@ -21,6 +21,7 @@ import triton
 
 import ops_check
 import ops_decode
+import ops_models
 import ops_prefill
 import ops_sweep
 from ops_timing import compile_all, copy_gb_s, read_gb_s
@@ -78,7 +79,8 @@ def main() -> None:
                 result["decode"].append(ops_decode.point(model, batch, experts, spread, copy))
         stage(f"{name} at {bits} bits")
         if args.sweep and (name, bits) == ("mistral-7b", 2):
-            result["sweep"] = ops_sweep.sweep(model)
+            own = model.layers[: len(ops_models.MODELS[name][1]) * ops_decode.DEPTH]
+            result["sweep"] = ops_sweep.sweep(name, own, copy)
             stage("swept")
     model = None
     torch.cuda.empty_cache()

@@ -54,13 +54,13 @@ def wanted(case: dict) -> Kernel:
     slots = token_slots(case)
     routing = Routing.build(slots)
     rows, width, count = case["rows"], case["width"], routing.slots.numel()
-    config = choose(rows, width, count, routing.max_tokens)
+    config = choose(rows, width, count, routing.piece)
     two, one = (True, True) if case["bits"] == 0 else (case["bits"] > 1, case["bits"] % 2 == 1)
     variant = Variant(two, one, case["group"] or 0, 16 if case["salient"] else 0)
     if case["kernel"] == "decode":
         fixed = constants(config, rows, width, variant)
     else:
-        fused = choose_fused(rows, width, count, routing.max_tokens, bucket(len(slots), least=8))
+        fused = choose_fused(rows, width, count, bucket(len(slots), least=8))
         fixed = fused_constants(fused, rows, width, variant, False)
     return Kernel(case["kernel"], case["dtype"], rows, width, fixed, config.split > 1)
 
@@ -94,7 +94,7 @@ def error(case: dict) -> float:
     y, again = run(routing), run(routing)
     own = min(1, len(slots) - 1)  # the token that stays when its batch mates leave
     alone = [slot if slot == slots[own] else BASE for slot in slots]
-    single = run(Routing.build(alone, DEVICE, experts=routing.slots.numel(), max_tokens=routing.max_tokens))
+    single = run(Routing.build(alone, DEVICE, pieces=routing.slots.numel()))
     if not torch.equal(y, again) or not torch.equal(y[own], single[own]) or layer.arrived.any():
         return float("inf")
     return ((y.double() - expected).norm() / expected.norm()).item()

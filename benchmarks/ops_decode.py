@@ -159,11 +159,11 @@ def wanted() -> list[Kernel]:
     for name, bits, points in PLAN:
         for batch, experts, kind in points:
             routing = Routing.build(spread(kind, batch, experts))
-            count, tokens = routing.slots.numel(), routing.max_tokens
+            count = routing.slots.numel()
             for rows, width in MODELS[name][1].values():
                 variant = Variant(bits > 1, bits % 2 == 1, 128, 16)
-                config = choose(rows, width, count, tokens)
-                fused = choose_fused(rows, width, count, tokens, bucket(batch, 8))
+                config = choose(rows, width, count, routing.piece)
+                fused = choose_fused(rows, width, count, bucket(batch, 8))
                 common = torch.bfloat16, rows, width
                 found.append(Kernel("decode", *common, constants(config, rows, width, variant), config.split > 1))
                 found.append(Kernel("fused", *common, fused_constants(fused, rows, width, variant, False)))

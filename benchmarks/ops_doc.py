@@ -62,6 +62,80 @@ def spreads(data: Data) -> str:
     return pipe(head, *cells) if cells else NOT_YET
 
 
+def widths(data: Data) -> str:
+    """Steps at other widths than 2 bits, and those of 2 bits beside them."""
+    others = {(row["model"], row["batch"], row["experts"]) for row in data["decode"] if row["bits"] != 2}
+    rows = select(data["decode"], spread="distinct")
+    rows = [row for row in rows if (row["model"], row["batch"], row["experts"]) in others]
+    rows.sort(key=lambda row: (row["model"], row["batch"], row["experts"], row["bits"]))
+    head = ["model", "tokens", "experts", "bits", "ms", "of the floor", "against merged", "delta alone, of copy"]
+    cells = [
+        [
+            row["model"],
+            *(str(row[name]) for name in ("batch", "experts", "bits")),
+            f"{row['ms']:.2f}",
+            f"{row['ratio_to_floor']:.2f}",
+            f"{row['speedup_vs_merged']:.2f}x",
+            f"{row['delta_gb_s'] / data['meta']['copy_gb_s']:.0%}",
+        ]
+        for row in rows
+    ]
+    return pipe(head, *cells) if cells else NOT_YET
+
+
+def items(data: Data) -> str:
+    """What the rule of `choose_fused` costs against the best items of each linear and step."""
+    rows = data.get("sweep", [])
+    if not rows:
+        return NOT_YET
+    steps: dict[tuple, list[float]] = {}
+    for row in rows:
+        sums = steps.setdefault((row["batch"], row["experts"], row["spread"]), [0.0, 0.0, 0.0])
+        for i, name in enumerate(("floor_us", "chosen_us", "best_us")):
+            sums[i] += row[name]
+    head = ["tokens", "experts", "spread", "chosen, of the floor", "best, of the floor"]
+    cells = [
+        [str(batch), str(experts), kind, f"{chosen / floor:.2f}", f"{best / floor:.2f}"]
+        for (batch, experts, kind), (floor, chosen, best) in steps.items()
+    ]
+    return pipe(head, *cells)
+
+
+def prefill(data: Data) -> str:
+    """The package's way and the fastest other one, against the base's products alone."""
+    rows = data["prefill"]
+    if not rows:
+        return NOT_YET
+    head = [
+        "tokens",
+        "experts",
+        "spread",
+        "base, ms a layer",
+        "meswitch, ms",
+        "of the base",
+        "fastest other",
+        "of the base",
+    ]
+    cells = []
+    for key in dict.fromkeys((row["bits"], row["tokens"], row["experts"], row["spread"]) for row in rows):
+        same = select(rows, bits=key[0], tokens=key[1], experts=key[2], spread=key[3])
+        own = [row for row in same if row["path"] == "package"]
+        if own:
+            others = [row for row in same if row["path"] != "package"]
+            other = min(others, key=lambda row: row["ms"])
+            cells.append(
+                [
+                    *map(str, key[1:]),
+                    f"{own[0]['base_ms']:.2f}",
+                    f"{own[0]['ms']:.2f}",
+                    f"{own[0]['ratio_to_base']:.2f}",
+                    other["path"].replace("_", " "),
+                    f"{other['ratio_to_base']:.2f}",
+                ]
+            )
+    return pipe(head, *cells)
+
+
 def checks(data: Data) -> str:
     rows = data["check"]
     worst = max(value for row in rows for name, value in row.items() if name == "error")
@@ -144,7 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
     data = stored(FILE)
     if data is None:
         raise SystemExit(f"benchmarks/results/{FILE}: no such file; run `python benchmarks/ops.py` on a GPU")
-    places = {"decode": decode(data), "spreads": spreads(data), "checks": checks(data)}
+    makers = {"decode": decode, "spreads": spreads, "widths": widths, "items": items, "prefill": prefill}
+    places = {name: make(data) for name, make in [*makers.items(), ("checks", checks)]}
     plots = {
         "floor": Plot(floor_data(data), draw_floor, "Time of a decode step over the floor"),
         "step": Plot(step_data(data), draw_step, "A decode step of 32 tokens"),

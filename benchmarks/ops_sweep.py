@@ -1,83 +1,88 @@
-"""Which items suit which linear: the fused kernel with other choices than `choose_fused`."""
+"""Which items suit which linear: the fused kernel with every sensible choice, against what `choose_fused` takes."""
 
-import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
 
 import torch
 
 from meswitch.ops import Routing
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
-from meswitch.ops.triton_launch import FusedConfig, choose_fused, fused, fused_constants
-from ops_decode import DEPTH, Model, inputs, outputs
-from ops_models import DEVICE, MODELS, Layer, spread
+from meswitch.ops.triton_launch import Config, FusedConfig, choose_fused, fused, fused_constants
+from ops_models import DEVICE, MODELS, Layer, delta_bytes, spread
 from ops_timing import Kernel, graph_ms
 
-CASES = [(1, 1), (8, 4), (16, 1), (32, 1), (32, 4), (16, 16)]  # batch, experts
+# batch, experts, spread
+CASES = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e <= b]
+CASES += [(32, 8, "zipf"), (32, 8, "skewed"), (64, 4, "distinct")]
 
 
-def _delta(config: FusedConfig, **changes: int) -> FusedConfig:
-    return dataclasses.replace(config, delta=dataclasses.replace(config.delta, **changes))
+def _grid(columns: int, width: int) -> Iterator[FusedConfig]:
+    tiles = [(64, 4), (64, 3), (128, 3)] if columns <= 32 else [(64, 3), (64, 2), (128, 2)]
+    splits = (1, 2, 4, 8) if width > 8192 else (1, 2, 4)
+    for (rows, stages), base, delta, mixed in itertools.product(tiles, (1, 2, 3, 4), splits, (False, True)):
+        yield FusedConfig(Config(128, 8, delta), columns, base, rows, stages, mixed)
 
 
-CHANGES: dict[str, Callable[[FusedConfig], FusedConfig]] = {
-    "as chosen": lambda c: c,
-    "base split half": lambda c: dataclasses.replace(c, base_split=max(1, c.base_split // 2)),
-    "base split double": lambda c: dataclasses.replace(c, base_split=c.base_split * 2),
-    "delta split half": lambda c: _delta(c, split=max(1, c.delta.split // 2)),
-    "delta split double": lambda c: _delta(c, split=c.delta.split * 2),
-    "one stage less": lambda c: dataclasses.replace(c, base_stages=c.base_stages - 1),
-    "one stage more": lambda c: dataclasses.replace(c, base_stages=c.base_stages + 1),
-    "other base rows": lambda c: dataclasses.replace(c, base_rows=192 - c.base_rows),
-    "other order": lambda c: dataclasses.replace(c, deltas_first=not c.deltas_first),
-    "base split half, other order": lambda c: dataclasses.replace(
-        c, base_split=max(1, c.base_split // 2), deltas_first=not c.deltas_first
-    ),
-    "other warps": lambda c: _delta(c, warps=6 - c.delta.warps),
-}
-
-
-def _configs(batch: int, experts: int, change: str) -> Callable[[int, int], FusedConfig]:
-    tokens = bucket(-(-batch // experts), least=8)
-    return lambda rows, width: CHANGES[change](choose_fused(rows, width, experts, tokens, bucket(batch, least=8)))
+def _cases(name: str) -> Iterator[tuple[Routing, int, tuple[int, int, str], str, int, int]]:
+    for case in CASES:
+        batch, experts, kind = case
+        routing = Routing.build(spread(kind, batch, experts), DEVICE)
+        for linear, (rows, width) in MODELS[name][1].items():
+            yield routing, bucket(batch, least=8), case, linear, rows, width
 
 
 def wanted(name: str) -> list[Kernel]:
     """What `ops_timing.compile_all` takes."""
     found = []
-    for batch, experts in CASES:
-        for change in CHANGES:
-            config = _configs(batch, experts, change)
-            for rows, width in MODELS[name][1].values():
-                fixed = fused_constants(config(rows, width), rows, width, Variant(True, False, 128, 16), False)
-                found.append(Kernel("fused", torch.bfloat16, rows, width, fixed))
+    for routing, columns, _, _, rows, width in _cases(name):
+        chosen = choose_fused(rows, width, routing.slots.numel(), columns)
+        for config in [chosen, *_grid(columns, width)]:
+            fixed = fused_constants(config, rows, width, Variant(True, False, 128, 16), False)
+            found.append(Kernel("fused", torch.bfloat16, rows, width, fixed))
     return found
 
 
-def sweep(model: Model) -> list[dict]:
-    """Microseconds of a linear for each case and change; prints a line a linear."""
+def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
+    """Microseconds of each linear and case, chosen and best; prints a line each."""
     found = []
-    for batch, experts in CASES:
-        routing = Routing.build(spread("distinct", batch, experts), DEVICE)
-        x, y = inputs(model.layers, batch), outputs(model.layers, batch)
-        for name, (rows, width) in MODELS[model.name][1].items():
-            own, times = [layer for layer in model.layers if layer.name == name][:DEPTH], {}
-            for change in CHANGES:
-                config = _configs(batch, experts, change)(rows, width)
-                try:
-                    ms = graph_ms(lambda o=own, r=routing, c=config, x=x, y=y: _run(o, x, y, r, c), 5)
-                except Exception as failure:  # noqa: BLE001 - too much shared memory, for one
-                    print(f"  {change}: {type(failure).__name__} {str(failure)[:80]}")
-                    continue
-                times[change] = ms * 1e3 / len(own)
-            text = ", ".join(f"{change} {us:.1f}" for change, us in sorted(times.items(), key=lambda t: t[1])[:4])
-            print(f"B{batch} E{experts} {name}: chosen {times.get('as chosen', 0):.1f} us; best {text}", flush=True)
-            where = {"batch": batch, "experts": experts, "linear": name}
-            found += [where | {"change": change, "us": us} for change, us in times.items()]
+    for routing, columns, (batch, experts, kind), linear, rows, width in _cases(name):
+        own = [layer for layer in layers if layer.name == linear]
+        x = torch.randn(batch, width, device=DEVICE).bfloat16()
+        y = torch.zeros(batch, rows, dtype=torch.bfloat16, device=DEVICE)
+
+        def measure(config: FusedConfig, own=own, x=x, y=y, routing=routing) -> float:
+            def run() -> None:
+                for layer in own:
+                    fused(y, x, layer.weight, None, layer.deltas, routing, config)
+
+            return graph_ms(run, 5) * 1e3 / len(own)
+
+        times = {config: measure(config) for config in _grid(columns, width)}
+        best = min(times, key=lambda config: times[config])
+        chosen = choose_fused(rows, width, routing.slots.numel(), columns)
+        row = {
+            "batch": batch,
+            "experts": experts,
+            "spread": kind,
+            "linear": linear,
+            "floor_us": (rows * width * 2 + experts * delta_bytes(rows, width, 2)) / copy_gb_s / 1e3,
+            "chosen": _text(chosen),
+            "chosen_us": measure(chosen),
+            "best": _text(best),
+            "best_us": times[best],
+        }
+        print(
+            f"B{batch} E{experts} {kind} {linear}: floor {row['floor_us']:.1f}, chosen {row['chosen_us']:.1f} "
+            f"({row['chosen']}), best {row['best_us']:.1f} ({row['best']})",
+            flush=True,
+        )
+        found.append(row)
     return found
 
 
-def _run(layers: list[Layer], x: dict, y: dict, r: Routing, config: FusedConfig) -> None:
-    for layer in layers:
-        rows, width = layer.weight.shape
-        fused(y[rows], x[width], layer.weight, None, layer.deltas, r, config)
+def _text(c: FusedConfig) -> str:
+    order = "mixed" if c.mixed else "deltas first"
+    return (
+        f"base {c.base_rows} rows x {c.base_split} parts, {c.base_stages} stages; deltas {c.delta.split} parts; {order}"
+    )

@@ -1,10 +1,11 @@
-"""The engine on the GPU kernels (here interpreted): each request's tokens are its own expert's, whatever the batch."""
+"""The engine on the GPU kernels, interpreted where there is no GPU: each request is its own, whatever the batch."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import meswitch
+from deltas import DEVICE
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import ConfigError
@@ -54,14 +55,14 @@ def test_mixed_batches_of_all_experts_and_the_base(experts, arch, case):
     models["base"] = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     best = {name: tuple(logits_alone(model, PROMPTS["short"]).argmax(-1).tolist()) for name, model in models.items()}
     assert len(set(best.values())) == 3  # a mix-up would show
-    with Engine(base, artifacts, device="cpu", dtype="float16", op_backend="triton", slots=2) as engine:
+    with Engine(base, artifacts, device=DEVICE, dtype="float16", op_backend="triton", slots=2) as engine:
         check(engine, models, [("one", "short"), ("base", "short"), ("three", "short"), ("three", "long")])
 
 
 def test_one_slot_for_two_experts(experts):
     base, artifacts = experts()
     models = {name: load_merged(base, path) for name, path in artifacts.items()}
-    with Engine(base, artifacts, device="cpu", dtype="float16", op_backend="triton", slots=1) as engine:
+    with Engine(base, artifacts, device=DEVICE, dtype="float16", op_backend="triton", slots=1) as engine:
         check(engine, models, [("one", "short"), ("three", "short")])
         assert engine.store.evictions >= 1
 

@@ -76,7 +76,7 @@ def test_a_token_gets_the_same_bits_whoever_shares_its_batch():
     x, y = inputs(8, layer, torch.bfloat16)
 
     def outputs(token_slots):
-        return expert_linear(y.clone(), x, layer, Routing.build(token_slots, DEVICE, experts=4, max_tokens=8), "triton")
+        return expert_linear(y.clone(), x, layer, Routing.build(token_slots, DEVICE, pieces=4), "triton")
 
     alone, mixed = outputs([-1, 2, -1, -1, -1, -1, -1, -1]), outputs([0, 2, 3, 1, 2, 2, 2, 0])
     assert torch.equal(alone[1], mixed[1])
@@ -144,8 +144,8 @@ def test_refusals_name_the_backend_that_serves_the_case():
     x, y = inputs(65, layer, torch.float32)
     with pytest.raises(ConfigError, match=r"dtype: .*'reference' serves"):
         expert_linear(y, x, layer, Routing.build([0] * 65, DEVICE), "triton")
-    with pytest.raises(ConfigError, match=r"128 tokens of one expert.*'reference' serves"):
-        expert_linear(y.half(), x.half(), layer, Routing.build([0] * 65, DEVICE), "triton")
+    with pytest.raises(ConfigError, match=r"pieces of 128 tokens.*'reference' serves"):
+        expert_linear(y.half(), x.half(), layer, Routing.build([0] * 65, DEVICE, piece=128), "triton")
 
 
 def test_the_operator_is_registered_with_its_schema_and_fake_kernel():
@@ -162,7 +162,8 @@ def test_the_operator_is_registered_with_its_schema_and_fake_kernel():
         r.slots,
         r.starts,
         r.order,
-        r.max_tokens,
+        r.piece,
+        r.likely,
         v.two,
         v.one,
         v.group,

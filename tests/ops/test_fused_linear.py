@@ -72,9 +72,7 @@ def test_a_token_gets_the_same_bits_whoever_shares_its_batch():
     x, weight = inputs(8, layer, torch.bfloat16)
 
     def outputs(token_slots):
-        return fused_linear(
-            x, weight, layer, Routing.build(token_slots, DEVICE, experts=4, max_tokens=8), None, "triton"
-        )
+        return fused_linear(x, weight, layer, Routing.build(token_slots, DEVICE, pieces=4), None, "triton")
 
     alone, mixed = outputs([-1, 2, -1, -1, -1, -1, -1, -1]), outputs([0, 2, 3, -1, 2, 2, 2, 0])
     assert torch.equal(alone[1], mixed[1])
@@ -100,11 +98,11 @@ def test_the_order_in_which_items_start_changes_nothing():
     layer = SlotLinear.build([random_delta(300, 1024, 2, seed=seed) for seed in range(2)], DEVICE)
     x, weight = inputs(5, layer, torch.bfloat16)
     routing = Routing.build([0, -1, 1, 0, 1], DEVICE)
-    chosen = choose_fused(300, 1024, 2, 8, 8)
+    chosen = choose_fused(300, 1024, 2, 8)
     found = []
-    for deltas_first in (False, True):
+    for mixed in (False, True):
         y = torch.full((5, 300), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        config = dataclasses.replace(chosen, deltas_first=deltas_first)
+        config = dataclasses.replace(chosen, mixed=mixed)
         fused(y, x, weight, None, layer, routing, config)
         found.append(y)
     assert found[0].isfinite().all()
@@ -126,7 +124,7 @@ def test_slices_of_wider_tensors_are_read_by_their_strides():
 def test_refusals_name_what_serves_the_case():
     layer = SlotLinear.build([random_delta(8, 96, 2)], DEVICE)
     x, weight = inputs(65, layer, torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"65 tokens: .*expert_linear.*'reference'"):
+    with pytest.raises(ConfigError, match=r"65 tokens .*expert_linear.*'reference'"):
         fused_linear(x, weight, layer, Routing.build([-1] * 65, DEVICE), None, "triton")
     with pytest.raises(ConfigError, match=r"dtype: .*'reference' serves"):
         fused_linear(x[:3].float(), weight, layer, Routing.build([0] * 3, DEVICE), None, "triton")
@@ -138,6 +136,6 @@ def test_the_operator_is_registered_with_its_schema_and_fake_kernel():
     layer = SlotLinear.build([random_delta(24, 256, 2, salient=1), None], DEVICE)
     x, weight = inputs(3, layer, torch.bfloat16)
     r, v = Routing.build([0, 1, -1], DEVICE), layer.variant
-    places = layer.arena, layer.table, layer.arrived, r.slots, r.starts, r.order, r.max_tokens
+    places = layer.arena, layer.table, layer.arrived, r.slots, r.starts, r.order, r.piece, r.likely
     args = (x, weight, None, *places, v.two, v.one, v.group, v.salient, "reference")
     torch.library.opcheck(torch.ops.meswitch.fused_linear.default, args)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from meswitch.engine.context import Owners
 from meswitch.ops import SlotLinear, expert_prefill, fused_linear
-from meswitch.ops.linear import MAX_TOKENS
+from meswitch.ops.routing import MAX_TOKENS
 
 TRITON = "triton"
 

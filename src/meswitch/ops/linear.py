@@ -5,10 +5,8 @@ from torch import Tensor
 
 from meswitch.errors import ConfigError
 from meswitch.ops.operators import KERNEL_DTYPES, chosen_backend, flat
-from meswitch.ops.routing import Routing
+from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing
 from meswitch.ops.slots import SlotLinear
-
-MAX_TOKENS = 64  # of one expert in the decode kernel, of a step in the fused one
 
 
 def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, backend: str | None = None) -> Tensor:
@@ -60,10 +58,10 @@ def fused_linear(
 
 def _check_fused(x: Tensor, weight: Tensor, layer: SlotLinear, routing: Routing) -> None:
     _check_dtypes(x, weight, "weight")
-    if len(x) > MAX_TOKENS or routing.max_tokens > MAX_TOKENS:
+    if len(x) > MAX_TOKENS or routing.piece != PIECE:
         raise ConfigError(
-            f"{len(x)} tokens: the triton fused kernel takes up to {MAX_TOKENS}; a product with the weight and then "
-            "expert_linear, or the backend 'reference', serve any number"
+            f"{len(x)} tokens in pieces of {routing.piece}: the triton fused kernel takes up to {MAX_TOKENS} in pieces "
+            f"of {PIECE}; a product with the weight, then expert_linear, or the backend 'reference' serve any number"
         )
     if (
         x.shape[1] != layer.in_features
@@ -85,9 +83,9 @@ def _check(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing) -> None:
         ConfigError: names the backend that serves it.
     """
     _check_dtypes(x, y, "y")
-    if routing.max_tokens > MAX_TOKENS:
+    if routing.piece > MAX_TOKENS:
         raise ConfigError(
-            f"{routing.max_tokens} tokens of one expert: the triton decode kernel takes up to {MAX_TOKENS}; "
+            f"pieces of {routing.piece} tokens: the triton decode kernel takes up to {MAX_TOKENS}; "
             "the backend 'reference' serves any number"
         )
     if x.shape != (len(y), layer.in_features) or y.shape[1] != layer.rows or x.stride(1) != 1 or y.stride(1) != 1:

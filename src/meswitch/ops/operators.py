@@ -50,7 +50,7 @@ def uses_kernels(name: str | None, device: torch.device, dtype: torch.dtype) -> 
 
 def flat(layer: SlotLinear, routing: Routing) -> tuple[Any, ...]:
     """As the operators take them, from `arena` to `salient`."""
-    step = routing.slots, routing.starts, routing.order, routing.max_tokens
+    step = routing.slots, routing.starts, routing.order, routing.piece, routing.likely
     return layer.arena, layer.table, layer.arrived, *step, *layer.variant
 
 
@@ -64,7 +64,8 @@ def _expert_linear(
     slots: Tensor,
     starts: Tensor,
     order: Tensor,
-    max_tokens: int,
+    piece: int,
+    likely: int,
     two: bool,
     one: bool,
     group: int,
@@ -72,7 +73,7 @@ def _expert_linear(
     backend: str,
 ) -> None:
     layer = SlotLinear(arena, table, arrived, y.shape[1], x.shape[1], Variant(two, one, group, salient))
-    routing = Routing(slots, starts, order, max_tokens)
+    routing = Routing(slots, starts, order, piece, likely)
     if backend == "triton":
         from meswitch.ops.triton_launch import decode
 
@@ -97,7 +98,8 @@ def _fused_linear(
     slots: Tensor,
     starts: Tensor,
     order: Tensor,
-    max_tokens: int,
+    piece: int,
+    likely: int,
     two: bool,
     one: bool,
     group: int,
@@ -105,7 +107,7 @@ def _fused_linear(
     backend: str,
 ) -> Tensor:
     layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
-    routing = Routing(slots, starts, order, max_tokens)
+    routing = Routing(slots, starts, order, piece, likely)
     if backend == "triton":
         from meswitch.ops.triton_launch import fused
 
@@ -118,7 +120,7 @@ def _fused_linear(
 
 @_fused_linear.register_fake
 def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], weight.shape[0])  # len() would make a traced size a constant
 
 
 def _delta(x: Tensor, layer: SlotLinear, routing: Routing, backend: str) -> Tensor:

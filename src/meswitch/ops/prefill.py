@@ -52,7 +52,7 @@ def expert_prefill(
     for first, last in routing.plain:
         _product(tokens[first:last], weight, bias, y[first:last])
     if routing.short is not None:
-        expert_linear(y, tokens, layer.for_places(routing.short.slots.numel()), routing.short, backend)
+        expert_linear(y, tokens, layer, routing.short, backend)
     for e in range(0, len(routing.merged), MOST):
         spans, slots = routing.merged[e : e + MOST], routing.merged_slots[e : e + MOST]
         step = block_rows(layer.rows, layer.in_features, len(spans), scratch)

@@ -1,14 +1,12 @@
 """Which tokens of a prefill step belong to which expert, known on the host, so that no layer waits for the device."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from meswitch.ops.linear import MAX_TOKENS
-from meswitch.ops.routing import BASE, Routing, bucket, by_slot
+from meswitch.ops.routing import BASE, MAX_TOKENS, Routing, by_slot
 
 MERGE_FROM = 256  # tokens of one expert from which merging its weights costs less than the decode kernel; measured
 
@@ -44,7 +42,7 @@ class PrefillRouting:
         """
         tokens = by_slot(token_slots)
         order = [position for own in tokens.values() for position in own]
-        merged, plain, slots, short, start = [], [], [], [], 0
+        merged, plain, slots, start, owners = [], [], [], 0, [BASE] * len(order)
         for slot, own in tokens.items():
             span = start, start + len(own)
             start = span[1]
@@ -53,14 +51,13 @@ class PrefillRouting:
                 slots.append(slot)
                 continue
             plain.append(span)
-            if slot != BASE:
-                short.append((slot, span))
+            owners[slice(*span)] = [slot] * len(own)
         return cls(
             None if order == list(range(len(order))) else torch.tensor(order).to(device, non_blocking=True),
             tuple(merged),
             torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True),
             _joined(plain),
-            _pieces(short, len(order), device) if short else None,
+            Routing.build(owners, device, piece=MAX_TOKENS) if any(slot != BASE for slot in owners) else None,
         )
 
 
@@ -73,16 +70,3 @@ def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
         else:
             joined.append((first, last))
     return tuple(joined)
-
-
-def _pieces(segments: Sequence[tuple[int, tuple[int, int]]], tokens: int, device: torch.device | str) -> Routing:
-    """Segments cut to what the decode kernel takes: several places of one slot."""
-    places, owners = [BASE] * tokens, list[int]()
-    for slot, (first, last) in segments:
-        for start in range(first, last, MAX_TOKENS):
-            end = min(start + MAX_TOKENS, last)
-            places[start:end] = [len(owners)] * (end - start)
-            owners.append(slot)
-    routing = Routing.build(places, device)
-    owners += [BASE] * (bucket(len(owners)) - len(owners))
-    return dataclasses.replace(routing, slots=torch.tensor(owners, dtype=torch.int32).to(device))

@@ -7,22 +7,26 @@ import torch
 from torch import Tensor
 
 BASE = -1
+MAX_TOKENS = 64  # of a piece, and of a step in the fused kernel
+PIECE = 8  # tokens that a piece has at most: the least that the matrix unit multiplies at once
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Tokens sorted by slot; the base's tokens come last and are in no segment.
+    """Tokens sorted by slot and cut into pieces of one slot each; the base's tokens come last and are in no piece.
 
-    slots: [experts] int32, -1 for an unused place. starts: [experts + 1] int32, segment e is
-    `order[starts[e] : starts[e + 1]]`. order: [tokens] int32, positions in the step. max_tokens: a bound on the tokens
-    of one segment. Kernels choose their tiles by `experts` and `max_tokens` and by nothing else of a batch, so a
-    token's result does not depend on who shares it.
+    slots: [pieces] int32, the slot of each piece, -1 for an unused one. starts: [pieces + 1] int32, piece p is
+    `order[starts[p] : starts[p + 1]]`. order: [tokens] int32, positions in the step. piece: a bound on the tokens of
+    one. likely: how many of the pieces a step of this size has as a rule. Kernels choose their tiles by these sizes and
+    by nothing else of a batch, so a token's result does not depend on who shares it; and one expert's many tokens do
+    not give those of the others larger tiles.
     """
 
     slots: Tensor
     starts: Tensor
     order: Tensor
-    max_tokens: int
+    piece: int
+    likely: int
 
     @classmethod
     def build(
@@ -30,37 +34,41 @@ class Routing:
         token_slots: Sequence[int],
         device: torch.device | str = "cpu",
         *,
-        experts: int | None = None,
-        max_tokens: int | None = None,
+        pieces: int | None = None,
+        piece: int = PIECE,
     ) -> "Routing":
         """Sort a step's tokens.
 
         Args:
-            token_slots: the slot of each token, `BASE` for none. experts, max_tokens: the step's buckets, by default
-                the next powers of two.
+            token_slots: the slot of each token, `BASE` for none. pieces: the step's bucket, by default the next power
+                of two. piece: tokens that one has at most.
+
+        Raises:
+            ValueError: the tokens need more pieces.
         """
         tokens = by_slot(token_slots)
-        present = sorted(tokens.keys() - {BASE})
-        segments = [tokens[own] for own in present]
-        experts = experts or bucket(len(present))
-        lengths = [len(segment) for segment in segments]
-        max_tokens = max_tokens or bucket(max(lengths, default=1), least=8)
-        if len(present) > experts or max(lengths, default=0) > max_tokens:
-            raise ValueError(
-                f"{len(present)} experts of up to {max(lengths)} tokens in a bucket of {experts}, {max_tokens}"
-            )
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        starts += [starts[-1]] * (experts - len(present))
-        order = [t for segment in segments for t in segment]
-        order += tokens.get(BASE, [])
-        parts = [[*present, *[BASE] * (experts - len(present))], starts, order]
+        owners, starts, order = list[int](), [0], list[int]()
+        for slot in sorted(tokens.keys() - {BASE}):
+            own = tokens[slot]
+            order += own
+            for start in range(0, len(own), piece):
+                owners.append(slot)
+                starts.append(starts[-1] + min(piece, len(own) - start))
+        pieces = pieces or bucket(len(owners))
+        if len(owners) > pieces:
+            raise ValueError(f"{len(owners)} pieces in a bucket of {pieces}")
+        unused = pieces - len(owners)
+        parts = [owners + [BASE] * unused, starts + starts[-1:] * unused, order + tokens.get(BASE, [])]
         padded = [part + [0] * (-len(part) % 4) for part in parts]  # 16-byte aligned, or Triton compiles anew
         flat = torch.tensor([*padded[0], *padded[1], *padded[2]], dtype=torch.int32).to(device)  # one copy
         places = flat.split([len(part) for part in padded])
         slots, begins, positions = (place[: len(part)] for place, part in zip(places, parts, strict=True))
-        return cls(slots, begins, positions, max_tokens)
+        return cls(slots, begins, positions, piece, pieces)
+
+
+def most_pieces(tokens: int, slots: int, piece: int = PIECE) -> int:
+    """Pieces that so many tokens of so many slots have at most, however they are spread."""
+    return (tokens + (piece - 1) * min(slots, tokens)) // piece
 
 
 def by_slot(token_slots: Sequence[int]) -> dict[int, list[int]]:

@@ -137,4 +137,4 @@ def _embedding_rows(
 
 @_embedding_rows.register_fake
 def _(ids: Tensor, token_slots: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return weight.new_empty(len(ids), weight.shape[1])
+    return weight.new_empty(ids.shape[0], weight.shape[1])  # len() would make a traced size a constant

@@ -10,7 +10,7 @@ from torch import Tensor
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError
 from meswitch.ops.layout import ABSENT, Shape, read, write
-from meswitch.ops.routing import bucket
+from meswitch.ops.routing import MAX_TOKENS, bucket, most_pieces
 
 _SMALLEST_TILE = 32  # rows
 
@@ -62,12 +62,13 @@ class SlotLinear:
     @classmethod
     def over(cls, arena: Tensor, table: Tensor, rows: int, in_features: int, variant: Variant) -> "SlotLinear":
         """A layer whose deltas lie, or will lie, in a shared arena."""
-        arrived = torch.zeros(_cells(rows, bucket(len(table))), dtype=torch.int32, device=arena.device)
+        most = bucket(most_pieces(MAX_TOKENS, len(table)))
+        arrived = torch.zeros(_cells(rows, most), dtype=torch.int32, device=arena.device)
         return cls(arena, table, arrived, rows, in_features, variant)
 
-    def for_places(self, places: int) -> "SlotLinear":
-        """The same layer with counters for a routing of so many places, if it has not enough."""
-        cells = _cells(self.rows, places)
+    def for_pieces(self, pieces: int) -> "SlotLinear":
+        """The same layer with counters for a routing of so many pieces, if it has not enough."""
+        cells = _cells(self.rows, pieces)
         return self if cells <= self.arrived.numel() else replace(self, arrived=self.arrived.new_zeros(cells))
 
     @classmethod
@@ -86,9 +87,9 @@ class SlotLinear:
         return cls.over(arena, torch.tensor(table).to(device), present[0].rows, present[0].in_features, variant)
 
 
-def _cells(rows: int, places: int) -> int:
-    """Counters: one for each tile and place of a routing."""
-    return -(-rows // _SMALLEST_TILE) * places
+def _cells(rows: int, pieces: int) -> int:
+    """Counters: one for each tile and piece of a routing."""
+    return -(-rows // _SMALLEST_TILE) * pieces
 
 
 def slot_shape(row: Sequence[int], rows: int, in_features: int, group: int) -> tuple[Shape, int] | None:

@@ -3,7 +3,8 @@
 The grid is a list of work items. Those of the base are a tile of rows times a part of the input channels for all
 tokens, those of the deltas a tile of rows times a part of one expert's channels for its tokens. A base item reads much
 and computes little, a delta item the reverse, and a multiprocessor holds some of both. Every item leaves its partial
-sums in scratch memory; the one that is the last of a tile of rows adds them up in a fixed order and writes y.
+sums in scratch memory; the one that is the last of a tile of rows adds them up in a fixed order and writes y. From
+then on the next kernel may start, and waits for all of this one before it reads anything.
 
 Columns are not tokens but places in the routing's order, so that an expert's tokens are neighbours.
 """
@@ -71,14 +72,17 @@ def _base_item(
     BASE_BK: tl.constexpr,
     M: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     place = half * BASE_BN + tl.arange(0, BASE_BN)
+    n = tile * BN + place
+    blocks = tl.cdiv(K, BASE_BK)
+    start, end = part * blocks // parts, (part + 1) * blocks // parts
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     m = tl.arange(0, M)
     token = tl.load(order + tl.minimum(m, tokens - 1))
     x_rows = x + token.to(tl.int64) * stride_x
-    blocks = tl.cdiv(K, BASE_BK)
-    start, end = part * blocks // parts, (part + 1) * blocks // parts
-    n = tile * BN + place
     acc = _base_tile(x_rows, weight, stride_weight, n, start, end, N, K, EVEN_K, INTERPRET, BASE_BN, BASE_BK, M, STAGES)
     tl.store(home + m[None, :] * BN + place[:, None], acc)
 
@@ -94,7 +98,7 @@ def _delta_item(
     home,
     stride_x,
     tile,
-    e,
+    piece,
     part,
     parts,
     N,
@@ -109,9 +113,12 @@ def _delta_item(
     BN: tl.constexpr,
     MT: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    slot = tl.load(slots + e)
-    first, last = tl.load(starts + e), tl.load(starts + e + 1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    slot = tl.load(slots + piece)
+    first, last = tl.load(starts + piece), tl.load(starts + piece + 1)
     if (slot >= 0) & (first < last):
         place = tl.arange(0, BN)
         m = tl.arange(0, MT)
@@ -150,6 +157,7 @@ def _finish(
     home,
     stride_y,
     tile,
+    half,
     owned,
     tokens,
     base_parts,
@@ -157,17 +165,18 @@ def _finish(
     N,
     BIAS: tl.constexpr,
     BN: tl.constexpr,
+    BASE_BN: tl.constexpr,
     M: tl.constexpr,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Add up what a tile's items left; the places from `owned` on are the base's own tokens."""
-    place = tl.arange(0, BN)
+    """Add up what the items of a part of a tile left; the places from `owned` on are the base's own tokens."""
+    place = half * BASE_BN + tl.arange(0, BASE_BN)
     n = tile * BN + place
     for chunk in tl.static_range(M // COLUMNS):
         m = chunk * COLUMNS + tl.arange(0, COLUMNS)
         cells = home + m[None, :] * BN + place[:, None]
-        acc = tl.zeros([BN, COLUMNS], tl.float32)
+        acc = tl.zeros([BASE_BN, COLUMNS], tl.float32)
         for part in tl.static_range(PARTS):
             columns = tl.where(part < base_parts, tokens, tl.where(part < base_parts + parts, owned, 0))
             acc += tl.load(cells + part * (M * BN), mask=(m < columns)[None, :], other=0.0, cache_modifier=".cg")
@@ -178,7 +187,7 @@ def _finish(
         tl.store(out, acc.to(y.dtype.element_ty), mask=(m < tokens)[None, :] & (n < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "experts", "base_parts", "parts", "turn"])
+@triton.jit(do_not_specialize=["tokens", "pieces", "base_parts", "parts", "mixed"])
 def fused_kernel(
     x,
     y,
@@ -197,10 +206,10 @@ def fused_kernel(
     N,
     K,
     tokens,
-    experts,
+    pieces,
     base_parts,
     parts,
-    turn,
+    mixed,
     TWO: tl.constexpr,
     ONE: tl.constexpr,
     SALIENT: tl.constexpr,
@@ -218,31 +227,48 @@ def fused_kernel(
     COLUMNS: tl.constexpr,
     BASE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     HALVES: tl.constexpr = BN // BASE_BN
-    program = (tl.program_id(0) + turn) % tl.num_programs(0)  # which item starts first
+    program, programs = tl.program_id(0), tl.num_programs(0)
     cells = base_parts + parts
     base_items = tl.cdiv(N, BN) * HALVES * base_parts
-    if program < base_items:
-        tile = program // (base_parts * HALVES)
-        half, part = program // base_parts % HALVES, program % base_parts
+    if mixed:  # base items are spread evenly among the deltas'
+        base = program * base_items // programs
+        is_base = (program + 1) * base_items // programs > base
+        delta = program - base
+    else:  # the deltas' items start first
+        base = program - (programs - base_items)
+        is_base = base >= 0
+        delta = program
+    if is_base:
+        tile = base // (base_parts * HALVES)
+        half, part = base // base_parts % HALVES, base % base_parts
+        end = half + 1
         home = work + (tile * cells + part).to(tl.int64) * (M * BN)
         _base_item(
             *(x, weight, order, home, stride_x, stride_weight, tile, half, part, base_parts, tokens, N, K),
-            *(EVEN_K, INTERPRET, BN, BASE_BN, BASE_BK, M, BASE_STAGES),
+            *(EVEN_K, INTERPRET, BN, BASE_BN, BASE_BK, M, BASE_STAGES, EARLY),
         )
     else:
-        item = program - base_items
-        tile = item // (parts * experts)
-        e, part = item // parts % experts, item % parts
+        tile = delta // (parts * pieces)
+        half, end = tile * 0, tile * 0 + HALVES  # all of the tile
+        piece, part = delta // parts % pieces, delta % parts
         home = work + (tile * cells + base_parts + part).to(tl.int64) * (M * BN)
         _delta_item(
-            *(x, arena, table, slots, starts, order, home, stride_x, tile, e, part, parts, N, K),
-            *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES),
+            *(x, arena, table, slots, starts, order, home, stride_x, tile, piece, part, parts, N, K),
+            *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES, EARLY),
         )
+    owned = tl.load(starts + pieces)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.debug_barrier()
-    if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == HALVES * base_parts + experts * parts - 1:
-        tl.store(arrived + tile, 0)
-        first = work + (tile * cells).to(tl.int64) * (M * BN)
-        owned = tl.load(starts + experts)
-        _finish(y, bias, order, first, stride_y, tile, owned, tokens, base_parts, parts, N, BIAS, BN, M, PARTS, COLUMNS)
+    first = work + (tile * cells).to(tl.int64) * (M * BN)
+    for h in tl.range(bound(half, INTERPRET), bound(end, INTERPRET), num_stages=1):
+        counter = arrived + tile * HALVES + h
+        if tl.atomic_add(counter, 1, sem="acq_rel") == base_parts + pieces * parts - 1:
+            tl.store(counter, 0)
+            _finish(
+                *(y, bias, order, first, stride_y, tile, h, owned, tokens, base_parts, parts, N),
+                *(BIAS, BN, BASE_BN, M, PARTS, COLUMNS),
+            )
