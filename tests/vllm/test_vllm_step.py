@@ -16,7 +16,7 @@ def products(side, tokens, deltas):
     wanted = expected(y, x, deltas, side.host + [-1] * (tokens - len(side.host)))
     routing = side.routing(tokens)
     if routing is not None:
-        expert_linear(y, x, layer.for_places(routing.slots.numel()), routing)
+        expert_linear(y, x, layer, routing)
     return y.double(), wanted
 
 
@@ -45,12 +45,34 @@ def test_small_steps_have_one_shape_whatever_experts_they_hold():
         side.fill(slots)
         routing = side.routing(64)
         shapes.add(
-            (len(routing.slots), len(routing.starts), len(routing.order), routing.max_tokens, routing.slots.data_ptr())
+            (len(routing.slots), len(routing.starts), len(routing.order), routing.piece, routing.slots.data_ptr())
         )
     assert len(shapes) == 1
     side.fill([-1] * 64)
     assert side.routing(64) is None
     assert (side._slots == -1).all()  # what a graph captured with experts would read
+
+
+def test_a_replayed_graph_finds_every_row_once_whatever_came_before():
+    """The fused kernel writes the rows of `order`: a stale one would leave rows out, or write beyond the step."""
+    side = Side(64, 3, torch.device("cpu"))
+    for slots in ([2, 0, 1, 2], [0] * 40, [-1, -1], [1], [-1] * 64, [2, -1, 2], []):
+        side.fill(slots)
+        for rows in {max(1, len(slots)), 8, 33, 64} - set(range(1, len(slots))):
+            assert sorted(side._order[:rows].tolist()) == list(range(rows))
+        owned = side._order[: side._starts[-1]].tolist()
+        assert sorted(owned) == [row for row, slot in enumerate(slots) if slot >= 0]
+
+
+def test_graphs_for_each_number_of_experts_have_pieces_for_just_as_many():
+    side = Side(64, 16, torch.device("cpu"), specialized=True)
+    counts = []
+    for experts in (1, 4, 16):
+        side.fill([row % experts for row in range(32)])
+        routing = side.routing(32)
+        counts.append((routing.slots.numel(), routing.likely))
+        assert (routing.slots >= 0).sum() == max(experts, 4)
+    assert counts == [(4, 4), (7, 4), (18, 16)]
 
 
 def test_part_of_a_step_and_a_step_too_long():

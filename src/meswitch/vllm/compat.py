@@ -63,6 +63,7 @@ CONTRACT = (
     Symbol("vllm.model_executor.layers.linear", "ColumnParallelLinear"),
     Symbol("vllm.model_executor.layers.linear", "RowParallelLinear"),
     Symbol("vllm.model_executor.layers.linear", "ReplicatedLinear"),
+    Symbol("vllm.model_executor.layers.linear", "UnquantizedLinearMethod"),
     Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
     Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
     Symbol("vllm.model_executor.layers.layernorm", "RMSNorm"),
@@ -101,6 +102,19 @@ def layer_kinds() -> LayerKinds:
         vocab_parallel_embedding.ParallelLMHead,
         (layernorm.RMSNorm,),
     )
+
+
+def graphs_by_experts(config: Any) -> bool:
+    """Whether vLLM captures a graph for each number of adapters in a step, and not one for all of them."""
+    by_lora = getattr(config.compilation_config, "cudagraph_specialize_lora", False)
+    return bool(by_lora and getattr(config.lora_config, "specialize_active_lora", False))
+
+
+def is_plain(method: object) -> bool:
+    """Whether a linear layer's method is one product with its 16-bit weight."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    return type(method) is UnquantizedLinearMethod
 
 
 def moved(contract: tuple[Symbol, ...] = CONTRACT) -> list[str]:

@@ -1,4 +1,4 @@
-"""`y += x D^T` as one operator that a traced model calls with tensors only.
+"""`y += x D^T` and `x W^T + x D^T` as operators that a traced model calls with tensors only.
 
 The step's routing is not among its arguments: how many experts a step has must not be traced. So the operator's body
 looks it up, as vLLM's attention does with its metadata; a captured graph keeps the kernel with the static buffers.
@@ -7,7 +7,8 @@ looks it up, as vLLM's attention does with its metadata; a captured graph keeps 
 import torch
 from torch import Tensor
 
-from meswitch.ops import expert_linear
+from meswitch.ops import expert_linear, expert_prefill, fused_linear
+from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.slots import SlotLinear, Variant
 from meswitch.vllm.step import Step
 
@@ -35,7 +36,29 @@ def _add_delta(
     if routing is None:
         return
     layer = SlotLinear(arena, table, arrived, y.shape[1], x.shape[1], Variant(two, one, group, salient))
-    expert_linear(y, x, layer.for_places(routing.slots.numel()), routing)
+    expert_linear(y, x, layer, routing)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    arena: Tensor,
+    table: Tensor,
+    arrived: Tensor,
+    two: bool,
+    one: bool,
+    group: int,
+    salient: int,
+) -> Tensor:
+    side = _current[0].tokens
+    routing = side.routing(len(x))
+    if routing is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
+    if len(x) <= MAX_TOKENS:
+        return fused_linear(x, weight, layer, routing, bias)
+    return expert_prefill(x, weight, layer, side.prefill(len(x)), bias)
 
 
 # Not `torch.library.custom_op`: its checks cost more than a small layer on a CPU.
@@ -44,8 +67,16 @@ _library.define(
     "add_delta(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor(b!) arrived, int side, bool two, bool one, "
     "int group, int salient) -> ()"
 )
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor(a!) arrived, bool two, bool one, "
+    "int group, int salient) -> Tensor"
+)
 _library.impl("add_delta", _add_delta, "CompositeExplicitAutograd")
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("meswitch_vllm::add_delta", lambda *_: None, lib=_library)
+torch.library.register_fake(
+    "meswitch_vllm::linear", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]), lib=_library
+)
 
 
 def add_delta(y: Tensor, x: Tensor, layer: SlotLinear, side: int) -> None:
@@ -56,3 +87,18 @@ def add_delta(y: Tensor, x: Tensor, layer: SlotLinear, side: int) -> None:
             `step.HEAD`.
     """
     torch.ops.meswitch_vllm.add_delta(y, x, layer.arena, layer.table, layer.arrived, side, *layer.variant)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear) -> Tensor:
+    """The base's product with each row's delta, in one kernel where the step is small.
+
+    Args:
+        x: [rows, layer.in_features]. weight: [layer.rows, layer.in_features] of x's dtype. bias: [layer.rows].
+
+    Returns:
+        [rows, layer.rows].
+    """
+    found: Tensor = torch.ops.meswitch_vllm.linear(
+        x, weight, bias, layer.arena, layer.table, layer.arrived, *layer.variant
+    )
+    return found

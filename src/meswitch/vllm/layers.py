@@ -14,8 +14,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.ops import embedding_rows, expert_linear
+from meswitch.ops.operators import KERNEL_DTYPES
+from meswitch.vllm import compat
 from meswitch.vllm.arena import Arena, Layer
-from meswitch.vllm.delta_op import add_delta
+from meswitch.vllm.delta_op import add_delta, linear
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM
 from meswitch.vllm.step import HEAD as HEAD_SIDE
 from meswitch.vllm.step import TOKENS, Step, part
@@ -26,6 +28,7 @@ class DeltaMethod(QuantizeMethodBase):
 
     def __init__(self, inner: Any, layer: Layer, step: Step) -> None:
         self.inner, self.layer, self.step = inner, layer, step
+        self.fused = _fuses(inner, layer)
 
     def __getattr__(self, name: str) -> Any:  # vLLM asks methods for what they support
         return getattr(self.__dict__["inner"], name)
@@ -38,16 +41,21 @@ class DeltaMethod(QuantizeMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., rows]."""
-        y: Tensor = self.inner.apply(layer, x, bias)
+        own, inputs = self.layer, x.view(-1, x.shape[-1])
+        if self.fused and own.slots is not None:
+            weight: Any = layer.weight
+            y = linear(inputs, weight, bias, own.slots).view(*x.shape[:-1], -1)
+        else:
+            y = self.inner.apply(layer, x, bias)
         if _idle(self.step, x):
             return y
-        inputs, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        outputs = y.view(-1, y.shape[-1])
         # a tied embedding multiplies too, as the head
-        if self.layer.place.kind == LINEAR:
-            if self.layer.slots is not None:
-                add_delta(outputs, inputs, self.layer.slots, TOKENS)
-            if self.layer.vectors is not None:
-                outputs += self.layer.vectors[self.step.tokens.token_slots[: inputs.shape[0]]].to(outputs.dtype)
+        if own.place.kind == LINEAR:
+            if own.slots is not None and not self.fused:
+                add_delta(outputs, inputs, own.slots, TOKENS)
+            if own.vectors is not None:
+                outputs += own.vectors[self.step.tokens.token_slots[: inputs.shape[0]]].to(outputs.dtype)
         else:
             self._logits(outputs, inputs)
         return y
@@ -83,8 +91,7 @@ class DeltaMethod(QuantizeMethodBase):
             if first is None:
                 add_delta(outputs[:, :rows], inputs, self.layer.slots, HEAD_SIDE)
             elif (routing := part(self.step.tokens, first, len(inputs))) is not None:
-                layer = self.layer.slots.for_places(routing.slots.numel())
-                expert_linear(outputs[:, :rows], inputs, layer, routing)
+                expert_linear(outputs[:, :rows], inputs, self.layer.slots, routing)
         if self.layer.own is not None and self.layer.has_own is not None:
             for slot in sorted({slot for slot in slots if slot >= 0}):
                 own = torch.tensor([slot == other for other in slots], device=inputs.device)
@@ -126,6 +133,20 @@ class DeltaNorm(nn.Module):
         weights = weights.view(x.shape[0], *[1] * (x.dim() - 2), -1)
         y = (normal.to(weights.dtype) * weights).to(dtype)
         return y if residual is None else (y, residual)
+
+
+def _fuses(inner: Any, layer: Layer) -> bool:
+    """Whether one kernel can compute the base's product and the deltas."""
+    weight = getattr(layer.place.module, "weight", None)
+    return (
+        layer.place.kind == LINEAR
+        and layer.slots is not None
+        and weight is not None
+        and weight.is_cuda
+        and weight.dtype in KERNEL_DTYPES
+        and weight.shape == (layer.slots.rows, layer.slots.in_features)
+        and compat.is_plain(inner)
+    )
 
 
 def _idle(step: Step, x: Tensor) -> bool:

@@ -70,7 +70,8 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
                 f"extra_rows: {self.arena.extra_rows}: vLLM's LoRA embedding takes no tokens after the base's; set "
                 f"additional_config.{KEY}.lora to false"
             )
-        self.step = Step(self.max_num_batched_tokens, self.lora_slots, self.device)
+        specialized = compat.graphs_by_experts(config)
+        self.step = Step(self.max_num_batched_tokens, self.lora_slots, self.device, specialized)
         delta_op.install(self.step)
         layers.install(model, self.arena, self.step, replace_submodule)
         self._elsewhere = compat.missing_modules(model)

@@ -5,15 +5,13 @@ the device.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops import Routing
-from meswitch.ops.linear import MAX_TOKENS
-from meswitch.ops.routing import BASE, bucket, by_slot
+from meswitch.ops import PrefillRouting, Routing
+from meswitch.ops.routing import BASE, MAX_TOKENS, PIECE, most_pieces
 
 TOKENS, HEAD = 0, 1  # rows of the model's layers, rows that reach the head
 
@@ -21,19 +19,22 @@ TOKENS, HEAD = 0, 1  # rows of the model's layers, rows that reach the head
 class Side:
     """The slots of a step's rows.
 
+    Args:
+        specialized: there is a graph for each number of experts, not one for all.
+
     token_slots: [capacity] int32 on the device, -1 for the base and beyond the step.
     """
 
-    def __init__(self, capacity: int, slots: int, device: torch.device) -> None:
-        self.least = bucket(slots)
-        pieces = bucket(slots + -(-capacity // MAX_TOKENS))
+    def __init__(self, capacity: int, slots: int, device: torch.device, specialized: bool = False) -> None:
+        self.slots, self._small, self._specialized = slots, min(capacity, MAX_TOKENS), specialized
         self.token_slots = torch.full((capacity,), BASE, dtype=torch.int32, device=device)
         self.host: list[int] = []
         self.active = False
-        self._pieces = self.least
+        pieces = max(most_pieces(self._small, slots), most_pieces(capacity, slots, MAX_TOKENS))
         self._slots = torch.full((pieces,), BASE, dtype=torch.int32, device=device)
         self._starts = torch.zeros(pieces + 1, dtype=torch.int32, device=device)
-        self._order = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self._order = torch.arange(capacity, dtype=torch.int32, device=device)
+        self._prefill: dict[int, PrefillRouting] = {}
 
     def fill(self, token_slots: Sequence[int]) -> None:
         """Set the slots of the step's rows; the rest is the base's."""
@@ -42,24 +43,46 @@ class Side:
             raise ConfigError(f"{now} rows in a step that was announced with at most {len(self.token_slots)}")
         self.host = list(token_slots)
         self.active = any(slot != BASE for slot in token_slots)
+        self._prefill = {}
         _copy(self.token_slots, torch.tensor(self.host, dtype=torch.int32))
         if before > now:
             self.token_slots[now:before].fill_(BASE)
-        if not self.active:
-            self._slots.fill_(BASE)  # a graph that was captured with experts may be replayed without any
+        if now <= self._small:
+            # even without experts: a graph that was captured with some may be replayed, and writes its rows in `order`
+            padded = self.host + [BASE] * (self._small - now)
+            routing = Routing.build(padded, pieces=most_pieces(self._small, self.slots))
+        elif self.active:
+            routing = Routing.build(self.host, pieces=len(self._slots), piece=MAX_TOKENS)
+        else:
             return
-        owners, routing = _pieces(self.host, self.least)
-        self._pieces = len(owners)
-        _copy(self._slots, torch.tensor(owners, dtype=torch.int32))
+        _copy(self._slots, routing.slots)
         _copy(self._starts, routing.starts)
         _copy(self._order, routing.order)
 
     def routing(self, rows: int) -> Routing | None:
-        """The step's rows sorted by slot, for `rows` of which the last may be padding; None if all are the base's."""
+        """The step's rows sorted by slot, for `rows` of which the last may be padding; None if all are the base's.
+
+        The shapes of a step of up to `MAX_TOKENS` rows depend on `rows` alone, or also on the number of experts where
+        graphs are specialized on it, so that a captured graph serves them all.
+        """
         if not self.active:
             return None
-        most = min(bucket(rows, least=8), MAX_TOKENS)
-        return Routing(self._slots[: self._pieces], self._starts[: self._pieces + 1], self._order[:rows], most)
+        slots = self.slots
+        if len(self.host) <= self._small:
+            if self._specialized:
+                slots = len(set(self.host) - {BASE})
+            pieces, piece = most_pieces(min(rows, self._small), slots), PIECE
+        else:
+            pieces, piece = most_pieces(rows, slots, MAX_TOKENS), MAX_TOKENS
+        likely = max(min(slots, rows), -(-rows // piece))  # tokens that are spread evenly
+        return Routing(self._slots[:pieces], self._starts[: pieces + 1], self._order[:rows], piece, min(likely, pieces))
+
+    def prefill(self, rows: int) -> PrefillRouting:
+        """The same for a step of many rows, which no graph holds."""
+        if rows not in self._prefill:
+            padding = [BASE] * (rows - len(self.host))
+            self._prefill[rows] = PrefillRouting.build(self.host + padding, self.token_slots.device)
+        return self._prefill[rows]
 
 
 def part(side: Side, first: int, rows: int) -> Routing | None:
@@ -67,17 +90,14 @@ def part(side: Side, first: int, rows: int) -> Routing | None:
     own = side.host[first : first + rows]
     if len(own) != rows or all(slot == BASE for slot in own):
         return None
-    owners, routing = _pieces(own, side.least)
-    device = side.token_slots.device
-    slots = torch.tensor(owners, dtype=torch.int32, device=device)
-    return Routing(slots, routing.starts.to(device), routing.order.to(device), MAX_TOKENS)
+    return Routing.build(own, side.token_slots.device, piece=MAX_TOKENS)
 
 
 class Step:
     """Both sides of the step of one model."""
 
-    def __init__(self, capacity: int, slots: int, device: torch.device) -> None:
-        self.sides = (Side(capacity, slots, device), Side(capacity, slots, device))
+    def __init__(self, capacity: int, slots: int, device: torch.device, specialized: bool = False) -> None:
+        self.sides = tuple(Side(capacity, slots, device, specialized) for _ in (TOKENS, HEAD))
         self.dummy = False  # vLLM warms up: the slots are empty and the rows may be any
 
     @property
@@ -87,22 +107,6 @@ class Step:
     @property
     def head(self) -> Side:
         return self.sides[HEAD]
-
-
-def _pieces(token_slots: Sequence[int], least: int) -> tuple[list[int], Routing]:
-    """Rows by slot, in pieces of what the decode kernel takes: the slot of each piece, and the routing by piece."""
-    owners: list[int] = []
-    places = [BASE] * len(token_slots)
-    for slot, own in by_slot(token_slots).items():
-        if slot == BASE:
-            continue
-        for start in range(0, len(own), MAX_TOKENS):
-            for position in own[start : start + MAX_TOKENS]:
-                places[position] = len(owners)
-            owners.append(slot)
-    count = bucket(len(owners), least)
-    routing = Routing.build(places, experts=count, max_tokens=MAX_TOKENS)
-    return owners + [BASE] * (count - len(owners)), replace(routing, max_tokens=MAX_TOKENS)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

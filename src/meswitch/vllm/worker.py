@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from meswitch.errors import ConfigError
-from meswitch.ops.linear import MAX_TOKENS
+from meswitch.ops.routing import MAX_TOKENS
 
 try:
     import vllm  # noqa: F401
