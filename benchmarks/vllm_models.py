@@ -41,7 +41,7 @@ def write_artifact(base: Path, out: Path, bits: int) -> Path:
     from meswitch.compression.plan import outline, predict
 
     shape = outline(base)
-    predicted = predict(shape, shape, Options(bits=bits, group_size=64))
+    predicted = predict(shape, shape, Options(bits=bits))
     writer = ArtifactWriter(out, "random")
     for name, entry in predicted.manifest.tensors.items():
         if entry.kind != "packed":
