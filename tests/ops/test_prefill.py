@@ -94,7 +94,7 @@ def test_tokens_that_use_the_bases_weights_are_multiplied_together():
 
 def test_blocks_of_rows_are_whole_waves_within_the_scratch_memory():
     assert block_rows(4096, 4096, 1, 1 << 30) == 4096
-    assert block_rows(28672, 4096, 4, 512 << 20) == 16384
+    assert block_rows(28672, 4096, 4, 512 << 20) == 14336
     assert block_rows(28672, 4096, 4, 96 << 20) == 2048
     assert block_rows(28672, 4096, 4, 1) == 256
 

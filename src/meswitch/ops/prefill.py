@@ -5,6 +5,8 @@ bytes instead, `2 + 2 + bits / 8` of them a weight for one expert, and `y = x (W
 Short segments share the base's product and get their deltas from the decode kernel.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,12 +70,13 @@ def expert_prefill(
 
 
 def block_rows(rows: int, in_features: int, experts: int, scratch: int) -> int:
-    """How many rows to merge at a time: as many whole waves of tiles as the scratch memory holds."""
+    """How many rows to merge at a time: few blocks of one size, of whole waves of tiles at most."""
     most = scratch // (experts * in_features * 2)
     if most >= rows:
         return rows
     if most >= _WAVE:
-        return most // _WAVE * _WAVE
+        blocks = math.ceil(rows / (most // _WAVE * _WAVE))
+        return math.ceil(rows / blocks / _LEAST_ROWS) * _LEAST_ROWS
     return max(_LEAST_ROWS, 1 << max(most, 1).bit_length() - 1)
 
 
