@@ -69,6 +69,8 @@ def serving(arguments: list[str], log: Path, patience: float) -> Iterator[tuple[
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *arguments]
     variables = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if not _cuda() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        variables["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; vLLM would take a large share of the host's memory
     started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | variables, cwd=log.parent)
