@@ -27,7 +27,8 @@ def test_two_ranks_answer_as_one(family, deltas, expected, two_processes):
 def make_buffer(worker):
     """What vLLM makes when it warms up, which it does not do on a CPU where LoRA is on: see docs/vllm.md."""
     runner = worker.model_runner
-    assert runner.intermediate_tensors is None  # else vLLM has mended it, and this can go
+    if runner.intermediate_tensors is not None:  # as in vLLM 0.25
+        return
     runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
         batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
     )

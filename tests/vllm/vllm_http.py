@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,26 +31,31 @@ def serving(arguments, port, **variables):
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | variables
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
-    try:
-        while True:
-            try:
-                if ask(address, "/health")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.5)
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"the server did not start:\n{process.communicate()[0][-4000:]}")
-        yield address
-    finally:
-        process.terminate()  # the server ends its engine's process
+    with tempfile.TemporaryFile("w+") as said:  # not a pipe: one that nobody reads fills up, and the server waits
+        process = subprocess.Popen(arguments, stdout=said, stderr=subprocess.STDOUT, text=True, env=environment)
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
         try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            while not _healthy(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    process.kill()
+                    said.seek(0)
+                    pytest.fail(f"the server did not start:\n{said.read()[-4000:]}")
+                time.sleep(0.5)
+            yield address
+        finally:
+            process.terminate()  # the server ends its engine's process
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _healthy(address):
+    try:
+        return ask(address, "/health")[0] == 200
+    except OSError:
+        return False
 
 
 def ask(url, path, body=None):

@@ -110,6 +110,14 @@ def graphs_by_experts(config: Any) -> bool:
     return bool(by_lora and getattr(config.lora_config, "specialize_active_lora", False))
 
 
+def cache_knows_paths() -> bool:
+    """Whether vLLM's prefix cache tells adapters of one name apart by their paths; vLLM 0.25 does not."""
+    from vllm.v1.core import kv_cache_utils
+
+    keys = getattr(kv_cache_utils, "_gen_lora_extra_hash_keys", None)
+    return keys is not None and "lora_path" in inspect.getsource(keys)
+
+
 def is_plain(method: object) -> bool:
     """Whether a linear layer's method is one product with its 16-bit weight."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         self.rename = compat.renamer(model)
         self._source = config.model_config.model
         self._fingerprint: str | None = None
+        self._caches_prompts = bool(config.cache_config.enable_prefix_caching)
+        self.names: dict[str, tuple[Path, str]] = {}  # of all that was ever loaded, as `check_name` takes them
         found = list(places(model, self.packed_modules_mapping))
         self.arena = Arena(
             found,
@@ -86,6 +89,23 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
             artifact.check_base(base, known=self._fingerprint)
         assert self.arena is not None
         return DeltaModel(lora_id, prepare(artifact, self.arena, self.rename, self.settings, self._elsewhere))
+
+    def check_name(self, name: str, weights: tuple[Path, str]) -> None:
+        """Refuse a delta under a name whose cached prompts are of other weights.
+
+        Args:
+            weights: where they lie, and a digest of their manifest.
+
+        Raises:
+            ConfigError: vLLM would take what it cached for the other weights.
+        """
+        before = self.names.get(name, weights)
+        told_apart = before[0] != weights[0] and compat.cache_knows_paths()
+        if before != weights and self._caches_prompts and not told_apart:
+            raise ConfigError(
+                f"{name}: other weights had this name ({before[0]}), and vLLM would take prompts that it cached for "
+                "them; load these under a new name, or start it with --no-enable-prefix-caching"
+            )
 
     @property
     def capacity(self) -> int:
@@ -154,14 +174,22 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
     _manager_cls = DeltaModelManager
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        manager, name = self._adapter_manager, lora_request.lora_name
         directory = Path(get_adapter_absolute_path(lora_request.lora_path))
-        if (directory / MANIFEST_NAME).is_file():
+        manifest = directory / MANIFEST_NAME
+        if manifest.is_file():
+            weights = directory.resolve(), sha256(manifest.read_bytes()).hexdigest()
             try:
-                return self._adapter_manager.read(directory, lora_request.lora_int_id)
+                manager.check_name(name, weights)
+                found: LoRAModel = manager.read(directory, lora_request.lora_int_id)
             except MeswitchError as error:
                 raise ValueError(str(error)) from error  # what vLLM's server answers a request with
-        if not self._adapter_manager.settings.lora:
+        elif manager.settings.lora:
+            weights = directory.resolve(), ""
+            found = super()._load_adapter(lora_request)
+        else:
             raise ValueError(
                 f"{directory}: not a meswitch artifact (no {MANIFEST_NAME}), and additional_config.{KEY}.lora is false"
             )
-        return super()._load_adapter(lora_request)
+        manager.names[name] = weights
+        return found
