@@ -52,13 +52,13 @@ def _linear(
     salient: int,
 ) -> Tensor:
     side = _current[0].tokens
+    layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
+    if side.active and len(x) > MAX_TOKENS:
+        return expert_prefill(x, weight, layer, side.prefill(len(x)), bias)
     routing = side.routing(len(x))
     if routing is None:
         return torch.nn.functional.linear(x, weight, bias)
-    layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
-    if len(x) <= MAX_TOKENS:
-        return fused_linear(x, weight, layer, routing, bias)
-    return expert_prefill(x, weight, layer, side.prefill(len(x)), bias)
+    return fused_linear(x, weight, layer, routing, bias)
 
 
 # Not `torch.library.custom_op`: its checks cost more than a small layer on a CPU.

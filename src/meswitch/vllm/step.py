@@ -5,6 +5,7 @@ the device.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ class Side:
         self.token_slots = torch.full((capacity,), BASE, dtype=torch.int32, device=device)
         self.host: list[int] = []
         self.active = False
-        pieces = max(most_pieces(self._small, slots), most_pieces(capacity, slots, MAX_TOKENS))
+        pieces = most_pieces(self._small, slots)
         self._slots = torch.full((pieces,), BASE, dtype=torch.int32, device=device)
         self._starts = torch.zeros(pieces + 1, dtype=torch.int32, device=device)
-        self._order = torch.arange(capacity, dtype=torch.int32, device=device)
+        self._order = torch.arange(self._small, dtype=torch.int32, device=device)
+        self._large: dict[int, Routing] = {}
         self._prefill: dict[int, PrefillRouting] = {}
 
     def fill(self, token_slots: Sequence[int]) -> None:
@@ -43,18 +45,14 @@ class Side:
             raise ConfigError(f"{now} rows in a step that was announced with at most {len(self.token_slots)}")
         self.host = list(token_slots)
         self.active = any(slot != BASE for slot in token_slots)
-        self._prefill = {}
+        self._large, self._prefill = {}, {}
         _copy(self.token_slots, torch.tensor(self.host, dtype=torch.int32))
         if before > now:
             self.token_slots[now:before].fill_(BASE)
-        if now <= self._small:
-            # even without experts: a graph that was captured with some may be replayed, and writes its rows in `order`
-            padded = self.host + [BASE] * (self._small - now)
-            routing = Routing.build(padded, pieces=most_pieces(self._small, self.slots))
-        elif self.active:
-            routing = Routing.build(self.host, pieces=len(self._slots), piece=MAX_TOKENS)
-        else:
+        if now > self._small:  # no graph holds such a step: it is sorted when a layer asks
             return
+        # even without experts: a graph that was captured with some may be replayed, and writes its rows in `order`
+        routing = Routing.build(self._padded(self._small), pieces=len(self._slots))
         _copy(self._slots, routing.slots)
         _copy(self._starts, routing.starts)
         _copy(self._order, routing.order)
@@ -67,22 +65,31 @@ class Side:
         """
         if not self.active:
             return None
-        slots = self.slots
-        if len(self.host) <= self._small:
-            if self._specialized:
-                slots = len(set(self.host) - {BASE})
-            pieces, piece = most_pieces(min(rows, self._small), slots), PIECE
-        else:
-            pieces, piece = most_pieces(rows, slots, MAX_TOKENS), MAX_TOKENS
-        likely = max(min(slots, rows), -(-rows // piece))  # tokens that are spread evenly
-        return Routing(self._slots[:pieces], self._starts[: pieces + 1], self._order[:rows], piece, min(likely, pieces))
+        if len(self.host) > self._small:
+            if rows not in self._large:
+                pieces, likely = _pieces(rows, self.slots, MAX_TOKENS)
+                sizes = {"pieces": pieces, "piece": MAX_TOKENS}
+                routing = Routing.build(self._padded(rows), self.token_slots.device, **sizes)
+                self._large[rows] = replace(routing, likely=likely)
+            return self._large[rows]
+        slots = len(set(self.host) - {BASE}) if self._specialized else self.slots
+        pieces, likely = _pieces(min(rows, self._small), slots, PIECE)
+        return Routing(self._slots[:pieces], self._starts[: pieces + 1], self._order[:rows], PIECE, likely)
 
     def prefill(self, rows: int) -> PrefillRouting:
         """The same for a step of many rows, which no graph holds."""
         if rows not in self._prefill:
-            padding = [BASE] * (rows - len(self.host))
-            self._prefill[rows] = PrefillRouting.build(self.host + padding, self.token_slots.device)
+            self._prefill[rows] = PrefillRouting.build(self._padded(rows), self.token_slots.device)
         return self._prefill[rows]
+
+    def _padded(self, rows: int) -> list[int]:
+        return self.host + [BASE] * (rows - len(self.host))
+
+
+def _pieces(rows: int, slots: int, piece: int) -> tuple[int, int]:
+    """How many pieces rows of so many slots have at most, and if they are spread evenly."""
+    most = most_pieces(rows, slots, piece)
+    return most, min(most, max(min(slots, rows), -(-rows // piece)))
 
 
 def part(side: Side, first: int, rows: int) -> Routing | None:
