@@ -34,7 +34,7 @@ def decode(data: Data) -> str:
             f"{row['ratio_to_floor']:.2f}",
             f"{row['ratio_to_base']:.2f}",
             f"{row['speedup_vs_merged']:.2f}x",
-            f"{row['delta_gb_s'] / data['meta']['copy_gb_s']:.0%}",
+            _of_copy(row, data),
             *(f"{row[name]:.2f}" if name in row else "-" for name in others),
         ]
         for row in rows
@@ -53,9 +53,7 @@ def spreads(data: Data) -> str:
             str(row["batch"]),
             row["spread"],
             str(row["active"]),
-            f"{row['ms']:.2f}",
-            f"{row['ratio_to_floor']:.2f}",
-            f"{row['speedup_vs_merged']:.2f}x",
+            *_against(row),
         ]
         for row in rows
     ]
@@ -73,10 +71,8 @@ def widths(data: Data) -> str:
         [
             row["model"],
             *(str(row[name]) for name in ("batch", "experts", "bits")),
-            f"{row['ms']:.2f}",
-            f"{row['ratio_to_floor']:.2f}",
-            f"{row['speedup_vs_merged']:.2f}x",
-            f"{row['delta_gb_s'] / data['meta']['copy_gb_s']:.0%}",
+            *_against(row),
+            _of_copy(row, data),
         ]
         for row in rows
     ]
@@ -134,6 +130,15 @@ def prefill(data: Data) -> str:
                 ]
             )
     return pipe(head, *cells)
+
+
+def _against(row: dict[str, Any]) -> list[str]:
+    """A step's milliseconds, over the floor, and merged models' over them."""
+    return [f"{row['ms']:.2f}", f"{row['ratio_to_floor']:.2f}", f"{row['speedup_vs_merged']:.2f}x"]
+
+
+def _of_copy(row: dict[str, Any], data: Data) -> str:
+    return f"{row['delta_gb_s'] / data['meta']['copy_gb_s']:.0%}"
 
 
 def checks(data: Data) -> str:

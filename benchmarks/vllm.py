@@ -123,9 +123,8 @@ def measure(kind: str, base: Path, adapters: list[Path], work: Path, options: ar
     arguments = serve_arguments(kind, base, adapters, max(options.experts), options)
     with serving(arguments, work / f"{kind}.log", options.patience) as (port, start_up):
         for experts in [0] if kind == "base" else [0, *options.experts]:
-            bench(
-                port, base, experts, max(options.concurrency), 1000, work, options
-            )  # loads experts, compiles the rest
+            # loads the experts, compiles what is left to compile
+            bench(port, base, experts, max(options.concurrency), 1000, work, options)
             for concurrency in options.concurrency:
                 if experts > concurrency:
                     continue

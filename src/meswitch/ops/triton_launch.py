@@ -72,12 +72,12 @@ def choose_fused(rows: int, in_features: int, pieces: int, columns: int) -> Fuse
         tiles * pieces * split < _DELTA_ITEMS or in_features // split > _MOST_CHANNELS
     ):
         split *= 2
-    delta = Config(128, PIECE, split)
+    delta, stages = Config(128, PIECE, split), 4 if columns <= 32 else 3
     if base_split == 1 and base_tiles > _BASE_ITEMS:  # a linear that fills the chip without being split
         if columns <= 16:
             return FusedConfig(delta, columns, 2 if in_features >= 1024 else 1, base_stages=3)
-        return FusedConfig(delta, columns, 1, base_stages=4 if columns <= 32 else 3, mixed=True)
-    return FusedConfig(delta, columns, base_split, base_stages=4 if columns <= 32 else 3)
+        return FusedConfig(delta, columns, 1, base_stages=stages, mixed=True)
+    return FusedConfig(delta, columns, base_split, base_stages=stages)
 
 
 @functools.cache
