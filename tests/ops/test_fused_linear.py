@@ -139,3 +139,16 @@ def test_the_operator_is_registered_with_its_schema_and_fake_kernel():
     places = layer.arena, layer.table, layer.arrived, r.slots, r.starts, r.order, r.piece, r.likely
     args = (x, weight, None, *places, v.two, v.one, v.group, v.salient, "reference")
     torch.library.opcheck(torch.ops.meswitch.fused_linear.default, args)
+
+
+@pytest.mark.parametrize("likely", [1, 2, 3])
+def test_a_routing_of_more_pieces_than_it_has_as_a_rule(likely):
+    """Programs are as many as for the likely pieces; each takes several."""
+    deltas = [random_delta(150, 1024, 2, salient=2, seed=seed) for seed in range(3)]
+    token_slots = [0] * 17 + [1] * 3 + [-1] * 2 + [2] * 4
+    layer = SlotLinear.build(deltas, DEVICE)
+    x, weight = inputs(len(token_slots), layer, torch.bfloat16)
+    routing = dataclasses.replace(Routing.build(token_slots, DEVICE), likely=likely)
+    y = fused_linear(x, weight, layer, routing)
+    assert not layer.arrived.any()
+    assert error(y, expected(x.double() @ weight.double().T, x, deltas, token_slots)) < TOLERANCE[torch.bfloat16]

@@ -17,9 +17,9 @@ class Routing:
 
     slots: [pieces] int32, the slot of each piece, -1 for an unused one. starts: [pieces + 1] int32, piece p is
     `order[starts[p] : starts[p + 1]]`. order: [tokens] int32, positions in the step. piece: a bound on the tokens of
-    one. likely: how many of the pieces a step of this size has as a rule. Kernels choose their tiles by these sizes and
-    by nothing else of a batch, so a token's result does not depend on who shares it; and one expert's many tokens do
-    not give those of the others larger tiles.
+    one. likely: how many of the pieces a step of this size has as a rule, at least 1. Kernels choose their tiles by
+    these sizes and by nothing else of a batch, so a token's result does not depend on who shares it; and one expert's
+    many tokens do not give those of the others larger tiles.
     """
 
     slots: Tensor

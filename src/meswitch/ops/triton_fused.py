@@ -1,10 +1,11 @@
 """Decode on a GPU: a linear's base product and the deltas of all experts, in one launch.
 
 The grid is a list of work items. Those of the base are a tile of rows times a part of the input channels for all
-tokens, those of the deltas a tile of rows times a part of one expert's channels for its tokens. A base item reads much
-and computes little, a delta item the reverse, and a multiprocessor holds some of both. Every item leaves its partial
-sums in scratch memory; the one that is the last of a tile of rows adds them up in a fixed order and writes y. From
-then on the next kernel may start, and waits for all of this one before it reads anything.
+tokens, those of the deltas a tile of rows times a part of one expert's channels for its tokens: a piece of the routing,
+and those that are `wave` further on where it has more than a step of its size has as a rule. A base item reads much and
+computes little, a delta item the reverse, and a multiprocessor holds some of both. Every item leaves its partial sums
+in scratch memory; the one that is the last of a tile of rows adds them up in a fixed order and writes y. From then on
+the next kernel may start, and waits for all of this one before it reads anything.
 
 Columns are not tokens but places in the routing's order, so that an expert's tokens are neighbours.
 """
@@ -99,6 +100,8 @@ def _delta_item(
     stride_x,
     tile,
     piece,
+    pieces,
+    wave,
     part,
     parts,
     N,
@@ -117,36 +120,37 @@ def _delta_item(
 ):
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    slot = tl.load(slots + piece)
-    first, last = tl.load(starts + piece), tl.load(starts + piece + 1)
-    if (slot >= 0) & (first < last):
-        place = tl.arange(0, BN)
-        m = tl.arange(0, MT)
-        token = tl.load(order + tl.minimum(first + m, last - 1))
-        x_rows = x + token.to(tl.int64) * stride_x
-        row = table + slot.to(tl.int64) * 8
-        n = tile * BN + place
-        acc = delta_tile(
-            x_rows,
-            arena,
-            row,
-            n,
-            part,
-            parts,
-            N,
-            K,
-            TWO,
-            ONE,
-            SALIENT,
-            GROUP,
-            EVEN_K,
-            EVEN_N,
-            INTERPRET,
-            BN,
-            MT,
-            STAGES,
-        )
-        tl.store(home + (first + m)[None, :] * BN + place[:, None], acc, mask=(m < last - first)[None, :])
+    for p in tl.range(bound(piece, INTERPRET), bound(pieces, INTERPRET), bound(wave, INTERPRET), num_stages=1):
+        slot = tl.load(slots + p)
+        first, last = tl.load(starts + p), tl.load(starts + p + 1)
+        if (slot >= 0) & (first < last):
+            place = tl.arange(0, BN)
+            m = tl.arange(0, MT)
+            token = tl.load(order + tl.minimum(first + m, last - 1))
+            x_rows = x + token.to(tl.int64) * stride_x
+            row = table + slot.to(tl.int64) * 8
+            n = tile * BN + place
+            acc = delta_tile(
+                x_rows,
+                arena,
+                row,
+                n,
+                part,
+                parts,
+                N,
+                K,
+                TWO,
+                ONE,
+                SALIENT,
+                GROUP,
+                EVEN_K,
+                EVEN_N,
+                INTERPRET,
+                BN,
+                MT,
+                STAGES,
+            )
+            tl.store(home + (first + m)[None, :] * BN + place[:, None], acc, mask=(m < last - first)[None, :])
 
 
 @triton.jit
@@ -187,7 +191,7 @@ def _finish(
         tl.store(out, acc.to(y.dtype.element_ty), mask=(m < tokens)[None, :] & (n < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "pieces", "base_parts", "parts", "mixed"])
+@triton.jit(do_not_specialize=["tokens", "pieces", "wave", "base_parts", "parts", "mixed"])
 def fused_kernel(
     x,
     y,
@@ -207,6 +211,7 @@ def fused_kernel(
     K,
     tokens,
     pieces,
+    wave,
     base_parts,
     parts,
     mixed,
@@ -251,12 +256,12 @@ def fused_kernel(
             *(EVEN_K, INTERPRET, BN, BASE_BN, BASE_BK, M, BASE_STAGES, EARLY),
         )
     else:
-        tile = delta // (parts * pieces)
+        tile = delta // (parts * wave)
         half, end = tile * 0, tile * 0 + HALVES  # all of the tile
-        piece, part = delta // parts % pieces, delta % parts
+        piece, part = delta // parts % wave, delta % parts
         home = work + (tile * cells + base_parts + part).to(tl.int64) * (M * BN)
         _delta_item(
-            *(x, arena, table, slots, starts, order, home, stride_x, tile, piece, part, parts, N, K),
+            *(x, arena, table, slots, starts, order, home, stride_x, tile, piece, pieces, wave, part, parts, N, K),
             *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES, EARLY),
         )
     owned = tl.load(starts + pieces)
@@ -266,7 +271,7 @@ def fused_kernel(
     first = work + (tile * cells).to(tl.int64) * (M * BN)
     for h in tl.range(bound(half, INTERPRET), bound(end, INTERPRET), num_stages=1):
         counter = arrived + tile * HALVES + h
-        if tl.atomic_add(counter, 1, sem="acq_rel") == base_parts + pieces * parts - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") == base_parts + wave * parts - 1:
             tl.store(counter, 0)
             _finish(
                 *(y, bias, order, first, stride_y, tile, h, owned, tokens, base_parts, parts, N),

@@ -150,6 +150,7 @@ def fused(
 ) -> None:
     """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes."""
     rows, width, pieces, tokens = layer.rows, layer.in_features, routing.slots.numel(), len(x)
+    wave = min(routing.likely, pieces)
     config = config or choose_fused(rows, width, routing.likely, bucket(tokens, least=8))
     tiles = math.ceil(rows / config.delta.rows)
     parts = config.base_split, config.delta.split
@@ -157,9 +158,9 @@ def fused(
     size = tiles * sum(parts) * config.delta.rows * config.columns
     work = torch.empty(size, dtype=torch.float32, device=x.device)
     strides = x.stride(0), y.stride(0), weight.stride(0)
-    fused_kernel[(base_items + tiles * pieces * config.delta.split,)](
+    fused_kernel[(base_items + tiles * wave * config.delta.split,)](
         *(x, y, weight, y if bias is None else bias, *_tables(layer, routing), work, layer.arrived),
-        *(*strides, rows, width, tokens, pieces, *parts, int(config.mixed)),
+        *(*strides, rows, width, tokens, pieces, wave, *parts, int(config.mixed)),
         **fused_constants(config, rows, width, layer.variant, bias is not None),
     )
 
