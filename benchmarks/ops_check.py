@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 
 from meswitch.ops import Routing, SlotLinear, expert_linear, fused_linear
+from meswitch.ops.ahead import Job
 from meswitch.ops.routing import BASE, bucket
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton_launch import choose, choose_fused, constants, fused_constants
 from ops_models import DEVICE, random_delta, spread
-from ops_timing import Kernel
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SPREADS = ("identical", "distinct", "uniform", "zipf", "skewed")
@@ -49,8 +49,8 @@ def token_slots(case: dict) -> list[int]:
     return drawn if case["kernel"] == "decode" or len(drawn) < 4 else [BASE, *drawn[1:-1], BASE]
 
 
-def wanted(case: dict) -> Kernel:
-    """What `ops_timing.compile_all` takes."""
+def wanted(case: dict) -> Job:
+    """What `compile_ahead` takes."""
     slots = token_slots(case)
     routing = Routing.build(slots)
     rows, width, count = case["rows"], case["width"], routing.slots.numel()
@@ -62,7 +62,7 @@ def wanted(case: dict) -> Kernel:
     else:
         fused = choose_fused(rows, width, count, bucket(len(slots), least=8))
         fixed = fused_constants(fused, rows, width, variant, False)
-    return Kernel(case["kernel"], case["dtype"], rows, width, fixed, config.split > 1)
+    return Job(case["kernel"], case["dtype"], rows, width, fixed, config.split > 1)
 
 
 def error(case: dict) -> float:

@@ -7,11 +7,12 @@ import torch
 
 import ops_compare
 from meswitch.ops import Routing, expert_linear, fused_linear
+from meswitch.ops.ahead import Job
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton_launch import choose, choose_fused, constants, fused_constants
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
-from ops_timing import Kernel, graph_ms
+from ops_timing import graph_ms
 
 SPREADS = ("identical", "uniform", "zipf", "skewed")
 DISTINCT = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e <= b]
@@ -153,8 +154,8 @@ def point(model: Model, batch: int, experts: int, name: str, copy: float) -> dic
     return row
 
 
-def wanted() -> list[Kernel]:
-    """What `ops_timing.compile_all` takes."""
+def wanted() -> list[Job]:
+    """What `compile_ahead` takes."""
     found = []
     for name, bits, points in PLAN:
         for batch, experts, kind in points:
@@ -165,9 +166,9 @@ def wanted() -> list[Kernel]:
                 config = choose(rows, width, count, routing.piece)
                 fused = choose_fused(rows, width, count, bucket(batch, 8))
                 common = torch.bfloat16, rows, width
-                found.append(Kernel("decode", *common, constants(config, rows, width, variant), config.split > 1))
-                found.append(Kernel("fused", *common, fused_constants(fused, rows, width, variant, False)))
+                found.append(Job("decode", *common, constants(config, rows, width, variant), config.split > 1))
+                found.append(Job("fused", *common, fused_constants(fused, rows, width, variant, False)))
                 if bits == 2 and kind == "distinct":
                     bitdelta = Variant(False, True, 0, 0)
-                    found.append(Kernel("fused", *common, fused_constants(fused, rows, width, bitdelta, False)))
+                    found.append(Job("fused", *common, fused_constants(fused, rows, width, bitdelta, False)))
     return found

@@ -14,12 +14,13 @@ import torch
 import ops_prefill_check
 import ops_prefill_paths as paths
 from meswitch.ops import merge
+from meswitch.ops.ahead import Job, compile_ahead
 from meswitch.ops.merge import Tile, launch
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.slots import Variant
 from ops_models import DEVICE, MODELS, Layer, random_layer
 from ops_prefill_compile import decode_jobs, merge_job
-from ops_timing import Kernel, compile_all, copy_gb_s, graph_ms, graph_of, in_turn_ms
+from ops_timing import copy_gb_s, graph_ms, graph_of, in_turn_ms
 
 MODEL, LAYERS, TOKENS = "mistral-7b", 3, 4096
 REPEATS = 15
@@ -30,7 +31,7 @@ CROSSOVER = [(tokens, experts) for tokens in (256, 512, 1024, 2048) for experts 
 TILES = [Tile(8, 4), Tile(8, 8), Tile(8, 8, 64), Tile(16, 8), Tile(16, 8, 80), Tile(16, 8, 64), Tile(32, 8), Tile(4, 4)]
 
 
-def wanted() -> list[Kernel]:
+def wanted() -> list[Job]:
     """What to compile beforehand."""
     found = [job for case in ops_prefill_check.cases() for job in ops_prefill_check.wanted(case)]
     v = Variant(two=True, one=False, group=128, salient=16)
@@ -157,7 +158,7 @@ def _label(bits: int, tokens: int, experts: int, spread: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--workers", type=int, default=14, help="processes that compile")
+    parser.add_argument("--workers", type=int, default=14, help="threads that compile")
     args = parser.parse_args()
     started, result = time.perf_counter(), {}
 
@@ -165,7 +166,7 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1))
         print(f"-- {name} at {time.perf_counter() - started:.0f} s", flush=True)
 
-    print("\n".join(compile_all(wanted(), args.workers)))
+    print(f"{compile_ahead(wanted(), args.workers)} kernels compiled", flush=True)
     stage("compiled")
     result["check"] = ops_prefill_check.check()
     copy = max(copy_gb_s().values())

@@ -3,6 +3,7 @@
 import torch
 
 from meswitch.ops import SlotLinear
+from meswitch.ops.ahead import Job
 from meswitch.ops.prefill import SCRATCH, expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.rows import embedding_rows
@@ -10,7 +11,6 @@ from meswitch.ops.slots import Variant
 from ops_check import judged
 from ops_models import DEVICE, random_delta
 from ops_prefill_compile import decode_jobs, merge_job, rows_job
-from ops_timing import Kernel
 
 STEPS = {
     "one": [0] * 512,
@@ -32,7 +32,7 @@ def cases() -> list[dict]:
     return found
 
 
-def wanted(case: dict) -> list[Kernel]:
+def wanted(case: dict) -> list[Job]:
     """What to compile for a case."""
     bits, shape = case["bits"], (case["rows"], case["width"])
     two, one = (True, True) if bits == 0 else (bits > 1, bits % 2 == 1)

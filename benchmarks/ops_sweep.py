@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import torch
 
 from meswitch.ops import Routing
+from meswitch.ops.ahead import Job
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton_launch import Config, FusedConfig, choose_fused, fused, fused_constants
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, spread
-from ops_timing import Kernel, graph_ms
+from ops_timing import graph_ms
 
 # batch, experts, spread
 CASES = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e <= b]
@@ -32,19 +33,19 @@ def _cases(name: str) -> Iterator[tuple[Routing, int, tuple[int, int, str], str,
             yield routing, bucket(batch, least=8), case, linear, rows, width
 
 
-def wanted(name: str) -> list[Kernel]:
-    """What `ops_timing.compile_all` takes."""
+def wanted(name: str) -> list[Job]:
+    """What `compile_ahead` takes."""
     found = []
     for routing, columns, _, _, rows, width in _cases(name):
         chosen = choose_fused(rows, width, routing.slots.numel(), columns)
         for config in [chosen, *_grid(columns, width)]:
             fixed = fused_constants(config, rows, width, Variant(True, False, 128, 16), False)
-            found.append(Kernel("fused", torch.bfloat16, rows, width, fixed))
+            found.append(Job("fused", torch.bfloat16, rows, width, fixed))
     return found
 
 
 def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
-    """Microseconds of each linear and case, chosen and best; prints a line each."""
+    """Microseconds of each linear and case, chosen, best and all in `_grid`'s order; prints a line each."""
     found = []
     for routing, columns, (batch, experts, kind), linear, rows, width in _cases(name):
         own = [layer for layer in layers if layer.name == linear]
@@ -71,6 +72,7 @@ def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
             "chosen_us": measure(chosen),
             "best": _text(best),
             "best_us": times[best],
+            "grid_us": [round(time, 2) for time in times.values()],
         }
         print(
             f"B{batch} E{experts} {kind} {linear}: floor {row['floor_us']:.1f}, chosen {row['chosen_us']:.1f} "

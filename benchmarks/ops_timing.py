@@ -1,11 +1,8 @@
-"""Timing on a GPU: replays of CUDA graphs between events, medians; bandwidth; compiling ahead."""
+"""Timing on a GPU: replays of CUDA graphs between events, medians; bandwidth."""
 
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 
 import torch
 import triton
@@ -84,50 +81,3 @@ def read_gb_s(gibibytes: int = 4) -> float:
     """Bytes per second of a reduction, which writes nothing."""
     source = torch.empty(gibibytes << 28, dtype=torch.float32, device=DEVICE).normal_()
     return 4 * source.numel() / graph_ms(lambda: source.sum()) / 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One to compile: `decode`, `fused`, `merge` or `rows`, for what Triton specialises on: types, divisibilities."""
-
-    name: str
-    dtype: torch.dtype
-    rows: int
-    width: int
-    constants: dict
-    split: bool = False  # of `decode`: its sums go through scratch memory
-
-    @property
-    def key(self) -> tuple:
-        return self.name, self.dtype, self.rows % 16, self.width % 16, self.split, repr(self.constants)
-
-
-def compile_all(wanted: list[Kernel], workers: int) -> list[str]:
-    """Compile in parallel, into Triton's cache; what failed, as text."""
-    unique = {kernel.key: kernel for kernel in wanted}
-    if not unique:
-        return []
-    print(f"{len(unique)} variants of kernels to compile", flush=True)
-    with ProcessPoolExecutor(min(workers, len(unique)), mp_context=get_context("spawn")) as pool:
-        return [text for text in pool.map(_compile, unique.values(), chunksize=1) if text]
-
-
-def _compile(kernel: Kernel) -> str:
-    from meswitch.ops.triton_decode import decode_kernel
-    from meswitch.ops.triton_fused import fused_kernel
-    from meswitch.ops.triton_merge import merge_kernel, rows_kernel
-
-    k, i32, i64, f32 = kernel, torch.int32, torch.int64, torch.float32
-    tables = i32, i64, i32, i32, i32  # arena, table, slots, starts, order
-    arguments = {
-        "decode": (k.dtype, k.dtype, *tables, f32 if k.split else i32, i32, k.width, k.rows, k.rows, k.width),
-        "fused": (*[k.dtype] * 4, *tables, f32, i32, k.width, k.rows, k.width, k.rows, k.width, *[2] * 5),
-        "merge": (k.dtype, k.dtype, i32, i64, i32, 0, k.rows, k.width, k.rows, k.width),
-        "rows": (i64, i32, *[k.dtype] * 3, i32, i64, k.width, 0, k.rows, k.width),
-    }
-    kernels = {"decode": decode_kernel, "fused": fused_kernel, "merge": merge_kernel, "rows": rows_kernel}
-    try:
-        kernels[k.name].warmup(*arguments[k.name], grid=(1, 1, 1), **k.constants)
-    except Exception as error:  # noqa: BLE001 - one variant that does not compile must not end the run
-        return f"{k}: {type(error).__name__}: {str(error)[:200]}"
-    return ""

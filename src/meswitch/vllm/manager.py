@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from meswitch.vllm.places import places
 from meswitch.vllm.prepare import prepare
 from meswitch.vllm.settings import KEY, Settings
 from meswitch.vllm.step import Step
+from meswitch.vllm.warm import warm
 
 log = logging.getLogger("meswitch.vllm")
 NO_LORA = 0  # vLLM's id of the base
@@ -78,17 +80,22 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         delta_op.install(self.step)
         layers.install(model, self.arena, self.step, replace_submodule)
         self._elsewhere = compat.missing_modules(model)
+        graphs = config.compilation_config.cudagraph_capture_sizes or []
+        warm(self.arena, graphs, self.max_num_batched_tokens, specialized)
         log.info("meswitch: %s for deltas", self.arena.describe())
 
     def read(self, directory: Path, lora_id: int) -> DeltaModel:
         """An artifact, checked and laid out in host memory."""
+        started = time.monotonic()
         artifact = Artifact.open(directory)
         if self.settings.check_base:
             base = Checkpoint.open(self._source)
             self._fingerprint = self._fingerprint or fingerprint(base)
             artifact.check_base(base, known=self._fingerprint)
         assert self.arena is not None
-        return DeltaModel(lora_id, prepare(artifact, self.arena, self.rename, self.settings, self._elsewhere))
+        prepared = prepare(artifact, self.arena, self.rename, self.settings, self._elsewhere)
+        log.info("meswitch: %s read in %.1f s", directory.name, time.monotonic() - started)
+        return DeltaModel(lora_id, prepared)
 
     def check_name(self, name: str, weights: tuple[Path, str]) -> None:
         """Refuse a delta under a name whose cached prompts are of other weights.

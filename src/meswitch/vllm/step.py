@@ -4,7 +4,7 @@ A captured CUDA graph replays with these addresses, so nothing here is replaced 
 the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -90,6 +90,11 @@ def _pieces(rows: int, slots: int, piece: int) -> tuple[int, int]:
     """How many pieces rows of so many slots have at most, and if they are spread evenly."""
     most = most_pieces(rows, slots, piece)
     return most, min(most, max(min(slots, rows), -(-rows // piece)))
+
+
+def step_sizes(rows: Iterable[int], slots: int) -> set[tuple[int, int]]:
+    """(rows, likely pieces) of steps of so many rows with experts in so many slots: what kernels are chosen by."""
+    return {(count, _pieces(count, slots, PIECE)[1]) for count in rows}
 
 
 def part(side: Side, first: int, rows: int) -> Routing | None:

@@ -1,0 +1,107 @@
+"""Compiling kernels before a step needs them, many at once: one takes seconds, and Triton compiles without the GIL."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from meswitch.ops import merge
+from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
+from meswitch.ops.slots import Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A kernel and what Triton compiles it for: its arguments' types, what divides them, constants.
+
+    kernel: `fused`, `decode`, `merge` or `rows`. rows, in_features: of the layer, or others of the same divisors.
+    scratch: of `decode`, whether its sums go through scratch memory.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    rows: int
+    in_features: int
+    constants: dict[str, Any]
+    scratch: bool = False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for jobs that are one compilation."""
+        constants = repr(sorted(self.constants.items()))
+        return self.kernel, self.dtype, self.rows % 16, self.in_features % 16, self.scratch, constants
+
+
+def compile_ahead(jobs: Iterable[Job], workers: int | None = None) -> int:
+    """Compile for the current device into memory and Triton's cache on disk; what is there already costs little.
+
+    Args:
+        workers: threads, by default one a core.
+
+    Returns:
+        How many kernels that were.
+    """
+    import triton
+
+    unique = {job.key: job for job in jobs}
+    if unique:
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+            for job in unique.values():
+                _start(job)
+    return len(unique)
+
+
+def fused_jobs(
+    rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int]]
+) -> Iterator[Job]:
+    """What `fused_linear` launches in steps of so many (tokens, likely pieces)."""
+    from meswitch.ops.triton_launch import choose_fused, fused_constants
+
+    for tokens, likely in sizes:
+        config = choose_fused(rows, in_features, likely, bucket(tokens, least=8))
+        yield Job("fused", dtype, rows, in_features, fused_constants(config, rows, in_features, variant, bias))
+
+
+def decode_jobs(
+    rows: int, in_features: int, variant: Variant, dtype: torch.dtype, most: int, piece: int = PIECE
+) -> Iterator[Job]:
+    """What `expert_linear` launches in steps of up to `most` likely pieces of at most `piece` tokens."""
+    from meswitch.ops.triton_launch import choose, constants
+
+    for likely in range(1, most + 1):
+        config = choose(rows, in_features, likely, piece)
+        fixed = constants(config, rows, in_features, variant)
+        yield Job("decode", dtype, rows, in_features, fixed, config.split > 1)
+
+
+def prefill_jobs(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, tokens: int) -> Iterator[Job]:
+    """What `expert_prefill` launches in steps of up to so many tokens."""
+    for experts, tile in merge.TILES.items():
+        fixed = merge.merge_constants(experts, tile, rows, in_features, variant, dtype)
+        yield Job("merge", dtype, rows, in_features, fixed | merge.constants(variant))
+    yield from decode_jobs(rows, in_features, variant, dtype, bucket(-(-tokens // MAX_TOKENS)), MAX_TOKENS)
+
+
+def embedding_job(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, extra: bool) -> Job:
+    """What `embedding_rows` launches. extra: experts have rows after the base's."""
+    return Job("rows", dtype, rows, in_features, merge.constants(variant) | {"EXTRA": extra, "num_warps": 1})
+
+
+def _start(job: Job) -> None:
+    from meswitch.ops.triton_decode import decode_kernel
+    from meswitch.ops.triton_fused import fused_kernel
+    from meswitch.ops.triton_merge import merge_kernel, rows_kernel
+
+    kernels = {"decode": decode_kernel, "fused": fused_kernel, "merge": merge_kernel, "rows": rows_kernel}
+    own, i32, i64, f32, rows, width = job.dtype, torch.int32, torch.int64, torch.float32, job.rows, job.in_features
+    tables = i32, i64, i32, i32, i32  # arena, table, slots, starts, order
+    arguments = {
+        "decode": (own, own, *tables, f32 if job.scratch else i32, i32, width, rows, rows, width),
+        "fused": (*[own] * 4, *tables, f32, i32, width, rows, width, rows, width, *[2] * 6),
+        "merge": (own, own, i32, i64, i32, 0, rows, width, rows, width),
+        "rows": (i64, i32, *[own] * 3, i32, i64, width, 0, rows, width),
+    }
+    kernels[job.kernel].warmup(*arguments[job.kernel], grid=(1, 1, 1), **job.constants)

@@ -1,0 +1,96 @@
+"""Kernels compiled ahead are those that a step launches: on a GPU by Triton's own cache, else by their constants."""
+
+import pytest
+import torch
+
+from deltas import DEVICE, random_delta
+from meswitch.ops import (
+    PrefillRouting,
+    Routing,
+    SlotLinear,
+    embedding_rows,
+    expert_linear,
+    expert_prefill,
+    fused_linear,
+    triton_launch,
+)
+from meswitch.ops.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
+
+ROWS, WIDTH, DTYPE = 256, 1024, torch.bfloat16
+STEPS = [[0], [0, 1, 2, -1], [0] * 9 + [1] * 3, [t % 3 for t in range(40)]]
+
+
+@pytest.fixture
+def layer():
+    return SlotLinear.build([random_delta(ROWS, WIDTH, 2, 128, salient=2, seed=seed) for seed in range(3)], DEVICE)
+
+
+def jobs(layer):
+    about = ROWS, WIDTH, layer.variant, DTYPE
+    steps = [(len(slots), Routing.build(slots).likely) for slots in STEPS]
+    found = [*fused_jobs(*about, False, steps), *decode_jobs(*about, 8), *prefill_jobs(*about, 1024)]
+    return [*found, embedding_job(*about, False)]
+
+
+def run(layer):
+    weight = torch.randn(ROWS, WIDTH).to(DEVICE, DTYPE)
+    for slots in STEPS:
+        x, routing = torch.randn(len(slots), WIDTH).to(DEVICE, DTYPE), Routing.build(slots, DEVICE)
+        expert_linear(fused_linear(x, weight, layer, routing, backend="triton"), x, layer, routing, "triton")
+    owners = [0] * 256 + [1] * 300 + [2] * 100 + [-1] * 20
+    x = torch.randn(len(owners), WIDTH).to(DEVICE, DTYPE)
+    expert_prefill(x, weight, layer, PrefillRouting.build(owners, DEVICE), backend="triton")
+    slots = torch.tensor([0, 1, -1], dtype=torch.int32, device=DEVICE)
+    embedding_rows(torch.tensor([5, 6, 7], device=DEVICE), weight, layer, slots, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
+def test_a_step_compiles_nothing_more(layer, monkeypatch):
+    from meswitch.ops.triton_decode import decode_kernel
+    from meswitch.ops.triton_fused import fused_kernel
+    from meswitch.ops.triton_merge import merge_kernel, rows_kernel
+
+    kernels = decode_kernel, fused_kernel, merge_kernel, rows_kernel
+    assert compile_ahead(jobs(layer)) > 5
+
+    def compiled():
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    before = compiled()
+    assert all(before)
+    run(layer)
+    assert compiled() == before
+
+
+def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
+    launched = []
+
+    class Recorder:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                launched.append(
+                    Job(self.name, DTYPE, ROWS, WIDTH, constants, self.name == "decode" and constants["SPLIT"] > 1)
+                )
+                return self.kernel[grid](*arguments, **constants)
+
+            return launch
+
+    for name in ("fused", "decode"):
+        kernel = getattr(triton_launch, f"{name}_kernel")
+        monkeypatch.setattr(triton_launch, f"{name}_kernel", Recorder(name, kernel))
+    run(layer)
+    known = {job.key for job in jobs(layer)}
+    assert {job.kernel for job in launched} == {"fused", "decode"}
+    assert {job.key for job in launched} <= known
+
+
+def test_jobs_that_are_one_compilation_have_one_key(layer):
+    about = 512, WIDTH, layer.variant, DTYPE
+    [one], [other], [biased] = (
+        list(fused_jobs(rows, *about[1:], bias, [(8, 2)])) for rows, bias in ((512, False), (640, False), (512, True))
+    )
+    assert one.key == other.key
+    assert one.key != biased.key
