@@ -59,14 +59,16 @@ def random_layer(
     return Layer(name, weight, SlotLinear.over(arena, table, rows, in_features, variant))
 
 
-def random_delta(rows: int, in_features: int, bits: int, group: int | None, salient: int) -> PackedDelta:
-    """A delta as it is stored, on the GPU."""
+def random_delta(
+    rows: int, in_features: int, bits: int, group: int | None, salient: int, device: str = DEVICE
+) -> PackedDelta:
+    """A delta as it is stored, by default on the GPU."""
     groups = 1 if group is None else -(-in_features // group)
     return PackedDelta(
-        packed=pack(torch.randint(0, 2**bits, (rows, in_features), device=DEVICE), bits),
-        scale=(torch.rand(rows, groups, device=DEVICE) * 0.01).bfloat16(),
-        salient_index=torch.randperm(in_features, device=DEVICE)[:salient].sort().values.int(),
-        salient_weight=(torch.randn(rows, salient, device=DEVICE) * 0.05).bfloat16(),
+        packed=pack(torch.randint(0, 2**bits, (rows, in_features), device=device), bits),
+        scale=(torch.rand(rows, groups, device=device) * 0.01).bfloat16(),
+        salient_index=torch.randperm(in_features, device=device)[:salient].sort().values.int(),
+        salient_weight=(torch.randn(rows, salient, device=device) * 0.05).bfloat16(),
         bits=bits,
         group_size=group,
         in_features=in_features,
