@@ -29,15 +29,18 @@ class Layer:
     deltas: SlotLinear
 
 
-def delta_bytes(rows: int, in_features: int, bits: int, group: int = 128, salient: int = 4) -> int:
+def delta_bytes(rows: int, in_features: int, bits: int, group: int = 128) -> int:
     """What a decode step must read of one expert's layer: codes, scales, salient weights as they are needed."""
-    return rows * in_features * bits // 8 + rows * (in_features // group) * 2 + rows * salient * 2
+    return rows * in_features * bits // 8 + rows * (in_features // group) * 2 + rows * (in_features // 512) * 2
 
 
 def random_layer(
-    name: str, rows: int, in_features: int, bits: int, experts: int, *, group=128, salient=4, weight=None
+    name: str, rows: int, in_features: int, bits: int, experts: int, *, group=128, salient=None, weight=None
 ) -> Layer:
-    """On the GPU; the deltas' codes are random bytes, their scales and salient weights small."""
+    """On the GPU; the deltas' codes are random bytes, their scales and salient weights small. By default one input
+    channel in 512 is salient, as compression leaves them.
+    """
+    salient = in_features // 512 if salient is None else salient
     shape = Shape(rows, in_features, bits, group, padded_salient(salient))
     stride = -(-shape.nbytes // 256) * 256
     arena = torch.empty(experts * stride, dtype=torch.uint8, device=DEVICE)
@@ -49,7 +52,8 @@ def random_layer(
         parts["index"].zero_()
         parts["salient"].zero_()
         if salient:
-            parts["index"][:salient] = torch.randperm(in_features, device=DEVICE)[:salient].int()
+            drawn = torch.rand(len(parts["index"]), in_features, device=DEVICE).argsort(1)
+            parts["index"][:, :salient] = drawn[:, :salient].sort(1).values
             parts["salient"][:, :salient].normal_(std=5e-3)
         table.append(shape.table_row(e * stride))
     if weight is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meswitch.codec import PackedDelta
 from meswitch.ops import reference
-from meswitch.ops.layout import Shape
+from meswitch.ops.layout import SALIENT_ROWS, Shape
 from meswitch.ops.slots import slot_shape
 
 
@@ -53,7 +53,9 @@ def slot_matrix(arena: Tensor, row: Sequence[int], rows: int, in_features: int, 
     else:
         weights *= parts["scale"].T.float()
     if shape.salient:
-        weights.index_add_(1, parts["index"].long(), parts["salient"].float())
+        for tile, own in enumerate(parts["salient"].split(SALIENT_ROWS)):
+            first = tile * SALIENT_ROWS
+            weights[first : first + len(own)].index_add_(1, parts["index"][tile].long(), own.float())
     return weights
 
 

@@ -12,11 +12,15 @@ a matrix unit, and a thread that holds words j and j + 1 has both halves of each
 
     planes    [planes, blocks, rows, 16] int32: what a tile of rows reads of a block is contiguous
     scale     [groups, rows] bfloat16
-    index     [salient] int32, padding repeats channel 0
+    index     [tiles, salient] int32, ascending, padding repeats channel 0
     salient   [rows, salient] bfloat16, padding is 0
+
+Each tile of 128 rows has salient channels of its own: of q, k and v in one matrix, a tile has those of one of them.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +32,14 @@ from meswitch.errors import ConfigError
 
 WORDS = 16  # of a row in a block: the K of one step of a matrix unit
 FIELDS = 8  # of a slot's row in the table
+SALIENT_ROWS = 128  # that share salient channels; tiles of the kernels divide it
 _UNIT = 16  # bytes; the table's offsets count these, so that a kernel knows how its addresses are aligned
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What fixes the offsets. group: input channels of one scale, 0 for the whole row. salient: padded count."""
+    """What fixes the offsets. group: input channels of one scale, 0 for the whole row. salient: of a tile, padded."""
 
     rows: int
     in_features: int
@@ -74,7 +79,7 @@ class Shape:
             ("two", (two, _blocks(self.in_features, 2), self.rows, WORDS), torch.int32),
             ("one", (one, _blocks(self.in_features, 1), self.rows, WORDS), torch.int32),
             ("scale", (self.groups, self.rows), SCALE_DTYPE),
-            ("index", (self.salient,), torch.int32),
+            ("index", (math.ceil(self.rows / SALIENT_ROWS), self.salient), torch.int32),
             ("salient", (self.rows, self.salient), torch.bfloat16),
         ]
 
@@ -112,9 +117,25 @@ def padded_salient(count: int) -> int:
     return 0 if not count else max(WORDS, 1 << (count - 1).bit_length())
 
 
-def write(delta: PackedDelta, buffer: Tensor) -> Shape:
-    """Lay a delta out at the start of a [>= nbytes] uint8 buffer, on any device."""
-    shape = Shape.of(delta)
+def salient_of_tiles(counts: Sequence[int], rows: Sequence[int]) -> int:
+    """The most salient channels that a tile can have of parts below one another: their counts and rows."""
+    most, starts = 0, [0, *itertools.accumulate(rows)]
+    for tile in range(0, starts[-1], SALIENT_ROWS):
+        met = (start < tile + SALIENT_ROWS and end > tile for start, end in itertools.pairwise(starts))
+        most = max(most, sum(itertools.compress(counts, met)))
+    return most
+
+
+def write(delta: PackedDelta, buffer: Tensor, shape: Shape | None = None) -> Shape:
+    """Lay a delta out at the start of a [>= nbytes] uint8 buffer, on any device.
+
+    Args:
+        shape: with room for more salient channels than the delta has; by default its own.
+
+    Raises:
+        ConfigError: some tile has more salient channels than the shape has room for.
+    """
+    shape = shape or Shape.of(delta)
     parts = shape.views(buffer)
     codes = unpack(delta.packed, delta.bits, delta.in_features).to(buffer.device)
     for plane in range(shape.planes[0]):
@@ -122,27 +143,46 @@ def write(delta: PackedDelta, buffer: Tensor) -> Shape:
     if shape.planes[1]:
         parts["one"][0] = _interleave(codes >> (2 * shape.planes[0]) & 1, 1)
     parts["scale"].copy_(delta.scale[:, : shape.groups].T)
-    count = delta.salient_index.numel()
     parts["index"].zero_()
-    parts["index"][:count] = delta.salient_index
     parts["salient"].zero_()
-    parts["salient"][:, :count] = delta.salient_weight
+    if delta.salient_index.numel():
+        _write_salient(delta, parts["index"], parts["salient"])
     return shape
 
 
+def _write_salient(delta: PackedDelta, index: Tensor, salient: Tensor) -> None:
+    """Each tile gets the channels that some row of it changes, or all if there is room for them."""
+    weights, room = delta.salient_weight.to(salient.device), salient.shape[1]
+    channels = delta.salient_index.to(index.device)
+    for tile, own in enumerate(weights.split(SALIENT_ROWS)):
+        used = torch.arange(len(channels), device=index.device)
+        if len(channels) > room:
+            used = (own != 0).any(0).nonzero().view(-1)
+        if len(used) > room:
+            raise ConfigError(f"salient: {len(used)} channels, in a place made for {room}")
+        index[tile, : len(used)] = channels[used]
+        first = tile * SALIENT_ROWS
+        salient[first : first + len(own), : len(used)] = own[:, used]
+
+
 def read(shape: Shape, buffer: Tensor) -> PackedDelta:
-    """Undo `write`; padded salient channels stay, with weights of 0."""
+    """Undo `write`; where there was padding, channel 0 is a salient one of weight 0."""
     parts = shape.views(buffer)
     codes = torch.zeros(shape.rows, shape.in_features, dtype=torch.uint8, device=buffer.device)
     for plane in range(shape.planes[0]):
         codes |= _straight(parts["two"][plane], 2, shape.in_features) << (2 * plane)
     if shape.planes[1]:
         codes |= _straight(parts["one"][0], 1, shape.in_features) << (2 * shape.planes[0])
+    channels = parts["index"].unique()
+    weights = parts["salient"].new_zeros(shape.rows, len(channels))
+    for tile, own in enumerate(parts["salient"].split(SALIENT_ROWS)):
+        first, places = tile * SALIENT_ROWS, torch.searchsorted(channels, parts["index"][tile])
+        weights[first : first + len(own)].index_add_(1, places, own)  # padding adds 0 to channel 0
     return PackedDelta(
         packed=pack(codes, shape.bits),
         scale=parts["scale"].T.contiguous(),
-        salient_index=parts["index"],
-        salient_weight=parts["salient"],
+        salient_index=channels,
+        salient_weight=weights,
         bits=shape.bits,
         group_size=shape.group or None,
         in_features=shape.in_features,

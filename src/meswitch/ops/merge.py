@@ -10,6 +10,7 @@ from meswitch.errors import ConfigError
 from meswitch.ops.operators import KERNEL_DTYPES, chosen_backend
 from meswitch.ops.slots import SlotLinear, Variant, read_slot
 
+_ALIGNED = 32  # rows: no tile may lie on both sides of a border of `layout.SALIENT_ROWS`
 MOST = 4  # experts of one launch: their part of a tile is read ahead, one at a time
 
 
@@ -37,7 +38,8 @@ def merge(
     """Rows `first` to `last` of the base's weight plus each expert's delta; an absent delta leaves the weight as it is.
 
     Args:
-        weight: [rows, in_features] bf16 or fp16. slots: [experts] int32, none below 0. out: [experts, last - first,
+        weight: [rows, in_features] bf16 or fp16. slots: [experts] int32, none below 0. first: a multiple
+            of 32. out: [experts, last - first,
             in_features] of weight's dtype, contiguous; written whole.
         backend: `triton` or `reference`; by default triton on a GPU.
 
@@ -54,6 +56,8 @@ def merge(
         raise ConfigError(
             f"out: {tuple(out.shape)} {out.dtype} for {len(slots)} experts' rows {first} to {last} of {weight.dtype}"
         )
+    if first % _ALIGNED:
+        raise ConfigError(f"first: {first} is no multiple of {_ALIGNED}")
     if not out.is_contiguous():
         raise ConfigError("out: not contiguous")
     if backend == "triton" and weight.dtype not in KERNEL_DTYPES:

@@ -32,7 +32,10 @@ def decode_kernel(
     MT: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # in every program: one that ended before would let the kernel after this one start
     tile, split, e = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + e)
     if slot < 0:
@@ -46,10 +49,12 @@ def decode_kernel(
     m = tl.arange(0, MT)
     token = tl.load(order + tl.minimum(first + m, last - 1))
     x_rows = x + token.to(tl.int64) * stride_x
-    n = tile * BN + tl.arange(0, BN)
     acc = delta_tile(
-        x_rows, arena, row, n, split, SPLIT, N, K, TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES
+        *(x_rows, arena, row, tile, split, SPLIT, N, K),
+        *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES),
     )
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLIT > 1:
         cell = tile + e * tl.num_programs(0)
         offsets = tl.arange(0, MT)[None, :] * BN + tl.arange(0, BN)[:, None]
@@ -62,6 +67,7 @@ def decode_kernel(
         for other in tl.static_range(SPLIT):
             acc += tl.load(home + other * (BN * MT) + offsets, cache_modifier=".cg")
         tl.store(arrived + cell, 0)
+    n = tile * BN + tl.arange(0, BN)
     out = y + token.to(tl.int64)[None, :] * stride_y + n[:, None]
     mask = ((m < last - first)[None, :]) & (n < N)[:, None]
     before = tl.load(out, mask=mask, other=0.0)

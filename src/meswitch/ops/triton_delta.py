@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from meswitch.ops import layout
 from meswitch.ops.triton_unpack import ONE_BF16, ONE_FP16, ONE_REGISTERS, TWO_BF16, TWO_FP16, TWO_REGISTERS
+
+SALIENT_ROWS = tl.constexpr(layout.SALIENT_ROWS)
 
 
 @triton.jit
@@ -101,7 +104,7 @@ def delta_tile(
     x_rows,
     arena,
     row,
-    n,
+    tile,
     split,
     splits,
     N,
@@ -117,7 +120,8 @@ def delta_tile(
     MT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """[BN, MT] float32: rows n of the delta at a table's row, input channels of one of `splits` parts."""
+    """[BN, MT] float32: a tile of the delta at a table's row, input channels of one of `splits` parts."""
+    n = tile * BN + tl.arange(0, BN)
     twos, ones, salients = tl.load(row), tl.load(row + 1), tl.load(row + 7)
     scale_ptr = (arena + tl.load(row + 4) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     acc = tl.zeros([BN, MT], tl.float32)
@@ -176,15 +180,18 @@ def delta_tile(
             )
     if SALIENT:
         if (split == 0) & (salients > 0):
-            index_ptr = arena + tl.load(row + 5) * 4
+            index_ptr = arena + tl.load(row + 5) * 4 + tile * BN // SALIENT_ROWS * salients
             salient_ptr = (arena + tl.load(row + 6) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-            s = tl.arange(0, SALIENT)
-            columns = tl.load(index_ptr + s, mask=s < salients, other=0)  # experts differ in their count
-            xs = tl.load(x_rows[None, :] + columns[:, None])
-            mine = (n < N)[:, None] & (s < salients)[None, :]
-            ws = tl.load(salient_ptr + n.to(tl.int64)[:, None] * salients + s[None, :], mask=mine, other=0.0)
-            if INTERPRET:
-                acc = tl.dot(ws.to(tl.float32), xs.to(tl.float32), acc)
-            else:
-                acc = tl.dot(ws.to(xs.dtype), xs, acc)
+            s = tl.arange(0, 16)
+            # 16 at a time: a tile of more would not fit the registers
+            for first in tl.range(0, bound(salients, INTERPRET), 16, num_stages=1):
+                columns = tl.load(index_ptr + first + s, mask=first + s < salients, other=0)
+                xs = tl.load(x_rows[None, :] + columns[:, None])
+                mine = (n < N)[:, None] & (first + s < salients)[None, :]
+                place = n.to(tl.int64)[:, None] * salients + first + s[None, :]
+                ws = tl.load(salient_ptr + place, mask=mine, other=0.0)
+                if INTERPRET:
+                    acc = tl.dot(ws.to(tl.float32), xs.to(tl.float32), acc)
+                else:
+                    acc = tl.dot(ws.to(xs.dtype), xs, acc)
     return acc

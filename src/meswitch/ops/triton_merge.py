@@ -10,7 +10,7 @@ bf16 and at 2 bits, tiles without a salient channel take six instructions for tw
 import triton
 import triton.language as tl
 
-from meswitch.ops.triton_delta import bound
+from meswitch.ops.triton_delta import SALIENT_ROWS, bound
 from meswitch.ops.triton_unpack import MERGE_BF16
 
 BLOCK = tl.constexpr(256)  # channels of a tile; divides the blocks of both kinds of planes
@@ -37,6 +37,7 @@ def _codes(words, k_block, channel, BITS: tl.constexpr):
 def _fetch(
     arena,
     row,
+    start,
     n,
     k_block,
     channel,
@@ -65,7 +66,8 @@ def _fetch(
         there = there & (group * GROUP < K)
     scale = tl.load(scale_ptr + group.to(tl.int64) * N + n, mask=there, other=0.0)  # 0 makes an absent delta 0
     s = tl.arange(0, SALIENT if SALIENT else 1)
-    columns = tl.load(arena + tl.load(row + 5) * 4 + s, mask=s < salients, other=-1)
+    own = arena + tl.load(row + 5) * 4 + start // SALIENT_ROWS * salients
+    columns = tl.load(own + s, mask=s < salients, other=-1)
     real = (columns // BLOCK == k_block) & ((s == 0) | (columns > 0))  # ascending: a later 0 is padding
     return words, scale, tl.where(real & (columns >= 0), columns, -1)
 
@@ -77,6 +79,7 @@ def _delta(
     columns,
     arena,
     row,
+    start,
     n,
     k_block,
     channel,
@@ -89,7 +92,7 @@ def _delta(
 ):
     """[rows, G, GS] float32: a tile of D; zeros for an absent delta.
 
-    words, scale, columns: from `_fetch`. n: [rows, 1, 1], channel: [1, G, GS] within the tile.
+    words, scale, columns: from `_fetch`. start: the tile's first row. n: [rows, 1, 1]. channel: [1, G, GS] in the tile.
     """
     twos, ones, salients = tl.load(row), tl.load(row + 1), tl.load(row + 7)
     if TWO:
@@ -106,14 +109,105 @@ def _delta(
     value = (code * 2 - top).to(tl.float32) * scale.to(tl.float32)
     if SALIENT:
         if tl.max(columns, axis=0) >= 0:
-            index_ptr = arena + tl.load(row + 5) * 4
+            index_ptr = arena + tl.load(row + 5) * 4 + start // SALIENT_ROWS * salients
             salient_ptr = (arena + tl.load(row + 6) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-            for i in range(bound(salients, INTERPRET)):
+            low, high = _span(columns, SALIENT)
+            for i in range(bound(low, INTERPRET), bound(high, INTERPRET)):
                 column = tl.load(index_ptr + i) - k_block * BLOCK
-                if (column >= 0) & (column < BLOCK) & ((i == 0) | (column + k_block > 0)):
-                    mine = tl.load(salient_ptr + n.to(tl.int64) * salients + i, mask=n < N, other=0.0)
-                    value += tl.where(channel == column, mine.to(tl.float32), 0.0)
+                mine = tl.load(salient_ptr + n.to(tl.int64) * salients + i, mask=n < N, other=0.0)
+                value += tl.where(channel == column, mine.to(tl.float32), 0.0)
     return value
+
+
+@triton.jit
+def _span(columns, SALIENT: tl.constexpr):
+    """Which of the salient channels lie in this block of channels: some that follow one another."""
+    s = tl.arange(0, SALIENT)
+    low = tl.min(tl.where(columns >= 0, s, SALIENT), axis=0)
+    return low, low + tl.sum((columns >= 0).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _salient(
+    merged,
+    weight,
+    stride_w,
+    columns,
+    arena,
+    row,
+    start,
+    n,
+    k_block,
+    channel,
+    N,
+    SALIENT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A merged tile of 2 bits with its salient channels computed anew, so that their sums are rounded once as well."""
+    salients = tl.load(row + 7)
+    index_ptr = arena + tl.load(row + 5) * 4 + start // SALIENT_ROWS * salients
+    salient_ptr = (arena + tl.load(row + 6) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    scale_ptr = (arena + tl.load(row + 4) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    low, high = _span(columns, SALIENT)
+    for i in range(low, high):
+        k = tl.load(index_ptr + i)
+        column, inside = k - k_block * BLOCK, n < N
+        word = _words(arena + tl.load(row + 2) * 4, n, k_block, column, N, True, 2)
+        group = k // GROUP if GROUP > 0 else 0
+        scale = tl.load(scale_ptr + group * N + n, mask=inside, other=0.0).to(tl.float32)
+        level = (_codes(word, k_block, column, 2) * 2 - 3).to(tl.float32)
+        mine = tl.load(salient_ptr + n.to(tl.int64) * salients + i, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + n.to(tl.int64) * stride_w + k, mask=inside, other=0.0).to(tl.float32)
+        merged = tl.where(channel == column, (w + level * scale + mine).to(merged.dtype), merged)
+    return merged
+
+
+@triton.jit
+def _merged(
+    w,
+    weight,
+    stride_w,
+    words,
+    scale,
+    columns,
+    arena,
+    row,
+    start,
+    n,
+    k_block,
+    channel,
+    N,
+    K,
+    TWO: tl.constexpr,
+    ONE: tl.constexpr,
+    SALIENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """A tile of W plus one delta."""
+    if FAST:
+        if tl.load(row) > 1:  # a second plane
+            delta = _delta(
+                words, scale, columns, arena, row, start, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET
+            )
+            merged = (w.to(tl.float32) + delta).to(w.dtype)
+        else:
+            turn = (channel // 16 * 2 + 31) & 31
+            merged = tl.inline_asm_elementwise(
+                MERGE_BF16, "=r,r,r,r,r,r,r", [words, turn, w, scale], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+            if SALIENT:
+                if tl.max(columns, axis=0) >= 0:
+                    merged = _salient(
+                        *(merged, weight, stride_w, columns, arena, row, start, n, k_block, channel, N, SALIENT, GROUP)
+                    )
+    else:  # a branch on a constant within a loop would be compiled with both sides, and those differ in fp16
+        delta = _delta(
+            words, scale, columns, arena, row, start, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET
+        )
+        merged = (w.to(tl.float32) + delta).to(w.dtype)
+    return merged
 
 
 @triton.jit
@@ -141,6 +235,7 @@ def merge_kernel(
 ):
     """Rows first to last of W plus each of EXPERTS deltas: out [EXPERTS, last - first, K]; W's tile is read once."""
     k_block = tl.program_id(0)
+    start = first + tl.program_id(1) * ROWS
     local = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None, None]
     n = first + local
     SPAN: tl.constexpr = BLOCK // GROUPS
@@ -152,24 +247,17 @@ def merge_kernel(
         inside = (n < last) & (k < K)
         w = tl.load(weight + n.to(tl.int64) * stride_w + k, mask=inside, other=0.0, eviction_policy="evict_first")
     row = table + tl.load(slots).to(tl.int64) * 8
-    words, scale, columns = _fetch(arena, row, n, k_block, channel, N, K, TWO, SALIENT, GROUP, GROUPS)
+    words, scale, columns = _fetch(arena, row, start, n, k_block, channel, N, K, TWO, SALIENT, GROUP, GROUPS)
     for e in tl.static_range(EXPERTS):
         if e + 1 < EXPERTS:
             following = table + tl.load(slots + e + 1).to(tl.int64) * 8
             next_words, next_scale, next_columns = _fetch(
-                arena, following, n, k_block, channel, N, K, TWO, SALIENT, GROUP, GROUPS
+                arena, following, start, n, k_block, channel, N, K, TWO, SALIENT, GROUP, GROUPS
             )
-        special = True
-        if FAST:
-            special = (tl.load(row) > 1) | (tl.max(columns, axis=0) >= 0)  # a second plane, a salient channel
-        if special:
-            delta = _delta(words, scale, columns, arena, row, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET)
-            merged = (w.to(tl.float32) + delta).to(w.dtype)
-        else:
-            turn = (channel // 16 * 2 + 31) & 31
-            merged = tl.inline_asm_elementwise(
-                MERGE_BF16, "=r,r,r,r,r,r,r", [words, turn, w, scale], dtype=tl.bfloat16, is_pure=True, pack=2
-            )
+        merged = _merged(
+            *(w, weight, stride_w, words, scale, columns, arena, row, start, n, k_block, channel, N, K),
+            *(TWO, ONE, SALIENT, GROUP, FAST, INTERPRET),
+        )
         ptr = out + (e * (last - first) + local).to(tl.int64) * K + k
         if EVEN:
             tl.store(ptr, merged)
@@ -211,9 +299,12 @@ def rows_kernel(
     if slot >= 0:
         if known:
             row = table + slot.to(tl.int64) * 8
-            n = (own.to(tl.int32) + tl.arange(0, 1))[:, None, None]
-            words, scale, columns = _fetch(arena, row, n, k_block, channel, N, K, TWO, SALIENT, GROUP, GROUPS)
-            w += _delta(words, scale, columns, arena, row, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET)
+            start = own.to(tl.int32)
+            n = (start + tl.arange(0, 1))[:, None, None]
+            words, scale, columns = _fetch(arena, row, start, n, k_block, channel, N, K, TWO, SALIENT, GROUP, GROUPS)
+            w += _delta(
+                words, scale, columns, arena, row, start, n, k_block, channel, N, K, TWO, ONE, SALIENT, INTERPRET
+            )
         elif EXTRA:
             place = slot.to(tl.int64) * extra_rows + tl.minimum(own - N, extra_rows - 1)
             w = tl.load(extra + place * K + k, mask=k < K, other=0.0).to(tl.float32)

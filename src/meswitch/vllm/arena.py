@@ -10,7 +10,7 @@ from torch import Tensor
 from meswitch.artifact import Artifact, Entry
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.errors import ConfigError
-from meswitch.ops.layout import ABSENT, Shape, padded_salient
+from meswitch.ops.layout import ABSENT, Shape, padded_salient, salient_of_tiles
 from meswitch.ops.slots import SlotLinear, Variant
 from meswitch.units import format_bytes
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM, Place
@@ -176,22 +176,29 @@ def _shape(place: Place, known: Sequence[dict[str, Entry]]) -> Shape | None:
                 packed[source.module] = entry
         if not packed:
             continue
-        groups, salient, bits = [], 0, 0
+        groups, bits = [], 0
         for module, entry in packed.items():
             group = entry.group_size
             if place.columns is not None:
                 group = cut_group(group, entry.shape[1], *place.columns, f"{module}.weight")
             groups.append(group)
-            index = entry.stored.get("salient_index")
-            salient += 0 if index is None else index.shape[0]
             bits = max(bits, entry.bits or 0)
         group = joint_group(groups, place.in_features)
+        own = [packed.get(source.module) for source in place.sources]
+        counts = [0 if entry is None else _salient(entry) for entry in own]
+        most = salient_of_tiles(counts, [source.last - source.first for source in place.sources])
         shapes.append(
-            Shape(place.used_rows, place.in_features, bits, group or 0, padded_salient(min(salient, place.in_features)))
+            Shape(place.used_rows, place.in_features, bits, group or 0, padded_salient(min(most, place.in_features)))
         )
         if group is not None and group & (group - 1):
             raise ConfigError(f"{place.name}: group_size: {group}: the kernels take powers of two, or whole rows")
     return joint_shape(shapes) if shapes else None
+
+
+def _salient(entry: Entry) -> int:
+    """Salient channels of a packed tensor."""
+    index = entry.stored.get("salient_index")
+    return 0 if index is None else index.shape[0]
 
 
 def _whole(place: Place, entries: dict[str, Entry]) -> bool:

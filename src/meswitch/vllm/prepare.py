@@ -1,7 +1,5 @@
 """From an artifact on disk to a slot's layout in host memory."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -106,16 +104,11 @@ def prepare(
             continue
         try:
             fitted = conform(joined, layer.shape.bits, layer.shape.group or None)
+            target = buffer[layer.offset : layer.offset + layer.shape.nbytes]
+            laid = target if arena.device.type == "cpu" else torch.zeros_like(target, device=arena.device)
+            write(fitted, laid, layer.shape)
         except ConfigError as error:
             raise ConfigError(f"{_no_room(artifact, place.name)} ({error})") from None
-        if fitted.salient_index.numel() > layer.shape.salient:
-            raise ConfigError(
-                f"{_no_room(artifact, place.name)} (salient: {fitted.salient_index.numel()} channels, in a place made "
-                f"for {layer.shape.salient})"
-            )
-        target = buffer[layer.offset : layer.offset + layer.shape.nbytes]
-        laid = target if arena.device.type == "cpu" else torch.zeros_like(target, device=arena.device)
-        write(_padded(fitted, layer.shape.salient), laid)
         if laid is not target:
             target.copy_(laid)
         present[layer.index] = True
@@ -155,15 +148,6 @@ def _bias(vectors: Tensor, layer: Layer, reader: Reader) -> None:
 def _vector(vectors: Tensor, layer: Layer, values: Tensor) -> None:
     if layer.vector is not None:
         vectors[layer.vector[0] : layer.vector[1]] = values
-
-
-def _padded(delta: PackedDelta, salient: int) -> PackedDelta:
-    """With salient channels of weight 0 up to the layer's count: the slots of a layer have one shape."""
-    missing = salient - delta.salient_index.numel()
-    index = torch.nn.functional.pad(delta.salient_index, (0, missing))
-    return replace(
-        delta, salient_index=index, salient_weight=torch.nn.functional.pad(delta.salient_weight, (0, missing))
-    )
 
 
 def _no_room(artifact: Artifact, module: str) -> str:

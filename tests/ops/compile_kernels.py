@@ -1,0 +1,67 @@
+"""Compile the kernels for GPUs that this machine need not have; prints what does not compile. See `test_compiling`."""
+
+import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from meswitch.ops.ahead import Job, decode_jobs, embedding_job, fused_jobs, launched, prefill_jobs
+from meswitch.ops.slots import Variant
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "maxnreg", "launch_pdl")
+
+
+def jobs() -> list[Job]:
+    """Every kernel in its main variants."""
+    two, odd = Variant(True, False, 128, 16), Variant(True, True, 0, 0)
+    bf16, fp16 = torch.bfloat16, torch.float16
+    found = [
+        *fused_jobs(6144, 4096, two, bf16, True, [(32, 16, 16), (32, 7, 4)]),
+        *fused_jobs(200, 1100, odd, fp16, False, [(8, 2, 2)]),
+        *decode_jobs(4096, 4096, two, bf16, 1),
+        embedding_job(32000, 4096, two, bf16, True),
+    ]
+    merges = itertools.chain(prefill_jobs(4096, 4096, two, bf16, 64), prefill_jobs(200, 1100, odd, fp16, 64))
+    found += [job for job in merges if job.constants.get("EXPERTS") in (None, 2)]
+    return list({job.key: job for job in found}.values())
+
+
+def compile_for(job: Job, capability: int) -> str:
+    kernel, arguments = launched(job)
+    constants = {name: value for name, value in job.constants.items() if name not in OPTIONS}
+    options = {name: value for name, value in job.constants.items() if name in OPTIONS}
+    if "EARLY" in constants and capability >= 90:
+        constants["EARLY"], options["launch_pdl"] = True, True
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else "i32" for name in names}
+    aligned = {}
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, torch.dtype):
+            signature[names[place]] = TYPES[argument]
+        if isinstance(argument, torch.dtype) or argument % 16 == 0:
+            aligned[place,] = [["tt.divisibility", 16]]
+    try:
+        source = ASTSource(kernel, signature, constants, aligned)
+        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:  # noqa: BLE001 - the test prints it
+        return f"{job} on sm_{capability}: {type(error).__name__}: {str(error)[-600:]}"
+    return ""
+
+
+if __name__ == "__main__":
+    work = [(job, capability) for job in jobs() for capability in (80, 90)]
+    with ThreadPoolExecutor(2) as pool:
+        failed = [text for text in pool.map(lambda pair: compile_for(*pair), work) if text]
+    print("\n".join(failed) or f"{len(work)} compiled")
+    sys.exit(bool(failed))
