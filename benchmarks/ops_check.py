@@ -53,7 +53,7 @@ def wanted(case: dict) -> Job:
     """What `compile_ahead` takes."""
     slots = token_slots(case)
     routing = Routing.build(slots)
-    rows, width, count = case["rows"], case["width"], routing.slots.numel()
+    rows, width, count = case["rows"], case["width"], routing.likely
     config = choose(rows, width, count, routing.piece)
     two, one = (True, True) if case["bits"] == 0 else (case["bits"] > 1, case["bits"] % 2 == 1)
     variant = Variant(two, one, case["group"] or 0, 16 if case["salient"] else 0)

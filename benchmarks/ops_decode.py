@@ -160,7 +160,7 @@ def wanted() -> list[Job]:
     for name, bits, points in PLAN:
         for batch, experts, kind in points:
             routing = Routing.build(spread(kind, batch, experts))
-            count = routing.slots.numel()
+            count = routing.likely
             for rows, width in MODELS[name][1].values():
                 variant = Variant(bits > 1, bits % 2 == 1, 128, 16)
                 config = choose(rows, width, count, routing.piece)

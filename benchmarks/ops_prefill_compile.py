@@ -23,5 +23,5 @@ def decode_jobs(dtype: torch.dtype, shape: tuple[int, int], v: Variant, routing:
     """For the short segments, if there are any."""
     if routing.short is None:
         return []
-    config = choose(*shape, routing.short.slots.numel(), routing.short.piece)
+    config = choose(*shape, routing.short.likely, routing.short.piece)
     return [Job("decode", dtype, *shape, decode_constants(config, *shape, v), config.split > 1)]

@@ -37,7 +37,7 @@ def wanted(name: str) -> list[Job]:
     """What `compile_ahead` takes."""
     found = []
     for routing, columns, _, _, rows, width in _cases(name):
-        chosen = choose_fused(rows, width, routing.slots.numel(), columns)
+        chosen = choose_fused(rows, width, routing.likely, columns)
         for config in [chosen, *_grid(columns, width)]:
             fixed = fused_constants(config, rows, width, Variant(True, False, 128, 16), False)
             found.append(Job("fused", torch.bfloat16, rows, width, fixed))
@@ -61,7 +61,7 @@ def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
 
         times = {config: measure(config) for config in _grid(columns, width)}
         best = min(times, key=lambda config: times[config])
-        chosen = choose_fused(rows, width, routing.slots.numel(), columns)
+        chosen = choose_fused(rows, width, routing.likely, columns)
         row = {
             "batch": batch,
             "experts": experts,

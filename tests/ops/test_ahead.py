@@ -27,7 +27,8 @@ def layer():
 
 def jobs(layer):
     about = ROWS, WIDTH, layer.variant, DTYPE
-    steps = [(len(slots), Routing.build(slots).likely) for slots in STEPS]
+    built = [(slots, Routing.build(slots)) for slots in STEPS]
+    steps = [(len(slots), routing.slots.numel(), routing.likely) for slots, routing in built]
     found = [*fused_jobs(*about, False, steps), *decode_jobs(*about, 8), *prefill_jobs(*about, 1024)]
     return [*found, embedding_job(*about, False)]
 
@@ -90,7 +91,7 @@ def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
 def test_jobs_that_are_one_compilation_have_one_key(layer):
     about = 512, WIDTH, layer.variant, DTYPE
     [one], [other], [biased] = (
-        list(fused_jobs(rows, *about[1:], bias, [(8, 2)])) for rows, bias in ((512, False), (640, False), (512, True))
+        list(fused_jobs(rows, *about[1:], bias, [(8, 2, 2)])) for rows, bias in ((512, False), (640, False), (512, True))
     )
     assert one.key == other.key
     assert one.key != biased.key

@@ -50,19 +50,21 @@ def compile_ahead(jobs: Iterable[Job], workers: int | None = None) -> int:
     if unique:
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
             for job in unique.values():
-                _start(job)
+                kernel, arguments = launched(job)
+                kernel.warmup(*arguments, grid=(1, 1, 1), **job.constants)
     return len(unique)
 
 
 def fused_jobs(
-    rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int]]
+    rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int, int]]
 ) -> Iterator[Job]:
-    """What `fused_linear` launches in steps of so many (tokens, likely pieces)."""
+    """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces)."""
     from meswitch.ops.triton_launch import choose_fused, fused_constants
 
-    for tokens, likely in sizes:
+    for tokens, pieces, likely in sizes:
         config = choose_fused(rows, in_features, likely, bucket(tokens, least=8))
-        yield Job("fused", dtype, rows, in_features, fused_constants(config, rows, in_features, variant, bias))
+        fixed = fused_constants(config, rows, in_features, variant, bias, pieces > likely)
+        yield Job("fused", dtype, rows, in_features, fixed)
 
 
 def decode_jobs(
@@ -90,7 +92,8 @@ def embedding_job(rows: int, in_features: int, variant: Variant, dtype: torch.dt
     return Job("rows", dtype, rows, in_features, merge.constants(variant) | {"EXTRA": extra, "num_warps": 1})
 
 
-def _start(job: Job) -> None:
+def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
+    """The kernel, and its arguments before the constants: a dtype for a pointer, numbers of the right divisors."""
     from meswitch.ops.triton_decode import decode_kernel
     from meswitch.ops.triton_fused import fused_kernel
     from meswitch.ops.triton_merge import merge_kernel, rows_kernel
@@ -104,4 +107,4 @@ def _start(job: Job) -> None:
         "merge": (own, own, i32, i64, i32, 0, rows, width, rows, width),
         "rows": (i64, i32, *[own] * 3, i32, i64, width, 0, rows, width),
     }
-    kernels[job.kernel].warmup(*arguments[job.kernel], grid=(1, 1, 1), **job.constants)
+    return kernels[job.kernel], arguments[job.kernel]

@@ -40,8 +40,8 @@ class Routing:
         """Sort a step's tokens.
 
         Args:
-            token_slots: the slot of each token, `BASE` for none. pieces: the step's bucket, by default the next power
-                of two. piece: tokens that one has at most.
+            token_slots: the slot of each token, `BASE` for none. pieces: room for so many, by default for as many as
+                there are. piece: tokens that one has at most.
 
         Raises:
             ValueError: the tokens need more pieces.
@@ -54,21 +54,27 @@ class Routing:
             for start in range(0, len(own), piece):
                 owners.append(slot)
                 starts.append(starts[-1] + min(piece, len(own) - start))
-        pieces = pieces or bucket(len(owners))
+        pieces = pieces or max(1, len(owners))
         if len(owners) > pieces:
-            raise ValueError(f"{len(owners)} pieces in a bucket of {pieces}")
+            raise ValueError(f"{len(owners)} pieces where there is room for {pieces}")
         unused = pieces - len(owners)
         parts = [owners + [BASE] * unused, starts + starts[-1:] * unused, order + tokens.get(BASE, [])]
         padded = [part + [0] * (-len(part) % 4) for part in parts]  # 16-byte aligned, or Triton compiles anew
         flat = torch.tensor([*padded[0], *padded[1], *padded[2]], dtype=torch.int32).to(device)  # one copy
         places = flat.split([len(part) for part in padded])
         slots, begins, positions = (place[: len(part)] for place, part in zip(places, parts, strict=True))
-        return cls(slots, begins, positions, piece, pieces)
+        return cls(slots, begins, positions, piece, likely_pieces(pieces))
 
 
 def most_pieces(tokens: int, slots: int, piece: int = PIECE) -> int:
     """Pieces that so many tokens of so many slots have at most, however they are spread."""
     return (tokens + (piece - 1) * min(slots, tokens)) // piece
+
+
+def likely_pieces(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: few enough that kernels are not compiled anew for each."""
+    most = bucket(count)
+    return most * 3 // 4 if count <= most * 3 // 4 else most
 
 
 def by_slot(token_slots: Sequence[int]) -> dict[int, list[int]]:

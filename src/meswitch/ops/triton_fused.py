@@ -100,8 +100,6 @@ def _delta_item(
     stride_x,
     tile,
     piece,
-    pieces,
-    wave,
     part,
     parts,
     N,
@@ -116,41 +114,20 @@ def _delta_item(
     BN: tl.constexpr,
     MT: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    for p in tl.range(bound(piece, INTERPRET), bound(pieces, INTERPRET), bound(wave, INTERPRET), num_stages=1):
-        slot = tl.load(slots + p)
-        first, last = tl.load(starts + p), tl.load(starts + p + 1)
-        if (slot >= 0) & (first < last):
-            place = tl.arange(0, BN)
-            m = tl.arange(0, MT)
-            token = tl.load(order + tl.minimum(first + m, last - 1))
-            x_rows = x + token.to(tl.int64) * stride_x
-            row = table + slot.to(tl.int64) * 8
-            n = tile * BN + place
-            acc = delta_tile(
-                x_rows,
-                arena,
-                row,
-                n,
-                part,
-                parts,
-                N,
-                K,
-                TWO,
-                ONE,
-                SALIENT,
-                GROUP,
-                EVEN_K,
-                EVEN_N,
-                INTERPRET,
-                BN,
-                MT,
-                STAGES,
-            )
-            tl.store(home + (first + m)[None, :] * BN + place[:, None], acc, mask=(m < last - first)[None, :])
+    slot = tl.load(slots + piece)
+    first, last = tl.load(starts + piece), tl.load(starts + piece + 1)
+    if (slot >= 0) & (first < last):
+        place = tl.arange(0, BN)
+        m = tl.arange(0, MT)
+        token = tl.load(order + tl.minimum(first + m, last - 1))
+        x_rows = x + token.to(tl.int64) * stride_x
+        row = table + slot.to(tl.int64) * 8
+        acc = delta_tile(
+            *(x_rows, arena, row, tile, part, parts, N, K),
+            *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES),
+        )
+        tl.store(home + (first + m)[None, :] * BN + place[:, None], acc, mask=(m < last - first)[None, :])
 
 
 @triton.jit
@@ -233,6 +210,7 @@ def fused_kernel(
     BASE_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     HALVES: tl.constexpr = BN // BASE_BN
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -260,10 +238,19 @@ def fused_kernel(
         half, end = tile * 0, tile * 0 + HALVES  # all of the tile
         piece, part = delta // parts % wave, delta % parts
         home = work + (tile * cells + base_parts + part).to(tl.int64) * (M * BN)
-        _delta_item(
-            *(x, arena, table, slots, starts, order, home, stride_x, tile, piece, pieces, wave, part, parts, N, K),
-            *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES, EARLY),
-        )
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        if AGAIN:
+            for p in tl.range(bound(piece, INTERPRET), bound(pieces, INTERPRET), bound(wave, INTERPRET), num_stages=1):
+                _delta_item(
+                    *(x, arena, table, slots, starts, order, home, stride_x, tile, p, part, parts, N, K),
+                    *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES),
+                )
+        else:
+            _delta_item(
+                *(x, arena, table, slots, starts, order, home, stride_x, tile, piece, part, parts, N, K),
+                *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES),
+            )
     owned = tl.load(starts + pieces)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()

@@ -9,18 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.ops.routing import PIECE, Routing, bucket
+from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing, bucket
 from meswitch.ops.slots import SlotLinear, Variant
 from meswitch.ops.triton_decode import decode_kernel
 from meswitch.ops.triton_fused import fused_kernel
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # no inline assembly there
+MOST_PIECES = 2 * MAX_TOKENS  # more of them choose no other items
 _PROGRAMS = 132 * 6  # enough for every multiprocessor of an H100 to have its share of loads in flight
 _BASE_CHANNELS = 64  # of a base item's block: 128 bytes of a row
 _LEAST_CHANNELS = 1024  # of one program: less does not pay for its start
-_MOST_CHANNELS = 8192  # of one delta item beside base items: a longer one that starts late is the step's tail
-_BASE_ITEMS, _DELTA_ITEMS = 240, 200  # of the fused kernel, about
-_DELTA_BYTES = 0.135  # of a delta of 2 bits over the base's
+_WIDE = 384  # tiles of 64 rows: such a linear fills the chip without being split
+
+# What `benchmarks/ops_sweep.py` found best on an H100, by the most likely pieces of a step. A narrow linear: rows and
+# stages of a base item, about how many of them, about how many delta items at least.
+_NARROW = {
+    1: (64, 4, 168, 90),
+    2: (64, 4, 168, 130),
+    6: (64, 4, 150, 230),
+    8: (128, 3, 96, 320),
+    12: (64, 4, 100, 450),
+    MOST_PIECES: (64, 3, 264, 600),
+}
+_NARROW_64_TOKENS = {MOST_PIECES: (64, 3, 162, 320)}
+# A wide linear: rows and stages of a base item, in how many parts, whether they start among the deltas'.
+_WIDE_16_TOKENS = {2: (64, 3, 2, False), MOST_PIECES: (128, 3, 1, False)}
+_WIDE_32_TOKENS = {6: (64, 4, 1, True), 8: (64, 3, 1, False), 12: (64, 4, 1, True), MOST_PIECES: (64, 3, 1, False)}
+_WIDE_64_TOKENS = {MOST_PIECES: (64, 3, 2, True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +74,25 @@ class FusedConfig:
 
 
 def choose_fused(rows: int, in_features: int, pieces: int, columns: int) -> FusedConfig:
-    """Items from the layer's shape and the step's buckets, and from nothing else.
-
-    A rule that was fitted to what `benchmarks/ops_sweep.py` measured on an H100: it takes 2 % longer than the best
-    items of each linear and step. Base items are about as many as their share of the bytes deserves.
-    """
-    base_tiles, tiles = math.ceil(rows / 64), math.ceil(rows / 128)
-    share = 1 / (1 + _DELTA_BYTES * pieces)
-    base_split = round(_BASE_ITEMS * share * (in_features / 4096) ** 0.25 / base_tiles)
+    """Items from the layer's shape and the step's buckets, and from nothing else: as the tables above have it."""
+    pieces = min(pieces, MOST_PIECES)
+    if math.ceil(rows / 64) > _WIDE:
+        wide = _WIDE_16_TOKENS if columns <= 16 else _WIDE_32_TOKENS if columns <= 32 else _WIDE_64_TOKENS
+        base_rows, stages, parts, mixed = _for(pieces, wide)
+        parts = min(parts, max(1, in_features // 512))
+        return FusedConfig(Config(128, PIECE, 1), columns, parts, base_rows, stages, mixed)
+    base_rows, stages, base_items, delta_items = _for(pieces, _NARROW if columns <= 32 else _NARROW_64_TOKENS)
+    # an item of a longer row takes longer, and one that starts late is the step's tail
+    base_split = round(base_items * (in_features / 4096) ** 0.25 / math.ceil(rows / base_rows))
     base_split, split = max(1, min(4, base_split, in_features // 512)), 1
-    while in_features // (split * 2) >= _LEAST_CHANNELS and (
-        tiles * pieces * split < _DELTA_ITEMS or in_features // split > _MOST_CHANNELS
-    ):
+    while in_features // (split * 2) >= _LEAST_CHANNELS and math.ceil(rows / 128) * pieces * split < delta_items:
         split *= 2
-    delta, stages = Config(128, PIECE, split), 4 if columns <= 32 else 3
-    if base_split == 1 and base_tiles > _BASE_ITEMS:  # a linear that fills the chip without being split
-        if columns <= 16:
-            return FusedConfig(delta, columns, 2 if in_features >= 1024 else 1, base_stages=3)
-        return FusedConfig(delta, columns, 1, base_stages=stages, mixed=True)
-    return FusedConfig(delta, columns, base_split, base_stages=stages)
+    return FusedConfig(Config(128, PIECE, split), columns, base_split, base_rows, stages)
+
+
+def _for(pieces: int, table: dict[int, tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The entry of the smallest key that is not below."""
+    return next(entry for most, entry in table.items() if pieces <= most)
 
 
 @functools.cache
@@ -92,7 +107,7 @@ def constants(config: Config, rows: int, in_features: int, variant: Variant) -> 
     return {
         "TWO": variant.two,
         "ONE": variant.one,
-        "SALIENT": variant.salient,
+        "SALIENT": variant.salient > 0,
         "GROUP": variant.group,
         "EVEN_K": in_features % 512 == 0,
         "EVEN_N": rows % config.rows == 0,
@@ -102,11 +117,14 @@ def constants(config: Config, rows: int, in_features: int, variant: Variant) -> 
         "SPLIT": config.split,
         "STAGES": config.stages,
         "num_warps": config.warps,
+        **_early(),
     }
 
 
-def fused_constants(config: FusedConfig, rows: int, in_features: int, variant: Variant, bias: bool) -> dict[str, Any]:
-    """What the fused kernel is compiled for."""
+def fused_constants(
+    config: FusedConfig, rows: int, in_features: int, variant: Variant, bias: bool, again: bool = False
+) -> dict[str, Any]:
+    """What the fused kernel is compiled for. again: a program may take several pieces."""
     shared = constants(config.delta, rows, in_features, variant)
     del shared["SPLIT"]
     return shared | {
@@ -117,8 +135,8 @@ def fused_constants(config: FusedConfig, rows: int, in_features: int, variant: V
         "PARTS": config.base_split + config.delta.split,
         "COLUMNS": min(config.columns, 8 * config.delta.warps),
         "BASE_STAGES": config.base_stages,
+        "AGAIN": again,
         "maxnreg": 200 if variant.one else 168,  # adding up at the end must not cost the loops their neighbours
-        **_early(),
     }
 
 
@@ -161,7 +179,7 @@ def fused(
     fused_kernel[(base_items + tiles * wave * config.delta.split,)](
         *(x, y, weight, y if bias is None else bias, *_tables(layer, routing), work, layer.arrived),
         *(*strides, rows, width, tokens, pieces, wave, *parts, int(config.mixed)),
-        **fused_constants(config, rows, width, layer.variant, bias is not None),
+        **fused_constants(config, rows, width, layer.variant, bias is not None, pieces > wave),
     )
 
 

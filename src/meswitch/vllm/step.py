@@ -92,9 +92,9 @@ def _pieces(rows: int, slots: int, piece: int) -> tuple[int, int]:
     return most, min(most, max(min(slots, rows), -(-rows // piece)))
 
 
-def step_sizes(rows: Iterable[int], slots: int) -> set[tuple[int, int]]:
-    """(rows, likely pieces) of steps of so many rows with experts in so many slots: what kernels are chosen by."""
-    return {(count, _pieces(count, slots, PIECE)[1]) for count in rows}
+def step_sizes(rows: Iterable[int], slots: int) -> set[tuple[int, int, int]]:
+    """(rows, pieces, likely pieces) of steps of so many rows with experts in so many slots: what kernels depend on."""
+    return {(count, *_pieces(count, slots, PIECE)) for count in rows}
 
 
 def part(side: Side, first: int, rows: int) -> Routing | None:
