@@ -15,7 +15,7 @@ from torch import nn
 from meswitch.errors import ConfigError
 
 OLDEST, NEWEST = (0, 25), (0, 32)  # what the contract below was compared with
-log = logging.getLogger("meswitch.vllm")
+log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 
 
 @dataclass(frozen=True, slots=True)

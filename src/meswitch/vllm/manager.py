@@ -28,7 +28,7 @@ from meswitch.vllm.settings import KEY, Settings
 from meswitch.vllm.step import Step
 from meswitch.vllm.warm import warm
 
-log = logging.getLogger("meswitch.vllm")
+log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 NO_LORA = 0  # vLLM's id of the base
 
 

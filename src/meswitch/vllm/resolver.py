@@ -20,7 +20,7 @@ from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 
 DIRECTORY_VARIABLE = "MESWITCH_DELTA_DIR"
 NAME = "meswitch"
-log = logging.getLogger("meswitch.vllm")
+log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from meswitch.vllm.layers import DeltaMethod
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR
 from meswitch.vllm.step import step_sizes
 
-log = logging.getLogger("meswitch.vllm")
+log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 
 
 def warm(arena: Arena, rows: Sequence[int], most_tokens: int, specialized: bool) -> None:
