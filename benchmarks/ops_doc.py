@@ -34,12 +34,13 @@ def decode(data: Data) -> str:
             f"{row['ratio_to_floor']:.2f}",
             f"{row['ratio_to_base']:.2f}",
             f"{row['speedup_vs_merged']:.2f}x",
+            f"{_added(row) / data['meta']['copy_gb_s']:.0%}",
             _of_copy(row, data),
             *(f"{row[name]:.2f}" if name in row else "-" for name in others),
         ]
         for row in rows
     ]
-    head += ["delta alone, of copy", *(f"{label}, ms" for label in others.values())]
+    head += ["deltas in the step, of copy", "alone, of copy", *(f"{label}, ms" for label in others.values())]
     return f"{pipe(head, *cells)}\n\n{said(data)}"
 
 
@@ -135,6 +136,12 @@ def prefill(data: Data) -> str:
 def _against(row: dict[str, Any]) -> list[str]:
     """A step's milliseconds, over the floor, and merged models' over them."""
     return [f"{row['ms']:.2f}", f"{row['ratio_to_floor']:.2f}", f"{row['speedup_vs_merged']:.2f}x"]
+
+
+def _added(row: dict[str, Any]) -> float:
+    """GB/s of the deltas in a step: their bytes over what the step takes more than the base alone."""
+    gigabytes: float = row["delta_gb_s"] * row["delta_ms"] / 1e3
+    return gigabytes / (row["ms"] - row["base_ms"]) * 1e3
 
 
 def _of_copy(row: dict[str, Any], data: Data) -> str:
