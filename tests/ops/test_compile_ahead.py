@@ -91,7 +91,7 @@ def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
 def test_jobs_that_are_one_compilation_have_one_key(layer):
     about = 512, WIDTH, layer.variant, DTYPE
     [one], [other], [biased] = (
-        list(fused_jobs(rows, *about[1:], bias, [(8, 2, 2)])) for rows, bias in ((512, False), (640, False), (512, True))
+        list(fused_jobs(n, *about[1:], bias, [(8, 2, 2)])) for n, bias in ((512, False), (640, False), (512, True))
     )
     assert one.key == other.key
     assert one.key != biased.key
