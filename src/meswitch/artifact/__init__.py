@@ -3,6 +3,7 @@
 from meswitch.artifact.accounting import Accounting, account
 from meswitch.artifact.fingerprint import fingerprint
 from meswitch.artifact.manifest import Calibration, Entry, Manifest, Method
+from meswitch.artifact.readahead import ReadAhead
 from meswitch.artifact.reader import Artifact, packed_from_parts
 from meswitch.artifact.rewrite import rewrite
 from meswitch.artifact.writer import ArtifactWriter
@@ -15,6 +16,7 @@ __all__ = [
     "Entry",
     "Manifest",
     "Method",
+    "ReadAhead",
     "account",
     "fingerprint",
     "packed_from_parts",

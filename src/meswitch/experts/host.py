@@ -17,12 +17,12 @@ class HostCache:
     """Buffers of experts in (pinned) host memory.
 
     Args:
-        budget: bytes; None is no limit. pinned: page-locked memory, for fast copies to a GPU.
+        budget: bytes; None is no limit. device: that of the slots; for a GPU the memory is page-locked.
     """
 
-    def __init__(self, budget: int | None, *, pinned: bool) -> None:
+    def __init__(self, budget: int | None, device: torch.device) -> None:
         self.budget = budget
-        self._pinned = pinned
+        self._device = device
         self._buffers: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,8 +44,8 @@ class HostCache:
                 )
             while self.budget is not None and self.nbytes + layout.nbytes > self.budget:
                 self._buffers.popitem(last=False)
-            buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-            layout.fill(artifact, buffer)
+            buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            layout.fill(artifact, buffer, self._device)
             self._buffers[name] = buffer
             return buffer
 

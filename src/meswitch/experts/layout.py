@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meswitch.artifact import Artifact, Entry, packed_from_parts
+from meswitch.artifact import Artifact, Entry, ReadAhead, packed_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
 from meswitch.codec.rows import expand_rows
@@ -83,19 +83,31 @@ class Layout:
                 offset += -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
         return cls(places, entries, shapes, offset, artifact.manifest.expert.tied_head)
 
-    def fill(self, artifact: Artifact, buffer: Tensor) -> None:
-        """Read the artifact, checksums compared, into a [nbytes] uint8 host buffer."""
+    def fill(self, artifact: Artifact, buffer: Tensor, device: torch.device | str = "cpu") -> None:
+        """Read the artifact, checksums compared, into a [nbytes] uint8 host buffer.
+
+        Args:
+            device: where deltas are laid out as the kernels read them: a GPU is quicker at it.
+        """
+        with ReadAhead(artifact, self.shapes) as ahead:
+            self._fill(artifact, ahead, buffer, torch.device(device))
+
+    def _fill(self, artifact: Artifact, ahead: ReadAhead, buffer: Tensor, device: torch.device) -> None:
         for name, parts in self.places.items():
             for suffix, place in parts.items():
+                target = buffer[place.offset : place.offset + place.nbytes]
                 if suffix == _KERNEL:
-                    delta = artifact.read(name)
+                    delta = ahead.read(name)
                     assert isinstance(delta, PackedDelta)
-                    write(delta, buffer[place.offset : place.offset + place.nbytes])
+                    laid = target if device.type == "cpu" else torch.empty_like(target, device=device)
+                    write(delta, laid)
+                    if laid is not target:
+                        target.copy_(laid)
                     continue
                 tensor = artifact.read_stored(name, suffix)
                 if tensor.shape != place.shape:
                     tensor = expand_rows(tensor, artifact.read_stored(name, "row_index"), place.shape[0])
-                buffer[place.offset : place.offset + place.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+                target[:] = tensor.contiguous().view(-1).view(torch.uint8)
 
     def views(self, buffer: Tensor) -> dict[str, PackedDelta | Tensor]:
         """The expert's tensors as views of a [>= nbytes] uint8 buffer: name -> delta or own values.

@@ -69,7 +69,7 @@ class ExpertStore:
         self.artifacts = dict(artifacts)
         self.layouts = {name: Layout.of(artifact, kernel=kernel) for name, artifact in self.artifacts.items()}
         self.device = device
-        self.host = HostCache(host_bytes, pinned=device.type == "cuda")
+        self.host = HostCache(host_bytes, device)
         self.slot_bytes = max((layout.nbytes for layout in self.layouts.values()), default=0)
         count = min(slots, max(1, len(self.artifacts)))
         self._arena = torch.zeros(count, self.slot_bytes, dtype=torch.uint8, device=device)

@@ -137,7 +137,7 @@ def write(delta: PackedDelta, buffer: Tensor, shape: Shape | None = None) -> Sha
     """
     shape = shape or Shape.of(delta)
     parts = shape.views(buffer)
-    codes = unpack(delta.packed, delta.bits, delta.in_features).to(buffer.device)
+    codes = unpack(delta.packed.to(buffer.device), delta.bits, delta.in_features)
     for plane in range(shape.planes[0]):
         parts["two"][plane] = _interleave(codes >> (2 * plane) & 3, 2)
     if shape.planes[1]:
@@ -152,17 +152,23 @@ def write(delta: PackedDelta, buffer: Tensor, shape: Shape | None = None) -> Sha
 
 def _write_salient(delta: PackedDelta, index: Tensor, salient: Tensor) -> None:
     """Each tile gets the channels that some row of it changes, or all if there is room for them."""
-    weights, room = delta.salient_weight.to(salient.device), salient.shape[1]
-    channels = delta.salient_index.to(index.device)
-    for tile, own in enumerate(weights.split(SALIENT_ROWS)):
-        used = torch.arange(len(channels), device=index.device)
-        if len(channels) > room:
-            used = (own != 0).any(0).nonzero().view(-1)
-        if len(used) > room:
-            raise ConfigError(f"salient: {len(used)} channels, in a place made for {room}")
-        index[tile, : len(used)] = channels[used]
-        first = tile * SALIENT_ROWS
-        salient[first : first + len(own), : len(used)] = own[:, used]
+    tiles, room = index.shape
+    weights, channels = delta.salient_weight.to(salient.device), delta.salient_index.to(index.device)
+    count = len(channels)
+    if count <= room:
+        index[:, :count] = channels
+        salient[:, :count] = weights
+        return
+    weights = torch.nn.functional.pad(weights, (0, 0, 0, tiles * SALIENT_ROWS - len(weights)))
+    weights = weights.view(tiles, SALIENT_ROWS, count)
+    used = (weights != 0).any(1)
+    if (most := int(used.sum(1).max())) > room:
+        raise ConfigError(f"salient: {most} channels, in a place made for {room}")
+    first = used.int().argsort(dim=1, descending=True, stable=True)[:, :room]  # the used ones, ascending
+    mine = used.gather(1, first)
+    index.copy_(channels[first] * mine)
+    chosen = weights.gather(2, first[:, None].expand(-1, SALIENT_ROWS, -1)) * mine[:, None]
+    salient.copy_(chosen.flatten(0, 1)[: len(salient)])
 
 
 def read(shape: Shape, buffer: Tensor) -> PackedDelta:

@@ -1,9 +1,11 @@
 """From an artifact on disk to a slot's layout in host memory."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
-from meswitch.artifact import Artifact
+from meswitch.artifact import Artifact, ReadAhead
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError, IncompatibleError
@@ -15,14 +17,19 @@ from meswitch.vllm.shard import conform, join, on_device, take_columns, take_row
 
 
 class Reader:
-    """One artifact's tensors by vLLM's names; remembers which were asked for."""
+    """One artifact's tensors by vLLM's names; remembers which were asked for.
 
-    def __init__(self, artifact: Artifact, rename: Rename) -> None:
+    Args:
+        order: names in the order in which they will be.
+    """
+
+    def __init__(self, artifact: Artifact, rename: Rename, order: Iterable[str] = ()) -> None:
         self.artifact = artifact
         self.used: set[str] = set()
         self._names = {rename(name): name for name in artifact.manifest.tensors}
         if artifact.manifest.expert.tied_head and rename(TIED_HEAD) not in self._names:
             self._names[rename(TIED_HEAD)] = TIED_EMBEDDING
+        self.ahead = ReadAhead(artifact, [self._names[name] for name in order if name in self._names])
         self._last: tuple[str, PackedDelta | Tensor | None] = ("", None)
 
     def get(self, name: str) -> PackedDelta | Tensor | None:
@@ -37,7 +44,7 @@ class Reader:
             )
         self.used.add(stored)
         if self._last[0] != stored:  # vLLM's q, k and v may be one stored matrix
-            value = self.artifact.read(stored)
+            value = self.ahead.read(stored)
             self._last = stored, value if isinstance(value, PackedDelta | Tensor) else None
         return self._last[1]
 
@@ -59,7 +66,14 @@ def prepare(
         ArtifactError: damaged. ConfigError: it does not fit the slots. IncompatibleError: it changes a tensor that
             nothing here serves.
     """
-    reader = Reader(artifact, rename)
+    reader = Reader(artifact, rename, _order(arena))
+    with reader.ahead:
+        return _prepare(artifact, arena, reader, settings, elsewhere)
+
+
+def _prepare(
+    artifact: Artifact, arena: Arena, reader: Reader, settings: Settings, elsewhere: tuple[str, ...]
+) -> Prepared:
     vocabulary = artifact.manifest.expert.vocab_size
     if vocabulary > arena.base_vocabulary + max(0, arena.extra_rows):
         raise ConfigError(
@@ -67,7 +81,7 @@ def prepare(
             f"made for {max(0, arena.extra_rows)}: add it to additional_config.{KEY}.experts, or set extra_rows"
         )
     pinned = arena.device.type == "cuda"
-    buffer = torch.zeros(arena.slot_bytes, dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty(arena.slot_bytes, dtype=torch.uint8, pin_memory=pinned)  # what is absent is never read
     vectors = arena.base_vectors.clone()
     present = [False] * len(arena.tables)
     own: dict[str, Tensor] = {}
@@ -105,7 +119,7 @@ def prepare(
         try:
             fitted = conform(joined, layer.shape.bits, layer.shape.group or None)
             target = buffer[layer.offset : layer.offset + layer.shape.nbytes]
-            laid = target if arena.device.type == "cpu" else torch.zeros_like(target, device=arena.device)
+            laid = target if arena.device.type == "cpu" else torch.empty_like(target, device=arena.device)
             write(fitted, laid, layer.shape)
         except ConfigError as error:
             raise ConfigError(f"{_no_room(artifact, place.name)} ({error})") from None
@@ -114,6 +128,16 @@ def prepare(
         present[layer.index] = True
     _refuse_uncovered(reader, settings, elsewhere)
     return Prepared(buffer, tuple(present), vectors, own, extra, vocabulary)
+
+
+def _order(arena: Arena) -> Iterator[str]:
+    """The names that `_prepare` asks for."""
+    for layer in arena.layers:
+        for source in layer.place.sources:
+            if layer.vector is not None and layer.place.kind != NORM:
+                yield f"{source.module}.bias"
+        for source in layer.place.sources:
+            yield f"{source.module}.weight"
 
 
 def _vocabulary(
