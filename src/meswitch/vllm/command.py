@@ -33,6 +33,8 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
     arguments = ["serve", base, "--served-model-name", family.base.name, "--host", host, "--port", str(port)]
     arguments += ["--worker-cls", "meswitch.vllm.DeltaWorker", "--enable-lora"]
     arguments += ["--max-loras", str(slots), "--max-cpu-loras", str(max(slots, len(artifacts)))]
+    # a graph for each number of experts in a step, with programs for just as many
+    arguments += ["--specialize-active-lora"]
     if artifacts:
         arguments += ["--lora-modules", *(f"{name}={artifact.directory}" for name, artifact in artifacts.items())]
     arguments += ["--additional-config", json.dumps({KEY: settings})]
