@@ -19,7 +19,7 @@ MOST_PIECES = 2 * MAX_TOKENS  # more of them choose no other items
 _PROGRAMS = 132 * 6  # enough for every multiprocessor of an H100 to have its share of loads in flight
 _BASE_CHANNELS = 64  # of a base item's block: 128 bytes of a row
 _LEAST_CHANNELS = 1024  # of one program: less does not pay for its start
-_WIDE = 384  # tiles of 64 rows: such a linear fills the chip without being split
+_WIDE = 240  # tiles of 64 rows: a linear of more fills the chip without being split
 
 # What `benchmarks/ops_sweep.py` found best on an H100, by the most likely pieces of a step. A narrow linear: rows and
 # stages of a base item, about how many of them, about how many delta items at least.

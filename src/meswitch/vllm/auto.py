@@ -6,19 +6,16 @@ environment is more than one family needs. It reads the family from the environm
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
 from meswitch.errors import ConfigError
 from meswitch.family import Family
 from meswitch.launch import router_from_family
 from meswitch.server.routing import Desk, with_circumstances
+from meswitch.vllm.asgi import COMPLETIONS, Message, Receive, Scope, Send, is_post, replayed, whole_body
 from meswitch.vllm.command import FAMILY_VARIABLE
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-PATHS = ("/v1/chat/completions", "/v1/completions")
 AUTO = "auto"
 HEADER = b"x-meswitch-expert"
 
@@ -35,36 +32,23 @@ class AutoRouting:
         self.desk = Desk(router_from_family(family), [family.base.name, *family.names], family.router.fallback)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        if not is_post(scope, COMPLETIONS):
             await self.app(scope, receive, send)
             return
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":  # the client is gone
-                return
-            body += message.get("body", b"")
-            if not message.get("more_body", False):
-                break
+        body = await whole_body(receive)
+        if body is None:
+            return
         expert, body = await self._routed(body, scope["headers"])
         if expert is not None:
             kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
             scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
-        sent = False
 
-        async def again() -> MutableMapping[str, Any]:
-            nonlocal sent
-            if sent:
-                return await receive()
-            sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        async def named(message: MutableMapping[str, Any]) -> None:
+        async def named(message: Message) -> None:
             if expert is not None and message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), (HEADER, expert.encode())]}
             await send(message)
 
-        await self.app(scope, again, named)
+        await self.app(scope, replayed(body, receive), named)
 
     async def _routed(self, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, bytes]:
         """Who answers, and the request in its name; None and as it was where it names a model or is not understood."""

@@ -48,8 +48,9 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
     template = _template(Path(base), [artifact.directory for artifact in artifacts.values()])
     if template is not None:
         arguments += ["--chat-template", str(template)]
+    arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
     if artifacts and family.resolve(family.router.path).exists():
-        arguments += ["--middleware", "meswitch.vllm.auto.AutoRouting"]
+        arguments += ["--middleware", "meswitch.vllm.auto.AutoRouting"]  # around the one before, which sees its choice
     return arguments
 
 

@@ -22,6 +22,7 @@ from meswitch.errors import ConfigError, MeswitchError
 from meswitch.ops.routing import BASE
 from meswitch.vllm import compat, delta_op, layers
 from meswitch.vllm.arena import Arena, Prepared
+from meswitch.vllm.background import READY, Background, Source
 from meswitch.vllm.places import places
 from meswitch.vllm.prepare import prepare
 from meswitch.vllm.settings import KEY, Settings
@@ -40,6 +41,7 @@ class DeltaModel(LoRAModel):
     ) -> None:
         super().__init__(lora_model_id, rank, loras or {}, **more)
         self.delta = delta
+        self.source: Source | None = None
 
     def clone(self, lora_model_id: int) -> "DeltaModel":
         return DeltaModel(lora_model_id, self.delta, self.rank, dict(self.loras))
@@ -79,12 +81,13 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         self.step = Step(self.max_num_batched_tokens, self.lora_slots, self.device, specialized)
         delta_op.install(self.step)
         layers.install(model, self.arena, self.step, replace_submodule)
+        self.background = Background(self.read, self.device)
         self._elsewhere = compat.missing_modules(model)
         graphs = config.compilation_config.cudagraph_capture_sizes or []
         warm(self.arena, graphs, self.max_num_batched_tokens, specialized)
         log.info("meswitch: %s for deltas", self.arena.describe())
 
-    def read(self, directory: Path, lora_id: int) -> DeltaModel:
+    def read(self, directory: Path) -> Prepared:
         """An artifact, checked and laid out in host memory."""
         started = time.monotonic()
         artifact = Artifact.open(directory)
@@ -95,7 +98,13 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         assert self.arena is not None
         prepared = prepare(artifact, self.arena, self.rename, self.settings, self._elsewhere)
         log.info("meswitch: %s read in %.1f s", directory.name, time.monotonic() - started)
-        return DeltaModel(lora_id, prepared)
+        return prepared
+
+    def prefetch(self, source: Source) -> str:
+        """Read an artifact in the background unless it is here; see `Background.start`."""
+        models = self._registered_adapters.values()
+        here = any(isinstance(model, DeltaModel) and model.source == source for model in models)
+        return READY if here else self.background.start(source)
 
     def check_name(self, name: str, weights: tuple[Path, str]) -> None:
         """Refuse a delta under a name whose cached prompts are of other weights.
@@ -180,17 +189,26 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
 
     _manager_cls = DeltaModelManager
 
+    def prefetch(self, directory: Path) -> str:
+        """Have an artifact read in the background; anything else is ready as it is."""
+        if not (directory / MANIFEST_NAME).is_file():
+            return READY
+        found: str = self._adapter_manager.prefetch(_source(directory))
+        return found
+
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         manager, name = self._adapter_manager, lora_request.lora_name
         directory = Path(get_adapter_absolute_path(lora_request.lora_path))
         manifest = directory / MANIFEST_NAME
         if manifest.is_file():
-            weights = directory.resolve(), sha256(manifest.read_bytes()).hexdigest()
+            weights = _source(directory)
             try:
                 manager.check_name(name, weights)
-                found: LoRAModel = manager.read(directory, lora_request.lora_int_id)
+                prepared = manager.background.take(weights) or manager.read(directory)
             except MeswitchError as error:
                 raise ValueError(str(error)) from error  # what vLLM's server answers a request with
+            found: LoRAModel = DeltaModel(lora_request.lora_int_id, prepared)
+            found.source = weights
         elif manager.settings.lora:
             weights = directory.resolve(), ""
             found = super()._load_adapter(lora_request)
@@ -200,3 +218,7 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
             )
         manager.names[name] = weights
         return found
+
+
+def _source(directory: Path) -> Source:
+    return directory.resolve(), sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()

@@ -17,8 +17,8 @@ from meswitch.artifact import Artifact, fingerprint
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
+from meswitch.vllm.settings import DIRECTORY_VARIABLE
 
-DIRECTORY_VARIABLE = "MESWITCH_DELTA_DIR"
 NAME = "meswitch"
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 

@@ -9,6 +9,7 @@ from meswitch.artifact import Artifact
 from meswitch.errors import ConfigError
 
 KEY = "meswitch"
+DIRECTORY_VARIABLE = "MESWITCH_DELTA_DIR"  # where a server finds experts by name
 
 
 @dataclass(frozen=True, slots=True)

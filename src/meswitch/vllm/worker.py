@@ -1,5 +1,6 @@
 """`--worker-cls meswitch.vllm.DeltaWorker`."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,11 @@ class DeltaWorker(compat.worker_class()):  # type: ignore[misc]
         runner.lora_manager = DeltaWorkerManager(vllm_config, device, model.embedding_modules)
         loaded: nn.Module = runner.lora_manager.create_lora_manager(model, vllm_config)
         return loaded
+
+    def prefetch_delta(self, directory: str) -> str:
+        """Read an artifact in the background, so that its first request finds it; see `background` for the answers."""
+        found: str = self.model_runner.lora_manager.prefetch(Path(directory))
+        return found
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         if self.vllm_config.lora_config is None:
