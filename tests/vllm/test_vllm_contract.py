@@ -12,6 +12,7 @@ pytestmark = needs_vllm
 
 def test_the_installed_vllm_keeps_the_contract():
     assert compat.moved() == []
+    assert compat.moved(compat.SERVER_CONTRACT) == []
     assert compat.OLDEST <= compat.version()[:2] <= compat.NEWEST
 
 

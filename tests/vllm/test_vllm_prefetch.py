@@ -15,7 +15,7 @@ pytestmark = needs_vllm
 
 @pytest.fixture(scope="module")
 def engine(family, expected):
-    with with_deltas(family / "base", max_loras=1, max_cpu_loras=1) as engine:
+    with with_deltas(family / "base", max_loras=2, max_cpu_loras=2) as engine:
         yield engine
 
 
@@ -76,6 +76,15 @@ def test_only_two_wait_to_be_taken(engine, copy, expected):
         assert prefetch(engine, directory) == "ready"
     for place, name in enumerate(("sql", "code", "math")):  # math was dropped, and is read again
         assert ask(engine, [PROMPT], [(f"late {name}", 31 + place, directories[name])]) == [expected[name, len(PROMPT)]]
+
+
+def test_two_names_of_one_artifact_share_its_memory(engine, copy, expected):
+    directory = copy("code")
+    assert ask(engine, [PROMPT], [("one", 41, directory)]) == [expected["code", len(PROMPT)]]
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    both = [("one", 41, directory), ("other", 42, directory)]
+    assert ask(engine, [PROMPT] * 2, both) == [expected["code", len(PROMPT)]] * 2
 
 
 def test_a_directory_without_an_artifact_is_left_to_vllm(engine, tmp_path):

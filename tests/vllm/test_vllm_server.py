@@ -42,7 +42,9 @@ def test_the_command_line_of_a_family(family_file, family, deltas):
     line = shlex.join(arguments)
     assert f"--lora-modules math={deltas['math']} code={deltas['code']} --additional-config" in line
     assert "--worker-cls meswitch.vllm.DeltaWorker --enable-lora --max-loras 2 --max-cpu-loras 2" in line
-    assert line.endswith("size\": 64}' --middleware meswitch.vllm.auto.AutoRouting")
+    middlewares = "--middleware meswitch.vllm.prefetch.Prefetch --middleware meswitch.vllm.auto.AutoRouting"
+    assert line.endswith(f"size\": 64}}' {middlewares}")
+    assert "--specialize-active-lora" in arguments
     settings = json.loads(arguments[arguments.index("--additional-config") + 1])
     assert settings == {"meswitch": {"experts": [str(deltas["math"]), str(deltas["code"])], "lora": False}}
 

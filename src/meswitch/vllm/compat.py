@@ -45,6 +45,7 @@ CONTRACT = (
     ),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("lora_id",)),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.capacity"),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.list_adapters"),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.lora_slots"),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._add_adapter", ("lora",)),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_lora_modules"),
@@ -72,6 +73,12 @@ CONTRACT = (
     ),
     Symbol("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.embedding", ("layer",)),
     Symbol("vllm.model_executor.models.utils", "WeightsMapper._map_name", ("key",)),
+)
+
+
+SERVER_CONTRACT = (  # what `prefetch` uses, in the process of the HTTP server
+    Symbol("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method", "args")),
+    Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels"),
 )
 
 

@@ -102,9 +102,13 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
 
     def prefetch(self, source: Source) -> str:
         """Read an artifact in the background unless it is here; see `Background.start`."""
-        models = self._registered_adapters.values()
-        here = any(isinstance(model, DeltaModel) and model.source == source for model in models)
-        return READY if here else self.background.start(source)
+        return self.background.start(source) if self.resident(source) is None else READY
+
+    def resident(self, source: Source) -> Prepared | None:
+        """An artifact that is in host memory under some name."""
+        models = self.list_adapters().values()  # a copy: to look at vLLM's cache itself would count as use
+        same = (model for model in models if isinstance(model, DeltaModel) and model.source == source)
+        return next((model.delta for model in same), None)
 
     def check_name(self, name: str, weights: tuple[Path, str]) -> None:
         """Refuse a delta under a name whose cached prompts are of other weights.
@@ -165,7 +169,8 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
             self._spare = 0
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        models = {index: self._registered_adapters.get(index) for index in self.lora_index_to_id if index is not None}
+        known = self.list_adapters()
+        models = {index: known.get(index) for index in self.lora_index_to_id if index is not None}
         deltas = {index for index, model in models.items() if isinstance(model, DeltaModel)}
         only = {index for index in deltas if not models[index].loras}
         plain = mapping
@@ -204,7 +209,7 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
             weights = _source(directory)
             try:
                 manager.check_name(name, weights)
-                prepared = manager.background.take(weights) or manager.read(directory)
+                prepared = manager.resident(weights) or manager.background.take(weights) or manager.read(directory)
             except MeswitchError as error:
                 raise ValueError(str(error)) from error  # what vLLM's server answers a request with
             found: LoRAModel = DeltaModel(lora_request.lora_int_id, prepared)
