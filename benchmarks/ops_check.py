@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 
 from meswitch.ops import Routing, SlotLinear, expert_linear, fused_linear
-from meswitch.ops.ahead import Job
+from meswitch.ops.ahead import Job, decode_job, fused_job
 from meswitch.ops.routing import BASE, bucket
 from meswitch.ops.slots import Variant
-from meswitch.ops.triton_launch import choose, choose_fused, constants, fused_constants
+from meswitch.ops.triton_launch import choose_fused
 from ops_models import DEVICE, random_delta, spread
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -54,15 +54,12 @@ def wanted(case: dict) -> Job:
     slots = token_slots(case)
     routing = Routing.build(slots)
     rows, width, count = case["rows"], case["width"], routing.likely
-    config = choose(rows, width, count, routing.piece)
     two, one = (True, True) if case["bits"] == 0 else (case["bits"] > 1, case["bits"] % 2 == 1)
     variant = Variant(two, one, case["group"] or 0, 16 if case["salient"] else 0)
+    about = rows, width, variant, case["dtype"]
     if case["kernel"] == "decode":
-        fixed = constants(config, rows, width, variant)
-    else:
-        fused = choose_fused(rows, width, count, bucket(len(slots), least=8))
-        fixed = fused_constants(fused, rows, width, variant, False)
-    return Job(case["kernel"], case["dtype"], rows, width, fixed, config.split > 1)
+        return decode_job(*about, count, routing.piece)
+    return fused_job(*about, choose_fused(rows, width, count, bucket(len(slots), least=8)))
 
 
 def error(case: dict) -> float:

@@ -7,10 +7,10 @@ import torch
 
 import ops_compare
 from meswitch.ops import Routing, expert_linear, fused_linear
-from meswitch.ops.ahead import Job
+from meswitch.ops.ahead import Job, decode_job, fused_job
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
-from meswitch.ops.triton_launch import choose, choose_fused, constants, fused_constants
+from meswitch.ops.triton_launch import choose_fused
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
 from ops_timing import graph_ms
 
@@ -163,12 +163,9 @@ def wanted() -> list[Job]:
             count = routing.likely
             for rows, width in MODELS[name][1].values():
                 variant = Variant(bits > 1, bits % 2 == 1, 128, 16)
-                config = choose(rows, width, count, routing.piece)
                 fused = choose_fused(rows, width, count, bucket(batch, 8))
-                common = torch.bfloat16, rows, width
-                found.append(Job("decode", *common, constants(config, rows, width, variant), config.split > 1))
-                found.append(Job("fused", *common, fused_constants(fused, rows, width, variant, False)))
+                found.append(decode_job(rows, width, variant, torch.bfloat16, count, routing.piece))
+                found.append(fused_job(rows, width, variant, torch.bfloat16, fused))
                 if bits == 2 and kind == "distinct":
-                    bitdelta = Variant(False, True, 0, 0)
-                    found.append(Job("fused", *common, fused_constants(fused, rows, width, bitdelta, False)))
+                    found.append(fused_job(rows, width, Variant(False, True, 0, 0), torch.bfloat16, fused))
     return found

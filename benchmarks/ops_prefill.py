@@ -14,12 +14,11 @@ import torch
 import ops_prefill_check
 import ops_prefill_paths as paths
 from meswitch.ops import merge
-from meswitch.ops.ahead import Job, compile_ahead
+from meswitch.ops.ahead import Job, compile_ahead, decode_job, merge_job
 from meswitch.ops.merge import Tile, launch
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.slots import Variant
 from ops_models import DEVICE, MODELS, Layer, random_layer
-from ops_prefill_compile import decode_jobs, merge_job
 from ops_timing import copy_gb_s, graph_ms, graph_of, in_turn_ms
 
 MODEL, LAYERS, TOKENS = "mistral-7b", 3, 4096
@@ -36,11 +35,12 @@ def wanted() -> list[Job]:
     found = [job for case in ops_prefill_check.cases() for job in ops_prefill_check.wanted(case)]
     v = Variant(two=True, one=False, group=128, salient=16)
     for experts in range(1, merge.MOST + 1):
-        found += [merge_job(torch.bfloat16, SHAPES["qkv"], v, experts, tile) for tile in TILES]
+        found += [merge_job(*SHAPES["qkv"], v, torch.bfloat16, experts, tile) for tile in TILES]
     for lengths in [*EQUAL.values(), *SKEWED.values(), *([t // e] * e for t, e in CROSSOVER)]:
         for merge_from in (paths.NEVER, paths.MERGE_FROM):
-            routing = PrefillRouting.build(paths.token_slots(lengths), merge_from=merge_from)
-            found += [job for shape in SHAPES.values() for job in decode_jobs(torch.bfloat16, shape, v, routing)]
+            short = PrefillRouting.build(paths.token_slots(lengths), merge_from=merge_from).short
+            if short is not None:
+                found += [decode_job(*s, v, torch.bfloat16, short.likely, short.piece) for s in SHAPES.values()]
     return found
 
 

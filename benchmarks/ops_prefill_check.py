@@ -3,14 +3,13 @@
 import torch
 
 from meswitch.ops import SlotLinear
-from meswitch.ops.ahead import Job
+from meswitch.ops.ahead import Job, decode_job, embedding_job, merge_job
 from meswitch.ops.prefill import SCRATCH, expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.rows import embedding_rows
 from meswitch.ops.slots import Variant
 from ops_check import judged
 from ops_models import DEVICE, random_delta
-from ops_prefill_compile import decode_jobs, merge_job, rows_job
 
 STEPS = {
     "one": [0] * 512,
@@ -37,10 +36,12 @@ def wanted(case: dict) -> list[Job]:
     bits, shape = case["bits"], (case["rows"], case["width"])
     two, one = (True, True) if bits == 0 else (bits > 1, bits % 2 == 1)
     v = Variant(two, one, case["group"] or 0, 16 if case["salient"] else 0)
-    routing = PrefillRouting.build(STEPS[case["step"]])
-    jobs = [rows_job(case["dtype"], shape, v), *decode_jobs(case["dtype"], shape, v, routing)]
+    routing, about = PrefillRouting.build(STEPS[case["step"]]), (*shape, v, case["dtype"])
+    jobs = [embedding_job(*about, extra=False)]
+    if routing.short is not None:
+        jobs.append(decode_job(*about, routing.short.likely, routing.short.piece))
     if routing.merged:
-        jobs.append(merge_job(case["dtype"], shape, v, len(routing.merged)))
+        jobs.append(merge_job(*about, len(routing.merged)))
     return jobs
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 
 from meswitch.ops import Routing
-from meswitch.ops.ahead import Job
+from meswitch.ops.ahead import Job, fused_job
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
-from meswitch.ops.triton_launch import Config, FusedConfig, choose_fused, fused, fused_constants
+from meswitch.ops.triton_launch import Config, FusedConfig, choose_fused, fused
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, spread
 from ops_timing import graph_ms
 
@@ -39,8 +39,7 @@ def wanted(name: str) -> list[Job]:
     for routing, columns, _, _, rows, width in _cases(name):
         chosen = choose_fused(rows, width, routing.likely, columns)
         for config in [chosen, *_grid(columns, width)]:
-            fixed = fused_constants(config, rows, width, Variant(True, False, 128, 16), False)
-            found.append(Job("fused", torch.bfloat16, rows, width, fixed))
+            found.append(fused_job(rows, width, Variant(True, False, 128, 16), torch.bfloat16, config))
     return found
 
 

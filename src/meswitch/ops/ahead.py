@@ -4,13 +4,16 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meswitch.ops import merge
 from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
 from meswitch.ops.slots import Variant
+
+if TYPE_CHECKING:
+    from meswitch.ops.triton_launch import FusedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,35 +58,68 @@ def compile_ahead(jobs: Iterable[Job], workers: int | None = None) -> int:
     return len(unique)
 
 
+def fused_job(
+    rows: int,
+    in_features: int,
+    variant: Variant,
+    dtype: torch.dtype,
+    config: "FusedConfig",
+    bias: bool = False,
+    again: bool = False,
+) -> Job:
+    """What `triton_launch.fused` launches. again: of a routing of more pieces than likely ones."""
+    from meswitch.ops.triton_launch import fused_constants
+
+    return Job("fused", dtype, rows, in_features, fused_constants(config, rows, in_features, variant, bias, again))
+
+
 def fused_jobs(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int, int]]
 ) -> Iterator[Job]:
     """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces)."""
-    from meswitch.ops.triton_launch import choose_fused, fused_constants
+    from meswitch.ops.triton_launch import choose_fused
 
     for tokens, pieces, likely in sizes:
         config = choose_fused(rows, in_features, likely, bucket(tokens, least=8))
-        fixed = fused_constants(config, rows, in_features, variant, bias, pieces > likely)
-        yield Job("fused", dtype, rows, in_features, fixed)
+        yield fused_job(rows, in_features, variant, dtype, config, bias, pieces > likely)
+
+
+def decode_job(
+    rows: int, in_features: int, variant: Variant, dtype: torch.dtype, likely: int, piece: int = PIECE
+) -> Job:
+    """What `expert_linear` launches in a step of so many likely pieces of at most `piece` tokens."""
+    from meswitch.ops.triton_launch import choose, constants
+
+    config = choose(rows, in_features, likely, piece)
+    fixed = constants(config, rows, in_features, variant)
+    return Job("decode", dtype, rows, in_features, fixed, config.split > 1)
 
 
 def decode_jobs(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, most: int, piece: int = PIECE
 ) -> Iterator[Job]:
-    """What `expert_linear` launches in steps of up to `most` likely pieces of at most `piece` tokens."""
-    from meswitch.ops.triton_launch import choose, constants
-
+    """What it launches in steps of up to `most` likely pieces."""
     for likely in range(1, most + 1):
-        config = choose(rows, in_features, likely, piece)
-        fixed = constants(config, rows, in_features, variant)
-        yield Job("decode", dtype, rows, in_features, fixed, config.split > 1)
+        yield decode_job(rows, in_features, variant, dtype, likely, piece)
+
+
+def merge_job(
+    rows: int,
+    in_features: int,
+    variant: Variant,
+    dtype: torch.dtype,
+    experts: int,
+    tile: merge.Tile | None = None,
+) -> Job:
+    """What `merge` launches for up to `merge.MOST` experts."""
+    fixed = merge.merge_constants(experts, tile or merge.TILES[experts], rows, in_features, variant, dtype)
+    return Job("merge", dtype, rows, in_features, fixed | merge.constants(variant))
 
 
 def prefill_jobs(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, tokens: int) -> Iterator[Job]:
     """What `expert_prefill` launches in steps of up to so many tokens."""
-    for experts, tile in merge.TILES.items():
-        fixed = merge.merge_constants(experts, tile, rows, in_features, variant, dtype)
-        yield Job("merge", dtype, rows, in_features, fixed | merge.constants(variant))
+    for experts in merge.TILES:
+        yield merge_job(rows, in_features, variant, dtype, experts)
     yield from decode_jobs(rows, in_features, variant, dtype, bucket(-(-tokens // MAX_TOKENS)), MAX_TOKENS)
 
 
