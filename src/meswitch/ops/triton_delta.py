@@ -100,6 +100,12 @@ def _plane(
 
 
 @triton.jit
+def salient_index(arena, row, first, salients):
+    """Where the salient channels of a tile are listed; first: its first row."""
+    return arena + tl.load(row + 5) * 4 + first // SALIENT_ROWS * salients
+
+
+@triton.jit
 def delta_tile(
     x_rows,
     arena,
@@ -180,7 +186,7 @@ def delta_tile(
             )
     if SALIENT:
         if (split == 0) & (salients > 0):
-            index_ptr = arena + tl.load(row + 5) * 4 + tile * BN // SALIENT_ROWS * salients
+            index_ptr = salient_index(arena, row, tile * BN, salients)
             salient_ptr = (arena + tl.load(row + 6) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
             s = tl.arange(0, 16)
             # 16 at a time: a tile of more would not fit the registers

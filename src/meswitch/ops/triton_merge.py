@@ -10,7 +10,7 @@ bf16 and at 2 bits, tiles without a salient channel take six instructions for tw
 import triton
 import triton.language as tl
 
-from meswitch.ops.triton_delta import SALIENT_ROWS, bound
+from meswitch.ops.triton_delta import bound, salient_index
 from meswitch.ops.triton_unpack import MERGE_BF16
 
 BLOCK = tl.constexpr(256)  # channels of a tile; divides the blocks of both kinds of planes
@@ -66,7 +66,7 @@ def _fetch(
         there = there & (group * GROUP < K)
     scale = tl.load(scale_ptr + group.to(tl.int64) * N + n, mask=there, other=0.0)  # 0 makes an absent delta 0
     s = tl.arange(0, SALIENT if SALIENT else 1)
-    own = arena + tl.load(row + 5) * 4 + start // SALIENT_ROWS * salients
+    own = salient_index(arena, row, start, salients)
     columns = tl.load(own + s, mask=s < salients, other=-1)
     real = (columns // BLOCK == k_block) & ((s == 0) | (columns > 0))  # ascending: a later 0 is padding
     return words, scale, tl.where(real & (columns >= 0), columns, -1)
@@ -109,7 +109,7 @@ def _delta(
     value = (code * 2 - top).to(tl.float32) * scale.to(tl.float32)
     if SALIENT:
         if tl.max(columns, axis=0) >= 0:
-            index_ptr = arena + tl.load(row + 5) * 4 + start // SALIENT_ROWS * salients
+            index_ptr = salient_index(arena, row, start, salients)
             salient_ptr = (arena + tl.load(row + 6) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
             low, high = _span(columns, SALIENT)
             for i in range(bound(low, INTERPRET), bound(high, INTERPRET)):
@@ -145,7 +145,7 @@ def _salient(
 ):
     """A merged tile of 2 bits with its salient channels computed anew, so that their sums are rounded once as well."""
     salients = tl.load(row + 7)
-    index_ptr = arena + tl.load(row + 5) * 4 + start // SALIENT_ROWS * salients
+    index_ptr = salient_index(arena, row, start, salients)
     salient_ptr = (arena + tl.load(row + 6) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     scale_ptr = (arena + tl.load(row + 4) * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     low, high = _span(columns, SALIENT)
