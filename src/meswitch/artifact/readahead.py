@@ -29,7 +29,6 @@ class ReadAhead:
 
     def read(self, name: str) -> PackedDelta | CodedDelta | Tensor | None:
         """As `Artifact.read`, and raises what that raises."""
-        self._fill()
         future = self._pending.pop(name, None)
         self._fill()
         return self._artifact.read(name) if future is None else future.result()
@@ -39,6 +38,7 @@ class ReadAhead:
             self._pending[name] = self._threads.submit(self._artifact.read, name)
 
     def __enter__(self) -> "ReadAhead":
+        self._fill()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

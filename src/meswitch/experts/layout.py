@@ -15,7 +15,7 @@ from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
 from meswitch.codec.rows import expand_rows
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.ops.layout import Shape, write
+from meswitch.ops.layout import Shape, write_by
 from meswitch.tensorfile import DTYPES
 
 _ALIGNMENT = 256  # bytes; at least what a vectorised load and a DMA copy like
@@ -99,10 +99,7 @@ class Layout:
                 if suffix == _KERNEL:
                     delta = ahead.read(name)
                     assert isinstance(delta, PackedDelta)
-                    laid = target if device.type == "cpu" else torch.empty_like(target, device=device)
-                    write(delta, laid)
-                    if laid is not target:
-                        target.copy_(laid)
+                    write_by(device, delta, target)
                     continue
                 tensor = artifact.read_stored(name, suffix)
                 if tensor.shape != place.shape:

@@ -16,6 +16,7 @@ from typing import Any
 
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.vllm.asgi import COMPLETIONS, Receive, Scope, Send, is_post, replayed, whole_body
+from meswitch.vllm.background import LOADING
 from meswitch.vllm.settings import DIRECTORY_VARIABLE
 
 LOAD = "/v1/load_lora_adapter"
@@ -68,7 +69,7 @@ class Prefetch:
         deadline, wait = time.monotonic() + _PATIENCE, _POLL[0]
         while time.monotonic() < deadline:
             states = await engine.collective_rpc("prefetch_delta", args=(str(directory),))
-            if "loading" not in states:
+            if LOADING not in states:
                 break
             await asyncio.sleep(wait)
             wait = min(2 * wait, _POLL[1])

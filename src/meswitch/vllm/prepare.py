@@ -9,7 +9,7 @@ from meswitch.artifact import Artifact, ReadAhead
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.ops.layout import write
+from meswitch.ops.layout import write_by
 from meswitch.vllm.arena import Arena, Layer, Prepared, Rename
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM
 from meswitch.vllm.settings import KEY, Settings
@@ -119,12 +119,9 @@ def _prepare(
         try:
             fitted = conform(joined, layer.shape.bits, layer.shape.group or None)
             target = buffer[layer.offset : layer.offset + layer.shape.nbytes]
-            laid = target if arena.device.type == "cpu" else torch.empty_like(target, device=arena.device)
-            write(fitted, laid, layer.shape)
+            write_by(arena.device, fitted, target, layer.shape)
         except ConfigError as error:
             raise ConfigError(f"{_no_room(artifact, place.name)} ({error})") from None
-        if laid is not target:
-            target.copy_(laid)
         present[layer.index] = True
     _refuse_uncovered(reader, settings, elsewhere)
     return Prepared(buffer, tuple(present), vectors, own, extra, vocabulary)
