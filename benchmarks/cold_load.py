@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from markdown_tables import pipe
+from vllm_doc import steps_table
 from vllm_models import SHAPES, write_artifact, write_config
 
 
@@ -71,8 +71,7 @@ def main() -> None:
         base = write_config(Path(scratch) / "base", options.model)
         found = measure(write_artifact(base, Path(scratch) / "delta", options.bits), options.repeat)
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    cells = [[name, f"{value:.2f}", f"{found['gigabytes'] / value:.1f}"] for name, value in list(found.items())[1:]]
-    print(f"{found['gigabytes']:.2f} GB in a slot, {card}\n\n{pipe(['step', 's', 'GB/s'], *cells)}")
+    print(f"{found['gigabytes']:.2f} GB in a slot, {card}\n\n{steps_table(found)}")
     if options.out:
         meta = {"card": card, "date": time.strftime("%Y-%m-%d"), "versions": {"torch": torch.__version__}}
         settings = {"model": options.model, "layers": options.layers, "bits": options.bits}

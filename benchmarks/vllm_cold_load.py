@@ -18,12 +18,11 @@ import time
 import urllib.request
 from pathlib import Path
 
-from markdown_tables import pipe
 from vllm import HERE, about, serve_arguments, serving
+from vllm_doc import pauses_table
 from vllm_models import SHAPES, write_artifact, write_config, write_tokenizer
 
 MIDDLEWARE = "meswitch.vllm.prefetch.Prefetch"
-FIELDS = ("quiet_ms", "longest_ms", "load_ms")
 
 
 class Stream(threading.Thread):
@@ -76,7 +75,8 @@ def measure(base: Path, adapter: Path, ahead: bool, work: Path, options: argpars
             raise SystemExit("the stream ended before the loads: give a longer --output-len")
         stream.join()
     pauses = stream.longest(quiet, loud), stream.longest(loud, end), sorted(took)[len(took) // 2] * 1e3
-    return {"read_ahead": ahead} | dict(zip(FIELDS, (round(value, 1) for value in pauses), strict=True))
+    names = "quiet_ms", "longest_ms", "load_ms"
+    return {"read_ahead": ahead} | dict(zip(names, (round(value, 1) for value in pauses), strict=True))
 
 
 def main() -> None:
@@ -104,8 +104,7 @@ def main() -> None:
         write_tokenizer(base, shape["vocab_size"])
         adapter = write_artifact(base, work / "delta", options.bits)
         rows = [measure(base, adapter, ahead, work, options) for ahead in (False, True)]
-    cells = [["yes" if row["read_ahead"] else "no", *(f"{row[field]:.1f}" for field in FIELDS)] for row in rows]
-    print(pipe(["read ahead", "longest pause without a load, ms", "during loads, ms", "a load, ms"], *cells))
+    print(pauses_table(rows))
     if options.out:
         options.out.write_text(json.dumps({"meta": about(options), "rows": rows}, indent=1) + "\n")
 

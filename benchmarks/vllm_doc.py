@@ -1,4 +1,4 @@
-"""Fill the table of docs/vllm.md from what `vllm.py` stored.
+"""Fill the tables of docs/vllm.md from what `vllm.py`, `vllm_cold_load.py` and `cold_load.py` stored.
 
 python benchmarks/vllm_doc.py            rewrite what is out of date
 python benchmarks/vllm_doc.py --check    say so instead, and exit 1
@@ -7,8 +7,8 @@ python benchmarks/vllm_doc.py --check    say so instead, and exit 1
 from generated import Data, arguments_of, stored, update
 from markdown_tables import pipe
 
-FILE = "vllm-h100.json"
-NOT_YET = "Not measured yet: `python benchmarks/vllm.py`."
+SERVED, PAUSES, STEPS = "vllm-h100.json", "vllm-cold-load-h100.json", "cold-load-h100.json"
+NOT_YET = "Not measured yet: `python benchmarks/{}.py`."
 
 
 def table(rows: list[Data]) -> str:
@@ -34,20 +34,57 @@ def table(rows: list[Data]) -> str:
     return pipe(head, *cells)
 
 
-def measured(data: Data) -> str:
-    meta, settings = data["meta"], data["meta"]["settings"]
+def pauses_table(rows: list[Data]) -> str:
+    """Of `vllm_cold_load.py`."""
+    head = ["read ahead", "longest pause without a load, ms", "during loads, ms", "a load, ms"]
+    fields = ("quiet_ms", "longest_ms", "load_ms")
+    return pipe(head, *(["yes" if r["read_ahead"] else "no", *(f"{r[name]:.1f}" for name in fields)] for r in rows))
+
+
+def steps_table(seconds: Data) -> str:
+    """Of `cold_load.py`."""
+    size = seconds["gigabytes"]
+    steps = [(name, value) for name, value in seconds.items() if name != "gigabytes"]
+    return pipe(["step", "s", "GB/s"], *([name, f"{value:.2f}", f"{size / value:.1f}"] for name, value in steps))
+
+
+def _served(data: Data) -> str:
+    settings = data["meta"]["settings"]
+    lengths = f"{settings['input_len']} tokens in and {settings['output_len']} out, the prefix cache off; medians."
+    return f"{table(data['rows'])}\n\n{_about(data)}, {lengths} {_where(data)}"
+
+
+def _pauses(data: Data) -> str:
+    return f"{pauses_table(data['rows'])}\n\n{_about(data)}. {_where(data)}"
+
+
+def _steps(data: Data) -> str:
+    size = data["seconds"]["gigabytes"]
+    return f"{steps_table(data['seconds'])}\n\n{_about(data)}, {size:.2f} GB in a slot. {_where(data)}"
+
+
+def _about(data: Data) -> str:
+    settings = data["meta"]["settings"]
+    return f"{settings['model']}, deltas of {settings['bits']} bits"
+
+
+def _where(data: Data) -> str:
+    meta = data["meta"]
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    note = (
-        f"{settings['model']}, deltas of {settings['bits']} bits, {settings['input_len']} tokens in and "
-        f"{settings['output_len']} out, the prefix cache off; medians. {meta['card']}, {versions}, {meta['date']}."
-    )
-    return f"{table(data['rows'])}\n\n{note}"
+    return f"{meta['card']}, {versions}, {meta['date']}."
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "vllm.md", arguments)
-    data = stored(FILE)
-    places = {"measured": NOT_YET if data is None else measured(data)}
+    wanted = {
+        "measured": (SERVED, _served, "vllm"),
+        "pauses": (PAUSES, _pauses, "vllm_cold_load"),
+        "steps": (STEPS, _steps, "cold_load"),
+    }
+    places = {}
+    for name, (file, written, script) in wanted.items():
+        data = stored(file)
+        places[name] = NOT_YET.format(script) if data is None else written(data)
     update(options.doc, "benchmarks/vllm_doc.py", places, {}, check=options.check, redraw=options.redraw)
 
 
