@@ -96,9 +96,10 @@ def test_the_shared_prefix_changes_nothing(letters, prompt):
         assert torch.allclose(letters.answer([query], OPTIONS)[0], whole, atol=1e-4)
 
 
-def test_training_sees_what_routing_sees(letters, prompt):
+@pytest.mark.parametrize("whole", [False, True])
+def test_training_sees_what_routing_sees(letters, prompt, whole):
     queries = [prompt.query(text) for text in QUERIES]
     asked = [(queries[:2], OPTIONS), (queries[2:], OPTIONS[::-1][:3]), (queries[:1], OPTIONS[1:3])]
-    for logits, (some, options) in zip(letters.forward(asked), asked, strict=True):
+    for logits, (some, options) in zip(letters.forward(asked, whole=whole), asked, strict=True):
         assert logits.requires_grad
         assert torch.allclose(logits.detach(), letters.answer(some, options), atol=1e-4)

@@ -4,17 +4,29 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
+from meswitch.router.graphs import PrefixGraphs
 from meswitch.router.prompt import Prompt, Question
 
 _CPU_BATCH_TOKENS = 1024
 _GPU_BATCH_TOKENS = 16384
 _KEPT_PREFIXES = 32
+_ALONE = 4  # queries up to which a GPU is quicker at replaying a graph for each than at one batch without a graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """Keys and values of a question up to the query; on a GPU also the graphs that go on from there."""
+
+    cache: Any
+    graphs: PrefixGraphs | None
 
 
 class LetterModel:
@@ -31,7 +43,9 @@ class LetterModel:
         self._positions = "position_ids" in accepted
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._cache = "cache" if "cache" in accepted else "past_key_values"  # renamed during transformers 5
-        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self.graphs = model.device.type == "cuda"  # ask single queries by CUDA graphs; False does not
+        self._letters = torch.tensor(prompt.letter_ids, device=model.device)
+        self._prefixes: OrderedDict[tuple[int, ...], _Prefix] = OrderedDict()
 
     @property
     def hidden_size(self) -> int:
@@ -41,11 +55,18 @@ class LetterModel:
     def answer(self, queries: Sequence[Sequence[int]], options: Sequence[str]) -> Tensor:
         """[len(queries), len(options)] float32 on the CPU: the letters' logits. queries: token ids of each."""
         question = self.prompt.question(options)
+        prefix = self._prefix(question.before)
         out = torch.zeros(len(queries), len(options))
         limit = _CPU_BATCH_TOKENS if self.model.device.type == "cpu" else _GPU_BATCH_TOKENS
         order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        if self.graphs and prefix.graphs is not None and len(queries) <= _ALONE:
+            replayed = {i: prefix.graphs([*queries[i], *question.after]) for i in order}
+            for i, found in replayed.items():
+                if found is not None:
+                    out[i] = found[: len(options)]
+            order = [i for i in order if replayed[i] is None]
         for batch in _batches(order, [len(query) + len(question.after) for query in queries], limit):
-            cache = _copied(self._prefix(question.before))
+            cache = _copied(prefix.cache)
             if len(batch) > 1:
                 cache.batch_repeat_interleave(len(batch))
             prefixes = [len(question.before)] * len(batch)
@@ -53,14 +74,23 @@ class LetterModel:
             out[batch] = logits[:, : len(options)].cpu()
         return out
 
-    def forward(self, asked: Sequence[tuple[Sequence[Sequence[int]], Sequence[str]]]) -> list[Tensor]:
-        """As `answer` for several (queries, options) in one batch: on the model's device, with gradients if enabled."""
+    def forward(
+        self, asked: Sequence[tuple[Sequence[Sequence[int]], Sequence[str]]], *, whole: bool | None = None
+    ) -> list[Tensor]:
+        """As `answer` for several (queries, options) in one batch: on the model's device, with gradients if enabled.
+
+        whole: read every query together with its question, in one pass, instead of each question once and then the
+        queries. More arithmetic, half the launches; by default on a GPU, where a small model waits for the latter.
+        """
         questions = [self.prompt.question(options) for _, options in asked]
         rows = [i for i, (queries, _) in enumerate(asked) for _ in queries]
-        cache = self._read([question.before for question in questions])
-        cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
         queries = [query for queries, _ in asked for query in queries]
-        logits = self._logits(queries, questions[0], [len(questions[i].before) for i in rows], cache)
+        if self.model.device.type != "cpu" if whole is None else whole:
+            logits = self._whole(queries, [questions[i] for i in rows])
+        else:
+            cache = self._read([question.before for question in questions])
+            cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+            logits = self._logits(queries, questions[0], [len(questions[i].before) for i in rows], cache)
         parts = logits.split([len(queries) for queries, _ in asked])
         return [part[:, : len(options)] for part, (_, options) in zip(parts, asked, strict=True)]
 
@@ -68,10 +98,17 @@ class LetterModel:
         """Drop kept keys and values; call it when the weights have changed."""
         self._prefixes.clear()
 
-    def _prefix(self, before: tuple[int, ...]) -> Any:
+    def _prefix(self, before: tuple[int, ...]) -> _Prefix:
         """Keys and values of the question up to the query, computed once an order of the options."""
         if before not in self._prefixes:
-            self._prefixes[before] = self._read([before])
+            cache = self._read([before])
+            graphs = None
+            # what transformers says of compilation holds here too: nothing depends on data, nothing is read back
+            if self.graphs and _is_plain(cache) and getattr(self.model, "_can_compile_fullgraph", False):
+                lengths = torch.tensor([[len(before)]], device=self.model.device)
+                run = partial(self._after, lengths=lengths, prefix=len(before), cache=cache, copy_cache=True)
+                graphs = PrefixGraphs(run, self.model.device)
+            self._prefixes[before] = _Prefix(cache, graphs)
             if len(self._prefixes) > _KEPT_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(before)
@@ -94,19 +131,50 @@ class LetterModel:
 
         Padding lies between a row's question and its query, so the letter comes after the last position of all rows.
         """
-        device, prefix = self.model.device, max(prefixes)
-        lengths = torch.tensor(prefixes, device=device)[:, None]
+        device = self.model.device
         rows = [[*query, *question.after] for query in queries]
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-        pads = torch.tensor([width - len(row) for row in rows], device=device)[:, None]
-        place = torch.arange(width, device=device)
-        mask = torch.cat([torch.arange(prefix, device=device) < lengths, place >= pads], 1).long()
+        pads = torch.tensor([[width - len(row)] for row in rows], device=device)
+        lengths = torch.tensor(prefixes, device=device)[:, None]
+        return self._after(ids, pads, lengths=lengths, prefix=max(prefixes), cache=cache)
+
+    def _after(
+        self, ids: Tensor, pads: Tensor, *, lengths: Tensor, prefix: int, cache: Any, copy_cache: bool = False
+    ) -> Tensor:
+        """[n, letters] float32. Nothing is copied from the host here and nothing read back: a graph can hold it.
+
+        ids: [n, width] int64, the first `pads` [n, 1] of them padding. lengths: [n, 1], of each row's question in
+        `cache`, which is padded to `prefix`. copy_cache: leave the cache as it is.
+        """
+        place = torch.arange(ids.shape[1], device=ids.device)
+        kept = torch.arange(prefix, device=ids.device) < lengths
+        mask = torch.cat([kept, place >= pads], 1).long()
         where = {"position_ids": lengths + (place - pads).clamp_min(0)} if self._positions else {}
-        given = {self._cache: cache, **where, **self._keep}
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given).logits
-        picked: Tensor = logits[:, -1, torch.tensor(self.prompt.letter_ids, device=device)].float()
-        return picked
+        given = {self._cache: _copied(cache) if copy_cache else cache, **where, **self._keep}
+        return self._picked(self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given).logits)
+
+    def _whole(self, queries: Sequence[Sequence[int]], questions: Sequence[Question]) -> Tensor:
+        """[n, letters] float32: each query with its own question. Padding lies between the two, as in `_logits`."""
+        device = self.model.device
+        tails = [[*query, *question.after] for query, question in zip(queries, questions, strict=True)]
+        befores = [list(question.before) for question in questions]
+        width = max(len(before) + len(tail) for before, tail in zip(befores, tails, strict=True))
+        gaps = [width - len(before) - len(tail) for before, tail in zip(befores, tails, strict=True)]
+        rows = [before + [0] * gap + tail for before, gap, tail in zip(befores, gaps, tails, strict=True)]
+        start, gap = (torch.tensor(x, device=device)[:, None] for x in ([len(before) for before in befores], gaps))
+        place = torch.arange(width, device=device)
+        mask = ((place < start) | (place >= start + gap)).long()
+        positions = torch.where(place < start, place, (place - gap).maximum(start))
+        where = {"position_ids": positions} if self._positions else {}
+        ids = torch.tensor(rows, device=device)
+        return self._picked(
+            self.model(input_ids=ids, attention_mask=mask, use_cache=False, **where, **self._keep).logits
+        )
+
+    def _picked(self, logits: Tensor) -> Tensor:
+        """[n, letters] float32, of logits [n, positions, vocabulary] after the last position."""
+        return logits[:, -1, self._letters].float()
 
 
 def _copied(cache: Any) -> Any:
@@ -115,13 +183,17 @@ def _copied(cache: Any) -> Any:
     Layers of plain keys and values replace their tensors when they grow, so those need not be copied: on a GPU that is
     two launches a layer less. Others (recurrent states) may be written to in place.
     """
-    from transformers.cache_utils import DynamicLayer
-
-    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+    if not _is_plain(cache):
         return copy.deepcopy(cache)
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
+
+
+def _is_plain(cache: Any) -> bool:
+    from transformers.cache_utils import DynamicLayer
+
+    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 def _batches(order: list[int], lengths: list[int], limit: int) -> Iterator[list[int]]:

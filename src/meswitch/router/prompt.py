@@ -8,6 +8,7 @@ plain text: a user cannot end the question and write another.
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from meswitch.errors import ConfigError
@@ -42,7 +43,9 @@ class Prompt:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self._before, self._after = self._text()
         self.letter_ids = self._letter_ids()
+        self._written = lru_cache(256)(self._write)  # to tokenise the options anew takes longer than the query
 
     def question(self, options: Sequence[str]) -> Question:
         """The question with these options, in this order; A is the first.
@@ -52,12 +55,14 @@ class Prompt:
         """
         if not 1 < len(options) <= len(self.letter_ids):
             raise ConfigError(f"options: {len(options)}; a question has 2 to {len(self.letter_ids)} lettered options")
-        before, after = self._text()
-        head, _, tail = before.partition(_OPTIONS)
+        return self._written(tuple(options))
+
+    def _write(self, options: tuple[str, ...]) -> Question:
+        head, _, tail = self._before.partition(_OPTIONS)
         ids = self._ids(head)
         for letter, option in zip(self.letter_ids, options, strict=False):
             ids += [*self._ids(one_line(option) + _ARROW), letter, *self._ids("\n")]
-        return Question((*ids, *self._ids(tail)), tuple(self._ids(after)))
+        return Question((*ids, *self._ids(tail)), tuple(self._ids(self._after)))
 
     def query(self, text: str) -> list[int]:
         """A query's tokens."""
@@ -92,7 +97,7 @@ class Prompt:
         Whether that is "A" or " A" is the tokenizer's choice, so both are tried in their place. Lower-case letters are
         optional: they only raise the number of options.
         """
-        _, after = self._text()
+        after = self._after
         place = self._ids(after)
         for space in ("", " ") if self.chat else (" ", ""):
             found: list[int] = []
