@@ -7,8 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.errors import ConfigError
 from meswitch.router import OTHER, LlmSettings, RouterError, Row, load_router, model_info, open_llm, train_llm_router
+from meswitch.router.letters import LetterModel
 from meswitch.router.llm import rotations
 from meswitch.router.llm_train import balanced, rate
+from meswitch.router.prompt import NONE_OF_THESE
 
 DESCRIPTIONS = {
     "math": "Arithmetic word problems.",
@@ -118,6 +120,34 @@ def test_training_lowers_the_loss(base, few):
           report=lambda step, steps, loss: losses.append(loss))  # fmt: skip
     assert len(losses) == 24
     assert sum(losses[-8:]) < sum(losses[:8])
+
+
+def options_of(base, rows, monkeypatch, **settings):
+    """The options of all questions that a training asks."""
+    seen = []
+    forward = LetterModel.forward
+
+    def watched(self, asked, **options):
+        seen.extend(options for _, options in asked)
+        return forward(self, asked, **options)
+
+    monkeypatch.setattr(LetterModel, "forward", watched)
+    train(base, rows, LlmSettings(weights="full", steps=12, batch=4, question=1, max_tokens=24, settle=0.0, **settings))
+    return seen
+
+
+def test_experts_that_a_question_leaves_out_leave_none_of_these(base, few, monkeypatch):
+    questions = options_of(base, few, monkeypatch, drop=0.5, reword=0.0)
+    assert {len(options) for options in questions} == {2, 3, 4, 5}
+    assert all(set(options) <= {*DESCRIPTIONS.values(), NONE_OF_THESE} for options in questions)
+    assert all(NONE_OF_THESE in options for options in questions)
+
+
+def test_options_are_in_other_words_at_times(base, few, monkeypatch):
+    told = {text for options in options_of(base, few, monkeypatch, drop=0.0, reword=0.5) for text in options}
+    assert {*DESCRIPTIONS.values(), NONE_OF_THESE} < told
+    assert sum(text.startswith("Requests such as") for text in told) > 5
+    assert told & {"Arithmetic word problems", "Programming", "General instructions", "Questions about a database"}
 
 
 def test_training_twice_gives_the_same_router(base, few, llm):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,12 +22,14 @@ from meswitch.router.letters import LetterModel
 from meswitch.router.llm import LlmRouter, check_descriptions
 from meswitch.router.llm_checkpoint import load_checkpoint, save_checkpoint
 from meswitch.router.lora import add_adapters, merge_adapters, take_adapters
-from meswitch.router.prompt import NONE_OF_THESE
+from meswitch.router.prompt import NONE_OF_THESE, Prompt
 from meswitch.router.records import Calibration, LlmSettings, ModelInfo, Provenance
 from meswitch.router.split import hold_out
+from meswitch.router.variants import disguises
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
+_EXAMPLE = 120  # characters of a request that stands for a description
 COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
 
 Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
@@ -48,8 +51,9 @@ def train_llm_router(
 ) -> LlmRouter:
     """Fine-tune `model` (in place) to choose among the experts' descriptions; the same inputs give the same router.
 
-    Every question shows the options in a new order. Some leave one expert out: its queries then belong to "none of
-    these", so the model must read the options that are there. Rows of `other` always do.
+    Every question shows the options in a new order. Some leave experts out: their queries then belong to "none of
+    these", so the model must read the options that are there. Rows of `other` always do. Some options are in other
+    words, and some queries written in another way, so that it is the meaning of both that is learnt.
 
     Args:
         model: a causal LM with float32 weights. descriptions: of all experts, in the family's order.
@@ -114,7 +118,7 @@ def _tune(
         list(weights.values()), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
     done = load_checkpoint(checkpoint, run, weights, optimizer) if checkpoint is not None else 0
-    queries = [letters.prompt.query(row.query) for row in rows]
+    asked = _Asked(rows, letters.prompt)
     mass = balanced(rows, settings.balance)
     letters.forget()
     with fitting_threads(model.device, letters.hidden_size):
@@ -122,7 +126,7 @@ def _tune(
             torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, if the model has any
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate(step, settings.steps, settings.warmup)
-            loss = _step(letters, rows, queries, mass, descriptions, settings, step)
+            loss = _step(letters, asked, mass, descriptions, settings, step)
             nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -141,10 +145,26 @@ def _tune(
     return {name: value.detach().cpu().to(stored) for name, value in weights.items()}
 
 
+class _Asked:
+    """The rows to train on as tokens, each with its copies without habits; and by expert, for examples."""
+
+    def __init__(self, rows: Sequence[Row], prompt: Prompt) -> None:
+        self.domains = [row.domain for row in rows]
+        self.texts = [row.query for row in rows]
+        self.queries = [prompt.query(row.query) for row in rows]
+        self.disguised = [[prompt.query(row.query) for row in copies] for copies in disguises(rows)]
+        self.of = {name: [i for i, row in enumerate(rows) if row.domain == name] for name in {*self.domains}}
+
+    def query(self, i: int, disguise: float, generator: torch.Generator) -> list[int]:
+        """Row `i`, or one of its copies."""
+        if self.disguised[i] and _chance(disguise, generator):
+            return self.disguised[i][_draw(len(self.disguised[i]), generator)]
+        return self.queries[i]
+
+
 def _step(
     letters: LetterModel,
-    rows: Sequence[Row],
-    queries: Sequence[list[int]],
+    rows: _Asked,
     mass: Tensor,
     descriptions: Mapping[str, str],
     settings: LlmSettings,
@@ -152,15 +172,17 @@ def _step(
 ) -> float:
     """Gradients of one batch: a few questions, each with its own options and order; the mean loss."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    drawn = torch.multinomial(mass, settings.batch, replacement=settings.batch > len(rows), generator=generator)
+    replacement = settings.batch > len(rows.queries)
+    drawn = torch.multinomial(mass, settings.batch, replacement=replacement, generator=generator)
     asked: list[tuple[list[list[int]], list[str]]] = []
     targets: list[Tensor] = []
     for part in drawn.split(settings.question):
         chosen = part.tolist()
-        labels, order = _options(list(descriptions), settings, step, generator)
-        asked.append(([queries[i] for i in chosen], [NONE_OF_THESE if n == OTHER else descriptions[n] for n in order]))
-        domains = [rows[i].domain for i in chosen]
-        targets.append(torch.tensor([order.index(d if d in labels else OTHER) for d in domains]))
+        order = _options(list(descriptions), settings, step, generator)
+        options = [_described(name, descriptions, rows, settings.reword, generator) for name in order]
+        asked.append(([rows.query(i, settings.disguise, generator) for i in chosen], options))
+        domains = [rows.domains[i] for i in chosen]
+        targets.append(torch.tensor([order.index(d if d in order else OTHER) for d in domains]))
     device = letters.model.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logits = letters.forward(asked)
@@ -170,19 +192,42 @@ def _step(
     return float(loss.detach())
 
 
-def _options(
-    experts: list[str], settings: LlmSettings, step: int, generator: torch.Generator
-) -> tuple[set[str], list[str]]:
-    """Which labels a question shows, and in which order."""
+def _described(
+    name: str, descriptions: Mapping[str, str], rows: _Asked, reword: float, generator: torch.Generator
+) -> str:
+    """What a question says of a label: its description or, for the share `reword`, a part of it or a request."""
+    if name == OTHER:
+        return NONE_OF_THESE
+    text = descriptions[name]
+    if not _chance(reword, generator):
+        return text
+    if rows.of.get(name) and _chance(0.5, generator):
+        example = " ".join(rows.texts[rows.of[name][_draw(len(rows.of[name]), generator)]].split())
+        return f'Requests such as "{example[:_EXAMPLE]}"'
+    parts = [part for part in re.split(r"[:;,.]\s+", text.strip().rstrip(".")) if part]
+    some = [part for part in parts if _chance(0.5, generator)]
+    return ", ".join(some or [parts[_draw(len(parts), generator)]]) if parts else text
+
+
+def _chance(share: float, generator: torch.Generator) -> bool:
+    return float(torch.rand(1, generator=generator)) < share
+
+
+def _draw(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (1,), generator=generator))
+
+
+def _options(experts: list[str], settings: LlmSettings, step: int, generator: torch.Generator) -> list[str]:
+    """Which labels a question shows, in which order."""
     settled = step / max(1.0, settings.settle * settings.steps)
-    if float(torch.rand(1, generator=generator)) >= settled and len(experts) < settings.max_options:
-        return {*experts, OTHER}, [*experts, OTHER]
+    if not _chance(settled, generator) and len(experts) < settings.max_options:
+        return [*experts, OTHER]
     shuffled = [experts[i] for i in torch.randperm(len(experts), generator=generator).tolist()]
     shown = shuffled[: settings.max_options - 1]
-    if len(shown) > 1 and float(torch.rand(1, generator=generator)) < settings.drop:
-        shown = shown[: int(torch.randint(1, len(shown), (1,), generator=generator))]
+    if len(shown) > 1 and _chance(settings.drop, generator):
+        shown = shown[: 1 + _draw(len(shown) - 1, generator)]
     labels = [*shown, OTHER]
-    return set(labels), [labels[i] for i in torch.randperm(len(labels), generator=generator).tolist()]
+    return [labels[i] for i in torch.randperm(len(labels), generator=generator).tolist()]
 
 
 def rate(step: int, steps: int, warmup: float) -> float:

@@ -48,6 +48,9 @@ class LlmSettings:
     steps, batch, learning_rate, warmup (share of the steps), weight_decay: AdamW, cosine. question: rows that share one
     order of the options. drop: share of the questions that leave experts out, whose queries then belong to "none of
     these". settle: share of the steps during which the options pass from the family's order to random ones.
+    reword: share of the options that are described by a part of their description, or by a request of theirs, so that
+    what a description says counts and not which one it is. disguise: share of the drawn rows that are shown without
+    their source's habits (a label, case, final marks), where they have any.
     balance: 0 draws rows as they come, 1 all domains and sources alike. rank, alpha: LoRA's. top: the share of the
     blocks, from the last one down, that LoRA adapts. holdout: share of the rows kept for the calibration.
     """
@@ -64,6 +67,8 @@ class LlmSettings:
     weight_decay: float = 0.0
     drop: float = 0.5
     settle: float = 0.25
+    reword: float = 0.5
+    disguise: float = 0.5
     balance: float = 0.5
     rank: int = 16
     alpha: int = 32

@@ -13,6 +13,9 @@ from dataclasses import replace
 from meswitch.router.data import Row
 
 _LABEL = re.compile(r"([^:\n]{3,40}):\s+(?=\S)")  # "Write a SQL query: ...", "Question: ..."
+_ASKING = re.compile(
+    r"(?:are|can|could|did|do|does|has|have|how|is|may|should|was|were|wh\w+|will|would)\b"  # wh: what, when, who ...
+)
 _SHARE = 0.05  # of a domain's rows that open alike: a habit
 
 
@@ -32,3 +35,27 @@ def in_lower_case(rows: Sequence[Row]) -> list[tuple[int, Row]]:
     """(index of the row, the row in lower case without its final mark), of those that are not written so."""
     plain = [replace(row, query=row.query.lower().rstrip().rstrip("?.!")) for row in rows]
     return [(i, copy) for i, (row, copy) in enumerate(zip(rows, plain, strict=True)) if copy != row and copy.query]
+
+
+def as_sentences(rows: Sequence[Row]) -> list[tuple[int, Row]]:
+    """(index of the row, the row with a capital and a final mark), of those that have neither."""
+    found = []
+    for i, row in enumerate(rows):
+        text = row.query.strip()
+        if text and text == text.lower() and text[-1].isalnum():
+            mark = "?" if _ASKING.match(text) else "."
+            found.append((i, replace(row, query=re.sub(r"\bi\b", "I", text[0].upper() + text[1:]) + mark)))
+    return found
+
+
+def disguises(rows: Sequence[Row]) -> list[list[Row]]:
+    """For each row its copies without habits: without a label, and both in the other way of writing."""
+    bare = without_labels(rows)
+    both = [*enumerate(rows), *bare]
+    copies: list[list[Row]] = [[] for _ in rows]
+    for i, row in bare:
+        copies[i].append(row)
+    for vary in (in_lower_case, as_sentences):
+        for place, row in vary([row for _, row in both]):
+            copies[both[place][0]].append(row)
+    return copies
