@@ -3,12 +3,13 @@
     python benchmarks/routing_doc.py            rewrite what is out of date
     python benchmarks/routing_doc.py --check    say so instead, and exit 1
 
-Reads benchmarks/results/routing.json (`routing.py`) and, if it is there, benchmarks/results/routing-llm.json: one
-object or a list of them, each with model, params, kind, accuracy, per_domain, ece, auroc, latency_ms and bytes.
+Reads benchmarks/results/routing.json (`routing.py`) and, if it is there, benchmarks/results/routing-llm.json, which
+`routing_llm.py` and `routing_cascade.py` write.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from generated import RESULTS, arguments_of, stored, update
@@ -100,10 +101,8 @@ def fifth(found: dict[str, Any]) -> str:
 
 
 def llm(data: Any) -> str:
-    """What the LLM router's own benchmark stored."""
-    if not data:
-        return LATER
-    head = ["model", "parameters", "variant", "data", "rows", "accuracy", *EXPERTS, "ECE", "AUROC", "latency, ms", "MB"]
+    """What the LLM router's own benchmark stored, but for experts that came by description."""
+    head = ["model", "parameters", "variant", "data", "rows", "accuracy", *EXPERTS, "ECE", "AUROC", "accepted"]
     rows = [
         [
             str(row["model"]),
@@ -111,17 +110,94 @@ def llm(data: Any) -> str:
             str(row["variant"]),
             str(row["data"]),
             str(row["rows"]),
-            share(row["accuracy"]),
-            *(share(row["per_domain"].get(expert)) for expert in EXPERTS),
-            share(row["ece"]),
-            share(row["auroc"]),
-            ", ".join(f"{key} {value:.1f}" for key, value in row["latency_ms"].items()),
+            *_figures(row),
+            latency(row),
+            f"{row['bytes'] / 1e6:.0f}",
+            str(row.get("device", "-")),
+        ]
+        for row in _measured(data, "llm")
+        if not row["variant"].startswith(("without-", "added-"))
+    ]
+    return pipe([*head, "ms, p50 / p95", "MB", "device"], *rows) if rows else LATER
+
+
+def described(data: Any) -> str:
+    """Experts that an LLM router knows by their description alone."""
+    found = {(row["variant"], row["data"], row.get("device")): row for row in _measured(data, "llm")}
+    head = ["new expert", "data", "rows", "training", "others before", "others after", "new", "AUROC before", "after"]
+    rows = []
+    for (variant, kind, device), after in found.items():
+        name = variant.removeprefix("added-")
+        before = found.get((f"without-{name}", kind, device))
+        if name == variant or before is None:
+            continue
+        expert = name.split("-")[0]
+        others = [share for other, share in after["per_domain"].items() if other not in (expert, "other")]
+        olds = [share for other, share in before["per_domain"].items() if other != "other"]
+        settings = after["settings"]
+        rows.append(
+            [
+                name,
+                kind,
+                str(after["rows"]),
+                f"{settings['steps']} x {settings['batch']}",
+                share(mean(olds)),
+                share(mean(others)),
+                share(after["per_domain"].get(expert)),
+                share(before["auroc"]),
+                share(after["auroc"]),
+            ]
+        )
+    return pipe(head, *rows) if rows else LATER
+
+
+def speed(data: Any) -> str:
+    """Single queries with and without CUDA graphs, and many together."""
+    found = [row for row in (data or {}).get("results", []) if "speed" in row]
+    head = ["model", "device", "graphs, ms p50 / p95", "without graphs, ms p50 / p95", "64 queries together, ms each"]
+    rows = [
+        [
+            f"{row['model']}, {row['dtype'].removeprefix('torch.')}",
+            row["device"],
+            *(f"{row['speed'][kind]['p50']:.1f} / {row['speed'][kind]['p95']:.1f}" for kind in ("graphs", "plain")),
+            f"{row['speed']['batch']['ms_a_query']:.2f}",
+        ]
+        for row in found
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def cascade(data: Any) -> str:
+    """A cheap router, an LLM router, and both as one."""
+    head = ["routers", "data", "rows", "asked the LLM", "accuracy", *EXPERTS, "ECE", "AUROC", "accepted"]
+    rows = [
+        [
+            str(row["variant"]),
+            str(row["data"]),
+            str(row["rows"]),
+            share(row["asked"]),
+            *_figures(row),
+            latency(row),
             f"{row['bytes'] / 1e6:.0f}",
         ]
-        for row in data["results"]
-        if "per_domain" in row  # the others are what a calibration says of itself
+        for row in _measured(data, "cascade")
     ]
-    return pipe(head, *rows)
+    return pipe([*head, "ms, p50 / p95", "MB"], *rows) if rows else LATER
+
+
+def latency(row: dict[str, Any]) -> str:
+    return " / ".join(f"{row['latency_ms'][key]:.1f}" for key in ("p50", "p95") if key in row["latency_ms"])
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    own = (row["per_domain"].get(expert) for expert in EXPERTS)
+    return [share(x) for x in (row["accuracy"], *own, row["ece"], row["auroc"], row.get("accepted_other"))]
+
+
+def _measured(data: Any, kind: str) -> list[dict[str, Any]]:
+    """Results on rows; the others are what a calibration says of itself."""
+    found = (data or {}).get("results", [])
+    return [row for row in found if "per_domain" in row and row.get("kind", "llm") == kind]
 
 
 def left_out(found: dict[str, Any]) -> str:
@@ -146,6 +222,9 @@ def places(found: dict[str, Any], llm_found: dict[str, Any]) -> dict[str, str]:
         "many": many(found),
         "fifth": fifth(found),
         "llm": llm(llm_found),
+        "llm speed": speed(llm_found),
+        "described": described(llm_found),
+        "cascade": cascade(llm_found),
     }
 
 

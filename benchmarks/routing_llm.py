@@ -1,17 +1,21 @@
 """The LLM router on real queries: as it is, fine-tuned, and with an expert that it knows by description alone.
 
-    python benchmarks/routing_llm.py --model DIR --train train.jsonl --dev dev.jsonl --out results.json
+    python benchmarks/routing_llm.py --model DIR --train train.jsonl --dev dev.jsonl --work DIR --out results.json
 
-Trains on `--train` only (a tenth of it is held out for the calibration and measured as `held-out`), measures on `--dev`
-too, which should come from other sources. Writes after every part, and a run that was interrupted goes on with the
-training where it was. Experts and descriptions are the example family's.
+Trains on `--train` only. A tenth of it is kept for the figures called `held-out`, and a tenth of the rest for the
+calibration; `--dev` should come from other sources. Every figure is written as soon as it is there. A router that is
+in `--work` is not trained again, and an interrupted training goes on, so several runs with `--only-train` can train
+side by side and a last one measures. Experts and descriptions are the example family's.
 """
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import platform
+import statistics
 import time
+import tomllib
 from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,27 +23,25 @@ from pathlib import Path
 import torch
 import transformers
 
-from meswitch.artifact import fingerprint
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.checkpoint import Checkpoint
-from meswitch.family import Family
-from meswitch.router import evaluate_router, read_rows
+from meswitch.router import Router, evaluate_router, load_router, model_info, open_llm, read_rows
 from meswitch.router.llm import LlmRouter
 from meswitch.router.llm_train import calibrate, train_llm_router
-from meswitch.router.records import LlmSettings, ModelInfo
+from meswitch.router.records import LlmSettings
 from meswitch.router.split import hold_out
 from meswitch.version import __version__
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family"
+FAMILY = Path(__file__).parent.parent / "examples" / "family" / "family.toml"
+TIMED = 200  # queries timed one at a time
 
 
 def main() -> None:
     options = arguments()
     torch.manual_seed(options.seed)
-    family = Family.load(FAMILY)
-    descriptions = {expert.name: expert.description for expert in family.expert}
-    rows = read_rows(options.train, descriptions)
-    dev = read_rows(options.dev, descriptions) if options.dev else []
+    known = descriptions()
+    rows, held_out = test_split(read_rows(options.train, known), options.seed)
+    dev = read_rows(options.dev, known) if options.dev else []
+    data = {"held-out": subset(held_out, options.held_out_rows), "dev": subset(dev, options.dev_rows)}
     settings = LlmSettings(
         weights=options.weights,
         max_tokens=options.max_tokens,
@@ -49,33 +51,43 @@ def main() -> None:
         learning_rate=options.learning_rate,
         top=options.top,
         settle=options.settle,
+        drop=options.drop,
+        reword=options.reword,
+        disguise=options.disguise,
         holdout=options.holdout,
         seed=options.seed,
     )
-    _, held_out = hold_out(rows, settings.holdout, settings.seed)
+    _, calibration = hold_out(rows, settings.holdout, settings.seed)  # as training does
     bench = Bench(options)
     if "zero-shot" in options.parts:
-        router = bench.train(rows, descriptions, dataclasses.replace(settings, weights="reference"), "zero-shot")
-        bench.measure(router, "zero-shot", "dev", subset(dev, options.subset))
+        router = bench.router(rows, known, dataclasses.replace(settings, weights="reference"), "zero-shot")
+        bench.measure(router, "zero-shot", data)
         averaged = orders(router, len(router.labels))
-        bench.measure(calibrate(averaged, subset(held_out, 100)), "zero-shot-averaged", "dev-100", subset(dev, 100))
+        bench.measure(calibrate(averaged, subset(calibration, 100)), "zero-shot-averaged", data, 100)
     if "tuned" in options.parts:
-        label = "tuned" if settings.settle < 1 else "tuned-one-order"
-        router = bench.train(rows, descriptions, settings, label)
-        router.save(options.work / f"{label}-router")
-        bench.measure(router, label, "held-out", subset(held_out, options.held_out_rows))
-        bench.measure(router, label, "dev", subset(dev, options.dev_rows))
-        bench.measure(orders(router, len(router.labels)), f"{label}-averaged", "dev-100", subset(dev, 100))
-        bench.measure(router, label, "dev-100", subset(dev, 100))
-    if "added" in options.parts:
-        name = options.added
-        known = {expert: text for expert, text in descriptions.items() if expert != name}
-        fewer = [row for row in rows if row.domain != name]
-        router = bench.train(fewer, known, dataclasses.replace(settings, steps=options.added_steps), f"without-{name}")
-        updated = router.with_descriptions(descriptions)
-        for kind, some in (("dev", subset(dev, options.subset)), ("held-out", subset(held_out, options.held_out_rows))):
-            bench.measure(router, f"without-{name}", kind, [row for row in some if row.domain != name])
-            bench.measure(updated, f"added-{name}", kind, some)
+        label = ("tuned" if settings.settle < 1 else "tuned-one-order") + options.suffix
+        router = bench.router(rows, known, settings, label)
+        bench.measure(router, label, data)
+        averaged = calibrate(orders(router, len(router.labels)), calibration if bench.gpu else subset(calibration, 100))
+        bench.measure(averaged, f"{label}-averaged", data, 10**6 if bench.gpu else 100)
+        bench.speed(router, label, held_out)
+    for name in options.added if "added" in options.parts else ():
+        fewer = {expert: text for expert, text in known.items() if expert != name}
+        changed = dataclasses.replace(settings, steps=options.added_steps)
+        label = f"without-{name}{options.suffix}"
+        router = bench.router([row for row in rows if row.domain != name], fewer, changed, label)
+        bench.measure(router, label, {kind: [r for r in some if r.domain != name] for kind, some in data.items()})
+        bench.measure(router.with_descriptions(known), f"added-{name}{options.suffix}", data)
+
+
+def descriptions() -> dict[str, str]:
+    """Expert -> description; read without pydantic, which not every machine with a GPU has."""
+    return {expert["name"]: expert["description"] for expert in tomllib.loads(FAMILY.read_text())["expert"]}
+
+
+def test_split(rows, seed: int):
+    """(rows for training and calibration, a tenth that only figures are made of)."""
+    return hold_out(rows, 0.1, seed + 1)
 
 
 def arguments() -> argparse.Namespace:
@@ -87,6 +99,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON; figures of other models in it stay")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and the trained router")
     parser.add_argument("--parts", nargs="+", default=["zero-shot", "tuned", "added"])
+    parser.add_argument("--only-train", action="store_true", help="leave the routers in --work, unmeasured")
+    parser.add_argument("--suffix", default="", help="of the variants' names, for other settings")
     parser.add_argument("--weights", default="lora", choices=["lora", "full"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
@@ -94,13 +108,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--top", type=float, default=1.0, help="share of the blocks that LoRA adapts, from the last")
     parser.add_argument("--settle", type=float, default=0.1, help="see LlmSettings; 1000 keeps one order throughout")
-    parser.add_argument("--holdout", type=float, default=0.1, help="share of the training rows that is held out")
+    parser.add_argument("--drop", type=float, default=LlmSettings().drop, help="see LlmSettings, as for the next two")
+    parser.add_argument("--reword", type=float, default=LlmSettings().reword)
+    parser.add_argument("--disguise", type=float, default=LlmSettings().disguise)
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the training rows for the calibration")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--added", default="math", help="the expert that one router only knows by description")
+    parser.add_argument("--added", nargs="+", default=["math"], help="experts that a router only knows by description")
     parser.add_argument("--added-steps", type=int, default=100)
-    parser.add_argument("--subset", type=int, default=300, help="rows of dev for the slower parts")
-    parser.add_argument("--held-out-rows", type=int, default=10**6, help="of the tuned router (default: all)")
-    parser.add_argument("--dev-rows", type=int, default=10**6, help="of the tuned router (default: all)")
+    parser.add_argument("--held-out-rows", type=int, default=10**6, help="to measure (default: all)")
+    parser.add_argument("--dev-rows", type=int, default=10**6, help="to measure (default: all)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -112,45 +128,79 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.name = options.name or options.model.name
+        self.gpu = options.device != "cpu"
 
-    def train(self, rows, descriptions, settings, label):
+    def router(self, rows, known, settings, label: str) -> LlmRouter:
+        """As it is used: from the disk, in the dtype for the device. Trained first if it is not there."""
+        options, place = self.options, self.options.work / f"{label}-router"
+        if not place.exists():
+            self.train(rows, known, settings, label).save(place)
+        router = load_router(place, options.model, device=options.device, llm=options.model)
+        if router.settings != settings:
+            raise SystemExit(f"{place}: trained with other settings; remove it or take another --work")
+        return router
+
+    def train(self, rows, known, settings, label: str) -> LlmRouter:
         start = time.perf_counter()
-        dtype = torch.float32 if self.options.device == "cpu" or settings.weights != "reference" else "auto"
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
-        model.to(self.options.device).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.options.model)
-        count = sum(value.numel() for value in model.parameters())
-        info = ModelInfo(str(self.options.model), fingerprint(Checkpoint.open(self.options.model)), count)
+        model, tokenizer = open_llm(self.options.model)  # float32
+        model.to(self.options.device)
 
         def report(done: int, total: int, loss: float) -> None:
-            print(f"{label} {done}/{total} loss {loss:.4f} {time.perf_counter() - start:.0f} s", flush=True)
+            if done % 25 == 0 or done == total:
+                print(f"{label} {done}/{total} loss {loss:.4f} {time.perf_counter() - start:.0f} s", flush=True)
 
         router = train_llm_router(
             rows,
-            descriptions,
+            known,
             model,
             tokenizer,
-            info,
+            model_info(self.options.model, model),
             settings=settings,
             data_sha256=sha256_file(self.options.train),
             checkpoint=self.options.work / f"{label}-checkpoint",
-            save_every=25,
+            save_every=200 if self.gpu else 25,
             report=report,
         )
         print(label, router.calibration, flush=True)
-        self.write(label, "calibration", dataclasses.asdict(router.calibration) | {"train_rows": len(rows)}, router)
+        told = {"train_rows": len(rows), "seconds": time.perf_counter() - start}
+        self.write(label, "calibration", dataclasses.asdict(router.calibration) | told, router)
         return router
 
-    def measure(self, router: LlmRouter, label: str, data: str, rows) -> None:
-        if not rows:  # no --dev
+    def measure(self, router: LlmRouter, label: str, data, most: int = 10**6) -> None:
+        if self.options.only_train:
             return
-        figures = evaluate_router(router, rows).to_dict() | {"rows": len(rows)}
-        print(label, data, {key: figures[key] for key in ("accuracy", "per_domain", "ece", "auroc")}, flush=True)
-        self.write(label, data, figures, router)
+        for kind, some in data.items():
+            rows = subset(some, most)
+            if not rows:  # no --dev
+                continue
+            if self.gpu:
+                time_single(router, rows)  # captures the graphs
+            figures = evaluate_router(router, rows).to_dict() | {"rows": len(rows)}
+            shown = ("accuracy", "per_domain", "ece", "auroc", "accepted_other", "latency_ms")
+            print(label, kind, json.dumps({key: rounded(figures[key]) for key in shown}), flush=True)
+            self.write(label, kind, figures, router)
+
+    def speed(self, router: LlmRouter, label: str, rows) -> None:
+        """One query at a time with and without graphs, and 64 together."""
+        if self.options.only_train or not self.gpu:
+            return
+        found = {}
+        for name, graphs in (("graphs", True), ("plain", False)):
+            router.letters.graphs = graphs
+            time_single(router, rows)
+            found[name] = time_single(router, rows)
+        router.letters.graphs = True
+        batch = [row.query for row in rows[:64]]
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            router.route_batch(batch)
+            times.append((time.perf_counter() - start) * 1e3 / len(batch))
+        found["batch"] = {"queries": len(batch), "ms_a_query": statistics.median(times)}
+        print(label, "speed", json.dumps(rounded(found)), flush=True)
+        self.write(label, "speed", {"speed": found, "dtype": str(router.letters.model.dtype)}, router)
 
     def write(self, label: str, data: str, figures: dict, router: LlmRouter) -> None:
-        out = self.options.out
-        stored = json.loads(out.read_text()) if out.exists() else {"results": []}
         entry = {
             "model": self.name,
             "params": router.info.parameters,
@@ -171,9 +221,36 @@ class Bench:
                 "python": platform.python_version(),
             },
         }
-        key = ("model", "variant", "data", "device")
-        kept = [old for old in stored["results"] if any(old[name] != entry[name] for name in key)]
-        out.write_text(json.dumps({"results": [*kept, entry]}, indent=1) + "\n")
+        store(self.options.out, entry)
+
+
+def store(out: Path, entry: dict) -> None:
+    """Put a result into the file in the place of an older one; several programs may do so at once."""
+    key = ("model", "variant", "data", "device")
+    with open(out, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        results = json.loads(file.read() or '{"results": []}')["results"]
+        kept = [old for old in results if any(old[name] != entry[name] for name in key)]
+        file.truncate(0)
+        file.write(json.dumps({"results": [*kept, entry]}, indent=1) + "\n")
+
+
+def time_single(router: Router, rows, count: int = TIMED) -> dict[str, float]:
+    """Of queries one at a time, ms. An answer is on the host when `route` returns, so nothing is left to wait for."""
+    times = []
+    for row in rows[:: max(1, len(rows) // count)][:count]:
+        start = time.perf_counter()
+        router.route(row.query)
+        times.append((time.perf_counter() - start) * 1e3)
+    ranked = sorted(times)
+    return {"mean": statistics.mean(times), "p50": statistics.median(times), "p95": ranked[len(times) * 95 // 100]}
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def orders(router: LlmRouter, count: int) -> LlmRouter:

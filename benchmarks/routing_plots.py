@@ -27,8 +27,10 @@ def sizes_data(encoders: dict[str, Any], llm: dict[str, Any]) -> Data:
         if entry.get("dev") and entry.get("held_out")
     }
     for row in llm.get("results", []):
-        if row.get("data") == "dev" and "per_domain" in row:
-            name = f"{row['model']}, {row['variant']}"
+        whole = row.get("kind", "llm") == "llm" and not row["variant"].startswith(("without-", "added-"))
+        if row.get("data") == "dev" and "per_domain" in row and whole:
+            card = row.get("device", "").partition("NVIDIA ")[2]
+            name = ", ".join([row["model"], row["variant"], *card.split()[:1]])
             ms = row["latency_ms"].get("p50", row["latency_ms"].get("mean", 0.0))
             found[name] = [row["bytes"] / 1e6, ms, *_accuracies(row)]
     return {name: [_short(value) for value in values] for name, values in found.items()}
