@@ -3,9 +3,10 @@
     python benchmarks/routing_llm.py --model DIR --train train.jsonl --dev dev.jsonl --work DIR --out results.json
 
 Trains on `--train` only. A tenth of it is kept for the figures called `held-out`, and a tenth of the rest for the
-calibration; `--dev` should come from other sources. Every figure is written as soon as it is there. A router that is
-in `--work` is not trained again, and an interrupted training goes on, so several runs with `--only-train` can train
-side by side and a last one measures. Experts and descriptions are the example family's.
+calibration; `--dev` should come from other sources, and `--leave` leaves some of the training file's own out, to choose
+settings by. Every figure is written as soon as it is there. A router that is in `--work` is not trained again, and an
+interrupted training goes on, so several runs with `--only-train` can train side by side and a last one measures.
+Experts and descriptions are the example family's.
 """
 
 import argparse
@@ -42,6 +43,9 @@ def main() -> None:
     rows, held_out = test_split(read_rows(options.train, known), options.seed)
     dev = read_rows(options.dev, known) if options.dev else []
     data = {"held-out": subset(held_out, options.held_out_rows), "dev": subset(dev, options.dev_rows)}
+    if options.leave:
+        rows, unseen = leave(rows, options.leave)
+        data = {"held-out": data["held-out"], "left-out": unseen}
     settings = LlmSettings(
         weights=options.weights,
         max_tokens=options.max_tokens,
@@ -54,6 +58,7 @@ def main() -> None:
         drop=options.drop,
         reword=options.reword,
         disguise=options.disguise,
+        balance=options.balance,
         holdout=options.holdout,
         seed=options.seed,
     )
@@ -68,6 +73,7 @@ def main() -> None:
         label = ("tuned" if settings.settle < 1 else "tuned-one-order") + options.suffix
         router = bench.router(rows, known, settings, label)
         bench.measure(router, label, data)
+    if "tuned" in options.parts and not options.leave:
         averaged = calibrate(orders(router, len(router.labels)), calibration if bench.gpu else subset(calibration, 100))
         bench.measure(averaged, f"{label}-averaged", data, 10**6 if bench.gpu else 100)
         bench.speed(router, label, held_out)
@@ -88,6 +94,14 @@ def descriptions() -> dict[str, str]:
 def test_split(rows, seed: int):
     """(rows for training and calibration, a tenth that only figures are made of)."""
     return hold_out(rows, 0.1, seed + 1)
+
+
+def leave(rows, sources):
+    """(the rows of other sources, those of these)."""
+    missing = set(sources) - {row.source for row in rows}
+    if missing:
+        raise SystemExit(f"--leave: no rows of {', '.join(sorted(missing))}")
+    return [row for row in rows if row.source not in sources], [row for row in rows if row.source in sources]
 
 
 def arguments() -> argparse.Namespace:
@@ -111,6 +125,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--drop", type=float, default=LlmSettings().drop, help="see LlmSettings, as for the next two")
     parser.add_argument("--reword", type=float, default=LlmSettings().reword)
     parser.add_argument("--disguise", type=float, default=LlmSettings().disguise)
+    parser.add_argument("--balance", type=float, default=LlmSettings().balance)
+    parser.add_argument("--leave", nargs="+", help="sources to train without, and to choose settings by: `left-out`")
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the training rows for the calibration")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--added", nargs="+", default=["math"], help="experts that a router only knows by description")
