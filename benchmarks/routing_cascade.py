@@ -9,20 +9,16 @@ calibration, and measured on the tenth of `--train` that neither has seen (`held
 """
 
 import argparse
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import transformers
 
 from meswitch.router import Router, evaluate_router, fit_cascade, load_router, open_encoder, read_rows, train_router
 from meswitch.router.base import user_turns
 from meswitch.router.cascade import CascadeRouter, log_scores, unsure
 from meswitch.router.split import hold_out
 from meswitch.router.train import default_settings
-from meswitch.version import __version__
-from routing_llm import descriptions, device, nbytes, rounded, store, test_split, time_single
+from routing_llm import descriptions, measured_on, nbytes, rounded, store, test_split, time_single
 
 
 class Remembered(Router):
@@ -75,15 +71,7 @@ def main() -> None:
                 "variant": variant,
                 "data": kind,
                 **figures,
-                "device": device(options.device),
-                "threads": torch.get_num_threads(),
-                "date": datetime.now(UTC).date().isoformat(),
-                "versions": {
-                    "meswitch": __version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "python": platform.python_version(),
-                },
+                **measured_on(options.device),
             }
             store(options.out, entry)
 

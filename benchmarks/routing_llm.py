@@ -227,15 +227,7 @@ class Bench:
             "settings": dataclasses.asdict(router.settings),
             **figures,
             "bytes": nbytes(router),
-            "device": device(self.options.device),
-            "threads": torch.get_num_threads(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "versions": {
-                "meswitch": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            **measured_on(self.options.device),
         }
         store(self.options.out, entry)
 
@@ -279,6 +271,21 @@ def orders(router: LlmRouter, count: int) -> LlmRouter:
 def nbytes(router: LlmRouter) -> int:
     """Of the model's weights in memory."""
     return sum(value.numel() * value.element_size() for value in router.letters.model.parameters())
+
+
+def measured_on(name: str) -> dict:
+    """Where and with what a figure was measured."""
+    return {
+        "device": device(name),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {
+            "meswitch": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def device(name: str) -> str:
