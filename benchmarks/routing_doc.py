@@ -116,9 +116,27 @@ def llm(data: Any) -> str:
             str(row.get("device", "-")),
         ]
         for row in _measured(data, "llm")
-        if not row["variant"].startswith(("without-", "added-"))
+        if not row["variant"].startswith(("without-", "added-", "left-"))
     ]
     return pipe([*head, "ms, p50 / p95", "MB", "device"], *rows) if rows else LATER
+
+
+def llm_settings(data: Any) -> str:
+    """LLM routers that were trained without some sources, on the rows of those."""
+    head = ["options", "training", "balance", "rows left out", "accuracy", *EXPERTS]
+    rows = [
+        [
+            "in one order" if row["settings"]["settle"] >= 1 else "in random orders",
+            f"{row['settings']['steps']} x {row['settings']['batch']}",
+            f"{row['settings']['balance']:g}",
+            str(row["rows"]),
+            share(row["accuracy"]),
+            *(share(row["per_domain"].get(expert)) for expert in EXPERTS),
+        ]
+        for row in _measured(data, "llm")
+        if row["data"] == "left-out"
+    ]
+    return pipe(head, *rows) if rows else LATER
 
 
 def described(data: Any) -> str:
@@ -223,6 +241,7 @@ def places(found: dict[str, Any], llm_found: dict[str, Any]) -> dict[str, str]:
         "fifth": fifth(found),
         "llm": llm(llm_found),
         "llm speed": speed(llm_found),
+        "llm settings": llm_settings(llm_found),
         "described": described(llm_found),
         "cascade": cascade(llm_found),
     }

@@ -69,7 +69,7 @@ class LlmSettings:
     settle: float = 0.25
     reword: float = 0.5
     disguise: float = 0.5
-    balance: float = 0.5
+    balance: float = 1.0
     rank: int = 16
     alpha: int = 32
     top: float = 1.0
