@@ -3,9 +3,8 @@
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -60,11 +59,14 @@ class LetterModel:
         limit = _CPU_BATCH_TOKENS if self.model.device.type == "cpu" else _GPU_BATCH_TOKENS
         order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
         if self.graphs and prefix.graphs is not None and len(queries) <= _ALONE:
-            replayed = {i: prefix.graphs([*queries[i], *question.after]) for i in order}
-            for i, found in replayed.items():
-                if found is not None:
+            left = []
+            for i in order:
+                found = prefix.graphs([*queries[i], *question.after])
+                if found is None:
+                    left.append(i)
+                else:
                     out[i] = found[: len(options)]
-            order = [i for i in order if replayed[i] is None]
+            order = left
         for batch in _batches(order, [len(query) + len(question.after) for query in queries], limit):
             cache = _copied(prefix.cache)
             if len(batch) > 1:
@@ -105,14 +107,17 @@ class LetterModel:
             graphs = None
             # what transformers says of compilation holds here too: nothing depends on data, nothing is read back
             if self.graphs and _is_plain(cache) and getattr(self.model, "_can_compile_fullgraph", False):
-                lengths = torch.tensor([[len(before)]], device=self.model.device)
-                run = partial(self._after, lengths=lengths, prefix=len(before), cache=cache, copy_cache=True)
-                graphs = PrefixGraphs(run, self.model.device)
+                graphs = PrefixGraphs(self._following(len(before), cache), self.model.device)
             self._prefixes[before] = _Prefix(cache, graphs)
             if len(self._prefixes) > _KEPT_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(before)
         return self._prefixes[before]
+
+    def _following(self, prefix: int, cache: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """`_after` for one question of `prefix` tokens, whose cache stays as it is."""
+        lengths = torch.tensor([[prefix]], device=self.model.device)
+        return lambda ids, pads: self._after(ids, pads, lengths=lengths, prefix=prefix, cache=_copied(cache))
 
     def _read(self, befores: Sequence[tuple[int, ...]]) -> Any:
         """Keys and values of some questions up to the query, padded on the right."""
@@ -139,19 +144,17 @@ class LetterModel:
         lengths = torch.tensor(prefixes, device=device)[:, None]
         return self._after(ids, pads, lengths=lengths, prefix=max(prefixes), cache=cache)
 
-    def _after(
-        self, ids: Tensor, pads: Tensor, *, lengths: Tensor, prefix: int, cache: Any, copy_cache: bool = False
-    ) -> Tensor:
+    def _after(self, ids: Tensor, pads: Tensor, *, lengths: Tensor, prefix: int, cache: Any) -> Tensor:
         """[n, letters] float32. Nothing is copied from the host here and nothing read back: a graph can hold it.
 
         ids: [n, width] int64, the first `pads` [n, 1] of them padding. lengths: [n, 1], of each row's question in
-        `cache`, which is padded to `prefix`. copy_cache: leave the cache as it is.
+        `cache`, which is padded to `prefix`.
         """
         place = torch.arange(ids.shape[1], device=ids.device)
         kept = torch.arange(prefix, device=ids.device) < lengths
         mask = torch.cat([kept, place >= pads], 1).long()
         where = {"position_ids": lengths + (place - pads).clamp_min(0)} if self._positions else {}
-        given = {self._cache: _copied(cache) if copy_cache else cache, **where, **self._keep}
+        given = {self._cache: cache, **where, **self._keep}
         return self._picked(self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given).logits)
 
     def _whole(self, queries: Sequence[Sequence[int]], questions: Sequence[Question]) -> Tensor:

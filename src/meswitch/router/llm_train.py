@@ -146,20 +146,20 @@ def _tune(
 
 
 class _Asked:
-    """The rows to train on as tokens, each with its copies without habits; and by expert, for examples."""
+    """The rows to train on, each with its copies without habits; and by expert, for examples."""
 
     def __init__(self, rows: Sequence[Row], prompt: Prompt) -> None:
+        self._prompt = prompt
         self.domains = [row.domain for row in rows]
         self.texts = [row.query for row in rows]
-        self.queries = [prompt.query(row.query) for row in rows]
-        self.disguised = [[prompt.query(row.query) for row in copies] for copies in disguises(rows)]
+        self.disguised = [[row.query for row in copies] for copies in disguises(rows)]
         self.of = {name: [i for i, row in enumerate(rows) if row.domain == name] for name in {*self.domains}}
 
     def query(self, i: int, disguise: float, generator: torch.Generator) -> list[int]:
-        """Row `i`, or one of its copies."""
-        if self.disguised[i] and _chance(disguise, generator):
-            return self.disguised[i][_draw(len(self.disguised[i]), generator)]
-        return self.queries[i]
+        """The tokens of row `i`, or of one of its copies."""
+        copies = self.disguised[i]
+        disguised = copies and _chance(disguise, generator)
+        return self._prompt.query(copies[_draw(len(copies), generator)] if disguised else self.texts[i])
 
 
 def _step(
@@ -172,7 +172,7 @@ def _step(
 ) -> float:
     """Gradients of one batch: a few questions, each with its own options and order; the mean loss."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    replacement = settings.batch > len(rows.queries)
+    replacement = settings.batch > len(rows.texts)
     drawn = torch.multinomial(mass, settings.batch, replacement=replacement, generator=generator)
     asked: list[tuple[list[list[int]], list[str]]] = []
     targets: list[Tensor] = []
