@@ -16,9 +16,10 @@ import torch
 from meswitch.router import Router, evaluate_router, fit_cascade, load_router, open_encoder, read_rows, train_router
 from meswitch.router.base import user_turns
 from meswitch.router.cascade import CascadeRouter, log_scores, unsure
+from meswitch.router.evaluate import latency
 from meswitch.router.split import hold_out
 from meswitch.router.train import default_settings
-from routing_llm import descriptions, measured_on, nbytes, rounded, store, test_split, time_single
+from routing_llm import descriptions, measured_on, nbytes, rounded, store, test_split
 
 
 class Remembered(Router):
@@ -58,7 +59,7 @@ def main() -> None:
             if not some:
                 continue
             figures = evaluate_router(quick, some).to_dict() | {"rows": len(some)}
-            figures["latency_ms"] = time_single(real, some, options.timed)
+            figures["latency_ms"] = latency(real, some, options.timed)
             figures["bytes"] = 0 if variant == "llm" else first.nbytes()
             figures["bytes"] += 0 if variant == "embedding" else nbytes(second)
             figures["asked"] = share_asked(quick, one, some)

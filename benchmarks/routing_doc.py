@@ -14,7 +14,7 @@ from typing import Any
 
 from generated import RESULTS, arguments_of, stored, update
 from markdown_tables import pipe
-from routing_plots import plots
+from routing_plots import knows_all, measured, plots
 
 EXPERTS = ("math", "code", "instruct", "sql")
 LATER = "Not measured yet."
@@ -115,8 +115,8 @@ def llm(data: Any) -> str:
             f"{row['bytes'] / 1e6:.0f}",
             str(row.get("device", "-")),
         ]
-        for row in _measured(data, "llm")
-        if not row["variant"].startswith(("without-", "added-", "left-"))
+        for row in measured(data, "llm")
+        if knows_all(row)
     ]
     return pipe([*head, "ms, p50 / p95", "MB", "device"], *rows) if rows else LATER
 
@@ -133,7 +133,7 @@ def llm_settings(data: Any) -> str:
             share(row["accuracy"]),
             *(share(row["per_domain"].get(expert)) for expert in EXPERTS),
         ]
-        for row in _measured(data, "llm")
+        for row in measured(data, "llm")
         if row["data"] == "left-out"
     ]
     return pipe(head, *rows) if rows else LATER
@@ -141,7 +141,7 @@ def llm_settings(data: Any) -> str:
 
 def described(data: Any) -> str:
     """Experts that an LLM router knows by their description alone."""
-    found = {(row["variant"], row["data"], row.get("device")): row for row in _measured(data, "llm")}
+    found = {(row["variant"], row["data"], row.get("device")): row for row in measured(data, "llm")}
     head = ["new expert", "data", "rows", "training", "others before", "others after", "new", "AUROC before", "after"]
     rows = []
     for (variant, kind, device), after in found.items():
@@ -198,7 +198,7 @@ def cascade(data: Any) -> str:
             latency(row),
             f"{row['bytes'] / 1e6:.0f}",
         ]
-        for row in _measured(data, "cascade")
+        for row in measured(data, "cascade")
     ]
     return pipe([*head, "ms, p50 / p95", "MB"], *rows) if rows else LATER
 
@@ -210,12 +210,6 @@ def latency(row: dict[str, Any]) -> str:
 def _figures(row: dict[str, Any]) -> list[str]:
     own = (row["per_domain"].get(expert) for expert in EXPERTS)
     return [share(x) for x in (row["accuracy"], *own, row["ece"], row["auroc"], row.get("accepted_other"))]
-
-
-def _measured(data: Any, kind: str) -> list[dict[str, Any]]:
-    """Results on rows; the others are what a calibration says of itself."""
-    found = (data or {}).get("results", [])
-    return [row for row in found if "per_domain" in row and row.get("kind", "llm") == kind]
 
 
 def left_out(found: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ import torch
 import transformers
 
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.router import Router, evaluate_router, load_router, model_info, open_llm, read_rows
+from meswitch.router import evaluate_router, load_router, model_info, open_llm, read_rows
+from meswitch.router.evaluate import latency
 from meswitch.router.llm import LlmRouter
 from meswitch.router.llm_train import calibrate, train_llm_router
 from meswitch.router.records import LlmSettings
@@ -33,7 +34,6 @@ from meswitch.router.split import hold_out
 from meswitch.version import __version__
 
 FAMILY = Path(__file__).parent.parent / "examples" / "family" / "family.toml"
-TIMED = 200  # queries timed one at a time
 
 
 def main() -> None:
@@ -70,7 +70,8 @@ def main() -> None:
         averaged = orders(router, len(router.labels))
         bench.measure(calibrate(averaged, subset(calibration, 100)), "zero-shot-averaged", data, 100)
     if "tuned" in options.parts:
-        label = ("tuned" if settings.settle < 1 else "tuned-one-order") + options.suffix
+        kind = "left" if options.leave else "tuned"
+        label = kind + ("" if settings.settle < 1 else "-one-order") + options.suffix
         router = bench.router(rows, known, settings, label)
         bench.measure(router, label, data)
     if "tuned" in options.parts and not options.leave:
@@ -190,7 +191,7 @@ class Bench:
             if not rows:  # no --dev
                 continue
             if self.gpu:
-                time_single(router, rows)  # captures the graphs
+                latency(router, rows)  # captures the graphs
             figures = evaluate_router(router, rows).to_dict() | {"rows": len(rows)}
             shown = ("accuracy", "per_domain", "ece", "auroc", "accepted_other", "latency_ms")
             print(label, kind, json.dumps({key: rounded(figures[key]) for key in shown}), flush=True)
@@ -203,8 +204,8 @@ class Bench:
         found = {}
         for name, graphs in (("graphs", True), ("plain", False)):
             router.letters.graphs = graphs
-            time_single(router, rows)
-            found[name] = time_single(router, rows)
+            latency(router, rows)
+            found[name] = latency(router, rows)
         router.letters.graphs = True
         batch = [row.query for row in rows[:64]]
         times = []
@@ -242,17 +243,6 @@ def store(out: Path, entry: dict) -> None:
         kept = [old for old in results if any(old[name] != entry[name] for name in key)]
         file.truncate(0)
         file.write(json.dumps({"results": [*kept, entry]}, indent=1) + "\n")
-
-
-def time_single(router: Router, rows, count: int = TIMED) -> dict[str, float]:
-    """Of queries one at a time, ms. An answer is on the host when `route` returns, so nothing is left to wait for."""
-    times = []
-    for row in rows[:: max(1, len(rows) // count)][:count]:
-        start = time.perf_counter()
-        router.route(row.query)
-        times.append((time.perf_counter() - start) * 1e3)
-    ranked = sorted(times)
-    return {"mean": statistics.mean(times), "p50": statistics.median(times), "p95": ranked[len(times) * 95 // 100]}
 
 
 def rounded(value):

@@ -19,6 +19,17 @@ def many_data(encoders: dict[str, Any]) -> Data:
     }
 
 
+def measured(llm: dict[str, Any] | None, kind: str) -> list[dict[str, Any]]:
+    """Results on rows; the others are what a calibration says of itself. kind: `llm` or `cascade`."""
+    found = (llm or {}).get("results", [])
+    return [row for row in found if "per_domain" in row and row.get("kind", "llm") == kind]
+
+
+def knows_all(row: dict[str, Any]) -> bool:
+    """Whether an LLM router was trained on all experts and sources."""
+    return not row["variant"].startswith(("without-", "added-", "left-"))
+
+
 def sizes_data(encoders: dict[str, Any], llm: dict[str, Any]) -> Data:
     """{router: [MB, ms, accuracy on shift, the weakest expert's]}"""
     found = {
@@ -26,9 +37,8 @@ def sizes_data(encoders: dict[str, Any], llm: dict[str, Any]) -> Data:
         for name, entry in encoders.items()
         if entry.get("dev") and entry.get("held_out")
     }
-    for row in llm.get("results", []):
-        whole = row.get("kind", "llm") == "llm" and not row["variant"].startswith(("without-", "added-"))
-        if row.get("data") == "dev" and "per_domain" in row and whole:
+    for row in measured(llm, "llm"):
+        if row["data"] == "dev" and knows_all(row):
             card = row.get("device", "").partition("NVIDIA ")[2]
             name = ", ".join([row["model"], row["variant"], *card.split()[:1]])
             ms = row["latency_ms"].get("p50", row["latency_ms"].get("mean", 0.0))
