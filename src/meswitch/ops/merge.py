@@ -76,7 +76,7 @@ def constants(variant: Variant) -> dict[str, Any]:
 
     block, group = BLOCK.value, variant.group
     return {
-        "TWO": variant.two,
+        "TWO": variant.two > 0,
         "ONE": variant.one,
         "SALIENT": variant.salient,
         "GROUP": group,
@@ -94,7 +94,7 @@ def merge_constants(
 
     even = in_features % BLOCK.value == 0 and rows % tile.rows == 0
     limit = {} if tile.registers is None else {"maxnreg": tile.registers}
-    fast = dtype == torch.bfloat16 and variant.two and not variant.one and not INTERPRET
+    fast = dtype == torch.bfloat16 and variant.two > 0 and not variant.one and not INTERPRET
     return {"EXPERTS": experts, "EVEN": even, "FAST": fast, "ROWS": tile.rows, "num_warps": tile.warps, **limit}
 
 
@@ -132,7 +132,7 @@ def _merge(
     slots: Tensor,
     first: int,
     last: int,
-    two: bool,
+    two: int,
     one: bool,
     group: int,
     salient: int,

@@ -104,7 +104,7 @@ def _embedding_rows(
     extra_rows: int,
     arena: Tensor,
     table: Tensor,
-    two: bool,
+    two: int,
     one: bool,
     group: int,
     salient: int,

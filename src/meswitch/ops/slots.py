@@ -18,10 +18,11 @@ _SMALLEST_TILE = 32  # rows
 class Variant(NamedTuple):
     """What a kernel is specialised on, the same for all experts that a layer may ever hold.
 
-    two, one: some expert has planes of that width. group: see `layout.Shape`. salient: the widest padded count.
+    two: the most planes of two bits that an expert has. one: some expert has a plane of one bit. group: see
+    `layout.Shape`. salient: the widest padded count.
     """
 
-    two: bool
+    two: int
     one: bool
     group: int
     salient: int
@@ -37,7 +38,7 @@ class Variant(NamedTuple):
                 "the backend 'reference' serves any"
             )
         return cls(
-            any(shape.planes[0] for shape in shapes),
+            max((shape.planes[0] for shape in shapes), default=0),
             any(shape.planes[1] for shape in shapes),
             max(groups, default=0),
             max((shape.salient for shape in shapes), default=0),

@@ -105,7 +105,7 @@ def _early() -> dict[str, Any]:
 def constants(config: Config, rows: int, in_features: int, variant: Variant) -> dict[str, Any]:
     """What the kernel is compiled for."""
     return {
-        "TWO": variant.two,
+        "TWO": variant.two > 0,
         "ONE": variant.one,
         "SALIENT": variant.salient > 0,
         "GROUP": variant.group,

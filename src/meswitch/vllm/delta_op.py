@@ -27,7 +27,7 @@ def _add_delta(
     table: Tensor,
     arrived: Tensor,
     side: int,
-    two: bool,
+    two: int,
     one: bool,
     group: int,
     salient: int,
@@ -46,7 +46,7 @@ def _linear(
     arena: Tensor,
     table: Tensor,
     arrived: Tensor,
-    two: bool,
+    two: int,
     one: bool,
     group: int,
     salient: int,
@@ -64,11 +64,11 @@ def _linear(
 # Not `torch.library.custom_op`: its checks cost more than a small layer on a CPU.
 _library = torch.library.Library("meswitch_vllm", "DEF")
 _library.define(
-    "add_delta(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor(b!) arrived, int side, bool two, bool one, "
+    "add_delta(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor(b!) arrived, int side, int two, bool one, "
     "int group, int salient) -> ()"
 )
 _library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor(a!) arrived, bool two, bool one, "
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor(a!) arrived, int two, bool one, "
     "int group, int salient) -> Tensor"
 )
 _library.impl("add_delta", _add_delta, "CompositeExplicitAutograd")
