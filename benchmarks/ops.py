@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--check-only", action="store_true", help="numbers, no timings")
     parser.add_argument("--sweep", action="store_true", help="also the fused kernel with other items than it chooses")
     parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further decode point starts")
     args = parser.parse_args()
     started = time.perf_counter()

@@ -15,6 +15,7 @@ import torch
 
 from meswitch.ops import PrefillRouting, Routing, SlotLinear, expert_prefill, fused_linear
 from meswitch.ops.linear import expert_linear
+from meswitch.ops.restored import on_hopper
 from meswitch.ops.rows import embedding_rows
 from ops_models import random_delta
 
@@ -22,9 +23,9 @@ SIZES = [(37, 100, 16), (200, 1100, 128), (130, 2100, 0)]  # rows, in_features, 
 SLOTS = [0, 1, 0, 2, -1, 3, 0, 0, 0, 0, 0, 0, 0]
 
 
-def layers(rows: int, width: int, group: int) -> tuple[SlotLinear, SlotLinear]:
-    """Experts of 1 to 4 bits, on the CPU and on the GPU."""
-    deltas = [random_delta(rows, width, bits, group or None, 2, "cpu") for bits in (1, 2, 3, 4)]
+def layers(rows: int, width: int, group: int, bits: tuple[int, ...] = (1, 2, 3, 4)) -> tuple[SlotLinear, SlotLinear]:
+    """Experts, one a width, on the CPU and on the GPU."""
+    deltas = [random_delta(rows, width, width_in_bits, group or None, 2, "cpu") for width_in_bits in bits]
     own = SlotLinear.build(deltas, "cpu")
     moved = [tensor.cuda() for tensor in (own.arena, own.table, own.arrived)]
     return own, replace(own, arena=moved[0], table=moved[1], arrived=moved[2])
@@ -38,7 +39,7 @@ def compare(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("fused", "decode", "prefill", "rows"))
+    parser.add_argument("--only", choices=("fused", "decode", "prefill", "rows", "product"))
     only = parser.parse_args().only
     torch.manual_seed(0)
     for rows, width, group in SIZES:
@@ -58,13 +59,25 @@ def main() -> None:
         if only in (None, "prefill"):
             owners = [slot for slot in range(4) for _ in range(8)]
             many = torch.randn(len(owners), width).bfloat16()
-            merged = PrefillRouting.build(owners, merge_from=1), PrefillRouting.build(owners, "cuda", merge_from=1)
+            merged = PrefillRouting.build(owners, own_from=1), PrefillRouting.build(owners, "cuda", own_from=1)
             wanted = expert_prefill(many, weight, own, merged[0], backend="reference")
             compare(f"merge {size}", expert_prefill(many.cuda(), gpu_weight, moved, merged[1]), wanted)
         if only in (None, "rows"):
             ids, slots = torch.tensor([0, 5, rows - 1, 7]), torch.tensor([0, 1, 3, -1], dtype=torch.int32)
             wanted = embedding_rows(ids, weight, own, slots, backend="reference")
             compare(f"rows {size}", embedding_rows(ids.cuda(), gpu_weight, moved, slots.cuda()), wanted)
+    if only in (None, "product") and on_hopper(torch.device("cuda")):
+        product()
+
+
+def product() -> None:
+    """Whole tiles of the weight, but segments that end within one of tokens."""
+    own, moved = layers(256, 512, 128, bits=(2, 2, 2, 2))
+    owners = [slot for slot, length in enumerate((40, 300, 17)) for _ in range(length)]
+    x, weight = torch.randn(len(owners), 512).bfloat16(), (torch.randn(256, 512) * 0.05).bfloat16()
+    host, device = PrefillRouting.build(owners, own_from=1), PrefillRouting.build(owners, "cuda", own_from=1)
+    wanted = expert_prefill(x, weight, own, host, backend="reference")
+    compare("product 256 x 512", expert_prefill(x.cuda(), weight.cuda(), moved, device), wanted)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 import ops_prefill_check
 import ops_prefill_paths as paths
 from meswitch.ops import merge
-from meswitch.ops.ahead import Job, compile_ahead, decode_job, merge_job
+from meswitch.ops.ahead import Job, compile_ahead, decode_job, merge_job, product_job
 from meswitch.ops.merge import Tile, launch
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.slots import Variant
@@ -26,7 +26,7 @@ REPEATS = 15
 SHAPES = MODELS[MODEL][1]
 EQUAL = {experts: [TOKENS // experts] * experts for experts in (1, 2, 4, 8)}
 SKEWED = {2: [3584, 512], 4: [2560, 1024, 384, 128], 8: [2048, 1024, 512, 192, 128, 96, 64, 32]}
-CROSSOVER = [(tokens, experts) for tokens in (256, 512, 1024, 2048) for experts in (1, 4)]
+CROSSOVER = [(tokens, experts) for tokens in (64, 128, 192, 256, 512, 1024, 2048, 3072) for experts in (1, 4)]
 TILES = [Tile(8, 4), Tile(8, 8), Tile(8, 8, 64), Tile(16, 8), Tile(16, 8, 80), Tile(16, 8, 64), Tile(32, 8), Tile(4, 4)]
 
 
@@ -36,9 +36,10 @@ def wanted() -> list[Job]:
     v = Variant(two=True, one=False, group=128, salient=16)
     for experts in range(1, merge.MOST + 1):
         found += [merge_job(*SHAPES["qkv"], v, torch.bfloat16, experts, tile) for tile in TILES]
-    for lengths in [*EQUAL.values(), *SKEWED.values(), *([t // e] * e for t, e in CROSSOVER)]:
-        for merge_from in (paths.NEVER, paths.MERGE_FROM):
-            short = PrefillRouting.build(paths.token_slots(lengths), merge_from=merge_from).short
+    found += [product_job(*shape, v, torch.bfloat16, False) for shape in SHAPES.values()]
+    for lengths in [*EQUAL.values(), *SKEWED.values(), *([tokens] * experts for tokens, experts in _crossovers())]:
+        for own_from in (paths.NEVER, None):
+            short = PrefillRouting.build(paths.token_slots(lengths), own_from=own_from).short
             if short is not None:
                 found += [decode_job(*s, v, torch.bfloat16, short.likely, short.piece) for s in SHAPES.values()]
     return found
@@ -94,7 +95,7 @@ def measure(label: dict, candidates: dict[str, paths.Path], base_path: paths.Pat
 
 
 def prefill(copy_gb_s: float, layers: list[Layer] | None = None, bits: int = 2) -> list[dict]:
-    """Every way at 4,096 tokens, then merging against the decode kernel for fewer."""
+    """Every way at 4,096 tokens, then what each costs for fewer."""
     layers = layers or draw_layers(bits)
     found = []
     for spread, by_experts in (("equal", EQUAL), ("skewed", SKEWED)):
@@ -104,15 +105,23 @@ def prefill(copy_gb_s: float, layers: list[Layer] | None = None, bits: int = 2) 
             found += measure(_label(bits, TOKENS, experts, spread), *_every_way(layers, lengths, spread, bits))
     if bits != 2:
         return found
-    for tokens, experts in CROSSOVER:
-        x, y = _buffers(tokens)
-        slots = paths.token_slots([tokens // experts] * experts)
+    for tokens, experts in _crossovers():
+        lengths = [tokens] * experts
+        x, y = _buffers(sum(lengths))
+        slots = paths.token_slots(lengths)
         ways = {
-            "merge": paths.product(layers, x, slots, paths.ALWAYS),
-            "decode_kernel": paths.product(layers, x, slots, paths.NEVER),
+            "restoring": paths.restoring(layers, x, y, lengths),
+            "merging": paths.package(layers, x, slots, paths.ALWAYS, restore=False),
         }
-        found += measure(_label(bits, tokens, experts, "equal"), ways, paths.base(layers, x, y))
+        if tokens <= 512:
+            ways["decode_kernel"] = paths.package(layers, x, slots, paths.NEVER)
+        found += measure(_label(bits, sum(lengths), experts, "equal"), ways, paths.base(layers, x, y))
     return found
+
+
+def _crossovers() -> list[tuple[int, int]]:
+    """Tokens of each expert, experts: fewer tokens than the steps before have."""
+    return [(tokens, experts) for tokens, experts in CROSSOVER if tokens * experts < TOKENS]
 
 
 def draw_layers(bits: int) -> list[Layer]:
@@ -123,26 +132,20 @@ def _every_way(
     layers: list[Layer], lengths: list[int], spread: str, bits: int
 ) -> tuple[dict[str, paths.Path], paths.Path]:
     x, y = _buffers(TOKENS)
-    slots, each = paths.token_slots(lengths), min(len(lengths), merge.MOST)
+    slots = paths.token_slots(lengths)
     base = paths.base(layers, x, y)
-    ways = {"package": paths.product(layers, x, slots)}
+    ways = {"package": paths.package(layers, x, slots)}
     if bits != 2:
         return ways, base
-    if min(lengths) < paths.MERGE_FROM:
-        ways["merge_every_segment"] = paths.product(layers, x, slots, paths.ALWAYS)
-    for megabytes in (16, 32, 64):
-        ways[f"merge_{megabytes}MB_each"] = paths.product(layers, x, slots, scratch=each * megabytes << 20)
+    ways["restoring"] = paths.restoring(layers, x, y, lengths)
+    ways["merging"] = paths.package(layers, x, slots, restore=False)
     ways["grouped"] = paths.grouped(layers, x, lengths)
     if len(lengths) > 1:
-        ways["decode_kernel"] = paths.product(layers, x, slots, paths.NEVER)
-    if spread == "equal" and len(lengths) <= merge.MOST:
-        ways["ahead"] = paths.ahead(layers, x, y, lengths)
+        ways["decode_kernel"] = paths.package(layers, x, slots, paths.NEVER)
     if spread == "equal" and len(lengths) in (1, 4):
         ways["two_products"] = paths.two_products(layers, x, y, lengths)
     if spread == "equal" and len(lengths) == 4:
-        for megabytes in (16, 32):
-            ways[f"one_by_one_{megabytes}MB"] = paths.one_by_one(layers, x, y, lengths, megabytes << 20)
-        ways["scattered_tokens"] = paths.product(layers, x, slots[::3] + slots[1::3] + slots[2::3])
+        ways["scattered_tokens"] = paths.package(layers, x, slots[::3] + slots[1::3] + slots[2::3])
     return ways, base
 
 

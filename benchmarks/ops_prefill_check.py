@@ -40,8 +40,8 @@ def wanted(case: dict) -> list[Job]:
     jobs = [embedding_job(*about, extra=False)]
     if routing.short is not None:
         jobs.append(decode_job(*about, routing.short.likely, routing.short.piece))
-    if routing.merged:
-        jobs.append(merge_job(*about, len(routing.merged)))
+    if routing.own:
+        jobs.append(merge_job(*about, len(routing.own)))
     return jobs
 
 
@@ -60,6 +60,9 @@ def errors(case: dict) -> dict[str, float]:
     ids = torch.randint(0, shape[0], (len(slots),), device=DEVICE)
     owners = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
     y = expert_prefill(x, weight, layer, PrefillRouting.build(slots, DEVICE), bias, scratch=case["scratch"])
+    merged = expert_prefill(
+        x, weight, layer, PrefillRouting.build(slots, DEVICE), bias, scratch=case["scratch"], restore=False
+    )
     rows = embedding_rows(ids, weight, layer, owners)
     expected = torch.zeros_like(y, dtype=torch.float64)
     expected_rows = weight[ids].double()
@@ -72,6 +75,7 @@ def errors(case: dict) -> dict[str, float]:
         expected_rows[mine] = merged[ids[mine]]
     return {
         "prefill": ((y.double() - expected).norm() / expected.norm()).item(),
+        "merging": ((merged.double() - expected).norm() / expected.norm()).item(),
         "embedding": ((rows.double() - expected_rows).norm() / expected_rows.norm()).item(),
     }
 

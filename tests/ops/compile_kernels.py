@@ -8,8 +8,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import mangle_type
 
-from meswitch.ops.ahead import Job, decode_jobs, embedding_job, fused_jobs, launched, prefill_jobs
+from meswitch.ops.ahead import Job, decode_jobs, embedding_job, fused_jobs, launched, prefill_jobs, product_job
 from meswitch.ops.slots import Variant
 
 TYPES = {
@@ -31,8 +33,10 @@ def jobs() -> list[Job]:
         *fused_jobs(200, 1100, odd, fp16, False, [(8, 2, 2)]),
         *decode_jobs(4096, 4096, two, bf16, 1),
         embedding_job(32000, 4096, two, bf16, True),
+        product_job(4096, 4096, two, bf16, True),
     ]
-    merges = itertools.chain(prefill_jobs(4096, 4096, two, bf16, 64), prefill_jobs(200, 1100, odd, fp16, 64))
+    layers = (4096, 4096, two, bf16, False), (200, 1100, odd, fp16, False)
+    merges = itertools.chain.from_iterable(prefill_jobs(*layer, 64) for layer in layers)
     found += [job for job in merges if job.constants.get("EXPERTS") in (None, 2)]
     return list({job.key: job for job in found}.values())
 
@@ -49,10 +53,13 @@ def compile_for(job: Job, capability: int) -> str:
     for place, argument in enumerate(arguments):
         if isinstance(argument, torch.dtype):
             signature[names[place]] = TYPES[argument]
+        elif not isinstance(argument, int):
+            signature[names[place]] = mangle_type(argument)  # a descriptor
+            continue
         if isinstance(argument, torch.dtype) or argument % 16 == 0:
             aligned[place,] = [["tt.divisibility", 16]]
     try:
-        source = ASTSource(kernel, signature, constants, aligned)
+        source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
         triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # noqa: BLE001 - the test prints it
         return f"{job} on sm_{capability}: {type(error).__name__}: {str(error)[-600:]}"
@@ -60,7 +67,7 @@ def compile_for(job: Job, capability: int) -> str:
 
 
 if __name__ == "__main__":
-    work = [(job, capability) for job in jobs() for capability in (80, 90)]
+    work = [(job, capability) for job in jobs() for capability in ((90,) if job.kernel == "product" else (80, 90))]
     with ThreadPoolExecutor(2) as pool:
         failed = [text for text in pool.map(lambda pair: compile_for(*pair), work) if text]
     print("\n".join(failed) or f"{len(work)} compiled")

@@ -29,7 +29,7 @@ def jobs(layer):
     about = ROWS, WIDTH, layer.variant, DTYPE
     built = [(slots, Routing.build(slots)) for slots in STEPS]
     steps = [(len(slots), routing.slots.numel(), routing.likely) for slots, routing in built]
-    found = [*fused_jobs(*about, False, steps), *decode_jobs(*about, 8), *prefill_jobs(*about, 1024)]
+    found = [*fused_jobs(*about, False, steps), *decode_jobs(*about, 8), *prefill_jobs(*about, False, 1024)]
     return [*found, embedding_job(*about, False)]
 
 

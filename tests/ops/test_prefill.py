@@ -7,6 +7,7 @@ from deltas import DEVICE, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill
 from meswitch.ops.prefill import block_rows
+from meswitch.ops.prefill_routing import LONG_FROM
 
 LONG = 8  # here; where the decode kernel ends is a matter of speed
 
@@ -28,7 +29,7 @@ def prefill_error(deltas, token_slots, *, dtype=torch.bfloat16, with_bias=False,
     x = torch.randn(len(token_slots), layer.in_features, generator=draw).to(DEVICE, dtype)
     weight = (torch.randn(layer.rows, layer.in_features, generator=draw) * 0.02).to(DEVICE, dtype)
     bias = torch.randn(layer.rows, generator=draw).to(DEVICE, dtype) if with_bias else None
-    routing = PrefillRouting.build(token_slots, DEVICE, merge_from=LONG)
+    routing = PrefillRouting.build(token_slots, DEVICE, own_from=LONG)
     y = expert_prefill(x, weight, layer, routing, bias, backend=backend, **options)
     reference = expected(x, weight, deltas, token_slots, bias)
     return ((y.double().cpu() - reference).norm() / reference.norm()).item()
@@ -74,7 +75,7 @@ def test_a_short_segment_of_more_tokens_than_the_decode_kernel_takes():
     layer = SlotLinear.build(deltas, DEVICE)
     x = torch.randn(150, 256, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
     weight = torch.zeros(40, 256, device=DEVICE).bfloat16()
-    routing = PrefillRouting.build([0] * 150, DEVICE, merge_from=200)
+    routing = PrefillRouting.build([0] * 150, DEVICE, own_from=200)
     assert routing.short.slots.tolist() == [0, 0, 0]
     y = expert_prefill(x, weight, layer, routing, backend="triton")
     reference = expected(x, weight, deltas, [0] * 150, None)
@@ -87,9 +88,22 @@ def test_a_sorted_step_is_not_copied():
 
 
 def test_tokens_that_use_the_bases_weights_are_multiplied_together():
-    routing = PrefillRouting.build([0] * 3 + [-1] * 2 + [1] * 8 + [2] + [3], merge_from=8)
+    routing = PrefillRouting.build([0] * 3 + [-1] * 2 + [1] * 8 + [2] + [3], own_from=8)
     assert routing.plain == ((0, 5), (13, 15))
-    assert routing.merged == ((5, 13),)
+    assert routing.own == ((5, 13),)
+
+
+def test_long_segments_come_first_and_only_the_others_have_tiles():
+    slots = [0] * 300 + [1] * LONG_FROM + [2] * 200
+    routing = PrefillRouting.build(slots, own_from=200)
+    assert routing.own == ((300, 300 + LONG_FROM), (0, 300), (300 + LONG_FROM, len(slots)))
+    assert routing.own_slots.tolist() == [1, 0, 2]
+    assert routing.long == 1
+    assert routing.tiles[:, 1:].tolist() == [[0, 300, 0], [0, 300, 0], [300 + LONG_FROM, len(slots), 2]]
+
+
+def test_a_step_that_is_only_long_has_no_tiles():
+    assert PrefillRouting.build([0] * LONG_FROM).tiles.shape == (0, 4)
 
 
 def test_blocks_of_rows_are_whole_waves_within_the_scratch_memory():
@@ -101,7 +115,7 @@ def test_blocks_of_rows_are_whole_waves_within_the_scratch_memory():
 
 def test_refusals():
     layer = SlotLinear.build([random_delta(16, 256, 2)], DEVICE)
-    routing = PrefillRouting.build([0] * 9, DEVICE, merge_from=8)
+    routing = PrefillRouting.build([0] * 9, DEVICE, own_from=8)
     x, weight = torch.zeros(9, 256, device=DEVICE), torch.zeros(16, 256, device=DEVICE)
     with pytest.raises(ConfigError, match=r"dtype: .*'reference' serves"):
         expert_prefill(x, weight, layer, routing, backend="triton")

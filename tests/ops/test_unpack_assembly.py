@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from meswitch.ops.triton_unpack import merge_asm, unpack_asm
+from meswitch.ops.triton_unpack import merge_asm, restore_asm, unpack_asm
 
 
 def halves(word, dtype):
@@ -80,6 +80,18 @@ def test_merging_adds_each_codes_level_times_its_scale():
         results = execute(merge_asm(), arguments, 1, "bf16")
         levels = [2 * (word >> (2 * d) & 3) - 3 for word in words]
         assert results["$0"] == [weights[i] + levels[i] * scales[i] for i in (0, 1)]
+
+
+def test_restoring_adds_four_codes_levels_times_one_scale():
+    draw = random.Random(0)
+    for step in (0, 1, 2, 3):
+        words = [draw.getrandbits(32), draw.getrandbits(32)]
+        weights, scales = [[1.5, -0.375], [0.0, 2.0], [-1.0, 0.5], [3.0, -2.5]], [0.25, 0.0078125]
+        arguments = [*words, *(bf16(pair) for pair in weights), bf16(scales)]
+        results = execute(restore_asm(step), arguments, 4, "bf16")
+        for place, pair in enumerate(weights):
+            levels = [2 * (word >> (2 * (4 * step + place)) & 3) - 3 for word in words]
+            assert results[f"${place}"] == [pair[i] + levels[i] * scales[i] for i in (0, 1)]
 
 
 def bf16(values):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meswitch.ops import merge
+from meswitch.ops import merge, restored
 from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
 from meswitch.ops.slots import Variant
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Job:
     """A kernel and what Triton compiles it for: its arguments' types, what divides them, constants.
 
-    kernel: `fused`, `decode`, `merge` or `rows`. rows, in_features: of the layer, or others of the same divisors.
-    scratch: of `decode`, whether its sums go through scratch memory.
+    kernel: `fused`, `decode`, `merge`, `product` or `rows`. rows, in_features: of the layer, or others of the same
+    divisors. scratch: of `decode`, whether its sums go through scratch memory.
     """
 
     kernel: str
@@ -116,8 +116,17 @@ def merge_job(
     return Job("merge", dtype, rows, in_features, fixed | merge.constants(variant))
 
 
-def prefill_jobs(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, tokens: int) -> Iterator[Job]:
+def product_job(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool) -> Job:
+    """What `restored.launch` launches."""
+    return Job("product", dtype, rows, in_features, restored.constants(variant, bias))
+
+
+def prefill_jobs(
+    rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, tokens: int
+) -> Iterator[Job]:
     """What `expert_prefill` launches in steps of up to so many tokens."""
+    if restored.fits(rows, in_features, variant, dtype) and restored.on_hopper(torch.device("cuda")):
+        yield product_job(rows, in_features, variant, dtype, bias)
     for experts in merge.TILES:
         yield merge_job(rows, in_features, variant, dtype, experts)
     yield from decode_jobs(rows, in_features, variant, dtype, bucket(-(-tokens // MAX_TOKENS)), MAX_TOKENS)
@@ -134,6 +143,8 @@ def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
     from meswitch.ops.triton_fused import fused_kernel
     from meswitch.ops.triton_merge import merge_kernel, rows_kernel
 
+    if job.kernel == "product":  # its language is not part of every Triton
+        return _product(job)
     kernels = {"decode": decode_kernel, "fused": fused_kernel, "merge": merge_kernel, "rows": rows_kernel}
     own, i32, i64, f32, rows, width = job.dtype, torch.int32, torch.int64, torch.float32, job.rows, job.in_features
     tables = i32, i64, i32, i32, i32  # arena, table, slots, starts, order
@@ -144,3 +155,14 @@ def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
         "rows": (i64, i32, *[own] * 3, i32, i64, width, 0, rows, width),
     }
     return kernels[job.kernel], arguments[job.kernel]
+
+
+def _product(job: Job) -> tuple[Any, tuple[Any, ...]]:
+    from meswitch.ops.triton_product import product_kernel
+
+    own, i32, i64, rows, width = job.dtype, torch.int32, torch.int64, job.rows, job.in_features
+    x, weight = (torch.empty(n, width, dtype=own, device="meta") for n in (restored.TOKENS, rows))
+    return product_kernel, (
+        *(*restored.descriptors(x, weight), own, i32, i64, i32, own, own),
+        *(width, rows, 3, rows, width),
+    )

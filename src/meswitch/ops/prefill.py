@@ -1,8 +1,9 @@
-"""A whole linear layer for long segments: each expert's weights are merged block by block and multiplied once.
+"""A whole linear layer for long segments: each expert's tokens are multiplied once, by `W + D`.
 
-What a delta adds could be a second product, but the first already takes all of the matrix unit's time. Merging moves
-bytes instead, `2 + 2 + bits / 8` of them a weight for one expert, and `y = x (W + D)^T` costs what `y = x W^T` costs.
-Short segments share the base's product and get their deltas from the decode kernel.
+What a delta adds could be a second product, but the first already takes all of the matrix unit's time. On sm_90 a
+product of our own restores `W + D` as it reads W (`restored.py`). Elsewhere, and for segments so long that cuBLAS wins,
+it is merged block by block: `2 + 2 + bits / 8` bytes a weight for one expert. Short segments share the base's product
+and get their deltas from the decode kernel.
 """
 
 import math
@@ -14,6 +15,7 @@ from meswitch.errors import ConfigError
 from meswitch.ops.linear import expert_linear
 from meswitch.ops.merge import MOST, merge
 from meswitch.ops.prefill_routing import PrefillRouting
+from meswitch.ops.restored import launch, restores
 from meswitch.ops.slots import SlotLinear
 
 SCRATCH = 512 << 20  # bytes of merged weights at a time
@@ -30,13 +32,14 @@ def expert_prefill(
     *,
     backend: str | None = None,
     scratch: int = SCRATCH,
+    restore: bool = True,
 ) -> Tensor:
     """The base's layer plus each expert's delta, for a step of long segments.
 
     Args:
         x: [tokens, in_features] bf16 or fp16. weight: [rows, in_features] of x's dtype, the base's. bias: [rows], the
             base's, for all tokens. backend: `triton` or `reference`; by default triton on a GPU. scratch: bytes that
-            merged weights may take at a time.
+            merged weights may take at a time. restore: False merges all segments, also where a product could restore.
 
     Returns:
         [tokens, rows] of x's dtype.
@@ -55,8 +58,13 @@ def expert_prefill(
         _product(tokens[first:last], weight, bias, y[first:last])
     if routing.short is not None:
         expert_linear(y, tokens, layer, routing.short, backend)
-    for e in range(0, len(routing.merged), MOST):
-        spans, slots = routing.merged[e : e + MOST], routing.merged_slots[e : e + MOST]
+    merged = len(routing.own)
+    if restore and backend in (None, "triton") and restores(weight, layer.variant):
+        merged = routing.long
+        if len(routing.tiles):
+            launch(y, tokens, weight, bias, layer, routing.tiles)
+    for e in range(0, merged, MOST):
+        spans, slots = routing.own[e : min(e + MOST, merged)], routing.own_slots[e : min(e + MOST, merged)]
         step = block_rows(layer.rows, layer.in_features, len(spans), scratch)
         room = weight.new_empty(len(spans) * step * layer.in_features)  # every block's: it may still be in the cache
         for start in range(0, layer.rows, step):
@@ -64,8 +72,8 @@ def expert_prefill(
             block = room[: len(spans) * (end - start) * layer.in_features].view(len(spans), -1, layer.in_features)
             merge(weight, layer, slots, start, end, block, backend)
             own_bias = None if bias is None else bias[start:end]
-            for (first, last), merged in zip(spans, block, strict=True):
-                _product(tokens[first:last], merged, own_bias, y[first:last, start:end])
+            for (first, last), own in zip(spans, block, strict=True):
+                _product(tokens[first:last], own, own_bias, y[first:last, start:end])
     return y if routing.order is None else torch.empty_like(y).index_copy_(0, routing.order, y)
 
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meswitch.ops.restored import on_hopper, token_tiles
 from meswitch.ops.routing import BASE, MAX_TOKENS, Routing, by_slot
 
-MERGE_FROM = 256  # tokens of one expert from which merging its weights costs less than the decode kernel; measured
+OWN_FROM = 64  # tokens of one expert from which the restoring product costs less than the decode kernel; measured
+MERGE_FROM = 256  # from which merging does, where weights can't be restored in the product
+LONG_FROM = 4096  # from which merging costs less than the restoring product
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,44 +21,53 @@ class PrefillRouting:
     A step whose tokens lie together already is used as it is, which saves two copies a layer; so a scheduler does well
     to put one expert's requests side by side.
 
-    order: [tokens] int64, where each token of the sorted step comes from; None if it is sorted as it is. merged:
-    (first, last) token of each segment that gets weights of its own. merged_slots: [merged] int32. plain: (first, last)
-    of the other tokens, which get the base's weights. short: of these, those with an expert, for the decode kernel in
-    pieces of at most `MAX_TOKENS`, or None; positions are of the sorted step.
+    order: [tokens] int64, where each token of the sorted step comes from; None if it is sorted as it is. own: (first,
+    last) token of each segment that gets weights of its own, long ones first. own_slots: [own] int32. long: how many
+    are long. tiles: [tiles, 4] int32, the others for `restored.launch`. plain: (first, last) of the other tokens, which
+    get the base's weights. short: of these, those with an expert, for the decode kernel in pieces of at most
+    `MAX_TOKENS`, or None; positions are of the sorted step.
     """
 
     order: Tensor | None
-    merged: tuple[tuple[int, int], ...]
-    merged_slots: Tensor
+    own: tuple[tuple[int, int], ...]
+    own_slots: Tensor
+    long: int
+    tiles: Tensor
     plain: tuple[tuple[int, int], ...]
     short: Routing | None
 
     @classmethod
     def build(
-        cls, token_slots: Sequence[int], device: torch.device | str = "cpu", *, merge_from: int = MERGE_FROM
+        cls, token_slots: Sequence[int], device: torch.device | str = "cpu", *, own_from: int | None = None
     ) -> "PrefillRouting":
         """Sort a step's tokens.
 
         Args:
-            token_slots: the slot of each token, `BASE` for none. merge_from: the fewest tokens of an expert for which
-                its weights are merged; fewer go to the base's product and the decode kernel.
+            token_slots: the slot of each token, `BASE` for none. own_from: the fewest tokens of an expert for which it
+                gets weights of its own; fewer go to the base's product and the decode kernel. By default what is best
+                on the device.
         """
+        own_from = own_from or (OWN_FROM if on_hopper(torch.device(device)) else MERGE_FROM)
         tokens = by_slot(token_slots)
         order = [position for own in tokens.values() for position in own]
-        merged, plain, slots, start, owners = [], [], [], 0, [BASE] * len(order)
+        segments, plain, start, owners = [], [], 0, [BASE] * len(order)
         for slot, own in tokens.items():
             span = start, start + len(own)
             start = span[1]
-            if slot != BASE and len(own) >= merge_from:
-                merged.append(span)
-                slots.append(slot)
+            if slot != BASE and len(own) >= own_from:
+                segments.append((*span, slot))
                 continue
             plain.append(span)
             owners[slice(*span)] = [slot] * len(own)
+        segments.sort(key=lambda segment: segment[1] - segment[0] < LONG_FROM)
+        long = sum(end - first >= LONG_FROM for first, end, _ in segments)
+        tiles = torch.tensor(token_tiles(segments[long:], len(order)), dtype=torch.int32).view(-1, 4)
         return cls(
             None if order == list(range(len(order))) else torch.tensor(order).to(device, non_blocking=True),
-            tuple(merged),
-            torch.tensor(slots, dtype=torch.int32).to(device, non_blocking=True),
+            tuple((first, end) for first, end, _ in segments),
+            torch.tensor([slot for _, _, slot in segments], dtype=torch.int32).to(device, non_blocking=True),
+            long,
+            tiles.to(device, non_blocking=True),
             _joined(plain),
             Routing.build(owners, device, piece=MAX_TOKENS) if any(slot != BASE for slot in owners) else None,
         )

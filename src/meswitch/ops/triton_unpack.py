@@ -61,6 +61,29 @@ def merge_asm() -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
+def restore_asm(step: int) -> str:
+    """PTX that adds the levels of four codes of a pair of words, times a scale, to four pairs of weights, all in bf16.
+
+    $4, $5: the words, whose codes 4 step to 4 step + 3 are meant. $6 to $9: the weights. $10: the scale, twice.
+    $0 to $3: the sums, rounded once: a level times a scale is exact inside the last fused multiply-add.
+    """
+    constants, lines = {}, [f"prmt.b32 w, $4, $5, {0x5410 if step < 2 else 0x7632:#x};"]
+    for out in range(4):
+        code = step % 2 * 4 + out  # of eight in a half
+        first = code - code % 3
+        if code == first or not out:
+            lines.append(f"shr.u32 s, w, {first * 2 - 1};" if first else "shl.b32 s, w, 1;")
+        p = 1 + (code - first) * 2
+        constants[f"f{p}"] = _pair(2.0 ** (1 - p), "bf16")
+        constants[f"b{p}"] = _pair(-(128 * 2.0 ** (1 - p) + 3), "bf16")
+        lines.append(f"lop3.b32 ${out}, s, {(3 << p) * 0x10001:#x}, {_pair(128.0, 'bf16'):#x}, 0xEA;")
+        lines.append(f"fma.rn.bf16x2 ${out}, ${out}, f{p}, b{p};")
+        lines.append(f"fma.rn.bf16x2 ${out}, ${out}, $10, ${6 + out};")
+    declared = [f".reg .b32 w, s, {', '.join(constants)};"]
+    declared += [f"mov.b32 {name}, {value:#x};" for name, value in constants.items()]
+    return "{\n" + "\n".join(declared + lines) + "\n}"
+
+
 def _pair(value: float, dtype: str) -> int:
     """The value in both halves of a word; it must be exact."""
     if dtype == "fp16":
@@ -85,3 +108,5 @@ TWO_FP16 = tl.constexpr(unpack_asm(2, "fp16"))
 ONE_REGISTERS = tl.constexpr(_constraints(1))
 TWO_REGISTERS = tl.constexpr(_constraints(2))
 MERGE_BF16 = tl.constexpr(merge_asm())
+RESTORE_BF16 = tl.constexpr(tuple(restore_asm(step) for step in range(4)))
+RESTORE_REGISTERS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 7))

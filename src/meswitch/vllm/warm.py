@@ -46,7 +46,7 @@ def _jobs(layer: Layer, slots: int, rows: Sequence[int], most_tokens: int, speci
         bias = getattr(place.module, "bias", None) is not None
         counts = range(1, slots + 1) if specialized else [slots]
         yield from fused_jobs(*about, bias, {size for n in counts for size in step_sizes(rows, n)})
-        yield from prefill_jobs(*about, most_tokens)
+        yield from prefill_jobs(*about, bias, most_tokens)
         return
     if place.kind == EMBEDDING:
         yield embedding_job(*about, layer.extra is not None)
