@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--check-only", action="store_true", help="numbers, no timings")
     parser.add_argument("--sweep", action="store_true", help="also the fused kernel with other items than it chooses")
     parser.add_argument("--no-prefill", action="store_true")
-    parser.add_argument("--no-decode", action="store_true")
+    parser.add_argument("--no-decode", action="store_true", help="prefill only")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further decode point starts")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -50,7 +50,7 @@ def main() -> None:
 
     prefill = not args.no_prefill and not args.check_only
     wanted = [ops_check.wanted(case) for case in ops_check.cases()]
-    if not args.check_only:
+    if not args.check_only and not args.no_decode:
         wanted += ops_decode.wanted()
     if args.sweep:
         wanted += ops_sweep.wanted("mistral-7b")
@@ -69,7 +69,7 @@ def main() -> None:
         ", ".join(f"{way} {value:.0f}" for way, value in ways.items()), f"GB/s, read {result['meta']['read_gb_s']:.0f}"
     )
     result["decode"], model = [], None
-    for name, bits, points in ops_decode.PLAN:
+    for name, bits, points in [] if args.no_decode else ops_decode.PLAN:
         if elapsed() > args.budget:
             print(f"out of time before {name} at {bits} bits")
             break
