@@ -59,6 +59,7 @@ def main() -> None:
         reword=options.reword,
         disguise=options.disguise,
         balance=options.balance,
+        average=options.average,
         holdout=options.holdout,
         seed=options.seed,
     )
@@ -123,10 +124,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--top", type=float, default=1.0, help="share of the blocks that LoRA adapts, from the last")
     parser.add_argument("--settle", type=float, default=0.1, help="see LlmSettings; 1000 keeps one order throughout")
-    parser.add_argument("--drop", type=float, default=LlmSettings().drop, help="see LlmSettings, as for the next two")
+    parser.add_argument("--drop", type=float, default=LlmSettings().drop, help="see LlmSettings, as for the next four")
     parser.add_argument("--reword", type=float, default=LlmSettings().reword)
     parser.add_argument("--disguise", type=float, default=LlmSettings().disguise)
     parser.add_argument("--balance", type=float, default=LlmSettings().balance)
+    parser.add_argument("--average", type=float, default=LlmSettings().average)
     parser.add_argument("--leave", nargs="+", help="sources to train without, and to choose settings by: `left-out`")
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the training rows for the calibration")
     parser.add_argument("--max-tokens", type=int, default=96)

@@ -9,8 +9,9 @@ from meswitch.errors import ConfigError
 from meswitch.router import OTHER, LlmSettings, RouterError, Row, load_router, model_info, open_llm, train_llm_router
 from meswitch.router.letters import LetterModel
 from meswitch.router.llm import rotations
-from meswitch.router.llm_train import balanced, rate
+from meswitch.router.llm_train import rate
 from meswitch.router.prompt import NONE_OF_THESE
+from meswitch.router.questions import balanced
 
 DESCRIPTIONS = {
     "math": "Arithmetic word problems.",
@@ -19,7 +20,7 @@ DESCRIPTIONS = {
     "sql": "Questions about a database.",
 }
 QUERIES = ["What is 17 + 25?", "Write f(x) that doubles x.", "How many users are there?", "", "word " * 400]
-FAST = LlmSettings(weights="full", steps=6, batch=4, question=2, learning_rate=3e-4, max_tokens=24, seed=3)
+FAST = LlmSettings(weights="full", steps=6, batch=4, question=2, learning_rate=3e-4, max_tokens=24, average=0.5, seed=3)
 REFERENCE = LlmSettings(weights="reference", max_tokens=32)
 
 

@@ -25,14 +25,23 @@ _FORMAT = "meswitch-router-training"
 
 
 def save_checkpoint(
-    path: Path, step: int, run: str, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    path: Path,
+    step: int,
+    run: str,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    mean: Mapping[str, Tensor],
 ) -> None:
-    """Replace the checkpoint at `path`. run: identifies data and settings. weights: name -> trained parameter."""
+    """Replace the checkpoint at `path`. run: identifies data and settings. weights: name -> trained parameter.
+
+    mean: of the last steps' weights, or empty.
+    """
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old.partial")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {f"weight.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    tensors |= {f"mean.{name}": value.detach().cpu().contiguous() for name, value in mean.items()}
     for name, value in weights.items():
         for key, item in optimizer.state.get(value, {}).items():
             tensors[f"optimizer.{key}.{name}"] = item.detach().cpu().contiguous()
@@ -47,8 +56,14 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(path: Path, run: str, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's state into `weights` and `optimizer`; the steps that are done, 0 without a checkpoint.
+def load_checkpoint(
+    path: Path,
+    run: str,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    mean: dict[str, Tensor],
+) -> int:
+    """Put a checkpoint's state into `weights`, `optimizer` and `mean`; the steps that are done, 0 without a checkpoint.
 
     Raises:
         RouterError: a checkpoint of another run, or a damaged one.
@@ -67,12 +82,18 @@ def load_checkpoint(path: Path, run: str, weights: Mapping[str, Tensor], optimiz
         tensors: dict[str, Tensor] = load_file(path / _TENSORS)
     except (OSError, SafetensorError) as error:
         raise RouterError(f"{path / _TENSORS}: cannot be read ({error}); remove the directory to start anew") from None
+    averaged = any(name.startswith("mean.") for name in tensors)
     for name, value in weights.items():
         saved = tensors.pop(f"weight.{name}", None)
         if saved is None or saved.shape != value.shape:
             raise RouterError(f"{path / _TENSORS}: weight.{name}: missing or of another shape; remove the directory")
         with torch.no_grad():
             value.copy_(saved)
+        if averaged:
+            part = tensors.pop(f"mean.{name}", None)
+            if part is None or part.shape != value.shape:
+                raise RouterError(f"{path / _TENSORS}: mean.{name}: missing or of another shape; remove the directory")
+            mean[name] = part.to(value.device)
         keys = ("step", "exp_avg", "exp_avg_sq")
         found = {key: tensors.pop(f"optimizer.{key}.{name}", None) for key in keys}
         if any(item is not None for item in found.values()):

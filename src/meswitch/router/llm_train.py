@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from meswitch.router.average import Average
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
 from meswitch.router.heads import auroc, calibration_error, temperature, threshold
@@ -22,14 +22,12 @@ from meswitch.router.letters import LetterModel
 from meswitch.router.llm import LlmRouter, check_descriptions
 from meswitch.router.llm_checkpoint import load_checkpoint, save_checkpoint
 from meswitch.router.lora import add_adapters, merge_adapters, take_adapters
-from meswitch.router.prompt import NONE_OF_THESE, Prompt
+from meswitch.router.questions import Asked, balanced, described, draw_options
 from meswitch.router.records import Calibration, LlmSettings, ModelInfo, Provenance
 from meswitch.router.split import hold_out
-from meswitch.router.variants import disguises
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
-_EXAMPLE = 120  # characters of a request that stands for a description
 COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
 
 Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
@@ -117,8 +115,9 @@ def _tune(
     optimizer = torch.optim.AdamW(
         list(weights.values()), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    done = load_checkpoint(checkpoint, run, weights, optimizer) if checkpoint is not None else 0
-    asked = _Asked(rows, letters.prompt)
+    average = Average(weights, settings.steps, settings.average)
+    done = load_checkpoint(checkpoint, run, weights, optimizer, average.mean) if checkpoint is not None else 0
+    asked = Asked(rows, letters.prompt)
     mass = balanced(rows, settings.balance)
     letters.forget()
     with fitting_threads(model.device, letters.hidden_size):
@@ -130,10 +129,12 @@ def _tune(
             nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            average.add(step + 1)
             if checkpoint is not None and (step + 1) % save_every == 0 and step + 1 < settings.steps:
-                save_checkpoint(checkpoint, step + 1, run, weights, optimizer)
+                save_checkpoint(checkpoint, step + 1, run, weights, optimizer, average.mean)
             if report is not None:
                 report(step + 1, settings.steps, loss)
+    average.put()
     model.eval()
     if settings.weights == "lora":
         tensors = take_adapters(model)
@@ -145,26 +146,9 @@ def _tune(
     return {name: value.detach().cpu().to(stored) for name, value in weights.items()}
 
 
-class _Asked:
-    """The rows to train on, each with its copies without habits; and by expert, for examples."""
-
-    def __init__(self, rows: Sequence[Row], prompt: Prompt) -> None:
-        self._prompt = prompt
-        self.domains = [row.domain for row in rows]
-        self.texts = [row.query for row in rows]
-        self.disguised = [[row.query for row in copies] for copies in disguises(rows)]
-        self.of = {name: [i for i, row in enumerate(rows) if row.domain == name] for name in {*self.domains}}
-
-    def query(self, i: int, disguise: float, generator: torch.Generator) -> list[int]:
-        """The tokens of row `i`, or of one of its copies."""
-        copies = self.disguised[i]
-        disguised = copies and _chance(disguise, generator)
-        return self._prompt.query(copies[_draw(len(copies), generator)] if disguised else self.texts[i])
-
-
 def _step(
     letters: LetterModel,
-    rows: _Asked,
+    rows: Asked,
     mass: Tensor,
     descriptions: Mapping[str, str],
     settings: LlmSettings,
@@ -178,8 +162,8 @@ def _step(
     targets: list[Tensor] = []
     for part in drawn.split(settings.question):
         chosen = part.tolist()
-        order = _options(list(descriptions), settings, step, generator)
-        options = [_described(name, descriptions, rows, settings.reword, generator) for name in order]
+        order = draw_options(list(descriptions), settings, step, generator)
+        options = [described(name, descriptions, rows, settings.reword, generator) for name in order]
         asked.append(([rows.query(i, settings.disguise, generator) for i in chosen], options))
         domains = [rows.domains[i] for i in chosen]
         targets.append(torch.tensor([order.index(d if d in order else OTHER) for d in domains]))
@@ -192,67 +176,12 @@ def _step(
     return float(loss.detach())
 
 
-def _described(
-    name: str, descriptions: Mapping[str, str], rows: _Asked, reword: float, generator: torch.Generator
-) -> str:
-    """What a question says of a label: its description or, for the share `reword`, a part of it or a request."""
-    if name == OTHER:
-        return NONE_OF_THESE
-    text = descriptions[name]
-    if not _chance(reword, generator):
-        return text
-    if rows.of.get(name) and _chance(0.5, generator):
-        example = " ".join(rows.texts[rows.of[name][_draw(len(rows.of[name]), generator)]].split())
-        return f'Requests such as "{example[:_EXAMPLE]}"'
-    parts = [part for part in re.split(r"[:;,.]\s+", text.strip().rstrip(".")) if part]
-    some = [part for part in parts if _chance(0.5, generator)]
-    return ", ".join(some or [parts[_draw(len(parts), generator)]]) if parts else text
-
-
-def _chance(share: float, generator: torch.Generator) -> bool:
-    return float(torch.rand(1, generator=generator)) < share
-
-
-def _draw(count: int, generator: torch.Generator) -> int:
-    return int(torch.randint(count, (1,), generator=generator))
-
-
-def _options(experts: list[str], settings: LlmSettings, step: int, generator: torch.Generator) -> list[str]:
-    """Which labels a question shows, in which order."""
-    settled = step / max(1.0, settings.settle * settings.steps)
-    if not _chance(settled, generator) and len(experts) < settings.max_options:
-        return [*experts, OTHER]
-    shuffled = [experts[i] for i in torch.randperm(len(experts), generator=generator).tolist()]
-    shown = shuffled[: settings.max_options - 1]
-    if len(shown) > 1 and _chance(settings.drop, generator):
-        shown = shown[: 1 + _draw(len(shown) - 1, generator)]
-    labels = [*shown, OTHER]
-    return [labels[i] for i in torch.randperm(len(labels), generator=generator).tolist()]
-
-
 def rate(step: int, steps: int, warmup: float) -> float:
     """The learning rate's share of its peak: a linear rise, then half a cosine down to a tenth."""
     rise = max(1, round(steps * warmup))
     if step < rise:
         return (step + 1) / rise
     return 0.55 + 0.45 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
-
-
-def balanced(rows: Sequence[Row], balance: float) -> Tensor:
-    """[n] float64, how likely each row is drawn: between "as they come" (0) and all domains, and all sources of a
-    domain, alike (1)."""
-    domains = Counter(row.domain for row in rows)
-    sources = Counter((row.domain, row.source) for row in rows)
-    within: defaultdict[str, float] = defaultdict(float)
-    for (domain, _), count in sources.items():
-        within[domain] += count ** (1 - balance)
-    return torch.tensor(
-        [
-            domains[row.domain] ** (1 - balance) * sources[row.domain, row.source] ** -balance / within[row.domain]
-            for row in rows
-        ],
-        dtype=torch.float64,
-    )
 
 
 def _check_rows(rows: Sequence[Row], descriptions: Mapping[str, str]) -> None:

@@ -51,7 +51,8 @@ class LlmSettings:
     reword: share of the options that are described by a part of their description, or by a request of theirs, so that
     what a description says counts and not which one it is. disguise: share of the drawn rows that are shown without
     their source's habits (a label, case, final marks), where they have any.
-    balance: 0 draws rows as they come, 1 all domains and sources alike. rank, alpha: LoRA's. top: the share of the
+    balance: 0 draws rows as they come, 1 all domains and sources alike. average: share of the steps, the last ones,
+    over which the weights are averaged. rank, alpha: LoRA's. top: the share of the
     blocks, from the last one down, that LoRA adapts. holdout: share of the rows kept for the calibration.
     """
 
@@ -70,6 +71,7 @@ class LlmSettings:
     reword: float = 0.5
     disguise: float = 0.5
     balance: float = 1.0
+    average: float = 0.4
     rank: int = 16
     alpha: int = 32
     top: float = 1.0
