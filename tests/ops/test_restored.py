@@ -109,6 +109,18 @@ def test_a_tokens_bits_do_not_depend_on_what_else_is_in_the_step():
 
 
 @on_gpu
+@pytest.mark.parametrize("first", [0, 3])
+def test_inputs_that_are_columns_of_a_matrix(first):
+    deltas, x, weight, _ = drawn(256, 512, 128, 4, [300], False)
+    layer, routing = SlotLinear.build(deltas, DEVICE), PrefillRouting.build([0] * 300 + [-1] * 5, DEVICE)
+    wide = torch.zeros(len(x), 1024, dtype=BF16, device=DEVICE)
+    wide[:, first : first + 512] = x
+    assert torch.equal(
+        expert_prefill(wide[:, first : first + 512], weight, layer, routing), expert_prefill(x, weight, layer, routing)
+    )
+
+
+@on_gpu
 def test_restoring_and_merging_agree():
     deltas, x, weight, bias = drawn(512, 1024, 128, 4, [300, 400], True)
     layer = SlotLinear.build(deltas, DEVICE)

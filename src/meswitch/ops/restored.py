@@ -64,12 +64,19 @@ def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Slo
     from meswitch.ops.triton_product import product_kernel
 
     rows, width = weight.shape
+    x = _reachable(x)
     product_kernel[(min(_processors(x.device), rows // ROWS * len(tiles)),)](
         *descriptors(x, weight),
         *(x, layer.arena.view(torch.int32), layer.table, tiles, y, y if bias is None else bias),
         *(x.stride(0), y.stride(0), len(tiles), rows, width),
         **constants(layer.variant, bias is not None),
     )
+
+
+def _reachable(x: Tensor) -> Tensor:
+    """As the copy engine wants it: rows that begin at multiples of 16 bytes."""
+    fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def descriptors(x: Tensor, weight: Tensor) -> tuple[Any, Any]:
