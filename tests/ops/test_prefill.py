@@ -102,6 +102,18 @@ def test_long_segments_come_first_and_only_the_others_have_tiles():
     assert routing.tiles[:, 1:].tolist() == [[0, 300, 0], [0, 300, 0], [300 + LONG_FROM, len(slots), 2]]
 
 
+def test_layers_that_merge_leave_more_to_the_decode_kernel(monkeypatch):
+    slots = [0] * 100 + [1] * 300
+    assert PrefillRouting.build(slots, own_from=64).merging.own == ((0, 100), (100, 400))  # asked for
+    monkeypatch.setattr("meswitch.ops.prefill_routing.on_hopper", lambda device: True)
+    routing = PrefillRouting.build(slots)
+    assert (routing.own, routing.short) == (((0, 100), (100, 400)), None)
+    merging = routing.merging
+    assert (merging.own, merging.plain) == (((100, 400),), ((0, 100),))
+    assert routing.merging is merging
+    assert PrefillRouting.build([0] * 300).merging.own == ((0, 300),)
+
+
 def test_a_step_that_is_only_long_has_no_tiles():
     assert PrefillRouting.build([0] * LONG_FROM).tiles.shape == (0, 4)
 

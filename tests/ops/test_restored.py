@@ -115,9 +115,8 @@ def test_inputs_that_are_columns_of_a_matrix(first):
     layer, routing = SlotLinear.build(deltas, DEVICE), PrefillRouting.build([0] * 300 + [-1] * 5, DEVICE)
     wide = torch.zeros(len(x), 1024, dtype=BF16, device=DEVICE)
     wide[:, first : first + 512] = x
-    assert torch.equal(
-        expert_prefill(wide[:, first : first + 512], weight, layer, routing), expert_prefill(x, weight, layer, routing)
-    )
+    own, expected = (expert_prefill(x, weight, layer, routing)[:300] for x in (wide[:, first : first + 512], x))
+    assert torch.equal(own, expected)
 
 
 @on_gpu

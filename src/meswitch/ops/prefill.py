@@ -39,7 +39,7 @@ def expert_prefill(
     Args:
         x: [tokens, in_features] bf16 or fp16. weight: [rows, in_features] of x's dtype, the base's. bias: [rows], the
             base's, for all tokens. backend: `triton` or `reference`; by default triton on a GPU. scratch: bytes that
-            merged weights may take at a time. restore: False merges all segments, also where a product could restore.
+            merged weights may take at a time. restore: False does as where no product restores weights.
 
     Returns:
         [tokens, rows] of x's dtype.
@@ -52,17 +52,18 @@ def expert_prefill(
             f"shapes: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype} for a layer of "
             f"{layer.rows} x {layer.in_features}"
         )
+    restored = restore and backend in (None, "triton") and restores(weight, layer.variant)
+    if not restored:
+        routing = routing.merging
     tokens = x if routing.order is None else x.index_select(0, routing.order)
     y = x.new_empty(len(x), layer.rows)
     for first, last in routing.plain:
         _product(tokens[first:last], weight, bias, y[first:last])
     if routing.short is not None:
         expert_linear(y, tokens, layer, routing.short, backend)
-    merged = len(routing.own)
-    if restore and backend in (None, "triton") and restores(weight, layer.variant):
-        merged = routing.long
-        if len(routing.tiles):
-            launch(y, tokens, weight, bias, layer, routing.tiles)
+    if restored and len(routing.tiles):
+        launch(y, tokens, weight, bias, layer, routing.tiles)
+    merged = routing.long if restored else len(routing.own)
     for e in range(0, merged, MOST):
         spans, slots = routing.own[e : min(e + MOST, merged)], routing.own_slots[e : min(e + MOST, merged)]
         step = block_rows(layer.rows, layer.in_features, len(spans), scratch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ MERGE_FROM = 256  # from which merging does, where weights can't be restored in 
 LONG_FROM = 4096  # from which merging costs less than the restoring product
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrefillRouting:
     """Tokens brought together by slot, in the order in which the slots first appear.
 
@@ -25,7 +26,8 @@ class PrefillRouting:
     last) token of each segment that gets weights of its own, long ones first. own_slots: [own] int32. long: how many
     are long. tiles: [tiles, 4] int32, the others for `restored.launch`. plain: (first, last) of the other tokens, which
     get the base's weights. short: of these, those with an expert, for the decode kernel in pieces of at most
-    `MAX_TOKENS`, or None; positions are of the sorted step.
+    `MAX_TOKENS`, or None; positions are of the sorted step. token_slots: what it was built from,
+    if `own_from` was left to it.
     """
 
     order: Tensor | None
@@ -35,6 +37,14 @@ class PrefillRouting:
     tiles: Tensor
     plain: tuple[tuple[int, int], ...]
     short: Routing | None
+    token_slots: Sequence[int] | None
+
+    @cached_property
+    def merging(self) -> "PrefillRouting":
+        """The same step for layers whose weights can't be restored in the product."""
+        if self.token_slots is None or all(end - first >= MERGE_FROM for first, end in self.own):
+            return self
+        return PrefillRouting.build(self.token_slots, self.own_slots.device, own_from=MERGE_FROM)
 
     @classmethod
     def build(
@@ -47,6 +57,7 @@ class PrefillRouting:
                 gets weights of its own; fewer go to the base's product and the decode kernel. By default what is best
                 on the device.
         """
+        asked = own_from is not None
         own_from = own_from or (OWN_FROM if on_hopper(torch.device(device)) else MERGE_FROM)
         tokens = by_slot(token_slots)
         order = [position for own in tokens.values() for position in own]
@@ -70,6 +81,7 @@ class PrefillRouting:
             tiles.to(device, non_blocking=True),
             _joined(plain),
             Routing.build(owners, device, piece=MAX_TOKENS) if any(slot != BASE for slot in owners) else None,
+            None if asked else token_slots,
         )
 
 
