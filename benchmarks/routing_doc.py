@@ -123,12 +123,14 @@ def llm(data: Any) -> str:
 
 def llm_settings(data: Any) -> str:
     """LLM routers that were trained without some sources, on the rows of those."""
-    head = ["options", "training", "balance", "rows left out", "accuracy", *EXPERTS]
+    head = ["options", "training", "balance", "averaged", "sources left out", "rows", "accuracy", *EXPERTS]
     rows = [
         [
             "in one order" if row["settings"]["settle"] >= 1 else "in random orders",
             f"{row['settings']['steps']} x {row['settings']['batch']}",
             f"{row['settings']['balance']:g}",
+            f"{row['settings'].get('average', 0):.0%}",
+            ", ".join(sorted(row["per_source"])),
             str(row["rows"]),
             share(row["accuracy"]),
             *(share(row["per_domain"].get(expert)) for expert in EXPERTS),
