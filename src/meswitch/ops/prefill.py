@@ -63,9 +63,10 @@ def expert_prefill(
         expert_linear(y, tokens, layer, routing.short, backend)
     if restored and len(routing.tiles):
         launch(y, tokens, weight, bias, layer, routing.tiles)
-    merged = routing.long if restored else len(routing.own)
-    for e in range(0, merged, MOST):
-        spans, slots = routing.own[e : min(e + MOST, merged)], routing.own_slots[e : min(e + MOST, merged)]
+    count = routing.long if restored else len(routing.own)
+    merged, merged_slots = routing.own[:count], routing.own_slots[:count]
+    for e in range(0, count, MOST):
+        spans, slots = merged[e : e + MOST], merged_slots[e : e + MOST]
         step = block_rows(layer.rows, layer.in_features, len(spans), scratch)
         room = weight.new_empty(len(spans) * step * layer.in_features)  # every block's: it may still be in the cache
         for start in range(0, layer.rows, step):

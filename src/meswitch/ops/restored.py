@@ -31,12 +31,12 @@ def fits(rows: int, in_features: int, variant: Variant, dtype: torch.dtype) -> b
 @functools.cache
 def on_hopper(device: torch.device) -> bool:
     """Whether kernels for `wgmma` run there: a GPU of compute capability 9, and a Triton that has its language."""
-    from meswitch.ops.triton_launch import INTERPRET
-
-    there = not INTERPRET and device.type == "cuda" and torch.cuda.is_available()
+    there = device.type == "cuda" and torch.cuda.is_available()
     if not there or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+    from meswitch.ops.triton_launch import INTERPRET  # only now: a CPU may have no Triton
+
+    return not INTERPRET and importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
 
 
 def token_tiles(segments: Sequence[tuple[int, int, int]], tokens: int) -> list[tuple[int, int, int, int]]:

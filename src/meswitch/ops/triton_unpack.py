@@ -21,9 +21,9 @@ def unpack_asm(bits: int, dtype: str) -> str:
     Args:
         bits: 1 or 2. dtype: `bf16` or `fp16`.
     """
-    codes, top, one = 32 // bits, 2**bits - 1, 2.0 ** _MANTISSA[dtype]
-    per_shift, half_codes = _REACH // bits, 16 // bits
-    constants, lines = {}, []
+    codes, per_shift, half_codes = 32 // bits, _REACH // bits, 16 // bits
+    constants: dict[str, int] = {}
+    lines: list[str] = []
     for half, selector in enumerate((0x5410, 0x7632)):  # the low halves of both words, then the high ones
         lines.append(f"prmt.b32 w, ${codes}, ${codes + 1}, {selector:#x};")
         for code in range(half_codes):
@@ -31,14 +31,8 @@ def unpack_asm(bits: int, dtype: str) -> str:
             if code == first:
                 lines.append(f"shr.u32 s, w, {first * bits - 1};" if first else "shl.b32 s, w, 1;")
             p = 1 + (code - first) * bits
-            out = f"${half * half_codes + code}"
-            constants[f"f{p}"] = _pair(2.0 ** (1 - p), dtype)
-            constants[f"b{p}"] = _pair(-(one * 2.0 ** (1 - p) + top), dtype)
-            lines.append(f"lop3.b32 {out}, s, {(top << p) * 0x10001:#x}, {_pair(one, dtype):#x}, 0xEA;")
-            lines.append(f"fma.rn.{'bf16x2' if dtype == 'bf16' else 'f16x2'} {out}, {out}, f{p}, b{p};")
-    declared = [f".reg .b32 w, s, {', '.join(constants)};"]
-    declared += [f"mov.b32 {name}, {value:#x};" for name, value in constants.items()]
-    return "{\n" + "\n".join(declared + lines) + "\n}"
+            lines += _level(f"${half * half_codes + code}", p, bits, dtype, constants)
+    return _program(lines, constants)
 
 
 def merge_asm() -> str:
@@ -67,18 +61,32 @@ def restore_asm(step: int) -> str:
     $4, $5: the words, whose codes 4 step to 4 step + 3 are meant. $6 to $9: the weights. $10: the scale, twice.
     $0 to $3: the sums, rounded once: a level times a scale is exact inside the last fused multiply-add.
     """
-    constants, lines = {}, [f"prmt.b32 w, $4, $5, {0x5410 if step < 2 else 0x7632:#x};"]
+    constants: dict[str, int] = {}
+    lines = [f"prmt.b32 w, $4, $5, {0x5410 if step < 2 else 0x7632:#x};"]
     for out in range(4):
         code = step % 2 * 4 + out  # of eight in a half
         first = code - code % 3
         if code == first or not out:
             lines.append(f"shr.u32 s, w, {first * 2 - 1};" if first else "shl.b32 s, w, 1;")
         p = 1 + (code - first) * 2
-        constants[f"f{p}"] = _pair(2.0 ** (1 - p), "bf16")
-        constants[f"b{p}"] = _pair(-(128 * 2.0 ** (1 - p) + 3), "bf16")
-        lines.append(f"lop3.b32 ${out}, s, {(3 << p) * 0x10001:#x}, {_pair(128.0, 'bf16'):#x}, 0xEA;")
-        lines.append(f"fma.rn.bf16x2 ${out}, ${out}, f{p}, b{p};")
+        lines += _level(f"${out}", p, 2, "bf16", constants)
         lines.append(f"fma.rn.bf16x2 ${out}, ${out}, $10, ${6 + out};")
+    return _program(lines, constants)
+
+
+def _level(out: str, p: int, bits: int, dtype: str, constants: dict[str, int]) -> list[str]:
+    """PTX that puts the exact levels of the codes at mantissa bit p of both halves of `s` into `out`."""
+    top, one = 2**bits - 1, 2.0 ** _MANTISSA[dtype]
+    constants[f"f{p}"] = _pair(2.0 ** (1 - p), dtype)
+    constants[f"b{p}"] = _pair(-(one * 2.0 ** (1 - p) + top), dtype)
+    return [
+        f"lop3.b32 {out}, s, {(top << p) * 0x10001:#x}, {_pair(one, dtype):#x}, 0xEA;",
+        f"fma.rn.{'bf16x2' if dtype == 'bf16' else 'f16x2'} {out}, {out}, f{p}, b{p};",
+    ]
+
+
+def _program(lines: list[str], constants: dict[str, int]) -> str:
+    """The lines with the registers and constants that they name."""
     declared = [f".reg .b32 w, s, {', '.join(constants)};"]
     declared += [f"mov.b32 {name}, {value:#x};" for name, value in constants.items()]
     return "{\n" + "\n".join(declared + lines) + "\n}"

@@ -84,16 +84,10 @@ def load_checkpoint(
         raise RouterError(f"{path / _TENSORS}: cannot be read ({error}); remove the directory to start anew") from None
     averaged = any(name.startswith("mean.") for name in tensors)
     for name, value in weights.items():
-        saved = tensors.pop(f"weight.{name}", None)
-        if saved is None or saved.shape != value.shape:
-            raise RouterError(f"{path / _TENSORS}: weight.{name}: missing or of another shape; remove the directory")
         with torch.no_grad():
-            value.copy_(saved)
+            value.copy_(_taken(tensors, f"weight.{name}", value, path))
         if averaged:
-            part = tensors.pop(f"mean.{name}", None)
-            if part is None or part.shape != value.shape:
-                raise RouterError(f"{path / _TENSORS}: mean.{name}: missing or of another shape; remove the directory")
-            mean[name] = part.to(value.device)
+            mean[name] = _taken(tensors, f"mean.{name}", value, path).to(value.device)
         keys = ("step", "exp_avg", "exp_avg_sq")
         found = {key: tensors.pop(f"optimizer.{key}.{name}", None) for key in keys}
         if any(item is not None for item in found.values()):
@@ -105,6 +99,14 @@ def load_checkpoint(
     if tensors:
         raise RouterError(f"{path / _TENSORS}: {min(tensors)}: unknown tensor; remove the directory to start anew")
     return int(state["step"])
+
+
+def _taken(tensors: dict[str, Tensor], name: str, like: Tensor, path: Path) -> Tensor:
+    """A tensor out of a checkpoint's, of another's shape."""
+    saved = tensors.pop(name, None)
+    if saved is None or saved.shape != like.shape:
+        raise RouterError(f"{path / _TENSORS}: {name}: missing or of another shape; remove the directory")
+    return saved
 
 
 def _state(path: Path) -> dict[str, Any]:
