@@ -18,11 +18,14 @@ CASES = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e 
 CASES += [(32, 8, "zipf"), (32, 8, "skewed"), (64, 4, "distinct")]
 
 
-def _grid(columns: int, width: int) -> Iterator[FusedConfig]:
-    tiles = [(64, 4), (64, 3), (128, 3)] if columns <= 32 else [(64, 3), (64, 2), (128, 2)]
-    splits = (1, 2, 4, 8) if width > 8192 else (1, 2, 4)
-    for (rows, stages), base, delta, mixed in itertools.product(tiles, (1, 2, 3, 4), splits, (False, True)):
-        yield FusedConfig(Config(128, 8, delta), columns, base, rows, stages, mixed)
+def _grid(columns: int, rows: int) -> Iterator[FusedConfig]:
+    wide = rows > 16384
+    blocks = [(128, 64, 3), (128, 64, 2), (64, 64, 3), (64, 128, 3)]
+    if columns > 32:
+        blocks = [(128, 64, 2), (64, 64, 3), (64, 128, 2)]
+    splits, orders = ((1,), (1.0, 0.75, 0.5)) if wide else ((1, 2, 4), (1.0, 0.5))
+    for block, base, delta, before in itertools.product(blocks, (1, 2) if wide else (1, 2, 3, 4), splits, orders):
+        yield FusedConfig(Config(128, 8, delta), columns, base, *block, before)
 
 
 def _cases(name: str) -> Iterator[tuple[Routing, int, tuple[int, int, str], str, int, int]]:
@@ -38,7 +41,7 @@ def wanted(name: str) -> list[Job]:
     found = []
     for routing, columns, _, _, rows, width in _cases(name):
         chosen = choose_fused(rows, width, routing.likely, columns)
-        for config in [chosen, *_grid(columns, width)]:
+        for config in [chosen, *_grid(columns, rows)]:
             found.append(fused_job(rows, width, Variant(True, False, 128, 16), torch.bfloat16, config))
     return found
 
@@ -58,7 +61,7 @@ def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
 
             return graph_ms(run, 5) * 1e3 / len(own)
 
-        times = {config: measure(config) for config in _grid(columns, width)}
+        times = {config: measure(config) for config in _grid(columns, rows)}
         best = min(times, key=lambda config: times[config])
         chosen = choose_fused(rows, width, routing.likely, columns)
         row = {
@@ -83,7 +86,7 @@ def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
 
 
 def _text(c: FusedConfig) -> str:
-    order = "mixed" if c.mixed else "deltas first"
     return (
-        f"base {c.base_rows} rows x {c.base_split} parts, {c.base_stages} stages; deltas {c.delta.split} parts; {order}"
+        f"base {c.base_channels} channels x {c.base_rows} rows x {c.base_split} parts, {c.base_stages} stages; "
+        f"deltas {c.delta.split} parts, {c.before:.0%} before the base"
     )

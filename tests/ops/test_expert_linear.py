@@ -1,5 +1,7 @@
 """The Triton kernel and the reference against fp64: on a GPU where there is one, else in Triton's interpreter."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -68,6 +70,30 @@ def test_input_channels_are_split_among_programs():
     deltas = [random_delta(40, 4096, bits, 128, salient=2, seed=bits) for bits in (2, 3)]
     for _ in range(2):  # the counters are zero again after a launch
         assert run(deltas, [0, 1, 1]) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("group", [None, 32, 64])
+def test_more_codes_in_a_dot_and_whole_tiles_give_the_same(group):
+    from meswitch.ops.triton_launch import choose, decode
+
+    deltas = [random_delta(150, 1024, bits, group, salient=2, seed=bits) for bits in (2, 3)]
+    layer = SlotLinear.build(deltas, DEVICE)
+    x, y = inputs(5, layer, torch.bfloat16)
+    routing = Routing.build([0, 1, 1, -1, 0], DEVICE)
+    sums = expected(y, x, deltas, [0, 1, 1, -1, 0])
+    plain = dataclasses.replace(choose(150, 1024, 2, 8), split=1, whole=0, join=1)
+    for split, whole, join in [(1, 0, 4), (2, 1, 2), (2, 1, 1)]:
+        got = y.clone()
+        decode(got, x, layer, routing, dataclasses.replace(plain, split=split, whole=whole, join=join))
+        assert error(got, sums) < TOLERANCE[torch.bfloat16]
+
+
+def test_a_launch_that_fills_the_chip_once_and_a_bit_splits_its_last_tiles():
+    from meswitch.ops.triton_launch import choose
+
+    assert choose(28672, 4096, 4, 8).whole * 4 <= 792
+    assert choose(28672, 4096, 4, 8).split == 4
+    assert choose(28672, 4096, 16, 8).whole == choose(4096, 4096, 4, 8).whole == 0
 
 
 def test_a_token_gets_the_same_bits_whoever_shares_its_batch():

@@ -100,13 +100,14 @@ def test_the_order_in_which_items_start_changes_nothing():
     routing = Routing.build([0, -1, 1, 0, 1], DEVICE)
     chosen = choose_fused(300, 1024, 2, 8)
     found = []
-    for mixed in (False, True):
+    for before in (1.0, 0.5, 0.0):
         y = torch.full((5, 300), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        config = dataclasses.replace(chosen, mixed=mixed)
+        config = dataclasses.replace(chosen, before=before)
         fused(y, x, weight, None, layer, routing, config)
         found.append(y)
     assert found[0].isfinite().all()
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_slices_of_wider_tensors_are_read_by_their_strides():

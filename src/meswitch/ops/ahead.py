@@ -149,7 +149,7 @@ def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
     own, i32, i64, f32, rows, width = job.dtype, torch.int32, torch.int64, torch.float32, job.rows, job.in_features
     tables = i32, i64, i32, i32, i32  # arena, table, slots, starts, order
     arguments = {
-        "decode": (own, own, *tables, f32 if job.scratch else i32, i32, width, rows, rows, width),
+        "decode": (own, own, *tables, f32 if job.scratch else i32, i32, width, rows, rows, width, 2, 2),
         "fused": (*[own] * 4, *tables, f32, i32, width, rows, width, rows, width, *[2] * 6),
         "merge": (own, own, i32, i64, i32, 0, rows, width, rows, width),
         "rows": (i64, i32, *[own] * 3, i32, i64, width, 0, rows, width),

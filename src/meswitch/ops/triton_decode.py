@@ -1,4 +1,8 @@
-"""Decode on a GPU: the deltas of all experts of a step in one launch."""
+"""Decode on a GPU: the deltas of all experts of a step in one launch.
+
+A tile's programs share its input channels, and the last of them adds up. Where a launch fills the chip once and a bit
+(WHOLE), the first `whole` tiles have one program each and the others follow, which evens out its end.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +10,7 @@ import triton.language as tl
 from meswitch.ops.triton_delta import delta_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "whole"])
 def decode_kernel(
     x,
     y,
@@ -21,6 +25,8 @@ def decode_kernel(
     stride_y,
     N,
     K,
+    pieces,
+    whole,
     TWO: tl.constexpr,
     ONE: tl.constexpr,
     SALIENT: tl.constexpr,
@@ -33,10 +39,21 @@ def decode_kernel(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
+    JOIN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     if EARLY:
         tl.extra.cuda.gdc_wait()  # in every program: one that ended before would let the kernel after this one start
-    tile, split, e = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if WHOLE:
+        rest = tl.cdiv(N, BN) - whole
+        place = tl.program_id(0) - whole * pieces
+        if place < 0:
+            tile, part, parts, e = (place + whole * pieces) % whole, 0, 1, (place + whole * pieces) // whole
+        else:
+            tile, part, parts, e = whole + place % rest, place // rest % SPLIT, SPLIT, place // rest // SPLIT
+    else:
+        rest, parts = tl.num_programs(0), SPLIT
+        tile, part, e = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + e)
     if slot < 0:
         return
@@ -50,23 +67,27 @@ def decode_kernel(
     token = tl.load(order + tl.minimum(first + m, last - 1))
     x_rows = x + token.to(tl.int64) * stride_x
     acc = delta_tile(
-        *(x_rows, arena, row, tile, split, SPLIT, N, K),
-        *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES),
+        *(x_rows, arena, row, tile, part, parts, N, K),
+        *(TWO, ONE, SALIENT, GROUP, EVEN_K, EVEN_N, INTERPRET, BN, MT, STAGES, JOIN),
     )
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     if SPLIT > 1:
-        cell = tile + e * tl.num_programs(0)
-        offsets = tl.arange(0, MT)[None, :] * BN + tl.arange(0, BN)[:, None]
-        home = work + cell.to(tl.int64) * (SPLIT * BN * MT)
-        tl.store(home + split * (BN * MT) + offsets, acc)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + cell, 1, sem="acq_rel") < SPLIT - 1:
+        before_me = tile * 0 + SPLIT - 1
+        if parts > 1:
+            cell = tile - whole + e * rest
+            offsets = tl.arange(0, MT)[None, :] * BN + tl.arange(0, BN)[:, None]
+            home = work + cell.to(tl.int64) * (SPLIT * BN * MT)
+            tl.store(home + part * (BN * MT) + offsets, acc)
+            tl.debug_barrier()
+            before_me = tl.atomic_add(arrived + cell, 1, sem="acq_rel")
+            if before_me == SPLIT - 1:
+                acc = tl.zeros([BN, MT], tl.float32)
+                for other in tl.static_range(SPLIT):
+                    acc += tl.load(home + other * (BN * MT) + offsets, cache_modifier=".cg")
+                tl.store(arrived + cell, 0)
+        if before_me < SPLIT - 1:
             return
-        acc = tl.zeros([BN, MT], tl.float32)
-        for other in tl.static_range(SPLIT):
-            acc += tl.load(home + other * (BN * MT) + offsets, cache_modifier=".cg")
-        tl.store(arrived + cell, 0)
     n = tile * BN + tl.arange(0, BN)
     out = y + token.to(tl.int64)[None, :] * stride_y + n[:, None]
     mask = ((m < last - first)[None, :]) & (n < N)[:, None]

@@ -168,7 +168,7 @@ def _finish(
         tl.store(out, acc.to(y.dtype.element_ty), mask=(m < tokens)[None, :] & (n < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "pieces", "wave", "base_parts", "parts", "mixed"])
+@triton.jit(do_not_specialize=["tokens", "pieces", "wave", "base_parts", "parts", "before"])
 def fused_kernel(
     x,
     y,
@@ -191,7 +191,7 @@ def fused_kernel(
     wave,
     base_parts,
     parts,
-    mixed,
+    before,
     TWO: tl.constexpr,
     ONE: tl.constexpr,
     SALIENT: tl.constexpr,
@@ -213,17 +213,12 @@ def fused_kernel(
     AGAIN: tl.constexpr,
 ):
     HALVES: tl.constexpr = BN // BASE_BN
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0)
     cells = base_parts + parts
     base_items = tl.cdiv(N, BN) * HALVES * base_parts
-    if mixed:  # base items are spread evenly among the deltas'
-        base = program * base_items // programs
-        is_base = (program + 1) * base_items // programs > base
-        delta = program - base
-    else:  # the deltas' items start first
-        base = program - (programs - base_items)
-        is_base = base >= 0
-        delta = program
+    base = program - before
+    is_base = (base >= 0) & (base < base_items)
+    delta = tl.where(base < 0, program, program - base_items)
     if is_base:
         tile = base // (base_parts * HALVES)
         half, part = base // base_parts % HALVES, base % base_parts
