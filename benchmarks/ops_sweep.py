@@ -7,9 +7,10 @@ import torch
 
 from meswitch.ops import Routing
 from meswitch.ops.ahead import Job, fused_job
+from meswitch.ops.items import Config, FusedConfig, choose_fused
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
-from meswitch.ops.triton_launch import Config, FusedConfig, choose_fused, fused
+from meswitch.ops.triton_launch import fused
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, spread
 from ops_timing import graph_ms
 
@@ -89,4 +90,5 @@ def _text(c: FusedConfig) -> str:
     return (
         f"base {c.base_channels} channels x {c.base_rows} rows x {c.base_split} parts, {c.base_stages} stages; "
         f"deltas {c.delta.split} parts, {c.before:.0%} before the base"
+        + (f", then one of {c.every} is the base's" if c.every > 1 else "")
     )

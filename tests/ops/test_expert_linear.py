@@ -9,6 +9,7 @@ from deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, expert_linear
 from meswitch.ops.cpu import slot_matrix
+from meswitch.ops.items import choose
 from meswitch.ops.slots import read_slot
 
 
@@ -74,7 +75,7 @@ def test_input_channels_are_split_among_programs():
 
 @pytest.mark.parametrize("group", [None, 32, 64])
 def test_more_codes_in_a_dot_and_whole_tiles_give_the_same(group):
-    from meswitch.ops.triton_launch import choose, decode
+    from meswitch.ops.triton_launch import decode
 
     deltas = [random_delta(150, 1024, bits, group, salient=2, seed=bits) for bits in (2, 3)]
     layer = SlotLinear.build(deltas, DEVICE)
@@ -89,8 +90,6 @@ def test_more_codes_in_a_dot_and_whole_tiles_give_the_same(group):
 
 
 def test_a_launch_that_fills_the_chip_once_and_a_bit_splits_its_last_tiles():
-    from meswitch.ops.triton_launch import choose
-
     assert choose(28672, 4096, 4, 8).whole * 4 <= 792
     assert choose(28672, 4096, 4, 8).split == 4
     assert choose(28672, 4096, 16, 8).whole == choose(4096, 4096, 4, 8).whole == 0

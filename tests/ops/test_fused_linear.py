@@ -8,6 +8,7 @@ import torch
 from deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, fused_linear
+from meswitch.ops.items import choose_fused
 
 
 def inputs(tokens, layer, dtype, mean=0.0):
@@ -93,16 +94,16 @@ def test_every_output_is_written_and_nothing_else():
 
 
 def test_the_order_in_which_items_start_changes_nothing():
-    from meswitch.ops.triton_launch import choose_fused, fused
+    from meswitch.ops.triton_launch import fused
 
     layer = SlotLinear.build([random_delta(300, 1024, 2, seed=seed) for seed in range(2)], DEVICE)
     x, weight = inputs(5, layer, torch.bfloat16)
     routing = Routing.build([0, -1, 1, 0, 1], DEVICE)
     chosen = choose_fused(300, 1024, 2, 8)
     found = []
-    for before in (1.0, 0.5, 0.0):
+    for before, every in [(1.0, 1), (0.5, 1), (0.0, 2)]:
         y = torch.full((5, 300), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        config = dataclasses.replace(chosen, before=before)
+        config = dataclasses.replace(chosen, before=before, every=every)
         fused(y, x, weight, None, layer, routing, config)
         found.append(y)
     assert found[0].isfinite().all()

@@ -13,7 +13,7 @@ from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
 from meswitch.ops.slots import Variant
 
 if TYPE_CHECKING:
-    from meswitch.ops.triton_launch import FusedConfig
+    from meswitch.ops.items import FusedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def fused_jobs(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int, int]]
 ) -> Iterator[Job]:
     """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces)."""
-    from meswitch.ops.triton_launch import choose_fused
+    from meswitch.ops.items import choose_fused
 
     for tokens, pieces, likely in sizes:
         config = choose_fused(rows, in_features, likely, bucket(tokens, least=8))
@@ -88,7 +88,8 @@ def decode_job(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, likely: int, piece: int = PIECE
 ) -> Job:
     """What `expert_linear` launches in a step of so many likely pieces of at most `piece` tokens."""
-    from meswitch.ops.triton_launch import choose, constants
+    from meswitch.ops.items import choose
+    from meswitch.ops.triton_launch import constants
 
     config = choose(rows, in_features, likely, piece)
     fixed = constants(config, rows, in_features, variant)
@@ -150,7 +151,7 @@ def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
     tables = i32, i64, i32, i32, i32  # arena, table, slots, starts, order
     arguments = {
         "decode": (own, own, *tables, f32 if job.scratch else i32, i32, width, rows, rows, width, 2, 2),
-        "fused": (*[own] * 4, *tables, f32, i32, width, rows, width, rows, width, *[2] * 6),
+        "fused": (*[own] * 4, *tables, f32, i32, width, rows, width, rows, width, *[2] * 7),
         "merge": (own, own, i32, i64, i32, 0, rows, width, rows, width),
         "rows": (i64, i32, *[own] * 3, i32, i64, width, 0, rows, width),
     }

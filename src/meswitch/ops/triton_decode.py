@@ -45,14 +45,15 @@ def decode_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()  # in every program: one that ended before would let the kernel after this one start
     if WHOLE:
-        rest = tl.cdiv(N, BN) - whole
+        tiles = tl.cdiv(N, BN)
         place = tl.program_id(0) - whole * pieces
         if place < 0:
             tile, part, parts, e = (place + whole * pieces) % whole, 0, 1, (place + whole * pieces) // whole
         else:
+            rest = tiles - whole
             tile, part, parts, e = whole + place % rest, place // rest % SPLIT, SPLIT, place // rest // SPLIT
     else:
-        rest, parts = tl.num_programs(0), SPLIT
+        tiles, parts = tl.num_programs(0), SPLIT
         tile, part, e = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + e)
     if slot < 0:
@@ -73,21 +74,20 @@ def decode_kernel(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     if SPLIT > 1:
-        before_me = tile * 0 + SPLIT - 1
-        if parts > 1:
-            cell = tile - whole + e * rest
-            offsets = tl.arange(0, MT)[None, :] * BN + tl.arange(0, BN)[:, None]
-            home = work + cell.to(tl.int64) * (SPLIT * BN * MT)
-            tl.store(home + part * (BN * MT) + offsets, acc)
-            tl.debug_barrier()
-            before_me = tl.atomic_add(arrived + cell, 1, sem="acq_rel")
-            if before_me == SPLIT - 1:
-                acc = tl.zeros([BN, MT], tl.float32)
-                for other in tl.static_range(SPLIT):
-                    acc += tl.load(home + other * (BN * MT) + offsets, cache_modifier=".cg")
-                tl.store(arrived + cell, 0)
-        if before_me < SPLIT - 1:
+        cell = tile + e * tiles
+        offsets = tl.arange(0, MT)[None, :] * BN + tl.arange(0, BN)[:, None]
+        home = work + cell.to(tl.int64) * (SPLIT * BN * MT)
+        tl.store(home + part * (BN * MT) + offsets, acc)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + cell, 1, sem="acq_rel") < parts - 1:
             return
+        acc = tl.zeros([BN, MT], tl.float32)
+        for other in tl.static_range(SPLIT):
+            if WHOLE:
+                acc += tl.load(home + other * (BN * MT) + offsets, mask=other < parts, other=0.0, cache_modifier=".cg")
+            else:
+                acc += tl.load(home + other * (BN * MT) + offsets, cache_modifier=".cg")
+        tl.store(arrived + cell, 0)
     n = tile * BN + tl.arange(0, BN)
     out = y + token.to(tl.int64)[None, :] * stride_y + n[:, None]
     mask = ((m < last - first)[None, :]) & (n < N)[:, None]

@@ -168,7 +168,7 @@ def _finish(
         tl.store(out, acc.to(y.dtype.element_ty), mask=(m < tokens)[None, :] & (n < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "pieces", "wave", "base_parts", "parts", "before"])
+@triton.jit(do_not_specialize=["tokens", "pieces", "wave", "base_parts", "parts", "before", "every"])
 def fused_kernel(
     x,
     y,
@@ -192,6 +192,7 @@ def fused_kernel(
     base_parts,
     parts,
     before,
+    every,
     TWO: tl.constexpr,
     ONE: tl.constexpr,
     SALIENT: tl.constexpr,
@@ -216,9 +217,10 @@ def fused_kernel(
     program = tl.program_id(0)
     cells = base_parts + parts
     base_items = tl.cdiv(N, BN) * HALVES * base_parts
-    base = program - before
-    is_base = (base >= 0) & (base < base_items)
-    delta = tl.where(base < 0, program, program - base_items)
+    after = program - before  # from there on every so many-th item is one of the base's, until there are no more
+    base = after // every
+    is_base = (after >= 0) & (after == base * every) & (base < base_items)
+    delta = program - tl.where(after <= 0, 0, tl.minimum(base_items, (after + every - 1) // every))
     if is_base:
         tile = base // (base_parts * HALVES)
         half, part = base // base_parts % HALVES, base % base_parts

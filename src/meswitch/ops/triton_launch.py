@@ -3,108 +3,18 @@
 import functools
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing, bucket
+from meswitch.ops.items import Config, FusedConfig, choose, choose_fused
+from meswitch.ops.routing import Routing, bucket
 from meswitch.ops.slots import SlotLinear, Variant
 from meswitch.ops.triton_decode import decode_kernel
 from meswitch.ops.triton_fused import fused_kernel
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # no inline assembly there
-MOST_PIECES = 2 * MAX_TOKENS  # more of them choose no other items
-_PROGRAMS = 132 * 6  # enough for every multiprocessor of an H100 to have its share of loads in flight
-_LEAST_CHANNELS = 1024  # of one program: less does not pay for its start
-_FEW_WAVES = 3  # of a launch whose last programs are split: in more, those that are left over weigh little
-_TAIL_SPLIT = 4
-_WIDE = 240  # tiles of 64 rows: a linear of more fills the chip without being split
-
-# What `benchmarks/ops_sweep.py` found best on an H100, by the most likely pieces of a step. A narrow linear: channels,
-# rows and stages of a base item, about how many of them, about how many delta items at least.
-_NARROW = {
-    1: (128, 64, 3, 168, 90),
-    2: (128, 64, 3, 168, 130),
-    6: (128, 64, 3, 150, 230),
-    8: (128, 64, 3, 96, 320),
-    12: (64, 64, 4, 100, 450),
-    MOST_PIECES: (128, 64, 3, 264, 500),
-}
-_NARROW_64_TOKENS = {MOST_PIECES: (64, 64, 3, 162, 320)}
-# A wide linear: channels, rows and stages of a base item, in how many parts, what share of the deltas starts before.
-_WIDE_16_TOKENS = {2: (128, 64, 2, 2, 1.0), 6: (128, 64, 2, 1, 0.75), MOST_PIECES: (128, 64, 3, 1, 1.0)}
-_WIDE_32_TOKENS = {12: (128, 64, 2, 1, 0.75), MOST_PIECES: (128, 64, 2, 1, 1.0)}
-_WIDE_64_TOKENS = {MOST_PIECES: (64, 64, 3, 2, 0.75)}
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """rows, tokens: of a tile. split: programs that share a tile's input channels, of all tiles but the first `whole`.
-    warps, stages: Triton's. join: codes that are one dot.
-    """
-
-    rows: int
-    tokens: int
-    split: int
-    warps: int = 2
-    stages: int = 3
-    whole: int = 0
-    join: int = 1
-
-
-def choose(rows: int, in_features: int, pieces: int, piece: int) -> Config:
-    """Tiles from the layer's shape and the step's buckets, and from nothing else."""
-    tile, warps, stages = (128, 2, 3) if piece <= 16 else (128, 4, 2)
-    programs = math.ceil(rows / tile) * pieces
-    split, whole = 1, 0
-    while programs * split * 2 <= _PROGRAMS and in_features // (split * 2) >= _LEAST_CHANNELS:
-        split *= 2
-    waves, rest = divmod(programs, _PROGRAMS)
-    if rest and 1 <= waves <= _FEW_WAVES and in_features >= _TAIL_SPLIT * _LEAST_CHANNELS:
-        split, whole = _TAIL_SPLIT, waves * _PROGRAMS // pieces
-    join = 4 if piece <= PIECE and programs * split <= _PROGRAMS * 2 // 3 else 1
-    return Config(tile, piece, split, warps, stages, whole, join)
-
-
-@dataclass(frozen=True, slots=True)
-class FusedConfig:
-    """delta: the delta items. columns: all tokens of a step, padded. base_split: base items that share a tile's input
-    channels. base_channels, base_rows, base_stages: of a base item and its blocks. before: share of the delta items
-    that start before the base's.
-    """
-
-    delta: Config
-    columns: int
-    base_split: int
-    base_channels: int = 128
-    base_rows: int = 64
-    base_stages: int = 3
-    before: float = 1.0
-
-
-def choose_fused(rows: int, in_features: int, pieces: int, columns: int) -> FusedConfig:
-    """Items from the layer's shape and the step's buckets, and from nothing else: as the tables above have it."""
-    pieces = min(pieces, MOST_PIECES)
-    if math.ceil(rows / 64) > _WIDE:
-        wide = _WIDE_16_TOKENS if columns <= 16 else _WIDE_32_TOKENS if columns <= 32 else _WIDE_64_TOKENS
-        channels, base_rows, stages, parts, before = _for(pieces, wide)
-        parts = min(parts, max(1, in_features // 512))
-        return FusedConfig(Config(128, PIECE, 1), columns, parts, channels, base_rows, stages, before)
-    table = _NARROW if columns <= 32 else _NARROW_64_TOKENS
-    channels, base_rows, stages, base_items, delta_items = _for(pieces, table)
-    # an item of a longer row takes longer, and one that starts late is the step's tail
-    base_split = round(base_items * (in_features / 4096) ** 0.25 / math.ceil(rows / base_rows))
-    base_split, split = max(1, min(4, base_split, in_features // 512)), 1
-    while in_features // (split * 2) >= _LEAST_CHANNELS and math.ceil(rows / 128) * pieces * split < delta_items:
-        split *= 2
-    return FusedConfig(Config(128, PIECE, split), columns, base_split, channels, base_rows, stages)
-
-
-def _for(pieces: int, table: dict[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-    """The entry of the smallest key that is not below."""
-    return next(entry for most, entry in table.items() if pieces <= most)
 
 
 @functools.cache
@@ -160,15 +70,14 @@ def decode(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, config: Co
     layer = layer.for_pieces(pieces)
     config = config or choose(rows, width, routing.likely, routing.piece)
     tiles = math.ceil(rows / config.rows)
-    split_tiles = tiles - config.whole
     if config.split > 1:
-        size = split_tiles * pieces * config.split * config.rows * config.tokens
+        size = tiles * pieces * config.split * config.rows * config.tokens
         work = torch.empty(size, dtype=torch.float32, device=x.device)
     else:
         work = routing.starts  # not used
     grid = (tiles, config.split, pieces)
     if config.whole:
-        grid = ((config.whole + split_tiles * config.split) * pieces, 1, 1)
+        grid = ((config.whole + (tiles - config.whole) * config.split) * pieces, 1, 1)
     decode_kernel[grid](
         *(x, y, *_tables(layer, routing), work, layer.arrived, x.stride(0), y.stride(0), rows, width),
         *(pieces, config.whole),
@@ -195,10 +104,12 @@ def fused(
     delta_items = tiles * wave * config.delta.split
     size = tiles * sum(parts) * config.delta.rows * config.columns
     work = torch.empty(size, dtype=torch.float32, device=x.device)
+    before = round(config.before * delta_items)
+    every = min(config.every, (base_items + delta_items - before) // base_items)
     strides = x.stride(0), y.stride(0), weight.stride(0)
     fused_kernel[(base_items + delta_items,)](
         *(x, y, weight, y if bias is None else bias, *_tables(layer, routing), work, layer.arrived),
-        *(*strides, rows, width, tokens, pieces, wave, *parts, round(config.before * delta_items)),
+        *(*strides, rows, width, tokens, pieces, wave, *parts, before, every),
         **fused_constants(config, rows, width, layer.variant, bias is not None, pieces > wave),
     )
 

@@ -1,0 +1,150 @@
+"""How the decode kernels cut a layer into programs: by its shape and a step's buckets, as measured on an H100."""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from meswitch.ops.routing import MAX_TOKENS, PIECE
+
+_T = TypeVar("_T")
+MOST_PIECES = 2 * MAX_TOKENS  # more of them choose no other items
+_PROGRAMS = 132 * 6  # enough for every multiprocessor of an H100 to have its share of loads in flight
+_LEAST_CHANNELS = 1024  # of one program: less does not pay for its start
+_FEW_WAVES = 3  # of a launch whose last programs are split: in more, those that are left over weigh little
+_TAIL_SPLIT = 4
+_WIDE_ROWS, _MORE_ROWS, _LONG_CHANNELS = 240 * 64, 5120, 8192  # more than these
+
+# What `benchmarks/ops_sweep.py` found best on an H100: for linears of few rows, of more, of long rows and of so many
+# rows that they fill the chip unsplit, by the most tokens and then the most likely pieces of a step. Channels, rows and
+# stages of a base item, parts of a base tile, parts of a delta tile, what share of the deltas' items starts before the
+# base's, and every which item is one of the base's from there on.
+_Items = dict[int, dict[int, tuple[int, int, int, int, int, float, int]]]
+_FEW: _Items = {
+    16: {
+        2: (128, 64, 3, 3, 4, 1.0, 1),
+        6: (128, 64, 2, 4, 4, 0.5, 1),
+        8: (64, 128, 3, 3, 2, 1.0, 1),
+        12: (64, 64, 3, 2, 2, 0.5, 1),
+        MOST_PIECES: (128, 64, 2, 2, 1, 1.0, 1),
+    },
+    32: {
+        6: (64, 64, 3, 4, 4, 0.5, 1),
+        12: (64, 64, 3, 2, 2, 0.5, 1),
+        MOST_PIECES: (128, 64, 3, 4, 1, 1.0, 1),
+    },
+    64: {MOST_PIECES: (128, 64, 2, 4, 2, 0.5, 1)},
+}
+_MORE: _Items = {
+    16: {
+        1: (128, 64, 3, 2, 2, 1.0, 1),
+        2: (128, 64, 3, 2, 2, 0.5, 1),
+        6: (128, 64, 2, 3, 2, 0.5, 1),
+        8: (128, 64, 3, 1, 1, 1.0, 1),
+        12: (128, 64, 3, 2, 1, 1.0, 1),
+        MOST_PIECES: (128, 64, 2, 4, 1, 1.0, 1),
+    },
+    32: {
+        6: (128, 64, 2, 3, 2, 0.5, 1),
+        8: (128, 64, 3, 1, 1, 1.0, 1),
+        12: (128, 64, 3, 2, 1, 1.0, 1),
+        MOST_PIECES: (128, 64, 2, 4, 1, 1.0, 1),
+    },
+    64: {MOST_PIECES: (64, 64, 3, 2, 1, 1.0, 1)},
+}
+_LONG: _Items = {
+    16: {
+        1: (128, 64, 3, 4, 4, 0.5, 1),
+        2: (128, 64, 3, 3, 2, 1.0, 1),
+        6: (128, 64, 3, 2, 2, 0.5, 1),
+        8: (128, 64, 3, 2, 2, 1.0, 1),
+        12: (64, 64, 4, 2, 2, 1.0, 1),
+        MOST_PIECES: (128, 64, 2, 2, 1, 1.0, 1),
+    },
+    32: {
+        6: (128, 64, 3, 2, 2, 0.5, 1),
+        8: (128, 64, 2, 3, 2, 0.5, 1),
+        12: (64, 64, 4, 2, 2, 1.0, 1),
+        MOST_PIECES: (128, 64, 3, 4, 1, 1.0, 1),
+    },
+    64: {MOST_PIECES: (64, 64, 3, 3, 2, 1.0, 1)},
+}
+_WIDE: _Items = {
+    16: {
+        2: (128, 64, 2, 2, 1, 1.0, 1),
+        12: (128, 64, 2, 1, 1, 0.75, 1),
+        MOST_PIECES: (128, 64, 2, 1, 1, 1.0, 1),
+    },
+    32: {
+        6: (128, 64, 3, 1, 1, 0.0, 3),
+        12: (128, 64, 2, 1, 1, 0.75, 1),
+        MOST_PIECES: (128, 64, 2, 1, 1, 1.0, 1),
+    },
+    64: {MOST_PIECES: (128, 64, 2, 1, 1, 0.75, 1)},
+}
+_MOST_BASE_ITEMS = 400  # of a linear that is not wide: more are not worth their sums
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """rows, tokens: of a tile. split: programs that share a tile's input channels, of all tiles but the first `whole`.
+    warps, stages: Triton's. join: codes that are one dot.
+    """
+
+    rows: int
+    tokens: int
+    split: int
+    warps: int = 2
+    stages: int = 3
+    whole: int = 0
+    join: int = 1
+
+
+def choose(rows: int, in_features: int, pieces: int, piece: int) -> Config:
+    """Tiles from the layer's shape and the step's buckets, and from nothing else."""
+    tile, warps, stages = (128, 2, 3) if piece <= 16 else (128, 4, 2)
+    programs = math.ceil(rows / tile) * pieces
+    split, whole = 1, 0
+    while programs * split * 2 <= _PROGRAMS and in_features // (split * 2) >= _LEAST_CHANNELS:
+        split *= 2
+    waves, rest = divmod(programs, _PROGRAMS)
+    if rest and 1 <= waves <= _FEW_WAVES and in_features >= _TAIL_SPLIT * _LEAST_CHANNELS:
+        split, whole = _TAIL_SPLIT, waves * _PROGRAMS // pieces
+    # with 205 registers there is room for two thirds of the programs, and fewer than half have none to hide behind
+    join = 4 if piece <= PIECE and _PROGRAMS // 2 < programs * split <= _PROGRAMS * 2 // 3 else 1
+    return Config(tile, piece, split, warps, stages, whole, join)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedConfig:
+    """delta: the delta items. columns: all tokens of a step, padded. base_split: base items that share a tile's input
+    channels. base_channels, base_rows, base_stages: of a base item and its blocks. before: share of the delta items
+    that start before the base's. every: after them, the distance from one base item to the next.
+    """
+
+    delta: Config
+    columns: int
+    base_split: int
+    base_channels: int = 128
+    base_rows: int = 64
+    base_stages: int = 3
+    before: float = 1.0
+    every: int = 1
+
+
+def choose_fused(rows: int, in_features: int, pieces: int, columns: int) -> FusedConfig:
+    """Items from the layer's shape and the step's buckets, and from nothing else: as the tables above have it."""
+    wide = rows > _WIDE_ROWS
+    table = _WIDE if wide else _LONG if in_features > _LONG_CHANNELS else _MORE if rows > _MORE_ROWS else _FEW
+    entry = _for(min(pieces, MOST_PIECES), _for(columns, table))
+    channels, base_rows, stages, parts, splits, before, every = entry
+    parts = min(parts, max(1, in_features // 512))
+    if not wide:
+        parts = min(parts, max(1, _MOST_BASE_ITEMS // math.ceil(rows / base_rows)))
+    while splits > 1 and in_features // splits < _LEAST_CHANNELS:
+        splits //= 2
+    return FusedConfig(Config(128, PIECE, splits), columns, parts, channels, base_rows, stages, before, every)
+
+
+def _for(count: int, table: dict[int, _T]) -> _T:
+    """The entry of the smallest key that is not below."""
+    return next(entry for most, entry in table.items() if count <= most)
