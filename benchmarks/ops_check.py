@@ -54,12 +54,12 @@ def wanted(case: dict) -> Job:
     slots = token_slots(case)
     routing = Routing.build(slots)
     rows, width, count = case["rows"], case["width"], routing.likely
-    two, one = (True, True) if case["bits"] == 0 else (case["bits"] > 1, case["bits"] % 2 == 1)
+    two, one = (2, True) if case["bits"] == 0 else (case["bits"] // 2, case["bits"] % 2 == 1)
     variant = Variant(two, one, case["group"] or 0, 16 if case["salient"] else 0)
     about = rows, width, variant, case["dtype"]
     if case["kernel"] == "decode":
         return decode_job(*about, count, routing.piece)
-    return fused_job(*about, choose_fused(rows, width, count, bucket(len(slots), least=8)))
+    return fused_job(*about, choose_fused(rows, width, count, bucket(len(slots), least=8), variant.planes))
 
 
 def error(case: dict) -> float:

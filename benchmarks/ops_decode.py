@@ -162,8 +162,8 @@ def wanted() -> list[Job]:
             routing = Routing.build(spread(kind, batch, experts))
             count = routing.likely
             for rows, width in MODELS[name][1].values():
-                variant = Variant(bits > 1, bits % 2 == 1, 128, 16)
-                fused = choose_fused(rows, width, count, bucket(batch, 8))
+                variant = Variant(bits // 2, bits % 2 == 1, 128, 16)
+                fused = choose_fused(rows, width, count, bucket(batch, 8), variant.planes)
                 found.append(decode_job(rows, width, variant, torch.bfloat16, count, routing.piece))
                 found.append(fused_job(rows, width, variant, torch.bfloat16, fused))
                 if bits == 2 and kind == "distinct":

@@ -80,7 +80,7 @@ def fused_jobs(
     from meswitch.ops.items import choose_fused
 
     for tokens, pieces, likely in sizes:
-        config = choose_fused(rows, in_features, likely, bucket(tokens, least=8))
+        config = choose_fused(rows, in_features, likely, bucket(tokens, least=8), variant.planes)
         yield fused_job(rows, in_features, variant, dtype, config, bias, pieces > likely)
 
 

@@ -131,12 +131,17 @@ class FusedConfig:
     every: int = 1
 
 
-def choose_fused(rows: int, in_features: int, pieces: int, columns: int) -> FusedConfig:
-    """Items from the layer's shape and the step's buckets, and from nothing else: as the tables above have it."""
+def choose_fused(rows: int, in_features: int, pieces: int, columns: int, planes: int = 1) -> FusedConfig:
+    """Items from the layer's shape and the step's buckets, and from nothing else: as the tables above have it.
+
+    planes: of the deltas, see `Variant.planes`. The items of more than one take so long that they start first.
+    """
     wide = rows > _WIDE_ROWS
     table = _WIDE if wide else _LONG if in_features > _LONG_CHANNELS else _MORE if rows > _MORE_ROWS else _FEW
     entry = _for(min(pieces, MOST_PIECES), _for(columns, table))
     channels, base_rows, stages, parts, splits, before, every = entry
+    if planes > 1:
+        channels, base_rows, stages, before, every = 128, 64, 2, 1.0, 1
     parts = min(parts, max(1, in_features // 512))
     if not wide:
         parts = min(parts, max(1, _MOST_BASE_ITEMS // math.ceil(rows / base_rows)))

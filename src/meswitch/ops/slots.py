@@ -27,6 +27,11 @@ class Variant(NamedTuple):
     group: int
     salient: int
 
+    @property
+    def planes(self) -> int:
+        """The most planes that an expert may have."""
+        return self.two + self.one
+
     @classmethod
     def of(cls, shapes: Iterable[Shape]) -> "Variant":
         """Raises ConfigError if the experts' group sizes differ."""

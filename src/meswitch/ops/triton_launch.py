@@ -97,7 +97,7 @@ def fused(
     """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes."""
     rows, width, pieces, tokens = layer.rows, layer.in_features, routing.slots.numel(), len(x)
     wave = min(routing.likely, pieces)
-    config = config or choose_fused(rows, width, routing.likely, bucket(tokens, least=8))
+    config = config or choose_fused(rows, width, routing.likely, bucket(tokens, least=8), layer.variant.planes)
     tiles = math.ceil(rows / config.delta.rows)
     parts = config.base_split, config.delta.split
     base_items = tiles * (config.delta.rows // config.base_rows) * config.base_split
