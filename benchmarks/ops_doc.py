@@ -1,4 +1,4 @@
-"""Fill the tables and plots of docs/kernels.md from the results of `ops.py`.
+"""Fill the tables and plots of docs/kernels.md from the results of `ops.py` and `ops_peers.py`.
 
 python benchmarks/ops_doc.py            rewrite what is out of date
 python benchmarks/ops_doc.py --check    say so instead, and exit 1
@@ -7,6 +7,7 @@ python benchmarks/ops_doc.py --check    say so instead, and exit 1
 from collections.abc import Iterable
 from typing import Any
 
+import ops_peers_doc
 from generated import Data, Plot, arguments_of, legend, stored, update
 from markdown_tables import pipe
 
@@ -237,6 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"benchmarks/results/{FILE}: no such file; run `python benchmarks/ops.py` on a GPU")
     makers = {"decode": decode, "spreads": spreads, "widths": widths, "items": items, "prefill": prefill}
     places = {name: make(data) for name, make in [*makers.items(), ("checks", checks)]}
+    places["peers"] = ops_peers_doc.peers(stored(ops_peers_doc.FILE))
     plots = {
         "floor": Plot(floor_data(data), draw_floor, "Time of a decode step over the floor"),
         "step": Plot(step_data(data), draw_step, "A decode step of 32 tokens"),
