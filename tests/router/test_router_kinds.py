@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from meswitch.cli import app
+from meswitch.router import LlmSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
 LLM = ("--kind", "llm", "--weights", "full", "--steps", "2", "--batch", "2", "--max-tokens", "16")
@@ -158,3 +159,13 @@ def test_every_option_is_documented(command):
         name = option.opts[0]
         if name.startswith("--") and name != "--help":
             assert name in text or name in general, name
+
+
+def test_the_command_trains_an_llm_router_with_the_settings_of_the_python_api():
+    from typer.main import get_command
+
+    options = {option.name: option.default for option in get_command(app).commands["router"].commands["train"].params}
+    plain = LlmSettings()
+    for name in ("steps", "batch", "rank", "top", "settle", "max_tokens", "permutations"):
+        assert options[name] == getattr(plain, name), name
+    assert (plain.weights, plain.learning_rate, plain.top) == ("lora", 1e-3, 0.5)

@@ -115,13 +115,13 @@ def train(
     batch: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Queries a step.")] = 16,
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=0.0, rich_help_panel=_LLM, show_default="5e-4 for lora, 5e-5 for full", help="At its peak."),
+        typer.Option(min=0.0, rich_help_panel=_LLM, show_default="1e-3 for lora, 5e-5 for full", help="At its peak."),
     ] = None,
     rank: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Of the adapters.")] = 16,
     top: Annotated[
         float,
         typer.Option(min=0.05, max=1.0, rich_help_panel=_LLM, help="Share of the blocks with adapters, from the last."),
-    ] = 1.0,
+    ] = 0.5,
     settle: Annotated[
         float,
         typer.Option(
@@ -206,7 +206,7 @@ def train(
             steps=steps,
             batch=batch,
             question=min(4, batch),
-            learning_rate=learning_rate or (5e-4 if weights == "lora" else 5e-5),
+            learning_rate=learning_rate or (1e-3 if weights == "lora" else 5e-5),
             rank=rank,
             alpha=2 * rank,
             top=top,

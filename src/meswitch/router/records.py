@@ -63,7 +63,7 @@ class LlmSettings:
     steps: int = 300
     batch: int = 16
     question: int = 4
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.0
     drop: float = 0.5
@@ -74,7 +74,7 @@ class LlmSettings:
     average: float = 0.4
     rank: int = 16
     alpha: int = 32
-    top: float = 1.0
+    top: float = 0.5
     holdout: float = 0.1
     seed: int = 0
 
