@@ -94,8 +94,12 @@ def _plane(
                 else:
                     x = tl.load(x_rows[None, :] + k[:, None], mask=(k < K)[:, None], other=0.0)
                 if INTERPRET:
-                    codes = words[:, None, :] >> (((g * DOTS + d) * COUNT + tl.arange(0, COUNT)) * BITS)[None, :, None]
-                    level = (tl.reshape(codes & (2**BITS - 1), [BN, 16 * COUNT]) * 2 - (2**BITS - 1)).to(tl.float32)
+                    if COUNT == 1:
+                        codes = words >> ((g * DOTS + d) * BITS)
+                    else:
+                        shift = ((g * DOTS + d) * COUNT + tl.arange(0, COUNT)) * BITS
+                        codes = tl.reshape(words[:, None, :] >> shift[None, :, None], [BN, 16 * COUNT])
+                    level = ((codes & (2**BITS - 1)) * 2 - (2**BITS - 1)).to(tl.float32)
                     x = x.to(tl.float32)  # the interpreter multiplies the bits of bfloat16
                 else:
                     level = _joined(levels, (g * DOTS + d) * COUNT, COUNT, BN)
