@@ -26,6 +26,12 @@ class Plot(NamedTuple):
     title: str
 
 
+def where_measured(meta: Data) -> str:
+    """A line under a table: the card, the versions of what was there, the day."""
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
+    return f"{meta['card']}, {versions}, {meta['date'][:10]}."
+
+
 def arguments_of(description: str | None, page: str, arguments: list[str] | None, **more: Any) -> argparse.Namespace:
     """Command line of a script that makes a page. more: further options, by name, as `add_argument` takes them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

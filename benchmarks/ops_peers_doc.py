@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from generated import Data
+from generated import Data, where_measured
 from markdown_tables import pipe
 
 FILE = "ops-peers-h100.json"
@@ -34,9 +34,7 @@ def peers(data: Data | None) -> str:
                 *(f"{rate:.0f}" if rate else "-" for rate in rates),
             ]
         )
-    meta = data["meta"]
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
-    return f"{pipe(head, *cells)}\n\n{meta['card']}, {versions}, {meta['date'][:10]}."
+    return f"{pipe(head, *cells)}\n\n{where_measured(data['meta'])}"
 
 
 def _best(rows: Rows, name: str, figure: str, choose: Any = min) -> float | None:

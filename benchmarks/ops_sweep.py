@@ -7,7 +7,7 @@ import torch
 
 from meswitch.ops import Routing
 from meswitch.ops.ahead import Job, fused_job
-from meswitch.ops.items import Config, FusedConfig, choose_fused
+from meswitch.ops.items import WIDE_ROWS, Config, FusedConfig, choose_fused
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton_launch import fused
@@ -20,7 +20,7 @@ CASES += [(32, 8, "zipf"), (32, 8, "skewed"), (64, 4, "distinct")]
 
 
 def _grid(columns: int, rows: int) -> Iterator[FusedConfig]:
-    wide = rows > 16384
+    wide = rows > WIDE_ROWS
     blocks = [(128, 64, 3), (128, 64, 2), (64, 64, 3), (64, 128, 3)]
     if columns > 32:
         blocks = [(128, 64, 2), (64, 64, 3), (64, 128, 2)]

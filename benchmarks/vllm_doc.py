@@ -4,7 +4,7 @@ python benchmarks/vllm_doc.py            rewrite what is out of date
 python benchmarks/vllm_doc.py --check    say so instead, and exit 1
 """
 
-from generated import Data, arguments_of, stored, update
+from generated import Data, arguments_of, stored, update, where_measured
 from markdown_tables import pipe
 
 SERVED, PAUSES, STEPS = "vllm-h100.json", "vllm-cold-load-h100.json", "cold-load-h100.json"
@@ -51,27 +51,21 @@ def steps_table(seconds: Data) -> str:
 def _served(data: Data) -> str:
     settings = data["meta"]["settings"]
     lengths = f"{settings['input_len']} tokens in and {settings['output_len']} out, the prefix cache off; medians."
-    return f"{table(data['rows'])}\n\n{_about(data)}, {lengths} {_where(data)}"
+    return f"{table(data['rows'])}\n\n{_about(data)}, {lengths} {where_measured(data['meta'])}"
 
 
 def _pauses(data: Data) -> str:
-    return f"{pauses_table(data['rows'])}\n\n{_about(data)}. {_where(data)}"
+    return f"{pauses_table(data['rows'])}\n\n{_about(data)}. {where_measured(data['meta'])}"
 
 
 def _steps(data: Data) -> str:
     size = data["seconds"]["gigabytes"]
-    return f"{steps_table(data['seconds'])}\n\n{_about(data)}, {size:.2f} GB in a slot. {_where(data)}"
+    return f"{steps_table(data['seconds'])}\n\n{_about(data)}, {size:.2f} GB in a slot. {where_measured(data['meta'])}"
 
 
 def _about(data: Data) -> str:
     settings = data["meta"]["settings"]
     return f"{settings['model']}, deltas of {settings['bits']} bits"
-
-
-def _where(data: Data) -> str:
-    meta = data["meta"]
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    return f"{meta['card']}, {versions}, {meta['date']}."
 
 
 def main(arguments: list[str] | None = None) -> None:

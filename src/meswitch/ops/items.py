@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from meswitch.ops.routing import MAX_TOKENS, PIECE
 
@@ -12,74 +12,87 @@ _PROGRAMS = 132 * 6  # enough for every multiprocessor of an H100 to have its sh
 _LEAST_CHANNELS = 1024  # of one program: less does not pay for its start
 _FEW_WAVES = 3  # of a launch whose last programs are split: in more, those that are left over weigh little
 _TAIL_SPLIT = 4
-_WIDE_ROWS, _MORE_ROWS, _LONG_CHANNELS = 240 * 64, 5120, 8192  # more than these
+WIDE_ROWS, _MORE_ROWS, _LONG_CHANNELS = 240 * 64, 5120, 8192  # more than these
+
+
+class _Items(NamedTuple):
+    """Channels, rows and stages of a base item; parts of a base tile; parts of a delta tile; the rest as in
+    `FusedConfig`.
+    """
+
+    channels: int
+    rows: int
+    stages: int
+    parts: int
+    splits: int
+    before: float = 1.0
+    every: int = 1
+
 
 # What `benchmarks/ops_sweep.py` found best on an H100: for linears of few rows, of more, of long rows and of so many
-# rows that they fill the chip unsplit, by the most tokens and then the most likely pieces of a step. Channels, rows and
-# stages of a base item, parts of a base tile, parts of a delta tile, what share of the deltas' items starts before the
-# base's, and every which item is one of the base's from there on.
-_Items = dict[int, dict[int, tuple[int, int, int, int, int, float, int]]]
-_FEW: _Items = {
+# rows that they fill the chip unsplit, by the most tokens and then the most likely pieces of a step.
+_Table = dict[int, dict[int, _Items]]
+_FEW: _Table = {
     16: {
-        2: (128, 64, 3, 3, 4, 1.0, 1),
-        6: (128, 64, 2, 4, 4, 0.5, 1),
-        8: (64, 128, 3, 3, 2, 1.0, 1),
-        12: (64, 64, 3, 2, 2, 0.5, 1),
-        MOST_PIECES: (128, 64, 2, 2, 1, 1.0, 1),
+        2: _Items(128, 64, 3, 3, 4),
+        6: _Items(128, 64, 2, 4, 4, 0.5),
+        8: _Items(64, 128, 3, 3, 2),
+        12: _Items(64, 64, 3, 2, 2, 0.5),
+        MOST_PIECES: _Items(128, 64, 2, 2, 1),
     },
     32: {
-        6: (64, 64, 3, 4, 4, 0.5, 1),
-        12: (64, 64, 3, 2, 2, 0.5, 1),
-        MOST_PIECES: (128, 64, 3, 4, 1, 1.0, 1),
+        6: _Items(64, 64, 3, 4, 4, 0.5),
+        12: _Items(64, 64, 3, 2, 2, 0.5),
+        MOST_PIECES: _Items(128, 64, 3, 4, 1),
     },
-    64: {MOST_PIECES: (128, 64, 2, 4, 2, 0.5, 1)},
+    64: {MOST_PIECES: _Items(128, 64, 2, 4, 2, 0.5)},
 }
-_MORE: _Items = {
+_MORE: _Table = {
     16: {
-        1: (128, 64, 3, 2, 2, 1.0, 1),
-        2: (128, 64, 3, 2, 2, 0.5, 1),
-        6: (128, 64, 2, 3, 2, 0.5, 1),
-        8: (128, 64, 3, 1, 1, 1.0, 1),
-        12: (128, 64, 3, 2, 1, 1.0, 1),
-        MOST_PIECES: (128, 64, 2, 4, 1, 1.0, 1),
+        1: _Items(128, 64, 3, 2, 2),
+        2: _Items(128, 64, 3, 2, 2, 0.5),
+        6: _Items(128, 64, 2, 3, 2, 0.5),
+        8: _Items(128, 64, 3, 1, 1),
+        12: _Items(128, 64, 3, 2, 1),
+        MOST_PIECES: _Items(128, 64, 2, 4, 1),
     },
     32: {
-        6: (128, 64, 2, 3, 2, 0.5, 1),
-        8: (128, 64, 3, 1, 1, 1.0, 1),
-        12: (128, 64, 3, 2, 1, 1.0, 1),
-        MOST_PIECES: (128, 64, 2, 4, 1, 1.0, 1),
+        6: _Items(128, 64, 2, 3, 2, 0.5),
+        8: _Items(128, 64, 3, 1, 1),
+        12: _Items(128, 64, 3, 2, 1),
+        MOST_PIECES: _Items(128, 64, 2, 4, 1),
     },
-    64: {MOST_PIECES: (64, 64, 3, 2, 1, 1.0, 1)},
+    64: {MOST_PIECES: _Items(64, 64, 3, 2, 1)},
 }
-_LONG: _Items = {
+_LONG: _Table = {
     16: {
-        1: (128, 64, 3, 4, 4, 0.5, 1),
-        2: (128, 64, 3, 3, 2, 1.0, 1),
-        6: (128, 64, 3, 2, 2, 0.5, 1),
-        8: (128, 64, 3, 2, 2, 1.0, 1),
-        12: (64, 64, 4, 2, 2, 1.0, 1),
-        MOST_PIECES: (128, 64, 2, 2, 1, 1.0, 1),
+        1: _Items(128, 64, 3, 4, 4, 0.5),
+        2: _Items(128, 64, 3, 3, 2),
+        6: _Items(128, 64, 3, 2, 2, 0.5),
+        8: _Items(128, 64, 3, 2, 2),
+        12: _Items(64, 64, 4, 2, 2),
+        MOST_PIECES: _Items(128, 64, 2, 2, 1),
     },
     32: {
-        6: (128, 64, 3, 2, 2, 0.5, 1),
-        8: (128, 64, 2, 3, 2, 0.5, 1),
-        12: (64, 64, 4, 2, 2, 1.0, 1),
-        MOST_PIECES: (128, 64, 3, 4, 1, 1.0, 1),
+        6: _Items(128, 64, 3, 2, 2, 0.5),
+        8: _Items(128, 64, 2, 3, 2, 0.5),
+        12: _Items(64, 64, 4, 2, 2),
+        MOST_PIECES: _Items(128, 64, 3, 4, 1),
     },
-    64: {MOST_PIECES: (64, 64, 3, 3, 2, 1.0, 1)},
+    64: {MOST_PIECES: _Items(64, 64, 3, 3, 2)},
 }
-_WIDE: _Items = {
+_WIDE: _Table = {
     16: {
-        2: (128, 64, 2, 2, 1, 1.0, 1),
-        12: (128, 64, 2, 1, 1, 0.75, 1),
-        MOST_PIECES: (128, 64, 2, 1, 1, 1.0, 1),
+        2: _Items(128, 64, 2, 2, 1),
+        12: _Items(128, 64, 2, 1, 1, 0.75),
+        MOST_PIECES: _Items(128, 64, 2, 1, 1),
     },
     32: {
-        6: (128, 64, 3, 1, 1, 0.0, 3),
-        12: (128, 64, 2, 1, 1, 0.75, 1),
-        MOST_PIECES: (128, 64, 2, 1, 1, 1.0, 1),
+        6: _Items(128, 64, 3, 1, 1, 0.0, 3),
+        12: _Items(128, 64, 2, 1, 1, 0.75),
+        MOST_PIECES: _Items(128, 64, 2, 1, 1),
     },
-    64: {MOST_PIECES: (128, 64, 2, 1, 1, 0.75, 1)},
+    64: {MOST_PIECES: _Items(128, 64, 2, 1, 1, 0.75)},
 }
 _MOST_BASE_ITEMS = 400  # of a linear that is not wide: more are not worth their sums
 
@@ -136,12 +149,12 @@ def choose_fused(rows: int, in_features: int, pieces: int, columns: int, planes:
 
     planes: of the deltas, see `Variant.planes`. The items of more than one take so long that they start first.
     """
-    wide = rows > _WIDE_ROWS
+    wide = rows > WIDE_ROWS
     table = _WIDE if wide else _LONG if in_features > _LONG_CHANNELS else _MORE if rows > _MORE_ROWS else _FEW
-    entry = _for(min(pieces, MOST_PIECES), _for(columns, table))
-    channels, base_rows, stages, parts, splits, before, every = entry
+    items = _for(min(pieces, MOST_PIECES), _for(columns, table))
     if planes > 1:
-        channels, base_rows, stages, before, every = 128, 64, 2, 1.0, 1
+        items = items._replace(channels=128, rows=64, stages=2, before=1.0, every=1)
+    channels, base_rows, stages, parts, splits, before, every = items
     parts = min(parts, max(1, in_features // 512))
     if not wide:
         parts = min(parts, max(1, _MOST_BASE_ITEMS // math.ceil(rows / base_rows)))

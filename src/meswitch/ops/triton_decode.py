@@ -45,10 +45,10 @@ def decode_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()  # in every program: one that ended before would let the kernel after this one start
     if WHOLE:
-        tiles = tl.cdiv(N, BN)
-        place = tl.program_id(0) - whole * pieces
+        tiles, program = tl.cdiv(N, BN), tl.program_id(0)
+        place = program - whole * pieces
         if place < 0:
-            tile, part, parts, e = (place + whole * pieces) % whole, 0, 1, (place + whole * pieces) // whole
+            tile, part, parts, e = program % whole, 0, 1, program // whole
         else:
             rest = tiles - whole
             tile, part, parts, e = whole + place % rest, place // rest % SPLIT, SPLIT, place // rest // SPLIT

@@ -25,7 +25,13 @@ def _early() -> dict[str, Any]:
 
 
 def constants(config: Config, rows: int, in_features: int, variant: Variant) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """What the decode kernel is compiled for."""
+    own = {"SPLIT": config.split, "JOIN": config.join, "WHOLE": config.whole > 0}
+    return _shared(config, rows, in_features, variant) | own
+
+
+def _shared(config: Config, rows: int, in_features: int, variant: Variant) -> dict[str, Any]:
+    """What both kernels are compiled for."""
     return {
         "TWO": variant.two > 0,
         "ONE": variant.one,
@@ -36,10 +42,7 @@ def constants(config: Config, rows: int, in_features: int, variant: Variant) -> 
         "INTERPRET": INTERPRET,
         "BN": config.rows,
         "MT": config.tokens,
-        "SPLIT": config.split,
         "STAGES": config.stages,
-        "JOIN": config.join,
-        "WHOLE": config.whole > 0,
         "num_warps": config.warps,
         **_early(),
     }
@@ -49,9 +52,7 @@ def fused_constants(
     config: FusedConfig, rows: int, in_features: int, variant: Variant, bias: bool, again: bool = False
 ) -> dict[str, Any]:
     """What the fused kernel is compiled for. again: a program may take several pieces."""
-    shared = constants(config.delta, rows, in_features, variant)
-    del shared["SPLIT"], shared["JOIN"], shared["WHOLE"]
-    return shared | {
+    return _shared(config.delta, rows, in_features, variant) | {
         "BIAS": bias,
         "BASE_BN": config.base_rows,
         "BASE_BK": config.base_channels,
