@@ -1,4 +1,4 @@
-"""Fill the tables of docs/vllm.md from what `vllm.py`, `vllm_cold_load.py` and `cold_load.py` stored.
+"""Fill the tables of docs/vllm.md from what `vllm.py` and the other benchmarks of its name stored.
 
 python benchmarks/vllm_doc.py            rewrite what is out of date
 python benchmarks/vllm_doc.py --check    say so instead, and exit 1
@@ -7,30 +7,34 @@ python benchmarks/vllm_doc.py --check    say so instead, and exit 1
 from generated import Data, arguments_of, stored, update, where_measured
 from markdown_tables import pipe
 
-SERVED, PAUSES, STEPS = "vllm-h100.json", "vllm-cold-load-h100.json", "cold-load-h100.json"
+SERVED, PROFILE = "vllm-h100.json", "vllm-profile-h100.json"
+PAUSES, STEPS = "vllm-cold-load-h100.json", "cold-load-h100.json"
 NOT_YET = "Not measured yet: `python benchmarks/{}.py`."
 
 
 def table(rows: list[Data]) -> str:
-    """Decoding is a request's tokens after the first; shares are of vLLM without LoRA or deltas."""
+    """Shares are of vLLM without LoRA or deltas. Decoding is by the time between two tokens: in the median a step that
+    reads no prompts, while TPOT holds those that do as well.
+    """
     head = [
         "engine",
         "requests at a time",
         "experts",
         "tokens/s",
         "of base",
-        "decoding, of base",
         "TTFT, ms",
         "TPOT, ms",
+        "between tokens, ms",
+        "decoding, of base",
     ]
     cells = []
     for row in rows:
         base = [r for r in rows if r["engine"] == "base" and r["concurrency"] == row["concurrency"]]
         whole = f"{row['output_throughput'] / base[0]['output_throughput']:.2f}" if base else "-"
-        decoding = f"{base[0]['median_tpot_ms'] / row['median_tpot_ms']:.2f}" if base else "-"
+        decoding = f"{base[0]['median_itl_ms'] / row['median_itl_ms']:.2f}" if base else "-"
         counts = [str(row["concurrency"]), str(row["experts"]), f"{row['output_throughput']:.0f}"]
-        times = [f"{row[name]:.1f}" for name in ("median_ttft_ms", "median_tpot_ms")]
-        cells.append([row["engine"], *counts, whole, decoding, *times])
+        times = [f"{row[name]:.1f}" for name in ("median_ttft_ms", "median_tpot_ms", "median_itl_ms")]
+        cells.append([row["engine"], *counts, whole, *times, decoding])
     return pipe(head, *cells)
 
 
@@ -39,6 +43,38 @@ def pauses_table(rows: list[Data]) -> str:
     head = ["read ahead", "longest pause without a load, ms", "during loads, ms", "a load, ms"]
     fields = ("quiet_ms", "longest_ms", "load_ms")
     return pipe(head, *(["yes" if r["read_ahead"] else "no", *(f"{r[name]:.1f}" for name in fields)] for r in rows))
+
+
+def profile_table(data: Data) -> str:
+    """Of `vllm_profile.py`: a column for each engine and count of experts."""
+    layers = data["meta"]["settings"]["layers"]
+    names = [
+        "linears, a layer",
+        "attention, a layer",
+        "norms and the rest, a layer",
+        "head",
+        "sampling and the rest",
+        "gaps",
+    ]
+    columns = []
+    for row in data["rows"]:
+        parts = dict.fromkeys(names, 0.0)
+        for kernel in row["kernels"]:
+            parts[_part_of(kernel, layers)] += kernel["us"] * kernel["a_step"]
+        parts["gaps"] = row["gaps_us"]
+        parts["sampling and the rest"] = row["step_us"] - sum(parts[n] for n in names if n != "sampling and the rest")
+        columns.append([parts[name] / (layers if "a layer" in name else 1) for name in names])
+    head = ["us", *("base" if r["engine"] == "plain" else f"{r['experts']} experts" for r in data["rows"])]
+    return pipe(head, *([name, *(f"{column[i]:.1f}" for column in columns)] for i, name in enumerate(names)))
+
+
+def _part_of(kernel: Data, layers: int) -> str:
+    name, often = kernel["kernel"], kernel["a_step"] > layers / 2
+    if "attention" in name:
+        return "attention, a layer"
+    if name.startswith(("nvjet", "fused_kernel", "decode_kernel", "void cublasLt")):
+        return "linears, a layer" if often else "head"
+    return "norms and the rest, a layer" if often else "sampling and the rest"
 
 
 def steps_table(seconds: Data) -> str:
@@ -52,6 +88,13 @@ def _served(data: Data) -> str:
     settings = data["meta"]["settings"]
     lengths = f"{settings['input_len']} tokens in and {settings['output_len']} out, the prefix cache off; medians."
     return f"{table(data['rows'])}\n\n{_about(data)}, {lengths} {where_measured(data['meta'])}"
+
+
+def _profiled(data: Data) -> str:
+    shown = data | {"rows": [row for row in data["rows"] if (row["engine"] == "plain") == (row["experts"] == 0)]}
+    settings = data["meta"]["settings"]
+    size = f"steps of {settings['tokens']} tokens, {settings['layers']} layers."
+    return f"{profile_table(shown)}\n\n{_about(data)}, {size} {where_measured(data['meta'])}"
 
 
 def _pauses(data: Data) -> str:
@@ -72,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "vllm.md", arguments)
     wanted = {
         "measured": (SERVED, _served, "vllm"),
+        "profile": (PROFILE, _profiled, "vllm_profile"),
         "pauses": (PAUSES, _pauses, "vllm_cold_load"),
         "steps": (STEPS, _steps, "cold_load"),
     }

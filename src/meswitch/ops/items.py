@@ -41,9 +41,9 @@ _FEW: _Table = {
         MOST_PIECES: _Items(128, 64, 2, 2, 1),
     },
     32: {
-        6: _Items(64, 64, 3, 4, 4, 0.5),
-        12: _Items(64, 64, 3, 2, 2, 0.5),
-        MOST_PIECES: _Items(128, 64, 3, 4, 1),
+        6: _Items(128, 64, 3, 2, 2),
+        12: _Items(64, 64, 3, 2, 1),
+        MOST_PIECES: _Items(128, 64, 2, 2, 1),
     },
     64: {MOST_PIECES: _Items(128, 64, 2, 4, 2, 0.5)},
 }
@@ -57,7 +57,7 @@ _MORE: _Table = {
         MOST_PIECES: _Items(128, 64, 2, 4, 1),
     },
     32: {
-        6: _Items(128, 64, 2, 3, 2, 0.5),
+        6: _Items(128, 64, 2, 2, 1, 0.0),
         8: _Items(128, 64, 3, 1, 1),
         12: _Items(128, 64, 3, 2, 1),
         MOST_PIECES: _Items(128, 64, 2, 4, 1),

@@ -1,0 +1,128 @@
+"""Where a decode step in vLLM goes: its kernels and the gaps between them, by torch's profiler.
+
+    python benchmarks/vllm_profile.py [--layers 16] [--tokens 32] [--experts 0 4 16] [--out results.json]
+
+vLLM alone, then with the deltas, each in a process of its own; ten steps of random weights of true shapes. A layer's
+kernels are told apart by name and grid. Fewer layers are enough: a step is what they take times their number.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from vllm_decode import engine_options
+from vllm_models import SHAPES, write_artifact, write_config
+
+STEPS = 10
+ATTENTION = "kernel_unified_attention"  # once a layer; the profile asks for vLLM's Triton attention
+
+
+def run_engine(kind: str, base: Path, adapter: Path | None, options: argparse.Namespace) -> None:
+    """Prints a line of JSON for each number of experts."""
+    sys.path.remove(str(Path(__file__).parent.resolve()))  # `vllm.py` beside this file is not vLLM
+    import torch
+    from vllm.lora.request import LoRARequest
+
+    from vllm import LLM, SamplingParams
+
+    settings = engine_options(kind, base, max(options.experts), adapter) | {"attention_backend": "TRITON_ATTN"}
+    settings["compilation_config"] = {"cudagraph_capture_sizes": [options.tokens]}
+    engine = LLM(**settings, **({} if kind == "plain" else {"specialize_active_lora": True}))
+    layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    draw = random.Random(0)
+
+    def answer(experts: int, new: int) -> None:
+        prompts = [{"prompt_token_ids": [draw.randrange(1, 32000) for _ in range(64)]} for _ in range(options.tokens)]
+        names = [1 + i % experts for i in range(options.tokens)] if experts else []
+        requests = [LoRARequest(f"e{name}", name, str(adapter)) for name in names] or None
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+        engine.generate(prompts, params, lora_request=requests, use_tqdm=False)
+
+    for experts in [0] if kind == "plain" else options.experts:
+        answer(experts, 4)  # loads the experts, compiles what is left to compile
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            answer(experts, 2 * STEPS + 4)
+            torch.cuda.synchronize()
+        trace = base / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        row = summary(json.loads(trace.read_text())["traceEvents"], layers)
+        print(json.dumps({"engine": kind, "tokens": options.tokens, "experts": experts} | row), flush=True)
+
+
+def summary(events: list[dict], layers: int) -> dict:
+    """Microseconds of a step, the mean of the last `STEPS` whole ones: span, sums of kernels, the largest of both.
+
+    Args:
+        events: of a Chrome trace.
+    """
+    events = sorted(
+        (e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"]
+    )
+    attention = [i for i, event in enumerate(events) if event["name"] == ATTENTION]
+    steps = len(attention) // layers
+    first, last = attention[(steps - STEPS - 1) * layers], attention[(steps - 1) * layers]
+    kernels: dict[tuple, list[float]] = defaultdict(list)
+    gaps = 0.0
+    end = events[first]["ts"]
+    for event in events[first:last]:
+        kernels[event["name"].split("(")[0][:60], tuple(event["args"].get("grid", ()))].append(event["dur"])
+        gaps += max(0.0, event["ts"] - end)
+        end = max(end, event["ts"] + event["dur"])
+    rows = [
+        {"kernel": name, "grid": list(grid), "a_step": len(times) / STEPS, "us": round(sum(times) / len(times), 2)}
+        for (name, grid), times in kernels.items()
+    ]
+    rows.sort(key=lambda row: -row["us"] * row["a_step"])
+    return {
+        "step_us": round((events[last]["ts"] - events[first]["ts"]) / STEPS, 1),
+        "gaps_us": round(gaps / STEPS, 1),
+        "kernels": rows[:20],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32, help="of a step")
+    parser.add_argument("--experts", nargs="+", type=int, default=[0, 4, 16])
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs=3, metavar=("ENGINE", "BASE", "ADAPTER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        kind, base, adapter = options.only
+        run_engine(kind, Path(base), None if adapter == "-" else Path(adapter), options)
+        return
+    SHAPES[options.model]["num_hidden_layers"] = options.layers
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = write_config(Path(scratch) / "base", options.model)
+        for kind in ("plain", "deltas"):
+            adapter = "-" if kind == "plain" else str(write_artifact(base, Path(scratch) / "delta", options.bits))
+            own = [sys.executable, __file__, "--only", kind, str(base), adapter, "--tokens", str(options.tokens)]
+            own += ["--experts", *map(str, options.experts)]
+            variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(own, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
+            rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
+            if done.returncode:
+                print(f"{kind}: ended with {done.returncode}", file=sys.stderr)
+    for row in rows:
+        print(f"\n{row['engine']}, {row['experts']} experts: a step {row['step_us']} us, gaps {row['gaps_us']}")
+        for kernel in row["kernels"]:
+            print(f"{kernel['a_step']:8.1f} x {kernel['us']:8.2f} us  {kernel['kernel']} {kernel['grid']}")
+    if options.out:
+        from vllm import about  # the benchmark beside this file
+
+        options.base = None
+        options.out.write_text(json.dumps({"meta": about(options), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
