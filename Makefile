@@ -24,8 +24,9 @@ install: $(STAMP)  ## the environment in .venv, at the versions of constraints.t
 demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (under 5 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
+# Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up.
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(RAY_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RAY_VENV)
