@@ -66,6 +66,8 @@ def summary(events: list[dict], layers: int) -> dict:
     )
     attention = [i for i, event in enumerate(events) if event["name"] == ATTENTION]
     steps = len(attention) // layers
+    if steps <= STEPS:
+        raise SystemExit(f"{steps} steps with {ATTENTION} were profiled, {STEPS + 1} are needed: is this a GPU?")
     first, last = attention[(steps - STEPS - 1) * layers], attention[(steps - 1) * layers]
     kernels: dict[tuple, list[float]] = defaultdict(list)
     gaps = 0.0
@@ -74,6 +76,7 @@ def summary(events: list[dict], layers: int) -> dict:
         kernels[event["name"].split("(")[0][:60], tuple(event["args"].get("grid", ()))].append(event["dur"])
         gaps += max(0.0, event["ts"] - end)
         end = max(end, event["ts"] + event["dur"])
+    gaps += max(0.0, events[last]["ts"] - end)
     rows = [
         {"kernel": name, "grid": list(grid), "a_step": len(times) / STEPS, "us": round(sum(times) / len(times), 2)}
         for (name, grid), times in kernels.items()
