@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from generated import RESULTS, ROOT
+from generated import RESULTS, ROOT, where_measured
 from markdown_tables import fill, has_place, pipe
 
 
@@ -62,6 +62,37 @@ def demo() -> str:
     return f"{pipe(head, *data['rows'])}\n\n{note}"
 
 
+def served() -> str:
+    """Tokens a second in vLLM by the number of experts, and what their weights take."""
+    data, slot = load("vllm-h100.json"), load("cold-load-h100.json")["seconds"]["gigabytes"]
+    whole = load("compress-memory-7b.json")["checkpoint_gb"]
+    most = max(row["concurrency"] for row in data["rows"])
+    rates = {(r["engine"], r["experts"]): r["output_throughput"] for r in data["rows"] if r["concurrency"] == most}
+    head = [
+        "experts",
+        "meswitch, tokens/s",
+        "of the base alone",
+        "LoRA of rank 64, tokens/s",
+        "weights, GB",
+        "merged, GB",
+    ]
+    rows = [
+        [
+            str(count),
+            f"{rate:.0f}",
+            f"{rate / rates['base', 0]:.2f}",
+            f"{rates['lora-64', count]:.0f}",
+            f"{whole + count * slot:.1f}",
+            f"{count * whole:.1f}",
+        ]
+        for (engine, count), rate in rates.items()
+        if engine == "meswitch" and count
+    ]
+    settings = data["meta"]["settings"]
+    note = f"{settings['input_len']} tokens in, {settings['output_len']} out. {where_measured(data['meta'])}"
+    return f"{pipe(head, *rows)}\n\n{note}"
+
+
 def memory() -> str:
     """One figure of the compression under a memory limit."""
     data = load("compress-memory-7b.json")
@@ -73,6 +104,7 @@ def memory() -> str:
 PLACES: dict[str, tuple[Callable[[], str], bool]] = {
     "quality": (quality, True),
     "demo": (demo, True),
+    "served": (served, True),
     "memory": (memory, False),
 }
 
