@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,28 +52,50 @@ def engine_options(kind: str, base: Path, slots: int, adapter: Path | None) -> d
     return options
 
 
+def asking(base: Path, adapter: Path | None, length: int = PROMPT) -> Callable[[int, int, int], dict]:
+    """Gives what `LLM.generate` takes: `batch` random prompts for `experts` in turn, answered in `new` tokens each."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm import SamplingParams
+
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    draw = random.Random(0)
+
+    def ask(batch: int, experts: int, new: int) -> dict:
+        prompts = [{"prompt_token_ids": [draw.randrange(1, vocabulary) for _ in range(length)]} for _ in range(batch)]
+        names = [1 + i % experts for i in range(batch)] if experts else []
+        requests = [LoRARequest(f"e{name - 1}", name, str(adapter)) for name in names] or None
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+        return {"prompts": prompts, "sampling_params": params, "lora_request": requests, "use_tqdm": False}
+
+    return ask
+
+
+def in_own_process(script: str, kind: str, *arguments: object) -> list[dict]:
+    """The rows that `script --only kind ...` prints; says where it did not end well."""
+    command = [sys.executable, script, "--only", kind, *map(str, arguments)]
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{kind}: ended with {done.returncode}", file=sys.stderr)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
+
+
 def run_engine(kind: str, base: Path, adapter: Path | None, counts: list[int], batches: list[int], tokens: int) -> list:
     """Every (batch, experts) of one engine: milliseconds a token and tokens a second."""
     sys.path.remove(str(Path(__file__).parent.resolve()))  # `vllm.py` beside this file is not vLLM
-    from vllm.lora.request import LoRARequest
-
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     started = time.perf_counter()
     # with one slot, vLLM runs one expert's requests after the other's
     engine = LLM(**engine_options(kind, base, 1 if kind == "swap" else max(counts), adapter))
     start_up = time.perf_counter() - started
-    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-    draw = random.Random(0)
+    ask = asking(base, adapter)
 
     def seconds(batch: int, experts: int, new: int) -> float:
-        prompts = [{"prompt_token_ids": [draw.randrange(1, vocabulary) for _ in range(PROMPT)]} for _ in range(batch)]
-        requests = (
-            [LoRARequest(f"e{i % experts}", 1 + i % experts, str(adapter)) for i in range(batch)] if experts else None
-        )
-        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+        asked = ask(batch, experts, new)
         begin = time.perf_counter()
-        engine.generate(prompts, params, lora_request=requests, use_tqdm=False)
+        engine.generate(**asked)
         return time.perf_counter() - begin
 
     rows = []
@@ -122,13 +145,8 @@ def main() -> None:
                     write_artifact(base, adapter, options.bits)
             elif kind != "plain":
                 adapter = write_lora(base, Path(scratch) / kind, int(kind.removeprefix("lora-")))
-            own = [sys.executable, __file__, "--only", kind, str(base), str(adapter), "--tokens", str(options.tokens)]
-            own += ["--experts", *map(str, options.experts), "--batches", *map(str, options.batches)]
-            variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(own, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
-            rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
-            if done.returncode:
-                print(f"{kind}: ended with {done.returncode}", file=sys.stderr)
+            counts = ["--experts", *options.experts, "--batches", *options.batches, "--tokens", options.tokens]
+            rows += in_own_process(__file__, kind, base, adapter, *counts)
     print(table(rows))
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")

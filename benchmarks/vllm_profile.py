@@ -8,15 +8,12 @@ kernels are told apart by name and grid. Fewer layers are enough: a step is what
 
 import argparse
 import json
-import os
-import random
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from vllm_decode import engine_options
+from vllm_decode import asking, engine_options, in_own_process
 from vllm_models import SHAPES, write_artifact, write_config
 
 STEPS = 10
@@ -27,27 +24,19 @@ def run_engine(kind: str, base: Path, adapter: Path | None, options: argparse.Na
     """Prints a line of JSON for each number of experts."""
     sys.path.remove(str(Path(__file__).parent.resolve()))  # `vllm.py` beside this file is not vLLM
     import torch
-    from vllm.lora.request import LoRARequest
 
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     settings = engine_options(kind, base, max(options.experts), adapter) | {"attention_backend": "TRITON_ATTN"}
     settings["compilation_config"] = {"cudagraph_capture_sizes": [options.tokens]}
     engine = LLM(**settings, **({} if kind == "plain" else {"specialize_active_lora": True}))
     layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
-    draw = random.Random(0)
-
-    def answer(experts: int, new: int) -> None:
-        prompts = [{"prompt_token_ids": [draw.randrange(1, 32000) for _ in range(64)]} for _ in range(options.tokens)]
-        names = [1 + i % experts for i in range(options.tokens)] if experts else []
-        requests = [LoRARequest(f"e{name}", name, str(adapter)) for name in names] or None
-        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
-        engine.generate(prompts, params, lora_request=requests, use_tqdm=False)
+    ask = asking(base, adapter, length=64)
 
     for experts in [0] if kind == "plain" else options.experts:
-        answer(experts, 4)  # loads the experts, compiles what is left to compile
+        engine.generate(**ask(options.tokens, experts, 4))  # loads the experts, compiles what is left to compile
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            answer(experts, 2 * STEPS + 4)
+            engine.generate(**ask(options.tokens, experts, 2 * STEPS + 4))
             torch.cuda.synchronize()
         trace = base / "trace.json"
         profile.export_chrome_trace(str(trace))
@@ -108,14 +97,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         base = write_config(Path(scratch) / "base", options.model)
         for kind in ("plain", "deltas"):
-            adapter = "-" if kind == "plain" else str(write_artifact(base, Path(scratch) / "delta", options.bits))
-            own = [sys.executable, __file__, "--only", kind, str(base), adapter, "--tokens", str(options.tokens)]
-            own += ["--experts", *map(str, options.experts)]
-            variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(own, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
-            rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
-            if done.returncode:
-                print(f"{kind}: ended with {done.returncode}", file=sys.stderr)
+            adapter = "-" if kind == "plain" else write_artifact(base, Path(scratch) / "delta", options.bits)
+            counts = ["--experts", *options.experts, "--tokens", options.tokens]
+            rows += in_own_process(__file__, kind, base, adapter, *counts)
     for row in rows:
         print(f"\n{row['engine']}, {row['experts']} experts: a step {row['step_us']} us, gaps {row['gaps_us']}")
         for kernel in row["kernels"]:
