@@ -5,7 +5,8 @@ Launches that follow each other start in the shade of the one before, which suit
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -60,13 +61,9 @@ def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
         own = [layer for layer in layers if layer.name == linear]
         x = torch.randn(batch, width, device=DEVICE).bfloat16()
         y = torch.zeros(batch, rows, dtype=torch.bfloat16, device=DEVICE)
-
-        alone = _apart_us(own, x, lambda _: None)
-
-        def measure(config: FusedConfig, own=own, x=x, y=y, routing=routing, alone=alone) -> float:
-            return _apart_us(own, x, lambda at: fused(y, x, at.weight, None, at.deltas, routing, config)) - alone
-
-        times = {config: measure(config) for config in _grid(columns, rows)}
+        took = partial(_apart_us, own, x, y, routing)
+        alone = took(None)
+        times = {config: took(config) - alone for config in _grid(columns, rows)}
         best = min(times, key=lambda config: times[config])
         chosen = choose_fused(rows, width, routing.likely, columns)
         row = {
@@ -76,7 +73,7 @@ def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
             "linear": linear,
             "floor_us": (rows * width * 2 + experts * delta_bytes(rows, width, 2)) / copy_gb_s / 1e3,
             "chosen": _text(chosen),
-            "chosen_us": measure(chosen),
+            "chosen_us": took(chosen) - alone,
             "best": _text(best),
             "best_us": times[best],
             "grid_us": [round(time, 2) for time in times.values()],
@@ -90,13 +87,16 @@ def sweep(name: str, layers: list[Layer], copy_gb_s: float) -> list[dict]:
     return found
 
 
-def _apart_us(layers: list[Layer], x: torch.Tensor, launch: Callable[[Layer], None]) -> float:
-    """Microseconds of a launch and of the small kernel behind it, by layer."""
+def _apart_us(
+    layers: list[Layer], x: torch.Tensor, y: torch.Tensor, routing: Routing, config: FusedConfig | None
+) -> float:
+    """Microseconds of a launch and of the small kernel behind it, by layer; without a config of the latter alone."""
     other = torch.empty_like(x)
 
     def run() -> None:
         for layer in layers:
-            launch(layer)
+            if config:
+                fused(y, x, layer.weight, None, layer.deltas, routing, config)
             torch.neg(x, out=other)
 
     return graph_ms(run, 5) * 1e3 / len(layers)
