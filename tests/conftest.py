@@ -1,7 +1,10 @@
 """Real models for all tests: the trained family, and small random pairs for the cases it does not have."""
 
+import importlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ if not torch.cuda.is_available():
 import meswitch
 from models import make_pair
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family"
+ROOT = Path(__file__).parent.parent
+FAMILY = ROOT / "examples" / "family"
 
 
 def pytest_configure(config):
@@ -47,3 +51,11 @@ def pair(tmp_path):
         return make_pair(tmp_path / f"{arch}-pair", FAMILY / "base", arch, **case)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def benchmark_script() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of `benchmarks/` by name; for a module's tests only, as `vllm.py` there would hide vLLM."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module

@@ -1,6 +1,5 @@
 """docs/kernels.md says what the stored results say."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def doc():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("ops_doc")
+def doc(benchmark_script):
+    return benchmark_script("ops_doc")
 
 
 def test_the_page_and_its_plots_are_made_from_the_stored_result(doc) -> None:

@@ -1,9 +1,9 @@
 """docs/quality.md says what the stored results say."""
 
-import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,20 +15,18 @@ Command = Callable[..., str | None]
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Command]:
+def made(benchmark_script: Callable[[str], ModuleType]) -> Command:
     """The command; gives what it complains about, if anything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        main = importlib.import_module("quality_doc").main
+    main = benchmark_script("quality_doc").main
 
-        def run(*options: str) -> str | None:
-            try:
-                main(list(options))
-            except SystemExit as complaint:
-                return str(complaint)
-            return None
+    def run(*options: str) -> str | None:
+        try:
+            main(list(options))
+        except SystemExit as complaint:
+            return str(complaint)
+        return None
 
-        yield run
+    return run
 
 
 def test_the_page_and_its_plots_are_made_from_the_stored_results(made: Command) -> None:

@@ -1,6 +1,5 @@
 """docs/routing.md says what the stored results say."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def document(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("routing_doc")
+@pytest.fixture(scope="module")
+def document(benchmark_script):
+    return benchmark_script("routing_doc")
 
 
 def test_the_page_is_made_from_the_stored_results(document):

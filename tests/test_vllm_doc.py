@@ -1,18 +1,11 @@
 """docs/vllm.md says what the stored result says."""
 
-import importlib
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def doc():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("vllm_doc")
+def doc(benchmark_script):
+    return benchmark_script("vllm_doc")
 
 
 def test_the_page_is_made_from_the_stored_result(doc) -> None:

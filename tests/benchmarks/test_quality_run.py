@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,11 +19,9 @@ OPTIONS = ("frontier", "--experts", "math", "--questions", "20", "--fidelity-que
 
 
 @pytest.fixture(scope="module")
-def quality() -> Iterator[ModuleType]:
+def quality(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
     """The command's module, to run it without waiting for another Python."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("quality")
+    return benchmark_script("quality")
 
 
 @pytest.fixture(scope="module")

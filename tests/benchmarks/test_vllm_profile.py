@@ -1,18 +1,11 @@
 """What a trace says of a decode step."""
 
-import importlib
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def profile():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("vllm_profile")
+def profile(benchmark_script):
+    return benchmark_script("vllm_profile")
 
 
 def trace(steps: int, attention: str) -> list[dict]:
