@@ -35,12 +35,13 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 def measure(directory: Path, repeats: int) -> dict[str, float]:
     from meswitch.artifact import Artifact, ReadAhead
     from meswitch.experts.layout import Layout
+    from meswitch.pagelock import copy, page_locked
 
     artifact = Artifact.open(directory)
     names = list(artifact.manifest.tensors)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = Layout.of(artifact, kernel=True)
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    buffer = page_locked(layout.nbytes, device)
     slot = torch.empty_like(buffer, device=device)
 
     def ahead() -> None:
@@ -52,8 +53,9 @@ def measure(directory: Path, repeats: int) -> dict[str, float]:
         "gigabytes": layout.nbytes / 1e9,
         "read, one thread": seconds(lambda: [artifact.read(name) for name in names], repeats),
         "read ahead": seconds(ahead, repeats),
+        "page-lock": seconds(lambda: page_locked(layout.nbytes, device), 1),
         "read ahead and laid out": seconds(lambda: layout.fill(artifact, buffer, device), repeats),
-        "copy into a slot": seconds(lambda: slot.copy_(buffer, non_blocking=True), repeats),
+        "copy into a slot": seconds(lambda: copy(slot, buffer, non_blocking=True), repeats),
     }
     return {name: round(value, 4) for name, value in found.items()}
 

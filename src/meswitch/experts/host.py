@@ -10,6 +10,7 @@ from torch import Tensor
 from meswitch.artifact import Artifact
 from meswitch.errors import CapacityError
 from meswitch.experts.layout import Layout
+from meswitch.pagelock import page_locked
 from meswitch.units import format_bytes
 
 
@@ -44,7 +45,7 @@ class HostCache:
                 )
             while self.budget is not None and self.nbytes + layout.nbytes > self.budget:
                 self._buffers.popitem(last=False)
-            buffer = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            buffer = page_locked(layout.nbytes, self._device)
             layout.fill(artifact, buffer, self._device)
             self._buffers[name] = buffer
             return buffer

@@ -19,6 +19,7 @@ from meswitch.errors import CapacityError, UnknownExpertError
 from meswitch.experts.host import HostCache
 from meswitch.experts.layout import Layout
 from meswitch.experts.tables import SlotTables
+from meswitch.pagelock import copy
 from meswitch.units import format_bytes
 
 
@@ -182,10 +183,10 @@ class ExpertStore:
     def _load(self, name: str, index: int) -> Mapping[str, PackedDelta | Tensor]:
         started = time.perf_counter()
         layout, buffer = self.layouts[name], self._slots[index].buffer
-        source = self.host.get(name, self.artifacts[name], layout)
         # beside the computing stream: a step in flight does not use this slot
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            buffer[: layout.nbytes].copy_(source, non_blocking=True)
+            source = self.host.get(name, self.artifacts[name], layout)
+            copy(buffer[: layout.nbytes], source, non_blocking=True)
             if self.tables is not None:
                 self.tables.point(index, layout)
         if self._stream is not None:

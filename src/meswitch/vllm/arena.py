@@ -12,6 +12,7 @@ from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.errors import ConfigError
 from meswitch.ops.layout import ABSENT, Shape, padded_salient, salient_of_tiles
 from meswitch.ops.slots import SlotLinear, Variant
+from meswitch.pagelock import copy
 from meswitch.units import format_bytes
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM, Place
 from meswitch.vllm.shard import cut_group, joint_group, joint_shape
@@ -135,7 +136,8 @@ class Arena:
                 if layer.has_own is not None:
                     layer.has_own[slot] = False
             return
-        self.memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes].copy_(expert.buffer, non_blocking=True)
+        place = self.memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+        copy(place, expert.buffer, non_blocking=True)
         rows = [ABSENT] * len(expert.present)
         for layer in self.layers:
             if layer.shape is not None and expert.present[layer.index]:

@@ -10,6 +10,7 @@ from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import write_by
+from meswitch.pagelock import page_locked
 from meswitch.vllm.arena import Arena, Layer, Prepared, Rename
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM
 from meswitch.vllm.settings import KEY, Settings
@@ -80,8 +81,7 @@ def _prepare(
             f"{artifact.directory}: has {vocabulary - arena.base_vocabulary} tokens more than the base, the slots were "
             f"made for {max(0, arena.extra_rows)}: add it to additional_config.{KEY}.experts, or set extra_rows"
         )
-    pinned = arena.device.type == "cuda"
-    buffer = torch.empty(arena.slot_bytes, dtype=torch.uint8, pin_memory=pinned)  # what is absent is never read
+    buffer = page_locked(arena.slot_bytes, arena.device)  # what is absent is never read
     vectors = arena.base_vectors.clone()
     present = [False] * len(arena.tables)
     own: dict[str, Tensor] = {}
