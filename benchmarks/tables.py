@@ -64,7 +64,7 @@ def demo() -> str:
 
 def served() -> str:
     """Tokens a second in vLLM by the number of experts, and what their weights take."""
-    data, slot = load("vllm-h100.json"), load("cold-load-h100.json")["seconds"]["gigabytes"]
+    data, slot = load("vllm-h100.json"), load("cold-load-h200.json")["seconds"]["gigabytes"]
     whole = load("compress-memory-7b.json")["checkpoint_gb"]
     most = max(row["concurrency"] for row in data["rows"])
     rates = {(r["engine"], r["experts"]): r["output_throughput"] for r in data["rows"] if r["concurrency"] == most}

@@ -7,8 +7,10 @@ python benchmarks/vllm_doc.py --check    say so instead, and exit 1
 from generated import Data, arguments_of, stored, update, where_measured
 from markdown_tables import pipe
 
-SERVED, PROFILE = "vllm-h100.json", "vllm-profile-h100.json"
-PAUSES, STEPS = "vllm-cold-load-h100.json", "cold-load-h100.json"
+SERVED, OTHERS, RANKS = "vllm-h100.json", "vllm-others-h100.json", "vllm-h200-x2.json"
+PROFILE = "vllm-profile-h100.json"
+PAUSES, STEPS = "vllm-cold-load-h200.json", "cold-load-h200.json"
+RANKS_OPTION = "--tensor-parallel-size"
 NOT_YET = "Not measured yet: `python benchmarks/{}.py`."
 
 
@@ -70,7 +72,7 @@ def profile_table(data: Data) -> str:
 
 def _part_of(kernel: Data, layers: int) -> str:
     name, often = kernel["kernel"], kernel["a_step"] > layers / 2
-    if "attention" in name:
+    if "attention" in name or name == "reduce_segments":  # where it is cut along the context
         return "attention, a layer"
     if name.startswith(("nvjet", "fused_kernel", "decode_kernel", "void cublasLt")):
         return "linears, a layer" if often else "head"
@@ -87,7 +89,9 @@ def steps_table(seconds: Data) -> str:
 def _served(data: Data) -> str:
     settings = data["meta"]["settings"]
     lengths = f"{settings['input_len']} tokens in and {settings['output_len']} out, the prefix cache off; medians."
-    return f"{table(data['rows'])}\n\n{_about(data)}, {lengths} {where_measured(data['meta'])}"
+    words = settings["serve_args"]
+    ranks = f" {words[words.index(RANKS_OPTION) + 1]} ranks:" if RANKS_OPTION in words else ""
+    return f"{table(data['rows'])}\n\n{_about(data)}, {lengths}{ranks} {where_measured(data['meta'])}"
 
 
 def _profiled(data: Data) -> str:
@@ -115,6 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "vllm.md", arguments)
     wanted = {
         "measured": (SERVED, _served, "vllm"),
+        "others": (OTHERS, _served, "vllm"),
+        "ranks": (RANKS, _served, "vllm"),
         "profile": (PROFILE, _profiled, "vllm_profile"),
         "pauses": (PAUSES, _pauses, "vllm_cold_load"),
         "steps": (STEPS, _steps, "cold_load"),
