@@ -14,7 +14,7 @@ from torch import nn
 
 from meswitch.errors import ConfigError
 
-OLDEST, NEWEST = (0, 25), (0, 32)  # what the contract below was compared with
+OLDEST, NEWEST = (0, 25), (0, 33)  # what the contract below was compared with
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 
 
