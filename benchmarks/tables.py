@@ -67,11 +67,13 @@ def served() -> str:
     data, slot = load("vllm-h100.json"), load("cold-load-h200.json")["seconds"]["gigabytes"]
     whole = load("compress-memory-7b.json")["checkpoint_gb"]
     most = max(row["concurrency"] for row in data["rows"])
-    rates = {(r["engine"], r["experts"]): r["output_throughput"] for r in data["rows"] if r["concurrency"] == most}
+    measured = data["rows"] + [row for row in load("vllm-others-h100.json")["rows"] if row["engine"] == "swap"]
+    rates = {(r["engine"], r["experts"]): r["output_throughput"] for r in measured if r["concurrency"] == most}
     head = [
         "experts",
         "meswitch, tokens/s",
         "of the base alone",
+        "one expert at a time",
         "LoRA of rank 64, tokens/s",
         "weights, GB",
         "merged, GB",
@@ -81,6 +83,7 @@ def served() -> str:
             str(count),
             f"{rate:.0f}",
             f"{rate / rates['base', 0]:.2f}",
+            f"{rates['swap', count]:.0f}",
             f"{rates['lora-64', count]:.0f}",
             f"{whole + count * slot:.1f}",
             f"{count * whole:.1f}",
