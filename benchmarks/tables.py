@@ -73,7 +73,7 @@ def served() -> str:
         "experts",
         "meswitch, tokens/s",
         "of the base alone",
-        "one expert at a time",
+        "one expert at a time, tokens/s",
         "LoRA of rank 64, tokens/s",
         "weights, GB",
         "merged, GB",
