@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meswitch import pagelock
+from meswitch.errors import CapacityError
 from meswitch.pagelock import copy, page_locked
 
 MB = 1 << 20
@@ -46,6 +47,15 @@ def test_parts_of_locked_memory_go_to_a_gpu_and_back():
         copy(back, host[first:last], non_blocking=True)
         assert back.equal(source[first:last])
         assert host[first:last].equal(source[first:last].cpu())
+
+
+@needs_gpu
+def test_memory_that_cannot_be_locked_is_an_error_and_the_gpu_goes_on():
+    device = torch.device("cuda")
+    piece = page_locked(MB, device)
+    with pytest.raises(CapacityError, match="page-locked"):
+        pagelock._lock(piece, device)  # it is
+    assert torch.ones(3, device=device).sum().item() == 3
 
 
 @needs_gpu

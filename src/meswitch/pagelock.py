@@ -5,7 +5,9 @@ half a second a GB, and PyTorch keeps a power of two of bytes. Here the pages ar
 and then locked piece by piece. A copy must not span two pieces, hence `copy`.
 """
 
+import contextlib
 import mmap
+import sys
 import threading
 import time
 import weakref
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import CapacityError
-from meswitch.units import format_bytes
 
 _PIECE = 1 << 24  # bytes; pieces begin at multiples of it, so that a copy sees from its address where they do
 _PAUSE = 0.0005  # seconds after each, in which launches get the driver's lock
@@ -33,21 +34,18 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or not nbytes:
         return torch.empty(nbytes, dtype=torch.uint8)
+    if sys.platform != "linux":
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # not every kernel has them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, dtype=np.uint8)
     tensor = torch.from_numpy(array)  # holds the array
     locked: list[slice] = []
     weakref.finalize(array, _give_back, memory, tensor.data_ptr(), locked, device).atexit = False
     for part in _parts(tensor):
-        piece = tensor[part]
-        piece.zero_()  # the system gives the pages
-        error = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0)
-        if int(error):
-            raise CapacityError(
-                f"{format_bytes(nbytes)} of host memory for an expert could not be page-locked ({error}): keep fewer "
-                "experts in host memory, or allow the process more"
-            )
+        tensor[part].zero_()  # the system gives the pages
+        _lock(tensor[part], device)
         locked.append(part)
         time.sleep(_PAUSE)
     return tensor
@@ -70,6 +68,17 @@ def _parts(host: Tensor) -> Iterator[slice]:
         stop = min(end, start + _PIECE - (host.data_ptr() + start) % _PIECE)
         yield slice(start, stop)
         start = stop
+
+
+def _lock(piece: Tensor, device: torch.device) -> None:
+    error = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0)
+    if int(error):
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)  # CUDA reports the error once more, to the thread's next launch: this one
+        raise CapacityError(
+            f"host memory for an expert could not be page-locked ({error}): keep fewer experts in host memory, or "
+            "allow the process more"
+        )
 
 
 def _give_back(memory: mmap.mmap, address: int, locked: list[slice], device: torch.device) -> None:

@@ -35,7 +35,7 @@ def test_another_version_is_refused_only_where_something_is_missing(monkeypatch,
     assert "vLLM 0.40.0 has all that meswitch uses, but only 0.25 to 0.33 have been tried" in caplog.text
     monkeypatch.setattr(compat, "moved", lambda: ["vllm.a.b: gone (no module)"])
     with pytest.raises(
-        ConfigError, match=r"vLLM 0\.40\.0: meswitch knows 0\.25 to 0\.32; this one lacks:\n  vllm\.a\.b"
+        ConfigError, match=r"vLLM 0\.40\.0: meswitch knows 0\.25 to 0\.33; this one lacks:\n  vllm\.a\.b"
     ):
         compat.check()
 
