@@ -37,6 +37,7 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     if sys.platform != "linux":
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)  # or the device may go on with pages that a fork took from this process
     with contextlib.suppress(OSError):  # not every kernel has them
         memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, dtype=np.uint8)
