@@ -4,12 +4,16 @@
 
 A random artifact is written first, so its files are in the page cache: the disk's own time comes on top. "read" is
 `Artifact.read` for every tensor with its checksum, once in one thread and once read ahead; "lay out" is what reading
-into the kernels' layout takes more (on a GPU where there is one); "copy" is the one copy into a slot.
+into the kernels' layout takes more (on a GPU where there is one); "copy" is the one copy into a slot. Page-locked
+memory for it is ours, and as PyTorch's allocator gives it. On a GPU each step is taken a second time while another
+thread launches kernel after kernel, as decoding does: the longest that it waits for one.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +36,33 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return min(taken)
 
 
-def measure(directory: Path, repeats: int) -> dict[str, float]:
+def longest_wait(work: Callable[[], object]) -> float:
+    """The longest time between two kernels of another thread meanwhile, in ms."""
+    times, done = list[float](), threading.Event()
+
+    def launches() -> None:
+        small = torch.zeros(1, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not done.is_set():
+                small.add_(1)
+                torch.cuda.current_stream().synchronize()
+                times.append(time.perf_counter())
+
+    thread = threading.Thread(target=launches)
+    thread.start()
+    while len(times) < 100:
+        time.sleep(0.01)
+    first = len(times)
+    try:
+        work()
+        torch.cuda.synchronize()
+    finally:
+        done.set()
+        thread.join()
+    return max(b - a for a, b in itertools.pairwise(times[first - 1 :])) * 1e3
+
+
+def measure(directory: Path, repeats: int) -> dict[str, dict[str, float]]:
     from meswitch.artifact import Artifact, ReadAhead
     from meswitch.experts.layout import Layout
     from meswitch.pagelock import copy, page_locked
@@ -49,15 +79,26 @@ def measure(directory: Path, repeats: int) -> dict[str, float]:
             for name in names:
                 reader.read(name)
 
-    found = {
-        "gigabytes": layout.nbytes / 1e9,
-        "read, one thread": seconds(lambda: [artifact.read(name) for name in names], repeats),
-        "read ahead": seconds(ahead, repeats),
-        "page-lock": seconds(lambda: page_locked(layout.nbytes, device), 1),
-        "read ahead and laid out": seconds(lambda: layout.fill(artifact, buffer, device), repeats),
-        "copy into a slot": seconds(lambda: copy(slot, buffer, non_blocking=True), repeats),
+    steps: dict[str, tuple[Callable[[], object], int]] = {
+        "read, one thread": (lambda: [artifact.read(name) for name in names], repeats),
+        "read ahead": (ahead, repeats),
+        "page-lock": (lambda: page_locked(layout.nbytes, device), 1),
+        "page-lock, PyTorch": (lambda: torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=True), 1),
+        "read ahead and laid out": (lambda: layout.fill(artifact, buffer, device), repeats),
+        "copy into a slot": (lambda: copy(slot, buffer, non_blocking=True), repeats),
     }
-    return {name: round(value, 4) for name, value in found.items()}
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        del steps["page-lock"], steps["page-lock, PyTorch"]
+    taken = {name: seconds(work, times) for name, (work, times) in steps.items()}
+    waits = {}
+    if on_gpu:
+        torch._C._host_emptyCache()  # or PyTorch gives the second time what it locked the first
+        waits = {name: longest_wait(work) for name, (work, _) in steps.items()}
+    return {
+        "seconds": {"gigabytes": round(layout.nbytes / 1e9, 4)} | {n: round(value, 4) for n, value in taken.items()},
+        "waits_ms": {name: round(value, 1) for name, value in waits.items()},
+    }
 
 
 def main() -> None:
@@ -73,11 +114,11 @@ def main() -> None:
         base = write_config(Path(scratch) / "base", options.model)
         found = measure(write_artifact(base, Path(scratch) / "delta", options.bits), options.repeat)
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{found['gigabytes']:.2f} GB in a slot, {card}\n\n{steps_table(found)}")
+    print(f"{found['seconds']['gigabytes']:.2f} GB in a slot, {card}\n\n{steps_table(found)}")
     if options.out:
         meta = {"card": card, "date": time.strftime("%Y-%m-%d"), "versions": {"torch": torch.__version__}}
         settings = {"model": options.model, "layers": options.layers, "bits": options.bits}
-        options.out.write_text(json.dumps({"meta": meta | {"settings": settings}, "seconds": found}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"meta": meta | {"settings": settings}} | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -79,11 +79,18 @@ def _part_of(kernel: Data, layers: int) -> str:
     return "norms and the rest, a layer" if often else "sampling and the rest"
 
 
-def steps_table(seconds: Data) -> str:
-    """Of `cold_load.py`."""
-    size = seconds["gigabytes"]
-    steps = [(name, value) for name, value in seconds.items() if name != "gigabytes"]
-    return pipe(["step", "s", "GB/s"], *([name, f"{value:.2f}", f"{size / value:.1f}"] for name, value in steps))
+def steps_table(data: Data) -> str:
+    """Of `cold_load.py`. Waits are those of launches by another thread; without a GPU there are none."""
+    size, waits = data["seconds"]["gigabytes"], data.get("waits_ms", {})
+    steps = [(name, value) for name, value in data["seconds"].items() if name != "gigabytes"]
+    head = ["step", "s", "GB/s", *(["launches wait, ms"] if waits else [])]
+    return pipe(
+        head,
+        *(
+            [name, f"{value:.2f}", f"{size / value:.1f}", *([f"{waits[name]:.1f}"] if waits else [])]
+            for name, value in steps
+        ),
+    )
 
 
 def _served(data: Data) -> str:
@@ -107,7 +114,7 @@ def _pauses(data: Data) -> str:
 
 def _steps(data: Data) -> str:
     size = data["seconds"]["gigabytes"]
-    return f"{steps_table(data['seconds'])}\n\n{_about(data)}, {size:.2f} GB in a slot. {where_measured(data['meta'])}"
+    return f"{steps_table(data)}\n\n{_about(data)}, {size:.2f} GB in a slot. {where_measured(data['meta'])}"
 
 
 def _about(data: Data) -> str:

@@ -37,3 +37,12 @@ def test_a_profiled_step_is_accounted_for(doc) -> None:
     assert shown["head"] == 60.0
     layers = sum(value for name, value in shown.items() if "a layer" in name)
     assert 2 * layers + sum(value for name, value in shown.items() if "a layer" not in name) == pytest.approx(320.0)
+
+
+def test_waits_are_shown_where_there_were_launches_to_wait(doc) -> None:
+    steps = {"seconds": {"gigabytes": 2.0, "page-lock": 0.5}}
+    assert doc.steps_table(steps).splitlines()[-1] == "| page-lock | 0.50 | 4.0 |"
+    assert (
+        doc.steps_table(steps | {"waits_ms": {"page-lock": 3.04}}).splitlines()[-1]
+        == "| page-lock | 0.50 | 4.0 | 3.0 |"
+    )
