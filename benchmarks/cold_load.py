@@ -69,32 +69,31 @@ def measure(directory: Path, repeats: int) -> dict[str, dict[str, float]]:
 
     artifact = Artifact.open(directory)
     names = list(artifact.manifest.tensors)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     layout = Layout.of(artifact, kernel=True)
     buffer = page_locked(layout.nbytes, device)
     slot = torch.empty_like(buffer, device=device)
+    held = list[torch.Tensor]()  # to the end: what is let go of is unlocked in the background, of the next step's time
 
     def ahead() -> None:
         with ReadAhead(artifact, names) as reader:
             for name in names:
                 reader.read(name)
 
-    steps: dict[str, tuple[Callable[[], object], int]] = {
-        "read, one thread": (lambda: [artifact.read(name) for name in names], repeats),
-        "read ahead": (ahead, repeats),
-        "page-lock": (lambda: page_locked(layout.nbytes, device), 1),
-        "page-lock, PyTorch": (lambda: torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=True), 1),
-        "read ahead and laid out": (lambda: layout.fill(artifact, buffer, device), repeats),
-        "copy into a slot": (lambda: copy(slot, buffer, non_blocking=True), repeats),
+    locking: dict[str, Callable[[], object]] = {
+        "page-lock": lambda: held.append(page_locked(layout.nbytes, device)),
+        "page-lock, PyTorch": lambda: held.append(torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=True)),
     }
-    on_gpu = device.type == "cuda"
-    if not on_gpu:
-        del steps["page-lock"], steps["page-lock, PyTorch"]
-    taken = {name: seconds(work, times) for name, (work, times) in steps.items()}
-    waits = {}
-    if on_gpu:
-        torch._C._host_emptyCache()  # or PyTorch gives the second time what it locked the first
-        waits = {name: longest_wait(work) for name, (work, _) in steps.items()}
+    steps: dict[str, Callable[[], object]] = {
+        "read, one thread": lambda: [artifact.read(name) for name in names],
+        "read ahead": ahead,
+        **(locking if on_gpu else {}),
+        "read ahead and laid out": lambda: layout.fill(artifact, buffer, device),
+        "copy into a slot": lambda: copy(slot, buffer, non_blocking=True),
+    }
+    taken = {name: seconds(work, 1 if name in locking else repeats) for name, work in steps.items()}
+    waits = {name: longest_wait(work) for name, work in steps.items()} if on_gpu else {}
     return {
         "seconds": {"gigabytes": round(layout.nbytes / 1e9, 4)} | {n: round(value, 4) for n, value in taken.items()},
         "waits_ms": {name: round(value, 1) for name, value in waits.items()},

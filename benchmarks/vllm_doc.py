@@ -82,15 +82,15 @@ def _part_of(kernel: Data, layers: int) -> str:
 def steps_table(data: Data) -> str:
     """Of `cold_load.py`. Waits are those of launches by another thread; without a GPU there are none."""
     size, waits = data["seconds"]["gigabytes"], data.get("waits_ms", {})
-    steps = [(name, value) for name, value in data["seconds"].items() if name != "gigabytes"]
-    head = ["step", "s", "GB/s", *(["launches wait, ms"] if waits else [])]
-    return pipe(
-        head,
-        *(
-            [name, f"{value:.2f}", f"{size / value:.1f}", *([f"{waits[name]:.1f}"] if waits else [])]
-            for name, value in steps
-        ),
-    )
+    head, rows = ["step", "s", "GB/s"], []
+    for name, value in data["seconds"].items():
+        if name != "gigabytes":
+            rows.append([name, f"{value:.2f}", f"{size / value:.1f}"])
+    if waits:
+        head.append("launches wait, ms")
+        for row in rows:
+            row.append(f"{waits[row[0]]:.1f}")
+    return pipe(head, *rows)
 
 
 def _served(data: Data) -> str:
