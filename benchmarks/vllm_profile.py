@@ -107,7 +107,6 @@ def main() -> None:
     if options.out:
         from vllm import about  # the benchmark beside this file
 
-        del options.only
         options.base = None
         options.out.write_text(json.dumps({"meta": about(options), "rows": rows}, indent=1) + "\n")
 
