@@ -92,7 +92,8 @@ def served() -> str:
         if engine == "meswitch" and count
     ]
     settings = data["meta"]["settings"]
-    note = f"{settings['input_len']} tokens in, {settings['output_len']} out. {where_measured(data['meta'])}"
+    lengths = f"{settings['input_len']} tokens in, {settings['output_len']} out; one expert at a time in another run."
+    note = f"{lengths} {where_measured(data['meta'])}"
     return f"{pipe(head, *rows)}\n\n{note}"
 
 
