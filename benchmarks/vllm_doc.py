@@ -81,7 +81,7 @@ def _part_of(kernel: Data, layers: int) -> str:
 
 def steps_table(data: Data) -> str:
     """Of `cold_load.py`. Waits are those of launches by another thread; without a GPU there are none."""
-    size, waits = data["seconds"]["gigabytes"], data.get("waits_ms", {})
+    size, waits = data["seconds"]["gigabytes"], data["waits_ms"]
     head, rows = ["step", "s", "GB/s"], []
     for name, value in data["seconds"].items():
         if name != "gigabytes":

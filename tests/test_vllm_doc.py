@@ -40,7 +40,7 @@ def test_a_profiled_step_is_accounted_for(doc) -> None:
 
 
 def test_waits_are_shown_where_there_were_launches_to_wait(doc) -> None:
-    steps = {"seconds": {"gigabytes": 2.0, "page-lock": 0.5}}
+    steps = {"seconds": {"gigabytes": 2.0, "page-lock": 0.5}, "waits_ms": {}}
     assert doc.steps_table(steps).splitlines()[-1] == "| page-lock | 0.50 | 4.0 |"
     assert (
         doc.steps_table(steps | {"waits_ms": {"page-lock": 3.04}}).splitlines()[-1]
