@@ -21,9 +21,7 @@ import triton
 
 import ops_check
 import ops_decode
-import ops_models
 import ops_prefill
-import ops_sweep
 from meswitch.ops.ahead import compile_ahead
 from ops_timing import copy_gb_s, read_gb_s
 
@@ -33,7 +31,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--workers", type=int, default=15, help="threads that compile")
     parser.add_argument("--check-only", action="store_true", help="numbers, no timings")
-    parser.add_argument("--sweep", action="store_true", help="also the fused kernel with other items than it chooses")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--no-decode", action="store_true", help="prefill only")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further decode point starts")
@@ -52,8 +49,6 @@ def main() -> None:
     wanted = [ops_check.wanted(case) for case in ops_check.cases()]
     if not args.check_only and not args.no_decode:
         wanted += ops_decode.wanted()
-    if args.sweep:
-        wanted += ops_sweep.wanted("mistral-7b")
     if prefill:
         wanted += ops_prefill.wanted()
     print(f"{compile_ahead(wanted, args.workers)} kernels compiled", flush=True)
@@ -80,10 +75,6 @@ def main() -> None:
             if elapsed() < args.budget:
                 result["decode"].append(ops_decode.point(model, batch, experts, spread, copy))
         stage(f"{name} at {bits} bits")
-        if args.sweep and (name, bits) == ("mistral-7b", 2):
-            own = model.layers[: len(ops_models.MODELS[name][1]) * ops_decode.DEPTH]
-            result["sweep"] = ops_sweep.sweep(name, own, copy)
-            stage("swept")
     model = None
     torch.cuda.empty_cache()
     result["prefill"] = ops_prefill.prefill(copy) if prefill else []

@@ -1,4 +1,4 @@
-"""Fill the tables and plots of docs/kernels.md from the results of `ops.py` and `ops_peers.py`.
+"""Fill the tables and plots of docs/kernels.md from the results of `ops.py`, `ops_sweep.py` and `ops_peers.py`.
 
 python benchmarks/ops_doc.py            rewrite what is out of date
 python benchmarks/ops_doc.py --check    say so instead, and exit 1
@@ -11,7 +11,7 @@ import ops_peers_doc
 from generated import Data, Plot, arguments_of, legend, stored, update
 from markdown_tables import pipe
 
-FILE = "ops-h100.json"
+FILE, SWEEP = "ops-h100.json", "ops-sweep-h100.json"
 NOT_YET = "Not measured yet: `python benchmarks/ops.py`."
 Rows = list[dict[str, Any]]
 
@@ -82,21 +82,26 @@ def widths(data: Data) -> str:
 
 
 def items(data: Data) -> str:
-    """What the rule of `choose_fused` costs against the best items of each linear and step."""
-    rows = data.get("sweep", [])
-    if not rows:
-        return NOT_YET
+    """What choosing by tables costs against the best items of each linear and step: sums over a layer."""
     steps: dict[tuple, list[float]] = {}
-    for row in rows:
-        sums = steps.setdefault((row["batch"], row["experts"], row["spread"]), [0.0, 0.0, 0.0])
-        for i, name in enumerate(("floor_us", "chosen_us", "best_us")):
-            sums[i] += row[name]
-    head = ["tokens", "experts", "spread", "chosen, of the floor", "best, of the floor"]
-    cells = [
-        [str(batch), str(experts), kind, f"{chosen / floor:.2f}", f"{best / floor:.2f}"]
-        for (batch, experts, kind), (floor, chosen, best) in steps.items()
+    for row in data["sweep"]:
+        sums = steps.setdefault((row["model"], row["batch"], row["experts"], row["spread"]), [0.0, 0.0])
+        sums[0] += row["floor_us"]
+        sums[1] += max(0.0, row["slower_us"])  # the chosen items are measured twice where they are the best
+    head = [
+        "model",
+        "tokens",
+        "experts",
+        "spread",
+        "floor, us a layer",
+        "slower than the best items, us",
+        "of the floor",
     ]
-    return pipe(head, *cells)
+    cells = [
+        [model, str(batch), str(experts), kind, f"{floor:.0f}", f"{slower:.1f}", f"{slower / floor:.0%}"]
+        for (model, batch, experts, kind), (floor, slower) in steps.items()
+    ]
+    return f"{pipe(head, *cells)}\n\n{said(data)}"
 
 
 def prefill(data: Data) -> str:
@@ -233,17 +238,23 @@ def _grid(axis: Any, experts: Iterable[int]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "kernels.md", arguments)
-    data = stored(FILE)
-    if data is None:
-        raise SystemExit(f"benchmarks/results/{FILE}: no such file; run `python benchmarks/ops.py` on a GPU")
-    makers = {"decode": decode, "spreads": spreads, "widths": widths, "items": items, "prefill": prefill}
+    data, swept = _stored(FILE, "ops.py"), _stored(SWEEP, "ops_sweep.py")
+    makers = {"decode": decode, "spreads": spreads, "widths": widths, "prefill": prefill}
     places = {name: make(data) for name, make in [*makers.items(), ("checks", checks)]}
+    places["items"] = items(swept)
     places["peers"] = ops_peers_doc.peers(stored(ops_peers_doc.FILE))
     plots = {
         "floor": Plot(floor_data(data), draw_floor, "Time of a decode step over the floor"),
         "step": Plot(step_data(data), draw_step, "A decode step of 32 tokens"),
     }
     update(options.doc, "benchmarks/ops_doc.py", places, plots, check=options.check, redraw=options.redraw)
+
+
+def _stored(file: str, script: str) -> Data:
+    data = stored(file)
+    if data is None:
+        raise SystemExit(f"benchmarks/results/{file}: no such file; run `python benchmarks/{script}` on a GPU")
+    return data
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from meswitch.ops.routing import MAX_TOKENS, PIECE
 _T = TypeVar("_T")
 MOST_PIECES = 2 * MAX_TOKENS  # more of them choose no other items
 _PROGRAMS = 132 * 6  # enough for every multiprocessor of an H100 to have its share of loads in flight
-_LEAST_CHANNELS = 1024  # of one program: less does not pay for its start
+_LEAST_CHANNELS = 1024  # of one program of the decode kernel: less does not pay for its start
+_LEAST_OF_ITEM = 512  # channels of an item of the fused kernel
 _FEW_WAVES = 3  # of a launch whose last programs are split: in more, those that are left over weigh little
 _TAIL_SPLIT = 4
-WIDE_ROWS, _MORE_ROWS, _LONG_CHANNELS = 240 * 64, 5120, 8192  # more than these
+WIDE_ROWS, _BROAD_ROWS, _MORE_ROWS, _LONG_CHANNELS = 20480, 8192, 5120, 8192  # more than these
+_NARROW_CHANNELS, _SLIM_ROWS = 4096, 4096  # fewer than these
 
 
 class _Items(NamedTuple):
@@ -29,8 +31,9 @@ class _Items(NamedTuple):
     every: int = 1
 
 
-# What `benchmarks/ops_sweep.py` found best on an H100: for linears of few rows, of more, of long rows and of so many
-# rows that they fill the chip unsplit, by the most tokens and then the most likely pieces of a step.
+# What `benchmarks/ops_sweep.py` found best on an H100, by the most tokens and then the most likely pieces of a step:
+# for linears of few rows, of more, of long rows, of so many rows that they fill the chip unsplit; and, as small models
+# have them or parts of a model on several GPUs, of short rows, of very few rows, of many rows but not that many.
 _Table = dict[int, dict[int, _Items]]
 _FEW: _Table = {
     16: {
@@ -94,7 +97,47 @@ _WIDE: _Table = {
     },
     64: {MOST_PIECES: _Items(128, 64, 2, 1, 1, 0.75)},
 }
-_MOST_BASE_ITEMS = 400  # of a linear that is not wide: more are not worth their sums
+_NARROW: _Table = {
+    16: {
+        2: _Items(64, 128, 3, 4, 4, 0.5),
+        8: _Items(64, 128, 3, 3, 2),
+        MOST_PIECES: _Items(128, 64, 2, 2, 1),
+    },
+    32: {
+        6: _Items(64, 64, 3, 2, 2),
+        12: _Items(64, 128, 3, 2, 1),
+        MOST_PIECES: _Items(128, 64, 2, 2, 1),
+    },
+    64: _FEW[64],
+}
+_SLIM: _Table = {
+    16: {
+        6: _Items(128, 64, 3, 3, 4),
+        8: _Items(64, 128, 3, 4, 2),
+        MOST_PIECES: _Items(128, 64, 2, 2, 1),
+    },
+    32: {
+        6: _Items(128, 64, 3, 3, 4),
+        12: _Items(64, 64, 3, 3, 2),
+        MOST_PIECES: _Items(128, 64, 2, 2, 1),
+    },
+    64: _FEW[64],
+}
+_BROAD: _Table = {
+    16: {
+        2: _Items(128, 64, 2, 2, 1, 0.5),
+        6: _Items(128, 64, 2, 1, 1, 0.5),
+        12: _Items(128, 64, 3, 1, 1),
+        MOST_PIECES: _Items(128, 64, 2, 1, 1),
+    },
+    32: {
+        6: _Items(128, 64, 2, 1, 1, 0.5),
+        12: _Items(128, 64, 2, 2, 1),
+        MOST_PIECES: _Items(128, 64, 2, 1, 1, 0.75),
+    },
+    64: _WIDE[64],
+}
+_MOST_BASE_ITEMS = 400  # of a linear of few rows: more are not worth their sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +192,29 @@ def choose_fused(rows: int, in_features: int, pieces: int, columns: int, planes:
 
     planes: of the deltas, see `Variant.planes`. The items of more than one take so long that they start first.
     """
-    wide = rows > WIDE_ROWS
-    table = _WIDE if wide else _LONG if in_features > _LONG_CHANNELS else _MORE if rows > _MORE_ROWS else _FEW
+    table = _table_of(rows, in_features)
     items = _for(min(pieces, MOST_PIECES), _for(columns, table))
     if planes > 1:
         items = items._replace(channels=128, rows=64, stages=2, before=1.0, every=1)
     channels, base_rows, stages, parts, splits, before, every = items
-    parts = min(parts, max(1, in_features // 512))
-    if not wide:
+    parts = min(parts, max(1, in_features // _LEAST_OF_ITEM))
+    if rows <= _BROAD_ROWS:
         parts = min(parts, max(1, _MOST_BASE_ITEMS // math.ceil(rows / base_rows)))
-    while splits > 1 and in_features // splits < _LEAST_CHANNELS:
+    while splits > 1 and in_features // splits < _LEAST_OF_ITEM:
         splits //= 2
     return FusedConfig(Config(128, PIECE, splits), columns, parts, channels, base_rows, stages, before, every)
+
+
+def _table_of(rows: int, in_features: int) -> _Table:
+    if rows > _BROAD_ROWS:
+        return _WIDE if rows > WIDE_ROWS else _BROAD
+    if in_features < _NARROW_CHANNELS:
+        return _NARROW
+    if rows < _SLIM_ROWS:
+        return _SLIM
+    if in_features > _LONG_CHANNELS:
+        return _LONG
+    return _MORE if rows > _MORE_ROWS else _FEW
 
 
 def _for(count: int, table: dict[int, _T]) -> _T:
