@@ -76,6 +76,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: no config.json; a checkpoint needs one")
         return AutoConfig.from_pretrained(self.directory)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its linear layers hold something else than weights, as the configuration says."""
+        return getattr(self.config, "quantization_config", None) is not None
+
     @cached_property
     def aliases(self) -> Mapping[str, str]:
         """Names that are not stored because they are tied: `lm_head.weight` -> the embedding, where it is so."""

@@ -166,6 +166,16 @@ def test_a_config_field_that_changes_the_computation_is_named(pair, tmp_path):
         meswitch.compress(base, expert, tmp_path / "delta")
 
 
+@pytest.mark.parametrize("quantised", [("base", "expert"), ("expert",)], ids=["both", "expert"])
+def test_a_quantised_checkpoint_is_named(pair, tmp_path, quantised):
+    base, expert = pair()
+    for checkpoint in (base, expert):
+        if checkpoint.name in quantised:
+            edit_config(checkpoint, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(IncompatibleError, match=rf"{quantised[0]}/config\.json: quantization_config: .* 16 bit"):
+        meswitch.compress(base, expert, tmp_path / "delta")
+
+
 def test_another_rope_base_is_named(pair, tmp_path):
     base, expert = pair()
     edit_config(expert, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})

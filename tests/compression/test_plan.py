@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -16,6 +17,7 @@ from meswitch.compression.plan import Memory, kv_bytes
 from meswitch.errors import CheckpointError, ConfigError, IncompatibleError
 from meswitch.experts.layout import Layout
 
+WEIGHTS = "model.safetensors"
 SETTINGS = {
     "default": {},
     "one bit, a scale a row": {"bits": 1, "group_size": None},
@@ -93,6 +95,18 @@ def test_a_configuration_lays_out_what_the_checkpoint_holds(pair, tmp_path):
         checkpoint = Checkpoint.open(expert)
         assert shapes(found) == shapes(checkpoint)
         assert found.aliases == checkpoint.aliases
+
+
+def test_a_quantised_checkpoint_is_laid_out_as_it_was_before(pair):
+    base, expert = pair()
+    wanted = shapes(outline(base))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    packed = {name.replace(".weight", ".qweight"): t.to(torch.int32) for name, t in load_file(base / WEIGHTS).items()}
+    save_file(packed, base / WEIGHTS)
+    assert shapes(outline(base, unquantised=True)) == wanted
+    assert shapes(outline(base)) != wanted
+    assert not outline(expert, unquantised=True).is_quantised
 
 
 def shapes(checkpoint):

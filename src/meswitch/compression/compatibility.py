@@ -45,11 +45,17 @@ def changes_computation(field: str) -> bool:
 
 
 def check_same_computation(base: Checkpoint, expert: Checkpoint) -> None:
-    """Refuse a pair whose configurations compute different things.
+    """Refuse a pair whose configurations compute different things, or whose weights are not there as numbers.
 
     Raises:
         IncompatibleError: naming the field and both values.
     """
+    for checkpoint in (base, expert):
+        if checkpoint.is_quantised:
+            raise IncompatibleError(
+                f"{checkpoint.directory}/config.json: quantization_config: a delta is taken between weights; give the "
+                "checkpoint in 16 bit that this was made from"
+            )
     differences = config_differences(base.config, expert.config)
     for field, (ours, theirs) in sorted(differences.items(), key=lambda item: item[0] != "model_type"):
         if changes_computation(field):

@@ -70,13 +70,14 @@ class Memory:
         return None if self.limit is None else max(0, self.limit - self.kv) // max(1, self.full)
 
 
-def outline(source: str | Path, *, vocab_size: int | None = None) -> Checkpoint:
+def outline(source: str | Path, *, vocab_size: int | None = None, unquantised: bool = False) -> Checkpoint:
     """The tensors of a model, by shape and dtype.
 
     Args:
         source: a directory with weights (their headers are read), a directory or file with a configuration, or a hub
             id (only its configuration is fetched): then transformers lays the model out without memory.
-        vocab_size: rows of embedding and head instead of the configuration's.
+        vocab_size: rows of embedding and head instead of the configuration's. unquantised: as the checkpoint was before
+            it was quantised, if it is.
 
     Raises:
         CheckpointError: no configuration there, or one that transformers has no causal language model for.
@@ -85,6 +86,8 @@ def outline(source: str | Path, *, vocab_size: int | None = None) -> Checkpoint:
     path = Path(source)
     has_weights = any((path / name).is_file() for name in _WEIGHTS)
     found = Checkpoint.open(path) if has_weights else _from_config(source)
+    if unquantised and found.is_quantised:
+        found = _from_config(source, unquantised=True)
     return found if vocab_size is None else _with_vocabulary(found, vocab_size)
 
 
@@ -163,7 +166,7 @@ def _entry(name: str, info: TensorInfo, base: Checkpoint, options: Options, chan
     return Entry(kind, role, info.shape, stored, None, bits, group_size)
 
 
-def _from_config(source: str | Path) -> Outline:
+def _from_config(source: str | Path, *, unquantised: bool = False) -> Outline:
     """The layout of a model from its configuration, under the names that a saved checkpoint has."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
@@ -175,6 +178,8 @@ def _from_config(source: str | Path) -> Outline:
         raise CheckpointError(f"{source}: no such file or directory; give a config.json, a checkpoint or a hub id")
     try:
         config = AutoConfig.from_pretrained(source)
+        if unquantised:
+            del config.quantization_config
         dtype = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
