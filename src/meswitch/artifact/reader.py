@@ -231,9 +231,12 @@ class Artifact:
                     )
         found = known or fingerprint(base)
         if found != wanted.fingerprint:
+            fix = "use that base or compress again"
+            if base.is_quantised:
+                fix = "use that base in 16 bit, or serve the quantised one with vLLM (`meswitch serve --engine vllm`)"
             raise IncompatibleError(
                 f"{base.directory}: its fingerprint {found[15:27]}… is not the {wanted.fingerprint[15:27]}… of "
-                f"{wanted.name!r}, against which {self.directory} was compressed; use that base or compress again"
+                f"{wanted.name!r}, against which {self.directory} was compressed; {fix}"
             )
 
 

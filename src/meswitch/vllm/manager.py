@@ -15,14 +15,14 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, replace_submodule
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from meswitch.artifact import Artifact, fingerprint
+from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
-from meswitch.checkpoint import Checkpoint
 from meswitch.errors import ConfigError, MeswitchError
 from meswitch.ops.routing import BASE
 from meswitch.vllm import compat, delta_op, layers
 from meswitch.vllm.arena import Arena, Prepared
 from meswitch.vllm.background import READY, Background, Source
+from meswitch.vllm.base import Base
 from meswitch.vllm.places import places
 from meswitch.vllm.prepare import prepare
 from meswitch.vllm.settings import KEY, Settings
@@ -57,14 +57,13 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         self._spare = 0
         super().__init__(model, *args, **kwargs)
         self.rename = compat.renamer(model)
-        self._source = config.model_config.model
-        self._fingerprint: str | None = None
+        self._served = Base(config.model_config.model)
         self._caches_prompts = bool(config.cache_config.enable_prefix_caching)
         self.names: dict[str, tuple[Path, str]] = {}  # of all that was ever loaded, as `check_name` takes them
         found = list(places(model, self.packed_modules_mapping))
         self.arena = Arena(
             found,
-            self.settings.models(self._source),
+            self.settings.models(self._served.source),
             self.rename,
             slots=self.lora_slots,
             device=self.device,
@@ -84,7 +83,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         self.background = Background(self.read, self.device)
         self._elsewhere = compat.missing_modules(model)
         graphs = config.compilation_config.cudagraph_capture_sizes or []
-        warm(self.arena, graphs, self.max_num_batched_tokens, specialized)
+        warm(self.arena, config.model_config.dtype, graphs, self.max_num_batched_tokens, specialized)
         log.info("meswitch: %s for deltas", self.arena.describe())
 
     def read(self, directory: Path) -> Prepared:
@@ -92,9 +91,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         started = time.monotonic()
         artifact = Artifact.open(directory)
         if self.settings.check_base:
-            base = Checkpoint.open(self._source)
-            self._fingerprint = self._fingerprint or fingerprint(base)
-            artifact.check_base(base, known=self._fingerprint)
+            self._served.check(artifact)
         assert self.arena is not None
         prepared = prepare(artifact, self.arena, self.rename, self.settings, self._elsewhere)
         log.info("meswitch: %s read in %.1f s", directory.name, time.monotonic() - started)

@@ -13,10 +13,10 @@ from pathlib import Path
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-from meswitch.artifact import Artifact, fingerprint
+from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
-from meswitch.checkpoint import Checkpoint
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
+from meswitch.vllm.base import Base
 from meswitch.vllm.settings import DIRECTORY_VARIABLE
 
 NAME = "meswitch"
@@ -43,7 +43,7 @@ class DeltaResolver(LoRAResolver):
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.resolve()
-        self._fingerprints: dict[str, str] = {}
+        self._bases: dict[str, Base] = {}
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The artifact of that name, or None where there is none: another resolver may know it.
@@ -84,10 +84,8 @@ class DeltaResolver(LoRAResolver):
                 "server with the directory that holds it"
             )
         artifact = Artifact.open(directory)
-        checkpoint = Checkpoint.open(base)
-        known = self._fingerprints.get(base) or self._fingerprints.setdefault(base, fingerprint(checkpoint))
         try:
-            artifact.check_base(checkpoint, known=known)
+            self._bases.setdefault(base, Base(base)).check(artifact)
         except IncompatibleError as error:
             raise IncompatibleError(f"{directory / MANIFEST_NAME}: base.fingerprint: {error}") from None
         return directory

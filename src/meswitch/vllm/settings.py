@@ -76,6 +76,6 @@ class Settings:
         from meswitch.compression.options import Options
         from meswitch.compression.plan import outline, predict
 
-        shape = outline(base)
+        shape = outline(base, unquantised=True)
         group = self.group_size or None
         return [predict(shape, shape, Options(bits=self.bits, group_size=group, salient=self.salient))]

@@ -17,12 +17,12 @@ from meswitch.vllm.step import step_sizes
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 
 
-def warm(arena: Arena, rows: Sequence[int], most_tokens: int, specialized: bool) -> None:
+def warm(arena: Arena, dtype: torch.dtype, rows: Sequence[int], most_tokens: int, specialized: bool) -> None:
     """Compile what the layers of an arena on a GPU launch.
 
     Args:
-        rows: of the steps that graphs hold, none if there are no graphs. most_tokens: of any step. specialized: see
-            `step.Side`.
+        dtype: of the activations. rows: of the steps that graphs hold, none if there are no graphs. most_tokens: of any
+            step. specialized: see `step.Side`.
     """
     if arena.device.type != "cuda":
         return
@@ -30,18 +30,19 @@ def warm(arena: Arena, rows: Sequence[int], most_tokens: int, specialized: bool)
     small = [count for count in rows if count <= MAX_TOKENS] or list(range(1, MAX_TOKENS + 1))
     with torch.cuda.device(arena.device):
         count = compile_ahead(
-            job for layer in arena.layers for job in _jobs(layer, arena.count, small, most_tokens, specialized)
+            job for layer in arena.layers for job in _jobs(layer, arena.count, dtype, small, most_tokens, specialized)
         )
     log.info("meswitch: %d kernels ready in %.1f s", count, time.monotonic() - started)
 
 
-def _jobs(layer: Layer, slots: int, rows: Sequence[int], most_tokens: int, specialized: bool) -> Iterator[Job]:
+def _jobs(
+    layer: Layer, slots: int, dtype: torch.dtype, rows: Sequence[int], most_tokens: int, specialized: bool
+) -> Iterator[Job]:
     place, linear = layer.place, layer.slots
-    weight = getattr(place.module, "weight", None)
-    if linear is None or weight is None or weight.dtype not in KERNEL_DTYPES:
+    if linear is None or dtype not in KERNEL_DTYPES:
         return
     method = place.module.quant_method
-    about = linear.rows, linear.in_features, linear.variant, weight.dtype
+    about = linear.rows, linear.in_features, linear.variant, dtype
     if isinstance(method, DeltaMethod) and method.fused:
         bias = getattr(place.module, "bias", None) is not None
         counts = range(1, slots + 1) if specialized else [slots]

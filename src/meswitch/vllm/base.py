@@ -1,0 +1,56 @@
+"""Whether an artifact belongs to the base that vLLM serves, which may be quantised."""
+
+import hashlib
+
+import torch
+
+from meswitch.artifact import Artifact, fingerprint
+from meswitch.checkpoint import Checkpoint
+from meswitch.errors import IncompatibleError
+
+_WHOLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Base:
+    """The base of one server. source: its directory or hub id, as vLLM was started with."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._fingerprint: str | None = None
+        self._sums: dict[str, str] = {}
+
+    def check(self, artifact: Artifact) -> None:
+        """Refuse an artifact of another base, by content.
+
+        Of a quantised base it is the content of what is not quantised: embeddings, norms, biases. FP8, GPTQ and plain
+        rounding leave those as they are. AWQ and SmoothQuant move scales of input channels between norms and weights,
+        and to such weights no delta can be added.
+
+        Raises:
+            IncompatibleError: naming what differs.
+        """
+        base = Checkpoint.open(self.source)
+        self._fingerprint = self._fingerprint or fingerprint(base)
+        wanted = artifact.manifest.base
+        if self._fingerprint == wanted.fingerprint or not base.is_quantised:
+            artifact.check_base(base, known=self._fingerprint)
+            return
+        compared = 0
+        for name, entry in artifact.manifest.tensors.items():
+            info = base.info(name)
+            if entry.role == "linear" or entry.base_sha256 is None or info is None or info.dtype not in _WHOLE:
+                continue
+            if name not in self._sums:
+                self._sums[name] = hashlib.sha256(info.read_bytes()).hexdigest()
+            if self._sums[name] != entry.base_sha256:
+                raise IncompatibleError(
+                    f"{base.directory}: {name} is not that of {wanted.name!r}, against which {artifact.directory} was "
+                    "compressed: another base, or quantised by a method that rescales channels (AWQ, SmoothQuant) or "
+                    "converts other tensors too; use that base in 16 bit, FP8, GPTQ or rounded"
+                )
+            compared += 1
+        if not compared:
+            raise IncompatibleError(
+                f"{base.directory}: quantised in whole, so that nothing says whether it is {wanted.name!r}, against "
+                f"which {artifact.directory} was compressed; set check_base to false if it is"
+            )
