@@ -13,17 +13,15 @@ products of torch over gathered tokens.
 import argparse
 import json
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import triton
 
 import ops_check
 import ops_decode
 import ops_prefill
 from meswitch.ops.ahead import compile_ahead
-from ops_timing import copy_gb_s, read_gb_s
+from ops_timing import copy_gb_s, measured_on, read_gb_s
 
 
 def main() -> None:
@@ -36,7 +34,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further decode point starts")
     args = parser.parse_args()
     started = time.perf_counter()
-    result: dict = {"meta": _meta()}
+    result: dict = {"meta": measured_on() | {"layers_of_their_own": ops_decode.DEPTH}}
 
     def elapsed() -> float:
         return time.perf_counter() - started
@@ -79,15 +77,6 @@ def main() -> None:
     torch.cuda.empty_cache()
     result["prefill"] = ops_prefill.prefill(copy) if prefill else []
     stage("done")
-
-
-def _meta() -> dict:
-    return {
-        "card": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "layers_of_their_own": ops_decode.DEPTH,
-    }
 
 
 if __name__ == "__main__":

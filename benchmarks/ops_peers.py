@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from meswitch.ops import expert_linear, fused_linear
 from ops_decode import DEPTH, SLOTS, inputs, outputs
 from ops_models import MODELS, Layer, delta_bytes, random_layer
 from ops_peer_kernels import BF16, PEERS, Humming, Step, compiled_only, ways
-from ops_timing import copy_gb_s, graph_of, in_turn_ms
+from ops_timing import copy_gb_s, graph_of, in_turn_ms, measured_on
 
 MODEL = "mistral-7b"
 POINTS = [(1, 1), (8, 4), (32, 1), (32, 16), (8, 1), (32, 4), (32, 8)]  # tokens, experts
@@ -171,9 +170,7 @@ def _meta() -> dict:
             return None
 
     packages = "torch", "triton", "humming-kernels", "gemlite", "vllm"
-    return {
-        "card": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    return measured_on() | {
         "versions": {package: installed(package) for package in packages},
         "layers_of_their_own": DEPTH,
         "copy_gb_s": max(copy_gb_s().values()),

@@ -13,21 +13,19 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
 from meswitch.ops import Routing
 from meswitch.ops.ahead import Job, compile_ahead, fused_job
-from meswitch.ops.items import Config, FusedConfig, choose_fused
+from meswitch.ops.items import BROAD_ROWS, Config, FusedConfig, choose_fused
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton_launch import fused
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
-from ops_timing import copy_gb_s, graph_ms
+from ops_timing import copy_gb_s, graph_ms, measured_on
 
 # batch, experts, spread
 CASES = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e <= b]
@@ -43,14 +41,13 @@ PLAN = {
     "llama-3.2-3b": ({"qkv": (5120, 3072), "o": (3072, 3072), "gate_up": (16384, 3072), "down": (3072, 8192)}, FEW),
     "qwen3-1.7b": ({"qkv": (4096, 2048), "o": (2048, 2048), "gate_up": (12288, 2048), "down": (2048, 6144)}, FEW),
 }
-_MANY_ROWS = 8192  # more than these fill the chip without splitting them much
 _ORDERS = [(1.0, 1), (0.5, 1), (0.0, 1)]  # `before` and `every` of a FusedConfig
 _WIDE_ORDERS = [(1.0, 1), (0.75, 1), (0.5, 1), (0.0, 3)]
 _LEAST_BYTES = 200_000_000  # of a linear's weights, so that L2 holds few of them between two uses
 
 
 def _grid(columns: int, rows: int) -> Iterator[FusedConfig]:
-    wide = rows > _MANY_ROWS
+    wide = rows > BROAD_ROWS
     blocks = [(128, 64, 3), (128, 64, 2), (64, 64, 3), (64, 128, 3)]
     if columns > 32:
         blocks = [(128, 64, 2), (64, 64, 3), (64, 128, 2)]
@@ -143,12 +140,7 @@ def main() -> None:
     begin, names = time.perf_counter(), options.model or list(PLAN)
     print(f"{compile_ahead(itertools.chain.from_iterable(map(wanted, names)), options.workers)} kernels compiled")
     copy = max(copy_gb_s().values())
-    meta = {
-        "card": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "copy_gb_s": copy,
-    }
+    meta = measured_on() | {"copy_gb_s": copy}
     rows: list[dict] = []
     for name in names:
         torch.cuda.empty_cache()

@@ -3,12 +3,23 @@
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ops_models import DEVICE
+
+
+def measured_on() -> dict[str, Any]:
+    """What a result says of where and when it was measured."""
+    return {
+        "card": torch.cuda.get_device_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+    }
 
 
 def graph_of(function: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -1,5 +1,6 @@
 """Small random checkpoint pairs: other architectures, added tokens, tied heads, other dtypes, shards."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def edit_config(directory: Path, **fields: object) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def make_pair(

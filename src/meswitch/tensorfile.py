@@ -5,6 +5,7 @@ limit although one tensor is in use. Here a tensor costs its own bytes, and a tr
 before anything is read.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -54,6 +55,10 @@ class TensorInfo:
         buffer = bytearray(count)
         self._read_into(memoryview(buffer), start)
         return buffer
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of the tensor's raw bytes."""
+        return hashlib.sha256(self.read_bytes()).hexdigest()
 
     def read(self, *, pinned: bool = False) -> Tensor:
         """The tensor, in host memory of its own. pinned: page-locked, which a GPU copies faster."""

@@ -13,6 +13,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compression.compatibility import check_same_tensors
 from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
+from models import edit_config
 
 TEXT = "How many apples does Tom have now?\nWrite a Python function f(xs) that returns the sum.\n" * 8
 
@@ -152,11 +153,6 @@ def test_the_same_command_gives_the_same_bytes(family, tmp_path):
 
 
 # --- pairs that do not fit ----------------------------------------------------------------------------------------
-
-
-def edit_config(directory, **fields):
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def test_a_config_field_that_changes_the_computation_is_named(pair, tmp_path):

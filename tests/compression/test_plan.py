@@ -16,6 +16,7 @@ from meswitch.compression import Options, outline, predict
 from meswitch.compression.plan import Memory, kv_bytes
 from meswitch.errors import CheckpointError, ConfigError, IncompatibleError
 from meswitch.experts.layout import Layout
+from models import edit_config
 
 WEIGHTS = "model.safetensors"
 SETTINGS = {
@@ -100,8 +101,7 @@ def test_a_configuration_lays_out_what_the_checkpoint_holds(pair, tmp_path):
 def test_a_quantised_checkpoint_is_laid_out_as_it_was_before(pair):
     base, expert = pair()
     wanted = shapes(outline(base))
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    edit_config(base, quantization_config={"quant_method": "gptq", "bits": 4})
     packed = {name.replace(".weight", ".qweight"): t.to(torch.int32) for name, t in load_file(base / WEIGHTS).items()}
     save_file(packed, base / WEIGHTS)
     assert shapes(outline(base, unquantised=True)) == wanted

@@ -1,6 +1,5 @@
 """A base that vLLM serves quantised: the deltas are added to what its own method computes."""
 
-import json
 import shutil
 
 import pytest
@@ -11,6 +10,7 @@ from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import IncompatibleError
 from meswitch.vllm.base import Base
+from models import edit_config
 from vllm_engines import EXPERTS, PROMPT, adapters_of, ask, needs_vllm, running, with_deltas
 
 NAMES = ("base", *EXPERTS)
@@ -44,15 +44,14 @@ def quantise(base, directory, *, rescaled=False, whole=False):
         "weights": numbers | {"strategy": "channel", "dynamic": False},
         "input_activations": numbers | {"strategy": "token", "dynamic": True},
     }
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {
+    method = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }
-    (directory / "config.json").write_text(json.dumps(config))
+    edit_config(directory, quantization_config=method)
     return directory
 
 

@@ -225,7 +225,7 @@ class Artifact:
                 info = base.info(name)
                 if entry.base_sha256 is None:
                     continue
-                if info is None or hashlib.sha256(info.read_bytes()).hexdigest() != entry.base_sha256:
+                if info is None or info.sha256() != entry.base_sha256:
                     raise IncompatibleError(
                         f"{base.directory}: {name} is not the tensor that {self.directory} was compressed against"
                     )

@@ -13,7 +13,7 @@ _LEAST_CHANNELS = 1024  # of one program of the decode kernel: less does not pay
 _LEAST_OF_ITEM = 512  # channels of an item of the fused kernel
 _FEW_WAVES = 3  # of a launch whose last programs are split: in more, those that are left over weigh little
 _TAIL_SPLIT = 4
-WIDE_ROWS, _BROAD_ROWS, _MORE_ROWS, _LONG_CHANNELS = 20480, 8192, 5120, 8192  # more than these
+_WIDE_ROWS, BROAD_ROWS, _MORE_ROWS, _LONG_CHANNELS = 20480, 8192, 5120, 8192  # more than these
 _NARROW_CHANNELS, _SLIM_ROWS = 4096, 4096  # fewer than these
 
 
@@ -198,7 +198,7 @@ def choose_fused(rows: int, in_features: int, pieces: int, columns: int, planes:
         items = items._replace(channels=128, rows=64, stages=2, before=1.0, every=1)
     channels, base_rows, stages, parts, splits, before, every = items
     parts = min(parts, max(1, in_features // _LEAST_OF_ITEM))
-    if rows <= _BROAD_ROWS:
+    if rows <= BROAD_ROWS:
         parts = min(parts, max(1, _MOST_BASE_ITEMS // math.ceil(rows / base_rows)))
     while splits > 1 and in_features // splits < _LEAST_OF_ITEM:
         splits //= 2
@@ -206,8 +206,8 @@ def choose_fused(rows: int, in_features: int, pieces: int, columns: int, planes:
 
 
 def _table_of(rows: int, in_features: int) -> _Table:
-    if rows > _BROAD_ROWS:
-        return _WIDE if rows > WIDE_ROWS else _BROAD
+    if rows > BROAD_ROWS:
+        return _WIDE if rows > _WIDE_ROWS else _BROAD
     if in_features < _NARROW_CHANNELS:
         return _NARROW
     if rows < _SLIM_ROWS:

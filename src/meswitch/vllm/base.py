@@ -1,6 +1,6 @@
 """Whether an artifact belongs to the base that vLLM serves, which may be quantised."""
 
-import hashlib
+from functools import cached_property
 
 import torch
 
@@ -16,8 +16,15 @@ class Base:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._fingerprint: str | None = None
         self._sums: dict[str, str] = {}
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(self.source)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._checkpoint)
 
     def check(self, artifact: Artifact) -> None:
         """Refuse an artifact of another base, by content.
@@ -29,9 +36,7 @@ class Base:
         Raises:
             IncompatibleError: naming what differs.
         """
-        base = Checkpoint.open(self.source)
-        self._fingerprint = self._fingerprint or fingerprint(base)
-        wanted = artifact.manifest.base
+        base, wanted = self._checkpoint, artifact.manifest.base
         if self._fingerprint == wanted.fingerprint or not base.is_quantised:
             artifact.check_base(base, known=self._fingerprint)
             return
@@ -41,7 +46,7 @@ class Base:
             if entry.role == "linear" or entry.base_sha256 is None or info is None or info.dtype not in _WHOLE:
                 continue
             if name not in self._sums:
-                self._sums[name] = hashlib.sha256(info.read_bytes()).hexdigest()
+                self._sums[name] = info.sha256()
             if self._sums[name] != entry.base_sha256:
                 raise IncompatibleError(
                     f"{base.directory}: {name} is not that of {wanted.name!r}, against which {artifact.directory} was "
