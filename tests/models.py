@@ -11,6 +11,22 @@ CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
+# Sizes of a model that is made in milliseconds; its vocabulary is that of the family's tokenizer.
+TINY = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 3,
+    "pad_token_id": 1,
+}
+
+
 def edit_config(directory: Path, **fields: object) -> None:
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))

@@ -21,7 +21,7 @@ ALLOWED = {
     "evaluate": {"artifact", "compression"},
     "server": {"engine", "router"},
 }
-ROOT = {"errors", "units", "version", "tensorfile", "checkpoint", "strict", "threads", "pagelock"}
+ROOT = {"architecture", "errors", "units", "version", "tensorfile", "checkpoint", "strict", "threads", "pagelock"}
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
 CORE = ("codec", "artifact", "compression", "ops", "experts", "engine")
 
