@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.engine.batching import Batch
+from meswitch.engine.batching import PAGE
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 LONG = [{"role": "user", "content": "Write these words in capital letters: " + "river stone cloud table " * 12}]
@@ -92,7 +92,7 @@ def test_staggered_concurrent_streaming_and_not(engine, expected):
 
 def test_a_prefix_shared_by_two_experts_is_computed_by_each(engine, expected):
     """Right after math's answer its KV blocks are free but filled; code's identical prompt must not find them."""
-    assert len(engine.voices["math"].encode(LONG)) > Batch.PAGE  # whole blocks, which a prefix cache would share
+    assert len(engine.voices["math"].encode(LONG)) > PAGE  # whole blocks, which a prefix cache would share
     for name in ("math", "code", "math", "base", "instruct"):
         (answer,) = engine.generate([LONG], model=name, max_new_tokens=NEW_TOKENS)
         assert answer.tokens == expected[name, 1], name

@@ -1,7 +1,8 @@
 """One delta matrix: low-bit codes, scales, salient channels and rows that the base does not have."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +107,15 @@ class PackedDelta:
         if self.extra is not None:
             named["weight_extra"] = self.extra
         return named
+
+    def to(self, device: torch.device) -> "PackedDelta":
+        """The same delta on another device."""
+        moved: dict[str, Any] = {
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """The delta in float32, salient channels included and extra rows not.

@@ -1,51 +1,194 @@
-"""Turning a loaded base model into one that can switch experts, layer by layer."""
+"""Turning a loaded base model into one that can switch experts, module by module."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from meswitch.artifact import Artifact
 from meswitch.engine.context import Switch
-from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear, SwitchableNorm
-from meswitch.errors import IncompatibleError
+from meswitch.engine.layers import (
+    Seen,
+    Switchable,
+    SwitchableEmbedding,
+    SwitchableHead,
+    SwitchableLinear,
+    SwitchableModule,
+    SwitchableNorm,
+    scales_row_by_row,
+)
+from meswitch.engine.parameters import StoredTensors
+from meswitch.engine.survey import Survey, own_parameters
+
+_Make = Callable[[Switch], Switchable]
 
 
-def attach(model: Any, artifacts: Iterable[Artifact], switch: Switch) -> None:
-    """Wrap every layer that some expert changes; `model` is changed in place.
+@dataclass(frozen=True)
+class Attachment:
+    """What is to be wrapped in a model, before anything is.
 
-    Raises:
-        IncompatibleError: an expert changes a tensor that no switchable layer covers, by name.
+    Args:
+        wraps: module name -> makes its wrapper.
+        kernel: stored names whose deltas the GPU kernels may compute.
+        reasons: why some expert cannot be switched in this model, a line for each module; empty if all can.
     """
-    artifacts = list(artifacts)
+
+    wraps: Mapping[str, _Make]
+    kernel: frozenset[str]
+    reasons: tuple[str, ...]
+
+    def apply(self, model: Any, switch: Switch) -> None:
+        """Wrap; the model is changed in place."""
+        for name, make in self.wraps.items():
+            _replace(model, name, make(switch))
+
+    def undo(self, model: Any) -> None:
+        """Give the model its own modules back."""
+        for name in self.wraps:
+            module = model.get_submodule(name)
+            if isinstance(module, Switchable):
+                _replace(model, name, module.base)
+
+    def name_inside(self, unit: str) -> Callable[[str], str]:
+        """For a module of the wrapped model: a parameter's name in the base -> its name in that module."""
+
+        def rename(parameter: str) -> str:
+            owner = next((name for name in self.wraps if parameter.startswith(f"{name}.")), None)
+            if owner is not None:
+                parameter = f"{owner}.base{parameter.removeprefix(owner)}"
+            return parameter.removeprefix(f"{unit}.") if unit else parameter
+
+        return rename
+
+
+def plan_attachment(model: Any, stored: StoredTensors, survey: Survey, vocabulary: int) -> Attachment:
+    """Choose a switchable layer for every module that some expert changes.
+
+    Args:
+        model: the base, nothing wrapped.
+        stored: what the experts store.
+        survey: how the modules are called.
+        vocabulary: tokens of the largest expert.
+    """
     modules = dict(model.named_modules())
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    names = {id(module): name for name, module in modules.items()}
-    changed: dict[str, Artifact] = {}
-    for artifact in artifacts:
-        for tensor, entry in artifact.manifest.tensors.items():
-            if entry.kind != "same":
-                changed.setdefault(tensor.rpartition(".")[0], artifact)
-    base_rows = embedding.weight.shape[0]
-    vocabulary = max([base_rows, *(a.manifest.expert.vocab_size for a in artifacts)])
-    head_name, embedding_name = names[id(head)], names[id(embedding)]
-    if embedding_name in changed or vocabulary != base_rows:
-        changed.setdefault(head_name, artifacts[0])
-    for name, artifact in changed.items():
-        module = modules.get(name)
-        if module is head:
-            wrapped: nn.Module = SwitchableHead(module, name, switch, vocabulary)
-        elif module is embedding:
-            wrapped = SwitchableEmbedding(module, name, switch)
-        elif isinstance(module, nn.Linear):
-            wrapped = SwitchableLinear(module, name, switch)
-        elif module is not None and "norm" in type(module).__name__.lower():
-            wrapped = SwitchableNorm(module, name, switch)
+    changed = stored.changed_parameters()
+    owners: dict[str, dict[str, list[str]]] = {}
+    for parameter, names in changed.items():
+        path, _, leaf = parameter.rpartition(".")
+        owners.setdefault(path, {})[leaf] = names
+    architecture = stored.architecture
+    grows = vocabulary != modules[architecture.embedding].weight.shape[0]
+    if grows:
+        for path in (architecture.embedding, architecture.head):
+            owners.setdefault(path, {})
+    chosen: dict[str, _Make] = {}
+    whole: set[str] = set()  # modules that are run again for each expert
+    kernel: set[str] = set()
+    reasons: list[str] = []
+    for path, leaves in owners.items():
+        simple = {leaf: names[0] for leaf, names in leaves.items() if len(names) == 1}
+        renamed = all(len(names) == 1 and stored.plan.by_source[names[0]].renames for names in leaves.values())
+        make = _simple(path, modules[path], simple, stored, survey, vocabulary, kernel) if renamed else None
+        if make is not None:
+            chosen[path] = make
+            continue
+        if grows and path in (architecture.embedding, architecture.head):
+            kind = type(modules[path]).__name__
+            reasons.append(f"{path}: a {kind}: experts with added tokens need a plain table and a plain linear head")
+            continue
+        found, why = _whole(path, survey)
+        if found is None:
+            reasons.append(f"{path}: a {type(modules[path]).__name__}: {why}")
         else:
-            kind = "no such layer" if module is None else f"a {type(module).__name__}"
-            raise IncompatibleError(
-                f"{artifact.directory}: changes {name!r}, in {type(model).__name__} {kind}, which cannot be switched; "
-                "merge this expert (`meswitch merge`) and serve it alone"
-            )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, wrapped)
+            whole.add(found)
+    outer = {path for path in whole if not any(path.startswith(f"{other}.") for other in whole if other != path)}
+    for path in list(chosen):
+        if any(path.startswith(f"{other}.") for other in outer):
+            del chosen[path]
+    chosen |= {path: _again(path, modules[path], stored, survey) for path in outer}
+    return Attachment(chosen, frozenset(kernel), tuple(sorted(reasons)))
+
+
+def _simple(
+    path: str,
+    module: nn.Module,
+    names: Mapping[str, str],
+    stored: StoredTensors,
+    survey: Survey,
+    vocabulary: int,
+    kernel: set[str],
+) -> _Make | None:
+    """The layer for a module that is known exactly, None if it is not. kernel: gets the names that it may compute."""
+    seen, architecture = survey.seen(path), stored.architecture
+    if isinstance(seen, str) or "forward" in vars(module):
+        return None
+    exact = type(module).forward
+    is_flat = survey.flat(path)
+    if exact is nn.Linear.forward and is_flat and set(names) <= {"weight", "bias"}:
+        weight = _stored_name(stored, f"{path}.weight")
+        kernel.add(weight)
+        if path == architecture.head:
+            bias = _stored_name(stored, f"{path}.bias")
+            return _make(SwitchableHead, module, path, seen, weight=weight, bias=bias, vocabulary=vocabulary)
+        return _make(SwitchableLinear, module, path, seen, weight=weight, bias=names.get("bias"))
+    if exact is Conv1D.forward and is_flat and set(names) <= {"weight", "bias"}:
+        weight = _stored_name(stored, f"{path}.weight")
+        # of artifacts whose deltas lie as the parameter does, the module is run again for each expert
+        if "weight" not in names or weight in stored.transposed:
+            return _make(SwitchableLinear, module, path, seen, weight=weight, bias=names.get("bias"), transposed=True)
+        return None
+    if isinstance(module, nn.Embedding) and len(seen.inputs) == 1 and set(names) <= {"weight"}:
+        weight = _stored_name(stored, f"{path}.weight")
+        if not _takes_ids(seen):
+            return None
+        kernel.add(weight)
+        return _make(SwitchableEmbedding, module, path, seen, weight=weight)
+    if len(names) == 1 and list(own_parameters(module)) == list(names):
+        ((leaf, name),) = names.items()
+        if leaf in dict(module.named_parameters()) and scales_row_by_row(module, leaf, seen):
+            return _make(SwitchableNorm, module, path, seen, parameter=leaf, stored=name)
+    return None
+
+
+def _takes_ids(seen: Seen) -> bool:
+    """Whether a module is given token ids, one a row."""
+    shape, dtype = seen.example
+    axis = seen.inputs[0]
+    return not dtype.is_floating_point and axis is not None and shape[axis] == math.prod(shape)
+
+
+def _stored_name(stored: StoredTensors, parameter: str) -> str:
+    """The name under which experts store a parameter; its own if none does."""
+    names = [name for name, rule in stored.plan.by_source.items() if rule.targets == (parameter,)]
+    return names[0] if names else parameter
+
+
+def _make(kind: type[Any], module: nn.Module, path: str, seen: Seen, **names: Any) -> _Make:
+    return lambda switch: kind(module, path, switch, seen, **names)
+
+
+def _again(path: str, module: nn.Module, stored: StoredTensors, survey: Survey) -> _Make:
+    seen = survey.seen(path)
+    assert isinstance(seen, Seen)
+    parameters = stored.of_module(path, lambda name: name.removeprefix(f"{path}."))
+    return lambda switch: SwitchableModule(module, path, switch, seen, parameters=parameters)
+
+
+def _whole(path: str, survey: Survey) -> tuple[str | None, str]:
+    """The smallest module around a parameter that can be run for some rows alone, and why the innermost cannot."""
+    reason = ""
+    inside = path
+    while inside:
+        found = survey.seen(inside)
+        if isinstance(found, Seen):
+            return inside, reason
+        reason = reason or found
+        inside = inside.rpartition(".")[0]
+    return None, reason
+
+
+def _replace(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

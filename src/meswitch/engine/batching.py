@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
@@ -22,6 +22,7 @@ from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
 from meswitch.threads import deserves_one
 
+PAGE = 64  # tokens of a block of the KV cache
 # (all tokens so far, finished, error text or None)
 Listener = Callable[[list[int], bool, str | None], None]
 
@@ -33,22 +34,21 @@ class Batch:
         model: the base with switchable layers. kv_tokens: tokens that the KV cache holds, in pages of `PAGE`.
     """
 
-    PAGE = 64
-
     def __init__(self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
-        pages = max(1, -(-kv_tokens // self.PAGE))
-        self.kv_bytes = pages * self.PAGE * cache_bytes(model.config, model.dtype)
+        pages = max(1, -(-kv_tokens // PAGE))
+        self.kv_bytes = pages * PAGE * cache_bytes(model.config, model.dtype)
         self._switch = switch
         self._device = next(model.parameters()).device
-        self._narrow = deserves_one(self._device, model.config.hidden_size)
+        self.dtype: torch.dtype = model.dtype
+        self._narrow = deserves_one(self._device, model.config.get_text_config().hidden_size)
         self._slots: dict[str, int] = {}
         self._listeners: dict[str, Listener] = {}
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._sampler = StepSampler()
         config = _config(
-            page_size=self.PAGE,
+            page_size=PAGE,
             num_blocks=pages,
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=min(256, max_batch_tokens),
@@ -61,8 +61,9 @@ class Batch:
         generation = GenerationConfig(do_sample=False, max_new_tokens=16, eos_token_id=-1, pad_token_id=0)
         self._hook = model.register_forward_pre_hook(self._before_step, with_kwargs=True)
         self._manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
+        self.watch = Watch()
         processors = self._manager.logit_processor
-        processors.logits_processor.append(self._sampler)
+        processors.logits_processor.extend([self.watch, self._sampler])
         processors.do_processing = True
         self._manager.start()
         self._reader = threading.Thread(target=self._read, name="meswitch-results", daemon=True)
@@ -125,11 +126,10 @@ class Batch:
         bounds = kwargs["cu_seq_lens_q"][: len(requests) + 1].tolist()
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         rows = kwargs.get("logits_indices")
-        step = StepContext.build(lengths, requests, slots, rows, padding=kwargs["input_ids"].shape[1] - bounds[-1])
-        if "logits_to_keep" not in kwargs:  # the head sees every token
-            step = step.head_sees_all()
-        self._switch.step = step.to(self._device)
-        self._sampler.rows = step.row_request
+        padding = kwargs["input_ids"].shape[1] - bounds[-1]
+        step = StepContext.build(lengths, requests, slots, rows, padding, self._device)
+        self._switch.step = step
+        self._sampler.rows = self.watch.rows = step.row_request
 
     def _read(self) -> None:
         """Hand results to their listeners."""
@@ -174,6 +174,26 @@ class Batch:
         self._listeners.pop(request, None)
         self._slots.pop(request, None)
         self._sampler.samplers.pop(request, None)
+
+
+class Watch:
+    """A logits processor that changes nothing and shows the logits to `see`, if somebody wants to look.
+
+    Args:
+        rows: the request of each row, filled before the step.
+        see: is given `rows` and [rows, vocabulary] logits.
+    """
+
+    supports_continuous_batching = True
+
+    def __init__(self) -> None:
+        self.rows: tuple[str, ...] = ()
+        self.see: Callable[[tuple[str, ...], Tensor], None] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.see is not None:
+            self.see(self.rows, scores)
+        return scores
 
 
 def _config(**wanted: Any) -> ContinuousBatchingConfig:

@@ -1,8 +1,9 @@
 """What every switchable layer needs to know about the step that runs now."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ from meswitch.experts import ExpertStore
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
 
 BASE_SLOT = -1
+# What a layer's rows are: all tokens of the step, or those whose logits are wanted.
+Rows = Literal["tokens", "logits"]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The tokens of one expert. tokens: [n] int64, their positions in the step."""
+    """The rows of one expert. rows: [n] int64, their positions in the step."""
 
     slot: int
-    tokens: Tensor
+    rows: Tensor
 
 
 class Owners:
@@ -27,10 +30,14 @@ class Owners:
 
     Args:
         slots: [rows] int64, on the host.
+        device: where the forms are.
     """
 
     def __init__(self, slots: Tensor, device: torch.device | str = "cpu") -> None:
         self._host, self._device = slots, torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self._host)
 
     def to(self, device: torch.device) -> "Owners":
         return Owners(self._host, device)
@@ -51,6 +58,14 @@ class Owners:
         return [int(slot) for slot in self._host.unique() if slot != BASE_SLOT]
 
     @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The rows of each expert; the base's are in none."""
+        return tuple(
+            Segment(slot, (self._host == slot).nonzero().view(-1).to(self._device, non_blocking=True))
+            for slot in self.present
+        )
+
+    @cached_property
     def places(self) -> Tensor:
         """[rows] int64, on the device: 0 for the base's rows, else 1 + the place of the row's slot in `present`."""
         bounds = torch.tensor([BASE_SLOT, *self.present])
@@ -65,17 +80,22 @@ class Owners:
         return PrefillRouting.build(self._host.tolist(), self._device)
 
 
+def _nobody() -> Owners:
+    return Owners(torch.zeros(0, dtype=torch.int64))
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """segments: by expert, over all tokens of the step; the base's tokens are in none. head_segments: the same over
-    the rows that reach the head. owners, head_owners: the same by row. row_request: the request of each of the head's
-    rows."""
+    """Who owns what in a step.
 
-    segments: tuple[Segment, ...] = ()
-    head_segments: tuple[Segment, ...] = ()
+    Args:
+        owners: by token. logit_owners: by row that reaches the head.
+        row_request: the request of each of those rows.
+    """
+
+    owners: Owners = field(default_factory=_nobody)
+    logit_owners: Owners = field(default_factory=_nobody)
     row_request: tuple[str, ...] = ()
-    owners: Owners = field(default_factory=lambda: Owners(torch.zeros(0, dtype=torch.int64)))
-    head_owners: Owners = field(default_factory=lambda: Owners(torch.zeros(0, dtype=torch.int64)))
 
     @classmethod
     def build(
@@ -85,13 +105,17 @@ class StepContext:
         slots: Sequence[int],
         rows: Tensor | None,
         padding: int = 0,
+        device: torch.device | str = "cpu",
     ) -> "StepContext":
         """Lay out a step.
 
         Args:
-            lengths: tokens of each request, in the batch's order. requests, slots: their ids and slots.
+            lengths: tokens of each request, in the batch's order.
+            requests: their ids.
+            slots: their slots.
             rows: [m] int64, token positions whose logits are wanted; None for all.
             padding: tokens after the last request.
+            device: where the layers compute.
         """
         owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
         token_slot = torch.tensor([*slots, BASE_SLOT])[owners]
@@ -100,47 +124,54 @@ class StepContext:
             owners = torch.cat([owners, torch.zeros(padding, dtype=torch.int64)])
         positions = torch.arange(len(owners)) if rows is None else rows.cpu()
         return cls(
-            _segments(token_slot, slots),
-            _segments(token_slot[positions], slots),
+            Owners(token_slot, device),
+            Owners(token_slot[positions], device),
             tuple(requests[i] for i in owners[positions].tolist()),
-            Owners(token_slot),
-            Owners(token_slot[positions]),
         )
 
-    def head_sees_all(self) -> "StepContext":
-        """The same step where every token reaches the head."""
-        return replace(self, head_segments=self.segments, head_owners=self.owners)
+    def rows(self, kind: Rows) -> Owners:
+        return self.owners if kind == "tokens" else self.logit_owners
 
-    def to(self, device: torch.device) -> "StepContext":
-        def move(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-            return tuple(Segment(s.slot, s.tokens.to(device, non_blocking=True)) for s in segments)
+    def of_base(self) -> "StepContext":
+        """The same step, as if every row were the base's."""
 
-        owners, head_owners = self.owners.to(device), self.head_owners.to(device)
-        if self.head_owners is self.owners:
-            head_owners = owners
-        return StepContext(move(self.segments), move(self.head_segments), self.row_request, owners, head_owners)
+        def emptied(owners: Owners) -> Owners:
+            return Owners(torch.full((len(owners),), BASE_SLOT))
+
+        return StepContext(emptied(self.owners), emptied(self.logit_owners), self.row_request)
 
 
-def _segments(token_slot: Tensor, slots: Sequence[int]) -> tuple[Segment, ...]:
-    present = sorted(set(slots) - {BASE_SLOT})
-    found = ((slot, (token_slot == slot).nonzero().view(-1)) for slot in present)
-    return tuple(Segment(slot, tokens) for slot, tokens in found if len(tokens))
-
-
-@dataclass(slots=True)
 class Switch:
-    """Shared by all switchable layers of one model: the step's context, the experts' tensors, the op.
+    """Shared by all switchable layers of one model: the step that runs now, the experts' tensors, the op.
 
-    backend: computes packed deltas expert by expert, where they do not lie as the kernels read them.
+    Args:
+        step: the step that runs now.
     """
 
-    store: ExpertStore
-    backend: Backend
-    step: StepContext = field(default_factory=StepContext)
+    def __init__(self) -> None:
+        self.step = StepContext()
+        self._store: ExpertStore | None = None
+        self._backend: Backend | None = None
+
+    def connect(self, store: ExpertStore, backend: Backend) -> None:
+        """Say where the experts are.
+
+        Args:
+            store: holds their tensors in slots.
+            backend: computes packed deltas expert by expert, where they do not lie as the kernels read them.
+        """
+        self._store, self._backend = store, backend
+
+    @property
+    def backend(self) -> Backend:
+        assert self._backend is not None
+        return self._backend
 
     def kernel_layer(self, name: str) -> SlotLinear | None:
         """All slots' packed deltas of a tensor, where they lie as the kernels read them."""
-        return None if self.store.tables is None else self.store.tables.layers.get(name)
+        assert self._store is not None
+        return None if self._store.tables is None else self._store.tables.layers.get(name)
 
     def tensors(self, slot: int) -> Mapping[str, PackedDelta | Tensor]:
-        return self.store.tensors(slot)
+        assert self._store is not None
+        return self._store.tensors(slot)

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import Artifact, fingerprint
 from meswitch.checkpoint import Checkpoint
-from meswitch.engine.attach import attach
-from meswitch.engine.batching import Batch
-from meswitch.engine.context import BASE_SLOT, Switch
+from meswitch.engine.batching import PAGE
+from meswitch.engine.context import BASE_SLOT
+from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.request import Chunk, Completion, Request
+from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.voice import Prompt, Voice
-from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
-from meswitch.experts import ExpertStore
-from meswitch.ops import BACKENDS, backend, uses_kernels
+from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
 
 # After so many later requests went first, a request whose expert found no slot closes the door behind it.
 _MAX_BYPASSES = 32
@@ -38,6 +39,8 @@ class Engine:
         max_queue: waiting and running requests; one more is refused.
         op_backend: what computes deltas: `triton` (bfloat16 or float16), `cpu` or `reference`; None is triton on a GPU,
             cpu elsewhere.
+        runner: `batch`, one running batch for all experts; `turns`, one expert at a time, for any model; `auto`, the
+            batch if it is proven right for this base and these experts when the engine opens.
 
     Raises:
         MeswitchError: see `meswitch.errors`: a damaged artifact, another base, a layer that cannot be switched.
@@ -57,6 +60,7 @@ class Engine:
         kv_cache_tokens: int = 32768,
         max_queue: int = 1024,
         op_backend: str | None = None,
+        runner: RunnerName = "auto",
     ) -> None:
         if base_name in experts or "auto" in (base_name, *experts):
             raise ConfigError(f"experts: the names {base_name!r} (the base's) and 'auto' are taken")
@@ -70,13 +74,13 @@ class Engine:
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.voices = {base_name: Voice(base_name, checkpoint.directory)}
         self.voices |= {name: Voice(name, artifact.directory) for name, artifact in artifacts.items()}
-        self.model = _load_model(checkpoint, target, dtype)
-        kernel = uses_kernels(op_backend, target, self.model.dtype)
-        self.store = ExpertStore(artifacts, device=target, slots=slots, host_bytes=host_bytes, kernel=kernel)
-        switch = Switch(self.store, BACKENDS["reference"] if kernel else backend(target.type, op_backend))
-        if artifacts:
-            attach(self.model, artifacts.values(), switch)
-        self._batch = Batch(self.model, switch, max_batch_tokens=max_batch_tokens, kv_tokens=kv_cache_tokens)
+        architecture = architecture_of(checkpoint.config)
+        stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
+        self.model = _load_model(architecture, checkpoint, target, dtype)
+        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens)
+        opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
+        self.store, self._batch = opened.store, opened.runner
+        self.by_turns: tuple[str, ...] = opened.reasons
         self._ids = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[str, tuple[Request, int]] = {}
@@ -204,7 +208,7 @@ class Engine:
         self.close()
 
     def _fit(self, voice: Voice, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        limit = min(voice.max_length, self._batch.kv_tokens - Batch.PAGE)
+        limit = min(voice.max_length, self._batch.kv_tokens - PAGE)
         if prompt_tokens >= limit:
             raise ConfigError(
                 f"prompt: {prompt_tokens} tokens leave no room for an answer; {voice.name!r} takes {limit} in all"
@@ -283,11 +287,24 @@ class Engine:
             self.store.release(slot)
 
 
-def _load_model(checkpoint: Checkpoint, device: torch.device, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load_model(architecture: Architecture, checkpoint: Checkpoint, device: torch.device, dtype: str) -> Any:
+    """The base, as transformers loads it.
 
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "auto"
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=wanted, attn_implementation="sdpa")
+    Raises:
+        IncompatibleError: the checkpoint does not give every parameter.
+    """
+    model, loaded = architecture.model_class.from_pretrained(
+        checkpoint.directory,
+        dtype=compute_dtype(dtype, device),
+        attn_implementation=attention_for(architecture.model_class),
+        output_loading_info=True,
+    )
+    absent = sorted(loaded["missing_keys"])
+    if absent:
+        raise IncompatibleError(
+            f"{checkpoint.directory}: {type(model).__name__}: {absent[0]} is not stored"
+            + (f", nor {len(absent) - 1} more" if absent[1:] else "")
+            + "; fetch the checkpoint again, or save it with the installed transformers"
+        )
+    model.generation_config = GenerationConfig()  # the base's own sampling defaults are not the experts'
     return model.to(device).eval()

@@ -1,27 +1,63 @@
-"""Layers that compute the base for all tokens and add each expert's delta to that expert's tokens."""
+"""Layers that compute the base for all rows and each expert's part for that expert's rows.
 
+A layer is chosen by what a module computes, never by its name: `SwitchableLinear`, `SwitchableHead` and
+`SwitchableEmbedding` stand for modules whose `forward` is exactly torch's own, `SwitchableNorm` for modules that were
+seen to scale row by row. Every other module is run as it is, once for each expert, with that expert's parameters in
+its place (`SwitchableModule`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from meswitch.codec import PackedDelta
-from meswitch.engine.context import Switch
+from meswitch.engine.context import Owners, Rows, Switch
 from meswitch.engine.kernel import TRITON, product
+from meswitch.engine.parameters import ExpertParameters
+from meswitch.errors import MeswitchError
 from meswitch.experts.layout import extra_name
 from meswitch.ops import embedding_rows
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How a module was called in a step: where its rows are.
+
+    Args:
+        rows: what they are.
+        inputs: for each tensor of its arguments the dimension of the rows; None for one that all rows share.
+        outputs: for each tensor that it gives the dimension of the rows.
+        example: shape and dtype of the first input.
+    """
+
+    rows: Rows
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int, ...]
+    example: tuple[tuple[int, ...], torch.dtype]
+
+
 class Switchable(nn.Module):
-    """Wraps one layer of the base; `name` is the layer's name in the checkpoint."""
+    """Wraps one module of the base.
+
+    Args:
+        base: the module.
+        name: its name in the model.
+        switch: the running step.
+        seen: how it is called.
+    """
 
     base: Any
 
-    def __init__(self, base: nn.Module, name: str, switch: Switch) -> None:
+    def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen) -> None:
         super().__init__()
         self.base = base
         self.name = name
         self.switch = switch
+        self.seen = seen
 
     def __getattr__(self, attribute: str) -> Any:
         # models look at `layer.weight.dtype` and the like: answer for the base
@@ -30,93 +66,168 @@ class Switchable(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), attribute)
 
+    def owners(self, found: int) -> Owners:
+        """Who owns the rows. found: how many the module was given.
+
+        Raises:
+            MeswitchError: another number than the step has. Nothing is computed then.
+        """
+        owners = self.switch.step.rows(self.seen.rows)
+        if found != len(owners):
+            raise MeswitchError(f"{self.name}: {found} rows in a step of {len(owners)}: whose they are is not known")
+        return owners
+
 
 class SwitchableLinear(Switchable):
-    """A linear layer: [..., in_features] -> [..., out_features]."""
+    """A linear layer: [..., in_features] -> [..., out_features].
+
+    Args:
+        weight: stored name of its weight. bias: of its bias.
+        transposed: the base's weight is [in_features, out_features].
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        name: str,
+        switch: Switch,
+        seen: Seen,
+        *,
+        weight: str,
+        bias: str | None = None,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__(base, name, switch, seen)
+        self.weight_name, self.bias_name, self.transposed = weight, bias, transposed
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs, owners = x.reshape(-1, x.shape[-1]), self.switch.step.owners
-        layer = self.switch.kernel_layer(f"{self.name}.weight")
+        inputs = x.reshape(-1, x.shape[-1])
+        owners = self.owners(len(inputs))
+        layer = None if self.transposed else self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
             y = product(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
         else:
             y = self.base(x)
         outputs = y.view(-1, y.shape[-1])
-        for segment in self.switch.step.segments:
-            tensors = self.switch.tensors(segment.slot)
-            delta, bias = tensors.get(f"{self.name}.weight"), tensors.get(f"{self.name}.bias")
-            if isinstance(delta, PackedDelta):
-                added = self.switch.backend.expert_matmul(inputs[segment.tokens], delta)
-            elif delta is not None:
-                added = inputs[segment.tokens].float() @ (delta.float() - self.base.weight.float()).T
-            else:
-                added = None
-            if isinstance(bias, Tensor):
-                shift = bias.float() - self.base.bias.float()
-                added = shift.expand(len(segment.tokens), -1) if added is None else added + shift
+        for segment in owners.segments:
+            added = self._added(inputs, segment.rows, self.switch.tensors(segment.slot))
             if added is not None:
-                outputs.index_add_(0, segment.tokens, added.to(y.dtype))
+                outputs.index_add_(0, segment.rows, added.to(y.dtype))
         return y
+
+    def _added(self, inputs: Tensor, rows: Tensor, tensors: Mapping[str, PackedDelta | Tensor]) -> Tensor | None:
+        """What an expert adds to the base's output: [n, out_features] float32, None for nothing."""
+        delta = tensors.get(self.weight_name)
+        bias = None if self.bias_name is None else tensors.get(self.bias_name)
+        added = None
+        if isinstance(delta, PackedDelta):
+            added = self.switch.backend.expert_matmul(inputs[rows], delta)
+        elif delta is not None:
+            change = delta.float() - self.base.weight.float()
+            added = inputs[rows].float() @ (change if self.transposed else change.T)
+        if isinstance(bias, Tensor):
+            shift = bias.float() - self.base.bias.float()
+            added = shift.expand(len(rows), -1) if added is None else added + shift
+        return added
 
 
 class SwitchableHead(Switchable):
-    """The head: [..., hidden] -> [..., vocabulary], the largest expert's; tokens that an expert lacks get -inf."""
+    """The head: [..., hidden] -> [..., vocabulary], the largest expert's; tokens that an expert lacks get -inf.
 
-    def __init__(self, base: nn.Module, name: str, switch: Switch, vocabulary: int) -> None:
-        super().__init__(base, name, switch)
-        self.vocabulary = vocabulary
+    Args:
+        weight: stored name of its weight. bias: of its bias.
+        vocabulary: tokens of the largest expert.
+    """
+
+    def __init__(
+        self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, weight: str, bias: str, vocabulary: int
+    ) -> None:
+        super().__init__(base, name, switch, seen)
+        self.weight_name, self.bias_name, self.vocabulary = weight, bias, vocabulary
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs, owners = x.reshape(-1, x.shape[-1]), self.switch.step.head_owners
-        layer = self.switch.kernel_layer(f"{self.name}.weight")
+        inputs = x.reshape(-1, x.shape[-1])
+        owners = self.owners(len(inputs))
+        layer = self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
             base = product(inputs, self.base.weight, self.base.bias, layer, owners)
         else:
             base = self.base(x)
+        known = base.shape[-1]
         logits = base.new_full((len(inputs), self.vocabulary), -torch.inf)
-        logits[:, : base.shape[-1]] = base.view(-1, base.shape[-1])
-        for segment in self.switch.step.head_segments:
+        logits[:, :known] = base.view(-1, known)
+        for segment in owners.segments:
             tensors = self.switch.tensors(segment.slot)
-            delta, extra = tensors.get(f"{self.name}.weight"), tensors.get(extra_name(f"{self.name}.weight"))
-            if delta is None and extra is None:
+            delta, extra = tensors.get(self.weight_name), tensors.get(extra_name(self.weight_name))
+            bias = tensors.get(self.bias_name)
+            if delta is None and extra is None and bias is None:
                 continue
-            rows = inputs[segment.tokens]
-            own = logits[segment.tokens]
-            if isinstance(delta, PackedDelta):
-                own[:, : delta.rows] += self.switch.backend.expert_matmul(rows, delta).to(own.dtype)
-                own[:, delta.rows :] = -torch.inf
-                extra = delta.extra
-            if isinstance(extra, Tensor):
-                added = rows.float() @ extra.float().T
-                own[:, base.shape[-1] : base.shape[-1] + len(extra)] = added.to(own.dtype)
+            rows = inputs[segment.rows]
+            own = logits[segment.rows]
+            shift = self._shift(bias, known)
             if isinstance(delta, Tensor):
-                own[:, : len(delta)] = (rows.float() @ delta.float().T).to(own.dtype)
+                whole = rows.float() @ delta.float().T
+                if self.base.bias is not None or bias is not None:
+                    given = bias if isinstance(bias, Tensor) else self.base.bias
+                    whole = whole + given.float()
+                own[:, : len(delta)] = whole.to(own.dtype)
                 own[:, len(delta) :] = -torch.inf
-            logits[segment.tokens] = own
+            else:
+                if isinstance(delta, PackedDelta):
+                    own[:, : delta.rows] += self.switch.backend.expert_matmul(rows, delta).to(own.dtype)
+                    own[:, delta.rows :] = -torch.inf
+                    extra = delta.extra
+                if shift is not None:
+                    own[:, : len(shift)] += shift.to(own.dtype)
+                if isinstance(extra, Tensor):
+                    added = rows.float() @ extra.float().T
+                    if isinstance(bias, Tensor):
+                        added = added + bias[known:].float()
+                    own[:, known : known + len(extra)] = added.to(own.dtype)
+            logits[segment.rows] = own
         return logits.view(*x.shape[:-1], self.vocabulary)
+
+    def _shift(self, bias: PackedDelta | Tensor | None, known: int) -> Tensor | None:
+        """What an expert's bias adds to the base's logits: [tokens that both have] float32."""
+        if not isinstance(bias, Tensor):
+            return None
+        count = min(known, len(bias))
+        return bias[:count].float() - (0.0 if self.base.bias is None else self.base.bias[:count].float())
 
 
 class SwitchableEmbedding(Switchable):
-    """The embedding: [...] int64 -> [..., hidden]; ids that the base does not have come from the expert's own rows."""
+    """A table of rows: [...] int64 -> [..., width]; ids that the base lacks come from the expert's own rows.
+
+    What the module does with its rows beside looking them up (Gemma scales them) is the module's own: it is given the
+    rows of a step as its table.
+
+    Args:
+        weight: stored name of its weight.
+    """
+
+    def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, weight: str) -> None:
+        super().__init__(base, name, switch, seen)
+        self.weight_name = weight
+        self._looks_up = type(base).forward is nn.Embedding.forward
 
     def forward(self, ids: Tensor) -> Tensor:
-        base_rows, owners = self.base.weight.shape[0], self.switch.step.owners
-        flat = ids.reshape(-1)
-        layer = self.switch.kernel_layer(f"{self.name}.weight")
-        if layer is not None and owners.any:
+        base_rows, flat = self.base.weight.shape[0], ids.reshape(-1)
+        owners = self.owners(len(flat))
+        if not owners.any:
+            return self.base(ids)
+        layer = self.switch.kernel_layer(self.weight_name)
+        if layer is not None:
             out = embedding_rows(flat, self.base.weight, layer, owners.slots, backend=TRITON)
-            hidden = out.view(*ids.shape, -1)
         else:
-            hidden = self.base(ids.clamp(max=base_rows - 1))
-            out = hidden.view(-1, hidden.shape[-1])
-        for segment in self.switch.step.segments:
+            out = nn.functional.embedding(flat.clamp(max=base_rows - 1), self.base.weight)
+        for segment in owners.segments:
             tensors = self.switch.tensors(segment.slot)
-            delta, extra = tensors.get(f"{self.name}.weight"), tensors.get(extra_name(f"{self.name}.weight"))
+            delta, extra = tensors.get(self.weight_name), tensors.get(extra_name(self.weight_name))
             if delta is None and extra is None:
                 continue
-            own = flat[segment.tokens]
+            own = flat[segment.rows]
             known = own < base_rows
-            values = out[segment.tokens].float()
+            values = out[segment.rows].float()
             if isinstance(delta, PackedDelta):
                 values[known] += self.switch.backend.expert_rows(own[known], delta)
                 extra = delta.extra
@@ -124,55 +235,114 @@ class SwitchableEmbedding(Switchable):
                 values[~known] = extra[own[~known] - base_rows].float()
             if isinstance(delta, Tensor):
                 values = delta[own]
-            out[segment.tokens] = values.to(out.dtype)
-        return hidden
+            out[segment.rows] = values.to(out.dtype)
+        if self._looks_up:
+            return out.view(*ids.shape, -1)
+        places = torch.arange(len(out), device=ids.device).view(ids.shape)
+        return torch.func.functional_call(self.base, {"weight": out}, (places,))
 
 
 class SwitchableNorm(Switchable):
-    """A normalisation over the last dimension: [1, tokens, ..., features]; each expert has its own exact weights."""
+    """A module that scales its input by one parameter, row by row: each expert has its own exact values.
 
-    def __init__(self, base: nn.Module, name: str, switch: Switch) -> None:
-        super().__init__(base, name, switch)
-        self._row_by_row = _scales_row_by_row(base)
+    Args:
+        parameter: what it scales by, in the module.
+        stored: the parameter's stored name.
+    """
+
+    def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, parameter: str, stored: str) -> None:
+        super().__init__(base, name, switch, seen)
+        self.parameter, self.stored = parameter, stored
 
     def forward(self, x: Tensor) -> Tensor:
-        owners = self.switch.step.owners
+        axis = self.seen.inputs[0]
+        assert axis is not None
+        owners = self.owners(x.shape[axis])
+        weight = getattr(self.base, self.parameter)
         if not owners.any:
             return self.base(x)
-        if self._row_by_row:
-            weight = self.base.weight
-            weights = [weight, *(self._own(slot).get("weight", weight) for slot in owners.present)]
-            rows = torch.stack(weights)[owners.places]
-            shaped = rows.view(len(rows), *[1] * (x.dim() - 3), -1)
-            return torch.func.functional_call(self.base, {"weight": shaped}, (x,))
-        y = self.base(x)
-        for segment in self.switch.step.segments:
-            if own := self._own(segment.slot):
-                y[:, segment.tokens] = torch.func.functional_call(self.base, own, (x[:, segment.tokens],))
-        return y
+        own = (self.switch.tensors(slot).get(self.stored, weight) for slot in owners.present)
+        rows = torch.stack([weight, *(w.to(weight.dtype) for w in own if isinstance(w, Tensor))])[owners.places]
+        return torch.func.functional_call(self.base, {self.parameter: by_row(rows, axis, x.dim())}, (x,))
 
-    def _own(self, slot: int) -> dict[str, Tensor]:
-        tensors = self.switch.tensors(slot)
-        return {
-            key: value.to(parameter.dtype)
-            for key, parameter in self.base.named_parameters()
-            if isinstance(value := tensors.get(f"{self.name}.{key}"), Tensor)
-        }
+
+def by_row(rows: Tensor, axis: int, dimensions: int) -> Tensor:
+    """[rows, *shape] -> a tensor that is multiplied with an input whose rows lie at `axis`, `shape` at its end."""
+    between = dimensions - axis - rows.dim()
+    return rows.view(*[1] * axis, len(rows), *[1] * between, *rows.shape[1:])
 
 
 @torch.no_grad()
-def _scales_row_by_row(norm: nn.Module) -> bool:
-    """Whether a norm takes a weight for each row, so that one call serves all experts: most do, no class says so."""
-    parameters = dict(norm.named_parameters())
-    if list(parameters) != ["weight"]:
+def scales_row_by_row(module: nn.Module, parameter: str, seen: Seen) -> bool:
+    """Whether a module takes a value of its parameter for each row, so that one call serves all experts: most norms do.
+
+    No class says so, so it is tried with two rows at the place where the module was seen to have its rows.
+    """
+    weight = dict(module.named_parameters())[parameter]
+    shape, dtype = seen.example
+    axis = seen.inputs[0]
+    if len(seen.inputs) != 1 or seen.outputs != seen.inputs or axis is None or len(shape) - axis <= weight.dim():
         return False
-    weight = parameters["weight"]
+    two = [2 if place == axis else size for place, size in enumerate(shape)]
     both = torch.stack([weight, weight + 1])
-    x = torch.linspace(-1, 2, both.numel(), device=weight.device, dtype=weight.dtype).view(1, *both.shape)
+    x = torch.linspace(-1, 2, torch.Size(two).numel(), device=weight.device, dtype=dtype).view(two)
     try:
-        found = torch.func.functional_call(norm, {"weight": both}, (x,))
-    except (RuntimeError, ValueError, TypeError):
+        found = torch.func.functional_call(module, {parameter: by_row(both, axis, len(shape))}, (x,))
+    except (RuntimeError, ValueError, TypeError, IndexError):
         return False
-    wanted = [torch.func.functional_call(norm, {"weight": w}, (x[:, i : i + 1],)) for i, w in enumerate(both)]
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        return False
+    pairs = zip(both, x.split(1, axis), strict=True)
+    wanted = [torch.func.functional_call(module, {parameter: w}, (row,)) for w, row in pairs]
     # close, not equal: a GPU may sum fewer rows in another order
-    return found.shape == x.shape and torch.allclose(found, torch.cat(wanted, 1), rtol=0.02, atol=0.02)
+    return torch.allclose(found, torch.cat(wanted, axis), rtol=0.02, atol=0.02)
+
+
+class SwitchableModule(Switchable):
+    """Any module that treats its rows one by one: run for the base, and again for each expert's rows.
+
+    Args:
+        parameters: what an expert's tensors make of the module's parameters.
+    """
+
+    def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, parameters: ExpertParameters) -> None:
+        super().__init__(base, name, switch, seen)
+        self.parameters_of = parameters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if len(tensors) != len(self.seen.inputs):
+            raise MeswitchError(f"{self.name}: is called with {len(tensors)} tensors, before with another number")
+        places = dict(zip(tensors, self.seen.inputs, strict=True))
+        owners: Owners | None = None
+        for place, axis in places.items():
+            if axis is not None:
+                owners = self.owners(leaves[place].shape[axis])
+        given = self.base(*args, **kwargs)
+        if owners is None or not owners.any:
+            return given
+        outputs, shape = pytree.tree_flatten(given)
+        outputs = [output.clone() if isinstance(output, Tensor) else output for output in outputs]
+        for segment in owners.segments:
+            own = self.parameters_of.own(self.base, self.switch.tensors(segment.slot))
+            if not own:
+                continue
+            part = [
+                leaf if places.get(place) is None else leaf.index_select(places[place], segment.rows)
+                for place, leaf in enumerate(leaves)
+            ]
+            some, more = pytree.tree_unflatten(part, spec)
+            made = pytree.tree_leaves(torch.func.functional_call(self.base, own, some, more))
+            for output, value, axis in _tensors(outputs, made, self.seen.outputs):
+                output.index_copy_(axis, segment.rows, value.to(output.dtype))
+        return pytree.tree_unflatten(outputs, shape)
+
+
+def _tensors(outputs: Sequence[Any], made: Sequence[Any], axes: Sequence[int]) -> Sequence[tuple[Tensor, Tensor, int]]:
+    pairs = [(o, m) for o, m in zip(outputs, made, strict=True) if isinstance(o, Tensor)]
+    return [(o, m, axis) for (o, m), axis in zip(pairs, axes, strict=True)]
+
+
+# A wrapper is made of a module, its name, the running step and how it was seen.
+Wrap = Callable[[nn.Module, str, Switch, Seen], Switchable]

@@ -5,6 +5,7 @@ never change. Packed deltas lie there as the artifact stores them, or as the GPU
 """
 
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from meswitch.tensorfile import DTYPES
 
 _ALIGNMENT = 256  # bytes; at least what a vectorised load and a DMA copy like
 _NOT_SERVED = {"weight_shape", "row_index"}
+HEAD_TIED = {TIED_HEAD: TIED_EMBEDDING}
 _KERNEL, _EXTRA = "kernel", "weight_extra"
 _BY_ROW = {"weight_packed", "weight_scale", "salient_weight"}  # a slot has all rows, those without a change as zeros
 
@@ -36,21 +38,31 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """places: tensor name -> suffix -> place. shapes: of the packed deltas that lie as the kernels read them, under the
-    suffix `_KERNEL`. nbytes: of the whole buffer."""
+    """Where everything of one expert lies.
+
+    Args:
+        places: tensor name -> suffix -> place.
+        entries: tensor name -> its entry in the manifest.
+        shapes: of the packed deltas that lie as the kernels read them, under the suffix `_KERNEL`.
+        nbytes: of the whole buffer.
+        tied: names that are not stored -> the tensor that they share.
+    """
 
     places: dict[str, dict[str, Place]]
     entries: dict[str, Entry]
     shapes: dict[str, Shape]
     nbytes: int
-    tied_head: bool
+    tied: Mapping[str, str]
 
     @classmethod
-    def of(cls, artifact: Artifact, *, kernel: bool = False) -> "Layout":
+    def of(
+        cls, artifact: Artifact, *, kernel: bool | Container[str] = False, tied: Mapping[str, str] = HEAD_TIED
+    ) -> "Layout":
         """Where each part of an artifact goes.
 
         Args:
-            kernel: lay packed deltas out for the GPU kernels.
+            kernel: lay packed deltas out for the GPU kernels: all, none, or those of these names.
+            tied: names that share another tensor where the artifact does not store them: the head, the embedding.
 
         Raises:
             IncompatibleError: a tensor is compressed by a method that no op reads. ConfigError: by sizes that no kernel
@@ -71,7 +83,7 @@ class Layout:
             entries[name] = entry
             places[name] = {}
             wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-            if kernel and entry.kind == "packed":
+            if entry.kind == "packed" and (kernel is True or (kernel is not False and name in kernel)):
                 shapes[name] = _kernel_shape(artifact, name, entry)
                 wanted.append((_KERNEL, (shapes[name].nbytes,), torch.uint8))
             for suffix, part in entry.stored.items():
@@ -81,7 +93,9 @@ class Layout:
             for suffix, shape, dtype in wanted:
                 places[name][suffix] = place = Place(offset, math.prod(shape) * dtype.itemsize, shape, dtype)
                 offset += -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return cls(places, entries, shapes, offset, artifact.manifest.expert.tied_head)
+        known = artifact.manifest.tensors
+        shared = {name: source for name, source in tied.items() if name not in known and source in known}
+        return cls(places, entries, shapes, offset, shared)
 
     def fill(self, artifact: Artifact, buffer: Tensor, device: torch.device | str = "cpu") -> None:
         """Read the artifact, checksums compared, into a [nbytes] uint8 host buffer.
@@ -122,17 +136,16 @@ class Layout:
                 tensors[name] = packed_from_parts(entry, found) if entry.kind == "packed" else found[""]
             elif _EXTRA in found:
                 tensors[extra_name(name)] = found[_EXTRA]
-        if self.tied_head:
+        for name, source in self.tied.items():
             for of in (str, extra_name):
-                if of(TIED_EMBEDDING) in tensors:
-                    tensors[of(TIED_HEAD)] = tensors[of(TIED_EMBEDDING)]
+                if of(source) in tensors:
+                    tensors[of(name)] = tensors[of(source)]
         return tensors
 
     def kernel_places(self) -> dict[str, tuple[Shape, int]]:
         """Shape and offset of every delta that lies as the kernels read it, by the tensor it belongs to."""
         found = {name: (shape, self.places[name][_KERNEL].offset) for name, shape in self.shapes.items()}
-        if self.tied_head and TIED_EMBEDDING in found:
-            found[TIED_HEAD] = found[TIED_EMBEDDING]
+        found |= {name: found[source] for name, source in self.tied.items() if source in found}
         return found
 
 

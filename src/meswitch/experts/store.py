@@ -7,7 +7,7 @@ slot is never overwritten, an unpinned one keeps its expert until another needs 
 import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from meswitch.artifact import Artifact
 from meswitch.codec import PackedDelta
 from meswitch.errors import CapacityError, UnknownExpertError
 from meswitch.experts.host import HostCache
-from meswitch.experts.layout import Layout
+from meswitch.experts.layout import HEAD_TIED, Layout
 from meswitch.experts.tables import SlotTables
 from meswitch.pagelock import copy
 from meswitch.units import format_bytes
@@ -50,7 +50,9 @@ class ExpertStore:
     Args:
         artifacts: opened artifacts by name.
         slots: fixed places on the device. host_bytes: budget of the host tier, None for no limit.
-        kernel: lay packed deltas out for the GPU kernels, which find them through `tables`.
+        kernel: lay packed deltas out for the GPU kernels, which find them through `tables`: all, none, or those of
+            these names.
+        tied: names that share another tensor where an artifact does not store them.
 
     Raises:
         CapacityError: less than one slot. ConfigError: a delta that no kernel reads.
@@ -63,19 +65,22 @@ class ExpertStore:
         device: torch.device,
         slots: int,
         host_bytes: int | None = None,
-        kernel: bool = False,
+        kernel: bool | Container[str] = False,
+        tied: Mapping[str, str] = HEAD_TIED,
     ) -> None:
         if slots < 1:
             raise CapacityError(f"slots: {slots}: an engine needs at least one slot")
         self.artifacts = dict(artifacts)
-        self.layouts = {name: Layout.of(artifact, kernel=kernel) for name, artifact in self.artifacts.items()}
+        self.layouts = {
+            name: Layout.of(artifact, kernel=kernel, tied=tied) for name, artifact in self.artifacts.items()
+        }
         self.device = device
         self.host = HostCache(host_bytes, device)
         self.slot_bytes = max((layout.nbytes for layout in self.layouts.values()), default=0)
         count = min(slots, max(1, len(self.artifacts)))
         self._arena = torch.zeros(count, self.slot_bytes, dtype=torch.uint8, device=device)
         self._slots = [_Slot(self._arena[i]) for i in range(count)]
-        self.tables = SlotTables(self.layouts.values(), self._arena) if kernel else None
+        self.tables = SlotTables(self.layouts.values(), self._arena) if kernel is not False else None
         self._changed = threading.Condition()
         self._clock = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

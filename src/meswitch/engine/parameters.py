@@ -1,0 +1,176 @@
+"""What an expert's tensors make of the base's parameters: base + delta, by the rules that transformers loads with."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from meswitch.architecture import TRANSPOSED, Architecture, Conversion, LoadPlan
+from meswitch.artifact import Artifact
+from meswitch.checkpoint import Checkpoint
+from meswitch.codec import PackedDelta
+from meswitch.errors import IncompatibleError
+
+# An expert's tensors by their stored names; what it shares with the base is not there.
+Tensors = Mapping[str, PackedDelta | Tensor]
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """All tensors that some expert of a family stores, and the base's parameters that they become.
+
+    Args:
+        architecture: the base's.
+        plan: how the stored names are loaded.
+        shapes: stored name -> shape, of an expert with added tokens the base's rows only where it is packed.
+        changed: stored names that some expert changes.
+        transposed: stored names whose delta lies the other way round than the parameter.
+        tied: names that an expert need not store -> the tensor that they share then.
+        base: the base's checkpoint.
+    """
+
+    architecture: Architecture
+    plan: LoadPlan
+    shapes: Mapping[str, tuple[int, ...]]
+    changed: frozenset[str]
+    transposed: frozenset[str]
+    tied: Mapping[str, str]
+    base: Checkpoint
+
+    @classmethod
+    def of(cls, architecture: Architecture, base: Checkpoint, artifacts: Iterable[Artifact]) -> "StoredTensors":
+        """Gather what a family's artifacts store.
+
+        Raises:
+            IncompatibleError: two artifacts store one tensor in two ways that cannot be served together.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        changed: set[str] = set()
+        roles: dict[str, tuple[str, Artifact]] = {}
+        for artifact in artifacts:
+            for name, entry in artifact.manifest.tensors.items():
+                shapes[name] = entry.shape
+                if entry.kind == "same":
+                    continue
+                changed.add(name)
+                role, other = roles.setdefault(name, (entry.role, artifact))
+                if entry.kind == "packed" and (role == TRANSPOSED) != (entry.role == TRANSPOSED):
+                    raise IncompatibleError(
+                        f"{artifact.directory}: {name}: its delta lies the other way round than that of "
+                        f"{other.directory}; compress both with this version"
+                    )
+        transposed = frozenset(name for name, (role, _) in roles.items() if role == TRANSPOSED)
+        # a tied head is stored nowhere, or by the experts that untied it: it has a name of its own here
+        given = {target for name in shapes for target in architecture.load_plan(shapes).parameters_of(name)}
+        plan = architecture.load_plan([*shapes, *(set(architecture.tied) - given)])
+        names = {target: name for name in plan.by_source for target in plan.parameters_of(name)}
+        tied = {names[target]: names[source] for target, source in architecture.tied.items() if source in names}
+        for name, source in tied.items():
+            shapes.setdefault(name, shapes[source])
+            if source in changed:
+                changed.add(name)
+        return cls(architecture, plan, shapes, frozenset(changed), transposed, tied, base)
+
+    def changed_parameters(self) -> dict[str, list[str]]:
+        """Parameters that some expert changes -> the stored tensors that do."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(self.changed):
+            for target in self.plan.parameters_of(name):
+                found.setdefault(target, []).append(name)
+        return found
+
+    def of_module(self, path: str, name_inside: Callable[[str], str]) -> "ExpertParameters":
+        """The parameters of a module and those inside it.
+
+        Args:
+            path: the module's name in the base; "" for the whole model.
+            name_inside: a parameter's name in the base -> its name in the module as it is now.
+        """
+        prefix = f"{path}." if path else ""
+        rules = []
+        for conversion in self.plan.conversions:
+            mine = [target for target in conversion.targets if target.startswith(prefix)]
+            if mine and not self.changed.isdisjoint(conversion.sources):
+                rules.append((conversion, {target: name_inside(target) for target in mine}))
+        return ExpertParameters(self, rules)
+
+
+@dataclass(frozen=True)
+class ExpertParameters:
+    """The parameters of one module, as each expert has them.
+
+    Args:
+        stored: the family's tensors.
+        rules: conversions with the parameters that are wanted of them: name in the base -> name in the module.
+    """
+
+    stored: StoredTensors
+    rules: Sequence[tuple[Conversion, Mapping[str, str]]]
+    _pieces: dict[str, Tensor] = field(default_factory=dict)
+
+    def own(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
+        """What differs from the base: name in the module -> value in the parameter's dtype.
+
+        Args:
+            module: holds the base's values.
+            tensors: the expert's.
+        """
+        found: dict[str, Tensor] = {}
+        for conversion, wanted in self.rules:
+            if any(name in tensors for name in conversion.sources):
+                found |= self._made(module, conversion, wanted, tensors)
+        return found
+
+    def _made(
+        self, module: nn.Module, conversion: Conversion, wanted: Mapping[str, str], tensors: Tensors
+    ) -> dict[str, Tensor]:
+        if conversion.renames:
+            (name,), (inside,) = conversion.sources, wanted.values()
+            base = _tensor(module, inside)
+            return {inside: merged(base, tensors[name], transposed=name in self.stored.transposed)}
+
+        def change(name: str) -> Tensor:
+            given = tensors.get(name)
+            device = next(iter(_tensor(module, inside) for inside in wanted.values())).device
+            if given is None:
+                return torch.zeros(self.stored.shapes[name], device=device)
+            if isinstance(given, PackedDelta):
+                return given.dequantize().view(self.stored.shapes[name])
+            if name not in self._pieces:
+                self._pieces[name] = self.stored.base.read(name)
+            return given.float() - self._pieces[name].to(device).float()
+
+        # transformers' rules stack, join, split and transpose: what they make of a change is the change of what they
+        # make
+        changes = conversion.build(change, self.stored.architecture.model)
+        return {
+            inside: (_tensor(module, inside).float() + changes[target]).to(_tensor(module, inside).dtype)
+            for target, inside in wanted.items()
+        }
+
+
+def merged(base: Tensor, own: PackedDelta | Tensor, *, transposed: bool = False) -> Tensor:
+    """The base's tensor as an expert has it, in the base's dtype.
+
+    Args:
+        base: of any shape.
+        own: the expert's delta, as a matrix [rows, columns] whose rows are all dimensions but the last, with rows for
+            added tokens; or the expert's own values.
+        transposed: the delta is [columns, rows].
+    """
+    if isinstance(own, Tensor):
+        return own.to(base.dtype)
+    delta = own.dequantize()
+    delta = delta.T if transposed else delta
+    if own.extra is None:
+        known = base if base.dim() != 2 else base[: len(delta)]
+        return (known.float() + delta.view(known.shape)).to(base.dtype)
+    return torch.cat([(base.float() + delta).to(base.dtype), own.extra.to(base.dtype)])
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    found = getattr(module.get_submodule(path) if path else module, leaf)
+    assert isinstance(found, Tensor)
+    return found

@@ -1,0 +1,378 @@
+"""What is proven when an engine opens, before anybody is answered.
+
+1. The running batch runs the base, and gives the logits that the model alone gives.
+2. For every kind of block, and every module outside of blocks, that carries a delta: in one step that mixes two experts
+   and the base, each one's rows come out as those of the same block with that expert's merged weights. The merged
+   weights are read from the artifact, not from the slot: what is proven is the whole way.
+
+One block of a kind is proven, not all layers; it costs two experts' weights of one block.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from meswitch.artifact import Artifact
+from meswitch.codec import PackedDelta
+from meswitch.engine.attach import Attachment
+from meswitch.engine.batching import Batch
+from meswitch.engine.context import BASE_SLOT, Rows, Switch
+from meswitch.engine.layers import Switchable
+from meswitch.engine.parameters import ExpertParameters, StoredTensors
+from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.survey import Survey
+from meswitch.errors import MeswitchError
+from meswitch.experts import ExpertStore
+
+LENGTHS = (7, 5, 9)  # tokens of the trial's requests; no two sums of them are alike
+NEW_TOKENS = 3
+_PATIENCE = 600  # seconds for a step of a large model on a slow machine
+# In float32 nothing but the order of sums differs. In 16 bit what is lost in rounding is as large as a small delta:
+# there the part of the difference that points the expert's way must be the expert's.
+_EXACT, _ALONG = 0.01, 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Requests that are run to see how a model runs them.
+
+    Args:
+        prompts: token ids of each.
+        wanted: logits that the base alone gives for the first prompt's next tokens.
+        tokens: what they are, greedily.
+    """
+
+    prompts: tuple[list[int], ...]
+    wanted: tuple[Tensor, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, vocabulary: int) -> "Trial":
+        """Run the model alone, before anything else is done with it.
+
+        Raises:
+            MeswitchError: it cannot be run.
+        """
+        generator = torch.Generator().manual_seed(0)
+        prompts = tuple(torch.randint(vocabulary, (n,), generator=generator).tolist() for n in LENGTHS)
+        ids, wanted, tokens = list(prompts[0]), [], []
+        device = next(model.parameters()).device
+        try:
+            for _ in range(2):
+                logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float()
+                wanted.append(logits)
+                tokens.append(int(logits.argmax()))
+                ids.append(tokens[-1])
+        except Exception as error:  # whatever a model raises
+            raise MeswitchError(f"{type(model).__name__}: cannot be run: {_line(error)}") from error
+        return cls(prompts, tuple(wanted), tuple(tokens))
+
+
+def run(batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[int]) -> None:
+    """Run a few steps of the batch with requests of these slots.
+
+    Args:
+        name: what the requests' ids begin with; their number follows.
+
+    Raises:
+        MeswitchError: the batch could not run them.
+    """
+    done = threading.Event()
+    errors: list[str] = []
+    left = set(range(len(prompts)))
+
+    def listen(number: int) -> Callable[[list[int], bool, str | None], None]:
+        def told(tokens: list[int], finished: bool, error: str | None) -> None:
+            if error is not None:
+                errors.append(error)
+            if finished:
+                left.discard(number)
+            if not left:
+                done.set()
+
+        return told
+
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    for number, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
+        batch.submit(f"{name}-{number}", prompt, slot, params, [], listen(number))
+    if not done.wait(_PATIENCE):
+        raise MeswitchError(f"no answer within {_PATIENCE} s")
+    if errors:
+        raise MeswitchError(errors[0].partition("\n")[0])
+
+
+def batch_runs_base(batch: Batch, trial: Trial, survey: Survey) -> None:
+    """See that the running batch gives what the model alone gives; the survey sees how its modules are called.
+
+    Raises:
+        MeswitchError: it cannot, or gives something else.
+    """
+    found: list[Tensor] = []
+
+    def see(rows: tuple[str, ...], scores: Tensor) -> None:
+        found.append(scores[rows.index("survey-0")].float().clone())
+
+    batch.watch.see = see
+    try:
+        with survey:
+            run(batch, "survey", trial.prompts, [BASE_SLOT] * len(trial.prompts))
+    finally:
+        batch.watch.see = None
+    for step, (ours, wanted) in enumerate(zip(found, trial.wanted, strict=False)):
+        finite = wanted.isfinite()
+        error = float((ours - wanted)[finite].norm() / wanted[finite].norm().clamp_min(1e-30))
+        limit = 0.001 if batch.dtype == torch.float32 else 0.1
+        if not error <= limit:
+            raise MeswitchError(f"its logits differ from those of the model alone by {error:.2g} of their norm")
+        if int(ours.argmax()) != trial.tokens[step]:
+            break  # a near tie went the other way: what follows is another text
+
+
+def prove(
+    model: Any,
+    batch: Batch,
+    switch: Switch,
+    attachment: Attachment,
+    stored: StoredTensors,
+    survey: Survey,
+    store: ExpertStore,
+    artifacts: Mapping[str, Artifact],
+    trial: Trial,
+) -> list[str]:
+    """Compare every kind of wrapped block with itself under merged weights.
+
+    Args:
+        model: the base with its wrappers. batch, switch: that run it.
+
+    Returns:
+        what does not agree, a line each: module, class and reason; empty if all do.
+    """
+    units = _units(model, attachment, stored)
+    reasons: list[str] = []
+    for number, names in enumerate(_rounds(units, artifacts, store.slot_count)):
+        slots = {store.acquire(name): name for name in names}
+        try:
+            witnesses = [_Witness(unit, switch, survey, slots, artifacts, stored) for unit in units.values()]
+            order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
+            prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
+            for prompt, slot in zip(prompts, order, strict=True):
+                if slot in slots:
+                    _say_added(prompt, artifacts[slots[slot]], model)
+            handles = [handle for witness in witnesses for handle in witness.watch(model)]
+            try:
+                run(batch, f"proof-{number}", prompts, order)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            reasons += [line for witness in witnesses for line in witness.reasons]
+        finally:
+            for slot in slots:
+                store.release(slot)
+        if reasons:
+            break
+    return reasons
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A block of the model, or a module outside of blocks, and the modules in it that are wrapped."""
+
+    name: str
+    kind: str
+    wrapped: tuple[str, ...]
+    parameters: ExpertParameters
+
+    @property
+    def sources(self) -> set[str]:
+        return {name for conversion, _ in self.parameters.rules for name in conversion.sources}
+
+
+def _units(model: Any, attachment: Attachment, stored: StoredTensors) -> dict[str, _Unit]:
+    """One unit of each kind: blocks of the same classes and shapes are one kind."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside: dict[str, list[str]] = {}
+    for path in attachment.wraps:
+        block = next((name for name in lists if path.startswith(f"{name}.")), None)
+        unit = path if block is None else ".".join(path.split(".")[: block.count(".") + 2])
+        inside.setdefault(unit, []).append(path)
+    units: dict[str, _Unit] = {}
+    for unit, paths in inside.items():
+        parts = []
+        for path in sorted(paths):
+            wrapper = model.get_submodule(path)
+            assert isinstance(wrapper, Switchable)
+            shapes = [tuple(p.shape) for p in wrapper.base.parameters()]
+            changed = [n for n in stored.changed_parameters() if n.startswith(f"{path}.")]
+            parts.append(f"{path.removeprefix(unit)} {type(wrapper).__name__} {type(wrapper.base).__name__} {shapes}")
+            parts.append(str([name.removeprefix(path) for name in changed]))
+        kind = f"{type(model.get_submodule(unit)).__name__} {parts}"
+        if kind not in units:
+            parameters = stored.of_module(unit, attachment.name_inside(unit))
+            units[kind] = _Unit(unit, type(model.get_submodule(unit)).__name__, tuple(sorted(paths)), parameters)
+    return units
+
+
+def _rounds(units: Mapping[str, _Unit], artifacts: Mapping[str, Artifact], slots: int) -> list[list[str]]:
+    """Experts to prove with, as many at a time as there are slots for: two, and more where those change too little."""
+
+    def changes(name: str) -> set[str]:
+        return {tensor for tensor, entry in artifacts[name].manifest.tensors.items() if entry.kind != "same"}
+
+    by_name = {name: changes(name) for name in artifacts}
+    most_first = sorted(by_name, key=lambda name: -len(by_name[name]))
+    chosen = most_first[:2]
+    for unit in units.values():
+        wanted = unit.sources
+        if not any(by_name[name] & wanted for name in chosen):
+            chosen += [name for name in most_first if by_name[name] & wanted][:1]
+    return [chosen[i : i + slots] for i in range(0, len(chosen), slots)]
+
+
+def _say_added(prompt: list[int], artifact: Artifact, model: Any) -> None:
+    """Put a token of an expert's own vocabulary into its prompt."""
+    rows, size = model.get_input_embeddings().weight.shape[0], artifact.manifest.expert.vocab_size
+    if size > rows:
+        prompt[1] = size - 1
+
+
+@dataclass
+class _Witness:
+    """Sees one unit compute a mixed step, and lets it compute the same for each expert with merged weights."""
+
+    unit: _Unit
+    switch: Switch
+    survey: Survey
+    slots: Mapping[int, str]
+    artifacts: Mapping[str, Artifact]
+    stored: StoredTensors
+    reasons: list[str] = field(default_factory=list)
+    _seen: bool = False
+    _inputs: Any = None
+
+    def watch(self, model: Any) -> list[Any]:
+        module = model.get_submodule(self.unit.name)
+        return [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._seen and self.switch.step.owners.any:
+            self._inputs = _copied((args, kwargs))
+
+    @torch.no_grad()
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._seen or self._inputs is None:
+            return
+        self._seen = True
+        axes = self.survey.output_axes(self.unit.name)
+        if axes is None:
+            self.reasons.append(self._reason("no output of it has a row a token"))
+            return
+        rows, places = axes
+        step = self.switch.step
+        mixed = _clones(output)
+        some, more = _copied(self._inputs)
+        try:
+            self.switch.step = step.of_base()
+            base = _clones(module(*some, **more))
+            merged = {}
+            for slot, name in self.slots.items():
+                own = self.unit.parameters.own(module, self._tensors(name))
+                some, more = _copied(self._inputs)
+                merged[slot] = _clones(torch.func.functional_call(module, own, some, more))
+        except Exception as error:  # noqa: BLE001  whatever the module raises
+            self.reasons.append(self._reason(f"it cannot be run with merged weights: {_line(error)}"))
+            return
+        finally:
+            self.switch.step = step
+        self._compare(mixed, base, merged, rows, places)
+
+    def _compare(
+        self,
+        mixed: Sequence[Tensor],
+        base: Sequence[Tensor],
+        merged: Mapping[int, Sequence[Tensor]],
+        rows: Rows,
+        places: Sequence[int | None],
+    ) -> None:
+        owners = self.switch.step.rows(rows)
+        slots = owners.slots.to("cpu")
+        for number, axis in enumerate(places):
+            if axis is None or not mixed[number].is_floating_point():
+                continue
+            for slot in (BASE_SLOT, *self.slots):
+                mine = (slots == slot).nonzero().view(-1).to(mixed[number].device)
+                if not len(mine):
+                    continue
+                wanted = base[number] if slot == BASE_SLOT else merged[slot][number]
+                parts = [t.index_select(axis, mine) for t in (mixed[number], wanted, base[number])]
+                fault = _difference(*parts, exact=mixed[number].dtype in (torch.float32, torch.float64))
+                if fault is not None:
+                    who = "the base" if slot == BASE_SLOT else f"expert {self.slots[slot]!r}"
+                    self.reasons.append(self._reason(f"with {who}'s rows in a mixed step {fault}"))
+                    return
+
+    def _reason(self, text: str) -> str:
+        inside = [name.removeprefix(f"{self.unit.name}.") for name in self.unit.wrapped if name != self.unit.name]
+        named = ", ".join(inside[:4]) + (", …" if inside[4:] else "")
+        more = f" (in which {named} change)" if inside else ""
+        return f"{self.unit.name}: a {self.unit.kind}{more}: {text}"
+
+    def _tensors(self, expert: str) -> dict[str, PackedDelta | Tensor]:
+        """What the unit needs of an expert, from the artifact."""
+        artifact = self.artifacts[expert]
+        entries = artifact.manifest.tensors
+        found: dict[str, PackedDelta | Tensor] = {}
+        device = self.switch.step.owners.slots.device
+        for name in self.unit.sources:
+            stored = name if name in entries else self.stored.tied.get(name, name)
+            value = artifact.read(stored) if stored in entries else None
+            if isinstance(value, PackedDelta | Tensor):
+                found[name] = value.to(device)
+        return found
+
+
+def _difference(found: Tensor, wanted: Tensor, base: Tensor, *, exact: bool) -> str | None:
+    """How rows differ from what they should be, None if they do not.
+
+    Args:
+        found, wanted, base: the same rows as the mixed step, the merged weights and the base gave them.
+        exact: computed in float32.
+    """
+    width = min(found.shape[-1], wanted.shape[-1], base.shape[-1])
+    finite = wanted[..., :width].isfinite() & base[..., :width].isfinite()
+    if not torch.equal(found[..., :width].isfinite() & base[..., :width].isfinite(), finite):
+        return "it gives other infinite or missing values than with merged weights"
+    ours, theirs, plain = (t[..., :width][finite].double() for t in (found, wanted, base))
+    error, effect, size = (float(x.norm()) for x in (ours - theirs, theirs - plain, theirs))
+    rounding = (1e-4 if exact else 0.02) * size
+    if error <= rounding and (exact or effect <= rounding):
+        return None
+    if exact:
+        if error <= _EXACT * effect + rounding:
+            return None
+        return f"it differs from merged weights by {error / max(effect, 1e-30):.2g} of what the expert changes"
+    along = float((ours - plain) @ (theirs - plain)) / max(effect**2, 1e-60)
+    if abs(along - 1) <= _ALONG and error <= effect + rounding:
+        return None
+    return f"it gives {along:.2f} of what the expert changes, and is off by {error / max(effect, 1e-30):.2g} of it"
+
+
+def _copied(arguments: Any) -> Any:
+    """Arguments whose tensors a module may change without anybody else seeing it."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
+
+
+def _clones(output: Any) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]

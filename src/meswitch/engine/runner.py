@@ -1,0 +1,194 @@
+"""What runs an engine's requests: transformers' running batch where it is proven right, else experts by turns."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from meswitch.artifact import Artifact
+from meswitch.engine.attach import plan_attachment
+from meswitch.engine.batching import Batch
+from meswitch.engine.context import Switch
+from meswitch.engine.parameters import StoredTensors
+from meswitch.engine.proof import Trial, batch_runs_base, prove
+from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.survey import Survey
+from meswitch.engine.turns import Turns
+from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
+from meswitch.experts import ExpertStore
+from meswitch.ops import BACKENDS, backend, uses_kernels
+
+RunnerName = Literal["auto", "batch", "turns"]
+RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")
+
+
+class Runner(Protocol):
+    """Answers requests. Its listeners are told all new tokens so far, whether that is all, and an error or None."""
+
+    kv_tokens: int
+    kv_bytes: int
+
+    @property
+    def failure(self) -> str | None: ...
+
+    def submit(
+        self,
+        request: str,
+        tokens: list[int],
+        slot: int,
+        params: SamplingParams,
+        eos: list[int],
+        listener: Callable[[list[int], bool, str | None], None],
+    ) -> None: ...
+
+    def cancel(self, request: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What an engine may take.
+
+    Args:
+        slots: experts on the device at a time.
+        host_bytes: budget for experts in host memory, None for no limit.
+        batch_tokens: tokens of one step.
+        kv_tokens: tokens of all running requests together.
+    """
+
+    slots: int
+    host_bytes: int | None
+    batch_tokens: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A runner with the store of its experts. reasons: why it is not the running batch, empty if it is."""
+
+    runner: Runner
+    store: ExpertStore
+    reasons: tuple[str, ...]
+
+
+def open_runner(
+    model: Any,
+    stored: StoredTensors,
+    artifacts: Mapping[str, Artifact],
+    sizes: Sizes,
+    *,
+    wanted: RunnerName,
+    op_backend: str | None,
+) -> Opened:
+    """Prove what can run these experts, and start it.
+
+    Args:
+        model: the base; the running batch wraps its modules in place.
+        wanted: `batch` and `turns` ask for one of them; `auto` takes turns where the batch is not proven.
+
+    Raises:
+        ConfigError: no such runner.
+        IncompatibleError: `batch` is asked for and not right; the message names every module and the reason.
+    """
+    if wanted not in RUNNERS:
+        raise ConfigError(f"runner: {wanted!r} is none of {', '.join(RUNNERS)}")
+    reasons: tuple[str, ...] = ()
+    if wanted != "turns":
+        found = _open_batch(model, stored, artifacts, sizes, op_backend)
+        if isinstance(found, Opened):
+            return found
+        reasons = found
+        if wanted == "batch":
+            raise IncompatibleError(
+                f"{type(model).__name__} cannot be served in a running batch (--runner turns serves it): "
+                + "; ".join(reasons)
+            )
+    device = next(model.parameters()).device
+    store = ExpertStore(artifacts, device=device, slots=sizes.slots, host_bytes=sizes.host_bytes, tied=stored.tied)
+    return Opened(Turns(model, stored, store, kv_tokens=sizes.kv_tokens), store, reasons)
+
+
+def _open_batch(
+    model: Any,
+    stored: StoredTensors,
+    artifacts: Mapping[str, Artifact],
+    sizes: Sizes,
+    op_backend: str | None,
+) -> Opened | tuple[str, ...]:
+    """The running batch, or all reasons why not."""
+    device = next(model.parameters()).device
+    base_rows = model.get_input_embeddings().weight.shape[0]
+    sizes_of = [artifact.manifest.expert.vocab_size for artifact in artifacts.values()]
+    trial = Trial.of(model, min([base_rows, *sizes_of]))
+    switch = Switch()
+    with _quiet():
+        try:
+            batch = Batch(model, switch, max_batch_tokens=sizes.batch_tokens, kv_tokens=sizes.kv_tokens)
+        except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+            return (_batching_fails(error),)
+        survey = Survey(model, switch)
+        try:
+            batch_runs_base(batch, trial, survey)
+        except MeswitchError as error:
+            batch.close()
+            return (_batching_fails(error),)
+    attachment = plan_attachment(model, stored, survey, max([base_rows, *sizes_of]))
+    if attachment.reasons:
+        batch.close()
+        return attachment.reasons
+    kernel = uses_kernels(op_backend, device, model.dtype)
+    store = ExpertStore(
+        artifacts,
+        device=device,
+        slots=sizes.slots,
+        host_bytes=sizes.host_bytes,
+        kernel=attachment.kernel if kernel else False,
+        tied=stored.tied,
+    )
+    switch.connect(store, BACKENDS["reference"] if kernel else backend(device.type, op_backend))
+    attachment.apply(model, switch)
+    faults: list[str] = []
+    if attachment.wraps:
+        with _quiet():
+            try:
+                faults = prove(model, batch, switch, attachment, stored, survey, store, artifacts, trial)
+            except MeswitchError as error:
+                faults = [f"a mixed step fails: {error}"]
+    if faults:
+        batch.close()
+        attachment.undo(model)
+        return tuple(faults)
+    return Opened(batch, store, ())
+
+
+def _batching_fails(error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    return f"transformers' running batch cannot run this base: {reason}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What fails while it is tried is told once, as a reason, not by transformers' loop as well."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def attention_for(model_class: Any) -> str:
+    """The attention that a model of this class is loaded with."""
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+
+
+def compute_dtype(dtype: str, device: torch.device) -> Any:
+    """As `from_pretrained` takes it: float32 on a CPU, the checkpoint's on a GPU, unless one is named."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, dtype)

@@ -1,0 +1,277 @@
+"""Experts that take turns: for models that transformers' running batch cannot run.
+
+One expert's weights are in the model at a time, as `meswitch merge` would make them, and `generate` of transformers
+answers that expert's requests in a batch. Every model that can be merged can be asked this way. It is slower than the
+running batch: a request waits for the experts before it, and weights are made anew when another expert has its turn.
+"""
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from meswitch.engine.parameters import StoredTensors
+from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
+from meswitch.errors import MeswitchError
+from meswitch.experts import ExpertStore
+from meswitch.threads import deserves_one
+
+BASE_SLOT = -1
+# New tokens after which a turn ends if another expert's requests wait.
+SLICE = 128
+MAX_BATCH = 16
+_CLOSE = 0.02  # of the largest logit: how far padding may move any
+
+Listener = Callable[[list[int], bool, str | None], None]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request: its prompt, what it got so far, and who is told."""
+
+    id: str
+    prompt: list[int]
+    slot: int
+    params: SamplingParams
+    eos: frozenset[int]
+    listener: Listener
+    made: list[int] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def left(self) -> int:
+        return self.params.max_new_tokens - len(self.made)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.made
+
+
+class Turns:
+    """Runs requests; each belongs to a slot of the expert store, or to the base.
+
+    Args:
+        model: the base, nothing wrapped.
+        stored: what the experts store.
+        kv_tokens: tokens of all requests of a turn together, at most.
+    """
+
+    def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, *, kv_tokens: int) -> None:
+        self.kv_tokens = kv_tokens
+        self.kv_bytes = 0  # made and dropped by every turn
+        self.failure: str | None = None
+        self._model, self._stored, self._store = model, stored, store
+        self._device = next(model.parameters()).device
+        self._narrow = deserves_one(self._device, model.config.get_text_config().hidden_size)
+        self._parameters = stored.of_module("", lambda name: name)
+        self._kept: dict[str, Tensor] = {}  # of the base, while an expert's are in their place
+        self._expert = BASE_SLOT
+        self._sampler = StepSampler()
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._pads = self._padding_is_harmless()
+        self._thread = threading.Thread(target=self._run, name="meswitch-turns", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, request: str, tokens: list[int], slot: int, params: SamplingParams, eos: list[int], listener: Listener
+    ) -> None:
+        """Start a request. The listener is called from the engine's thread, with all new tokens so far each time."""
+        with self._changed:
+            if self._closed:
+                raise MeswitchError("the engine has stopped: it was closed; start it again")
+            self._jobs[request] = _Job(request, tokens, slot, params, frozenset(eos), listener)
+            if params.temperature > 0:
+                self._sampler.samplers[request] = Sampler(params)
+            self._changed.notify_all()
+
+    def cancel(self, request: str) -> None:
+        """End a request early. Its listener is told `finished` once no step can touch it any more."""
+        with self._changed:
+            job = self._jobs.get(request)
+            if job is not None:
+                job.cancelled = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=30)
+
+    @property
+    def merged_bytes(self) -> int:
+        """Device memory of the base's own tensors that an expert's stand in for now."""
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
+    def _run(self) -> None:
+        if self._narrow:
+            torch.set_num_threads(1)
+        while True:
+            with self._changed:
+                while not self._closed and not self._jobs:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                gone = [job for job in self._jobs.values() if job.cancelled]
+                turn = self._next_turn()
+            for job in gone:
+                self._finish(job, None)
+            if turn:
+                self._take_turn(turn)
+
+    def _next_turn(self) -> list[_Job]:
+        """Requests of the expert that waits longest, as many as go into a batch."""
+        waiting = [job for job in self._jobs.values() if not job.cancelled]
+        if not waiting:
+            return []
+        first = waiting[0]
+        chosen: list[_Job] = []
+        longest = 0
+        for job in waiting:
+            fits = job.slot == first.slot and (self._pads or len(job.tokens) == len(first.tokens))
+            longest_then = max(longest, len(job.tokens) + job.left)
+            if (
+                fits
+                and len(chosen) < MAX_BATCH
+                and longest_then * (len(chosen) + 1) <= max(self.kv_tokens, longest_then)
+            ):
+                chosen.append(job)
+                longest = longest_then
+        return chosen
+
+    def _take_turn(self, turn: list[_Job]) -> None:
+        try:
+            self._become(turn[0].slot)
+            self._generate(turn)
+        except Exception as error:  # noqa: BLE001  whatever a model raises fails these requests alone
+            if len(turn) > 1:  # one of them may be the cause: each alone
+                for job in turn:
+                    self._take_turn([job])
+                return
+            self._finish(turn[0], f"{type(error).__name__}: {error}")
+            return
+        for job in turn:
+            if job.cancelled or job.left <= 0 or (job.made and job.made[-1] in job.eos):
+                self._finish(job, None)
+            else:  # its turn is over: it waits behind the others
+                with self._changed:
+                    if job.id in self._jobs:
+                        self._jobs.move_to_end(job.id)
+
+    def _finish(self, job: _Job, error: str | None) -> None:
+        with self._changed:
+            if self._jobs.pop(job.id, None) is None:
+                return
+            self._sampler.samplers.pop(job.id, None)
+        job.listener(list(job.made), True, error)
+
+    def _others_wait(self, slot: int) -> bool:
+        return any(job.slot != slot and not job.cancelled for job in list(self._jobs.values()))
+
+    @torch.no_grad()
+    def _become(self, slot: int) -> None:
+        """Put an expert's weights in the place of those that are there."""
+        if slot == self._expert and slot == BASE_SLOT:
+            return
+        self._restore()
+        if slot == BASE_SLOT:
+            return
+        own = self._parameters.own(self._model, self._store.tensors(slot))
+        for name, value in own.items():
+            self._kept[name] = _exchange(self._model, name, value)
+        for target, source in self._stored.architecture.tied.items():
+            # the base's head is its embedding; so is the head of an expert that does not say otherwise
+            if source in own and target not in own:
+                self._kept[target] = _exchange(self._model, target, own[source])
+        self._expert = slot
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for name, value in self._kept.items():
+            _exchange(self._model, name, value)
+        self._kept, self._expert = {}, BASE_SLOT
+
+    @torch.inference_mode()
+    def _generate(self, turn: list[_Job]) -> None:
+        width = max(len(job.tokens) for job in turn)
+        ids = torch.tensor([[0] * (width - len(job.tokens)) + job.tokens for job in turn], device=self._device)
+        mask = torch.tensor([[0] * (width - len(job.tokens)) + [1] * len(job.tokens) for job in turn])
+        self._sampler.rows = tuple(job.id for job in turn)
+        self._model.generate(
+            input_ids=ids,
+            attention_mask=mask.to(self._device),
+            generation_config=_settings(max(job.left for job in turn)),
+            logits_processor=LogitsProcessorList([self._sampler]),
+            stopping_criteria=StoppingCriteriaList([_Listening(self, turn, width)]),
+        )
+
+    @torch.inference_mode()
+    def _padding_is_harmless(self) -> bool:
+        """Whether requests of different lengths can be answered in one batch: tried, since recurrent layers differ."""
+        generator = torch.Generator().manual_seed(0)
+        size = self._model.get_input_embeddings().weight.shape[0]
+        long, short = (torch.randint(size, (1, n), generator=generator) for n in (9, 4))
+        both = torch.cat([long, nn.functional.pad(short, (5, 0))])
+        mask = torch.ones_like(both)
+        mask[1, :5] = 0
+        with contextlib.suppress(Exception):
+            found = self._logits(both, mask)[1]
+            wanted = self._logits(short, torch.ones_like(short))[0]
+            finite = wanted.isfinite()
+            return bool(((found - wanted)[finite].abs().max() <= _CLOSE * wanted[finite].abs().max()).item())
+        return False
+
+    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Of two new tokens, the second from the cache of the first: [rows, 2 x vocabulary]."""
+        out = self._model.generate(
+            input_ids=ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            generation_config=_settings(2, output_logits=True, return_dict_in_generate=True),
+        )
+        return torch.cat([logits.float() for logits in out.logits], -1)
+
+
+class _Listening(StoppingCriteria):
+    """After each step: tell who waits, and say which rows are done."""
+
+    def __init__(self, turns: Turns, turn: list[_Job], width: int) -> None:
+        self._turns, self._turn, self._width = turns, turn, width
+        self._before = [len(job.made) for job in turn]
+        self._done = [False] * len(turn)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        step = input_ids.shape[1] - self._width
+        ends = self._turns._closed or (step >= SLICE and self._turns._others_wait(self._turn[0].slot))
+        for row, (job, token) in enumerate(zip(self._turn, input_ids[:, -1].tolist(), strict=True)):
+            if self._done[row]:
+                continue
+            job.made.append(token)
+            finished = token in job.eos or job.left <= 0
+            self._done[row] = finished or job.cancelled or ends
+            if not finished and not job.cancelled:
+                job.listener(list(job.made), False, None)
+        return torch.tensor(self._done, device=input_ids.device)
+
+
+def _settings(tokens: int, **more: Any) -> GenerationConfig:
+    return GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0, **more)
+
+
+def _exchange(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Put a tensor in the place of a parameter or buffer; gives what was there."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path) if path else model
+    table: Mapping[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    before = table[leaf]
+    keeps = isinstance(value, nn.Parameter) or leaf in module._buffers
+    table[leaf] = value if keeps else nn.Parameter(value, requires_grad=False)  # type: ignore[index]
+    assert isinstance(before, Tensor)
+    return before
