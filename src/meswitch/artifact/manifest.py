@@ -5,6 +5,7 @@ Unknown fields, missing fields and wrong types are errors that name the file and
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ class Entry:
 
     @property
     def base_rows(self) -> int:
-        """Rows of a packed or coded tensor that the base has too."""
+        """Rows of a packed or coded tensor that the base has too: of a stack of matrices, those of all of them."""
         extra = self.stored.get("weight_extra")
-        return self.shape[0] - (extra.shape[0] if extra and extra.shape else 0)
+        return math.prod(self.shape[:-1]) - (extra.shape[0] if extra and extra.shape else 0)
 
 
 @dataclass(frozen=True, slots=True)

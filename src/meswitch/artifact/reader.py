@@ -99,14 +99,14 @@ class Artifact:
             rows = entry.base_rows if live is None else live.shape[0] if live.shape else -1
             expected = {} if live is None else {"row_index": (rows,)}
             expected |= {
-                "weight_packed": (rows, packed_words(entry.shape[1], entry.bits)),
-                "weight_scale": (rows, group_count(entry.shape[1], entry.group_size)),
+                "weight_packed": (rows, packed_words(entry.shape[-1], entry.bits)),
+                "weight_scale": (rows, group_count(entry.shape[-1], entry.group_size)),
                 "weight_shape": (2,),
             }
             if salient is not None:
                 expected |= {"salient_index": salient.shape[:1], "salient_weight": (rows, *salient.shape[:1])}
         if entry.kind in ("packed", "coded") and "weight_extra" in entry.stored:
-            expected["weight_extra"] = (entry.shape[0] - entry.base_rows, entry.shape[1])
+            expected["weight_extra"] = (entry.shape[0] - entry.base_rows, entry.shape[-1])
         found = {suffix: part.shape for suffix, part in entry.stored.items()}
         if found != expected:
             raise ArtifactError(f"{file}: tensors.{name}.stored: shapes {found} do not fit the tensor ({expected})")
@@ -117,7 +117,7 @@ class Artifact:
         if len(entry.shape) != 2:
             raise ArtifactError(f"{where}.shape: a coded tensor has two dimensions")
         try:
-            shapes = find_baseline(entry.method, entry.meta).shapes(entry.base_rows, entry.shape[1], entry.meta or {})
+            shapes = find_baseline(entry.method, entry.meta).shapes(entry.base_rows, entry.shape[-1], entry.meta or {})
         except ValueError as error:
             raise ArtifactError(f"{where}.{error}") from None
         for suffix, part in entry.stored.items():
@@ -174,7 +174,7 @@ class Artifact:
             return self.read_stored(name)
         parts = self._checked_parts(name)
         if entry.kind == "coded":
-            return restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.shape[1])
+            return restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.shape[-1])
         return packed_from_parts(entry, parts)
 
     def _checked_parts(self, name: str) -> dict[str, Tensor]:
@@ -257,6 +257,6 @@ def packed_from_parts(entry: Entry, parts: dict[str, Tensor]) -> PackedDelta:
         salient_weight=parts.get("salient_weight", no_weight),
         bits=entry.bits,
         group_size=entry.group_size,
-        in_features=entry.shape[1],
+        in_features=entry.shape[-1],
         extra=parts.get("weight_extra"),
     )

@@ -1,0 +1,118 @@
+"""What a user does with a pair of checkpoints, from `compress` to answers, and where it ends for an architecture."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import meswitch
+from architectures import tiny
+from meswitch.architecture import architecture_of, model_class
+from meswitch.artifact import Artifact
+from meswitch.compression.merge import merge
+from meswitch.errors import MeswitchError
+
+PROMPTS = ([5, 77, 1200, 300, 9, 41], [17, 401, 8], [99, 1033, 54, 720, 6, 7, 8, 1900, 12])
+NEW_TOKENS = 6
+TIE = 1e-3  # logits that are nearer than this to each other may change places
+
+
+@dataclass
+class Outcome:
+    """Where a model type's way ended.
+
+    Args:
+        compressed: whether both experts were compressed, verified and merged, and their merged models load.
+        distance: of the logits of the merged model from the full fine-tune's, relative to what fine-tuning changed.
+        runner: `batch` or `turns`; None if it is not served.
+        reasons: why not in a batch.
+        right: answers that are the merged model's own. wrong: those that are not.
+        error: the message that ended it.
+    """
+
+    compressed: bool = False
+    distance: float = 0.0
+    runner: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    right: int = 0
+    wrong: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+def follow(model_type: str, root: Path, tokenizer: Path, **fields: Any) -> Outcome:
+    """Compress two fine-tunes of a tiny base, verify, merge, load, and serve them and the base mixed."""
+    outcome = Outcome()
+    config = tiny.config_of(model_type, **fields)
+    base = tiny.write(config, root / "base", tokenizer)
+    try:
+        _compress(outcome, root, base)
+        _serve(outcome, root, base)
+    except MeswitchError as error:
+        outcome.error = str(error)
+    return outcome
+
+
+def _load(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    chosen = model_class(AutoConfig.from_pretrained(directory))
+    attention = "sdpa" if chosen._supports_sdpa else "eager"
+    return chosen.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    return torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in PROMPTS])
+
+
+def _compress(outcome: Outcome, root: Path, base: Path) -> None:
+    plain = _logits(_load(base))
+    for seed, name in enumerate(("a", "b"), start=1):
+        full = tiny.tune(base, root / name, seed)
+        meswitch.compress(base, full, root / f"delta-{name}", bits=4)
+        Artifact.open(root / f"delta-{name}").verify()
+        merge(base, root / f"delta-{name}", root / f"merged-{name}")
+        wanted = _logits(_load(full))
+        found = _logits(_load(root / f"merged-{name}"))
+        distance = float((found - wanted).norm() / (wanted - plain).norm())
+        outcome.distance = max(outcome.distance, distance)
+    outcome.compressed = True
+
+
+def _serve(outcome: Outcome, root: Path, base: Path) -> None:
+    experts = {name: root / f"delta-{name}" for name in ("a", "b")}
+    names = [name for _ in PROMPTS for name in ("a", "b", "base")]
+    prompts = [list(ids) for ids in PROMPTS for _ in range(3)]
+    with meswitch.Engine(base, experts, device="cpu", slots=2, kv_cache_tokens=4096) as engine:
+        outcome.reasons = list(engine.by_turns)
+        outcome.runner = "turns" if engine.by_turns else "batch"
+        for voice in engine.voices.values():
+            voice.eos = []
+        answers = engine.generate(prompts, model=names, max_new_tokens=NEW_TOKENS)
+    models = {"base": _load(base)} | {name: _load(root / f"merged-{name}") for name in experts}
+    for name, prompt, answer in zip(names, prompts, answers, strict=True):
+        fault = _differs(models[name], prompt, list(answer.tokens))
+        if fault is None:
+            outcome.right += 1
+        else:
+            outcome.wrong.append(f"{name}: {fault}")
+
+
+@torch.no_grad()
+def _differs(model: Any, prompt: list[int], answer: list[int]) -> str | None:
+    """Where a greedy answer is not the model's own, near ties not counted."""
+    ids = torch.tensor([prompt + answer])
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    if len(answer) != NEW_TOKENS:
+        return f"{len(answer)} tokens"
+    for place, token in enumerate(answer):
+        scores = logits[len(prompt) - 1 + place]
+        lost = float(scores.max() - scores[token])
+        if lost > TIE * max(1.0, float(scores[scores.isfinite()].abs().max())):
+            return f"token {place} is {token}, {lost:.3g} below the best"
+    return None
+
+
+def architecture_name(model_type: str) -> str:
+    return str(architecture_of(tiny.config_of(model_type)).model_class.__name__)
