@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meswitch.codec import Spec
-from meswitch.compression.allocation import Candidate, allocate, hull
+from meswitch.compression.budget import Candidate, allocate, hull
 
 
 def ways(*points: tuple[int, float]) -> list[Candidate]:
