@@ -228,6 +228,11 @@ class Manifest:
         return manifest
 
 
+def stored_name(tensor: str, suffix: str) -> str:
+    """`model.norm.weight` + `weight_packed` -> `model.norm.weight_packed`; the suffix "" keeps the name."""
+    return f"{tensor.removesuffix('weight')}{suffix}" if suffix else tensor
+
+
 def decoder(file: Path) -> Decoder:
     """Reads the parts of a manifest."""
     return Decoder(file, ArtifactError, "the artifact is damaged")

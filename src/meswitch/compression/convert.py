@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.artifact import Artifact, ArtifactWriter, Manifest, fingerprint
+from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
@@ -72,10 +72,10 @@ class Conversion:
         self.large = LargeDeltas()
         self._moment_of: tuple[Tensor, Tensor] | None = None  # the last inputs seen, and their second moment
         self._reader = PairReader(base, expert, pinned=device.type == "cuda")
-        self._behind = WriterThread()
+        self._writing = WriterThread()
 
     def run(self) -> Artifact:
-        with self._reader, self._behind:
+        with self._reader, self._writing:
             if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
                 walk(
                     self.expert,
@@ -114,33 +114,24 @@ class Conversion:
         role = role_of(name, len(info.shape))
         pair = self._reader.take(name)
         ours, base = pair.ours, pair.base
-        kind: str
-        parts: dict[str, Tensor]
-        delta: PackedDelta | CodedDelta | None = None
+        entry = Entry("same", role, info.shape, {}, pair.base_sha256)
+        parts: dict[str, Tensor] = {}
         if pair.same:
-            kind, parts = "same", {}
+            pass
         elif base is None or not self.options.packs(role, len(info.shape)):
             if not ours.isfinite().all():
                 raise MeswitchError(f"{name}: the expert has NaN or infinite values; repair the checkpoint")
-            kind, parts = "dense", {"": ours}
+            entry, parts = replace(entry, kind="dense"), {"": ours}
         else:
             # reading the text deserves all threads, these small matrices may not
             with fitting_threads(self.device, self.expert.config.hidden_size):
                 delta = self._encode(name, role, ours, base, moment)
-            kind, parts = "coded" if isinstance(delta, CodedDelta) else "packed", delta.tensors()
-        self._behind.call(
-            self.writer.add,
-            name,
-            {suffix: part.cpu() for suffix, part in parts.items()},
-            kind=kind,
-            role=role,
-            shape=info.shape,
-            base_sha256=pair.base_sha256,
-            bits=delta.bits if isinstance(delta, PackedDelta) else None,
-            group_size=delta.group_size if isinstance(delta, PackedDelta) else None,
-            method=delta.baseline.name if isinstance(delta, CodedDelta) else None,
-            meta=dict(delta.meta) if isinstance(delta, CodedDelta) else None,
-        )
+            parts = delta.tensors()
+            if isinstance(delta, PackedDelta):
+                entry = replace(entry, kind="packed", bits=delta.bits, group_size=delta.group_size)
+            else:
+                entry = replace(entry, kind="coded", method=delta.baseline.name, meta=dict(delta.meta))
+        self._writing.call(self.writer.add, name, entry, {suffix: part.cpu() for suffix, part in parts.items()})
         self.done.add(name)
         if self.progress is not None:
             self.progress(len(self.done), len(self.expert.tensors), name)
