@@ -27,7 +27,7 @@ TEXT_TOKENS, LENGTH = 32768, 256
 WORKER = """
 import json, resource, sys, time
 import torch, meswitch
-from meswitch.compression.ahead import Behind, Reader
+from meswitch.compression.convert import PairReader, WriterThread
 from meswitch.compression.convert import Conversion
 base, expert, out, device, options = sys.argv[1:6]
 stamps, phases = [], {}
@@ -42,10 +42,10 @@ def timed(owner, method, phase, sync=False):
                 torch.cuda.synchronize()
             phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
     setattr(owner, method, timing)
-timed(Reader, "take", "wait_for_reader")
-timed(Reader, "_read", "reader")
+timed(PairReader, "take", "wait_for_reader")
+timed(PairReader, "_read", "reader")
 timed(Conversion, "_encode", "encode", sync=True)
-timed(Behind, "wait", "wait_for_writer")
+timed(WriterThread, "wait", "wait_for_writer")
 timed(meswitch.artifact.ArtifactWriter, "add", "writer")
 def progress(done, total, name):
     if device == "cuda":

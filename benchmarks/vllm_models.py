@@ -45,9 +45,7 @@ def write_artifact(base: Path, out: Path, bits: int) -> Path:
     writer = ArtifactWriter(out, "random")
     for name, entry in predicted.manifest.tensors.items():
         if entry.kind != "packed":
-            writer.add(
-                name, {"": torch.ones(entry.shape)}, kind="dense", role=entry.role, shape=entry.shape, base_sha256=None
-            )
+            writer.add(name, dataclasses.replace(entry, kind="dense"), {"": torch.ones(entry.shape)})
             continue
         rows, width = entry.shape
         salient = entry.stored["salient_index"].shape[0] if "salient_index" in entry.stored else 0
@@ -60,8 +58,7 @@ def write_artifact(base: Path, out: Path, bits: int) -> Path:
             group_size=entry.group_size,
             in_features=width,
         )
-        kinds = {"kind": "packed", "role": entry.role, "shape": entry.shape, "base_sha256": None}
-        writer.add(name, delta.tensors(), **kinds, bits=bits, group_size=entry.group_size)
+        writer.add(name, entry, delta.tensors())
     config = base / "config.json"
     manifest = dataclasses.replace(
         predicted.manifest, tensors=writer.final_entries(), companions=companion_digests([config])

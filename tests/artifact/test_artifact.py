@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from meswitch import Artifact
-from meswitch.artifact import ArtifactWriter, Manifest, Method, account, fingerprint
+from meswitch.artifact import ArtifactWriter, Entry, Manifest, Method, account, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
@@ -51,9 +51,8 @@ def test_a_delta_comes_back_bit_for_bit(tmp_path_factory, bits, rows, width, gro
     norm = torch.randn(width, generator=generator)
     writer = ArtifactWriter(root / "out", "plan")
     shape = (rows + extra, width)
-    packed = {"bits": bits, "group_size": group, "base_sha256": None}
-    writer.add("a.weight", delta.tensors(), kind="packed", role="linear", shape=shape, **packed)
-    writer.add("n.weight", {"": norm}, kind="dense", role="norm", shape=(width,), base_sha256=None)
+    writer.add("a.weight", Entry("packed", "linear", shape, {}, None, bits, group), delta.tensors())
+    writer.add("n.weight", Entry("dense", "norm", (width,), {}, None), {"": norm})
     (root / "config.json").write_text("{}")
     companions = [root / "config.json"]
     manifest = Manifest(

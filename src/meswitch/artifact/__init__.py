@@ -5,8 +5,7 @@ from meswitch.artifact.fingerprint import fingerprint
 from meswitch.artifact.manifest import Calibration, Entry, Manifest, Method
 from meswitch.artifact.readahead import ReadAhead
 from meswitch.artifact.reader import Artifact, packed_from_parts
-from meswitch.artifact.rewrite import rewrite
-from meswitch.artifact.writer import ArtifactWriter
+from meswitch.artifact.writer import ArtifactWriter, rewrite
 
 __all__ = [
     "Accounting",

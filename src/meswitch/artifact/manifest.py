@@ -103,7 +103,7 @@ class Calibration:
 class Distillation:
     """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
     expert, nats a token) on its held-out tenth before and after. steps: for each part where the scope is `block`. The
-    rest as in `compression.recipe`."""
+    rest as in `compression.distill.recipe`."""
 
     steps: int
     learning_rate: float
@@ -227,6 +227,11 @@ class Manifest:
             if entry.kind == "packed" and entry.bits not in (1, 2, 3, 4):
                 raise ArtifactError(f"{file}: tensors.{name}.bits: {entry.bits!r} is none of 1, 2, 3, 4")
         return manifest
+
+
+def stored_name(tensor: str, suffix: str) -> str:
+    """`model.norm.weight` + `weight_packed` -> `model.norm.weight_packed`; the suffix "" keeps the name."""
+    return f"{tensor.removesuffix('weight')}{suffix}" if suffix else tensor
 
 
 def decoder(file: Path) -> Decoder:

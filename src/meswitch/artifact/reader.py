@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from meswitch.artifact.fingerprint import fingerprint, sha256_file
-from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored
-from meswitch.artifact.writer import stored_name
+from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, stored_name
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, PackedDelta, find_baseline, packed_words, restore_baseline
 from meswitch.codec.delta import SALIENT_DTYPE

@@ -12,24 +12,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, decoder
+from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Method, Stored, decoder, stored_name
+from meswitch.artifact.reader import Artifact
+from meswitch.codec import CodedDelta, PackedDelta
 from meswitch.errors import ArtifactError
 from meswitch.tensorfile import NAMES, fsync_path, tensor_bytes, write_tensors
 
 SHARD_BYTES = 256 << 20
 _PROGRESS = "progress.json"
-
-
-def stored_name(tensor: str, suffix: str) -> str:
-    """`model.norm.weight` + `weight_packed` -> `model.norm.weight_packed`; the suffix "" keeps the name."""
-    return f"{tensor.removesuffix('weight')}{suffix}" if suffix else tensor
 
 
 class ArtifactWriter:
@@ -72,21 +69,13 @@ class ArtifactWriter:
             if path.name not in self._shards and path.name != _PROGRESS:
                 path.unlink()
 
-    def add(
-        self,
-        name: str,
-        tensors: dict[str, Tensor],
-        *,
-        kind: str,
-        role: str,
-        shape: tuple[int, ...],
-        base_sha256: str | None,
-        bits: int | None = None,
-        group_size: int | None = None,
-        method: str | None = None,
-        meta: dict[str, int] | None = None,
-    ) -> None:
-        """Add one tensor of the expert; `tensors` maps suffixes ("" for a dense tensor) to what is stored."""
+    def add(self, name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+        """Add one tensor of the expert.
+
+        Args:
+            entry: what the manifest says of it; what is stored is filled in here.
+            tensors: suffix ("" for a dense tensor) -> what is stored.
+        """
         parts: dict[str, Stored] = {}
         for suffix, tensor in tensors.items():
             tensor = tensor.detach().cpu().contiguous()
@@ -99,7 +88,7 @@ class ArtifactWriter:
                 sha256=hashlib.sha256(raw).hexdigest(),
             )
             self._pending[stored_name(name, suffix)] = tensor
-        self._pending_entries[name] = Entry(kind, role, shape, parts, base_sha256, bits, group_size, method, meta)
+        self._pending_entries[name] = dataclasses.replace(entry, stored=parts)
         if sum(t.nbytes for t in self._pending.values()) >= self._shard_bytes:
             self.flush()
 
@@ -188,6 +177,38 @@ class ArtifactWriter:
                     "it goes on where it stopped"
                 ) from error
             raise
+
+
+def rewrite(
+    artifact: Artifact,
+    out: Path,
+    changed: Mapping[str, PackedDelta | CodedDelta | Tensor],
+    method: Method,
+    *,
+    overwrite: bool,
+) -> Artifact:
+    """Write `artifact` to `out` with the tensors in `changed`; shapes, dtypes and kinds stay as they are.
+
+    Raises:
+        ArtifactError: `out` exists, or cannot be written.
+    """
+    plan = f"{artifact.manifest.to_json()}{dataclasses.asdict(method)}"
+    writer = ArtifactWriter(out, hashlib.sha256(plan.encode()).hexdigest(), overwrite=overwrite)
+    for name, entry in artifact.manifest.tensors.items():
+        if name in writer.entries:
+            continue
+        value = changed.get(name)
+        if isinstance(value, PackedDelta | CodedDelta):
+            parts = value.tensors()
+        elif value is not None:
+            parts = {"": value}
+        else:
+            parts = {suffix: artifact.read_stored(name, suffix) for suffix in entry.stored}
+        writer.add(name, entry, parts)
+    tensors = dict(sorted(writer.final_entries().items()))
+    manifest = dataclasses.replace(artifact.manifest, tensors=tensors, method=method)
+    writer.finish(manifest, [artifact.directory / name for name in artifact.manifest.companions])
+    return Artifact.open(out)
 
 
 def check_destination(out: Path, overwrite: bool) -> None:

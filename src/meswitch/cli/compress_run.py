@@ -16,7 +16,7 @@ def compress_family(
     file: Path, names: list[str], calibration: str | None, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """calibration: `self` or `none` for all experts; None for what the file says."""
-    from meswitch.compression.calibration import Source
+    from meswitch.compression.text import Source
     from meswitch.family import Family
 
     family = Family.load(file)

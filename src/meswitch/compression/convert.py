@@ -1,35 +1,39 @@
 """One pass over a checkpoint pair: every tensor is encoded and written.
 
 Without calibration the tensors are taken in the order of their names. With calibration the expert runs forward once
-over the text (`walk`), and each linear layer is compressed the moment its inputs are known. Either way a few tensors
-are in memory at a time, files are read and written beside the encoder (`ahead`), and a run that was interrupted goes on
-after its last finished shard.
+over the text (`partial_model.walk`), and each linear layer is compressed the moment its inputs are known. Either way a
+few tensors are in memory at a time: two threads read the next ones and write the last ones while one is encoded
+(reading, SHA-256 and writing are done without Python's lock). A run that was interrupted goes on after its last
+finished shard.
 """
 
 import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from meswitch.artifact import Artifact, ArtifactWriter, Manifest, fingerprint
+from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, PackedDelta, Spec, encode, encode_baseline
-from meswitch.compression.ahead import Behind, Reader
-from meswitch.compression.calibration import CalibrationSet
 from meswitch.compression.compatibility import role_of
 from meswitch.compression.large_delta import LargeDeltas
 from meswitch.compression.options import Options
-from meswitch.compression.walk import compute_dtype, walk
+from meswitch.compression.partial_model import compute_dtype, walk
+from meswitch.compression.text import CalibrationSet
 from meswitch.errors import IncompatibleError, MeswitchError
-from meswitch.tensorfile import NAMES
+from meswitch.tensorfile import NAMES, tensor_bytes
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
@@ -67,11 +71,11 @@ class Conversion:
         self.done = set(self.writer.entries)
         self.large = LargeDeltas()
         self._moment_of: tuple[Tensor, Tensor] | None = None  # the last inputs seen, and their second moment
-        self._reader = Reader(base, expert, pinned=device.type == "cuda")
-        self._behind = Behind()
+        self._reader = PairReader(base, expert, pinned=device.type == "cuda")
+        self._writing = WriterThread()
 
     def run(self) -> Artifact:
-        with self._reader, self._behind:
+        with self._reader, self._writing:
             if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
                 walk(
                     self.expert,
@@ -110,33 +114,24 @@ class Conversion:
         role = role_of(name, len(info.shape))
         pair = self._reader.take(name)
         ours, base = pair.ours, pair.base
-        kind: str
-        parts: dict[str, Tensor]
-        delta: PackedDelta | CodedDelta | None = None
+        entry = Entry("same", role, info.shape, {}, pair.base_sha256)
+        parts: dict[str, Tensor] = {}
         if pair.same:
-            kind, parts = "same", {}
+            pass
         elif base is None or not self.options.packs(role, len(info.shape)):
             if not ours.isfinite().all():
                 raise MeswitchError(f"{name}: the expert has NaN or infinite values; repair the checkpoint")
-            kind, parts = "dense", {"": ours}
+            entry, parts = replace(entry, kind="dense"), {"": ours}
         else:
             # reading the text deserves all threads, these small matrices may not
             with fitting_threads(self.device, self.expert.config.hidden_size):
                 delta = self._encode(name, role, ours, base, moment)
-            kind, parts = "coded" if isinstance(delta, CodedDelta) else "packed", delta.tensors()
-        self._behind.call(
-            self.writer.add,
-            name,
-            {suffix: part.cpu() for suffix, part in parts.items()},
-            kind=kind,
-            role=role,
-            shape=info.shape,
-            base_sha256=pair.base_sha256,
-            bits=delta.bits if isinstance(delta, PackedDelta) else None,
-            group_size=delta.group_size if isinstance(delta, PackedDelta) else None,
-            method=delta.baseline.name if isinstance(delta, CodedDelta) else None,
-            meta=dict(delta.meta) if isinstance(delta, CodedDelta) else None,
-        )
+            parts = delta.tensors()
+            if isinstance(delta, PackedDelta):
+                entry = replace(entry, kind="packed", bits=delta.bits, group_size=delta.group_size)
+            else:
+                entry = replace(entry, kind="coded", method=delta.baseline.name, meta=dict(delta.meta))
+        self._writing.call(self.writer.add, name, entry, {suffix: part.cpu() for suffix, part in parts.items()})
         self.done.add(name)
         if self.progress is not None:
             self.progress(len(self.done), len(self.expert.tensors), name)
@@ -208,3 +203,94 @@ def second_moment(inputs: Tensor) -> Tensor:
 
 def _same_inputs(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor of the expert and the base's of that name, if there is one. same: nothing changed."""
+
+    ours: Tensor
+    base: Tensor | None
+    base_sha256: str | None
+    same: bool
+
+
+class PairReader:
+    """Reads tensor pairs; when one is taken, it starts on the one that is expected next.
+
+    Args:
+        pinned: into host memory from which a GPU copies fast.
+    """
+
+    def __init__(self, base: Checkpoint, expert: Checkpoint, *, pinned: bool) -> None:
+        self._base, self._expert, self._pinned = base, expert, pinned
+        self._after: dict[str, str] = {}
+        self._ahead: tuple[str, Future[Pair]] | None = None
+        self._thread = ThreadPoolExecutor(1, "reader")
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Say in which order the pairs will be taken. Others may be taken as well: they are read when asked for."""
+        order = list(names)
+        self._after = dict(pairwise(order))
+        self._drop()
+        if order:
+            self._ahead = order[0], self._thread.submit(self._read, order[0])
+
+    def take(self, name: str) -> Pair:
+        """A pair; what reading it raised is raised here."""
+        if self._ahead is None or self._ahead[0] != name:
+            self._drop()
+            self._ahead = name, self._thread.submit(self._read, name)
+        (_, taken), self._ahead = self._ahead, None
+        if name in self._after:
+            self._ahead = self._after[name], self._thread.submit(self._read, self._after[name])
+        return taken.result()
+
+    def _drop(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
+
+    def _read(self, name: str) -> Pair:
+        ours = self._expert.tensors[name].read(pinned=self._pinned)
+        theirs = self._base.info(name)
+        if theirs is None:
+            return Pair(ours, None, None, False)
+        base = theirs.read(pinned=self._pinned)
+        digest = hashlib.sha256(tensor_bytes(base)).hexdigest()
+        return Pair(ours, base, digest, base.dtype == ours.dtype and torch.equal(base, ours))
+
+    def __enter__(self) -> "PairReader":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+class WriterThread:
+    """Calls a function in another thread, one call at a time and in order; an error is raised by the next call.
+
+    Leaving the `with` block waits for the last call.
+    """
+
+    def __init__(self) -> None:
+        self._last: Future[Any] | None = None
+        self._thread = ThreadPoolExecutor(1, "writer")
+
+    def call(self, function: Callable[..., None], *args: Any, **keywords: Any) -> None:
+        """Wait for the call before, then start this one."""
+        self.wait()
+        self._last = self._thread.submit(function, *args, **keywords)
+
+    def wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> "WriterThread":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()

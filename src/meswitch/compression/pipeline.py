@@ -14,15 +14,15 @@ import torch
 from meswitch.artifact import Artifact, rewrite
 from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.blockwise import train_blocks
 from meswitch.compression.budget import specs_within
-from meswitch.compression.calibration import Source, gather
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors
 from meswitch.compression.convert import Conversion, Progress
-from meswitch.compression.distill import train
+from meswitch.compression.distill.blockwise import train_blocks
+from meswitch.compression.distill.end_to_end import train
+from meswitch.compression.distill.recipe import Recipe, Scope, recipe_for
+from meswitch.compression.distill.training import check_text
 from meswitch.compression.options import Embeddings, Options
-from meswitch.compression.recipe import Recipe, Scope, recipe_for
-from meswitch.compression.samples import check_text
+from meswitch.compression.text import Source, gather
 from meswitch.errors import ConfigError
 from meswitch.threads import fitting_threads
 
@@ -72,8 +72,8 @@ def compress(
         embeddings: `exact` keeps embedding and head whole, `quantised` compresses them like other matrices; None is
             `quantised`, unless the method's paper leaves them whole.
         distill: steps of training codes, scales and norms against the full expert on the calibration text, by the
-            method's `compression.recipe`, or another recipe; 0 does not. It needs both models in memory: None is the
-            recipe's steps if the expert has at most 256 MB and the text at least 32 sequences, else 0.
+            method's recipe (`compression.distill.recipe`), or another one; 0 does not. It needs both models in memory:
+            None is the recipe's steps if the expert has at most 256 MB and the text at least 32 sequences, else 0.
         distill_scope: `model` trains end to end; `block` one block after the other, by `recipe_for(..., scope="block")`
             for an expert of any size, with one block in memory. None is `model`, or what a `Recipe` says.
         method: `me-switch`, or another paper's for comparison (`codec.METHODS`, docs/baselines.md). rank: of `svd`.

@@ -3,7 +3,7 @@
 The scalar is the mean magnitude, which is the least-squares one for given signs. Only the projections of the blocks are
 compressed; embedding, head and norms stay whole. A weight without change counts as +1, as in the authors' code. This is
 the paper's "BitDelta-Initial"; its second step, training the scalars against the full expert, is `compression.distill`
-with the paper's recipe (`compression.recipe`). A matrix without any change has scalar 0 and stays exact.
+with the paper's recipe (`compression.distill.recipe`). A matrix without any change has scalar 0 and stays exact.
 
 Stored for [rows, in]: `sign_packed` int32 [rows, ceil(in / 32)], `sign_scale` float32 [1]: 1 bit a weight + 4 bytes.
 """

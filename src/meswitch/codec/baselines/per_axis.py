@@ -4,7 +4,7 @@ As in the paper, every matrix takes the axis that reconstructs the layer's outpu
 this stage the scales are not trained by gradient descent but solved: with the inputs' second moment `H` (the identity
 without calibration) they minimise `tr((D - Dq) H (D - Dq)^T)`, one number a row, or a linear system over the columns.
 The axis is chosen by the same error on the same text, not on held-out text, and the scales are bfloat16, not fp16. The
-training of the scales end to end is `compression.distill` with the authors' recipe (`compression.recipe`).
+training of the scales end to end is `compression.distill` with the authors' recipe (`compression.distill.recipe`).
 
 Stored for [rows, in]: `sign_packed` int32 [rows, ceil(in / 32)], `axis_scale` bfloat16 [rows] or [in]: 1 + 16 / in or
 1 + 16 / rows bits a weight.

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.sampler import Sampler, repeats
-from meswitch.compression.self_calibration import ANSWER, LENGTH, self_calibration
+from meswitch.compression.write_text import ANSWER, LENGTH, Sampler, repeats, self_calibration
 from meswitch.errors import ConfigError
 
 END = 3

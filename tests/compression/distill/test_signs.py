@@ -10,12 +10,12 @@ from meswitch import Artifact
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import BASELINES, encode_baseline
-from meswitch.compression.calibration import CalibrationSet
-from meswitch.compression.distill import train
+from meswitch.compression.distill.end_to_end import train
+from meswitch.compression.distill.recipe import Recipe, recipe_for
+from meswitch.compression.distill.student import TrainableSigns
 from meswitch.compression.merge import load_merged, merged_tensors
 from meswitch.compression.options import Options
-from meswitch.compression.recipe import Recipe, recipe_for
-from meswitch.compression.trainable_signs import RestoredSigns
+from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
 
 SCALES = {name: baseline.scale for name, baseline in BASELINES.items() if baseline.scale is not None}
@@ -71,7 +71,7 @@ def test_what_was_trained_is_what_is_stored(pair, tmp_path, text, method, case):
     assert info.held_out_after < info.held_out_before
     assert info.seed == 3
     # a further run that may not move starts where the stored one ended
-    from meswitch.compression.calibration import load_calibration
+    from meswitch.compression.text import load_calibration
 
     words = load_calibration(text, expert)
     still = dataclasses.replace(recipe, steps=0)
@@ -94,7 +94,7 @@ def test_a_trainable_matrix_starts_as_the_stored_one(method, relative, shape):
     base, delta = (torch.randn(*shape, generator=generator) for _ in range(2))
     extra = torch.ones(2, shape[1])
     coded = encode_baseline(method, delta, Options(method=method).request("linear", *shape, 0), name="a", extra=extra)
-    module = RestoredSigns(base, coded, relative, CPU, torch.float32)
+    module = TrainableSigns(base, coded, relative, CPU, torch.float32)
     assert torch.allclose(module.matrix(), torch.cat([base + coded.dequantize(), extra]), atol=1e-6)
     assert all(torch.equal(module.trained().tensors()[s], part) for s, part in coded.tensors().items())
     module.matrix().square().sum().backward()

@@ -13,12 +13,11 @@ import meswitch
 from meswitch import Artifact
 from meswitch.artifact.manifest import Manifest
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.blockwise import train_blocks
-from meswitch.compression.calibration import load_calibration
-from meswitch.compression.frame import Frame
-from meswitch.compression.recipe import Recipe, recipe_for
-from meswitch.compression.student import read_batch
-from meswitch.compression.trainable import RestoredPacked
+from meswitch.compression.distill.blockwise import train_blocks
+from meswitch.compression.distill.recipe import Recipe, recipe_for
+from meswitch.compression.distill.student import TrainablePacked, read_batch
+from meswitch.compression.partial_model import BlockwiseModel
+from meswitch.compression.text import load_calibration
 from meswitch.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -104,7 +103,7 @@ def test_a_model_taken_apart_computes_what_the_whole_does(pair, arch, tied):
     checkpoint = Checkpoint.open(expert)
     whole = AutoModelForCausalLM.from_pretrained(expert, dtype=torch.float32)
     batch = [[5, 6, 7, 8, 9], [10, 11]]
-    entrance, end = (Frame(checkpoint, CPU, torch.float32) for _ in range(2))
+    entrance, end = (BlockwiseModel(checkpoint, CPU, torch.float32) for _ in range(2))
     entrance.load(leaving=False)
     end.load(leaving=True)
     with torch.no_grad():
@@ -129,7 +128,7 @@ def test_weights_of_one_block_are_in_memory_at_a_time(pair, tmp_path, text):
 
     def count(*_):
         held = [thing for thing in modules() if id(thing) not in others]
-        packed = [thing for thing in held if isinstance(thing, RestoredPacked)]
+        packed = [thing for thing in held if isinstance(thing, TrainablePacked)]
         linears = [thing for thing in held if isinstance(thing, nn.Linear) and thing.weight.device.type == "cpu"]
         most.append((len(packed), len(linears)))
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from meswitch.compression.divergence import divergence
+from meswitch.compression.distill.training import divergence
 
 
 def test_value_and_gradient_are_those_of_the_definition():

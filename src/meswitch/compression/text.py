@@ -97,7 +97,7 @@ def gather(
     Raises:
         ConfigError: see `load_calibration` and `self_calibration`.
     """
-    from meswitch.compression.self_calibration import self_calibration
+    from meswitch.compression.write_text import self_calibration
 
     source = source if isinstance(source, Source) else Source.parse(source)
     read = None if source.text is None else load_calibration(source.text, expert.directory, max_tokens)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.ahead import Behind, Reader
+from meswitch.compression.convert import PairReader, WriterThread
 from meswitch.errors import MeswitchError
 
 
@@ -27,7 +27,7 @@ def checkpoints(tmp_path):
 @pytest.mark.parametrize("taken", ["abcd", "badc"])
 def test_pairs_are_the_same_whatever_was_expected(checkpoints, expected, taken):
     base, expert = checkpoints
-    with Reader(base, expert, pinned=False) as reader:
+    with PairReader(base, expert, pinned=False) as reader:
         reader.expect(expected)
         for name in taken:
             pair = reader.take(name)
@@ -38,7 +38,7 @@ def test_pairs_are_the_same_whatever_was_expected(checkpoints, expected, taken):
 
 def test_the_next_pair_is_read_before_it_is_asked_for(checkpoints):
     base, expert = checkpoints
-    with Reader(base, expert, pinned=False) as reader:
+    with PairReader(base, expert, pinned=False) as reader:
         reader.expect("abcd")
         reader.take("a")
         assert reader._ahead is not None
@@ -51,7 +51,7 @@ def test_a_truncated_file_is_reported_when_its_tensor_is_taken(checkpoints):
     base, expert = checkpoints
     file = expert.tensors["b"].file
     file.write_bytes(file.read_bytes()[: expert.tensors["b"].offset + 3])
-    with Reader(base, expert, pinned=False) as reader:
+    with PairReader(base, expert, pinned=False) as reader:
         reader.expect("abcd")
         reader.take("a")
         with pytest.raises(MeswitchError, match="ends inside tensor b"):
@@ -66,7 +66,7 @@ def test_calls_run_in_order_and_one_at_a_time():
         seen.append((number, threading.current_thread() is threading.main_thread()))
         running.release()
 
-    with Behind() as behind:
+    with WriterThread() as behind:
         for number in range(20):
             behind.call(note, number)
     assert seen == [(number, False) for number in range(20)]
@@ -78,7 +78,7 @@ def test_an_error_is_raised_by_the_next_call_or_at_the_end(further):
         raise MeswitchError("no space left")
 
     def run():
-        with Behind() as behind:
+        with WriterThread() as behind:
             behind.call(fail)
             for _ in range(further):
                 behind.call(pytest.fail, "runs after an error")

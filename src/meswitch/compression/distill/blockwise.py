@@ -17,13 +17,24 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
 from meswitch.codec import CodedDelta, PackedDelta
-from meswitch.compression.calibration import CalibrationSet
-from meswitch.compression.distill import Progress, fit, record, training_dtype
-from meswitch.compression.divergence import divergence
-from meswitch.compression.frame import Frame
-from meswitch.compression.recipe import Recipe
-from meswitch.compression.samples import Sample, batches, check_text, in_batches, mean, split, weights
-from meswitch.compression.student import Student, attach
+from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.distill.student import Student, attach
+from meswitch.compression.distill.training import (
+    Progress,
+    Sample,
+    batches,
+    check_text,
+    divergence,
+    fit,
+    in_batches,
+    mean,
+    record,
+    split,
+    training_dtype,
+    weights,
+)
+from meswitch.compression.partial_model import BlockwiseModel
+from meswitch.compression.text import CalibrationSet
 
 _LOGITS = 1 << 26  # that are made at once, at most
 Changed = dict[str, PackedDelta | CodedDelta | Tensor]
@@ -140,8 +151,8 @@ class _Job:
         path = next(name for name, module in self.frame.model.named_modules() if module is embedding)
         self.embedding = f"{path}.weight"
 
-    def new_frame(self) -> Frame:
-        return Frame(self.expert, self.device, self.dtype)
+    def new_frame(self) -> BlockwiseModel:
+        return BlockwiseModel(self.expert, self.device, self.dtype)
 
     def attach(self, model: nn.Module, names: Callable[[str], str | None]) -> Student:
         return attach(model, self.base, self.expert, self.artifact, self.recipe, self.device, self.dtype, names)
@@ -155,7 +166,7 @@ class _Job:
         self.attach(frame.model, lambda name: name if name == self.embedding else None)
         return theirs, self._embedded(frame)
 
-    def _embedded(self, frame: Frame) -> States:
+    def _embedded(self, frame: BlockwiseModel) -> States:
         states: States = {}
         for batch in in_batches(self.held + self.rest):
             length = max(len(sample.ids) for sample in batch)

@@ -3,7 +3,7 @@
 import torch
 
 from meswitch.codec import Spec, encode, unpack
-from meswitch.compression.trainable import RestoredPacked
+from meswitch.compression.distill.student import TrainablePacked
 
 SPEC = Spec(bits=2, group_size=32, salient=1)
 
@@ -14,10 +14,10 @@ def pair(rows: int = 24, width: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
     return base, base + 0.1 * torch.randn(rows, width)
 
 
-def trainable(base: torch.Tensor, full: torch.Tensor) -> RestoredPacked:
+def trainable(base: torch.Tensor, full: torch.Tensor) -> TrainablePacked:
     inputs = torch.randn(200, base.shape[1])
     packed = encode(full - base, SPEC, name="w", second_moment=inputs.T @ inputs / 200)
-    return RestoredPacked(base, packed, full, torch.device("cpu"), torch.float32)
+    return TrainablePacked(base, packed, full, torch.device("cpu"), torch.float32)
 
 
 def test_before_training_the_matrix_is_the_artifacts():

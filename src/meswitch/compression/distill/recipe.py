@@ -28,7 +28,7 @@ class Recipe:
     at the held-out text (a tenth of the sequences).
 
     scope: `model` trains end to end, `block` one block after the other and the head last, so many steps each; the loss
-    on logits is then that of the head, `hidden` has no meaning (`compression.blockwise`).
+    on logits is then that of the head, `hidden` has no meaning (`compression.distill.blockwise`).
     """
 
     steps: int = 300

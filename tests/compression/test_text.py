@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.calibration import Source, gather, load_calibration, load_questions
+from meswitch.compression.text import Source, gather, load_calibration, load_questions
 from meswitch.errors import ConfigError
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Training a compressed expert against the full one: end to end, or block by block."""

@@ -1,0 +1,393 @@
+"""The compressed expert as a model that can be trained: the expert's own, with matrices made from base and artifact.
+
+Of a packed delta scales and salient weights are trained, and codes if the recipe says so; of the methods that store
+signs their scales, one a matrix, a row or a column.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from transformers import AutoModelForCausalLM
+
+from meswitch.artifact import Artifact
+from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
+from meswitch.codec import CodedDelta, PackedDelta, pack, unpack
+from meswitch.codec.baselines.per_axis import ROW
+from meswitch.codec.delta import SALIENT_DTYPE
+from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
+from meswitch.compression.distill.recipe import Recipe
+from meswitch.errors import ConfigError, IncompatibleError
+
+_NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
+CODES_RATE = 0.5  # the steps of latent weights, whose levels are 2 apart, against those of scales
+_WITHIN = 0.9  # of a level: half the distance to the next is 1
+# parameters, and the factor by which the recipe's learning rate is theirs
+Group = tuple[list[nn.Parameter], float]
+
+
+class Trainable(Protocol):
+    """A matrix of the student; the classes are modules, so that their parameters move with the model."""
+
+    def groups(self) -> list[Group]:
+        """What to train."""
+
+    def matrix(self) -> Tensor:
+        """[rows + extra, in_features] in the base's compute dtype, differentiable."""
+
+    def trained(self) -> PackedDelta | CodedDelta:
+        """The delta as it is to be stored, in the shapes and dtypes it had."""
+
+
+class TrainablePacked(nn.Module):
+    """Base + levels x scales + salient, with trainable scales and salient weights, and codes if they are to be trained.
+
+    Scales and salient weights are trained as steps relative to their start, so that one learning rate fits all. Codes
+    are trained through a latent weight for each, in units of its group's scale: the nearest level is used, and its
+    gradient is the latent weight's while that is within the range of levels (a straight-through estimator,
+    arXiv 1308.3432; learning codes together with scales follows LSQ, 1902.08153). A latent weight starts at the full
+    delta, moved no further than needed for its level to be the code that error feedback chose.
+
+    Args:
+        base: [at least delta.rows, in_features].
+        full: of the same shape, the expert's own weights; None leaves the codes as they are.
+    """
+
+    def __init__(
+        self, base: Tensor, delta: PackedDelta, full: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.delta = delta
+        self.base = base[: delta.rows].to(device, dtype)
+        self.top = 2**delta.bits - 1
+        self.start = delta.scale.to(device, torch.float32)
+        self.salient_index = delta.salient_index.long().to(device)
+        self.salient_start = delta.salient_weight.to(device, torch.float32)
+        # relative to the root mean square of all salient weights: single ones may be near zero
+        self.salient_unit = self.salient_start.square().mean().sqrt() if self.salient_start.numel() else 0.0
+        self.extra = None if delta.extra is None else delta.extra.to(device, dtype)
+        self.scale_step = nn.Parameter(torch.zeros_like(self.start))
+        self.salient_step = nn.Parameter(torch.zeros_like(self.salient_start))
+        # rows left out of the artifact stay so
+        self.live = ((self.start != 0).any(1) | (self.salient_start != 0).any(1))[:, None].float()
+        codes = levels(unpack(delta.packed, delta.bits, delta.in_features), delta.bits).to(device)
+        self.levels = codes.to(torch.int8)
+        self.latent = None if full is None else nn.Parameter(self._latent(full[: delta.rows].to(device), codes))
+
+    def _latent(self, full: Tensor, codes: Tensor) -> Tensor:
+        """[rows, in_features] float32: the full delta in units of the scales, kept within its code's interval."""
+        change = full.float() - self.base.float()
+        if self.salient_index.numel():
+            change.index_add_(1, self.salient_index, -self.salient_start)
+        step = expand_scale(self.start, codes.shape[1], self.delta.group_size)
+        rest = torch.where(step > 0, change / step - codes, 0.0)
+        return codes + rest.clamp(-_WITHIN, _WITHIN)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.start * (1 + self.scale_step)
+
+    @property
+    def salient(self) -> Tensor:
+        return self.salient_start + self.salient_unit * self.salient_step * self.live
+
+    def groups(self) -> list[Group]:
+        # every bit halves the error that training is to repair, and what steps of one size do harm besides
+        rate = 2.0 ** (1 - self.delta.bits)
+        found: list[Group] = [([self.scale_step, self.salient_step], rate)]
+        return found if self.latent is None else [*found, ([self.latent], CODES_RATE * rate)]
+
+    def matrix(self) -> Tensor:
+        trained = self.levels if self.latent is None else self.latent
+        matrix = _RestoreMatrix.apply(
+            trained, self.scale, self.salient, self.base, self.salient_index, self.delta.group_size, self.top
+        )
+        return matrix if self.extra is None else torch.cat([matrix, self.extra])
+
+    def trained(self) -> PackedDelta:
+        delta = self.delta
+        packed = delta.packed
+        if self.latent is not None:
+            codes = (_nearest(self.latent.detach(), self.top) + self.top) / 2
+            packed = pack(codes.to(torch.uint8).cpu(), delta.bits)
+        return PackedDelta(
+            packed,
+            self.scale.detach().cpu().to(SCALE_DTYPE),
+            delta.salient_index,
+            self.salient.detach().cpu().to(SALIENT_DTYPE),
+            delta.bits,
+            delta.group_size,
+            delta.in_features,
+            delta.extra,
+        )
+
+
+def _nearest(latent: Tensor, top: int) -> Tensor:
+    """The level (odd integer in [-top, top]) nearest to each latent weight."""
+    return latent.add(top).div_(2).round_().clamp_(0, top).mul_(2).sub_(top)
+
+
+class _RestoreMatrix(torch.autograd.Function):
+    """base + nearest levels x scales + salient, in few passes: every step does it for every matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        latent: Tensor,
+        scale: Tensor,
+        salient: Tensor,
+        base: Tensor,
+        index: Tensor,
+        group: int | None,
+        top: int,
+    ) -> Tensor:
+        chosen = _nearest(latent, top) if latent.is_floating_point() else latent.float()
+        ctx.save_for_backward(latent, chosen, scale, index)
+        ctx.group, ctx.top = group, top
+        matrix = _scaled(chosen, scale, group)
+        matrix = matrix.add_(base) if base.dtype == matrix.dtype else base + matrix.to(base.dtype)
+        return matrix.index_add_(1, index, salient.to(matrix.dtype)) if index.numel() else matrix
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        latent, chosen, scale, index = ctx.saved_tensors
+        gradient = gradients[0].float()
+        to_scale = _by_group(gradient * chosen, ctx.group).sum(-1)
+        to_latent = None
+        if ctx.needs_input_grad[0]:
+            edge = float(ctx.top + 1)
+            inside = torch.ops.aten.hardtanh_backward(gradient, latent, -edge, edge)  # 0 beyond the edges, in one pass
+            to_latent = _scaled(inside, scale, ctx.group)
+        return to_latent, to_scale, gradient[:, index], None, None, None, None
+
+
+def _by_group(values: Tensor, group: int | None) -> Tensor:
+    """[rows, in_features] -> [rows, groups, group], the last group filled up with zeros."""
+    rows, width = values.shape
+    group = width if group is None else group
+    if width % group:
+        values = torch.nn.functional.pad(values, (0, -width % group))
+    return values.reshape(rows, -1, group)
+
+
+def _scaled(values: Tensor, scale: Tensor, group: int | None) -> Tensor:
+    """[rows, in_features] times the scale of each group."""
+    return (_by_group(values, group) * scale[:, :, None]).view(len(values), -1)[:, : values.shape[1]]
+
+
+class TrainableSigns(nn.Module):
+    """Base + signs x scale, with trainable scales.
+
+    Args:
+        base: [at least delta.rows, in_features].
+        relative: train the scale's change as a share of it, not the scale itself.
+
+    Raises:
+        ConfigError: the method has no scales that can be trained.
+    """
+
+    def __init__(
+        self, base: Tensor, delta: CodedDelta, relative: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        name = delta.baseline.scale
+        if name is None:
+            raise ConfigError(f"distill: the method {delta.baseline.name} has no scales to train")
+        self.delta, self.name, self.relative = delta, name, relative
+        stored = delta.parts[name]
+        ones = dataclasses.replace(delta, parts=dict(delta.parts) | {name: torch.ones_like(stored)})
+        self.signs = ones.dequantize().to(device, torch.int8)
+        self.base = base[: delta.rows].to(device, dtype)
+        self.extra = None if delta.extra is None else delta.extra.to(device, dtype)
+        self.start = stored.to(device, torch.float32)
+        self.step = nn.Parameter(torch.zeros_like(self.start) if relative else self.start.clone())
+
+    @property
+    def scale(self) -> Tensor:
+        return self.start * (1 + self.step) if self.relative else self.step
+
+    def groups(self) -> list[Group]:
+        return [([self.step], 1.0)]
+
+    def matrix(self) -> Tensor:
+        scale = self.scale[:, None] if self.delta.meta.get("axis") == ROW else self.scale
+        matrix = self.base + (self.signs * scale).to(self.base.dtype)
+        return matrix if self.extra is None else torch.cat([matrix, self.extra])
+
+    def trained(self) -> CodedDelta:
+        stored = self.delta.parts[self.name]
+        parts = dict(self.delta.parts) | {self.name: self.scale.detach().cpu().to(stored.dtype)}
+        return dataclasses.replace(self.delta, parts=parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """model: the compressed expert. matrices, norms: what is trained, by tensor name."""
+
+    model: Any
+    matrices: dict[str, Trainable]
+    norms: dict[str, nn.Parameter]
+
+    def groups(self) -> list[Group]:
+        """All trained parameters, by their learning rate."""
+        found: dict[float, list[nn.Parameter]] = {_NORMS: list(self.norms.values())}
+        for matrix in self.matrices.values():
+            for parameters, factor in matrix.groups():
+                found.setdefault(factor, []).extend(parameters)
+        return [(parameters, factor) for factor, parameters in found.items() if parameters]
+
+    def trained(self, artifact: Artifact) -> dict[str, PackedDelta | CodedDelta | Tensor]:
+        """What is to be stored instead of what `artifact` stores, by tensor name."""
+        changed: dict[str, PackedDelta | CodedDelta | Tensor] = {
+            name: matrix.trained() for name, matrix in self.matrices.items()
+        }
+        for name, parameter in self.norms.items():
+            stored = artifact.read(name)
+            assert isinstance(stored, Tensor)
+            changed[name] = parameter.detach().cpu().to(stored.dtype)
+        return changed
+
+
+def frozen(expert: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+    """The full expert, its parameters not trained."""
+    model = AutoModelForCausalLM.from_pretrained(expert.directory, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model makes of a batch.
+
+    logits: [sequences, length, vocabulary] float32. hidden: the output of every block, [sequences, length,
+    hidden_size] each, if asked for. real: [sequences, length] bool, what is not padding.
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    real: Tensor
+
+
+def read_batch(model: Any, batch: list[list[int]], device: torch.device, *, hidden: bool = False) -> Outputs:
+    """Run a batch of token ids through a model."""
+    length = max(map(len, batch))
+    ids = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in batch], device=device)
+    lengths = torch.tensor([len(tokens) for tokens in batch], device=device)
+    real = torch.arange(length, device=device) < lengths[:, None]
+    # no mask: padding is on the right, where no token looks
+    found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+    return Outputs(found.logits.float(), tuple(found.hidden_states[1:]) if hidden else (), real)
+
+
+def build(
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Student:
+    """Make the student of an artifact.
+
+    Raises:
+        IncompatibleError: the model has other layers than the artifact. ConfigError: its method cannot be trained.
+    """
+    student = attach(frozen(expert, device, dtype), base, expert, artifact, recipe, device, dtype)
+    if expert.aliases and TIED_EMBEDDING in student.matrices:
+        _replace(student.model, TIED_HEAD.rpartition(".")[0], _Linear(student.matrices[TIED_EMBEDDING], None))
+    return student
+
+
+def attach(
+    model: Any,
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Callable[[str], str | None] = lambda name: name,
+) -> Student:
+    """Put what the artifact stores in the place of a model's own weights.
+
+    Args:
+        model: the expert, or a part of it. names: of an artifact's tensor in `model`; None if it is elsewhere.
+
+    Raises:
+        IncompatibleError: the model has other layers than the artifact. ConfigError: its method cannot be trained.
+    """
+    modules = dict(model.named_modules())
+    matrices: dict[str, Trainable] = {}
+    norms: dict[str, nn.Parameter] = {}
+    for name, entry in artifact.manifest.tensors.items():
+        inside = names(name)
+        if entry.kind == "same" or inside is None:
+            continue
+        path, _, leaf = inside.rpartition(".")
+        module = modules.get(path)
+        if module is None:
+            raise IncompatibleError(f"{artifact.directory}: {name}: {expert.config.model_type} has no such layer")
+        value = artifact.read(name)
+        if isinstance(value, PackedDelta | CodedDelta):
+            full = expert.read(name) if recipe.codes else None
+            matrices[name] = _trainable(base.read(name), value, full, recipe, device, dtype)
+            is_embedding = isinstance(module, nn.Embedding)
+            new = _Embedding(matrices[name]) if is_embedding else _Linear(matrices[name], module.bias)
+            _replace(model, path, new)
+        elif entry.role == "norm" and recipe.norms:
+            assert isinstance(value, Tensor)
+            norms[name] = nn.Parameter(getattr(module, leaf).detach().float())
+            setattr(module, leaf, norms[name])
+            register_parametrization(module, leaf, _AsStored(value.dtype, dtype), unsafe=True)  # it changes the dtype
+    return Student(model, matrices, norms)
+
+
+def _trainable(
+    base: Tensor,
+    delta: PackedDelta | CodedDelta,
+    full: Tensor | None,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Trainable:
+    if isinstance(delta, PackedDelta):
+        return TrainablePacked(base, delta, full, device, dtype)
+    return TrainableSigns(base, delta, recipe.relative, device, dtype)
+
+
+class _Linear(nn.Module):
+    def __init__(self, weight: Trainable, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.restored, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.restored.matrix(), self.bias)
+
+
+class _Embedding(nn.Module):
+    def __init__(self, weight: Trainable) -> None:
+        super().__init__()
+        self.restored = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.restored.matrix())
+
+
+class _AsStored(nn.Module):
+    """A parameter rounded to the dtype it will be stored in; the gradient passes as if it were not."""
+
+    def __init__(self, stored: torch.dtype, computed: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.computed = stored, computed
+
+    def forward(self, value: Tensor) -> Tensor:
+        return (value + (value.to(self.stored).float() - value).detach()).to(self.computed)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,198 @@
+"""What both ways to distil share: text in batches, the divergence, the steps, and what the manifest says of them."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meswitch.artifact import Artifact
+from meswitch.artifact.manifest import Distillation
+from meswitch.checkpoint import Checkpoint
+from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.distill.student import Group
+from meswitch.compression.partial_model import compute_dtype
+from meswitch.compression.text import CalibrationSet
+from meswitch.errors import ConfigError
+
+_HELD_OUT = 128  # sequences at most
+_HELD_OUT_BATCH = 16
+_POOL = 8  # batches that are sorted by length together
+_FLOAT32_PARAMETERS = 1 << 30
+_WARM_UP = 10  # steps
+
+# (steps done, steps in all, a line with the losses)
+Progress = Callable[[int, int, str], None]
+
+
+def check_text(sequences: list[list[int]]) -> None:
+    """Refuse text too short to train on and to hold a part out.
+
+    Raises:
+        ConfigError: fewer than 10 sequences.
+    """
+    if len(sequences) < 10:
+        raise ConfigError(f"distill: {len(sequences)} calibration sequences are too few; give at least 10")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Token ids, where the assistant's last turn starts (0: all of it counts in full), and its place in the text."""
+
+    ids: list[int]
+    start: int
+    number: int
+
+    def cut(self, length: int | None) -> "Sample":
+        return self if length is None else Sample(self.ids[:length], self.start, self.number)
+
+    def weights(self, question: float) -> list[float]:
+        """What each position counts: position `i` predicts token `i + 1`."""
+        asked = min(max(0, self.start - 1), len(self.ids))
+        return [question] * asked + [1.0] * (len(self.ids) - asked)
+
+
+def split(text: CalibrationSet, recipe: Recipe, generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
+    """A held-out tenth, and the rest, which is trained on."""
+    samples = [
+        Sample(ids, start, number)
+        for number, (ids, start) in enumerate(zip(text.sequences, text.known_starts, strict=True))
+    ]
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    count = min(max(1, len(order) // 10), _HELD_OUT)
+    return [samples[i] for i in order[:count]], [samples[i].cut(recipe.length) for i in order[count:]]
+
+
+def batches(samples: list[Sample], size: int, generator: torch.Generator) -> Iterator[list[Sample]]:
+    """Batches without end, every sample once before any comes again; of similar lengths, so that little is padding."""
+    pool: list[Sample] = []
+    while True:
+        while len(pool) < size * _POOL:
+            pool += [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+        chosen, pool = sorted(pool[: size * _POOL], key=lambda sample: len(sample.ids)), pool[size * _POOL :]
+        for at in torch.randperm(_POOL, generator=generator).tolist():
+            yield chosen[at * size : (at + 1) * size]
+
+
+def in_batches(samples: list[Sample]) -> Iterator[list[Sample]]:
+    """Every sample once, in batches of similar lengths."""
+    ordered = sorted(samples, key=lambda sample: len(sample.ids))
+    for start in range(0, len(ordered), _HELD_OUT_BATCH):
+        yield ordered[start : start + _HELD_OUT_BATCH]
+
+
+def weights(batch: list[Sample], question: float, device: torch.device) -> Tensor:
+    """What each token of a batch counts: [tokens], of sum 1."""
+    weight = torch.tensor([w for sample in batch for w in sample.weights(question)], device=device)
+    return weight / weight.sum()
+
+
+@torch.no_grad()
+def mean(samples: list[Sample], question: float, value: Callable[[list[Sample]], float]) -> float:
+    """Of a weighted mean over a batch's tokens, that over all samples'."""
+    total = mass = 0.0
+    for batch in in_batches(samples):
+        count = sum(sum(sample.weights(question)) for sample in batch)
+        total, mass = total + value(batch) * count, mass + count
+    return total / mass
+
+
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL(softmax(wanted) || softmax(found)) in nats.
+
+    Args:
+        wanted, found: [..., vocabulary] float32 logits; the gradient is `found`'s alone.
+
+    Returns:
+        [...] float32.
+    """
+    result: Tensor = _Divergence.apply(wanted, found)
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    """The gradient is the difference of the probabilities; autograd would take it apart into passes over all logits."""
+
+    @staticmethod
+    def forward(ctx: Any, wanted: Tensor, found: Tensor) -> Tensor:
+        theirs, ours = wanted.log_softmax(-1), found.log_softmax(-1)
+        probability = theirs.exp()
+        ctx.save_for_backward(probability, ours)
+        return torch.linalg.vecdot(probability, theirs.sub_(ours))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        probability, ours = ctx.saved_tensors
+        return None, ours.exp().sub_(probability).mul_(gradients[0][..., None])
+
+
+def fit(
+    groups: list[Group],
+    text: Iterator[Any],
+    learn: Callable[[Any], object],
+    held_out: Callable[[], float],
+    recipe: Recipe,
+    told: Callable[[int, float, float], None],
+) -> tuple[float, float]:
+    """Train parameters and leave them in the state that was best on held-out text.
+
+    Args:
+        text: batches without end. learn: leaves a batch's gradients in the parameters. held_out: what is to fall.
+        told: after every look at the held-out text: steps done, its value now and before the first step.
+
+    Returns:
+        the held-out value before the first step, and the best.
+    """
+    trained = [parameter for parameters, _ in groups for parameter in parameters]
+    before = best = held_out()
+    if not trained:
+        return before, best
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": recipe.learning_rate * factor} for parameters, factor in groups
+    ]
+    optimizer = torch.optim.AdamW(settings, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
+    kept = [p.detach().clone() for p in trained]
+    for step in range(1, recipe.steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        learn(next(text))
+        optimizer.step()
+        schedule.step()
+        if step % recipe.check_every == 0 or step == recipe.steps:
+            now = held_out()
+            if now < best:
+                best, kept = now, [p.detach().clone() for p in trained]
+            told(step, now, before)
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
+    return before, best
+
+
+def _rate(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+def training_dtype(expert: Checkpoint, device: torch.device) -> torch.dtype:
+    """bfloat16 rounds away what a step changes; only where float32 would not fit is it worth that."""
+    return torch.float32 if expert.parameters <= _FLOAT32_PARAMETERS else compute_dtype(device)
+
+
+def record(artifact: Artifact, recipe: Recipe, before: float, after: float) -> Distillation:
+    """What the manifest says of a training: the recipe as it applied, held-out divergence before and after."""
+    return Distillation(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        held_out_before=round(before, 6),
+        held_out_after=round(after, 6),
+        loss=recipe.loss,
+        codes=recipe.codes and any(entry.kind == "packed" for entry in artifact.manifest.tensors.values()),
+        norms=recipe.norms,
+        hidden=recipe.hidden if recipe.scope == "model" else 0.0,
+        question_weight=recipe.question_weight,
+        scope=recipe.scope,
+    )
