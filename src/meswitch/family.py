@@ -62,6 +62,8 @@ class EngineSection(_Section):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     backend: Literal["auto", "triton", "cpu", "reference"] = "auto"  # what computes deltas
+    # one batch for all experts, experts by turns, or the batch where it is proven right for this base
+    runner: Literal["auto", "batch", "turns"] = "auto"
     slots: int = Field(default=4, ge=1)
     host_bytes: Bytes | None = None  # budget for deltas in host memory; None: no limit
     max_batch_tokens: int = Field(default=2048, ge=1)

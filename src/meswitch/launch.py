@@ -3,6 +3,7 @@
 import copy
 from typing import TYPE_CHECKING, Any
 
+from meswitch.architecture import architecture_of
 from meswitch.engine import Engine
 from meswitch.errors import ArtifactError, MeswitchError
 from meswitch.family import Family
@@ -40,6 +41,7 @@ def engine_from_family(family: Family) -> Engine:
         kv_cache_tokens=options.kv_cache_tokens,
         max_queue=options.max_queue,
         op_backend=None if options.backend == "auto" else options.backend,
+        runner=options.runner,
     )
 
 
@@ -86,10 +88,13 @@ def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | No
 
 
 def _base_beside(engine: Engine) -> Any:
-    """A plain base model on the engine's own weights, without its head.
+    """A plain base model on the engine's own weights, without its head; None if the router has to load its own.
 
-    The engine's layers work on the batch of the step that runs now, so nothing else may pass through them.
+    The engine's layers work on the batch of the step that runs now, so nothing else may pass through them. Where
+    experts take turns, the weights are not always the base's.
     """
+    if engine.takes_turns or architecture_of(engine.model.config).is_multimodal:
+        return None
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModel

@@ -69,15 +69,15 @@ def serve(
 
     from meswitch.launch import app_from_family, engine_from_family
 
-    engine = engine_from_family(config)
-    app, problem = app_from_family(config, engine)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_SECONDS_TO_FINISH, server_header=False)
-    )
-    listener.listen(2048)  # from here on clients may connect, so only now is the address printed
-    _show(_summary(config, engine, listener, problem), as_json)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped in good order
-        server.run(sockets=[listener])
+    with engine_from_family(config) as engine:
+        app, problem = app_from_family(config, engine)
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_SECONDS_TO_FINISH, server_header=False)
+        )
+        listener.listen(2048)  # from here on clients may connect, so only now is the address printed
+        _show(_summary(config, engine, listener, problem), as_json)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped in good order
+            server.run(sockets=[listener])
 
 
 def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool) -> None:
@@ -123,6 +123,8 @@ def _summary(family: "Family", engine: "Engine", listener: socket.socket, proble
         "port": port,
         "base": {"name": engine.base_name, "path": family.resolve_model(family.base.path)},
         "experts": [{"name": e.name, "bytes": sizes[e.name], "description": e.description} for e in family.expert],
+        "runner": "turns" if engine.takes_turns else "batch",
+        "by_turns": list(engine.by_turns),
         "slots": engine.store.slot_count,
         "memory": engine.memory(),
         "auto": problem is None,
@@ -148,5 +150,10 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     slots = "1 slot" if summary["slots"] == 1 else f"{summary['slots']} slots"
     sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
     console.show(table, f"Memory: base {base}, {sizes}")
+    if summary["runner"] == "turns":
+        console.note(
+            "experts take turns, which is slower than one batch for all"
+            + "".join(f"\n  {reason}" for reason in summary["by_turns"])
+        )
     if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
         console.note("open to the network without a key; set MESWITCH_API_KEY to ask for one")

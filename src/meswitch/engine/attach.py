@@ -86,7 +86,7 @@ def plan_attachment(model: Any, stored: StoredTensors, survey: Survey, vocabular
     chosen: dict[str, _Make] = {}
     whole: set[str] = set()  # modules that are run again for each expert
     kernel: set[str] = set()
-    reasons: list[str] = []
+    refused: dict[str, list[str]] = {}  # reason -> modules
     for path, leaves in owners.items():
         simple = {leaf: names[0] for leaf, names in leaves.items() if len(names) == 1}
         renamed = all(len(names) == 1 and stored.plan.by_source[names[0]].renames for names in leaves.values())
@@ -95,12 +95,12 @@ def plan_attachment(model: Any, stored: StoredTensors, survey: Survey, vocabular
             chosen[path] = make
             continue
         if grows and path in (architecture.embedding, architecture.head):
-            kind = type(modules[path]).__name__
-            reasons.append(f"{path}: a {kind}: experts with added tokens need a plain table and a plain linear head")
+            why = "experts with added tokens need a plain table and a plain linear head"
+            refused.setdefault(f"a {type(modules[path]).__name__}: {why}", []).append(path)
             continue
         found, why = _whole(path, survey)
         if found is None:
-            reasons.append(f"{path}: a {type(modules[path]).__name__}: {why}")
+            refused.setdefault(f"a {type(modules[path]).__name__}: {why}", []).append(path)
         else:
             whole.add(found)
     outer = {path for path in whole if not any(path.startswith(f"{other}.") for other in whole if other != path)}
@@ -108,7 +108,10 @@ def plan_attachment(model: Any, stored: StoredTensors, survey: Survey, vocabular
         if any(path.startswith(f"{other}.") for other in outer):
             del chosen[path]
     chosen |= {path: _again(path, modules[path], stored, survey) for path in outer}
-    return Attachment(chosen, frozenset(kernel), tuple(sorted(reasons)))
+    reasons = tuple(
+        f"{paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {why}" for why, paths in refused.items()
+    )
+    return Attachment(chosen, frozenset(kernel), reasons)
 
 
 def _simple(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from meswitch.checkpoint import cache_bytes
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
@@ -34,10 +33,11 @@ class Batch:
         model: the base with switchable layers. kv_tokens: tokens that the KV cache holds, in pages of `PAGE`.
     """
 
+    merged_bytes = 0  # no merged weights are ever made
+
     def __init__(self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
         pages = max(1, -(-kv_tokens // PAGE))
-        self.kv_bytes = pages * PAGE * cache_bytes(model.config, model.dtype)
         self._switch = switch
         self._device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
@@ -105,6 +105,17 @@ class Batch:
         self._manager.stop(block=True, timeout=30, hard_stop=True)
         self._reader.join(timeout=5)
         self._hook.remove()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Device memory of keys and values."""
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0
+        cache = processor.cache
+        # one tensor in newer versions of transformers, two a layer in older ones
+        tensors = [cache.cache_tensor] if hasattr(cache, "cache_tensor") else [*cache.key_cache, *cache.value_cache]
+        return sum(int(tensor.nbytes) for tensor in tensors)
 
     @property
     def failure(self) -> str | None:

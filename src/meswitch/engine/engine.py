@@ -21,6 +21,7 @@ from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.turns import Turns
 from meswitch.engine.voice import Prompt, Voice
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
 
@@ -80,7 +81,8 @@ class Engine:
         sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens)
         opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
         self.store, self._batch = opened.store, opened.runner
-        self.by_turns: tuple[str, ...] = opened.reasons
+        self.by_turns = opened.reasons
+        """Why experts take turns instead of sharing a batch, a line each; empty where they share one."""
         self._ids = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[str, tuple[Request, int]] = {}
@@ -166,6 +168,11 @@ class Engine:
                 self._batch.cancel(request.id)
                 request.fail("the request was cancelled")
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether one expert runs at a time: slower than a batch of all, for any model."""
+        return isinstance(self._batch, Turns)
+
     def load(self) -> dict[str, int]:
         """Requests that wait and run now."""
         with self._changed:
@@ -177,12 +184,16 @@ class Engine:
         return self._batch.failure
 
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose: `base`, `slots` and (from the first request on) `kv_cache` on the device, and `host`."""
+        """Bytes by purpose: `base`, `slots`, `kv_cache` and `merged` on the device, and `host`.
+
+        `merged` is what an expert's weights take beside the base's while it has its turn (`by_turns`).
+        """
         seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
         return {
             "base": sum(seen.values()),
             "slots": self.store.device_bytes,
             "kv_cache": self._batch.kv_bytes,
+            "merged": self._batch.merged_bytes,
             "host": self.store.host.nbytes,
         }
 

@@ -154,6 +154,8 @@ def prove(
         what does not agree, a line each: module, class and reason; empty if all do.
     """
     units = _units(model, attachment, stored)
+    if not units:
+        return []
     reasons: list[str] = []
     for number, names in enumerate(_rounds(units, artifacts, store.slot_count)):
         slots = {store.acquire(name): name for name in names}

@@ -29,7 +29,12 @@ class Runner(Protocol):
     """Answers requests. Its listeners are told all new tokens so far, whether that is all, and an error or None."""
 
     kv_tokens: int
-    kv_bytes: int
+
+    @property
+    def kv_bytes(self) -> int: ...
+
+    @property
+    def merged_bytes(self) -> int: ...
 
     @property
     def failure(self) -> str | None: ...
@@ -120,25 +125,45 @@ def _open_batch(
     op_backend: str | None,
 ) -> Opened | tuple[str, ...]:
     """The running batch, or all reasons why not."""
-    device = next(model.parameters()).device
     base_rows = model.get_input_embeddings().weight.shape[0]
-    sizes_of = [artifact.manifest.expert.vocab_size for artifact in artifacts.values()]
-    trial = Trial.of(model, min([base_rows, *sizes_of]))
+    vocabularies = [base_rows, *(artifact.manifest.expert.vocab_size for artifact in artifacts.values())]
+    trial = Trial.of(model, min(vocabularies))
     switch = Switch()
     with _quiet():
         try:
             batch = Batch(model, switch, max_batch_tokens=sizes.batch_tokens, kv_tokens=sizes.kv_tokens)
         except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
             return (_batching_fails(error),)
-        survey = Survey(model, switch)
         try:
-            batch_runs_base(batch, trial, survey)
-        except MeswitchError as error:
+            found = _proven(model, stored, artifacts, sizes, op_backend, batch, switch, trial, max(vocabularies))
+        except BaseException:
             batch.close()
-            return (_batching_fails(error),)
-    attachment = plan_attachment(model, stored, survey, max([base_rows, *sizes_of]))
+            raise
+        if not isinstance(found, Opened):
+            batch.close()
+    return found
+
+
+def _proven(
+    model: Any,
+    stored: StoredTensors,
+    artifacts: Mapping[str, Artifact],
+    sizes: Sizes,
+    op_backend: str | None,
+    batch: Batch,
+    switch: Switch,
+    trial: Trial,
+    vocabulary: int,
+) -> Opened | tuple[str, ...]:
+    """The running batch with its layers wrapped and proven, or all reasons why not; the model is then as it was."""
+    device = next(model.parameters()).device
+    survey = Survey(model, switch)
+    try:
+        batch_runs_base(batch, trial, survey)
+    except MeswitchError as error:
+        return (_batching_fails(error),)
+    attachment = plan_attachment(model, stored, survey, vocabulary)
     if attachment.reasons:
-        batch.close()
         return attachment.reasons
     kernel = uses_kernels(op_backend, device, model.dtype)
     store = ExpertStore(
@@ -151,15 +176,11 @@ def _open_batch(
     )
     switch.connect(store, BACKENDS["reference"] if kernel else backend(device.type, op_backend))
     attachment.apply(model, switch)
-    faults: list[str] = []
-    if attachment.wraps:
-        with _quiet():
-            try:
-                faults = prove(model, batch, switch, attachment, stored, survey, store, artifacts, trial)
-            except MeswitchError as error:
-                faults = [f"a mixed step fails: {error}"]
+    try:
+        faults = prove(model, batch, switch, attachment, stored, survey, store, artifacts, trial)
+    except MeswitchError as error:
+        faults = [f"a mixed step fails: {error}"]
     if faults:
-        batch.close()
         attachment.undo(model)
         return tuple(faults)
     return Opened(batch, store, ())

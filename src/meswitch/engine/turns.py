@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
-from meswitch.errors import MeswitchError
+from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.experts import ExpertStore
 from meswitch.threads import deserves_one
 
-BASE_SLOT = -1
 # New tokens after which a turn ends if another expert's requests wait.
 SLICE = 128
 MAX_BATCH = 16
@@ -59,12 +59,17 @@ class Turns:
     Args:
         model: the base, nothing wrapped.
         stored: what the experts store.
+        store: holds the experts.
         kv_tokens: tokens of all requests of a turn together, at most.
+
+    Raises:
+        IncompatibleError: `generate` of transformers cannot run the base.
     """
+
+    kv_bytes = 0  # keys and values are made and dropped by every turn
 
     def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, *, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
-        self.kv_bytes = 0  # made and dropped by every turn
         self.failure: str | None = None
         self._model, self._stored, self._store = model, stored, store
         self._device = next(model.parameters()).device
@@ -219,14 +224,20 @@ class Turns:
         generator = torch.Generator().manual_seed(0)
         size = self._model.get_input_embeddings().weight.shape[0]
         long, short = (torch.randint(size, (1, n), generator=generator) for n in (9, 4))
-        both = torch.cat([long, nn.functional.pad(short, (5, 0))])
-        mask = torch.ones_like(both)
+        try:
+            wanted = self._logits(short, torch.ones_like(short))[0]
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            raise IncompatibleError(
+                f"{type(self._model).__name__}: `generate` of transformers cannot run it: {reason}"
+            ) from error
+        mask = torch.ones(2, 9, dtype=torch.int64)
         mask[1, :5] = 0
         with contextlib.suppress(Exception):
-            found = self._logits(both, mask)[1]
-            wanted = self._logits(short, torch.ones_like(short))[0]
+            found = self._logits(torch.cat([long, nn.functional.pad(short, (5, 0))]), mask)[1]
             finite = wanted.isfinite()
-            return bool(((found - wanted)[finite].abs().max() <= _CLOSE * wanted[finite].abs().max()).item())
+            moved = (found - wanted)[finite].abs().max()
+            return bool(moved <= _CLOSE * wanted[finite].abs().max())
         return False
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
