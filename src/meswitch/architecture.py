@@ -123,15 +123,17 @@ class Architecture:
 
     Args:
         config: a transformers configuration.
+        text_only: leave out towers for images and sound, where transformers has a class for the language model alone.
 
     Raises:
         CheckpointError: transformers has no model that generates text for it.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, *, text_only: bool = False) -> None:
+        self.model_class = model_class(config, text_only=text_only)
+        whole = not text_only or self.model_class is model_class(config)
+        self.config = config if whole else config.get_text_config()
         self.text_config = config.get_text_config()
-        self.model_class = model_class(config)
         self.model = self._lay_out()
         self.model.tie_weights()
         self.tied: Mapping[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
@@ -256,13 +258,13 @@ class Architecture:
         return dict(revert_weight_conversion(self.model, state))
 
 
-def architecture_of(config: Any) -> Architecture:
+def architecture_of(config: Any, *, text_only: bool = False) -> Architecture:
     """The architecture of a configuration; equal configurations share one.
 
     Raises:
         CheckpointError: see `Architecture`.
     """
-    return _cached(_Key(config))
+    return _cached(_Key(config), text_only)
 
 
 class _Key:
@@ -280,12 +282,15 @@ class _Key:
 
 
 @functools.lru_cache(maxsize=8)
-def _cached(key: _Key) -> Architecture:
-    return Architecture(key.config)
+def _cached(key: _Key, text_only: bool) -> Architecture:
+    return Architecture(key.config, text_only=text_only)
 
 
-def model_class(config: Any) -> Any:
+def model_class(config: Any, *, text_only: bool = False) -> Any:
     """The class of transformers that loads a checkpoint whole: with its towers, if it has some.
+
+    Args:
+        text_only: the class for the language model alone, if there is one.
 
     Raises:
         CheckpointError: none generates text for this configuration.
@@ -296,23 +301,18 @@ def model_class(config: Any) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
     options = [
         mapping[type(config)]
         for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
         if type(config) in mapping
     ]
-    if config.get_text_config() is not config:  # the class for text alone would leave the towers out
-        options.reverse()
-    for chosen in named:
-        if chosen is not None and chosen in options:
-            return chosen
-    if options:
-        return options[0]
-    raise CheckpointError(
-        f"config.json: model_type: {config.model_type!r}: transformers {transformers.__version__} has no model for it "
-        "that generates text"
-    )
+    if not options:
+        raise CheckpointError(
+            f"config.json: model_type: {config.model_type!r}: transformers {transformers.__version__} has no model for "
+            "it that generates text"
+        )
+    has_towers = config.get_text_config() is not config
+    return options[0] if text_only or not has_towers else options[-1]
 
 
 def _plan(model: Any, parts: Mapping[str, Part], tied: Mapping[str, str], stored: Collection[str]) -> LoadPlan:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 import meswitch
 from architectures import tiny
@@ -101,16 +102,29 @@ def _serve(outcome: Outcome, root: Path, base: Path) -> None:
 
 @torch.no_grad()
 def _differs(model: Any, prompt: list[int], answer: list[int]) -> str | None:
-    """Where a greedy answer is not the model's own, near ties not counted."""
-    ids = torch.tensor([prompt + answer])
-    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    """Where a greedy answer is not the model's own, alone and by transformers' `generate`; near ties do not count."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ),
+    )
     if len(answer) != NEW_TOKENS:
         return f"{len(answer)} tokens"
-    for place, token in enumerate(answer):
-        scores = logits[len(prompt) - 1 + place]
-        lost = float(scores.max() - scores[token])
-        if lost > TIE * max(1.0, float(scores[scores.isfinite()].abs().max())):
-            return f"token {place} is {token}, {lost:.3g} below the best"
+    for place, (token, wanted, scores) in enumerate(
+        zip(answer, out.sequences[0, len(prompt) :].tolist(), out.logits, strict=True)
+    ):
+        if token != wanted:
+            lost = float(scores[0, wanted] - scores[0, token])
+            tie = lost <= TIE * max(1.0, float(scores[scores.isfinite()].abs().max()))
+            return None if tie else f"token {place} is {token}, {lost:.3g} below the best"
     return None
 
 

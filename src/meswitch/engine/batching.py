@@ -40,7 +40,6 @@ class Batch:
         pages = max(1, -(-kv_tokens // PAGE))
         self._switch = switch
         self._device = next(model.parameters()).device
-        self.dtype: torch.dtype = model.dtype
         self._narrow = deserves_one(self._device, model.config.get_text_config().hidden_size)
         self._slots: dict[str, int] = {}
         self._listeners: dict[str, Listener] = {}

@@ -1,6 +1,7 @@
 """One base model in memory, many experts beside it, one running batch."""
 
 import atexit
+import copy
 import dataclasses
 import itertools
 import threading
@@ -75,7 +76,7 @@ class Engine:
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.voices = {base_name: Voice(base_name, checkpoint.directory)}
         self.voices |= {name: Voice(name, artifact.directory) for name, artifact in artifacts.items()}
-        architecture = architecture_of(checkpoint.config)
+        architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         self.model = _load_model(architecture, checkpoint, target, dtype)
         sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens)
@@ -306,6 +307,7 @@ def _load_model(architecture: Architecture, checkpoint: Checkpoint, device: torc
     """
     model, loaded = architecture.model_class.from_pretrained(
         checkpoint.directory,
+        config=copy.deepcopy(architecture.config),
         dtype=compute_dtype(dtype, device),
         attn_implementation=attention_for(architecture.model_class),
         output_loading_info=True,

@@ -45,11 +45,13 @@ class Trial:
         prompts: token ids of each.
         wanted: logits that the base alone gives for the first prompt's next tokens.
         tokens: what they are, greedily.
+        exact: computed in float32.
     """
 
     prompts: tuple[list[int], ...]
     wanted: tuple[Tensor, ...]
     tokens: tuple[int, ...]
+    exact: bool
 
     @classmethod
     @torch.no_grad()
@@ -71,7 +73,23 @@ class Trial:
                 ids.append(tokens[-1])
         except Exception as error:  # whatever a model raises
             raise MeswitchError(f"{type(model).__name__}: cannot be run: {_line(error)}") from error
-        return cls(prompts, tuple(wanted), tuple(tokens))
+        return cls(prompts, tuple(wanted), tuple(tokens), model.dtype == torch.float32)
+
+    def fault(self, found: Sequence[Tensor]) -> str | None:
+        """How logits of the first prompt's next tokens, greedily chosen, differ from the model's own.
+
+        Args:
+            found: [vocabulary] for each token.
+        """
+        limit = 0.001 if self.exact else 0.1
+        for ours, wanted, token in zip(found, self.wanted, self.tokens, strict=False):
+            finite = wanted.isfinite()
+            error = float((ours.float() - wanted)[finite].norm() / wanted[finite].norm().clamp_min(1e-30))
+            if not error <= limit:
+                return f"its logits differ from those of the model alone by {error:.2g} of their norm"
+            if int(ours.argmax()) != token:
+                break  # a near tie went the other way: what follows is another text
+        return None
 
 
 def run(batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[int]) -> None:
@@ -124,14 +142,9 @@ def batch_runs_base(batch: Batch, trial: Trial, survey: Survey) -> None:
             run(batch, "survey", trial.prompts, [BASE_SLOT] * len(trial.prompts))
     finally:
         batch.watch.see = None
-    for step, (ours, wanted) in enumerate(zip(found, trial.wanted, strict=False)):
-        finite = wanted.isfinite()
-        error = float((ours - wanted)[finite].norm() / wanted[finite].norm().clamp_min(1e-30))
-        limit = 0.001 if batch.dtype == torch.float32 else 0.1
-        if not error <= limit:
-            raise MeswitchError(f"its logits differ from those of the model alone by {error:.2g} of their norm")
-        if int(ours.argmax()) != trial.tokens[step]:
-            break  # a near tie went the other way: what follows is another text
+    fault = trial.fault(found)
+    if fault is not None:
+        raise MeswitchError(fault)
 
 
 def prove(

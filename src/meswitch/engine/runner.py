@@ -102,8 +102,11 @@ def open_runner(
     if wanted not in RUNNERS:
         raise ConfigError(f"runner: {wanted!r} is none of {', '.join(RUNNERS)}")
     reasons: tuple[str, ...] = ()
+    vocabularies = [artifact.manifest.expert.vocab_size for artifact in artifacts.values()]
+    vocabularies.append(model.get_input_embeddings().weight.shape[0])
+    trial = Trial.of(model, min(vocabularies))
     if wanted != "turns":
-        found = _open_batch(model, stored, artifacts, sizes, op_backend)
+        found = _open_batch(model, stored, artifacts, sizes, op_backend, trial, max(vocabularies))
         if isinstance(found, Opened):
             return found
         reasons = found
@@ -112,9 +115,10 @@ def open_runner(
                 f"{type(model).__name__} cannot be served in a running batch (--runner turns serves it): "
                 + "; ".join(reasons)
             )
+    model.set_attn_implementation(attention_for(type(model)))  # a batch that failed may leave its own
     device = next(model.parameters()).device
     store = ExpertStore(artifacts, device=device, slots=sizes.slots, host_bytes=sizes.host_bytes, tied=stored.tied)
-    return Opened(Turns(model, stored, store, kv_tokens=sizes.kv_tokens), store, reasons)
+    return Opened(Turns(model, stored, store, trial, kv_tokens=sizes.kv_tokens), store, reasons)
 
 
 def _open_batch(
@@ -123,11 +127,10 @@ def _open_batch(
     artifacts: Mapping[str, Artifact],
     sizes: Sizes,
     op_backend: str | None,
+    trial: Trial,
+    vocabulary: int,
 ) -> Opened | tuple[str, ...]:
     """The running batch, or all reasons why not."""
-    base_rows = model.get_input_embeddings().weight.shape[0]
-    vocabularies = [base_rows, *(artifact.manifest.expert.vocab_size for artifact in artifacts.values())]
-    trial = Trial.of(model, min(vocabularies))
     switch = Switch()
     with _quiet():
         try:
@@ -135,7 +138,7 @@ def _open_batch(
         except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
             return (_batching_fails(error),)
         try:
-            found = _proven(model, stored, artifacts, sizes, op_backend, batch, switch, trial, max(vocabularies))
+            found = _proven(model, stored, artifacts, sizes, op_backend, batch, switch, trial, vocabulary)
         except BaseException:
             batch.close()
             raise

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
+from meswitch.engine.proof import Trial
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.experts import ExpertStore
@@ -26,7 +27,9 @@ from meswitch.threads import deserves_one
 # New tokens after which a turn ends if another expert's requests wait.
 SLICE = 128
 MAX_BATCH = 16
-_CLOSE = 0.02  # of the largest logit: how far padding may move any
+_TRIED = (29, 11)  # tokens of two prompts
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_CLOSE = 0.001  # of the largest logit: how far padding may move any
 
 Listener = Callable[[list[int], bool, str | None], None]
 
@@ -62,13 +65,15 @@ class Turns:
         store: holds the experts.
         kv_tokens: tokens of all requests of a turn together, at most.
 
+        trial: what the base alone gives.
+
     Raises:
-        IncompatibleError: `generate` of transformers cannot run the base.
+        IncompatibleError: `generate` of transformers cannot run the base, or gives something else.
     """
 
     kv_bytes = 0  # keys and values are made and dropped by every turn
 
-    def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, *, kv_tokens: int) -> None:
+    def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, trial: Trial, *, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
         self.failure: str | None = None
         self._model, self._stored, self._store = model, stored, store
@@ -81,6 +86,7 @@ class Turns:
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
+        self._prove(trial)
         self._pads = self._padding_is_harmless()
         self._thread = threading.Thread(target=self._run, name="meswitch-turns", daemon=True)
         self._thread.start()
@@ -219,22 +225,37 @@ class Turns:
         )
 
     @torch.inference_mode()
-    def _padding_is_harmless(self) -> bool:
-        """Whether requests of different lengths can be answered in one batch: tried, since recurrent layers differ."""
-        generator = torch.Generator().manual_seed(0)
-        size = self._model.get_input_embeddings().weight.shape[0]
-        long, short = (torch.randint(size, (1, n), generator=generator) for n in (9, 4))
+    def _prove(self, trial: Trial) -> None:
+        """See that `generate`, with its cache, gives what the model alone gives."""
+        prompt = torch.tensor([trial.prompts[0]])
+        who = type(self._model).__name__
         try:
-            wanted = self._logits(short, torch.ones_like(short))[0]
+            found = self._logits(prompt, torch.ones_like(prompt))[0].chunk(2)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-            raise IncompatibleError(
-                f"{type(self._model).__name__}: `generate` of transformers cannot run it: {reason}"
-            ) from error
-        mask = torch.ones(2, 9, dtype=torch.int64)
-        mask[1, :5] = 0
+            raise IncompatibleError(f"{who}: `generate` of transformers cannot run it: {reason}") from error
+        fault = trial.fault(found)
+        if fault is not None:
+            raise IncompatibleError(f"{who}: with `generate` of transformers {fault}")
+
+    @torch.inference_mode()
+    def _padding_is_harmless(self) -> bool:
+        """Whether requests of different lengths can be answered in one batch: known of softmax attention, and tried.
+
+        What a recurrent layer or one that compresses its keys makes of padding may show with other lengths only.
+        """
+        generator = torch.Generator().manual_seed(0)
+        size = self._model.get_input_embeddings().weight.shape[0]
+        long, short = (torch.randint(size, (1, n), generator=generator) for n in _TRIED)
+        kinds = set(getattr(self._model.config.get_text_config(), "layer_types", None) or ())
+        if self._model._is_stateful or not kinds <= _ATTENTION:
+            return False
+        padding = _TRIED[0] - _TRIED[1]
+        mask = torch.ones(2, _TRIED[0], dtype=torch.int64)
+        mask[1, :padding] = 0
         with contextlib.suppress(Exception):
-            found = self._logits(torch.cat([long, nn.functional.pad(short, (5, 0))]), mask)[1]
+            wanted = self._logits(short, torch.ones_like(short))[0]
+            found = self._logits(torch.cat([long, nn.functional.pad(short, (padding, 0))]), mask)[1]
             finite = wanted.isfinite()
             moved = (found - wanted)[finite].abs().max()
             return bool(moved <= _CLOSE * wanted[finite].abs().max())
