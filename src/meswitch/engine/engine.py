@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
 from meswitch.engine.voice import Prompt, Voice
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
+
+logger = logging.getLogger("meswitch.engine")
 
 # After so many later requests went first, a request whose expert found no slot closes the door behind it.
 _MAX_BYPASSES = 32
@@ -249,9 +252,11 @@ class Engine:
             slot: int | None = BASE_SLOT
             if request.model != self.base_name:
                 slot = self.store.try_acquire(request.model)
-        except MeswitchError as error:
+        except Exception as error:  # this thread admits all others too
+            if not isinstance(error, MeswitchError):
+                logger.exception("expert %s cannot be loaded", request.model)
             self._leave_queue(request)
-            request.fail(str(error))
+            request.fail(str(error) or type(error).__name__)
             return True
         if slot is None:
             return False
@@ -264,8 +269,10 @@ class Engine:
 
         try:
             self._batch.submit(request.id, request.prompt, slot, request.params, request.voice.eos, listen)
-        except MeswitchError as error:
-            self._on_tokens(request, slot, [], True, str(error))
+        except Exception as error:  # this thread admits all others too
+            if not isinstance(error, MeswitchError):
+                logger.exception("request %s cannot be started", request.id)
+            self._on_tokens(request, slot, [], True, str(error) or type(error).__name__)
         if request.done:  # cancelled between leaving the queue and joining the batch, which did not know it yet
             self._batch.cancel(request.id)
         return True
@@ -284,7 +291,7 @@ class Engine:
     def _on_tokens(self, request: Request, slot: int, tokens: list[int], finished: bool, error: str | None) -> None:
         """From the batch's thread. The slot is given back only when the batch is done with the request."""
         if error is not None:
-            request.fail(error)
+            request.fail(f"model {request.model!r}: {error}")
         elif not request.done and request.feed(tokens, finished) and not finished:
             self._batch.cancel(request.id)  # a stop text: the batch does not know it
         if finished:
