@@ -161,10 +161,10 @@ def test_the_template_of_a_processor_is_found(directory):
 def test_messages_that_the_template_drops_or_refuses_are_named(directory):
     one = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     template(directory, one)
-    with pytest.raises(
-        ConfigError, match=r"messages\[0\]: the chat template of 'expert' leaves it out \(role 'system'"
-    ):
-        opened(directory).render([{"role": "system", "content": "Be brief."}, *USER])
+    found = {"role": "tool", "content": "found it"}
+    with pytest.raises(ConfigError, match=r"messages\[0\]: the chat template of 'expert' leaves it out \(role 'tool'"):
+        opened(directory).render([found, *USER])
+    assert opened(directory).render([{"role": "system", "content": "Be brief."}, *USER]) == "Hi there"
     template(directory, one + "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}")
     with pytest.raises(ConfigError, match="messages: the chat template of 'expert' refuses them: one turn only"):
         opened(directory).render(USER * 2)
