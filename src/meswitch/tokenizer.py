@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from meswitch.errors import ConfigError
-from meswitch.textfile import json_kind, read_json_object, read_text
+from meswitch.jsonfile import read_json
+from meswitch.textfile import json_kind
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -227,7 +228,7 @@ def _load(directory: Path, config: Any) -> Any:
     file = directory / "tokenizer.json"
     for name in _JSON_FILES[1:]:
         if (directory / name).is_file():
-            read_json_object(directory / name)
+            read_json(directory / name, ConfigError)
     kinds = (AutoTokenizer, PreTrainedTokenizerFast) if file.is_file() else (AutoTokenizer,)
     reason = ""
     for kind in kinds:
@@ -235,7 +236,7 @@ def _load(directory: Path, config: Any) -> Any:
             tokenizer = kind.from_pretrained(directory, config=config, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 - of damaged files, libraries raise what they like
             if file.is_file():
-                read_json_object(file)
+                read_json(file, ConfigError)
             reason = reason or _first_line(error)
             continue
         if not tokenizer.chat_template:
@@ -307,7 +308,7 @@ def _stated_ends(directory: Path) -> list[int]:
     """
     found: list[int] = []
     for file in (directory / "generation_config.json", directory / "config.json"):
-        stated = read_json_object(file) if file.is_file() else {}
+        stated = read_json(file, ConfigError) if file.is_file() else {}
         text = stated.get("text_config")
         for where in (stated, text if isinstance(text, dict) else {}):
             value = where.get("eos_token_id")
@@ -321,7 +322,7 @@ def _stated_ends(directory: Path) -> list[int]:
 def _processor_template(directory: Path) -> Any:
     """The chat template of a multimodal model's processor, which tokenizers do not read."""
     file = directory / "chat_template.json"
-    return read_json_object(file).get("chat_template") if file.is_file() else None
+    return read_json(file, ConfigError).get("chat_template") if file.is_file() else None
 
 
 def _template_file(directory: Path) -> Path:
@@ -329,7 +330,7 @@ def _template_file(directory: Path) -> Path:
     if (directory / "chat_template.jinja").is_file():
         return directory / "chat_template.jinja"
     config = directory / "tokenizer_config.json"
-    stated = config.is_file() and "chat_template" in read_text(config)
+    stated = config.is_file() and "chat_template" in read_json(config, ConfigError)
     return config if stated else directory / "chat_template.json"
 
 

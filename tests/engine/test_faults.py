@@ -25,8 +25,8 @@ def overflowing(source, directory, tensor, value=1e38):
     return directory
 
 
-@pytest.fixture(scope="module")
-def engine(family, deltas, tmp_path_factory):
+@pytest.fixture(scope="module", params=["batch", "turns"])
+def engine(family, deltas, tmp_path_factory, request):
     """The math expert, one whose second block overflows, and one whose head does."""
     root = tmp_path_factory.mktemp("overflow")
     tensors = {"block": "model.layers.1.post_attention_layernorm.weight", "head": "model.norm.weight"}
@@ -34,7 +34,7 @@ def engine(family, deltas, tmp_path_factory):
         expert = overflowing(family / "math", root / name, tensor, 3e38 if name == "head" else 1e38)
         meswitch.compress(family / "base", expert, root / f"delta-{name}")
     experts = {"math": deltas["math"]} | {name: root / f"delta-{name}" for name in tensors}
-    with Engine(family / "base", experts, device="cpu", max_batch_tokens=64) as engine:
+    with Engine(family / "base", experts, device="cpu", max_batch_tokens=64, runner=request.param) as engine:
         yield engine
 
 
