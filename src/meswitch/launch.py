@@ -64,7 +64,7 @@ def router_from_family(family: Family, engine: Engine | None = None) -> "Router"
         fallback=family.router.fallback,
         threshold=family.router.threshold,
         model=None if engine is None else _base_beside(engine),
-        tokenizer=None if engine is None else engine.voices[engine.base_name].tokenizer,
+        tokenizer=None if engine is None else engine.tokenizers[engine.base_name].tokenizer,
     )
 
 

@@ -88,8 +88,8 @@ def _serve(outcome: Outcome, root: Path, base: Path) -> None:
     with meswitch.Engine(base, experts, device="cpu", slots=2, kv_cache_tokens=4096) as engine:
         outcome.reasons = list(engine.by_turns)
         outcome.runner = "turns" if engine.by_turns else "batch"
-        for voice in engine.voices.values():
-            voice.eos = []
+        for tokenizer in engine.tokenizers.values():
+            tokenizer.ends = []
         answers = engine.generate(prompts, model=names, max_new_tokens=NEW_TOKENS)
     models = {"base": _load(base)} | {name: _load(root / f"merged-{name}") for name in experts}
     for name, prompt, answer in zip(names, prompts, answers, strict=True):

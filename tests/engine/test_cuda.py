@@ -21,7 +21,7 @@ def test_mixed_experts_equal_their_merged_models(family, deltas):
                 model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
             else:
                 model = load_merged(family / "base", deltas[answer.model])
-            ids = torch.tensor([engine.voices[answer.model].encode(PROMPT)], device="cuda")
+            ids = torch.tensor([engine.tokenizers[answer.model].encode(PROMPT)], device="cuda")
             alone = model.cuda().generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

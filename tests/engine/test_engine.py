@@ -7,6 +7,7 @@ import pytest
 
 import meswitch
 from meswitch import Engine, SamplingParams
+from meswitch.engine import Request
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
 
 QUESTION = [{"role": "user", "content": "Ben shares 24 coins equally among 6 friends. How many does each friend get?"}]
@@ -159,7 +160,7 @@ def test_each_expert_has_its_own_template_and_end_token(family, deltas, tmp_path
     with Engine(family / "base", experts, device="cpu") as engine:
         plain, shouting = engine.generate([QUESTION] * 2, model=["math", "shouting"])
         assert shouting.prompt_tokens > plain.prompt_tokens
-        assert engine.voices["shouting"].eos == [3, 15]
+        assert engine.tokenizers["shouting"].ends == [3, 15]
         assert not {3, 15} & set(shouting.tokens[:-1])
 
 
@@ -203,3 +204,41 @@ def test_device_memory_is_the_base_the_slots_and_the_cache(engine):
     assert memory["base"] == 2_000_512 * 4
     assert memory["slots"] == engine.store.slot_count * engine.store.slot_bytes
     assert engine.store.slot_bytes < 2_000_512 * 2 / 5  # packed, never a merged copy
+
+
+@pytest.mark.parametrize("stop", ["<|user|>", "2<|user|>", "2<|user|>4", "<|user|>4<|assistant|>"])
+def test_a_stop_that_names_a_special_token_ends_the_answer_at_that_token(engine, stop):
+    """The family's special tokens are hidden from texts: <|user|> is 4, <|assistant|> is 5."""
+    tokenizer = engine.tokenizers["math"]
+
+    def ids(text):
+        return tokenizer.tokenizer(text, add_special_tokens=False).input_ids
+
+    for said in ("1 2<|user|>4<|assistant|>5", "1<|user|>1 2 <|user|> 2<|assistant|>"):
+        visible = said.replace("<|user|>", "").replace("<|assistant|>", "")
+        expected = said.partition(stop)[0].replace("<|user|>", "") if stop in said else visible
+        for step in (1, 3, 100):
+            request = Request("r", "math", ids("x"), SamplingParams(stop=(stop,)), tokenizer)
+            tokens = ids(said)
+            ends = [*range(step, len(tokens), step), len(tokens)]
+            done = [request.feed(tokens[:end], finished=end == len(tokens)) for end in ends]
+            assert done[-1]
+            completion = request.result()
+            assert completion.text == expected
+            assert completion.finish_reason == ("stop" if stop in said else "length")
+            assert "".join(chunk.text for chunk in request) == completion.text
+
+
+def test_a_stop_spelt_by_ordinary_tokens_counts_too(engine):
+    tokenizer = engine.tokenizers["math"]
+    parts = ("1 <", "|user", "|>", " 2")
+    spelt = [i for part in parts for i in tokenizer.tokenizer(part, add_special_tokens=False).input_ids]
+    request = Request("r", "math", [0], SamplingParams(stop=("<|user|>",)), tokenizer)
+    assert request.feed(spelt, finished=False)
+    assert request.result().text == "1 "
+
+
+def test_chunks_count_every_token_also_those_whose_text_is_held_back(engine):
+    chunks = list(engine.stream(QUESTION, model="math", max_new_tokens=40, stop=("24/6=4.####", "nowhere")))
+    (whole,) = engine.generate([QUESTION], model="math", max_new_tokens=40)
+    assert sum(chunk.tokens for chunk in chunks) == len(whole.tokens)

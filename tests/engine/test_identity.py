@@ -17,16 +17,16 @@ LONG = [{"role": "user", "content": "Write these words in capital letters: " + "
 NEW_TOKENS = 24
 
 
-def alone(model, voice, prompt):
+def alone(model, tokenizer, prompt):
     """Greedy continuation by the model itself, in float32, one request."""
-    ids = torch.tensor([voice.encode(prompt)])
+    ids = torch.tensor([tokenizer.encode(prompt)])
     with torch.no_grad():
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            eos_token_id=voice.eos,
+            eos_token_id=tokenizer.ends,
             pad_token_id=1,
         )
     return tuple(out[0, ids.shape[1] :].tolist())
@@ -48,7 +48,7 @@ def expected(family, deltas, engine):
         else:
             model = load_merged(family / "base", deltas[name])
         for number, prompt in enumerate((PROMPT, LONG)):
-            answers[name, number] = alone(model, engine.voices[name], prompt)
+            answers[name, number] = alone(model, engine.tokenizers[name], prompt)
     return answers
 
 
@@ -92,7 +92,7 @@ def test_staggered_concurrent_streaming_and_not(engine, expected):
 
 def test_a_prefix_shared_by_two_experts_is_computed_by_each(engine, expected):
     """Right after math's answer its KV blocks are free but filled; code's identical prompt must not find them."""
-    assert len(engine.voices["math"].encode(LONG)) > PAGE  # whole blocks, which a prefix cache would share
+    assert len(engine.tokenizers["math"].encode(LONG)) > PAGE  # whole blocks, which a prefix cache would share
     for name in ("math", "code", "math", "base", "instruct"):
         (answer,) = engine.generate([LONG], model=name, max_new_tokens=NEW_TOKENS)
         assert answer.tokens == expected[name, 1], name
@@ -147,9 +147,9 @@ def test_other_architectures_and_added_tokens(pair, tmp_path, arch, case, option
             engine.submit(plain, model="expert", params=params),
         ]
         answers = [request.result(timeout=120).tokens for request in requests]
-        voice = engine.voices["expert"]
-        assert answers[0] == continued(merged, tokens, voice.eos)
-        assert answers[2] == continued(merged, plain, voice.eos)
+        tokenizer = engine.tokenizers["expert"]
+        assert answers[0] == continued(merged, tokens, tokenizer.ends)
+        assert answers[2] == continued(merged, plain, tokenizer.ends)
         assert answers[1] == continued(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), plain, [3])
         assert answers[1] != answers[2]
 
@@ -182,7 +182,7 @@ def test_added_tokens_can_be_generated_by_their_expert_only(pair, tmp_path):
     with Engine(base, {"expert": tmp_path / "delta"}, device="cpu") as engine:
         prompts = [[7, 8, 9]] * 2
         theirs, ours = engine.generate(prompts, model=["base", "expert"], max_new_tokens=12)
-        assert ours.tokens == continued(merged, [7, 8, 9], engine.voices["expert"].eos)[:12]
+        assert ours.tokens == continued(merged, [7, 8, 9], engine.tokenizers["expert"].ends)[:12]
         assert max(theirs.tokens) < 2048
         with pytest.raises(meswitch.MeswitchError, match="token ids of 'base' lie between 0 and 2047"):
             engine.submit([2049], model="base")

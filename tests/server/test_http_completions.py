@@ -8,7 +8,7 @@ TEXTS = ["def add(a, b):\n    return", "The sea is"]
 
 def test_texts_token_ids_and_lists_of_them_give_the_engines_answers(client, engine):
     alone = [c.text for c in engine.generate(TEXTS, model="code", max_new_tokens=8)]
-    ids = [engine.voices["code"].encode(text) for text in TEXTS]
+    ids = [engine.tokenizers["code"].encode(text) for text in TEXTS]
     for prompts in (TEXTS, ids):
         together = client.completions.create(model="code", prompt=prompts, max_tokens=8)
         assert [choice.text for choice in together.choices] == alone

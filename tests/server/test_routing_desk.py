@@ -102,7 +102,7 @@ def test_a_switch_reads_the_history_again_with_the_new_experts_template(client, 
     assert second.model == "code"
     (alone,) = engine.generate([talk], model="code", max_new_tokens=8)
     assert second.choices[0].message.content == alone.text
-    assert second.usage.prompt_tokens == len(engine.voices["code"].encode(talk))
+    assert second.usage.prompt_tokens == len(engine.tokenizers["code"].encode(talk))
 
 
 def test_thanks_stays_with_whoever_answered(client):

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
+from meswitch.engine.faults import FaultIsolation, Step
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
 from meswitch.threads import deserves_one
@@ -40,12 +41,15 @@ class Batch:
         pages = max(1, -(-kv_tokens // PAGE))
         self._switch = switch
         self._device = next(model.parameters()).device
+        self.dtype: torch.dtype = model.dtype
         self._narrow = deserves_one(self._device, model.config.get_text_config().hidden_size)
         self._slots: dict[str, int] = {}
         self._listeners: dict[str, Listener] = {}
         self._cancelled: set[str] = set()
+        self._begun: set[str] = set()  # requests that some step has held
+        self._errors: dict[str, str] = {}  # of requests that failed within a step
         self._lock = threading.Lock()
-        self._sampler = StepSampler()
+        self._sampler = StepSampler(model.dtype, self._fail)
         config = _config(
             page_size=PAGE,
             num_blocks=pages,
@@ -59,6 +63,7 @@ class Batch:
         )
         generation = GenerationConfig(do_sample=False, max_new_tokens=16, eos_token_id=-1, pad_token_id=0)
         self._hook = model.register_forward_pre_hook(self._before_step, with_kwargs=True)
+        self._faults = FaultIsolation(model, self._fail)
         self._manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
         self.watch = Watch()
         processors = self._manager.logit_processor
@@ -104,6 +109,7 @@ class Batch:
         self._manager.stop(block=True, timeout=30, hard_stop=True)
         self._reader.join(timeout=5)
         self._hook.remove()
+        self._faults.close()
 
     @property
     def kv_bytes(self) -> int:
@@ -137,9 +143,23 @@ class Batch:
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         rows = kwargs.get("logits_indices")
         padding = kwargs["input_ids"].shape[1] - bounds[-1]
-        step = StepContext.build(lengths, requests, slots, rows, padding, self._device)
-        self._switch.step = step
-        self._sampler.rows = self.watch.rows = step.row_request
+
+        def place(slots: Sequence[int]) -> None:
+            self._switch.step = StepContext.build(lengths, requests, slots, rows, padding, self._device)
+
+        place(slots)
+        self._sampler.rows = self.watch.rows = self._switch.step.row_request
+        started = any(length > 1 and request in self._begun for length, request in zip(lengths, requests, strict=True))
+        self._begun.update(requests)
+        self._faults.step = Step(requests, slots, lengths, started, place)
+
+    def _fail(self, request: str, error: str) -> None:
+        """End a request whose step went wrong. From the generation loop's thread."""
+        with self._lock:
+            if request in self._listeners:
+                self._errors[request] = error
+            self._sampler.samplers.pop(request, None)
+        self.cancel(request)
 
     def _read(self) -> None:
         """Hand results to their listeners."""
@@ -157,6 +177,7 @@ class Batch:
     def _tell(self, request: str, tokens: list[int], finished: bool, error: str | None) -> None:
         with self._lock:
             listener = self._listeners.get(request)
+            error = self._errors.get(request, error)
             if finished:
                 self._drop(request)
         if listener is not None:
@@ -181,6 +202,8 @@ class Batch:
 
     def _drop(self, request: str) -> None:
         self._cancelled.discard(request)
+        self._begun.discard(request)
+        self._errors.pop(request, None)
         self._listeners.pop(request, None)
         self._slots.pop(request, None)
         self._sampler.samplers.pop(request, None)

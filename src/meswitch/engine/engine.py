@@ -4,6 +4,7 @@ import atexit
 import copy
 import dataclasses
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,10 @@ from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
-from meswitch.engine.voice import Prompt, Voice
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
+from meswitch.tokenizer import ChatTokenizer, Prompt
+
+logger = logging.getLogger("meswitch.engine")
 
 # After so many later requests went first, a request whose expert found no slot closes the door behind it.
 _MAX_BYPASSES = 32
@@ -74,8 +77,8 @@ class Engine:
         for artifact in artifacts.values():
             artifact.check_base(checkpoint, known=known)
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self.voices = {base_name: Voice(base_name, checkpoint.directory)}
-        self.voices |= {name: Voice(name, artifact.directory) for name, artifact in artifacts.items()}
+        self.tokenizers = {base_name: ChatTokenizer.open(base_name, checkpoint.directory)}
+        self.tokenizers |= {name: ChatTokenizer.open(name, artifact.directory) for name, artifact in artifacts.items()}
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         self.model = _load_model(architecture, checkpoint, target, dtype)
@@ -96,7 +99,7 @@ class Engine:
     @property
     def names(self) -> list[str]:
         """The base's name, then the experts'."""
-        return list(self.voices)
+        return list(self.tokenizers)
 
     def submit(
         self,
@@ -117,12 +120,12 @@ class Engine:
             CapacityError: the queue is full.
         """
         name, params = model or self.base_name, params or SamplingParams()
-        voice = self.voices.get(name)
-        if voice is None:
+        tokenizer = self.tokenizers.get(name)
+        if tokenizer is None:
             raise UnknownExpertError(f"model {name!r} does not exist; there are {', '.join(self.names)}")
-        tokens = voice.encode(prompt)
-        params = self._fit(voice, len(tokens), params)
-        request = Request(f"r{next(self._ids)}", name, tokens, params, voice, on_chunk)
+        tokens = tokenizer.encode(prompt)
+        params = self._fit(tokenizer, len(tokens), params)
+        request = Request(f"r{next(self._ids)}", name, tokens, params, tokenizer, on_chunk)
         with self._changed:
             if self._closed:
                 raise MeswitchError("the engine is closed")
@@ -219,11 +222,11 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _fit(self, voice: Voice, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        limit = min(voice.max_length, self._batch.kv_tokens - PAGE)
+    def _fit(self, tokenizer: ChatTokenizer, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
+        limit = min(tokenizer.max_length, self._batch.kv_tokens - PAGE)
         if prompt_tokens >= limit:
             raise ConfigError(
-                f"prompt: {prompt_tokens} tokens leave no room for an answer; {voice.name!r} takes {limit} in all"
+                f"prompt: {prompt_tokens} tokens leave no room for an answer; {tokenizer.name!r} takes {limit} in all"
             )
         return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, limit - prompt_tokens))
 
@@ -250,9 +253,11 @@ class Engine:
             slot: int | None = BASE_SLOT
             if request.model != self.base_name:
                 slot = self.store.try_acquire(request.model)
-        except MeswitchError as error:
+        except Exception as error:  # this thread admits all others too
+            if not isinstance(error, MeswitchError):
+                logger.exception("expert %s cannot be loaded", request.model)
             self._leave_queue(request)
-            request.fail(str(error))
+            request.fail(str(error) or type(error).__name__)
             return True
         if slot is None:
             return False
@@ -264,9 +269,11 @@ class Engine:
             self._on_tokens(request, slot, tokens, finished, error)
 
         try:
-            self._batch.submit(request.id, request.prompt, slot, request.params, request.voice.eos, listen)
-        except MeswitchError as error:
-            self._on_tokens(request, slot, [], True, str(error))
+            self._batch.submit(request.id, request.prompt, slot, request.params, request.tokenizer.ends, listen)
+        except Exception as error:  # this thread admits all others too
+            if not isinstance(error, MeswitchError):
+                logger.exception("request %s cannot be started", request.id)
+            self._on_tokens(request, slot, [], True, str(error) or type(error).__name__)
         if request.done:  # cancelled between leaving the queue and joining the batch, which did not know it yet
             self._batch.cancel(request.id)
         return True
@@ -285,7 +292,7 @@ class Engine:
     def _on_tokens(self, request: Request, slot: int, tokens: list[int], finished: bool, error: str | None) -> None:
         """From the batch's thread. The slot is given back only when the batch is done with the request."""
         if error is not None:
-            request.fail(error)
+            request.fail(f"model {request.model!r}: {error}")
         elif not request.done and request.feed(tokens, finished) and not finished:
             self._batch.cancel(request.id)  # a stop text: the batch does not know it
         if finished:

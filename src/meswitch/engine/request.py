@@ -1,14 +1,19 @@
 """One request's life: tokens in from the batch, text out to whoever waits."""
 
+import logging
 import queue
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from meswitch.engine.detokenizer import Detokenizer, is_mark
 from meswitch.engine.sampling import SamplingParams
-from meswitch.engine.voice import Detokenizer, Voice
 from meswitch.errors import MeswitchError
+from meswitch.tokenizer import ChatTokenizer
+
+logger = logging.getLogger("meswitch.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Request:
     model: str
     prompt: list[int]
     params: SamplingParams
-    voice: Voice
+    tokenizer: ChatTokenizer
     on_chunk: Callable[[Chunk], None] | None = None
     created: float = field(default_factory=time.perf_counter)
     tokens: list[int] = field(default_factory=list)
@@ -51,25 +56,37 @@ class Request:
     bypassed: int = 0  # later requests that were admitted first
     _first: float | None = None
     _ended: float | None = None
-    _text: str = ""
-    _sent: int = 0
+    _text: str = ""  # with marks where special tokens are that a stop text names
+    _sent: int = 0  # characters of it that are in chunks
+    _told: int = 0  # tokens that chunks have counted
     _chunks: "queue.SimpleQueue[Chunk]" = field(default_factory=queue.SimpleQueue)
     _done: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.voice)
+        self._stops, marks = _marked(self.params.stop, self.tokenizer.hidden)
+        self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
 
     def feed(self, tokens: Sequence[int], finished: bool) -> bool:
-        """Take all tokens so far; True when the answer is complete (a stop text may come before the batch's end)."""
+        """Take all tokens so far; True when the answer is complete (a stop text may come before the batch's end).
+
+        Whatever goes wrong ends this request with an error, and no other.
+        """
         if self._done.is_set():
             return True
-        new = len(tokens) - len(self.tokens)
-        if new > 0 and self._first is None:
+        try:
+            return self._take(tokens, finished)
+        except Exception as error:
+            logger.exception("the text of request %s cannot be written", self.id)
+            self.fail(f"its text cannot be written ({type(error).__name__}: {error})")
+            return True
+
+    def _take(self, tokens: Sequence[int], finished: bool) -> bool:
+        new = tokens[len(self.tokens) :]
+        if new and self._first is None:
             self._first = time.perf_counter()
         self.tokens = list(tokens)
-        ended = bool(self.tokens) and self.tokens[-1] in self.voice.eos
-        visible = self.tokens[:-1] if ended else self.tokens
-        self._text += self._detokenizer.feed(visible, last=finished)
+        ended = bool(self.tokens) and self.tokens[-1] in self.tokenizer.ends
+        self._text += self._detokenizer.feed(new[:-1] if ended and new else new, last=finished)
         cut = self._stop_position()
         if cut is not None:
             self._text = self._text[:cut]
@@ -78,11 +95,13 @@ class Request:
         upto = len(self._text) if finished else len(self._text) - self._held_back()
         piece, self._sent = self._text[self._sent : upto], max(self._sent, upto)
         reason = ("stop" if ended else "length") if finished else None
+        piece = _without_marks(piece)
         if piece or finished:
-            self._emit(Chunk(piece, max(new, 0), reason))
+            self._emit(Chunk(piece, len(self.tokens) - self._told, reason))
+            self._told = len(self.tokens)
         if finished:
             self._end(reason)
-        return finished
+        return finished or self._done.is_set()
 
     def fail(self, error: str) -> None:
         """End with an error."""
@@ -117,7 +136,7 @@ class Request:
             raise MeswitchError(self.error)
         ended = self._ended or self.created
         return Completion(
-            text=self._text,
+            text=_without_marks(self._text),
             model=self.model,
             tokens=tuple(self.tokens),
             prompt_tokens=len(self.prompt),
@@ -131,12 +150,12 @@ class Request:
         return self._done.is_set()
 
     def _stop_position(self) -> int | None:
-        found = [at for stop in self.params.stop if (at := self._text.find(stop)) >= 0]
+        found = [at for stop in self._stops if (at := self._text.find(stop, self._sent)) >= 0]
         return min(found, default=None)
 
     def _held_back(self) -> int:
         longest = 0
-        for stop in self.params.stop:
+        for stop in self._stops:
             for length in range(1, len(stop)):
                 if self._text.endswith(stop[:length]):
                     longest = max(longest, length)
@@ -145,9 +164,36 @@ class Request:
     def _emit(self, chunk: Chunk) -> None:
         self._chunks.put(chunk)
         if self.on_chunk is not None:
-            self.on_chunk(chunk)
+            try:
+                self.on_chunk(chunk)
+            except Exception as error:
+                logger.exception("on_chunk of request %s", self.id)
+                self.on_chunk = None
+                self.fail(f"on_chunk: {type(error).__name__}: {error}")
 
     def _end(self, reason: str | None) -> None:
         self.finish_reason = reason
         self._ended = time.perf_counter()
         self._done.set()
+
+
+def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[tuple[str, ...], dict[int, str]]:
+    """What to look for in the text, and token id -> its mark.
+
+    A special token leaves no text behind. In a stop text that names some, a mark stands for each; the same characters
+    spelt by ordinary tokens count as well.
+    """
+    if not stops:
+        return (), {}
+    ids = {text: token for token, text in hidden.items()}
+    marks: dict[int, str] = {}
+
+    def mark(found: re.Match[str]) -> str:
+        return marks.setdefault(ids[found[0]], chr(0xD800 + len(marks)))
+
+    names = re.compile("|".join(re.escape(text) for text in sorted(ids, key=len, reverse=True)) or r"(?!)")
+    return tuple(dict.fromkeys([*stops, *(names.sub(mark, stop) for stop in stops)])), marks
+
+
+def _without_marks(text: str) -> str:
+    return "".join(character for character in text if not is_mark(character))

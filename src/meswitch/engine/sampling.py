@@ -1,5 +1,8 @@
 """Choosing the next token of every request in a batch, each by its own parameters."""
 
+import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,13 +10,26 @@ from torch import Tensor
 
 from meswitch.errors import ConfigError
 
+logger = logging.getLogger("meswitch.engine")
+
+SEEDS = -(2**63), 2**64 - 1  # what torch's generators take
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is continued.
 
-    temperature: 0 is greedy. top_p, top_k: nucleus and number of candidates; 1.0 and 0 keep all. seed: makes the
-    request repeatable whatever shares its batch. stop: texts that end the answer and are not part of it.
+    Args:
+        max_new_tokens: the longest answer, in tokens.
+        temperature: 0 is greedy; any other finite value samples.
+        top_p: sample from the likeliest tokens that make up this share; 1.0 keeps all.
+        top_k: sample from so many tokens; 0 keeps all.
+        seed: makes the request repeatable whatever shares its batch.
+        stop: texts that end the answer and are not part of it. A special token's text, such as `<|end|>`, stands for
+            that token too.
+
+    Raises:
+        ConfigError: a value is out of range or of another type; the error names the field.
     """
 
     max_new_tokens: int = 256
@@ -24,15 +40,27 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "temperature": self.temperature >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        ranges = {
+            "max_new_tokens": _is_whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+            "temperature": _is_number(self.temperature) and 0 <= self.temperature < math.inf,
+            "top_p": _is_number(self.top_p) and 0 < self.top_p <= 1,
+            "top_k": _is_whole(self.top_k) and self.top_k >= 0,
+            "seed": self.seed is None or (_is_whole(self.seed) and SEEDS[0] <= self.seed <= SEEDS[1]),
+            "stop": isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
         }
-        for field, fits in checks.items():
+        for field, fits in ranges.items():
             if not fits:
                 raise ConfigError(f"{field}: {getattr(self, field)!r} is out of range")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Sampler:
@@ -47,11 +75,16 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def choose(self, logits: Tensor) -> int:
-        """[vocabulary] float32 logits -> a token id."""
+        """A token at random.
+
+        Args:
+            logits: [vocabulary] float32; the largest is finite.
+        """
         params = self.params
-        logits = logits.float().cpu() / params.temperature
+        logits = logits.float().cpu()
         order = torch.argsort(logits, descending=True, stable=True)
-        ranked = logits[order].softmax(0)
+        # In float64, and less than or equal to zero: no temperature above 0 is so small that this overflows.
+        ranked = ((logits[order].double() - logits[order[0]].double()) / params.temperature).softmax(0)
         keep = torch.ones_like(ranked, dtype=torch.bool)
         if params.top_k:
             keep[params.top_k :] = False
@@ -62,21 +95,47 @@ class Sampler:
 class StepSampler:
     """A logits processor for continuous batching: leaves each row one candidate, so that argmax takes it.
 
-    Greedy rows pass untouched. `requests` and `samplers` are filled before the step.
+    Greedy rows pass untouched. `rows` and `samplers` are filled before the step. A row from which no token can be
+    chosen fails its request, and no other.
+
+    Args:
+        dtype: that the model computes in, for messages.
+        fail: is told a request's id and why it cannot go on.
     """
 
     supports_continuous_batching = True
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype, fail: Callable[[str, str], None]) -> None:
         self.rows: tuple[str, ...] = ()
         self.samplers: dict[str, Sampler] = {}
+        self._reason = not_finite(dtype)
+        self._fail = fail
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[rows] last token ids (unused) and [rows, vocabulary] logits -> logits."""
+        """Sample where a request wants it.
+
+        Args:
+            input_ids: [rows] last token ids; not used.
+            scores: [rows, vocabulary] logits, changed in place.
+        """
+        finite = scores.amax(-1).isfinite().tolist()  # NaN counts as the largest
         for row, request in enumerate(self.rows):
             sampler = self.samplers.get(request)
-            if sampler is not None:
-                token = sampler.choose(scores[row])
-                scores[row] = -torch.inf
-                scores[row, token] = 0.0
+            try:
+                if not finite[row]:
+                    self._fail(request, self._reason)
+                    scores[row] = 0.0  # what is chosen is thrown away, but it must be a token
+                elif sampler is not None:
+                    token = sampler.choose(scores[row])
+                    scores[row] = -torch.inf
+                    scores[row, token] = 0.0
+            except Exception as error:
+                logger.exception("the next token of request %s cannot be sampled", request)
+                self._fail(request, f"its next token cannot be sampled ({type(error).__name__}: {error})")
         return scores
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """Why a request ends whose hidden states or logits are NaN or infinite."""
+    name = str(dtype).removeprefix("torch.")
+    return f"its numbers are not finite: its weights are damaged, or they overflow in {name}"

@@ -46,6 +46,7 @@ class _Job:
     listener: Listener
     made: list[int] = field(default_factory=list)
     cancelled: bool = False
+    error: str | None = None
 
     @property
     def left(self) -> int:
@@ -54,6 +55,10 @@ class _Job:
     @property
     def tokens(self) -> list[int]:
         return self.prompt + self.made
+
+    @property
+    def complete(self) -> bool:
+        return self.left <= 0 or (bool(self.made) and self.made[-1] in self.eos)
 
 
 class Turns:
@@ -82,7 +87,7 @@ class Turns:
         self._parameters = stored.of_module("", lambda name: name)
         self._kept: dict[str, Tensor] = {}  # of the base, while an expert's are in their place
         self._expert = BASE_SLOT
-        self._sampler = StepSampler()
+        self._sampler = StepSampler(model.dtype, self._fail)
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
@@ -134,7 +139,7 @@ class Turns:
                 gone = [job for job in self._jobs.values() if job.cancelled]
                 turn = self._next_turn()
             for job in gone:
-                self._finish(job, None)
+                self._finish(job, job.error)
             if turn:
                 self._take_turn(turn)
 
@@ -170,12 +175,18 @@ class Turns:
             self._finish(turn[0], f"{type(error).__name__}: {error}")
             return
         for job in turn:
-            if job.cancelled or job.left <= 0 or (job.made and job.made[-1] in job.eos):
-                self._finish(job, None)
+            if job.cancelled or job.complete:
+                self._finish(job, job.error)
             else:  # its turn is over: it waits behind the others
                 with self._changed:
                     if job.id in self._jobs:
                         self._jobs.move_to_end(job.id)
+
+    def _fail(self, request: str, error: str) -> None:
+        """End a request whose step went wrong. The rows of complete ones are computed on, and do not count."""
+        job = self._jobs.get(request)
+        if job is not None and not job.complete:
+            job.error, job.cancelled = error, True
 
     def _finish(self, job: _Job, error: str | None) -> None:
         with self._changed:
@@ -286,7 +297,7 @@ class _Listening(StoppingCriteria):
             if self._done[row]:
                 continue
             job.made.append(token)
-            finished = token in job.eos or job.left <= 0
+            finished = job.complete
             self._done[row] = finished or job.cancelled or ends
             if not finished and not job.cancelled:
                 job.listener(list(job.made), False, None)

@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from meswitch.engine import Engine
-from meswitch.engine.voice import Prompt
 from meswitch.errors import MeswitchError
 from meswitch.router import Router
 from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
@@ -23,6 +22,7 @@ from meswitch.server.generation import Generation
 from meswitch.server.routing import ERROR, Desk, Messages, with_circumstances
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.server.stream import EventStream, answer
+from meswitch.tokenizer import Prompt
 from meswitch.version import __version__
 
 AUTO = "auto"

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from meswitch.engine import Chunk, Engine, Request
-from meswitch.engine.voice import Prompt
 from meswitch.errors import MeswitchError
 from meswitch.server.answers import Usage
 from meswitch.server.errors import ApiError
 from meswitch.server.schema import GenerationRequest
+from meswitch.tokenizer import Prompt
 
 
 class Generation:

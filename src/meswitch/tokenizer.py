@@ -1,0 +1,346 @@
+"""How one expert reads and speaks: its tokenizer, chat template, end tokens, vocabulary and context length.
+
+`ChatTokenizer.open` is the only way to them. `compress`, `verify` and the engine all use it, so what cannot be served
+is found when an expert is compressed.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meswitch.errors import ConfigError
+from meswitch.jsonfile import read_json
+from meswitch.textfile import json_kind
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_QUESTION, _ANSWER = "QUESTION-7", "ANSWER-7"  # told from everything that a template says by itself
+# What tokenizers of the wrong kind get wrong: spaces, line breaks, digits, other scripts, code.
+_PROBES = (
+    "Hello world, it's 2024!  Two  spaces,\ttab,\n\nlines.",
+    " leading and trailing ",
+    "déjà vu Ünïcode 漢字 العربية 😀",
+    "def f(x):\n    return x[0] + 12345.678e-9  # 100%\n",
+    "<|user|>a</s> b",
+)
+_WORDS = re.compile(r"\w+")
+_proven: set[bytes] = set()  # digests of tokenizer files that this process has compared already
+
+
+class ChatTokenizer:
+    """Made by `open`.
+
+    Attributes:
+        name: of the expert, for messages.
+        tokenizer: transformers' tokenizer.
+        vocab_size: token ids are smaller.
+        max_length: tokens of a prompt and its answer together.
+        ends: token ids that end an answer, in ascending order: all that the generation config, the model config, the
+            tokenizer and the chat template name.
+        hidden: id -> text of the special tokens that are no part of a text.
+        byte_tokens: ids that stand for one byte each, `<0x0A>` and so on.
+        cleans_spaces: whether decoding takes spaces before punctuation out.
+    """
+
+    def __init__(self, name: str, directory: Path, tokenizer: Any, config: Any, stated_ends: list[int]) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        config = config.get_text_config()
+        self.vocab_size: int = config.vocab_size
+        self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.hidden = _hidden(tokenizer)
+        self.byte_tokens = _byte_tokens(tokenizer)
+        self.cleans_spaces = _cleans_spaces(tokenizer)
+        self._in_parts = False  # whether the template wants content as a list of parts
+        if tokenizer.chat_template:
+            self._check_template(_template_file(directory))
+        ends = {*stated_ends, tokenizer.eos_token_id, self._end_of_turn()}
+        self.ends = sorted(i for i in ends if i is not None and 0 <= i < self.vocab_size)
+
+    @classmethod
+    def open(cls, name: str, directory: Path) -> "ChatTokenizer":
+        """Read it from a checkpoint's or an artifact's directory, and try it.
+
+        Raises:
+            ConfigError: there is none, a file is damaged, or the parts do not fit together. The message names the
+                file, the cause and the fix.
+        """
+        if not has_tokenizer(directory):
+            raise ConfigError(
+                f"{directory}: {name!r} has no tokenizer.json (nor tokenizer.model); "
+                "copy the fine-tune's tokenizer files into its checkpoint and compress again"
+            )
+        stated_ends = _stated_ends(directory)
+        config = _config(directory)
+        return cls(name, directory, _load(directory, config), config.get_text_config(), stated_ends)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Text, chat messages (through the chat template) or token ids -> token ids.
+
+        Raises:
+            ConfigError: no chat template, messages that it refuses or leaves out, a token id outside the vocabulary,
+                or nothing at all.
+        """
+        if isinstance(prompt, str):
+            tokens = self._ids(prompt, special=True)
+        elif prompt and isinstance(prompt[0], Mapping):
+            tokens = self._ids(self.render(prompt), special=False)  # type: ignore[arg-type]
+        else:
+            tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+        if not tokens:
+            raise ConfigError("prompt: it is empty")
+        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            raise ConfigError(f"prompt: token ids of {self.name!r} lie between 0 and {self.vocab_size - 1}")
+        return tokens
+
+    def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """A conversation in the chat template's form.
+
+        Args:
+            messages: each with `role` and a text as `content`.
+            answer: whether the text ends where the assistant begins to speak.
+
+        Raises:
+            ConfigError: there is no template; a message has no text; the template refuses one, or leaves one out.
+        """
+        if not self.has_template:
+            raise ConfigError(f"{self.name!r} has no chat template: send text to the completions API instead")
+        for index, message in enumerate(messages):
+            for field in ("role", "content"):
+                if not isinstance(message.get(field), str):
+                    found = json_kind(message[field]) if field in message else "nothing"
+                    raise ConfigError(f"messages[{index}].{field}: expected a text, found {found}")
+        try:
+            text = self._rendered(messages, answer)
+        except Exception as error:  # templates raise what they like
+            raise ConfigError(
+                f"messages: the chat template of {self.name!r} refuses them: {_first_line(error)}"
+            ) from error
+        for index, message in enumerate(messages):
+            # a system message is another matter: models without one are asked by clients that always send one
+            if message["role"] != "system" and not _says(text, message["content"]):
+                raise ConfigError(
+                    f"messages[{index}]: the chat template of {self.name!r} leaves it out (role {message['role']!r})"
+                )
+        return text
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Without special tokens."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+        except (TypeError, UnicodeError):
+            raise ConfigError("prompt: not valid Unicode text (half of a surrogate pair)") from None
+
+    def _rendered(self, messages: Sequence[Message], answer: bool) -> str:
+        conversation = [dict(message) for message in messages]
+        if self._in_parts:
+            conversation = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in conversation]
+        return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer))
+
+    def _check_template(self, file: Path) -> None:
+        """Find the form of content that the template shows, by a user's turn.
+
+        Raises:
+            ConfigError: the template is not one, or no form works.
+        """
+        from jinja2 import TemplateSyntaxError
+
+        turn = {"role": "user", "content": _QUESTION}
+        reason = "it leaves the user's text out"
+        for turns in ([turn], [{"role": "system", "content": "Be kind."}, turn]):
+            for in_parts in (False, True):
+                self._in_parts = in_parts
+                try:
+                    text = self._rendered(turns, answer=True)
+                except TemplateSyntaxError as error:
+                    raise ConfigError(
+                        f"{file}: line {error.lineno} of the chat template: {error.message}; correct the template"
+                    ) from None
+                except Exception as error:  # noqa: BLE001 - templates raise what they like
+                    reason = _first_line(error)
+                    continue
+                if _QUESTION in text:
+                    self._check_ids(text, file)
+                    return
+        raise ConfigError(f"{file}: the chat template cannot show a user's message: {reason}; correct the template")
+
+    def _check_ids(self, text: str, file: Path) -> None:
+        largest = max(self._ids(text, special=False), default=0)
+        if largest >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ConfigError(
+                f"{file}: the chat template uses {token!r}, token {largest}; the model has {self.vocab_size} tokens: "
+                "put the tokenizer files there that the model was trained with"
+            )
+
+    def _end_of_turn(self) -> int | None:
+        """The token that the template sets after what the assistant said."""
+        if not self.has_template:
+            return None
+        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            after = self._rendered(turns, answer=False).partition(_ANSWER)[2].lstrip()
+        except Exception:  # noqa: BLE001 - a template that shows no answers names no end
+            return None
+        first = next(iter(self._ids(after, special=False)), None) if after else None
+        return first if first in self.tokenizer.added_tokens_decoder else None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has a file of a tokenizer."""
+    return any((directory / file).is_file() for file in _FILES)
+
+
+def _config(directory: Path) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: transformers does not read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # validation errors have classes of their own
+        file = directory / "config.json"
+        raise ConfigError(f"{file}: transformers does not read it: {_first_line(error)}") from error
+
+
+def _load(directory: Path, config: Any) -> Any:
+    """The tokenizer, in a class that encodes and decodes as `tokenizer.json` says.
+
+    Raises:
+        ConfigError: none does, or a file is damaged.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    file = directory / "tokenizer.json"
+    for name in _JSON_FILES[1:]:
+        if (directory / name).is_file():
+            read_json(directory / name, ConfigError)
+    kinds = (AutoTokenizer, PreTrainedTokenizerFast) if file.is_file() else (AutoTokenizer,)
+    reason = ""
+    for kind in kinds:
+        try:
+            tokenizer = kind.from_pretrained(directory, config=config, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 - of damaged files, libraries raise what they like
+            if file.is_file():
+                read_json(file, ConfigError)
+            reason = reason or _first_line(error)
+            continue
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = _processor_template(directory)
+        if not file.is_file() or _agrees(tokenizer, directory):
+            return tokenizer
+        reason = f"transformers' {type(tokenizer).__name__} encodes or decodes otherwise than tokenizer.json"
+    raise ConfigError(
+        f"{file if file.is_file() else directory}: the tokenizer cannot be used: {reason}; load it where it works and "
+        "save it again with its save_pretrained, which writes a tokenizer.json"
+    )
+
+
+def _agrees(tokenizer: Any, directory: Path) -> bool:
+    """Whether a tokenizer does with text what its `tokenizer.json` says. A class of transformers may not."""
+    from tokenizers import Tokenizer
+
+    file = directory / "tokenizer.json"
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    for path in (file, directory / "tokenizer_config.json"):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    if digest.digest() in _proven:
+        return True
+    stated = Tokenizer.from_file(str(file))
+    special = "".join(token.content for _, token in sorted(stated.get_added_tokens_decoder().items()))[:400]
+    for text in (*_PROBES, f"a {special} b"):
+        wanted = stated.encode(text, add_special_tokens=False).ids
+        if list(tokenizer(text, add_special_tokens=False).input_ids) != wanted:
+            return False
+        decoded = tokenizer.decode(wanted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if decoded != stated.decode(wanted, skip_special_tokens=False):
+            return False
+    _proven.add(digest.digest())
+    return True
+
+
+def _hidden(tokenizer: Any) -> dict[int, str]:
+    """Tokens that decoding without special tokens leaves out."""
+    found = {}
+    for token in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        if text and not tokenizer.decode([token], skip_special_tokens=True):
+            found[token] = str(tokenizer.convert_ids_to_tokens(token))
+    return found
+
+
+def _byte_tokens(tokenizer: Any) -> frozenset[int]:
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    ids = [i for i in tokenizer.convert_tokens_to_ids(names) if i is not None]
+    found = [i for i, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True) if name in names]
+    spelt = any("<0x" in tokenizer.decode([i]) for i in found)  # plain tokens that look so
+    return frozenset(() if spelt else found)
+
+
+def _cleans_spaces(tokenizer: Any) -> bool:
+    """Whether transformers' `decode` cleans up: it does not for BPE, whatever a configuration says."""
+    if not tokenizer.clean_up_tokenization_spaces:
+        return False
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    return backend is None or forced or type(backend.model).__name__ != "BPE"
+
+
+def _stated_ends(directory: Path) -> list[int]:
+    """The end tokens that the configuration files name. What a file does not say is no default of a class.
+
+    Raises:
+        ConfigError: a file is damaged, or names something else than tokens.
+    """
+    found: list[int] = []
+    for file in (directory / "generation_config.json", directory / "config.json"):
+        stated = read_json(file, ConfigError) if file.is_file() else {}
+        text = stated.get("text_config")
+        for where in (stated, text if isinstance(text, dict) else {}):
+            value = where.get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if any(type(i) is not int for i in ids):
+                raise ConfigError(f"{file}: eos_token_id: expected a token id or a list of them, found {value!r:.80}")
+            found += ids
+    return found
+
+
+def _processor_template(directory: Path) -> Any:
+    """The chat template of a multimodal model's processor, which tokenizers do not read."""
+    file = directory / "chat_template.json"
+    return read_json(file, ConfigError).get("chat_template") if file.is_file() else None
+
+
+def _template_file(directory: Path) -> Path:
+    """Where the chat template comes from."""
+    if (directory / "chat_template.jinja").is_file():
+        return directory / "chat_template.jinja"
+    config = directory / "tokenizer_config.json"
+    stated = config.is_file() and "chat_template" in read_json(config, ConfigError)
+    return config if stated else directory / "chat_template.json"
+
+
+def _says(text: str, content: str) -> bool:
+    """Whether a rendered conversation holds a message: its first and last words. Thoughts may be left out."""
+    words = _WORDS.findall(content.rpartition("</think>")[2])
+    return all(word in text for word in (*words[:8], *words[-8:]))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0].strip()}" if lines else type(error).__name__

@@ -1,0 +1,190 @@
+"""How an expert's tokenizer, chat template and end tokens are read from its directory, and what is refused."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import tokenizers_of_all_kinds
+from meswitch.errors import ConfigError
+from meswitch.tokenizer import ChatTokenizer
+from models import edit_config
+
+USER = [{"role": "user", "content": "Hi there"}]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14483464192\n"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tokenizers_of_all_kinds.write(tmp_path / "expert", "byte-level")
+
+
+def opened(directory):
+    return ChatTokenizer.open("expert", directory)
+
+
+def template(directory, text):
+    (directory / "chat_template.jinja").write_text(text)
+
+
+def edit(file, **fields):
+    data = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(data | fields))
+
+
+def test_all_end_tokens_count_whichever_file_names_them(directory):
+    """ids: <unk> 0, <s> 1, </s> 2 (the tokenizer's), <|end|> 3 (the template's), <|user|> 4."""
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 400}))
+    assert opened(directory).ends == [2, 3]
+    edit(directory / "generation_config.json", eos_token_id=[7, 8])
+    assert opened(directory).ends == [2, 3, 7, 8]
+    edit(directory / "config.json", eos_token_id=9)
+    assert opened(directory).ends == [2, 3, 7, 8, 9]
+    text = {"model_type": "llama", "vocab_size": 400, "eos_token_id": [10, 2]}
+    edit(directory / "config.json", model_type="llava", text_config=text)
+    assert opened(directory).ends == [2, 3, 7, 8, 9, 10]
+
+
+def test_ids_outside_the_vocabulary_and_a_class_s_defaults_are_no_end_tokens(directory):
+    edit(directory / "generation_config.json", eos_token_id=[-1, 128009])
+    edit_config(directory, eos_token_id=None)
+    template(directory, "{{ messages[-1].content }}")
+    assert opened(directory).ends == [2]
+
+
+@pytest.mark.parametrize("value", ["</s>", [[2]], {"id": 2}, True, [2, None]])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_tokens_of_another_type_are_refused_by_file_and_field(directory, name, value):
+    edit(directory / name, eos_token_id=value)
+    with pytest.raises(ConfigError, match=rf"{name}.*eos_token_id"):
+        opened(directory)
+
+
+@pytest.mark.parametrize(
+    ("after", "ends"),
+    [("<|end|>\n", [2, 3]), (" <|end|>", [2, 3]), ("</s>", [2]), ("", [2]), ("\nuser:", [2])],
+)
+def test_the_token_that_the_template_sets_after_an_answer_ends_one(directory, after, ends):
+    edit_config(directory, eos_token_id=None)
+    template(directory, "{% for m in messages %}{{ m.role }}: {{ m.content }}" + after + "{% endfor %}")
+    assert opened(directory).ends == ends
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", POINTER, "tokenizer.json: is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        ("tokenizer.json", "", "tokenizer.json: is empty; fetch the file again"),
+        ("tokenizer.json", '{"model": {"type": "BPE", ', "tokenizer.json: is cut off"),
+        ("tokenizer.json", "[]", "tokenizer.json: holds a list where an object"),
+        ("tokenizer_config.json", POINTER, "tokenizer_config.json: is a Git LFS pointer"),
+        ("tokenizer_config.json", "{'a': 1}", "tokenizer_config.json: is not JSON"),
+        ("special_tokens_map.json", "", "special_tokens_map.json: is empty"),
+        ("generation_config.json", "", "generation_config.json: is empty"),
+        ("generation_config.json", POINTER, "generation_config.json: is a Git LFS pointer"),
+        ("generation_config.json", '{"eos_token_id": 2', "generation_config.json: is cut off"),
+        ("chat_template.jinja", "{% for m in messages %}{{ m.content }}", "chat_template.jinja: line 1 of the chat "),
+        ("chat_template.jinja", POINTER, "chat_template.jinja: the chat template cannot show a user's message"),
+        ("chat_template.jinja", "{{ nothing.at.all }}", "cannot show a user's message: 'nothing' is undefined"),
+        ("chat_template.jinja", "{{ raise_exception('no users') }}", "cannot show a user's message: no users"),
+        ("chat_template.jinja", "<s>hello", "cannot show a user's message: it leaves the user's text out"),
+        ("config.json", "", "config.json"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line_with_its_cause(directory, name, text, message):
+    (directory / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        opened(directory)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(directory / name) in str(error.value)
+
+
+def test_a_template_with_a_token_that_the_model_does_not_have_is_refused(directory):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(["<|im_start|>"])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    with pytest.raises(ConfigError, match=rf"uses '<\|im_start\|>', token {size}; the model has {size} tokens"):
+        opened(directory)
+
+
+def test_a_tokenizer_of_the_wrong_class_is_replaced_by_what_its_file_says(directory):
+    """A byte-level vocabulary under the name of a SentencePiece class, as several converters write it."""
+    edit(directory / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast", legacy=False)
+    right = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    tokenizer = opened(directory)
+    for text in (" a  b\n12", "déjà 漢字", "def f(x):\n    return x"):
+        ids = tokenizer.encode(text)
+        assert ids == right(text).input_ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.ends == [2, 3]
+    assert tokenizer.render(USER) == "<|user|>Hi there<|end|><s>"
+
+
+def test_custom_tokenizer_code_is_never_run(directory):
+    edit(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tok.Evil", None]}, tokenizer_class="Evil")
+    (directory / "tok.py").write_text("raise SystemExit('run')")
+    assert opened(directory).encode("one")
+
+
+@pytest.mark.parametrize("kind", list(tokenizers_of_all_kinds.KINDS))
+def test_every_kind_of_tokenizer_is_opened_with_its_hidden_and_byte_tokens(tmp_path, kind):
+    tokenizer = opened(tokenizers_of_all_kinds.write(tmp_path / kind, kind))
+    assert sorted(tokenizer.hidden.values()) == sorted(tokenizers_of_all_kinds.SPECIAL)
+    assert len(tokenizer.byte_tokens) == (256 if kind in ("sentencepiece", "metaspace") else 0)
+    assert not tokenizer.cleans_spaces
+
+
+def test_templates_that_want_content_in_parts_get_it(directory):
+    parts = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+    template(directory, parts + "{% endfor %}<|end|>{% endfor %}")
+    assert opened(directory).render([*USER, {"role": "assistant", "content": "ho"}]) == "Hi there<|end|>ho<|end|>"
+
+
+def test_the_template_of_a_processor_is_found(directory):
+    (directory / "chat_template.jinja").unlink()
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
+    assert opened(directory).render(USER) == "Hi there!"
+
+
+def test_messages_that_the_template_drops_or_refuses_are_named(directory):
+    one = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    template(directory, one)
+    found = {"role": "tool", "content": "found it"}
+    with pytest.raises(ConfigError, match=r"messages\[0\]: the chat template of 'expert' leaves it out \(role 'tool'"):
+        opened(directory).render([found, *USER])
+    assert opened(directory).render([{"role": "system", "content": "Be brief."}, *USER]) == "Hi there"
+    template(directory, one + "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}")
+    with pytest.raises(ConfigError, match="messages: the chat template of 'expert' refuses them: one turn only"):
+        opened(directory).render(USER * 2)
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ({"role": "assistant", "content": None}, r"messages\[1\]\.content: expected a text, found null"),
+        ({"role": "assistant"}, r"messages\[1\]\.content: expected a text, found nothing"),
+        ({"content": "x"}, r"messages\[1\]\.role: expected a text, found nothing"),
+        ({"role": "user", "content": [{"type": "image"}]}, r"messages\[1\]\.content: expected a text, found a list"),
+    ],
+)
+def test_a_message_without_text_is_never_written_as_something_else(directory, message, found):
+    with pytest.raises(ConfigError, match=found):
+        opened(directory).encode([*USER, message])
+
+
+def test_a_thought_that_the_template_leaves_out_is_no_lost_message(directory):
+    template(directory, "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}")
+    said = {"role": "assistant", "content": "<think>hm well</think>Yes."}
+    assert opened(directory).render([*USER, said]) == "Hi thereYes."
+
+
+def test_text_that_is_no_unicode_is_refused(directory):
+    with pytest.raises(ConfigError, match="prompt: not valid Unicode"):
+        opened(directory).encode("\ud800")
