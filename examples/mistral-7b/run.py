@@ -32,7 +32,8 @@ from calibration import write_calibration  # noqa: E402
 from checkpoints import convert_if_pickled  # noqa: E402
 
 from meswitch.cli.plan import report  # noqa: E402
-from meswitch.compression import Options, outline  # noqa: E402
+from meswitch.compression.options import Options  # noqa: E402
+from meswitch.compression.plan import outline  # noqa: E402
 from meswitch.family import Family  # noqa: E402
 from meswitch.units import format_bytes  # noqa: E402
 from synthetic import write_family  # noqa: E402

@@ -16,7 +16,8 @@ from typing import Any
 
 from meswitch.checkpoint import Checkpoint
 from meswitch.cli.plan import report
-from meswitch.compression import Options, outline
+from meswitch.compression.options import Options
+from meswitch.compression.plan import outline
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent / "benchmarks"))

@@ -7,7 +7,8 @@ from meswitch.version import __version__
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
-    from meswitch.compression import compress, load_merged, merge
+    from meswitch.compression.merge import load_merged, merge
+    from meswitch.compression.pipeline import compress
     from meswitch.engine import Chunk, Completion, Engine, SamplingParams
     from meswitch.errors import MeswitchError
     from meswitch.family import Family
@@ -21,9 +22,10 @@ _HOME = {
     "Family": "family",
     "MeswitchError": "errors",
     "SamplingParams": "engine",
-    "compress": "compression",
-    "load_merged": "compression",
-    "merge": "compression",
+    "Options": "compression.options",
+    "compress": "compression.pipeline",
+    "load_merged": "compression.merge",
+    "merge": "compression.merge",
 }
 
 
@@ -40,6 +42,7 @@ __all__ = [
     "Engine",
     "Family",
     "MeswitchError",
+    "Options",
     "SamplingParams",
     "__version__",
     "compress",

@@ -3,12 +3,14 @@
 This is an edge of the package (pydantic); codec, artifact, ops, experts and engine never import it.
 """
 
+import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from meswitch.compression.options import SETTINGS, Options, Setting, check_given
 from meswitch.errors import ConfigError, UnknownExpertError
 from meswitch.units import parse_bytes
 
@@ -26,16 +28,45 @@ class BaseSection(_Section):
     path: str  # a directory (relative to the file) or a hub id
 
 
-class CompressSection(_Section):
+class _Compress(_Section):
     """`[compress]`: how `meswitch compress --family` makes the artifacts; one for all experts."""
 
-    bits: Literal[1, 2, 3, 4] = 2
-    salient: int | None = Field(default=None, ge=0)  # None: one input channel in 512, at least one
-    group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 128
-    embeddings: Literal["quantised", "exact"] = "quantised"
-    target_bpw: float | None = Field(default=None, gt=0, le=16)  # instead of bits and salient
-    distill: int | None = Field(default=None, ge=0)  # steps of training; None: 300 for small experts
-    distill_scope: Literal["model", "block"] = "model"  # block: one after the other, 100 steps each
+    @model_validator(mode="after")
+    def _effect(self) -> "_Compress":
+        try:
+            check_given(self.given())
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """What the file says, as `compression.options` takes it: name -> value."""
+        said = {name: getattr(self, name) for name in self.model_fields_set}
+        return {name: None if value == SETTINGS[name].none else value for name, value in said.items()}
+
+
+def _compress_field(setting: Setting, default: Any) -> tuple[Any, Any]:
+    """The type of a field and its default."""
+    if isinstance(setting.kind, tuple):
+        return Literal[setting.kind] | None, default
+    kind: Any = Annotated[setting.kind, Field(strict=setting.kind is bool, ge=setting.least, le=setting.most)]
+    return kind | None if setting.none is None else kind | Literal[setting.none], default
+
+
+if TYPE_CHECKING:
+    CompressSection = _Compress
+else:
+    # the options of a compression that all experts of a family can share, stated in `compression.options`
+    CompressSection = create_model(
+        "CompressSection",
+        __base__=_Compress,
+        __doc__=_Compress.__doc__,
+        **{
+            field.name: _compress_field(SETTINGS[field.name], field.default)
+            for field in dataclasses.fields(Options)
+            if SETTINGS[field.name].shared
+        },
+    )
 
 
 class ExpertSection(_Section):

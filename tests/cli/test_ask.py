@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from meswitch.compression import load_merged
+from meswitch.compression.merge import load_merged
 
 QUESTION = "Rosa had 98 nuts and gave 28 of them to Kim. Then Rosa found 8 more. How many nuts does Rosa have?"
 CODE = "Write a Python function f(xs) that returns the sum of xs."

@@ -14,8 +14,7 @@ from meswitch.artifact import account
 from meswitch.checkpoint import Checkpoint
 from meswitch.cli.inspect import report
 from meswitch.codec import BASELINES, METHODS, CodedDelta, PackedDelta, encode_baseline
-from meswitch.compression import load_merged, merge
-from meswitch.compression.merge import merged_tensors
+from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.compression.options import Options
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
 from meswitch.experts import ExpertStore

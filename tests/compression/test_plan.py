@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import meswitch
 from meswitch.artifact import Artifact, account
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression import Options, outline, predict
-from meswitch.compression.plan import Memory, kv_bytes
+from meswitch.compression.options import Options
+from meswitch.compression.plan import Memory, kv_bytes, outline, predict
 from meswitch.errors import CheckpointError, ConfigError, IncompatibleError
 from meswitch.experts.layout import Layout
 from models import edit_config

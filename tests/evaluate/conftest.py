@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meswitch.compression import compress
+from meswitch.compression.pipeline import compress
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family"
 

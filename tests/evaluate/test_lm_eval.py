@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from meswitch.artifact import Artifact
 from meswitch.cli import app
-from meswitch.compression import compress
 from meswitch.compression.merge import load_merged
+from meswitch.compression.pipeline import compress
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.evaluate import Harness, HarnessSettings, Report, Settings, accuracy, draw, evaluate_family
 

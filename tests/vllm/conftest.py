@@ -12,7 +12,7 @@ from vllm_http import free_port, serving
 @pytest.fixture(scope="session")
 def merged(family, deltas, tmp_path_factory):
     """Each expert's merged model, and the base: name -> checkpoint."""
-    from meswitch.compression import merge
+    from meswitch.compression.merge import merge
 
     root = tmp_path_factory.mktemp("merged")
     models = {name: merge(family / "base", path, root / name, dtype="float32") for name, path in deltas.items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import meswitch
-from meswitch.compression import merge
+from meswitch.compression.merge import merge
 from vllm_engines import PROMPT, ask, needs_vllm, running, with_deltas
 
 pytestmark = needs_vllm

@@ -1,16 +1,27 @@
 """`meswitch compress`: a fine-tune becomes an artifact of its difference from the base."""
 
+import dataclasses
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.compress_run import compress_family, compress_one
-from meswitch.errors import ConfigError
+from meswitch.cli.options import flag, takes
+from meswitch.compression.options import SETTINGS, Options, given_options
+from meswitch.errors import ArtifactError, ConfigError
 from meswitch.units import format_bytes
 
+if TYPE_CHECKING:
+    from meswitch.artifact import Artifact
+    from meswitch.family import ExpertSection
 
+_BESIDE_A_FAMILY = ("calibration", "calibration_tokens")
+
+
+@takes()
 def compress(
     base: Annotated[
         str | None, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint, as a directory or a hub id.")
@@ -37,114 +48,7 @@ def compress(
             "Experts that are compressed already are kept.",
         ),
     ] = None,
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=4,
-            help="Bits of a code, 2 by default. Each bit more costs one bit a weight and leaves less than half of the "
-            "error: 1 does for small deltas, 4 is close to exact.",
-        ),
-    ] = None,
-    target_bpw: Annotated[
-        float | None,
-        typer.Option(
-            metavar="BITS",
-            min=0,
-            help="Instead of --bits and --salient: a budget in bits a weight for the whole file of tensors. Bits and "
-            "salient channels of every tensor are chosen within it, by what rounding that tensor does to the model's "
-            "output on the calibration text.",
-        ),
-    ] = None,
-    salient: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            min=0,
-            help="Input channels of each linear layer that stay 16 bit, the ones whose rounding costs most. By default "
-            "one in 512, at least one: 0.03 bits a weight.",
-        ),
-    ] = None,
-    group_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="G|row",
-            help="Input channels that share a 16-bit scale, 128 by default. It costs 16/G bits a weight: a smaller G "
-            "follows the weights better; `row` is one scale a row.",
-        ),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|self|none",
-            help="Text like the expert's own inputs (.txt: one a line; .jsonl: `text`, `messages` or `prompt`). "
-            "It chooses the salient channels and corrects rounding errors, in one forward pass of the expert. "
-            "`self` lets the expert write the text, `self:FILE` lets it answer the file's questions, `FILE+self` lets "
-            "it fill up a short file; all three load the full expert into memory. "
-            "`none`, the default without `--family`, is data-free: faster, and worse at 1 and 2 bits.",
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Use at most so many tokens of it; more cost time, not bytes. Default: 524288 of a file, 32768 that "
-            "the expert writes.",
-        ),
-    ] = None,
-    distill: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEPS",
-            min=0,
-            help="Train codes, scales, salient weights and norms against the full expert on the calibration text for "
-            "so many steps; 0 does not. It costs no bytes, closes most of the gap at 1 and 2 bits, and needs both "
-            "models in memory. Default: 300 with calibration text if the expert has at most 256 MB, else 0; at 1 bit "
-            "1000 pay.",
-        ),
-    ] = None,
-    distill_scope: Annotated[
-        Literal["model", "block"] | None,
-        typer.Option(
-            help="`model`, the default, trains end to end. `block` trains one decoder block after the other, each for "
-            "--distill steps (100 by default), with one block's weights in memory: for experts of any size.",
-        ),
-    ] = None,
-    embeddings: Annotated[
-        Literal["quantised", "exact"] | None,
-        typer.Option(
-            help="`quantised`, the default, treats embedding and head like every other matrix; `exact` keeps them as "
-            "they are, at their full size. Rows of added tokens are exact either way.",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="`me-switch`, the default, or another method to compare it with: `rtn`, `bitdelta`, `svd`, "
-            "`per-axis`, `delta-come`, `deltazip`, `dare`. All but `rtn` can be merged and evaluated, not served.",
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(metavar="R", min=1, help="Of `svd`. Default: what fits in the bytes of the default method."),
-    ] = None,
-    drop: Annotated[
-        float | None,
-        typer.Option(metavar="P", min=0, max=1, help="Share of weights that `dare` drops, 0.9 by default."),
-    ] = None,
-    salient_rule: Annotated[
-        Literal["error", "magnitude", "activation", "random"],
-        typer.Option(help="How salient channels are chosen; all but `error` are there to compare."),
-    ] = "error",
-    scales: Annotated[
-        Literal["mse", "absmax", "normal"], typer.Option(help="The search that starts scales, to compare.")
-    ] = "mse",
-    feedback: Annotated[
-        bool, typer.Option(help="Let later columns absorb the rounding errors of earlier ones (needs calibration).")
-    ] = True,
-    refit: Annotated[bool, typer.Option(help="Solve for scales once the codes are chosen (needs calibration).")] = True,
+    given: Mapping[str, Any] = {},
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs. One tensor at a time is there.")
     ] = "cpu",
@@ -166,64 +70,126 @@ def compress(
             --target-bpw 2.3 --calibration math.jsonl
         meswitch compress --family family.toml
     """
-    settings = {
-        "--bits": bits, "--salient": salient, "--group-size": group_size, "--embeddings": embeddings, "--out": out,
-        "--base": base, "--distill": distill,
-        "--distill-scope": distill_scope, "--method": method, "--rank": rank, "--drop": drop,
-        "--target-bpw": target_bpw,
-    }  # fmt: skip
+    where = {"device": console.check_device(device), "overwrite": overwrite}
     if family is not None:
-        for option, value in settings.items():
-            if value is not None and option in ("--method", "--rank", "--drop"):
-                raise ConfigError(f"{option}: a family is served, by the default method; compress a single --expert")
-            if value is not None:
-                raise ConfigError(f"{option}: {family} says this for its experts; change it there")
-        if calibration not in (None, "none", "self"):
-            raise ConfigError(
-                f"--calibration: {family} names each expert's text; change it there, or give `self` or `none`"
-            )
+        _check_beside_a_family(family, {"base": base, "out": out} | dict(given))
+        console.quiet()
+        rows = _compress_family(family, expert or [], given, where)
     else:
         if base is None or out is None or not expert:
             raise ConfigError("--base, --expert and --out are needed, or --family; see `meswitch compress --help`")
         if len(expert) > 1:
             raise ConfigError("--expert: one at a time; a family.toml (--family) compresses several")
-        for option, value in (("--bits", bits), ("--salient", salient)):
-            if target_bpw is not None and value is not None:
-                raise ConfigError(f"{option}: --target-bpw chooses this for every tensor; give one of the two")
-    options: dict[str, Any] = {
-        "calibration_tokens": calibration_tokens,
-        "salient_rule": salient_rule,
-        "scales": scales,
-        "feedback": feedback,
-        "refit": refit,
-        "device": console.check_device(device),
-        "overwrite": overwrite,
-    }
-    console.quiet()
-    if family is not None:
-        rows = compress_family(family, expert or [], calibration, options)
-        result: Any = rows
-    else:
-        options |= {
-            "bits": 2 if bits is None else bits,
-            "target_bpw": target_bpw,
-            "salient": salient,
-            "group_size": parse_group_size(group_size),
-            "embeddings": embeddings,
-            "method": method or "me-switch",
-            "rank": rank,
-            "drop": drop,
-            "distill": distill,
-            "distill_scope": distill_scope,
-            "calibration": None if calibration in (None, "none") else calibration,
-        }
-        assert expert is not None
-        result = compress_one(Path(expert[0]).name, str(base), expert[0], Path(str(out)), options)
-        rows = [result]
+        console.quiet()
+        rows = [_compress_one(Path(expert[0]).name, base, expert[0], out, given_options(given), where)]
     if as_json:
-        console.print_json(result)
+        console.print_json(rows if family is not None else rows[0])
     else:
         console.show(_table(rows))
+
+
+def _check_beside_a_family(file: Path, given: Mapping[str, Any]) -> None:
+    """Refuse what a family.toml says itself."""
+    for name, value in given.items():
+        if value is None or name in _BESIDE_A_FAMILY:
+            continue
+        if name in SETTINGS and not SETTINGS[name].shared:
+            raise ConfigError(f"{flag(name)}: a family is served, by the default method; compress a single --expert")
+        raise ConfigError(f"{flag(name)}: {file} says this for its experts; change it there")
+    if given.get("calibration") not in (None, "self"):
+        raise ConfigError(f"--calibration: {file} names each expert's text; change it there, or give `self` or `none`")
+
+
+def _compress_family(
+    file: Path, names: list[str], given: Mapping[str, Any], where: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """given: calibration, for all experts (None is none), and its tokens; what is missing is as the file says."""
+    from meswitch.compression.text import Source
+    from meswitch.family import Family
+
+    family = Family.load(file)
+    experts = [family.get(name) for name in names] or list(family.expert)
+    said, untrained = family.compress.given(), {"distill": 0, "distill_scope": None}
+    rows = []
+    for section in experts:
+        out = family.resolve(section.delta)
+        present = None if where["overwrite"] else _present(file, section, out)
+        if present is not None:
+            wanted, found = given_options(said | untrained).describe(None), present.manifest.method
+            differing = [
+                item.name
+                for item in dataclasses.fields(wanted)
+                if item.name not in ("calibration", "distillation")
+                and getattr(wanted, item.name) != getattr(found, item.name)
+            ]
+            hint = f", although its {', '.join(differing)} differ from {file}'s" if differing else ""
+            console.note(f"{section.name}: {out} is kept{hint}; --overwrite makes it anew")
+            rows.append(_row(section.name, present, None, []))
+            continue
+        if section.source is None:
+            raise ConfigError(f"{file}: expert {section.name!r}: source: is needed to compress it")
+        text = given.get("calibration", section.calibration)
+        own = said | dict(given) | {"calibration": None}
+        if text in (None, "none"):  # then nothing can be trained
+            own |= untrained
+        else:
+            own["calibration"] = Source.parse(str(text)).resolved(family.resolve)
+        base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
+        replace = where | {"overwrite": where["overwrite"] or out.exists()}  # what exists here is a damaged artifact
+        rows.append(_compress_one(section.name, base, source, out, given_options(own), replace))
+    return rows
+
+
+def _present(file: Path, section: "ExpertSection", out: Path) -> "Artifact | None":
+    """The artifact that is there already; None if there is none, or a damaged one."""
+    from meswitch.artifact import Artifact
+    from meswitch.artifact.manifest import MANIFEST_NAME
+
+    if not out.exists():
+        return None
+    if not (out / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"{file}: expert {section.name!r}: delta: {out} exists and is not an artifact; "
+            "move it away or choose another path"
+        )
+    try:
+        return Artifact.open(out)
+    except ArtifactError as error:
+        console.note(f"{section.name}: made anew, because {error}")
+        return None
+
+
+def _compress_one(
+    name: str, base: str, expert: str, out: Path, options: Options, where: dict[str, Any]
+) -> dict[str, Any]:
+    from meswitch.compression.pipeline import compress as run
+
+    notices: list[str] = []
+
+    def notice(line: str) -> None:
+        notices.append(line)
+        console.note(f"{name}: {line}")
+
+    started = time.perf_counter()
+    with console.tensor_progress(name) as progress:
+        artifact = run(base, expert, out, options, progress=progress, notice=notice, **where)
+    return _row(name, artifact, time.perf_counter() - started, notices)
+
+
+def _row(name: str, artifact: "Artifact", seconds: float | None, notices: list[str]) -> dict[str, Any]:
+    full = artifact.manifest.expert.bytes
+    return {
+        "expert": name,
+        "artifact": str(artifact.directory),
+        "skipped": seconds is None,
+        "full_bytes": full,
+        "tensor_bytes": artifact.nbytes,
+        "disk_bytes": artifact.disk_bytes,
+        "ratio": full / artifact.nbytes if artifact.nbytes else None,
+        "bits_per_weight": artifact.bits_per_weight,
+        "seconds": seconds,
+        "notices": notices,
+    }
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
@@ -239,11 +205,3 @@ def _table(rows: list[dict[str, Any]]) -> Any:
             "kept" if row["skipped"] else f"{row['seconds']:.1f}",
         )
     return made
-
-
-def parse_group_size(text: str | None) -> int | None:
-    if text == "row":
-        return None
-    if text is not None and not text.isdigit():
-        raise ConfigError(f"--group-size: {text!r} is neither a number nor `row`")
-    return 128 if text is None else int(text)

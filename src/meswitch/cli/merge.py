@@ -33,7 +33,7 @@ def merge(
     """
     console.quiet()
     from meswitch.checkpoint import Checkpoint
-    from meswitch.compression import merge as run
+    from meswitch.compression.merge import merge as run
 
     console.note(f"merging {base} and {delta}")
     written = Checkpoint.open(run(base, delta, out, dtype=dtype))

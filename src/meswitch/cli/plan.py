@@ -1,20 +1,21 @@
 """`meswitch plan`: what an expert will take, and what fits, before anything is downloaded or compressed."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.compress import parse_group_size
 from meswitch.cli.inspect import layer_table
+from meswitch.cli.options import takes
+from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError
 from meswitch.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
-    from meswitch.compression import Options
     from meswitch.compression.plan import Memory
 
 # Columns of the table of contents: what a tensor is for.
@@ -23,6 +24,7 @@ _REST = "norms, biases"
 _KV_TOKENS = 32768  # what the engine reserves by default
 
 
+@takes("bits", "salient", "group_size", "embeddings")
 def plan(
     base: Annotated[
         str,
@@ -42,21 +44,7 @@ def plan(
         int | None,
         typer.Option(metavar="N", min=1, help="Tokens of the expert, where its configuration is not at hand."),
     ] = None,
-    bits: Annotated[int, typer.Option(min=1, max=4, help="Bits of a code, as `compress` takes them.")] = 2,
-    salient: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            min=0,
-            help="Input channels of each linear layer that stay 16 bit. By default one in 512, at least one.",
-        ),
-    ] = None,
-    group_size: Annotated[
-        str | None, typer.Option(metavar="G|row", help="Input channels that share a scale, 128 by default, or `row`.")
-    ] = None,
-    embeddings: Annotated[
-        Literal["quantised", "exact"], typer.Option(help="Embedding and head: compressed, or whole.")
-    ] = "quantised",
+    given: Mapping[str, Any] = {},
     experts: Annotated[
         int, typer.Option(metavar="N", min=1, help="Experts on the device at a time: slots beside the base.")
     ] = 1,
@@ -90,9 +78,9 @@ def plan(
     """
     limit = None if memory is None else _size(memory)
     console.quiet()
-    from meswitch.compression import Options, outline
+    from meswitch.compression.plan import outline
 
-    options = Options(bits, parse_group_size(group_size), salient, embeddings=embeddings)
+    options = given_options(given)
     source = outline(base)
     target = source if expert is None and vocab_size is None else outline(expert or base, vocab_size=vocab_size)
     found = report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens, backend=backend)
@@ -105,7 +93,7 @@ def plan(
 def report(
     base: "Checkpoint",
     expert: "Checkpoint",
-    options: "Options",
+    options: Options,
     *,
     experts: int = 1,
     limit: int | None = None,
@@ -116,8 +104,7 @@ def report(
     import torch
 
     from meswitch.artifact import account
-    from meswitch.compression import predict
-    from meswitch.compression.plan import Memory, kv_bytes, widest_dtype
+    from meswitch.compression.plan import Memory, kv_bytes, predict, widest_dtype
     from meswitch.experts.layout import Layout
     from meswitch.ops import uses_kernels
 

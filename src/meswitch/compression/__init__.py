@@ -1,7 +1,4 @@
-"""Checkpoint pair -> artifact, and back."""
+"""Checkpoint pair -> artifact, and back.
 
-from meswitch.compression.merge import load_merged, merge
-from meswitch.compression.pipeline import Options, compress
-from meswitch.compression.plan import outline, predict
-
-__all__ = ["Options", "compress", "load_merged", "merge", "outline", "predict"]
+Its modules are imported one by one: the command line reads the options' help (`options`) without torch.
+"""

@@ -65,7 +65,8 @@ class Conversion:
         self.base, self.expert, self.options, self.specs = base, expert, options, specs or {}
         self.text, self.moments, self.device, self.progress = text, moments, device, progress
         self.base_fingerprint = fingerprint(base)
-        plan = [__version__, self.base_fingerprint, fingerprint(expert), asdict(options), text and asdict(text.info)]
+        method = asdict(options.describe(None if text is None else text.info))
+        plan: list[Any] = [__version__, self.base_fingerprint, fingerprint(expert), method]
         plan.append({name: asdict(spec) for name, spec in self.specs.items()})
         self.writer = ArtifactWriter(out, hashlib.sha256(json.dumps(plan).encode()).hexdigest(), overwrite=overwrite)
         self.done = set(self.writer.entries)

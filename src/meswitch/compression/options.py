@@ -1,60 +1,221 @@
-"""What decides the bytes of an artifact, checked before any work."""
+"""What decides the bytes of an artifact: one object for Python, the command line, `family.toml` and the manifest.
 
+Every option is stated here once, with its help. The command line and `[compress]` of a `family.toml` are made from the
+fields below, and `Options.describe` is what the manifest says of them. Importing this costs no torch: what only
+counts while something is compressed is imported there.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-
-from meswitch.artifact.manifest import Calibration, Method, Solver
-from meswitch.codec import BASELINES, ME_SWITCH, METHODS, RTN, Request, Spec, nbytes, stored_shapes
-from meswitch.codec.baselines.coded import Baseline
+from meswitch.compression.distill.recipe import Recipe, Scope, recipe_for
 from meswitch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from meswitch.artifact.manifest import Calibration, Method, Solver
+    from meswitch.codec import Request, Spec
+    from meswitch.codec.baselines.coded import Baseline
+    from meswitch.compression.text import Source
 
 DROP = 0.9  # of `dare`
 ROW_FLOOR = 0.1  # rows of an embedding that changed less than this share of the average are taken as unchanged
+TOKENS, WRITTEN_TOKENS = 524288, 32768  # of calibration text: of a file, and those that the expert writes
 Embeddings = Literal["quantised", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How an option is given as text.
+
+    Args:
+        help: what it does, its default, and what it costs.
+        kind: the type of its value, or the words that there are.
+        none: the word that stands for None.
+        metavar: what stands for the value in `--help`.
+        least, most: bounds of a number, both included.
+        shared: whether a family may say it for all its experts.
+    """
+
+    help: str
+    kind: type | tuple[str, ...]
+    none: str | None = None
+    metavar: str | None = None
+    least: float | None = None
+    most: float | None = None
+    shared: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What decides the bytes of an artifact.
 
-    bits, group_size, damping: see `codec.Spec`. salient: input channels of each linear layer that stay 16 bit; None
-    takes one in 512, at least one (0.03 bits a weight at the widths of a 7B model). embeddings: `quantised` treats the
-    embedding and the head like any matrix, `exact` keeps the expert's own values. calibration_tokens: at most so many
-    are used.
+    Beside what the fields' help says: `calibration` may be a `text.Source`, and `distill` a `distill.recipe.Recipe`.
 
-    method: one of `codec.METHODS`. embeddings None: whole for methods whose paper leaves them so, else quantised. rank:
-    of `svd`; None takes what the default method's bytes allow. drop, seed: of `dare`.
-
-    target_bpw: instead of one number of bits, bits and salient channels are shared out over the tensors within this
-    budget (`compression.budget`). salient_rule, scales, feedback, refit: see `codec.Spec`.
+    Raises:
+        ConfigError: a value that is out of range, or does not fit the others.
     """
 
-    bits: int = 2
-    group_size: int | None = 128
-    salient: int | None = None
-    damping: float = 0.01
-    embeddings: Embeddings | None = None
-    calibration_tokens: int = 524288
-    method: str = ME_SWITCH
-    rank: int | None = None
-    drop: float | None = None
-    seed: int = 0
-    target_bpw: float | None = None
-    salient_rule: str = "error"
-    scales: str = "mse"
-    feedback: bool = True
-    refit: bool = True
+    bits: Annotated[
+        int,
+        Setting(
+            "Bits of a code, 2 by default. Each bit more costs one bit a weight and leaves less than half of the "
+            "error: 1 does for small deltas, 4 is close to exact.",
+            int,
+            least=1,
+            most=4,
+        ),
+    ] = 2
+    target_bpw: Annotated[
+        float | None,
+        Setting(
+            "Instead of --bits and --salient: a budget in bits a weight for the whole file of tensors. Bits and "
+            "salient channels of every tensor are chosen within it, by what rounding that tensor does to the model's "
+            "output on the calibration text.",
+            float,
+            metavar="BITS",
+            least=0,
+            most=16,
+        ),
+    ] = None
+    salient: Annotated[
+        int | None,
+        Setting(
+            "Input channels of each linear layer that stay 16 bit, the ones whose rounding costs most. By default one "
+            "in 512, at least one: 0.03 bits a weight.",
+            int,
+            metavar="K",
+            least=0,
+        ),
+    ] = None
+    group_size: Annotated[
+        int | None,
+        Setting(
+            "Input channels that share a 16-bit scale, 128 by default. It costs 16/G bits a weight: a smaller G "
+            "follows the weights better; `row` is one scale a row.",
+            int,
+            metavar="G|row",
+            none="row",
+            least=8,
+        ),
+    ] = 128
+    calibration: Annotated[
+        "str | Path | Source | None",
+        Setting(
+            "Text like the expert's own inputs (.txt: one a line; .jsonl: `text`, `messages` or `prompt`). It chooses "
+            "the salient channels and corrects rounding errors, in one forward pass of the expert. `self` lets the "
+            "expert write the text, `self:FILE` lets it answer the file's questions, `FILE+self` lets it fill up a "
+            "short file; all three load the full expert into memory. `none`, the default without `--family`, is "
+            "data-free: faster, and worse at 1 and 2 bits.",
+            str,
+            metavar="FILE|self|none",
+            none="none",
+            shared=False,
+        ),
+    ] = None
+    calibration_tokens: Annotated[
+        int | None,
+        Setting(
+            "Use at most so many tokens of it; more cost time, not bytes. Default: 524288 of a file, 32768 that the "
+            "expert writes.",
+            int,
+            metavar="N",
+            least=1,
+        ),
+    ] = None
+    distill: Annotated[
+        int | Recipe | None,
+        Setting(
+            "Train codes, scales, salient weights and norms against the full expert on the calibration text for so "
+            "many steps; 0 does not. It costs no bytes, closes most of the gap at 1 and 2 bits, and needs both models "
+            "in memory. Default: 300 with calibration text if the expert has at most 256 MB, else 0; at 1 bit 1000 "
+            "pay.",
+            int,
+            metavar="STEPS",
+            least=0,
+        ),
+    ] = None
+    distill_scope: Annotated[
+        Scope | None,
+        Setting(
+            "`model`, the default, trains end to end. `block` trains one decoder block after the other, each for "
+            "--distill steps (100 by default), with one block's weights in memory: for experts of any size.",
+            ("model", "block"),
+        ),
+    ] = None
+    embeddings: Annotated[
+        Embeddings | None,
+        Setting(
+            "`quantised`, the default, treats embedding and head like every other matrix; `exact` keeps them as they "
+            "are, at their full size. Rows of added tokens are exact either way. Methods whose paper leaves them "
+            "whole do.",
+            ("quantised", "exact"),
+        ),
+    ] = None
+    method: Annotated[
+        str,
+        Setting(
+            "`me-switch`, the default, or another method to compare it with: `rtn`, `bitdelta`, `svd`, `per-axis`, "
+            "`delta-come`, `deltazip`, `dare`. All but `rtn` can be merged and evaluated, not served.",
+            str,
+            metavar="NAME",
+            shared=False,
+        ),
+    ] = "me-switch"
+    rank: Annotated[
+        int | None,
+        Setting(
+            "Of `svd`. Default: what fits in the bytes of the default method.", int, metavar="R", least=1, shared=False
+        ),
+    ] = None
+    drop: Annotated[
+        float | None,
+        Setting(
+            "Share of weights that `dare` drops, 0.9 by default.", float, metavar="P", least=0, most=1, shared=False
+        ),
+    ] = None
+    seed: Annotated[int, Setting("Of the weights that `dare` drops.", int, metavar="N", least=0, shared=False)] = 0
+    damping: Annotated[
+        float,
+        Setting(
+            "What error feedback adds to the diagonal of the inputs' second moment, as a share of its mean; 0.01 by "
+            "default, to compare.",
+            float,
+            metavar="D",
+            least=0,
+        ),
+    ] = 0.01
+    salient_rule: Annotated[
+        str,
+        Setting(
+            "How salient channels are chosen; all but `error`, the default, are there to compare.",
+            ("error", "magnitude", "activation", "random"),
+        ),
+    ] = "error"
+    scales: Annotated[
+        str, Setting("The search that starts scales, to compare; `mse` by default.", ("mse", "absmax", "normal"))
+    ] = "mse"
+    feedback: Annotated[
+        bool,
+        Setting(
+            "Let later columns absorb the rounding errors of earlier ones (needs calibration), as by default.", bool
+        ),
+    ] = True
+    refit: Annotated[
+        bool, Setting("Solve for scales once the codes are chosen (needs calibration), as by default.", bool)
+    ] = True
 
     def __post_init__(self) -> None:
+        from meswitch.codec import ME_SWITCH, METHODS
+
         if self.method not in METHODS:
             raise ConfigError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
         if self.target_bpw is not None and not (0 < self.target_bpw <= 16 and self.method == ME_SWITCH):
             raise ConfigError(f"target_bpw: {self.target_bpw}: between 0 and 16, and for the method {ME_SWITCH} only")
         if self.embeddings not in ("quantised", "exact", None):
             raise ConfigError(f"embeddings: {self.embeddings!r} is neither quantised nor exact")
-        if self.calibration_tokens < 1:
+        if self.calibration_tokens is not None and self.calibration_tokens < 1:
             raise ConfigError(f"calibration_tokens: {self.calibration_tokens} is not a positive number")
         if self.rank is not None and (self.method != "svd" or self.rank < 1):
             raise ConfigError(f"rank: {self.rank}: at least 1, and for the method svd only")
@@ -66,20 +227,72 @@ class Options:
             self.spec("linear", 512)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        steps = self.asked_steps
+        if steps and not self.has_scales:
+            raise ConfigError(f"distill: the method {self.method} has no scales to train: 0 steps, or another method")
+        if isinstance(self.distill, Recipe) and self.distill_scope not in (None, self.distill.scope):
+            scope = self.distill.scope
+            raise ConfigError(f"distill_scope: {self.distill_scope}: the recipe says {scope}; say it there")
+        if steps == 0 and self.distill_scope == "block":
+            raise ConfigError("distill_scope: block: 0 steps train nothing; give steps, or leave it out")
+        if steps and self.calibration is None:
+            raise ConfigError("distill: needs calibration text to train on; give a calibration file")
+        self.check_use_of_text(steps)
+
+    # How much is trained, and on what.
 
     @property
-    def baseline(self) -> Baseline | None:
+    def asked_steps(self) -> int | None:
+        """Steps of training that were asked for; None if that depends on the expert's size and the text."""
+        if self.distill is None and self.distill_scope == "block":  # naming it asks for training, whatever the size
+            return recipe_for(self.method, None, "block").steps
+        return self.distill.steps if isinstance(self.distill, Recipe) else self.distill
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to train, the method's own steps where none were asked for."""
+        if isinstance(self.distill, Recipe):
+            return self.distill
+        return recipe_for(self.method, self.distill, self.distill_scope or "model")
+
+    def check_use_of_text(self, steps: int | None) -> None:
+        """Refuse calibration text that would do nothing. steps: of training, None if that is not yet decided.
+
+        Raises:
+            ConfigError: the method has no use for it.
+        """
+        if self.calibration is None or self.uses_inputs or steps or (steps is None and self.has_scales):
+            return
+        use = " without distillation" if self.has_scales else ""
+        raise ConfigError(f"calibration: the method {self.method} makes no use of it{use}; leave it out")
+
+    @property
+    def source(self) -> "Source | None":
+        """Where calibration text comes from."""
+        from meswitch.compression.text import Source
+
+        return Source.parse(self.calibration) if isinstance(self.calibration, str | Path) else self.calibration
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of calibration text are used at most."""
+        if self.calibration_tokens is not None:
+            return self.calibration_tokens
+        return WRITTEN_TOKENS if self.source is not None and self.source.own else TOKENS
+
+    # What happens to a tensor.
+
+    @property
+    def baseline(self) -> "Baseline | None":
         """The method, if it does not make packed tensors."""
+        from meswitch.codec import BASELINES
+
         return BASELINES.get(self.method)
 
     @property
     def uses_inputs(self) -> bool:
         """Whether calibration text changes the codes."""
-        return self.method == ME_SWITCH if self.baseline is None else self.baseline.uses_inputs
-
-    @property
-    def solver(self) -> Solver:
-        return Solver(self.salient_rule, self.scales, self.feedback, self.refit)
+        return self.method == "me-switch" if self.baseline is None else self.baseline.uses_inputs
 
     @property
     def exact_embeddings(self) -> bool:
@@ -92,47 +305,16 @@ class Options:
         """Whether distillation has something to train."""
         return self.baseline is None or self.baseline.scale is not None
 
-    def check_distillation(self, steps: int | None, has_text: bool) -> None:
-        """Refuse what would do nothing. steps: None if that is not yet decided.
+    def packs(self, role: str, dimensions: int) -> bool:
+        """Whether a tensor that changed is compressed, not stored whole."""
+        if role in ("embedding", "head"):
+            return not self.exact_embeddings
+        return role == "linear" and dimensions == 2
 
-        Raises:
-            ConfigError: the method has no scales to train, or no use for calibration text.
-        """
-        if steps and not self.has_scales:
-            raise ConfigError(f"distill: the method {self.method} has no scales to train: 0 steps, or another method")
-        if has_text and not self.uses_inputs and (steps == 0 or (steps is None and not self.has_scales)):
-            use = " without distillation" if self.has_scales else ""
-            raise ConfigError(f"calibration: the method {self.method} makes no use of it{use}; leave it out")
-
-    def request(self, role: str, rows: int, in_features: int, seed: int) -> Request:
-        """What a baseline is asked for; its budget is what the default method would store for this matrix."""
-        shapes = stored_shapes(rows, in_features, self.spec(role, in_features), 0, torch.float32)
-        drop = DROP if self.drop is None else self.drop
-        return Request(self.bits, self.group_size, nbytes(shapes), self.rank, drop, seed, self.damping)
-
-    def describe(self, calibration: Calibration | None) -> Method:
-        """As the manifest records it."""
-        baseline, parameters = self.baseline, {}
-        if self.rank is not None:
-            parameters["rank"] = float(self.rank)
-        if self.method == "dare":
-            parameters = {"drop": DROP if self.drop is None else self.drop, "seed": float(self.seed)}
-        fixed = self.bits if baseline is None or baseline.bits is None else baseline.bits
-        return Method(
-            name=self.method,
-            bits=fixed if self.target_bpw is None else None,
-            target_bpw=self.target_bpw,
-            solver=None if self.solver == Options().solver else self.solver,
-            group_size=self.group_size,
-            salient=self.salient if self.method == ME_SWITCH else 0,
-            embeddings="exact" if self.exact_embeddings else "quantised",
-            damping=self.damping,
-            calibration=calibration,
-            parameters=parameters or None,
-        )
-
-    def spec(self, role: str, in_features: int) -> Spec:
+    def spec(self, role: str, in_features: int) -> "Spec":
         """How one matrix is quantised, or would be by the default method."""
+        from meswitch.codec import RTN, Spec
+
         salient = max(1, in_features // 512) if self.salient is None else self.salient
         if role == "embedding":  # no input channels in the sense of saliency: its "input" picks a row
             salient = 0
@@ -151,8 +333,68 @@ class Options:
             self.refit,
         )
 
-    def packs(self, role: str, dimensions: int) -> bool:
-        """Whether a tensor that changed is compressed, not stored whole."""
-        if role in ("embedding", "head"):
-            return not self.exact_embeddings
-        return role == "linear" and dimensions == 2
+    def request(self, role: str, rows: int, in_features: int, seed: int) -> "Request":
+        """What a baseline is asked for; its budget is what the default method would store for this matrix."""
+        import torch
+
+        from meswitch.codec import Request, nbytes, stored_shapes
+
+        shapes = stored_shapes(rows, in_features, self.spec(role, in_features), 0, torch.float32)
+        drop = DROP if self.drop is None else self.drop
+        return Request(self.bits, self.group_size, nbytes(shapes), self.rank, drop, seed, self.damping)
+
+    # What the manifest says.
+
+    @property
+    def solver(self) -> "Solver":
+        from meswitch.artifact.manifest import Solver
+
+        return Solver(self.salient_rule, self.scales, self.feedback, self.refit)
+
+    def describe(self, calibration: "Calibration | None") -> "Method":
+        """As the manifest records it, what was trained left out. calibration: the text that was used."""
+        from meswitch.artifact.manifest import Method
+
+        baseline, parameters = self.baseline, {}
+        if self.rank is not None:
+            parameters["rank"] = float(self.rank)
+        if self.method == "dare":
+            parameters = {"drop": DROP if self.drop is None else self.drop, "seed": float(self.seed)}
+        fixed = self.bits if baseline is None or baseline.bits is None else baseline.bits
+        return Method(
+            name=self.method,
+            bits=fixed if self.target_bpw is None else None,
+            target_bpw=self.target_bpw,
+            solver=None if self.solver == Options().solver else self.solver,
+            group_size=self.group_size,
+            salient=self.salient if self.method == "me-switch" else 0,
+            embeddings="exact" if self.exact_embeddings else "quantised",
+            damping=self.damping,
+            calibration=calibration,
+            parameters=parameters or None,
+        )
+
+
+# by name, in the order in which they are documented
+SETTINGS: Mapping[str, Setting] = {name: hint.__metadata__[0] for name, hint in Options.__annotations__.items()}
+
+
+def given_options(given: Mapping[str, Any]) -> Options:
+    """Options from what somebody wrote down, the rest at its defaults.
+
+    Raises:
+        ConfigError: as `Options`, and as `check_given`.
+    """
+    check_given(given)
+    return Options(**given)
+
+
+def check_given(given: Mapping[str, Any]) -> None:
+    """Refuse what would have no effect beside the rest that was written down.
+
+    Raises:
+        ConfigError: bits or salient channels beside a budget, which chooses them.
+    """
+    for name in ("bits", "salient"):
+        if given.get("target_bpw") is not None and name in given:
+            raise ConfigError(f"{name}: target_bpw chooses this for every tensor; give one of the two")

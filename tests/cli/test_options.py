@@ -1,0 +1,71 @@
+"""An option is stated once: command line, family.toml, Python and the manifest have the same ones."""
+
+import inspect
+
+import pytest
+from typer.main import get_command
+
+import meswitch
+from meswitch.compression.options import SETTINGS, Options
+from meswitch.errors import ConfigError
+from meswitch.family import CompressSection, Family
+
+# a value that is not the default, with what it needs beside it
+OTHER = {
+    "bits": {"bits": 3},
+    "target_bpw": {"target_bpw": 2.5},
+    "salient": {"salient": 7},
+    "group_size": {"group_size": None},
+    "embeddings": {"embeddings": "exact"},
+    "method": {"method": "rtn"},
+    "rank": {"method": "svd", "rank": 3},
+    "drop": {"method": "dare", "drop": 0.5},
+    "seed": {"method": "dare", "seed": 1},
+    "damping": {"damping": 0.1},
+    "salient_rule": {"salient_rule": "random"},
+    "scales": {"scales": "normal"},
+    "feedback": {"feedback": False},
+    "refit": {"refit": False},
+}
+OF_THE_TEXT = {"calibration", "calibration_tokens", "distill", "distill_scope"}  # recorded as what was used of them
+
+
+def test_the_command_line_has_every_option_and_its_help():
+    from meswitch.cli import app
+
+    commands = get_command(app).commands
+    found = {option.name: option.help for option in commands["compress"].params}
+    assert {name: found[name] for name in SETTINGS} == {name: setting.help for name, setting in SETTINGS.items()}
+    planned = {option.name: option.help for option in commands["plan"].params if option.name in SETTINGS}
+    assert planned == {name: SETTINGS[name].help for name in ("bits", "salient", "group_size", "embeddings")}
+
+
+def test_a_family_has_every_option_that_its_experts_can_share():
+    assert list(CompressSection.model_fields) == [name for name, setting in SETTINGS.items() if setting.shared]
+    assert Options(**CompressSection().given()) == Options()
+
+
+def test_python_takes_every_option_by_name_or_all_in_one_object(family, tmp_path):
+    assert list(inspect.signature(meswitch.Options).parameters) == list(SETTINGS)
+    one = meswitch.compress(family / "base", family / "math", tmp_path / "one", bits=3, salient=0)
+    both = meswitch.compress(family / "base", family / "math", tmp_path / "both", meswitch.Options(bits=3, salient=0))
+    assert one.manifest.method == both.manifest.method
+    with pytest.raises(TypeError, match="bites"):
+        meswitch.compress(family / "base", family / "math", tmp_path / "none", bites=3)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in OF_THE_TEXT])
+def test_the_manifest_tells_every_option(name):
+    values = OTHER[name]
+    rest = {other: value for other, value in values.items() if other != name}
+    assert Options(**values).describe(None) != Options(**rest).describe(None)
+
+
+@pytest.mark.parametrize("name", ["bits", "salient"])
+def test_what_a_budget_chooses_is_not_given_beside_it(cli, family, tmp_path, name):
+    message = f"{name}: target_bpw chooses this for every tensor; give one of the two"
+    pair = ("--base", family / "base", "--expert", family / "math", "--out", tmp_path / "delta")
+    assert cli.error("compress", *pair, "--target-bpw", 2.5, f"--{name}", 1) == message
+    (tmp_path / "family.toml").write_text(f'[base]\npath = "b"\n[compress]\ntarget_bpw = 2.5\n{name} = 1\n')
+    with pytest.raises(ConfigError, match=message):
+        Family.load(tmp_path)
