@@ -2,6 +2,7 @@
 
 from meswitch.codec.baselines.coded import CodedDelta, Request, nbytes
 from meswitch.codec.delta import PackedDelta, Spec, encode, stored_shapes
+from meswitch.codec.lowrank import LowRankDelta
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
 from meswitch.codec.registry import BASELINES, ME_SWITCH, METHODS, RTN, encode_baseline, find_baseline, restore_baseline
@@ -13,6 +14,7 @@ __all__ = [
     "ME_SWITCH",
     "RTN",
     "CodedDelta",
+    "LowRankDelta",
     "PackedDelta",
     "Request",
     "Spec",

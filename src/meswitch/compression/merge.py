@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta
+from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
 from meswitch.tensorfile import fsync_path, write_tensors
 
@@ -31,7 +31,7 @@ def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | No
 def _restore(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, entry in artifact.manifest.tensors.items():
         value = artifact.read(name)
-        if isinstance(value, PackedDelta | CodedDelta):
+        if isinstance(value, PackedDelta | CodedDelta | LowRankDelta):
             original = base.read(name)
             tensor = original[: value.rows].float() + value.dequantize()
             if value.extra is not None:
