@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -122,17 +123,13 @@ def planned_entries(base: Checkpoint, changes: Changes) -> dict[str, Entry]:
 def _add(writer: ArtifactWriter, name: str, entry: Entry, change: Change | None, base: Checkpoint | None) -> None:
     made = None if change is None else change.make()
     info = None if base is None else base.info(name)
-    kind = "same" if made is None else "lowrank" if isinstance(made, LowRankDelta) else "dense"
-    parts = {} if made is None else made.tensors() if isinstance(made, LowRankDelta) else {"": made}
-    writer.add(
-        name,
-        parts,
-        kind=kind,
-        role=entry.role,
-        shape=entry.shape,
-        base_sha256=None if info is None else info.sha256(),
-        scale=made.scale if isinstance(made, LowRankDelta) else None,
-    )
+    entry = replace(entry, base_sha256=None if info is None else info.sha256())
+    if isinstance(made, LowRankDelta):
+        writer.add(name, replace(entry, kind="lowrank", scale=made.scale), made.tensors())
+    elif made is not None:
+        writer.add(name, replace(entry, kind="dense", scale=None), {"": made})
+    else:
+        writer.add(name, replace(entry, kind="same", scale=None), {})
 
 
 def _manifest(
