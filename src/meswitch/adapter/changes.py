@@ -152,8 +152,13 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Changes:
 
     Raises:
         CheckpointError: the adapter holds something that this base has no place for.
-        IncompatibleError: its shapes are not the base's.
+        IncompatibleError: its shapes are not the base's, or the base is quantised.
     """
+    if base.is_quantised:
+        raise IncompatibleError(
+            f"{base.directory}/config.json: quantization_config: an adapter is added to weights; give the base in "
+            "16 bit"
+        )
     architecture = architecture_of(base.config)
     found = _Base(adapter, base, architecture)
     found.add_all()

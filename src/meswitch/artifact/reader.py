@@ -10,7 +10,7 @@ from torch import Tensor
 from meswitch.artifact.fingerprint import fingerprint, sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, stored_name
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta, find_baseline, packed_words, restore_baseline
+from meswitch.codec import CodedDelta, Delta, LowRankDelta, PackedDelta, find_baseline, packed_words, restore_baseline
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import group_count
 from meswitch.codec.rows import expand_rows
@@ -180,7 +180,7 @@ class Artifact:
             return torch.empty(part.shape, dtype=DTYPES[part.dtype])
         return torch.frombuffer(raw, dtype=DTYPES[part.dtype]).view(part.shape)
 
-    def read(self, name: str) -> PackedDelta | CodedDelta | LowRankDelta | Tensor | None:
+    def read(self, name: str) -> Delta | CodedDelta | Tensor | None:
         """A tensor of the expert: its delta, its own values, or None where it equals the base's."""
         entry = self.manifest.tensors[name]
         if entry.kind == "same":
@@ -255,7 +255,7 @@ class Artifact:
             )
 
 
-def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> PackedDelta | LowRankDelta:
+def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta:
     """A delta over the parts of a packed or low-rank entry, wherever they lie."""
     if "row_index" in parts:
         by_row = BY_ROW & parts.keys()

@@ -8,12 +8,16 @@ from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quant
 from meswitch.codec.registry import BASELINES, ME_SWITCH, METHODS, RTN, encode_baseline, find_baseline, restore_baseline
 from meswitch.codec.salient import reconstruction_error, select_salient
 
+# What an op computes with: the delta of one matrix, in a form that is never restored whole.
+Delta = PackedDelta | LowRankDelta
+
 __all__ = [
     "BASELINES",
     "METHODS",
     "ME_SWITCH",
     "RTN",
     "CodedDelta",
+    "Delta",
     "LowRankDelta",
     "PackedDelta",
     "Request",

@@ -34,6 +34,16 @@ class LowRankDelta:
     def rank(self) -> int:
         return self.right.shape[0]
 
+    @property
+    def T(self) -> "LowRankDelta":
+        """The delta of the transposed matrix; extra rows have no place in it."""
+        return LowRankDelta(self.right.T, self.left.T, self.scale)
+
+    def to(self, device: torch.device) -> "LowRankDelta":
+        """The same delta on a device."""
+        extra = None if self.extra is None else self.extra.to(device)
+        return LowRankDelta(self.left.to(device), self.right.to(device), self.scale, extra)
+
     def tensors(self) -> dict[str, Tensor]:
         """By the suffix of their stored names. Rows of `left` that are all zero are left out if that saves bytes."""
         live = (self.left != 0).any(1)

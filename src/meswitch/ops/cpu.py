@@ -10,13 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from meswitch.codec import LowRankDelta, PackedDelta
+from meswitch.codec import Delta, LowRankDelta
 from meswitch.ops import reference
 from meswitch.ops.layout import SALIENT_ROWS, Shape
 from meswitch.ops.slots import slot_shape
 
 
-def expert_matmul(x: Tensor, delta: PackedDelta | LowRankDelta) -> Tensor:
+def expert_matmul(x: Tensor, delta: Delta) -> Tensor:
     """`x @ D^T` for one expert's tokens: [tokens, in_features] -> [tokens, rows] float32."""
     if isinstance(delta, LowRankDelta):
         return reference.lowrank_matmul(x, delta)
@@ -33,7 +33,7 @@ def expert_matmul(x: Tensor, delta: PackedDelta | LowRankDelta) -> Tensor:
     return y
 
 
-def expert_rows(ids: Tensor, delta: PackedDelta | LowRankDelta) -> Tensor:
+def expert_rows(ids: Tensor, delta: Delta) -> Tensor:
     """Rows of D: [tokens] int64 -> [tokens, in_features] float32."""
     return reference.expert_rows(ids, delta)
 

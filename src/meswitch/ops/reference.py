@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from meswitch.codec import LowRankDelta, PackedDelta
+from meswitch.codec import Delta, LowRankDelta
 
 
-def expert_matmul(x: Tensor, delta: PackedDelta | LowRankDelta) -> Tensor:
+def expert_matmul(x: Tensor, delta: Delta) -> Tensor:
     """What one expert's delta adds for its tokens: `x @ D^T`.
 
     Args:
@@ -36,7 +36,7 @@ def expand(narrow: Tensor, left: Tensor) -> Tensor:
     return narrow @ left.float().T
 
 
-def expert_rows(ids: Tensor, delta: PackedDelta | LowRankDelta) -> Tensor:
+def expert_rows(ids: Tensor, delta: Delta) -> Tensor:
     """What one expert's delta adds to the embeddings of tokens: rows of D.
 
     Args:
