@@ -81,6 +81,8 @@ def write_artifact(
         IncompatibleError: it is of another base.
         ArtifactError: `out` exists, or cannot be written.
     """
+    import transformers
+
     changes = changes_of(adapter, base)
     for line in changes.notes if notice is not None else ():
         notice(line)  # type: ignore[misc]
@@ -97,8 +99,25 @@ def write_artifact(
     with tempfile.TemporaryDirectory(prefix="meswitch-") as room:
         companions = _companions(base, adapter, changes, Path(room))
         final = dict(sorted(writer.final_entries().items()))
-        writer.finish(_manifest(base, adapter, changes, content, final, companions), companions)
+        made = Provenance(
+            __version__, torch.__version__, transformers.__version__, datetime.now(UTC).isoformat(timespec="seconds")
+        )
+        manifest = _manifest(base, adapter, changes, content, final)
+        writer.finish(replace(manifest, companions=companion_digests(companions), provenance=made), companions)
     return Artifact.open(out)
+
+
+def planned_artifact(base: Checkpoint, adapter: Adapter) -> Artifact:
+    """The artifact that `write_artifact` writes, from shapes alone: no bytes, no checksums.
+
+    Args:
+        base: with or without weights.
+
+    Raises:
+        CheckpointError, IncompatibleError: as `write_artifact`.
+    """
+    changes = changes_of(adapter, base)
+    return Artifact(adapter.directory, _manifest(base, adapter, changes, "", planned_entries(base, changes)), {})
 
 
 def planned_entries(base: Checkpoint, changes: Changes) -> dict[str, Entry]:
@@ -133,24 +152,15 @@ def _add(writer: ArtifactWriter, name: str, entry: Entry, change: Change | None,
 
 
 def _manifest(
-    base: Checkpoint,
-    adapter: Adapter,
-    changes: Changes,
-    content: str,
-    entries: dict[str, Entry],
-    companions: list[Path],
+    base: Checkpoint, adapter: Adapter, changes: Changes, content: str, entries: dict[str, Entry]
 ) -> Manifest:
-    import transformers
-
     return Manifest(
         base=BaseInfo(Path(base.source).name, content, base.config.model_type, base.config.vocab_size),
         expert=expert_info(base, adapter, changes, entries),
         method=method(adapter),
         tensors=entries,
-        companions=companion_digests(companions),
-        provenance=Provenance(
-            __version__, torch.__version__, transformers.__version__, datetime.now(UTC).isoformat(timespec="seconds")
-        ),
+        companions={},
+        provenance=Provenance("", "", "", ""),
     )
 
 

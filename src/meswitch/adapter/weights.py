@@ -87,12 +87,17 @@ class Adapter:
             raise CheckpointError(str(error)) from None
         return _sorted_out(directory, config, file, header)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
+    def check_values(self) -> int:
+        """Read all tensors once, and give their number.
+
+        Raises:
+            CheckpointError: one has NaN or infinite values.
+        """
         pairs = (info for pair in self.pairs.values() for info in (pair.a, pair.b, pair.bias, pair.magnitude))
         every = [*(info for info in pairs if info is not None), *self.tokens.values(), *self.whole.values()]
-        return sum(info.nbytes for info in every)
+        for info in every:
+            read_finite(info)
+        return len(every)
 
     def error(self, problem: str) -> CheckpointError:
         """An error about its tensors."""
