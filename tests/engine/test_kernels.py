@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import meswitch
+from adapters import pairs, write_adapter
 from deltas import DEVICE
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
@@ -59,11 +60,15 @@ def test_mixed_batches_of_all_experts_and_the_base(experts, arch, case):
         check(engine, models, [("one", "short"), ("base", "short"), ("three", "short"), ("three", "long")])
 
 
-def test_one_slot_for_two_experts(experts):
+def test_one_slot_for_a_delta_and_an_adapter(experts, tmp_path):
+    """Pairs are not the kernels' business: they are added to what the kernels give."""
     base, artifacts = experts()
-    models = {name: load_merged(base, path) for name, path in artifacts.items()}
-    with Engine(base, artifacts, device=DEVICE, dtype="float16", op_backend="triton", slots=1) as engine:
-        check(engine, models, [("one", "short"), ("three", "short")])
+    targets = ("q_proj", "down_proj", "embed_tokens", "lm_head")
+    adapter = write_adapter(tmp_path / "adapter", pairs(base, *targets, size=0.5), target_modules=list(targets))
+    models = {"three": load_merged(base, artifacts["three"]), "adapter": load_merged(base, adapter)}
+    experts = {"three": artifacts["three"], "adapter": adapter}
+    with Engine(base, experts, device=DEVICE, dtype="float16", op_backend="triton", slots=1) as engine:
+        check(engine, models, [("adapter", "short"), ("three", "short")])
         assert engine.store.evictions >= 1
 
 

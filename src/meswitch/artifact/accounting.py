@@ -14,6 +14,8 @@ _CONTENT = {
     "salient_weight": "salient channels",
     "weight_extra": "added rows",
     "row_index": "row indices",
+    "weight_left": "low-rank pairs",
+    "weight_right": "low-rank pairs",
     "mask_packed": "sparsity pattern",
     "index_packed": "sparsity pattern",
     "factor_left": "factors",

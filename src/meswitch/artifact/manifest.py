@@ -14,9 +14,10 @@ from meswitch.errors import ArtifactError
 from meswitch.strict import Decoder
 
 FORMAT = "meswitch-delta"
-VERSION = 2  # 2: packed tensors may leave out rows (`row_index`)
+VERSION = 3  # 2: packed tensors may leave out rows (`row_index`). 3: low-rank pairs (`lowrank`)
 MANIFEST_NAME = "meswitch.json"
-KINDS = ("packed", "coded", "dense", "same")
+KINDS = ("packed", "coded", "lowrank", "dense", "same")
+_OWN_FIELDS = {"packed": ("bits", "group_size"), "coded": ("method", "meta"), "lowrank": ("scale",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,12 @@ class Stored:
 class Entry:
     """One tensor of the expert.
 
-    kind: `packed` (base + quantised delta), `coded` (base + delta of a baseline), `dense` (the expert's own values) or
-    `same` (the base's values).
+    kind: `packed` (base + quantised delta), `coded` (base + delta of a baseline), `lowrank` (base + product of two thin
+    matrices), `dense` (the expert's own values) or `same` (the base's values).
     role: `embedding`, `head`, `linear`, `norm`, `bias` or `other`.
     shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
     base_sha256: of the base's tensor, None where the base has none.
-    bits, group_size: of a packed tensor. method, meta: of a coded one (`codec.registry`).
+    bits, group_size: of a packed tensor. method, meta: of a coded one (`codec.registry`). scale: of a low-rank one.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Entry:
     group_size: int | None = None
     method: str | None = None
     meta: dict[str, int] | None = None
+    scale: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -58,7 +60,7 @@ class Entry:
 
     @property
     def base_rows(self) -> int:
-        """Rows of a packed or coded tensor that the base has too: of a stack of matrices, those of all of them."""
+        """Rows of a tensor with a delta that the base has too: of a stack of matrices, those of all of them."""
         extra = self.stored.get("weight_extra")
         return math.prod(self.shape[:-1]) - (extra.shape[0] if extra and extra.shape else 0)
 
@@ -220,12 +222,14 @@ class Manifest:
         for name, entry in manifest.tensors.items():
             if entry.kind not in KINDS:
                 raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of {', '.join(KINDS)}")
-            foreign = ("bits", "group_size") if entry.kind == "coded" else ("method", "meta")
-            for item in foreign:
-                if getattr(entry, item) is not None:
-                    raise ArtifactError(f"{file}: tensors.{name}.{item}: not a field of a {entry.kind} tensor")
+            for kind, items in _OWN_FIELDS.items():
+                for item in items if kind != entry.kind else ():
+                    if getattr(entry, item) is not None:
+                        raise ArtifactError(f"{file}: tensors.{name}.{item}: not a field of a {entry.kind} tensor")
             if entry.kind == "packed" and entry.bits not in (1, 2, 3, 4):
                 raise ArtifactError(f"{file}: tensors.{name}.bits: {entry.bits!r} is none of 1, 2, 3, 4")
+            if entry.kind == "lowrank" and (entry.scale is None or not math.isfinite(entry.scale)):
+                raise ArtifactError(f"{file}: tensors.{name}.scale: {entry.scale!r} is not a finite number")
         return manifest
 
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from meswitch.artifact.fingerprint import fingerprint, sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, stored_name
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta, find_baseline, packed_words, restore_baseline
+from meswitch.codec import CodedDelta, Delta, LowRankDelta, PackedDelta, find_baseline, packed_words, restore_baseline
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import group_count
 from meswitch.codec.rows import expand_rows
 from meswitch.errors import ArtifactError, IncompatibleError, MeswitchError
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
+
+BY_ROW = frozenset({"weight_packed", "weight_scale", "salient_weight", "weight_left"})  # `row_index` may thin these out
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Artifact:
             expected = {"": entry.shape}
         elif entry.kind == "coded":
             expected = self._coded_shapes(name, entry)
+        elif entry.kind == "lowrank":
+            expected = self._lowrank_shapes(name, entry)
         else:
             if len(entry.shape) != 2 or entry.bits is None:
                 raise ArtifactError(f"{file}: tensors.{name}.shape: a packed tensor has two dimensions")
@@ -104,7 +108,7 @@ class Artifact:
             }
             if salient is not None:
                 expected |= {"salient_index": salient.shape[:1], "salient_weight": (rows, *salient.shape[:1])}
-        if entry.kind in ("packed", "coded") and "weight_extra" in entry.stored:
+        if entry.kind in ("packed", "coded", "lowrank") and "weight_extra" in entry.stored:
             expected["weight_extra"] = (entry.shape[0] - entry.base_rows, entry.shape[-1])
         found = {suffix: part.shape for suffix, part in entry.stored.items()}
         if found != expected:
@@ -123,6 +127,18 @@ class Artifact:
             if suffix in shapes and part.dtype != NAMES[shapes[suffix][1]]:
                 raise ArtifactError(f"{where}.stored.{suffix}.dtype: {part.dtype}, not {NAMES[shapes[suffix][1]]}")
         return {suffix: shape for suffix, (shape, _) in shapes.items()}
+
+    def _lowrank_shapes(self, name: str, entry: Entry) -> dict[str, tuple[int, ...]]:
+        where = f"{self.directory / MANIFEST_NAME}: tensors.{name}"
+        right, live = entry.stored.get("weight_right"), entry.stored.get("row_index")
+        if len(entry.shape) != 2 or right is None or len(right.shape) != 2:
+            raise ArtifactError(f"{where}.shape: a low-rank tensor and its parts have two dimensions")
+        for suffix in {"weight_left", "weight_right"} & entry.stored.keys():
+            if not DTYPES.get(entry.stored[suffix].dtype, torch.int32).is_floating_point:
+                raise ArtifactError(f"{where}.stored.{suffix}.dtype: {entry.stored[suffix].dtype}, not a float")
+        rank, rows = right.shape[0], entry.base_rows if live is None else live.shape[0] if live.shape else -1
+        shapes: dict[str, tuple[int, ...]] = {"weight_left": (rows, rank), "weight_right": (rank, entry.shape[1])}
+        return shapes if live is None else shapes | {"row_index": (rows,)}
 
     def _check_companions(self) -> None:
         for name in self.manifest.companions:
@@ -164,7 +180,7 @@ class Artifact:
             return torch.empty(part.shape, dtype=DTYPES[part.dtype])
         return torch.frombuffer(raw, dtype=DTYPES[part.dtype]).view(part.shape)
 
-    def read(self, name: str) -> PackedDelta | CodedDelta | Tensor | None:
+    def read(self, name: str) -> Delta | CodedDelta | Tensor | None:
         """A tensor of the expert: its delta, its own values, or None where it equals the base's."""
         entry = self.manifest.tensors[name]
         if entry.kind == "same":
@@ -174,7 +190,7 @@ class Artifact:
         parts = self._checked_parts(name)
         if entry.kind == "coded":
             return restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.shape[-1])
-        return packed_from_parts(entry, parts)
+        return delta_from_parts(entry, parts)
 
     def _checked_parts(self, name: str) -> dict[str, Tensor]:
         """All parts of one tensor, their values checked where a wrong one would read out of bounds."""
@@ -185,7 +201,7 @@ class Artifact:
         if shape is not None and tuple(shape.tolist()) != entry.shape:
             raise ArtifactError(f"{where}.shape: {list(entry.shape)}, but the stored weight_shape is {shape.tolist()}")
         limits = {"salient_index": (entry.shape[-1:], "input channels"), "row_index": ((entry.base_rows,), "rows")}
-        for suffix, ((limit,), unit) in limits.items() if entry.kind == "packed" else ():
+        for suffix, ((limit,), unit) in limits.items() if entry.kind in ("packed", "lowrank") else ():
             index = parts.get(suffix)
             if index is None or not index.numel():
                 continue
@@ -239,13 +255,17 @@ class Artifact:
             )
 
 
-def packed_from_parts(entry: Entry, parts: dict[str, Tensor]) -> PackedDelta:
-    """A `PackedDelta` over the parts of a packed entry, wherever they lie."""
+def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta:
+    """A delta over the parts of a packed or low-rank entry, wherever they lie."""
+    if "row_index" in parts:
+        by_row = BY_ROW & parts.keys()
+        parts = parts | {suffix: expand_rows(parts[suffix], parts["row_index"], entry.base_rows) for suffix in by_row}
+    if entry.kind == "lowrank":
+        if entry.scale is None:
+            raise ArtifactError("a low-rank tensor needs its scale")
+        return LowRankDelta(parts["weight_left"], parts["weight_right"], entry.scale, parts.get("weight_extra"))
     if entry.bits is None:
         raise ArtifactError("a packed tensor needs its bits")
-    if "row_index" in parts:
-        by_row = {"weight_packed", "weight_scale", "salient_weight"} & parts.keys()
-        parts = parts | {suffix: expand_rows(parts[suffix], parts["row_index"], entry.base_rows) for suffix in by_row}
     packed = parts["weight_packed"]
     no_index = torch.empty(0, dtype=torch.int32, device=packed.device)
     no_weight = torch.empty(len(packed), 0, dtype=SALIENT_DTYPE, device=packed.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Method, Stored, decoder, stored_name
 from meswitch.artifact.reader import Artifact
-from meswitch.codec import CodedDelta, PackedDelta
+from meswitch.codec import CodedDelta, Delta
 from meswitch.errors import ArtifactError
 from meswitch.tensorfile import NAMES, fsync_path, tensor_bytes, write_tensors
 
@@ -182,7 +182,7 @@ class ArtifactWriter:
 def rewrite(
     artifact: Artifact,
     out: Path,
-    changed: Mapping[str, PackedDelta | CodedDelta | Tensor],
+    changed: Mapping[str, Delta | CodedDelta | Tensor],
     method: Method,
     *,
     overwrite: bool,
@@ -198,7 +198,7 @@ def rewrite(
         if name in writer.entries:
             continue
         value = changed.get(name)
-        if isinstance(value, PackedDelta | CodedDelta):
+        if isinstance(value, Delta | CodedDelta):
             parts = value.tensors()
         elif value is not None:
             parts = {"": value}

@@ -10,7 +10,7 @@ import typer
 
 from meswitch.cli import console
 from meswitch.cli.options import flag, takes
-from meswitch.compression.options import SETTINGS, Options, given_options
+from meswitch.compression.options import SETTINGS, Options, check_none_given, given_options
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.units import format_bytes
 
@@ -30,8 +30,8 @@ def compress(
         list[str] | None,
         typer.Option(
             metavar="DIR|HUB_ID|NAME",
-            help="The full fine-tune of the base. With `--family`: the name of an expert to compress, repeatable; "
-            "all experts if left out.",
+            help="The full fine-tune of the base, or a PEFT adapter of it, which is kept as it was trained. With "
+            "`--family`: the name of an expert to compress, repeatable; all experts if left out.",
         ),
     ] = None,
     out: Annotated[
@@ -81,6 +81,10 @@ def compress(
         if len(expert) > 1:
             raise ConfigError("--expert: one at a time; a family.toml (--family) compresses several")
         console.quiet()
+        from meswitch.adapter import is_adapter
+
+        if is_adapter(expert[0]):
+            check_none_given(given, expert[0])
         rows = [_compress_one(Path(expert[0]).name, base, expert[0], out, given_options(given), where)]
     if as_json:
         console.print_json(rows if family is not None else rows[0])
@@ -104,6 +108,8 @@ def _compress_family(
     file: Path, names: list[str], given: Mapping[str, Any], where: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """given: calibration, for all experts (None is none), and its tokens; what is missing is as the file says."""
+    from meswitch.adapter import is_adapter, open_expert
+    from meswitch.checkpoint import Checkpoint
     from meswitch.compression.text import Source
     from meswitch.family import Family
 
@@ -113,6 +119,11 @@ def _compress_family(
     rows = []
     for section in experts:
         out = family.resolve(section.delta)
+        if is_adapter(out):
+            console.note(f"{section.name}: {out} is a PEFT adapter and served as it is: there is nothing to compress")
+            served = open_expert(out, Checkpoint.open(family.resolve_model(family.base.path)))
+            rows.append(_row(section.name, served, None, []) | {"artifact": str(out)})
+            continue
         present = None if where["overwrite"] else _present(file, section, out)
         if present is not None:
             wanted, found = given_options(said | untrained).describe(None), present.manifest.method
@@ -136,7 +147,8 @@ def _compress_family(
             own["calibration"] = Source.parse(str(text)).resolved(family.resolve)
         base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
         replace = where | {"overwrite": where["overwrite"] or out.exists()}  # what exists here is a damaged artifact
-        rows.append(_compress_one(section.name, base, source, out, given_options(own), replace))
+        options = Options() if is_adapter(source) else given_options(own)  # an adapter is kept as it was trained
+        rows.append(_compress_one(section.name, base, source, out, options, replace))
     return rows
 
 

@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meswitch.cli import console
+from meswitch.errors import ConfigError
 from meswitch.units import format_bytes
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
 
+LORA = "lora"  # the method of an adapter
+
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact: what `meswitch compress` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An artifact: what `meswitch compress` wrote; or a PEFT adapter.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|HUB_ID", help="Of a PEFT adapter: its base, if it is not where the adapter says."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show where an artifact's bytes are and how it was made.
@@ -26,14 +35,34 @@ def inspect(
 
         meswitch inspect deltas/math
     """
-    from meswitch.artifact import Artifact
-
-    artifact = Artifact.open(directory)
-    found = report(artifact)
+    found = report(_opened(directory, base)) | {"artifact": str(directory)}
     if as_json:
         console.print_json(found)
     else:
         _show(found)
+
+
+def _opened(directory: Path, base: str | None) -> "Artifact":
+    """An artifact, or an adapter as one over its base.
+
+    Raises:
+        ConfigError: an adapter whose base is not known. MeswitchError: see `open_expert`.
+    """
+    from meswitch.adapter import Adapter, is_adapter, open_expert
+    from meswitch.artifact import Artifact
+    from meswitch.checkpoint import Checkpoint
+
+    if not is_adapter(directory):
+        if base is not None:
+            raise ConfigError(f"--base: {directory} is no PEFT adapter; `meswitch verify` compares a base")
+        return Artifact.open(directory)
+    named = Adapter.open(directory).config.base_name
+    if base is None and (named is None or not Path(named).is_dir()):
+        raise ConfigError(
+            f"--base: {directory} is a PEFT adapter of {named or 'an unnamed base'}, which is no directory here; say "
+            "where its base is"
+        )
+    return open_expert(directory, Checkpoint.open(base or str(named)))
 
 
 def report(artifact: "Artifact") -> dict[str, Any]:
@@ -51,7 +80,7 @@ def report(artifact: "Artifact") -> dict[str, Any]:
         "expert": dataclasses.asdict(manifest.expert),
         "base": dataclasses.asdict(manifest.base),
         "method": dataclasses.asdict(manifest.method),
-        "tensors": {kind: kinds.count(kind) for kind in ("packed", "coded", "dense", "same")},
+        "tensors": {kind: kinds.count(kind) for kind in ("packed", "coded", "lowrank", "dense", "same")},
         "bytes": {
             **account(artifact).to_dict(),
             "tensors": tensors,
@@ -104,18 +133,32 @@ def _show(found: dict[str, Any]) -> None:
             {
                 "base": f"{base['name']} ({base['model_type']}, vocabulary {base['vocab_size']})",
                 "fingerprint": base["fingerprint"],
-                "method": f"{method['name']}, {_bits(method)}, {_groups(method['group_size'])}",
-                "salient channels": _salient(method["salient"]),
-                "embeddings": method["embeddings"],
-                "damping": f"{method['damping']:g}",
-                "calibration": _calibration(method["calibration"]),
-                "distillation": _distillation(method["distillation"]),
+                **_method(method),
                 "created": f"{made['created']} with meswitch {made['meswitch']}, torch {made['torch']}, "
                 f"transformers {made['transformers']}",
                 "quality": _quality(found["quality"]),
             },
         ),
     )
+
+
+def _method(method: dict[str, Any]) -> dict[str, str]:
+    if method["name"] == LORA:
+        return {"method": f"a PEFT adapter, kept as it was trained: {lora_parameters(method)}"}
+    return {
+        "method": f"{method['name']}, {_bits(method)}, {_groups(method['group_size'])}",
+        "salient channels": _salient(method["salient"]),
+        "embeddings": method["embeddings"],
+        "damping": f"{method['damping']:g}",
+        "calibration": _calibration(method["calibration"]),
+        "distillation": _distillation(method["distillation"]),
+    }
+
+
+def lora_parameters(method: dict[str, Any]) -> str:
+    """What an adapter's configuration says: `r 16, lora_alpha 32, use_dora`."""
+    given = method["parameters"]
+    return ", ".join(name if name.startswith("use_") else f"{name} {value:g}" for name, value in given.items())
 
 
 def _bits(method: dict[str, Any]) -> str:

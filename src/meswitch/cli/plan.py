@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.inspect import layer_table
+from meswitch.cli.inspect import LORA, layer_table, lora_parameters
 from meswitch.cli.options import takes
 from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError
 from meswitch.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from meswitch.adapter import Adapter
     from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
     from meswitch.compression.plan import Memory
@@ -78,11 +79,18 @@ def plan(
     """
     limit = None if memory is None else _size(memory)
     console.quiet()
+    from meswitch.adapter import Adapter, is_adapter
     from meswitch.compression.plan import outline
 
     options = given_options(given)
     source = outline(base)
-    target = source if expert is None and vocab_size is None else outline(expert or base, vocab_size=vocab_size)
+    target: Checkpoint | Adapter = source
+    if expert is not None and is_adapter(expert):
+        if vocab_size is not None:
+            raise ConfigError(f"--vocab-size: {expert} is a PEFT adapter, whose tensors say it; leave it out")
+        target = Adapter.open(expert)
+    elif expert is not None or vocab_size is not None:
+        target = outline(expert or base, vocab_size=vocab_size)
     found = report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens, backend=backend)
     if as_json:
         console.print_json(found)
@@ -92,7 +100,7 @@ def plan(
 
 def report(
     base: "Checkpoint",
-    expert: "Checkpoint",
+    expert: "Checkpoint | Adapter",
     options: Options,
     *,
     experts: int = 1,
@@ -113,7 +121,8 @@ def report(
     manifest = planned.manifest
     slot = Layout.of(planned, kernel=kernel).nbytes
     kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
-    memory = Memory(base.nbytes, slot, expert.nbytes, kv, experts, limit)
+    full = manifest.expert.bytes
+    memory = Memory(base.nbytes, slot, full, kv, experts, limit)
     return {
         "expert": dataclasses.asdict(manifest.expert),
         "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},
@@ -124,7 +133,7 @@ def report(
             "tensors": planned.nbytes,
         },
         "bits_per_weight": planned.bits_per_weight,
-        "ratio": expert.nbytes / planned.nbytes,
+        "ratio": full / planned.nbytes,
         "memory": _memory(memory, kv_tokens),
     }  # fmt: skip
 
@@ -161,11 +170,15 @@ def _show(found: dict[str, Any]) -> None:
     expert, method = found["expert"], found["method"]
     salient = "one salient channel in 512" if method["salient"] is None else f"{method['salient']} salient channels"
     group = "a row" if method["group_size"] is None else f"{method['group_size']} weights"
+    how = f"{method['bits']} bits, a scale for {group}, {salient}, embeddings {method['embeddings']}"
+    bound = "For a fine-tune that changed every row of every tensor; what equals the base's costs nothing."
+    if method["name"] == LORA:
+        how, bound = f"a PEFT adapter, {lora_parameters(method)}", "What equals the base's costs nothing."
     console.show(
         console.pairs(
             f"{expert['name']} over {found['base']['name']}",
             {
-                "method": f"{method['bits']} bits, a scale for {group}, {salient}, embeddings {method['embeddings']}",
+                "method": how,
                 "full checkpoint": f"{format_bytes(expert['bytes'])}, {expert['parameters']:,} parameters in "
                 f"{expert['dtype']}, vocabulary {expert['vocab_size']}",
                 "compressed": f"{format_bytes(found['bytes']['tensors'])} of tensors, {found['ratio']:.2f}x smaller, "
@@ -175,7 +188,7 @@ def _show(found: dict[str, Any]) -> None:
         _content_table(found),
         layer_table(found["bytes"]),
         _memory_table(found["memory"]),
-        "For a fine-tune that changed every row of every tensor; what equals the base's costs nothing.",
+        bound,
     )
 
 

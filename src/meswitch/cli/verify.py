@@ -10,7 +10,9 @@ from meswitch.units import format_bytes
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact: what `meswitch compress` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An artifact: what `meswitch compress` wrote; or a PEFT adapter.")
+    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -23,7 +25,7 @@ def verify(
         bool, typer.Option("--json", help="Print what was checked as JSON. An error is still text on stderr.")
     ] = False,
 ) -> None:
-    """Check an artifact: manifest, shapes and the SHA-256 of everything in it.
+    """Check an artifact: manifest, shapes and the SHA-256 of everything in it; or whether an adapter can be served.
 
     Exit code 0 means that all of it is what was written; 1 that something is not, and the error names the file and
     the tensor.
@@ -32,9 +34,13 @@ def verify(
 
         meswitch verify deltas/math --base B
     """
+    from meswitch.adapter import is_adapter
     from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
 
+    if is_adapter(directory):
+        _verify_adapter(directory, base, as_json)
+        return
     artifact = Artifact.open(directory)
     artifact.verify()
     companions = sorted(artifact.manifest.companions)
@@ -62,5 +68,28 @@ def verify(
         "  base         not compared; give --base"
         if base is None
         else f"  base         {compared} SHA-256 sums of {base}, and its fingerprint",
+    ]
+    typer.echo("\n".join(lines))
+
+
+def _verify_adapter(directory: Path, base: str | None, as_json: bool) -> None:
+    from meswitch.adapter import Adapter, open_expert
+    from meswitch.checkpoint import Checkpoint
+
+    adapter = Adapter.open(directory)
+    tensors = adapter.check_values()
+    if base is not None:
+        open_expert(directory, Checkpoint.open(base))
+    if as_json:
+        compared = None if base is None else {"source": base}
+        console.print_json({"adapter": str(directory), "ok": True, "stored_tensors": tensors, "base": compared})
+        return
+    lines = [
+        f"{directory}: a PEFT adapter that can be served",
+        "  config       every field that decides the result",
+        f"  tensors      {tensors}, complete, no NaN; an adapter has no checksums",
+        "  base         not compared; give --base"
+        if base is None
+        else f"  base         every tensor fits {base}; an adapter cannot tell which base it was trained on",
     ]
     typer.echo("\n".join(lines))

@@ -2,10 +2,14 @@
 
 from meswitch.codec.baselines.coded import CodedDelta, Request, nbytes
 from meswitch.codec.delta import PackedDelta, Spec, encode, stored_shapes
+from meswitch.codec.lowrank import LowRankDelta
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
 from meswitch.codec.registry import BASELINES, ME_SWITCH, METHODS, RTN, encode_baseline, find_baseline, restore_baseline
 from meswitch.codec.salient import reconstruction_error, select_salient
+
+# What an op computes with: the delta of one matrix, in a form that is never restored whole.
+Delta = PackedDelta | LowRankDelta
 
 __all__ = [
     "BASELINES",
@@ -13,6 +17,8 @@ __all__ = [
     "ME_SWITCH",
     "RTN",
     "CodedDelta",
+    "Delta",
+    "LowRankDelta",
     "PackedDelta",
     "Request",
     "Spec",

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch.adapter import open_expert
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta
+from meswitch.codec import CodedDelta, Delta
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
 from meswitch.tensorfile import fsync_path, write_tensors
 
@@ -31,7 +32,7 @@ def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | No
 def _restore(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, entry in artifact.manifest.tensors.items():
         value = artifact.read(name)
-        if isinstance(value, PackedDelta | CodedDelta):
+        if isinstance(value, Delta | CodedDelta):
             original = base.read(name)
             tensor = original[: value.rows].float() + value.dequantize()
             if value.extra is not None:
@@ -49,6 +50,7 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | 
     """Write base + delta as a Hugging Face checkpoint that `AutoModelForCausalLM` loads.
 
     Args:
+        delta: an artifact, or a PEFT adapter.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the base's.
 
     Raises:
@@ -59,7 +61,8 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | 
         raise ConfigError(f"{out}: already exists; choose another --out")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype: {dtype!r} is none of float32, bfloat16, float16")
-    checkpoint, artifact = Checkpoint.open(base), Artifact.open(delta)
+    checkpoint = Checkpoint.open(base)
+    artifact = open_expert(delta, checkpoint)
     artifact.check_base(checkpoint)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -106,7 +109,8 @@ def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    checkpoint, artifact = Checkpoint.open(base), Artifact.open(delta)
+    checkpoint = Checkpoint.open(base)
+    artifact = open_expert(delta, checkpoint)
     config = AutoConfig.from_pretrained(artifact.directory)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(merged_tensors(checkpoint, artifact, dtype)), strict=False)

@@ -374,6 +374,11 @@ class Options:
             parameters=parameters or None,
         )
 
+    def given(self) -> dict[str, Any]:
+        """What is not at its default: name -> value."""
+        plain = Options()
+        return {name: getattr(self, name) for name in SETTINGS if getattr(self, name) != getattr(plain, name)}
+
 
 # by name, in the order in which they are documented
 SETTINGS: Mapping[str, Setting] = {name: hint.__metadata__[0] for name, hint in Options.__annotations__.items()}
@@ -398,3 +403,20 @@ def check_given(given: Mapping[str, Any]) -> None:
     for name in ("bits", "salient"):
         if given.get("target_bpw") is not None and name in given:
             raise ConfigError(f"{name}: target_bpw chooses this for every tensor; give one of the two")
+
+
+def check_none_given(given: Mapping[str, Any], adapter: str | Path) -> None:
+    """Refuse options that would have no effect on an adapter.
+
+    Args:
+        given: name -> value, None for one that was not given.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        raise ConfigError(
+            f"{name}: {adapter} is a PEFT adapter, which is kept as it was trained; leave it out. To compress it "
+            "like a full fine-tune, merge it first (`meswitch merge`)"
+        )

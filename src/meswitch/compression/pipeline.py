@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from meswitch.adapter import Adapter, is_adapter, write_artifact
 from meswitch.artifact import Artifact, rewrite
 from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from meswitch.compression.convert import Conversion, Progress
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.training import check_text
-from meswitch.compression.options import Options
+from meswitch.compression.options import Options, check_none_given
 from meswitch.compression.text import gather
 from meswitch.threads import fitting_threads
 
@@ -44,7 +45,7 @@ def compress(
     """Compress a fine-tune into an artifact of its difference from the base.
 
     Args:
-        base, expert: checkpoint directories or hub ids.
+        base, expert: checkpoint directories or hub ids. A PEFT adapter as the expert is kept as it was trained.
         out: the directory to create.
         options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits.
         device: where the arithmetic runs, `cpu` or `cuda`.
@@ -57,10 +58,17 @@ def compress(
         MeswitchError: see `meswitch.errors`; nothing half-written is left under the name `out`.
     """
     options = dataclasses.replace(options or Options(), **settings)
+    out, where = Path(out), torch.device(device)
+    if is_adapter(expert):
+        check_none_given(options.given(), expert)
+        check_destination(out, overwrite)
+        adapter = Adapter.open(expert)
+        return write_artifact(
+            Checkpoint.open(base), adapter, out, overwrite=overwrite, progress=progress, notice=notice
+        )
     source, target = Checkpoint.open(base), Checkpoint.open(expert)
     check_same_computation(source, target)
     check_same_tensors(source, target)
-    out, where = Path(out), torch.device(device)
     check_destination(out, overwrite)
     steps = options.asked_steps
     if steps is None and not (options.has_scales and target.nbytes <= DISTILL_BYTES):

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from meswitch.adapter import Adapter, planned_artifact
 from meswitch.artifact import Artifact, Entry, Manifest
 from meswitch.artifact.manifest import Provenance, Stored
 from meswitch.checkpoint import TIED_HEAD, Checkpoint, cache_bytes
 from meswitch.codec import stored_shapes
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors, is_vocabulary, role_of
 from meswitch.compression.convert import base_info, expert_info
-from meswitch.compression.options import Options
+from meswitch.compression.options import Options, check_none_given
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.tensorfile import NAMES, TensorInfo
 
@@ -93,7 +94,7 @@ def outline(source: str | Path, *, vocab_size: int | None = None, unquantised: b
 
 def predict(
     base: Checkpoint,
-    expert: Checkpoint,
+    expert: Checkpoint | Adapter,
     options: Options | None = None,
     *,
     changed_rows: Mapping[str, int] | None = None,
@@ -101,7 +102,7 @@ def predict(
     """The artifact that compressing `expert` writes: every shape and dtype, no bytes, no checksums.
 
     Args:
-        base, expert: with or without weights (`outline`).
+        base, expert: with or without weights (`outline`); or an adapter, of which all options stay unused.
         changed_rows: tensor -> how many of its rows changed, 0 if it equals the base's. What did not change costs
             nothing, but shapes cannot tell: without this the prediction is that of a fine-tune that changed every
             row of every tensor, an upper bound.
@@ -110,6 +111,9 @@ def predict(
         IncompatibleError: the two cannot share a base. ConfigError: a method whose sizes depend on the weights.
     """
     options = options or Options()
+    if isinstance(expert, Adapter):
+        check_none_given(options.given(), expert.directory)
+        return planned_artifact(base, expert)
     if options.baseline is not None:
         raise ConfigError(f"method: {options.method}: only artifacts that can be served are planned; leave it out")
     if options.target_bpw is not None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta
 from meswitch.experts import ExpertStore
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
 
@@ -172,6 +172,6 @@ class Switch:
         assert self._store is not None
         return None if self._store.tables is None else self._store.tables.layers.get(name)
 
-    def tensors(self, slot: int) -> Mapping[str, PackedDelta | Tensor]:
+    def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
         assert self._store is not None
         return self._store.tensors(slot)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from meswitch.adapter import open_expert
 from meswitch.architecture import Architecture, architecture_of
-from meswitch.artifact import Artifact, fingerprint
+from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.engine.batching import PAGE
 from meswitch.engine.context import BASE_SLOT
@@ -37,7 +38,8 @@ class Engine:
     """Generates with the base and with any of its experts, in one batch.
 
     Args:
-        base: checkpoint directory or hub id. experts: artifact directories by name. base_name: the base's own name.
+        base: checkpoint directory or hub id. base_name: the base's own name.
+        experts: directories of artifacts, or of PEFT adapters, by name.
         device: `auto`, `cpu` or `cuda`. dtype: `auto` (float32 on a CPU, the checkpoint's on a GPU) or a name.
         slots: experts on the device at a time. host_bytes: budget for experts in host memory, None for no limit.
         max_batch_tokens: tokens of one step. kv_cache_tokens: tokens of all running requests together.
@@ -72,7 +74,7 @@ class Engine:
         self.base_name = base_name
         self.max_queue = max_queue
         checkpoint = Checkpoint.open(base)
-        artifacts = {name: Artifact.open(path) for name, path in experts.items()}
+        artifacts = {name: open_expert(path, checkpoint) for name, path in experts.items()}
         known = fingerprint(checkpoint) if artifacts else None
         for artifact in artifacts.values():
             artifact.check_base(checkpoint, known=known)

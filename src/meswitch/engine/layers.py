@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta, LowRankDelta
 from meswitch.engine.context import Owners, Rows, Switch
 from meswitch.engine.kernel import TRITON, product
 from meswitch.engine.parameters import ExpertParameters
@@ -115,12 +115,14 @@ class SwitchableLinear(Switchable):
                 outputs.index_add_(0, segment.rows, added.to(y.dtype))
         return y
 
-    def _added(self, inputs: Tensor, rows: Tensor, tensors: Mapping[str, PackedDelta | Tensor]) -> Tensor | None:
+    def _added(self, inputs: Tensor, rows: Tensor, tensors: Mapping[str, Delta | Tensor]) -> Tensor | None:
         """What an expert adds to the base's output: [n, out_features] float32, None for nothing."""
         delta = tensors.get(self.weight_name)
         bias = None if self.bias_name is None else tensors.get(self.bias_name)
         added = None
-        if isinstance(delta, PackedDelta):
+        if isinstance(delta, LowRankDelta) and self.transposed:
+            delta = delta.T  # a pair lies as its weight does
+        if isinstance(delta, Delta):
             added = self.switch.backend.expert_matmul(inputs[rows], delta)
         elif delta is not None:
             change = delta.float() - self.base.weight.float()
@@ -173,7 +175,7 @@ class SwitchableHead(Switchable):
                 own[:, : len(delta)] = whole.to(own.dtype)
                 own[:, len(delta) :] = -torch.inf
             else:
-                if isinstance(delta, PackedDelta):
+                if isinstance(delta, Delta):
                     own[:, : delta.rows] += self.switch.backend.expert_matmul(rows, delta).to(own.dtype)
                     own[:, delta.rows :] = -torch.inf
                     extra = delta.extra
@@ -187,7 +189,7 @@ class SwitchableHead(Switchable):
             logits[segment.rows] = own
         return logits.view(*x.shape[:-1], self.vocabulary)
 
-    def _shift(self, bias: PackedDelta | Tensor | None, known: int) -> Tensor | None:
+    def _shift(self, bias: Delta | Tensor | None, known: int) -> Tensor | None:
         """What an expert's bias adds to the base's logits: [tokens that both have] float32."""
         if not isinstance(bias, Tensor):
             return None
@@ -228,7 +230,7 @@ class SwitchableEmbedding(Switchable):
             own = flat[segment.rows]
             known = own < base_rows
             values = out[segment.rows].float()
-            if isinstance(delta, PackedDelta):
+            if isinstance(delta, Delta):
                 values[known] += self.switch.backend.expert_rows(own[known], delta)
                 extra = delta.extra
             if isinstance(extra, Tensor) and not bool(known.all()):

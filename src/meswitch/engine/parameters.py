@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from meswitch.architecture import TRANSPOSED, Architecture, Conversion, LoadPlan
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta, PackedDelta
 from meswitch.errors import IncompatibleError
 
 # An expert's tensors by their stored names; what it shares with the base is not there.
-Tensors = Mapping[str, PackedDelta | Tensor]
+Tensors = Mapping[str, Delta | Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ExpertParameters:
             device = next(iter(_tensor(module, inside) for inside in wanted.values())).device
             if given is None:
                 return torch.zeros(self.stored.shapes[name], device=device)
-            if isinstance(given, PackedDelta):
+            if isinstance(given, Delta):
                 return given.dequantize().view(self.stored.shapes[name])
             if name not in self._pieces:
                 self._pieces[name] = self.stored.base.read(name)
@@ -150,19 +150,19 @@ class ExpertParameters:
         }
 
 
-def merged(base: Tensor, own: PackedDelta | Tensor, *, transposed: bool = False) -> Tensor:
+def merged(base: Tensor, own: Delta | Tensor, *, transposed: bool = False) -> Tensor:
     """The base's tensor as an expert has it, in the base's dtype.
 
     Args:
         base: of any shape.
         own: the expert's delta, as a matrix [rows, columns] whose rows are all dimensions but the last, with rows for
             added tokens; or the expert's own values.
-        transposed: the delta is [columns, rows].
+        transposed: a packed delta is [columns, rows].
     """
     if isinstance(own, Tensor):
         return own.to(base.dtype)
     delta = own.dequantize()
-    delta = delta.T if transposed else delta
+    delta = delta.T if transposed and isinstance(own, PackedDelta) else delta
     if own.extra is None:
         known = base if base.dim() != 2 else base[: len(delta)]
         return (known.float() + delta.view(known.shape)).to(base.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meswitch.artifact import Artifact
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta
 from meswitch.engine.attach import Attachment
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import BASE_SLOT, Rows, Switch
@@ -341,16 +341,16 @@ class _Witness:
         more = f" (in which {named} change)" if inside else ""
         return f"{self.unit.name}: a {self.unit.kind}{more}: {text}"
 
-    def _tensors(self, expert: str) -> dict[str, PackedDelta | Tensor]:
+    def _tensors(self, expert: str) -> dict[str, Delta | Tensor]:
         """What the unit needs of an expert, from the artifact."""
         artifact = self.artifacts[expert]
         entries = artifact.manifest.tensors
-        found: dict[str, PackedDelta | Tensor] = {}
+        found: dict[str, Delta | Tensor] = {}
         device = self.switch.step.owners.slots.device
         for name in self.unit.sources:
             stored = name if name in entries else self.stored.tied.get(name, name)
             value = artifact.read(stored) if stored in entries else None
-            if isinstance(value, PackedDelta | Tensor):
+            if isinstance(value, Delta | Tensor):
                 found[name] = value.to(device)
         return found
 

@@ -9,7 +9,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
-from meswitch.artifact import Artifact
+from meswitch.adapter import open_expert
+from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import ConfigError
 
@@ -61,7 +62,7 @@ class MeswitchLM(HFLM):
             )
         self._base = base
         # Absolute, because lm-eval looks a relative path like deltas/math up on the hub, to report its commit.
-        self._artifact = Artifact.open(Path(delta).resolve())
+        self._artifact = open_expert(Path(delta).resolve(), Checkpoint.open(base))
         super().__init__(pretrained=str(self._artifact.directory), backend="causal", dtype=dtype, **options)
 
     def _create_model(self, pretrained: str, dtype: str | torch.dtype | None = "auto", **options: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meswitch.artifact import Artifact
+from meswitch.adapter import is_adapter, open_expert
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
@@ -82,10 +82,12 @@ def evaluate_family(
     owners = {delta: _owner(delta, experts) for delta in deltas}
     plan = _plan(experts, owners, tasks)
     _device(settings)
-    for source in (base, *experts.values()):  # what is wrong is said now, not after minutes of measuring
-        Checkpoint.open(source)
-    for source in deltas.values():
-        Artifact.open(source)
+    checkpoint = Checkpoint.open(base)  # what is wrong is said now, not after minutes of measuring
+    for source in experts.values():
+        if not is_adapter(source):
+            Checkpoint.open(source)
+    for source in (*deltas.values(), *filter(is_adapter, experts.values())):
+        open_expert(source, checkpoint)
     every = list(dict.fromkeys(task for names in plan.values() for task in names))
     foreign = [task for task in every if task.startswith(PREFIX)]
     run = _Run(settings, say, Harness(foreign, settings.harness) if foreign else None)
@@ -97,7 +99,7 @@ def evaluate_family(
     against: dict[tuple[str, str], Row] = {}  # the base's rows, each against the expert that the task is named after
     for name, source in experts.items():
         say(f"expert {name}: {source}")
-        expert = _load_checkpoint(source, settings)
+        expert = _load_delta(base, source, settings)[0] if is_adapter(source) else _load_checkpoint(source, settings)
         of_expert = run.results(expert, plan[name])
         texts = {task: run.texts(expert, task) for task in plan[name] if task in DOMAINS}
         rows += [_row(result, name, "expert", source, name) for result in of_expert.values()]
@@ -230,9 +232,10 @@ def _load_checkpoint(source: Source, settings: Settings) -> _Loaded:
 
 
 def _load_delta(base: Source, source: Source, settings: Settings) -> tuple[_Loaded, float]:
-    bits = Artifact.open(source).bits_per_weight
-    model = load_merged(base, source, dtype=settings.dtype)
-    return _Loaded(model.to(_device(settings)).eval(), AutoTokenizer.from_pretrained(str(source))), bits
+    artifact = open_expert(source, Checkpoint.open(base))
+    model = load_merged(base, artifact.directory, dtype=settings.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(str(artifact.directory))
+    return _Loaded(model.to(_device(settings)).eval(), tokenizer), artifact.bits_per_weight
 
 
 def _device(settings: Settings) -> torch.device:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meswitch.artifact import Artifact, Entry, ReadAhead, packed_from_parts
+from meswitch.artifact import BY_ROW, Artifact, Entry, ReadAhead, delta_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta, PackedDelta
 from meswitch.codec.rows import expand_rows
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, write_by
@@ -23,7 +23,6 @@ _ALIGNMENT = 256  # bytes; at least what a vectorised load and a DMA copy like
 _NOT_SERVED = {"weight_shape", "row_index"}
 HEAD_TIED = {TIED_HEAD: TIED_EMBEDDING}
 _KERNEL, _EXTRA = "kernel", "weight_extra"
-_BY_ROW = {"weight_packed", "weight_scale", "salient_weight"}  # a slot has all rows, those without a change as zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,9 @@ class Layout:
                 shapes[name] = _kernel_shape(artifact, name, entry)
                 wanted.append((_KERNEL, (shapes[name].nbytes,), torch.uint8))
             for suffix, part in entry.stored.items():
+                # a slot has all rows, those without a change as zeros
                 if suffix not in _NOT_SERVED and (name not in shapes or suffix == _EXTRA):
-                    shape = (entry.base_rows, *part.shape[1:]) if suffix in _BY_ROW else part.shape
+                    shape = (entry.base_rows, *part.shape[1:]) if suffix in BY_ROW else part.shape
                     wanted.append((suffix, shape, DTYPES[part.dtype]))
             for suffix, shape, dtype in wanted:
                 places[name][suffix] = place = Place(offset, math.prod(shape) * dtype.itemsize, shape, dtype)
@@ -120,12 +120,12 @@ class Layout:
                     tensor = expand_rows(tensor, artifact.read_stored(name, "row_index"), place.shape[0])
                 target[:] = tensor.contiguous().view(-1).view(torch.uint8)
 
-    def views(self, buffer: Tensor) -> dict[str, PackedDelta | Tensor]:
+    def views(self, buffer: Tensor) -> dict[str, Delta | Tensor]:
         """The expert's tensors as views of a [>= nbytes] uint8 buffer: name -> delta or own values.
 
         Of deltas that lie as the kernels read them there are only the rows of added tokens, as `extra_name(name)`.
         """
-        tensors: dict[str, PackedDelta | Tensor] = {}
+        tensors: dict[str, Delta | Tensor] = {}
         for name, parts in self.places.items():
             found = {
                 suffix: buffer[p.offset : p.offset + p.nbytes].view(p.dtype).view(p.shape)
@@ -133,7 +133,7 @@ class Layout:
             }
             entry = self.entries[name]
             if name not in self.shapes:
-                tensors[name] = packed_from_parts(entry, found) if entry.kind == "packed" else found[""]
+                tensors[name] = found[""] if entry.kind == "dense" else delta_from_parts(entry, found)
             elif _EXTRA in found:
                 tensors[extra_name(name)] = found[_EXTRA]
         for name, source in self.tied.items():

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta
 from meswitch.errors import ConfigError
 from meswitch.ops import cpu, reference
 from meswitch.ops.linear import expert_linear, fused_linear
@@ -19,9 +19,9 @@ from meswitch.ops.slots import SlotLinear
 class Backend(Protocol):
     """The functions that a backend module has; see `ops.reference` for their shapes."""
 
-    def expert_matmul(self, x: Tensor, delta: PackedDelta) -> Tensor: ...
+    def expert_matmul(self, x: Tensor, delta: Delta) -> Tensor: ...
 
-    def expert_rows(self, ids: Tensor, delta: PackedDelta) -> Tensor: ...
+    def expert_rows(self, ids: Tensor, delta: Delta) -> Tensor: ...
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu}

@@ -10,14 +10,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta, LowRankDelta
 from meswitch.ops import reference
 from meswitch.ops.layout import SALIENT_ROWS, Shape
 from meswitch.ops.slots import slot_shape
 
 
-def expert_matmul(x: Tensor, delta: PackedDelta) -> Tensor:
+def expert_matmul(x: Tensor, delta: Delta) -> Tensor:
     """`x @ D^T` for one expert's tokens: [tokens, in_features] -> [tokens, rows] float32."""
+    if isinstance(delta, LowRankDelta):
+        return reference.lowrank_matmul(x, delta)
     if delta.bits == 3:
         return reference.expert_matmul(x, delta)
     x = x.float()
@@ -27,11 +29,11 @@ def expert_matmul(x: Tensor, delta: PackedDelta) -> Tensor:
     else:
         y = x @ _scaled(weights, delta.scale, delta.group_size).T
     if delta.salient_index.numel():
-        y += x[:, delta.salient_index.long()] @ delta.salient_weight.float().T
+        y += reference.expand(x[:, delta.salient_index.long()], delta.salient_weight)
     return y
 
 
-def expert_rows(ids: Tensor, delta: PackedDelta) -> Tensor:
+def expert_rows(ids: Tensor, delta: Delta) -> Tensor:
     """Rows of D: [tokens] int64 -> [tokens, in_features] float32."""
     return reference.expert_rows(ids, delta)
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from meswitch.codec import PackedDelta
+from meswitch.codec import Delta, LowRankDelta
 
 
-def expert_matmul(x: Tensor, delta: PackedDelta) -> Tensor:
+def expert_matmul(x: Tensor, delta: Delta) -> Tensor:
     """What one expert's delta adds for its tokens: `x @ D^T`.
 
     Args:
@@ -15,10 +15,28 @@ def expert_matmul(x: Tensor, delta: PackedDelta) -> Tensor:
     Returns:
         [tokens, rows] float32.
     """
-    return x.float() @ delta.dequantize().T
+    return lowrank_matmul(x, delta) if isinstance(delta, LowRankDelta) else x.float() @ delta.dequantize().T
 
 
-def expert_rows(ids: Tensor, delta: PackedDelta) -> Tensor:
+def lowrank_matmul(x: Tensor, delta: LowRankDelta) -> Tensor:
+    """`x @ D^T` by two thin products, D never restored: [tokens, in_features] -> [tokens, rows] float32."""
+    return expand(x.float() @ delta.right.float().T * delta.scale, delta.left)
+
+
+def expand(narrow: Tensor, left: Tensor) -> Tensor:
+    """The 16-bit part of a delta, from what it needs of its inputs.
+
+    Args:
+        narrow: [tokens, rank] float32: the salient input channels, or a low-rank pair's inner values.
+        left: [rows, rank] any float dtype.
+
+    Returns:
+        [tokens, rows] float32.
+    """
+    return narrow @ left.float().T
+
+
+def expert_rows(ids: Tensor, delta: Delta) -> Tensor:
     """What one expert's delta adds to the embeddings of tokens: rows of D.
 
     Args:

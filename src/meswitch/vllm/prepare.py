@@ -43,6 +43,11 @@ class Reader:
                 f"{self.artifact.directory}: {stored}: compressed by a baseline for comparison, which cannot be "
                 "served; compress with the default method"
             )
+        if self.artifact.manifest.tensors[stored].kind == "lowrank":
+            raise IncompatibleError(
+                f"{self.artifact.directory}: {stored}: a low-rank pair of an adapter; vLLM serves adapters itself: "
+                "give it the PEFT directory that this was made from"
+            )
         self.used.add(stored)
         if self._last[0] != stored:  # vLLM's q, k and v may be one stored matrix
             value = self.ahead.read(stored)
