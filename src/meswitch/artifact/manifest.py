@@ -5,16 +5,16 @@ Unknown fields, missing fields and wrong types are errors that name the file and
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meswitch.architecture import ROLES, matrix_shape
 from meswitch.errors import ArtifactError
 from meswitch.strict import Decoder
 
 FORMAT = "meswitch-delta"
-VERSION = 2  # 2: packed tensors may leave out rows (`row_index`)
+VERSION = 3  # 2: packed tensors may leave out rows (`row_index`). 3: stacks of matrices and transposed ones are packed
 MANIFEST_NAME = "meswitch.json"
 KINDS = ("packed", "coded", "dense", "same")
 
@@ -36,7 +36,8 @@ class Entry:
 
     kind: `packed` (base + quantised delta), `coded` (base + delta of a baseline), `dense` (the expert's own values) or
     `same` (the base's values).
-    role: `embedding`, `head`, `linear`, `norm`, `bias` or `other`.
+    role: one of `architecture.ROLES`; it says how the tensor lies as a matrix. Before version 3 all matrices but
+    embedding and head were `linear`.
     shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
     base_sha256: of the base's tensor, None where the base has none.
     bits, group_size: of a packed tensor. method, meta: of a coded one (`codec.registry`).
@@ -57,10 +58,15 @@ class Entry:
         return sum(part.bytes for part in self.stored.values())
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that a packed or coded tensor is (`architecture.as_matrix`)."""
+        return matrix_shape(self.shape, self.role)
+
+    @property
     def base_rows(self) -> int:
-        """Rows of a packed or coded tensor that the base has too: of a stack of matrices, those of all of them."""
+        """Rows of a packed or coded tensor's matrix that the base has too."""
         extra = self.stored.get("weight_extra")
-        return math.prod(self.shape[:-1]) - (extra.shape[0] if extra and extra.shape else 0)
+        return self.matrix[0] - (extra.shape[0] if extra and extra.shape else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +226,8 @@ class Manifest:
         for name, entry in manifest.tensors.items():
             if entry.kind not in KINDS:
                 raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of {', '.join(KINDS)}")
+            if entry.role not in ROLES:
+                raise ArtifactError(f"{file}: tensors.{name}.role: {entry.role!r} is none of {', '.join(ROLES)}")
             foreign = ("bits", "group_size") if entry.kind == "coded" else ("method", "meta")
             for item in foreign:
                 if getattr(entry, item) is not None:
