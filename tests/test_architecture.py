@@ -19,7 +19,10 @@ ROLES = {
         "model.layers.0.mlp.experts.0.gate_proj.weight": "linear",
         "model.layers.0.mlp.gate.weight": "router",
     },
-    "gpt_oss": {"model.layers.0.mlp.experts.gate_up_proj": "experts", "model.layers.0.self_attn.sinks": "other"},
+    "gpt_oss": {
+        "model.layers.0.mlp.experts.gate_up_proj": "transposed experts",
+        "model.layers.0.self_attn.sinks": "other",
+    },
     "mamba": {"backbone.embeddings.weight": "embedding", "backbone.layers.0.mixer.conv1d.weight": "convolution"},
 }
 

@@ -26,13 +26,28 @@ EMBEDDING = "embedding"  # a table of rows that are looked up: token embeddings,
 HEAD = "head"  # the output embedding: hidden states -> logits
 LINEAR = "linear"  # a matrix [out_features, in_features] that inputs are multiplied with
 TRANSPOSED = "transposed"  # the same, stored as [in_features, out_features] (`Conv1D` of GPT-2)
-EXPERTS = "experts"  # matrices of a mixture of experts in one tensor: [experts, rows, columns]
+EXPERTS = "experts"  # matrices of a mixture of experts in one tensor: [experts, out_features, in_features]
+TRANSPOSED_EXPERTS = "transposed experts"  # the same, each stored as [in_features, out_features] (gpt-oss, Llama 4)
 ROUTER = "router"  # decides which experts of a mixture see a token
 NORM = "norm"
 BIAS = "bias"
 CONVOLUTION = "convolution"
 OTHER = "other"
-ROLES = (EMBEDDING, HEAD, LINEAR, TRANSPOSED, EXPERTS, ROUTER, NORM, BIAS, CONVOLUTION, OTHER)
+ROLES = (
+    EMBEDDING,
+    HEAD,
+    LINEAR,
+    TRANSPOSED,
+    EXPERTS,
+    TRANSPOSED_EXPERTS,
+    ROUTER,
+    NORM,
+    BIAS,
+    CONVOLUTION,
+    OTHER,
+)
+STACKS = (EXPERTS, TRANSPOSED_EXPERTS)
+LIE_TRANSPOSED = (TRANSPOSED, TRANSPOSED_EXPERTS)
 # Names that wrappers of a model put in front of every tensor: DataParallel and DDP, torch.compile.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -209,7 +224,7 @@ class Architecture:
             return LINEAR
         stacked = dimensions == 3 or (dimensions == 2 and self._expert_count > 1 and "expert" in path.lower())
         if stacked and min(tensor.shape[-2:]) > 1:
-            return EXPERTS
+            return TRANSPOSED_EXPERTS if dimensions == 3 and self._is_transposed(module) else EXPERTS
         return NORM if dimensions == 1 and "norm" in leaf.lower() else OTHER
 
     @cached_property
@@ -223,6 +238,18 @@ class Architecture:
             return False
         names = (type(module).__name__, *path.split(".")[-2:])
         return any(name.lower() in _ROUTER_NAMES or "router" in name.lower() for name in names)
+
+    def _is_transposed(self, experts: nn.Module) -> bool:
+        """Whether a module multiplies its inputs with the matrices of its stacks as they lie: [in, out] each."""
+        said = getattr(experts, "is_transposed", None)
+        if said is not None:
+            return bool(said)
+        # what leads from hidden states and what leads back to them, one after the other
+        shapes = [tuple(stack.shape) for stack in experts.parameters(recurse=False) if stack.dim() == 3]
+        width = self.text_config.hidden_size
+        if len(shapes) != 2 or (shapes[0][-1] == width and shapes[1][-2] == width):
+            return False
+        return shapes[0][-2] == width and shapes[1][-1] == width
 
     def load_plan(self, stored: Collection[str]) -> LoadPlan:
         """How tensors of these names are loaded."""
@@ -240,10 +267,17 @@ class Architecture:
             targets = plan.parameters_of(name)
             roles = {self.parts[target].role for target in targets}
             role = roles.pop() if len(roles) == 1 else LINEAR if roles and len(shape) == 2 else OTHER
-            if role == EXPERTS and len(shape) == 2 and not plan.by_source[name].renames:
-                role = LINEAR
+            if role in STACKS and not plan.by_source[name].renames:
+                role = LINEAR if len(shape) == 2 else self._stored_stack(role, shape, targets)
             found[name] = role
         return found
+
+    def _stored_stack(self, role: str, shape: tuple[int, ...], targets: tuple[str, ...]) -> str:
+        """The role of a stack that is changed while it is loaded: some are transposed."""
+        swapped = (*shape[:-2], shape[-1], shape[-2])
+        if any(self.parts[target].shape == swapped != shape for target in targets):
+            return EXPERTS if role == TRANSPOSED_EXPERTS else TRANSPOSED_EXPERTS
+        return role
 
     def vocabulary(self, stored: Collection[str]) -> set[str]:
         """Stored names of the tensors with one row a token."""
@@ -397,6 +431,39 @@ def _converted(
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def rows_of(shape: tuple[int, ...]) -> int:
-    """Rows of a tensor taken as a matrix: all its dimensions but the last, multiplied."""
-    return math.prod(shape[:-1])
+def as_matrix(tensor: Tensor, role: str) -> Tensor:
+    """A tensor as the matrix that its delta is coded as: a row for each output, a column for each input channel.
+
+    The matrices of a stack lie one under the other.
+
+    Args:
+        tensor: of at least one dimension, as it is stored.
+        role: one of `ROLES`.
+
+    Returns:
+        [rows, columns], a view where that is possible.
+    """
+    tensor = tensor.mT if role in LIE_TRANSPOSED else tensor
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def from_matrix(matrix: Tensor, shape: tuple[int, ...], role: str) -> Tensor:
+    """The way back from `as_matrix`.
+
+    Args:
+        matrix: [rows, columns].
+        shape: the tensor's.
+        role: one of `ROLES`.
+    """
+    if role not in LIE_TRANSPOSED:
+        return matrix.reshape(shape)
+    return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).mT
+
+
+def matrix_shape(shape: tuple[int, ...], role: str) -> tuple[int, int]:
+    """Rows and columns of `as_matrix` for a tensor of this shape; of one without dimensions, none."""
+    if not shape:
+        return 1, 0
+    if role in LIE_TRANSPOSED:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    return math.prod(shape[:-1]), shape[-1]

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meswitch.architecture import ROLES, matrix_shape
 from meswitch.errors import ArtifactError
 from meswitch.strict import Decoder
 
 FORMAT = "meswitch-delta"
-VERSION = 3  # 2: packed tensors may leave out rows (`row_index`). 3: low-rank pairs (`lowrank`)
+# 2: packed tensors may leave out rows (`row_index`). 3: low-rank pairs (`lowrank`), stacks of matrices and transposed
+# ones are packed
+VERSION = 3
 MANIFEST_NAME = "meswitch.json"
 KINDS = ("packed", "coded", "lowrank", "dense", "same")
 _OWN_FIELDS = {"packed": ("bits", "group_size"), "coded": ("method", "meta"), "lowrank": ("scale",)}
@@ -37,7 +40,8 @@ class Entry:
 
     kind: `packed` (base + quantised delta), `coded` (base + delta of a baseline), `lowrank` (base + product of two thin
     matrices), `dense` (the expert's own values) or `same` (the base's values).
-    role: `embedding`, `head`, `linear`, `norm`, `bias` or `other`.
+    role: one of `architecture.ROLES`; it says how the tensor lies as a matrix. Before version 3 all matrices but
+    embedding and head were `linear`.
     shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
     base_sha256: of the base's tensor, None where the base has none.
     bits, group_size: of a packed tensor. method, meta: of a coded one (`codec.registry`). scale: of a low-rank one.
@@ -59,10 +63,15 @@ class Entry:
         return sum(part.bytes for part in self.stored.values())
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that a packed or coded tensor is (`architecture.as_matrix`)."""
+        return matrix_shape(self.shape, self.role)
+
+    @property
     def base_rows(self) -> int:
-        """Rows of a tensor with a delta that the base has too: of a stack of matrices, those of all of them."""
+        """Rows of the matrix that the base has too, of a tensor with a delta."""
         extra = self.stored.get("weight_extra")
-        return math.prod(self.shape[:-1]) - (extra.shape[0] if extra and extra.shape else 0)
+        return self.matrix[0] - (extra.shape[0] if extra and extra.shape else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +231,8 @@ class Manifest:
         for name, entry in manifest.tensors.items():
             if entry.kind not in KINDS:
                 raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of {', '.join(KINDS)}")
+            if entry.role not in ROLES:
+                raise ArtifactError(f"{file}: tensors.{name}.role: {entry.role!r} is none of {', '.join(ROLES)}")
             for kind, items in _OWN_FIELDS.items():
                 for item in items if kind != entry.kind else ():
                     if getattr(entry, item) is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meswitch.architecture import STACKS
 from meswitch.artifact.fingerprint import fingerprint, sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, stored_name
 from meswitch.checkpoint import Checkpoint
@@ -96,20 +97,20 @@ class Artifact:
         elif entry.kind == "lowrank":
             expected = self._lowrank_shapes(name, entry)
         else:
-            if len(entry.shape) != 2 or entry.bits is None:
-                raise ArtifactError(f"{file}: tensors.{name}.shape: a packed tensor has two dimensions")
+            self._check_matrix(name, entry)
+            columns, bits = entry.matrix[1], entry.bits or 0
             salient, live = entry.stored.get("salient_index"), entry.stored.get("row_index")
             rows = entry.base_rows if live is None else live.shape[0] if live.shape else -1
             expected = {} if live is None else {"row_index": (rows,)}
             expected |= {
-                "weight_packed": (rows, packed_words(entry.shape[-1], entry.bits)),
-                "weight_scale": (rows, group_count(entry.shape[-1], entry.group_size)),
+                "weight_packed": (rows, packed_words(columns, bits)),
+                "weight_scale": (rows, group_count(columns, entry.group_size)),
                 "weight_shape": (2,),
             }
             if salient is not None:
                 expected |= {"salient_index": salient.shape[:1], "salient_weight": (rows, *salient.shape[:1])}
         if entry.kind in ("packed", "coded", "lowrank") and "weight_extra" in entry.stored:
-            expected["weight_extra"] = (entry.shape[0] - entry.base_rows, entry.shape[-1])
+            expected["weight_extra"] = (entry.matrix[0] - entry.base_rows, entry.matrix[1])
         found = {suffix: part.shape for suffix, part in entry.stored.items()}
         if found != expected:
             raise ArtifactError(f"{file}: tensors.{name}.stored: shapes {found} do not fit the tensor ({expected})")
@@ -117,10 +118,9 @@ class Artifact:
     def _coded_shapes(self, name: str, entry: Entry) -> dict[str, tuple[int, ...]]:
         """What the method stores for this tensor, its dtypes compared."""
         where = f"{self.directory / MANIFEST_NAME}: tensors.{name}"
-        if len(entry.shape) != 2:
-            raise ArtifactError(f"{where}.shape: a coded tensor has two dimensions")
+        self._check_matrix(name, entry)
         try:
-            shapes = find_baseline(entry.method, entry.meta).shapes(entry.base_rows, entry.shape[-1], entry.meta or {})
+            shapes = find_baseline(entry.method, entry.meta).shapes(entry.base_rows, entry.matrix[1], entry.meta or {})
         except ValueError as error:
             raise ArtifactError(f"{where}.{error}") from None
         for suffix, part in entry.stored.items():
@@ -137,8 +137,17 @@ class Artifact:
             if not DTYPES.get(entry.stored[suffix].dtype, torch.int32).is_floating_point:
                 raise ArtifactError(f"{where}.stored.{suffix}.dtype: {entry.stored[suffix].dtype}, not a float")
         rank, rows = right.shape[0], entry.base_rows if live is None else live.shape[0] if live.shape else -1
-        shapes: dict[str, tuple[int, ...]] = {"weight_left": (rows, rank), "weight_right": (rank, entry.shape[1])}
+        shapes: dict[str, tuple[int, ...]] = {"weight_left": (rows, rank), "weight_right": (rank, entry.matrix[1])}
         return shapes if live is None else shapes | {"row_index": (rows,)}
+
+    def _check_matrix(self, name: str, entry: Entry) -> None:
+        """A tensor that is compressed must have a matrix's dimensions, or those of a stack of matrices."""
+        if len(entry.shape) != 2 and not (len(entry.shape) == 3 and entry.role in STACKS):
+            what = "three dimensions" if entry.role in STACKS else "two dimensions"
+            raise ArtifactError(
+                f"{self.directory / MANIFEST_NAME}: tensors.{name}.shape: a {entry.kind} tensor of role "
+                f"{entry.role!r} has {what}"
+            )
 
     def _check_companions(self) -> None:
         for name in self.manifest.companions:
@@ -189,7 +198,7 @@ class Artifact:
             return self.read_stored(name)
         parts = self._checked_parts(name)
         if entry.kind == "coded":
-            return restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.shape[-1])
+            return restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.matrix[1])
         return delta_from_parts(entry, parts)
 
     def _checked_parts(self, name: str) -> dict[str, Tensor]:
@@ -198,10 +207,10 @@ class Artifact:
         parts = {suffix: self.read_stored(name, suffix) for suffix in entry.stored}
         where = f"{self.directory / MANIFEST_NAME}: tensors.{name}"
         shape = parts.get("weight_shape")
-        if shape is not None and tuple(shape.tolist()) != entry.shape:
+        if shape is not None and tuple(shape.tolist()) != entry.matrix:
             raise ArtifactError(f"{where}.shape: {list(entry.shape)}, but the stored weight_shape is {shape.tolist()}")
-        limits = {"salient_index": (entry.shape[-1:], "input channels"), "row_index": ((entry.base_rows,), "rows")}
-        for suffix, ((limit,), unit) in limits.items() if entry.kind in ("packed", "lowrank") else ():
+        limits = {"salient_index": (entry.matrix[1], "input channels"), "row_index": (entry.base_rows, "rows")}
+        for suffix, (limit, unit) in limits.items() if entry.kind in ("packed", "lowrank") else ():
             index = parts.get(suffix)
             if index is None or not index.numel():
                 continue
@@ -276,6 +285,6 @@ def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta:
         salient_weight=parts.get("salient_weight", no_weight),
         bits=entry.bits,
         group_size=entry.group_size,
-        in_features=entry.shape[-1],
+        in_features=entry.matrix[1],
         extra=parts.get("weight_extra"),
     )

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from meswitch.compression.plan import Memory
 
 # Columns of the table of contents: what a tensor is for.
-_GROUPS = {"linear": "linear layers", "embedding": "embedding, head", "head": "embedding, head"}
-_REST = "norms, biases"
+_MATRICES, _TABLES, _REST = "linear layers", "embedding, head", "norms, biases, rest"
 _KV_TOKENS = 32768  # what the engine reserves by default
 
 
@@ -194,12 +193,12 @@ def _show(found: dict[str, Any]) -> None:
 
 def _content_table(found: dict[str, Any]) -> Any:
     parameters, bytes_ = found["expert"]["parameters"], found["bytes"]
-    columns = ("linear layers", "embedding, head", _REST)
+    columns = (_MATRICES, _TABLES, _REST)
     made = console.table("bytes by content", "", *columns, "all", "bits/weight")
     sums = {name: dict.fromkeys(columns, 0) for name in bytes_["by_content"]}
     for role, contents in bytes_["by_role"].items():
         for name, count in contents.items():
-            sums[name][_GROUPS.get(role, _REST)] += count
+            sums[name][_group(role)] += count
 
     def add(name: str, row: dict[str, int], style: str | None = None) -> None:
         total = sum(row.values())
@@ -210,6 +209,15 @@ def _content_table(found: dict[str, Any]) -> Any:
         add(name, row)
     add("all", {column: sum(row[column] for row in sums.values()) for column in columns}, "bold")
     return made
+
+
+def _group(role: str) -> str:
+    """The column of a tensor of this role."""
+    from meswitch.architecture import EMBEDDING, HEAD, LINEAR, STACKS, TRANSPOSED
+
+    if role in (EMBEDDING, HEAD):
+        return _TABLES
+    return _MATRICES if role in (LINEAR, TRANSPOSED, *STACKS) else _REST
 
 
 def _memory_table(memory: dict[str, Any]) -> Any:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from meswitch.architecture import EMBEDDING, as_matrix
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Spec, dequantize, mse_scales, nbytes, quantize, stored_shapes
 from meswitch.codec.rows import without_negligible
 from meswitch.codec.salient import reconstruction_error
-from meswitch.compression.compatibility import role_of
-from meswitch.compression.convert import Progress
+from meswitch.compression.convert import Progress, roles_of
 from meswitch.compression.distill.student import frozen, read_batch
 from meswitch.compression.distill.training import divergence
 from meswitch.compression.options import Options
@@ -200,15 +200,16 @@ def specs_within(
     energies = {} if moments is None else _input_energies(expert, moments, device)
     found: dict[str, list[Candidate]] = {}
     outputs: dict[str, float] = {}
-    fixed = 0
+    fixed, roles = 0, roles_of(expert)
     for done, (name, info) in enumerate(expert.tensors.items(), start=1):
-        role, theirs = role_of(name, len(info.shape)), base.info(name)
-        if theirs is None or not options.packs(role, len(info.shape)):
+        role, theirs = roles[name], base.info(name)
+        if theirs is None or not options.packs(role):
             fixed += info.nbytes + len(name) + _HEADER
             continue
         ours, before = info.read(), base.read(name)
         if ours.dtype == before.dtype and torch.equal(ours, before):
             continue
+        ours, before = as_matrix(ours, role), as_matrix(before, role)
         rows = min(len(ours), len(before))
         delta = ours[:rows].to(device, torch.float32) - before[:rows].to(device, torch.float32)
         spec = options.spec(role, delta.shape[1])
@@ -218,7 +219,7 @@ def specs_within(
             fixed += delta.shape[0] * torch.int32.itemsize + len(name) + _HEADER
         fixed += (len(ours) - rows) * ours.shape[1] * ours.element_size()
         energy = energies.get(name)
-        found[name] = offers(delta, spec, energy, is_embedding=role == "embedding", overhead=len(name) + _HEADER)
+        found[name] = offers(delta, spec, energy, is_embedding=role == EMBEDDING, overhead=len(name) + _HEADER)
         outputs[name] = _output(ours[:rows].to(device, torch.float32), energy)
         if progress is not None:
             progress(done, len(expert.tensors), f"bits for {name}")

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch.architecture import architecture_of, as_matrix
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, PackedDelta, Spec, encode, encode_baseline
-from meswitch.compression.compatibility import role_of
 from meswitch.compression.large_delta import LargeDeltas
 from meswitch.compression.options import Options
 from meswitch.compression.partial_model import compute_dtype, walk
@@ -70,6 +70,7 @@ class Conversion:
         plan.append({name: asdict(spec) for name, spec in self.specs.items()})
         self.writer = ArtifactWriter(out, hashlib.sha256(json.dumps(plan).encode()).hexdigest(), overwrite=overwrite)
         self.done = set(self.writer.entries)
+        self.roles = roles_of(expert)
         self.large = LargeDeltas()
         self._moment_of: tuple[Tensor, Tensor] | None = None  # the last inputs seen, and their second moment
         self._reader = PairReader(base, expert, pinned=device.type == "cuda")
@@ -112,20 +113,20 @@ class Conversion:
         if name in self.done:
             return
         info = self.expert.tensors[name]
-        role = role_of(name, len(info.shape))
+        role = self.roles[name]
         pair = self._reader.take(name)
         ours, base = pair.ours, pair.base
         entry = Entry("same", role, info.shape, {}, pair.base_sha256)
         parts: dict[str, Tensor] = {}
         if pair.same:
             pass
-        elif base is None or not self.options.packs(role, len(info.shape)):
+        elif base is None or not self.options.packs(role):
             if not ours.isfinite().all():
                 raise MeswitchError(f"{name}: the expert has NaN or infinite values; repair the checkpoint")
             entry, parts = replace(entry, kind="dense"), {"": ours}
         else:
             # reading the text deserves all threads, these small matrices may not
-            with fitting_threads(self.device, self.expert.config.hidden_size):
+            with fitting_threads(self.device, self.expert.config.get_text_config().hidden_size):
                 delta = self._encode(name, role, ours, base, moment)
             parts = delta.tensors()
             if isinstance(delta, PackedDelta):
@@ -140,6 +141,7 @@ class Conversion:
     def _encode(
         self, name: str, role: str, ours: Tensor, base: Tensor, moment: Tensor | None
     ) -> PackedDelta | CodedDelta:
+        ours, base = as_matrix(ours, role), as_matrix(base, role)
         rows = min(len(ours), len(base))
         # moved in their own dtype: half the bytes, and the device converts faster
         theirs = base[:rows].to(self.device, non_blocking=True)
@@ -172,9 +174,15 @@ class Conversion:
         )
 
 
+def roles_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """What each tensor of a checkpoint is: name -> one of `architecture.ROLES`."""
+    return architecture_of(checkpoint.config).roles({name: info.shape for name, info in checkpoint.tensors.items()})
+
+
 def base_info(base: Checkpoint, content: str) -> BaseInfo:
     """The base as a manifest records it. content: its fingerprint."""
-    return BaseInfo(Path(base.source).name, content, base.config.model_type, base.config.vocab_size)
+    vocabulary = base.config.get_text_config().vocab_size
+    return BaseInfo(Path(base.source).name, content, base.config.model_type, vocabulary)
 
 
 def expert_info(expert: Checkpoint) -> ExpertInfo:
@@ -184,7 +192,7 @@ def expert_info(expert: Checkpoint) -> ExpertInfo:
         parameters=expert.parameters,
         bytes=expert.nbytes,
         dtype="+".join(sorted({NAMES[info.dtype] for info in expert.tensors.values()})),
-        vocab_size=expert.config.vocab_size,
+        vocab_size=expert.config.get_text_config().vocab_size,
         tied_head=bool(expert.aliases),
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from meswitch.architecture import as_matrix
 from meswitch.artifact.manifest import Entry
 from meswitch.checkpoint import Checkpoint
 
@@ -36,8 +37,8 @@ class LargeDeltas:
         """Read again what an earlier, interrupted run quantised, so that a resumed one says the same."""
         for name, entry in entries.items():
             if entry.kind in ("packed", "coded") and name not in self.norms:
-                theirs = base.read(name)[: entry.base_rows]
-                self.see(name, expert.read(name)[: len(theirs)].float() - theirs.float(), theirs)
+                ours, theirs = (as_matrix(side.read(name), entry.role)[: entry.base_rows] for side in (expert, base))
+                self.see(name, ours.float() - theirs.float(), theirs)
 
     @property
     def large(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meswitch.adapter import open_expert
+from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, Delta
@@ -34,10 +35,10 @@ def _restore(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) ->
         value = artifact.read(name)
         if isinstance(value, Delta | CodedDelta):
             original = base.read(name)
-            tensor = original[: value.rows].float() + value.dequantize()
+            matrix = as_matrix(original, entry.role)[: value.rows].float() + value.dequantize()
             if value.extra is not None:
-                tensor = torch.cat([tensor, value.extra.float()])
-            tensor = tensor.to(dtype or original.dtype)
+                matrix = torch.cat([matrix, value.extra.float()])
+            tensor = from_matrix(matrix.to(dtype or original.dtype), entry.shape, entry.role).contiguous()
         else:
             tensor = base.read(name) if value is None else value
             tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

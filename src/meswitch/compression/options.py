@@ -305,22 +305,25 @@ class Options:
         """Whether distillation has something to train."""
         return self.baseline is None or self.baseline.scale is not None
 
-    def packs(self, role: str, dimensions: int) -> bool:
+    def packs(self, role: str) -> bool:
         """Whether a tensor that changed is compressed, not stored whole."""
-        if role in ("embedding", "head"):
+        from meswitch.architecture import EMBEDDING, HEAD, LINEAR, STACKS, TRANSPOSED
+
+        if role in (EMBEDDING, HEAD):
             return not self.exact_embeddings
-        return role == "linear" and dimensions == 2
+        return role in (LINEAR, TRANSPOSED, *STACKS)
 
     def spec(self, role: str, in_features: int) -> "Spec":
         """How one matrix is quantised, or would be by the default method."""
+        from meswitch.architecture import EMBEDDING, STACKS
         from meswitch.codec import RTN, Spec
 
+        # an embedding's "input" picks a row; the experts of a stack see different tokens: no salient channels for them
         salient = max(1, in_features // 512) if self.salient is None else self.salient
-        if role == "embedding":  # no input channels in the sense of saliency: its "input" picks a row
-            salient = 0
+        salient = 0 if role in (EMBEDDING, *STACKS) else salient
         if self.method == RTN:
             return Spec(self.bits, self.group_size, 0, scales=self.scales)
-        floor = ROW_FLOOR if role == "embedding" else 0.0
+        floor = ROW_FLOOR if role == EMBEDDING else 0.0
         return Spec(
             self.bits,
             self.group_size,

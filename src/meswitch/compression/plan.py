@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from meswitch.adapter import Adapter, planned_artifact
+from meswitch.architecture import architecture_of, matrix_shape
 from meswitch.artifact import Artifact, Entry, Manifest
 from meswitch.artifact.manifest import Provenance, Stored
-from meswitch.checkpoint import TIED_HEAD, Checkpoint, cache_bytes
+from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.codec import stored_shapes
-from meswitch.compression.compatibility import check_same_computation, check_same_tensors, is_vocabulary, role_of
-from meswitch.compression.convert import base_info, expert_info
+from meswitch.compression.compatibility import check_same_computation, check_same_tensors
+from meswitch.compression.convert import base_info, expert_info, roles_of
 from meswitch.compression.options import Options, check_none_given
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.tensorfile import NAMES, TensorInfo
@@ -121,7 +122,11 @@ def predict(
     check_same_computation(base, expert)
     check_same_tensors(base, expert)
     known = changed_rows or {}
-    entries = {name: _entry(name, info, base, options, known.get(name)) for name, info in expert.tensors.items()}
+    roles = roles_of(expert)
+    entries = {
+        name: _entry(info, roles[name], base.info(name), options, known.get(name))
+        for name, info in expert.tensors.items()
+    }
     manifest = Manifest(
         base=base_info(base, ""),
         expert=expert_info(expert),
@@ -143,24 +148,26 @@ def widest_dtype(model: Checkpoint) -> torch.dtype:
     return max((info.dtype for info in model.tensors.values()), key=lambda dtype: dtype.itemsize)
 
 
-def _entry(name: str, info: TensorInfo, base: Checkpoint, options: Options, changed: int | None) -> Entry:
+def _entry(info: TensorInfo, role: str, theirs: TensorInfo | None, options: Options, changed: int | None) -> Entry:
     """One tensor, as `compress` decides it (tests/compression/test_plan.py holds the two together).
 
-    changed: how many rows did; None: all.
+    Args:
+        theirs: the base's tensor, None if it has none.
+        changed: how many rows of the matrix did; None: all.
     """
-    role, theirs = role_of(name, len(info.shape)), base.info(name)
     kind, bits, group_size = "packed", None, None
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
     if changed == 0:
         kind, shapes = "same", {}
-    elif theirs is None or not options.packs(role, len(info.shape)):
+    elif theirs is None or not options.packs(role):
         kind, shapes = "dense", {"": (info.shape, info.dtype)}
     else:
-        rows = min(info.shape[0], theirs.shape[0])
+        (ours, columns), (before, _) = matrix_shape(info.shape, role), matrix_shape(theirs.shape, role)
+        rows = min(ours, before)
         live = rows if changed is None else changed
-        spec = options.spec(role, info.shape[1])
+        spec = options.spec(role, columns)
         bits, group_size = spec.bits, spec.group_size
-        shapes = stored_shapes(live, info.shape[1], spec, info.shape[0] - rows, info.dtype)
+        shapes = stored_shapes(live, columns, spec, ours - rows, info.dtype)
         if live < rows:
             shapes["row_index"] = ((live,), torch.int32)
     stored = {
@@ -172,8 +179,7 @@ def _entry(name: str, info: TensorInfo, base: Checkpoint, options: Options, chan
 
 def _from_config(source: str | Path, *, unquantised: bool = False) -> Outline:
     """The layout of a model from its configuration, under the names that a saved checkpoint has."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.core_model_loading import revert_weight_conversion
+    from transformers import AutoConfig
 
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -184,23 +190,17 @@ def _from_config(source: str | Path, *, unquantised: bool = False) -> Outline:
         config = AutoConfig.from_pretrained(source)
         if unquantised:
             del config.quantization_config
-        dtype = getattr(config, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        layout = architecture_of(config).stored_layout()
+    except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise CheckpointError(
-            f"{source}: no configuration of a causal language model that transformers can lay out ({reason}); "
+            f"{source}: no configuration of a model that generates text and that transformers can lay out ({reason}); "
             "check the file, or give a checkpoint with weights"
         ) from error
-    # models of many experts a layer are fused in memory and stored one by one
-    state = revert_weight_conversion(model, model.state_dict())
-    if getattr(config, "tie_word_embeddings", False):
-        state.pop(TIED_HEAD, None)
     nowhere = Path()
     tensors = {
         name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), nowhere, 0, tensor.numel() * tensor.itemsize)
-        for name, tensor in sorted(state.items())
+        for name, tensor in sorted(layout.items())
     }
     directory = path.parent if path.is_file() else path
     return Outline(str(directory), directory, tensors, config)
@@ -210,11 +210,10 @@ def _with_vocabulary(model: Checkpoint, size: int) -> Outline:
     if size < 1:
         raise ConfigError(f"vocab_size: {size}: a vocabulary has at least one token")
     config = copy.deepcopy(model.config)
-    config.vocab_size = size
+    config.get_text_config().vocab_size = size
     tensors = dict(model.tensors)
-    for name, info in model.tensors.items():
-        if is_vocabulary(name):
-            shape = (size, *info.shape[1:])
-            nbytes = torch.Size(shape).numel() * info.dtype.itemsize
-            tensors[name] = replace(info, shape=shape, nbytes=nbytes)
+    for name in architecture_of(model.config).vocabulary(model.tensors):
+        info = tensors[name]
+        shape = (size, *info.shape[1:])
+        tensors[name] = replace(info, shape=shape, nbytes=torch.Size(shape).numel() * info.dtype.itemsize)
     return Outline(model.source, model.directory, tensors, config)

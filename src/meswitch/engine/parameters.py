@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from meswitch.architecture import TRANSPOSED, Architecture, Conversion, LoadPlan
+from meswitch.architecture import LIE_TRANSPOSED, LINEAR, TRANSPOSED, Architecture, Conversion, LoadPlan, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Delta, PackedDelta
@@ -55,12 +55,12 @@ class StoredTensors:
                     continue
                 changed.add(name)
                 role, other = roles.setdefault(name, (entry.role, artifact))
-                if entry.kind == "packed" and (role == TRANSPOSED) != (entry.role == TRANSPOSED):
+                if entry.kind == "packed" and (role in LIE_TRANSPOSED) != (entry.role in LIE_TRANSPOSED):
                     raise IncompatibleError(
                         f"{artifact.directory}: {name}: its delta lies the other way round than that of "
                         f"{other.directory}; compress both with this version"
                     )
-        transposed = frozenset(name for name, (role, _) in roles.items() if role == TRANSPOSED)
+        transposed = frozenset(name for name, (role, _) in roles.items() if role in LIE_TRANSPOSED)
         # a tied head is stored nowhere, or by the experts that untied it: it has a name of its own here
         given = {target for name in shapes for target in architecture.load_plan(shapes).parameters_of(name)}
         plan = architecture.load_plan([*shapes, *(set(architecture.tied) - given)])
@@ -136,7 +136,8 @@ class ExpertParameters:
             if given is None:
                 return torch.zeros(self.stored.shapes[name], device=device)
             if isinstance(given, Delta):
-                return given.dequantize().view(self.stored.shapes[name])
+                turned = name in self.stored.transposed and isinstance(given, PackedDelta)
+                return from_matrix(given.dequantize(), self.stored.shapes[name], TRANSPOSED if turned else LINEAR)
             if name not in self._pieces:
                 self._pieces[name] = self.stored.base.read(name)
             return given.float() - self._pieces[name].to(device).float()
@@ -157,12 +158,13 @@ def merged(base: Tensor, own: Delta | Tensor, *, transposed: bool = False) -> Te
         base: of any shape.
         own: the expert's delta, as a matrix [rows, columns] whose rows are all dimensions but the last, with rows for
             added tokens; or the expert's own values.
-        transposed: a packed delta is [columns, rows].
+        transposed: a packed delta is [columns, rows], in a stack each of its matrices.
     """
     if isinstance(own, Tensor):
         return own.to(base.dtype)
     delta = own.dequantize()
-    delta = delta.T if transposed and isinstance(own, PackedDelta) else delta
+    if transposed and isinstance(own, PackedDelta):
+        delta = from_matrix(delta, tuple(base.shape), TRANSPOSED)
     if own.extra is None:
         known = base if base.dim() != 2 else base[: len(delta)]
         return (known.float() + delta.view(known.shape)).to(base.dtype)

@@ -157,6 +157,6 @@ def _kernel_shape(artifact: Artifact, name: str, entry: Entry) -> Shape:
     index = entry.stored.get("salient_index")
     salient = 0 if index is None else index.shape[0]
     try:
-        return Shape.sized(entry.base_rows, entry.shape[-1], entry.bits or 0, entry.group_size, salient)
+        return Shape.sized(entry.base_rows, entry.matrix[1], entry.bits or 0, entry.group_size, salient)
     except ConfigError as error:
         raise ConfigError(f"{artifact.directory}: {name}: {error}") from None
