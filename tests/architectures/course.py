@@ -1,15 +1,16 @@
 """What a user does with a pair of checkpoints, from `compress` to answers, and where it ends for an architecture."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 import meswitch
 from architectures import tiny
-from meswitch.architecture import architecture_of, model_class
+from meswitch.architecture import architecture_of
 from meswitch.artifact import Artifact
 from meswitch.compression.merge import merge
 from meswitch.errors import MeswitchError
@@ -55,11 +56,12 @@ def follow(model_type: str, root: Path, tokenizer: Path, **fields: Any) -> Outco
 
 
 def _load(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    chosen = model_class(AutoConfig.from_pretrained(directory))
-    attention = "sdpa" if chosen._supports_sdpa else "eager"
-    return chosen.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
+    """A checkpoint's language model, by transformers alone."""
+    found = architecture_of(AutoConfig.from_pretrained(directory), text_only=True)
+    attention = "sdpa" if found.model_class._supports_sdpa else "eager"
+    return found.model_class.from_pretrained(
+        directory, config=copy.deepcopy(found.config), dtype=torch.float32, attn_implementation=attention
+    ).eval()
 
 
 @torch.no_grad()

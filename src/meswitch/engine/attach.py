@@ -33,11 +33,14 @@ class Attachment:
         wraps: module name -> makes its wrapper.
         kernel: stored names whose deltas the GPU kernels may compute.
         reasons: why some expert cannot be switched in this model, a line for each module; empty if all can.
+        idle: parts of the model that were not called at all, such as a tower for images: what experts change there
+            does not matter, if it is proven that text needs none of it.
     """
 
     wraps: Mapping[str, _Make]
     kernel: frozenset[str]
     reasons: tuple[str, ...]
+    idle: tuple[str, ...]
 
     def apply(self, model: Any, switch: Switch) -> None:
         """Wrap; the model is changed in place."""
@@ -87,7 +90,11 @@ def plan_attachment(model: Any, stored: StoredTensors, survey: Survey, vocabular
     whole: set[str] = set()  # modules that are run again for each expert
     kernel: set[str] = set()
     refused: dict[str, list[str]] = {}  # reason -> modules
+    idle: set[str] = set()
     for path, leaves in owners.items():
+        if (part := survey.idle(path)) is not None:
+            idle.add(part)
+            continue
         simple = {leaf: names[0] for leaf, names in leaves.items() if len(names) == 1}
         renamed = all(len(names) == 1 and stored.plan.by_source[names[0]].renames for names in leaves.values())
         make = _simple(path, modules[path], simple, stored, survey, vocabulary, kernel) if renamed else None
@@ -111,7 +118,7 @@ def plan_attachment(model: Any, stored: StoredTensors, survey: Survey, vocabular
     reasons = tuple(
         f"{paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {why}" for why, paths in refused.items()
     )
-    return Attachment(chosen, frozenset(kernel), reasons)
+    return Attachment(chosen, frozenset(kernel), reasons, tuple(sorted(idle)))
 
 
 def _simple(

@@ -8,8 +8,9 @@
 One block of a kind is proven, not all layers; it costs two experts' weights of one block.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,8 +127,12 @@ def run(batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[i
         raise MeswitchError(errors[0].partition("\n")[0])
 
 
-def batch_runs_base(batch: Batch, trial: Trial, survey: Survey) -> None:
-    """See that the running batch gives what the model alone gives; the survey sees how its modules are called.
+def batch_runs_base(batch: Batch, trial: Trial, watching: contextlib.AbstractContextManager[Any], name: str) -> None:
+    """See that the running batch gives what the model alone gives.
+
+    Args:
+        watching: entered while the batch runs, such as a survey that sees how the modules are called.
+        name: of this run.
 
     Raises:
         MeswitchError: it cannot, or gives something else.
@@ -135,17 +140,38 @@ def batch_runs_base(batch: Batch, trial: Trial, survey: Survey) -> None:
     found: list[Tensor] = []
 
     def see(rows: tuple[str, ...], scores: Tensor) -> None:
-        found.append(scores[rows.index("survey-0")].float().clone())
+        found.append(scores[rows.index(f"{name}-0")].float().clone())
 
     batch.watch.see = see
     try:
-        with survey:
-            run(batch, "survey", trial.prompts, [BASE_SLOT] * len(trial.prompts))
+        with watching:
+            run(batch, name, trial.prompts, [BASE_SLOT] * len(trial.prompts))
     finally:
         batch.watch.see = None
     fault = trial.fault(found)
     if fault is not None:
         raise MeswitchError(fault)
+
+
+@contextlib.contextmanager
+def without_weights(model: nn.Module, parts: Iterable[str]) -> Iterator[None]:
+    """Take the weights of parts of a model away for a while: whatever reads them then, fails."""
+    taken: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for part in parts:
+            for module in model.get_submodule(part).modules():
+                tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+                for table in tables:
+                    for name, value in table.items():
+                        if value is not None:
+                            taken.append((table, name, value))
+                            empty = value.to("meta")
+                            is_parameter = isinstance(value, nn.Parameter)
+                            table[name] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        yield
+    finally:
+        for table, name, value in taken:
+            table[name] = value
 
 
 def prove(

@@ -13,7 +13,7 @@ from meswitch.engine.attach import plan_attachment
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
 from meswitch.engine.parameters import StoredTensors
-from meswitch.engine.proof import Trial, batch_runs_base, prove
+from meswitch.engine.proof import Trial, batch_runs_base, prove, without_weights
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
@@ -162,10 +162,15 @@ def _proven(
     device = next(model.parameters()).device
     survey = Survey(model, switch)
     try:
-        batch_runs_base(batch, trial, survey)
+        batch_runs_base(batch, trial, survey, "survey")
     except MeswitchError as error:
         return (_batching_fails(error),)
     attachment = plan_attachment(model, stored, survey, vocabulary)
+    if attachment.idle:
+        try:
+            batch_runs_base(batch, trial, without_weights(model, attachment.idle), "idle")
+        except MeswitchError as error:
+            return (f"{attachment.idle[0]}: is not called, yet text cannot be computed without it: {error}",)
     if attachment.reasons:
         return attachment.reasons
     kernel = uses_kernels(op_backend, device, model.dtype)

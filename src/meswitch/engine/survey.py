@@ -99,6 +99,14 @@ class Survey:
                 return Seen(rows, inputs, outputs, (calls[0].inputs[0], dtype))
         return "none of its dimensions, or more than one, is that of the step's tokens"
 
+    def idle(self, name: str) -> str | None:
+        """The largest part of the model around a module in which nothing was called, such as a tower for images."""
+        found = None
+        while name and not any(other == name or other.startswith(f"{name}.") for other in self._calls):
+            found = name
+            name = name.rpartition(".")[0]
+        return found
+
     def output_axes(self, name: str) -> tuple[Rows, tuple[int | None, ...]] | None:
         """What a module's outputs have as rows, and where; None if no output has them."""
         calls = self._calls.get(name, [])
