@@ -141,6 +141,39 @@ def test_every_kind_of_tokenizer_is_opened_with_its_hidden_and_byte_tokens(tmp_p
     assert not tokenizer.cleans_spaces
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_model_is_all_that_is_needed(tmp_path, directory, prefix):
+    """As fine-tunes of the Llama 2 era have it: `tokenizer.model` and no `tokenizer.json`."""
+    import sentencepiece
+
+    model = tmp_path / "trained"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tokenizers_of_all_kinds.TEXT),
+        model_prefix=str(model),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (directory / file).unlink()
+    model.with_suffix(".model").rename(directory / "tokenizer.model")
+    edit(directory / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token=prefix)
+    tokenizer = opened(directory)
+    wanted = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    for text in ("Write the words", "x[0] + 1\n", "déjà 漢"):
+        assert tokenizer.encode(text)[prefix:] == wanted.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.ends == [2]
+    assert len(tokenizer.byte_tokens) == 256
+
+
 def test_templates_that_want_content_in_parts_get_it(directory):
     parts = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
     template(directory, parts + "{% endfor %}<|end|>{% endfor %}")

@@ -83,6 +83,11 @@ class ChatTokenizer:
     def has_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
+    @property
+    def end_texts(self) -> list[str]:
+        """The texts of the end tokens."""
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(self.ends)]
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Text, chat messages (through the chat template) or token ids -> token ids.
 
@@ -343,4 +348,4 @@ def _says(text: str, content: str) -> bool:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{lines[0].strip()}" if lines else type(error).__name__
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__

@@ -1,12 +1,15 @@
 """`meswitch verify`: is every byte what was written, and is this its base?"""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meswitch.cli import console
 from meswitch.units import format_bytes
+
+if TYPE_CHECKING:
+    from meswitch.tokenizer import ChatTokenizer
 
 
 def verify(
@@ -25,7 +28,9 @@ def verify(
         bool, typer.Option("--json", help="Print what was checked as JSON. An error is still text on stderr.")
     ] = False,
 ) -> None:
-    """Check an artifact: manifest, shapes and the SHA-256 of everything in it; or whether an adapter can be served.
+    """Check an artifact: manifest, shapes, the SHA-256 of everything in it, and that its tokenizer can be used.
+
+    Of an adapter: whether it can be served.
 
     Exit code 0 means that all of it is what was written; 1 that something is not, and the error names the file and
     the tensor.
@@ -37,12 +42,15 @@ def verify(
     from meswitch.adapter import is_adapter
     from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
+    from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
+    console.quiet()
     if is_adapter(directory):
         _verify_adapter(directory, base, as_json)
         return
     artifact = Artifact.open(directory)
     artifact.verify()
+    tokenizer = ChatTokenizer.open(directory.name, directory) if has_tokenizer(directory) else None
     companions = sorted(artifact.manifest.companions)
     checked: dict[str, Any] = {
         "artifact": str(directory),
@@ -51,6 +59,9 @@ def verify(
         "stored_tensors": len(artifact.infos),
         "tensor_bytes": artifact.nbytes,
         "companion_files": companions,
+        "tokenizer": None
+        if tokenizer is None
+        else {"tokens": len(tokenizer.tokenizer), "chat_template": tokenizer.has_template, "ends": tokenizer.end_texts},
         "base": None,
     }
     if base is not None:
@@ -65,6 +76,7 @@ def verify(
         f"  manifest     every field, and the shapes that {checked['tensors']} tensors imply",
         f"  tensors      {checked['stored_tensors']} SHA-256 sums over {format_bytes(artifact.nbytes)}",
         f"  companions   {len(companions)} SHA-256 sums: {', '.join(companions)}",
+        f"  tokenizer    {_tokenizer(tokenizer)}",
         "  base         not compared; give --base"
         if base is None
         else f"  base         {compared} SHA-256 sums of {base}, and its fingerprint",
@@ -93,3 +105,11 @@ def _verify_adapter(directory: Path, base: str | None, as_json: bool) -> None:
         else f"  base         every tensor fits {base}; an adapter cannot tell which base it was trained on",
     ]
     typer.echo("\n".join(lines))
+
+
+def _tokenizer(tokenizer: "ChatTokenizer | None") -> str:
+    """What was opened of it."""
+    if tokenizer is None:
+        return "none: the artifact can be merged, not served"
+    template = "its chat template shows a user's message" if tokenizer.has_template else "no chat template"
+    return f"opened; {template}; answers end at {', '.join(tokenizer.end_texts) or 'no token'}"

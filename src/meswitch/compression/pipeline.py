@@ -25,6 +25,7 @@ from meswitch.compression.distill.training import check_text
 from meswitch.compression.options import Options, check_none_given
 from meswitch.compression.text import gather
 from meswitch.threads import fitting_threads
+from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 DISTILL_BYTES, DISTILL_SEQUENCES = 256 << 20, 32
 MOMENT_TOKENS = 32768  # that second moments are taken over; more text is for training only
@@ -70,6 +71,11 @@ def compress(
     check_same_computation(source, target)
     check_same_tensors(source, target)
     check_destination(out, overwrite)
+    if not has_tokenizer(target.directory):
+        if notice is not None:
+            notice(f"{target.directory}: no tokenizer's files: what is made can be merged, not served")
+    else:
+        ChatTokenizer.open(target.directory.name, target.directory)
     steps = options.asked_steps
     if steps is None and not (options.has_scales and target.nbytes <= DISTILL_BYTES):
         steps = 0

@@ -86,14 +86,16 @@ class FaultIsolation:
             half = len(suspects) // 2
             return set(suspects) if not half else broken(suspects[:half]) | broken(suspects[half:])
 
-        bad = everyone
+        bad, reason = everyone, self._reason
         if self._repeatable or not step.started:
             bad = broken([i for i in everyone if step.slots[i] != BASE_SLOT])
             output = run(everyone - bad)
             if not self._healthy(step):  # the base itself, or what two do together
                 bad = everyone
+        elif len(everyone) > 1:
+            reason = "the numbers of a step that it shared are not finite, and whose they are cannot be told; ask again"
         for i in sorted(bad):
-            self._fail(step.requests[i], self._reason)
+            self._fail(step.requests[i], reason)
         output.logits.nan_to_num_(nan=0.0, posinf=0.0)  # what is chosen for those is thrown away
         return output
 
