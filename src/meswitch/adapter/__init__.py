@@ -1,11 +1,12 @@
 """PEFT adapters (LoRA, rsLoRA, DoRA): read, checked against a base, and opened as an artifact."""
 
-from meswitch.adapter.artifact import open_expert, planned_artifact, write_artifact
+from meswitch.adapter.artifact import METHOD, open_expert, planned_artifact, write_artifact
 from meswitch.adapter.changes import Changes, changes_of
 from meswitch.adapter.config import AdapterConfig
 from meswitch.adapter.weights import Adapter, is_adapter
 
 __all__ = [
+    "METHOD",
     "Adapter",
     "AdapterConfig",
     "Changes",

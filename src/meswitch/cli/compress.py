@@ -108,7 +108,7 @@ def _compress_family(
     file: Path, names: list[str], given: Mapping[str, Any], where: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """given: calibration, for all experts (None is none), and its tokens; what is missing is as the file says."""
-    from meswitch.adapter import is_adapter, open_expert
+    from meswitch.adapter import METHOD, is_adapter, open_expert
     from meswitch.checkpoint import Checkpoint
     from meswitch.compression.text import Source
     from meswitch.family import Family
@@ -130,7 +130,8 @@ def _compress_family(
             differing = [
                 item.name
                 for item in dataclasses.fields(wanted)
-                if item.name not in ("calibration", "distillation")
+                if found.name != METHOD
+                and item.name not in ("calibration", "distillation")
                 and getattr(wanted, item.name) != getattr(found, item.name)
             ]
             hint = f", although its {', '.join(differing)} differ from {file}'s" if differing else ""
