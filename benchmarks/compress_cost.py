@@ -47,7 +47,7 @@ timed(PairReader, "_read", "reader")
 timed(Conversion, "_encode", "encode", sync=True)
 timed(WriterThread, "wait", "wait_for_writer")
 timed(meswitch.artifact.ArtifactWriter, "add", "writer")
-def progress(done, total, name):
+def progress(phase, done, total, name):
     if device == "cuda":
         torch.cuda.synchronize()
     stamps.append((name, time.perf_counter()))

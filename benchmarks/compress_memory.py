@@ -25,7 +25,7 @@ import meswitch, torch
 started = time.perf_counter()
 options = json.loads(sys.argv[5])
 seen = [time.perf_counter()]
-def progress(done, total, name):
+def progress(phase, done, total, name):
     if time.perf_counter() - seen[0] > 20:
         seen[0] = time.perf_counter()
         print(f"{done}/{total} {name}", file=sys.stderr, flush=True)

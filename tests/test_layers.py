@@ -22,7 +22,19 @@ ALLOWED = {
     "evaluate": {"artifact", "adapter", "compression"},
     "server": {"engine", "router"},
 }
-ROOT = {"architecture", "errors", "units", "version", "tensorfile", "checkpoint", "strict", "threads", "pagelock"}
+ROOT = {
+    "architecture",
+    "errors",
+    "units",
+    "version",
+    "tensorfile",
+    "checkpoint",
+    "durable",
+    "progress",
+    "strict",
+    "threads",
+    "pagelock",
+}
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
 CORE = ("codec", "artifact", "adapter", "compression", "ops", "experts", "engine")
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from meswitch.durable import replacing
 from meswitch.errors import MeswitchError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -124,19 +125,23 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, flushed to the disk and readable as the umask says (safetensors makes it private)."""
-    save_file(tensors, path, metadata={"format": "pt"})
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, readable as the umask says (safetensors makes it private)."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    fsync_path(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o666 & ~umask)
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def read_metadata(file: Path) -> dict[str, str]:
+    """What `write_tensors` was given beside the tensors.
+
+    Raises:
+        MeswitchError: as `read_header`.
+    """
+    read_header(file)
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        metadata: dict[str, str] = json.loads(handle.read(length)).get("__metadata__", {})
+    return metadata

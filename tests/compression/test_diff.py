@@ -84,9 +84,10 @@ def test_an_untouched_copy_shows_no_change(pair):
 
 def test_tensors_are_compared_one_after_another(pair):
     seen = []
-    found = diff(*pair("qwen2"), progress=lambda done, total, name: seen.append((done, total, name)))
-    assert [name for _, _, name in seen] == [item.name for item in found.tensors]
-    assert seen[-1][:2] == (len(found.tensors), len(found.tensors))
+    found = diff(*pair("qwen2"), progress=lambda *told: seen.append(told))
+    assert [name for *_, name in seen] == [item.name for item in found.tensors]
+    phase, done, total, _ = seen[-1]
+    assert (phase, done) == ("comparing", total)
     assert set(found.by_layer()) >= {(0, "mlp.up_proj"), (1, "self_attn.q_proj.bias")}
     assert sum(change.weights for change in found.by_type().values()) == found.total.weights
     assert found.by_type()["mlp.up_proj"].relative_norm == pytest.approx(0.05, rel=0.1)

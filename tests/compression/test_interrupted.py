@@ -1,5 +1,6 @@
 """Compression that is stopped half-way: nothing half-written is loadable, and the next run goes on."""
 
+import json
 import os
 import resource
 import signal
@@ -10,7 +11,7 @@ import pytest
 
 import meswitch
 from meswitch import Artifact
-from meswitch.artifact.writer import ArtifactWriter
+from meswitch.artifact import writer
 from meswitch.errors import ArtifactError
 
 
@@ -19,41 +20,106 @@ class Stop(BaseException):
 
 
 def stop_after(count):
-    def progress(done, total, name):
-        if done == count:
+    """Progress that stops the work once so many tensors are done."""
+    told = []
+
+    def progress(phase, done, total, what):
+        told.append(what)
+        if len(told) > count:
             raise Stop
 
     return progress
 
 
+def files(artifact):
+    """What is in it, its date left out."""
+    found = {path.name: path.read_bytes() for path in artifact.iterdir() if path.name != "meswitch.json"}
+    manifest = json.loads((artifact / "meswitch.json").read_text())
+    del manifest["provenance"]
+    return found | {"meswitch.json": manifest}
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Shards of 50 KB, so that the small family has several."""
-    original = ArtifactWriter.__init__
-
-    def with_small_shards(self, out, plan, **options):
-        original(self, out, plan, **options | {"shard_bytes": 50_000})
-
-    monkeypatch.setattr(ArtifactWriter, "__init__", with_small_shards)
+    """Shards of 50 KB, so that the small family has several; what is added is kept at once."""
+    monkeypatch.setattr(writer, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(writer, "PIECE_SECONDS", 0.0)
 
 
-def test_an_interrupted_run_leaves_nothing_loadable_and_resumes(family, tmp_path, small_shards):
-    out, done = tmp_path / "delta", []
-    with pytest.raises(Stop):
-        meswitch.compress(family / "base", family / "math", out, progress=stop_after(30))
-    assert not out.exists()
+# A compression that keeps what it does at once, and kills itself once a phase has told so many times how far it is.
+KILLED = """
+import json, os, signal, sys
+import torch
+import meswitch
+from meswitch.artifact import writer
+from meswitch.compression import saved_work
+
+torch.set_num_threads(1)
+writer.PIECE_SECONDS = saved_work.SECONDS = 0.0
+saved_work.SHARE = float("inf")
+*paths, options, phase, count = sys.argv[1:]
+seen = []
+
+
+def progress(*told):
+    seen.append(told[0])
+    if seen.count(phase) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+meswitch.compress(*paths, progress=progress, **json.loads(options))
+"""
+TEXT = {"calibration_tokens": 3000, "distill": 0}
+# phase, how often it has told, and how often it tells at most in the run that goes on
+WORK = {
+    "data-free": ({}, "compressing", 50, 11),
+    "calibrated": (TEXT, "compressing", 50, 11),
+    "text": (TEXT | {"calibration": "self", "calibration_tokens": 400}, "writing calibration text", 1, 0),
+    "budget": (TEXT | {"target_bpw": 2.3}, "measuring what the model minds", 30, 17),
+    "training": (TEXT | {"distill": 12}, "training", 9, 4),
+    "blocks": (TEXT | {"distill": 3, "distill_scope": "block"}, "training", 15, 4 + 7),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_a_killed_process_loses_its_last_seconds_and_the_bytes_are_those_of_one_that_was_not(family, tmp_path, work):
+    options, phase, count, most = WORK[work]
+    if options and "calibration" not in options:
+        options = options | {"calibration": str(family / "calibration/math.jsonl")}
+    pair, out, told = (family / "base", family / "math"), tmp_path / "delta", []
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, (*pair, out)), json.dumps(options), phase, str(count)]
+    )
+    assert killed.returncode == -signal.SIGKILL
     with pytest.raises(ArtifactError, match="interrupted, run the same `meswitch compress` again"):
         Artifact.open(out)
+    meswitch.compress(*pair, out, progress=lambda *step: told.append(step[0]), **options)
+    assert told.count(phase) <= most
+    assert [path.name for path in tmp_path.iterdir()] == ["delta"]
+    meswitch.compress(*pair, tmp_path / "whole", **options)
+    assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("count", [3, 30, 57])
+def test_where_a_run_is_stopped_does_not_show_in_its_shards(family, tmp_path, small_shards, count):
+    out = tmp_path / "delta"
+    with pytest.raises(Stop):
+        meswitch.compress(family / "base", family / "math", out, progress=stop_after(count))
     with pytest.raises(ArtifactError, match="unfinished"):
         Artifact.open(tmp_path / "delta.partial")
-    meswitch.compress(family / "base", family / "math", out, progress=lambda d, t, name: done.append(name))
-    assert 0 < len(done) < 57 - 20
-    whole = meswitch.compress(family / "base", family / "math", tmp_path / "whole")
-    resumed = Artifact.open(out)
-    assert len({part.file for e in resumed.manifest.tensors.values() for part in e.stored.values()}) > 3
-    for name, entry in whole.manifest.tensors.items():
-        theirs = resumed.manifest.tensors[name]
-        assert {k: p.sha256 for k, p in entry.stored.items()} == {k: p.sha256 for k, p in theirs.stored.items()}
+    meswitch.compress(family / "base", family / "math", out)
+    meswitch.compress(family / "base", family / "math", tmp_path / "whole")
+    assert len(list(out.glob("delta-*.safetensors"))) > 3
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_an_interrupt_keeps_what_is_done_however_little(family, tmp_path):
+    told = []
+    with pytest.raises(Stop):
+        meswitch.compress(family / "base", family / "math", tmp_path / "delta", progress=stop_after(30))
+    meswitch.compress(family / "base", family / "math", tmp_path / "delta", progress=lambda *step: told.append(step))
+    assert len(told) == 1 + 57 - 30
+    assert told[0][1] > 0
 
 
 def test_other_options_start_over_instead_of_mixing(family, tmp_path, small_shards):
@@ -61,14 +127,24 @@ def test_other_options_start_over_instead_of_mixing(family, tmp_path, small_shar
         meswitch.compress(family / "base", family / "math", tmp_path / "delta", progress=stop_after(30))
     artifact = meswitch.compress(family / "base", family / "math", tmp_path / "delta", bits=3)
     assert {e.bits for e in artifact.manifest.tensors.values() if e.kind == "packed"} == {3}
+    assert len(list((tmp_path / "delta").glob("delta-*.safetensors"))) > 3
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(family, tmp_path, small_shards):
+@pytest.mark.parametrize("what", ["artifact/delta-*", "pieces/*"])
+def test_what_was_damaged_meanwhile_is_made_again(family, tmp_path, small_shards, what):
     with pytest.raises(Stop):
         meswitch.compress(family / "base", family / "math", tmp_path / "delta", progress=stop_after(30))
-    shard = next((tmp_path / "delta.partial").glob("delta-*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-7])
+    file = next((tmp_path / "delta.partial").glob(what))
+    file.write_bytes(file.read_bytes()[:-7])
     meswitch.compress(family / "base", family / "math", tmp_path / "delta").verify()
+
+
+def test_one_process_at_a_time_writes_an_artifact(family, tmp_path):
+    def progress(*step):
+        meswitch.compress(family / "base", family / "math", tmp_path / "delta")
+
+    with pytest.raises(ArtifactError, match=r"delta\.partial: another process is compressing to it"):
+        meswitch.compress(family / "base", family / "math", tmp_path / "delta", progress=progress)
 
 
 def test_an_existing_artifact_is_kept_unless_it_may_be_replaced(family, tmp_path):
@@ -113,8 +189,10 @@ def test_ctrl_c_leaves_nothing_loadable(family, tmp_path):
     code = (
         "import os, signal, meswitch\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "def stop(done, total, name):\n"
-        "    if done == 20: os.kill(os.getpid(), signal.SIGINT)\n"
+        "seen = []\n"
+        "def stop(*told):\n"
+        "    seen.append(told)\n"
+        "    if len(seen) == 20: os.kill(os.getpid(), signal.SIGINT)\n"
         f"meswitch.compress({str(family / 'base')!r}, {str(family / 'math')!r}, 'delta', progress=stop)"
     )
     result = run(code, cwd=tmp_path, env={**os.environ})

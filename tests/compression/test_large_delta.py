@@ -81,7 +81,7 @@ def test_a_resumed_run_says_the_same(moved, tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(done, total, name):
+    def stop(phase, done, total, name):
         if name == LAYER:
             raise Stop
 

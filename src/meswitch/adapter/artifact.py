@@ -22,6 +22,7 @@ from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, Stored
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import COMPANION_FILES, Checkpoint
 from meswitch.codec import LowRankDelta
+from meswitch.progress import Progress, silent
 from meswitch.tensorfile import NAMES
 from meswitch.version import __version__
 
@@ -29,9 +30,6 @@ METHOD = "lora"  # as manifests name it
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _OF_MODEL = ("config.json", "generation_config.json")
-
-# (tensors done, tensors in all, name of the last one)
-Progress = Callable[[int, int, str], None]
 
 
 def open_expert(source: str | Path, base: Checkpoint) -> Artifact:
@@ -64,7 +62,7 @@ def write_artifact(
     *,
     overwrite: bool = False,
     checksums: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     notice: Callable[[str], None] | None = None,
 ) -> Artifact:
     """Write an adapter as an artifact. Nothing is rounded.
@@ -94,8 +92,7 @@ def write_artifact(
     for done, (name, entry) in enumerate(entries.items(), start=1):
         if name not in writer.entries:
             _add(writer, name, entry, changes.by_name.get(name), base if checksums else None)
-        if progress is not None:
-            progress(done, len(entries), name)
+        progress("copying the adapter", done, len(entries), name)
     with tempfile.TemporaryDirectory(prefix="meswitch-") as room:
         companions = _companions(base, adapter, changes, Path(room))
         final = dict(sorted(writer.final_entries().items()))

@@ -16,6 +16,7 @@ from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import group_count
 from meswitch.codec.rows import expand_rows
 from meswitch.errors import ArtifactError, IncompatibleError, MeswitchError
+from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
 
 BY_ROW = frozenset({"weight_packed", "weight_scale", "salient_weight", "weight_left"})  # `row_index` may thin these out
@@ -219,21 +220,26 @@ class Artifact:
                 raise ArtifactError(f"{where}.{suffix}: not ascending within {limit} {unit}")
         return parts
 
-    def verify(self) -> None:
+    def verify(self, progress: Progress = silent) -> None:
         """Read everything once and compare every checksum.
 
         Raises:
             ArtifactError: naming the file and the tensor.
         """
-        for name in self.manifest.tensors:
+        done = 0
+        for name, entry in self.manifest.tensors.items():
+            progress("reading the artifact", done, self.nbytes, name)
             self._checked_parts(name)
+            done += entry.bytes
         for name, digest in self.manifest.companions.items():
             if sha256_file(self.directory / name) != digest:
                 raise ArtifactError(
                     f"{self.directory / name}: differs from the manifest's checksum; copy the artifact again"
                 )
 
-    def check_base(self, base: Checkpoint, *, full: bool = False, known: str | None = None) -> None:
+    def check_base(
+        self, base: Checkpoint, *, full: bool = False, known: str | None = None, progress: Progress = silent
+    ) -> None:
         """Refuse another base.
 
         Args:
@@ -245,10 +251,13 @@ class Artifact:
         """
         wanted = self.manifest.base
         if full:
+            done = 0
             for name, entry in self.manifest.tensors.items():
                 info = base.info(name)
                 if entry.base_sha256 is None:
                     continue
+                progress("reading the base", done, base.nbytes, name)
+                done += 0 if info is None else info.nbytes
                 if info is None or info.sha256() != entry.base_sha256:
                     raise IncompatibleError(
                         f"{base.directory}: {name} is not the tensor that {self.directory} was compressed against"

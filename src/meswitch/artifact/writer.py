@@ -1,8 +1,10 @@
-"""Writing an artifact: shard by shard, resumable, and visible only when it is complete.
+"""Writing an artifact: in small steps that survive an interrupt, and visible only when it is complete.
 
-All work happens in `<out>.partial`. Each finished shard is flushed to the disk and entered in `progress.json`; a second
-run with the same plan goes on after the last shard. At the end the directory is renamed to `<out>` in one step, so that
-a half-written artifact never has the name of a whole one.
+All work happens in `<out>.partial`. What was added lately is kept there in small pieces, each written whole before it
+gets its name, so an interrupt at any point loses seconds of work. A shard of the artifact is written from memory when
+its tensors are together, and replaces their pieces. So the artifact's bytes do not depend on where a run was stopped.
+At the end the directory `<out>.partial/artifact` is renamed to `<out>` in one step: a half-written artifact never has
+the name of a whole one.
 """
 
 import contextlib
@@ -10,11 +12,11 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 from torch import Tensor
 
@@ -22,52 +24,48 @@ from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Method, Stored, decoder, stored_name
 from meswitch.artifact.reader import Artifact
 from meswitch.codec import CodedDelta, Delta
-from meswitch.errors import ArtifactError
-from meswitch.tensorfile import NAMES, fsync_path, tensor_bytes, write_tensors
+from meswitch.durable import fsync_path, recover_directory, replace_directory, write_text
+from meswitch.errors import ArtifactError, MeswitchError
+from meswitch.tensorfile import NAMES, read_header, read_metadata, tensor_bytes, write_tensors
 
 SHARD_BYTES = 256 << 20
-_PROGRESS = "progress.json"
+PIECE_BYTES, PIECE_SECONDS = 64 << 20, 5.0  # what is added without being kept, at most
+_SHARDS, _PIECES, _RESULT = "shards.json", "pieces", "artifact"
 
 
 class ArtifactWriter:
     """Takes compressed tensors one by one and leaves a finished artifact at `out`.
 
     Args:
-        out: the directory to create. plan: a digest of everything that decides the bytes; a `.partial` directory with
-            another plan is started over.
+        out: the directory to create. plan: a digest of everything that decides the bytes; what an interrupted run with
+            another plan has written is thrown away.
         overwrite: replace an artifact that exists.
 
     Raises:
         ArtifactError: `out` exists and is not to be replaced, or is not an artifact.
     """
 
-    def __init__(self, out: str | Path, plan: str, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, out: str | Path, plan: str, *, overwrite: bool = False) -> None:
         self.out = Path(out)
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial = partial_directory(self.out)
         self._plan = plan
-        self._shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_entries: dict[str, Entry] = {}
-        self.entries: dict[str, Entry] = {}
+        self._shards: list[str] = []
+        self.entries: dict[str, Entry] = {}  # of all tensors that were added
+        self._pending: dict[str, dict[str, Tensor]] = {}  # of the shard to come: tensor -> suffix -> what is stored
+        self._unkept: list[str] = []  # those of them that are in no piece
+        self._pending_bytes = self._unkept_bytes = 0
+        self._piece = 0
+        self._kept_at = time.monotonic()
         check_destination(self.out, overwrite)
         with self._explained():
-            self.partial.mkdir(parents=True, exist_ok=True)
+            self.result.mkdir(parents=True, exist_ok=True)
+            (self.partial / _PIECES).mkdir(exist_ok=True)
             self._resume()
 
-    def _resume(self) -> None:
-        progress = self.partial / _PROGRESS
-        self._shards: list[str] = []
-        if progress.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError, ArtifactError):
-                data = json.loads(progress.read_text())
-                shards = data["shards"]
-                whole = all((self.partial / s["file"]).stat().st_size == s["size"] for s in shards)
-                if data["plan"] == self._plan and whole:
-                    self.entries = decoder(progress).decode(dict[str, Entry], data["entries"])
-                    self._shards = [s["file"] for s in shards]
-        for path in self.partial.iterdir():
-            if path.name not in self._shards and path.name != _PROGRESS:
-                path.unlink()
+    @property
+    def result(self) -> Path:
+        """The directory that becomes the artifact."""
+        return self.partial / _RESULT
 
     def add(self, name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
         """Add one tensor of the expert.
@@ -76,49 +74,52 @@ class ArtifactWriter:
             entry: what the manifest says of it; what is stored is filled in here.
             tensors: suffix ("" for a dense tensor) -> what is stored.
         """
+        if self._pending_bytes >= SHARD_BYTES:
+            self._write_shard(f"delta-{len(self._shards) + 1:05d}.safetensors")
+        host = {suffix: tensor.detach().cpu().contiguous() for suffix, tensor in tensors.items()}
         parts: dict[str, Stored] = {}
-        for suffix, tensor in tensors.items():
-            tensor = tensor.detach().cpu().contiguous()
+        for suffix, tensor in host.items():
             raw = tensor_bytes(tensor)
-            parts[suffix] = Stored(
-                file=self._shard_name(len(self._shards)),
-                dtype=NAMES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                bytes=raw.nbytes,
-                sha256=hashlib.sha256(raw).hexdigest(),
-            )
-            self._pending[stored_name(name, suffix)] = tensor
-        self._pending_entries[name] = dataclasses.replace(entry, stored=parts)
-        if sum(t.nbytes for t in self._pending.values()) >= self._shard_bytes:
-            self.flush()
+            digest = hashlib.sha256(raw).hexdigest()
+            parts[suffix] = Stored("", NAMES[tensor.dtype], tuple(tensor.shape), raw.nbytes, digest)
+        self.entries[name] = dataclasses.replace(entry, stored=parts)
+        self._pending[name] = host
+        self._unkept.append(name)
+        self._pending_bytes += self.entries[name].bytes
+        self._unkept_bytes += self.entries[name].bytes
+        if self._unkept_bytes >= PIECE_BYTES or time.monotonic() - self._kept_at >= PIECE_SECONDS:
+            self.keep()
 
-    @staticmethod
-    def _shard_name(index: int) -> str:
-        return f"delta-{index + 1:05d}.safetensors"
+    def __enter__(self) -> "ArtifactWriter":
+        return self
 
-    def flush(self) -> None:
-        """Write the pending tensors as one shard and enter it in the progress file."""
-        if not self._pending_entries:
-            return
-        with self._explained():
-            if self._pending:
-                path = self.partial / self._shard_name(len(self._shards))
-                write_tensors(path, self._pending)
-                self._shards.append(path.name)
-            self.entries |= self._pending_entries
-            self._pending, self._pending_entries = {}, {}
-            shards = [{"file": s, "size": (self.partial / s).stat().st_size} for s in self._shards]
-            state = {"plan": self._plan, "shards": shards, "entries": _plain_entries(self.entries)}
-            _write_text(self.partial / _PROGRESS, json.dumps(state))
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:  # what was added is kept, unless that is what fails
+            with contextlib.suppress(ArtifactError):
+                self.keep()
+
+    def keep(self) -> None:
+        """Write what is in no piece yet into one, so that an interrupt does not lose it."""
+        if self._unkept:
+            self._piece += 1
+            tensors = _by_stored_name({name: self._pending[name] for name in self._unkept})
+            entries = {name: dataclasses.asdict(self.entries[name]) for name in self._unkept}
+            path = self.partial / _PIECES / f"{self._piece:06d}.safetensors"
+            with self._explained():
+                write_tensors(path, tensors, {"plan": self._plan, "entries": json.dumps(entries)})
+            self._unkept, self._unkept_bytes = [], 0
+        self._kept_at = time.monotonic()
 
     def finish(self, manifest: Manifest, companions: list[Path]) -> None:
-        """Write the companion files and the manifest, then give the directory its name."""
-        self.flush()
+        """Write the companion files and the manifest, then give the directory its name.
+
+        Args:
+            manifest: its tensors are `final_entries()`.
+        """
         with self._explained():
             for source in companions:
-                shutil.copyfile(source, self.partial / source.name)
-                fsync_path(self.partial / source.name)
-            (self.partial / _PROGRESS).unlink(missing_ok=True)
+                shutil.copyfile(source, self.result / source.name)
+                fsync_path(self.result / source.name)
             if len(self._shards) > 1:
                 weights = {
                     stored_name(name, suffix): part.file
@@ -127,34 +128,75 @@ class ArtifactWriter:
                 }
                 total = sum(entry.bytes for entry in manifest.tensors.values())
                 index = {"metadata": {"total_size": total}, "weight_map": weights}
-                _write_text(self.partial / "delta.safetensors.index.json", json.dumps(index))
-            _write_text(self.partial / MANIFEST_NAME, manifest.to_json())
-            fsync_path(self.partial)
-            if self.out.exists():
-                retired = self.out.with_name(self.out.name + ".replaced")
-                shutil.rmtree(retired, ignore_errors=True)
-                self.out.rename(retired)
-                self.partial.rename(self.out)
-                shutil.rmtree(retired)
-            else:
-                self.partial.rename(self.out)
-            fsync_path(self.out.parent)
+                write_text(self.result / "delta.safetensors.index.json", json.dumps(index))
+            write_text(self.result / MANIFEST_NAME, manifest.to_json())
+            replace_directory(self.result, self.out)
+            shutil.rmtree(self.partial)
 
     def final_entries(self) -> dict[str, Entry]:
-        """All entries after the last flush; a single shard gets its plain name `delta.safetensors`."""
-        self.flush()
-        if len(self._shards) != 1:
-            return dict(self.entries)
+        """All entries, once everything was added; a single shard has the plain name `delta.safetensors`."""
+        if self._pending:
+            plain = not self._shards
+            self._write_shard("delta.safetensors" if plain else f"delta-{len(self._shards) + 1:05d}.safetensors")
+        return dict(self.entries)
+
+    def _write_shard(self, file: str) -> None:
+        """Write the pending tensors as one file of the artifact; their pieces are not needed any more."""
+        for name in self._pending:
+            entry = self.entries[name]
+            parts = {suffix: dataclasses.replace(part, file=file) for suffix, part in entry.stored.items()}
+            self.entries[name] = dataclasses.replace(entry, stored=parts)
         with self._explained():
-            (self.partial / self._shards[0]).rename(self.partial / "delta.safetensors")
-        renamed = {}
-        for name, entry in self.entries.items():
-            parts = {
-                suffix: Stored("delta.safetensors", part.dtype, part.shape, part.bytes, part.sha256)
-                for suffix, part in entry.stored.items()
+            if tensors := _by_stored_name(self._pending):
+                write_tensors(self.result / file, tensors)
+                self._shards.append(file)
+            self._pending, self._unkept, self._pending_bytes, self._unkept_bytes = {}, [], 0, 0
+            state = {
+                "plan": self._plan,
+                "shards": {shard: (self.result / shard).stat().st_size for shard in self._shards},
+                "entries": {name: dataclasses.asdict(entry) for name, entry in self.entries.items()},
             }
-            renamed[name] = dataclasses.replace(entry, stored=parts)
-        return renamed
+            write_text(self.partial / _SHARDS, json.dumps(state))
+            for piece in (self.partial / _PIECES).iterdir():
+                piece.unlink()
+
+    def _resume(self) -> None:
+        """Take over what an interrupted run with the same plan has left; throw away the rest."""
+        shards = self.partial / _SHARDS
+        if shards.is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError, ArtifactError):
+                data = json.loads(shards.read_text())
+                whole = all((self.result / file).stat().st_size == size for file, size in data["shards"].items())
+                if data["plan"] == self._plan and whole:
+                    self.entries = decoder(shards).decode(dict[str, Entry], data["entries"])
+                    self._shards = list(data["shards"])
+        for path in self.result.iterdir():
+            if path.name not in self._shards:
+                path.unlink()
+        for piece in sorted((self.partial / _PIECES).iterdir()):
+            if piece.suffix == ".tmp" or not self._resume_piece(piece):
+                piece.unlink()
+        self._piece = max((int(piece.stem) for piece in (self.partial / _PIECES).iterdir()), default=0)
+
+    def _resume_piece(self, piece: Path) -> bool:
+        """Whether it is whole, of this plan, and not in a shard already; then its tensors are pending again."""
+        try:
+            metadata, infos = read_metadata(piece), read_header(piece)
+            if metadata.get("plan") != self._plan:
+                return False
+            entries: dict[str, Entry] = decoder(piece).decode(dict[str, Entry], json.loads(metadata["entries"]))
+            if any(name in self.entries for name in entries):
+                return False
+            tensors = {
+                name: {suffix: infos[stored_name(name, suffix)].read() for suffix in entry.stored}
+                for name, entry in entries.items()
+            }
+        except (MeswitchError, ValueError, KeyError, OSError):
+            return False
+        self.entries |= entries
+        self._pending |= tensors
+        self._pending_bytes += sum(entry.bytes for entry in entries.values())
+        return True
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -217,6 +259,7 @@ def check_destination(out: Path, overwrite: bool) -> None:
     Raises:
         ArtifactError: it exists.
     """
+    recover_directory(out)
     if out.exists() and not (overwrite and (out / MANIFEST_NAME).is_file()):
         fix = "use --overwrite to replace it" if (out / MANIFEST_NAME).is_file() else "choose another --out"
         raise ArtifactError(f"{out}: already exists; {fix}")
@@ -226,14 +269,10 @@ def companion_digests(paths: list[Path]) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in paths}
 
 
-def _plain_entries(entries: dict[str, Entry]) -> dict[str, Any]:
-    return {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+def partial_directory(out: Path) -> Path:
+    """Where the unfinished artifact of this name is."""
+    return out.with_name(out.name + ".partial")
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.rename(path)
+def _by_stored_name(pending: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {stored_name(name, suffix): tensor for name, parts in pending.items() for suffix, tensor in parts.items()}

@@ -184,7 +184,7 @@ def _compress_one(
         console.note(f"{name}: {line}")
 
     started = time.perf_counter()
-    with console.tensor_progress(name) as progress:
+    with console.progress(name) as progress:
         artifact = run(base, expert, out, options, progress=progress, notice=notice, **where)
     return _row(name, artifact, time.perf_counter() - started, notices)
 

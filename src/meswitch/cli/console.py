@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from meswitch.errors import ConfigError
+from meswitch.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,23 +99,98 @@ def show(*renderables: Any) -> None:
 
 
 @contextmanager
-def tensor_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, if that is a terminal; yields the callback (tensors done, in all, name of the last)."""
+def progress(label: str) -> Iterator[Progress]:
+    """Shows on stderr how far work is and what is left: a bar on a terminal, elsewhere a line now and then."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
 
+    console, timing = Console(stderr=True), Timing()
+    if not console.is_terminal:
+        lines = Lines(label, note)
+        yield lines
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[tensor]}", style="dim", markup=False),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[time]}", markup=False),
+        TextColumn("{task.fields[what]}", style="dim", markup=False),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=None, tensor="")
+    with Bars(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(label, total=None, time="", what="")
 
-        def advance(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, tensor=name)
+        def tell(phase: str, done: int, total: int, what: str) -> None:
+            timing.update(phase, done, total)
+            bars.update(
+                task, description=f"{label}: {phase}", completed=done, total=total, time=timing.text(), what=what
+            )
 
-        yield advance
+        yield tell
+
+
+class Timing:
+    """When a phase began, how far it was then, and how long the rest will take at its pace so far.
+
+    Args:
+        clock: seconds, as `time.monotonic` gives them.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.phase: str | None = None
+        self.started = self.now = clock()
+        self.first = self.done = self.total = 0
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        self.now = self.clock()
+        if phase != self.phase:
+            self.phase, self.started, self.first = phase, self.now, done
+        self.done, self.total = done, total
+
+    @property
+    def elapsed(self) -> float:
+        return self.now - self.started
+
+    @property
+    def left(self) -> float | None:
+        """Seconds; None while there is nothing to tell it from. What an earlier run did says nothing about pace."""
+        did = self.done - self.first
+        return self.elapsed * (self.total - self.done) / did if did > 0 and self.elapsed >= 1 else None
+
+    def text(self) -> str:
+        left = "" if self.left is None else f", about {duration(self.left)} left"
+        return f"{duration(self.elapsed)}{left}"
+
+
+class Lines:
+    """Progress as lines: at least 10 seconds apart, and one whenever 5 % more are done or a minute has passed.
+
+    Args:
+        write: is given each line. clock: as of `Timing`.
+    """
+
+    _APART, _LONGEST, _SHARE = 10.0, 60.0, 0.05
+
+    def __init__(self, label: str, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.label, self.write, self.timing = label, write, Timing(clock)
+        self.told_at, self.told_share = self.timing.now, 0.0
+
+    def __call__(self, phase: str, done: int, total: int, what: str) -> None:
+        timing = self.timing
+        if phase != timing.phase:
+            self.told_share = 0.0
+        timing.update(phase, done, total)
+        share, since = done / max(1, total), timing.now - self.told_at
+        if since >= self._LONGEST or (since >= self._APART and share >= self.told_share + self._SHARE):
+            self.told_at, self.told_share = timing.now, share
+            self.write(f"{self.label}: {phase}, {share:.0%}, {timing.text()} ({what})")
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `4 min 10 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

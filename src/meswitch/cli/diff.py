@@ -52,7 +52,7 @@ def diff(
     console.quiet()
     from meswitch.compression.diff import diff as run
 
-    with console.tensor_progress("comparing") as progress:
+    with console.progress("diff") as progress:
         found = run(base, expert, progress=progress)
     if png is not None:
         plot(found, png)

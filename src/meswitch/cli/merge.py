@@ -36,7 +36,8 @@ def merge(
     from meswitch.compression.merge import merge as run
 
     console.note(f"merging {base} and {delta}")
-    written = Checkpoint.open(run(base, delta, out, dtype=dtype))
+    with console.progress("merge") as progress:
+        written = Checkpoint.open(run(base, delta, out, dtype=dtype, progress=progress))
     if as_json:
         console.print_json({"out": str(out), "tensors": len(written.tensors), "tensor_bytes": written.nbytes})
     else:

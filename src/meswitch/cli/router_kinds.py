@@ -54,7 +54,7 @@ def embedding(
     settings = dataclasses.replace(
         default_settings(encoder, job.seed), target_precision=target_precision, target_coverage=target_coverage
     )
-    with console.tensor_progress("queries") as advance:
+    with console.progress("router") as progress:
         router = train_router(
             job.rows,
             config.names,
@@ -62,7 +62,7 @@ def embedding(
             settings=settings,
             data_sha256=sha256_file(job.data),
             fallback=config.router.fallback,
-            progress=lambda done, total: advance(done, total, ""),
+            progress=lambda done, total: progress("reading queries", done, total, ""),
         )
     return Trained(router, router.provenance.rows, dataclasses.asdict(router.calibration))
 
@@ -77,7 +77,7 @@ def llm(job: Job, model: str | None, settings: "LlmSettings", checkpoint: Path, 
     loaded, tokenizer = open_llm(source, job.device)
     if settings.weights != "reference":
         loaded.float()  # small steps are lost in 16 bit
-    with console.tensor_progress("steps") as advance:
+    with console.progress("router") as progress:
         router = train_llm_router(
             job.rows,
             {expert.name: expert.description for expert in config.expert},
@@ -89,7 +89,7 @@ def llm(job: Job, model: str | None, settings: "LlmSettings", checkpoint: Path, 
             fallback=config.router.fallback,
             checkpoint=checkpoint,
             save_every=save_every,
-            report=lambda done, total, loss: advance(done, total, f"loss {loss:.3f}"),
+            report=lambda done, total, loss: progress("training", done, total, f"loss {loss:.3f}"),
         )
     return Trained(router, router.provenance.rows, dataclasses.asdict(router.calibration))
 

@@ -49,7 +49,10 @@ def verify(
         _verify_adapter(directory, base, as_json)
         return
     artifact = Artifact.open(directory)
-    artifact.verify()
+    with console.progress("verify") as progress:
+        artifact.verify(progress)
+        if base is not None:
+            artifact.check_base(Checkpoint.open(base), full=True, progress=progress)
     tokenizer = ChatTokenizer.open(directory.name, directory) if has_tokenizer(directory) else None
     companions = sorted(artifact.manifest.companions)
     checked: dict[str, Any] = {
@@ -65,7 +68,6 @@ def verify(
         "base": None,
     }
     if base is not None:
-        artifact.check_base(Checkpoint.open(base), full=True)
         compared = sum(entry.base_sha256 is not None for entry in artifact.manifest.tensors.values())
         checked["base"] = {"source": base, "tensors": compared, "fingerprint": artifact.manifest.base.fingerprint}
     if as_json:

@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import EMBEDDING, as_matrix
+from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Spec, dequantize, mse_scales, nbytes, quantize, stored_shapes
 from meswitch.codec.rows import without_negligible
 from meswitch.codec.salient import reconstruction_error
-from meswitch.compression.convert import Progress, roles_of
+from meswitch.compression.convert import roles_of
 from meswitch.compression.distill.student import frozen, read_batch
 from meswitch.compression.distill.training import divergence
 from meswitch.compression.options import Options
 from meswitch.compression.partial_model import compute_dtype, walk
+from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.errors import ConfigError
+from meswitch.progress import Progress, silent
 
 _SAMPLE = 256  # rows
 _SALIENT = (0, 1, 2, 4)  # multiples of one channel in 512
@@ -127,6 +130,8 @@ def measured(
     group_size: int | None,
     sequences: list[list[int]],
     device: torch.device,
+    progress: Progress = silent,
+    work: SavedWork = NOWHERE,
 ) -> dict[str, float]:
     """Divergence from the full expert in nats a token when only this tensor is rounded to 2 bits: name -> KL."""
     dtype = compute_dtype(device)
@@ -135,8 +140,13 @@ def measured(
     batches = _batches(sequences)
     wanted = [read_batch(model, batch, device).logits for batch in batches]
     tokens = sum(len(sequence) for batch in batches for sequence in batch)
-    harm = {}
+    plan = digest(fingerprint(base), fingerprint(expert), group_size, sequences, device.type)
+    saved = work.load("sensitivity", plan)
+    harm: dict[str, float] = {} if saved is None else saved[0]
     for name in names:
+        if name in harm:
+            continue
+        progress("measuring what the model minds", len(harm), len(names), name)
         weight = parameters[name].data
         before = base.read(name).to(device, torch.float32)
         delta = weight[: len(before)].float() - before
@@ -149,6 +159,8 @@ def measured(
             found = read_batch(model, batch, device)
             harm[name] += float(divergence(target, found.logits)[found.real].sum()) / tokens
         weight[: len(before)] = kept
+        if work.due or name == names[-1]:
+            work.save("sensitivity", plan, harm)
     return harm
 
 
@@ -179,10 +191,10 @@ def specs_within(
     expert: Checkpoint,
     options: Options,
     moments: list[list[int]] | None,
-    *,
     measure: bool,
     device: torch.device,
-    progress: Progress | None = None,
+    progress: Progress = silent,
+    work: SavedWork = NOWHERE,
 ) -> dict[str, Spec]:
     """A spec for every tensor that is to be packed, so that the tensor file takes at most `options.target_bpw`.
 
@@ -192,6 +204,7 @@ def specs_within(
         moments: token ids over which the inputs of layers are measured; None weighs all inputs alike.
         measure: measure each tensor's effect on the model's output (both models' weights must fit); without it, or
             without token ids, a tensor's error is weighed against what the layer itself puts out.
+        work: where what was measured is saved now and then.
 
     Raises:
         ConfigError: the budget is below what the smallest mix takes.
@@ -221,10 +234,9 @@ def specs_within(
         energy = energies.get(name)
         found[name] = offers(delta, spec, energy, is_embedding=role == EMBEDDING, overhead=len(name) + _HEADER)
         outputs[name] = _output(ours[:rows].to(device, torch.float32), energy)
-        if progress is not None:
-            progress(done, len(expert.tensors), f"bits for {name}")
+        progress("weighing ways to store", done, len(expert.tensors), name)
     if measure and moments is not None:
-        harm = measured(base, expert, list(found), options.group_size, moments, device)
+        harm = measured(base, expert, list(found), options.group_size, moments, device, progress, work)
         found = weighted(found, harm)
     else:
         found = {

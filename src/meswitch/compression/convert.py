@@ -8,7 +8,7 @@ finished shard.
 """
 
 import hashlib
-import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,14 +31,13 @@ from meswitch.codec import CodedDelta, PackedDelta, Spec, encode, encode_baselin
 from meswitch.compression.large_delta import LargeDeltas
 from meswitch.compression.options import Options
 from meswitch.compression.partial_model import compute_dtype, walk
+from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import IncompatibleError, MeswitchError
+from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, tensor_bytes
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
-
-# (tensors done, tensors in all, name of the last one)
-Progress = Callable[[int, int, str], None]
 
 
 class Conversion:
@@ -60,24 +59,31 @@ class Conversion:
         moments: list[list[int]] | None,
         device: torch.device,
         overwrite: bool,
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         self.base, self.expert, self.options, self.specs = base, expert, options, specs or {}
         self.text, self.moments, self.device, self.progress = text, moments, device, progress
         self.base_fingerprint = fingerprint(base)
         method = asdict(options.describe(None if text is None else text.info))
-        plan: list[Any] = [__version__, self.base_fingerprint, fingerprint(expert), method]
-        plan.append({name: asdict(spec) for name, spec in self.specs.items()})
-        self.writer = ArtifactWriter(out, hashlib.sha256(json.dumps(plan).encode()).hexdigest(), overwrite=overwrite)
+        own = {name: asdict(spec) for name, spec in self.specs.items()}
+        self.plan = digest(__version__, self.base_fingerprint, fingerprint(expert), method, own)
+        self.writer = ArtifactWriter(out, self.plan, overwrite=overwrite)
         self.done = set(self.writer.entries)
         self.roles = roles_of(expert)
+        self._weights_done = sum(map(self._weights, self.done))
         self.large = LargeDeltas()
         self._moment_of: tuple[Tensor, Tensor] | None = None  # the last inputs seen, and their second moment
         self._reader = PairReader(base, expert, pinned=device.type == "cuda")
         self._writing = WriterThread()
 
-    def run(self) -> Artifact:
-        with self._reader, self._writing:
+    def run(self, *, is_made: bool = False) -> Artifact:
+        """Encode and write what is not done yet. is_made: all was, by a run that was interrupted afterwards."""
+        if is_made:
+            made = Artifact.open(self.writer.out)
+            self.large.see_resumed(made.manifest.tensors, self.expert, self.base)
+            return made
+        self._tell("the first tensors")
+        with self.writer, self._reader, self._writing:
             if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
                 walk(
                     self.expert,
@@ -95,6 +101,12 @@ class Conversion:
         companions = list(self.expert.companions())
         self.writer.finish(self._manifest(entries, companions), companions)
         return Artifact.open(self.writer.out)
+
+    def _tell(self, name: str) -> None:
+        self.progress("compressing", self._weights_done, self.expert.parameters, name)
+
+    def _weights(self, name: str) -> int:
+        return math.prod(self.expert.tensors[name].shape)
 
     def _expect(self, names: Iterable[str]) -> None:
         self._reader.expect(name for name in names if name in self.expert.tensors and name not in self.done)
@@ -135,8 +147,8 @@ class Conversion:
                 entry = replace(entry, kind="coded", method=delta.baseline.name, meta=dict(delta.meta))
         self._writing.call(self.writer.add, name, entry, {suffix: part.cpu() for suffix, part in parts.items()})
         self.done.add(name)
-        if self.progress is not None:
-            self.progress(len(self.done), len(self.expert.tensors), name)
+        self._weights_done += self._weights(name)
+        self._tell(name)
 
     def _encode(
         self, name: str, role: str, ours: Tensor, base: Tensor, moment: Tensor | None

@@ -19,9 +19,7 @@ from meswitch.compression.compatibility import (
     is_vocabulary,
 )
 from meswitch.errors import IncompatibleError
-
-# (tensors done, tensors in all, name of the last one)
-Progress = Callable[[int, int, str], None]
+from meswitch.progress import Progress, silent
 
 _BLOCK = 1 << 21  # weights in float64 at a time
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -148,7 +146,7 @@ class Diff:
         return {name: Change.together(parts) for name, parts in groups.items()}
 
 
-def diff(base: str | Path, expert: str | Path, *, progress: Progress | None = None) -> Diff:
+def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -> Diff:
     """Compare a fine-tune with its base. Pairs that do not fit are compared as far as they correspond.
 
     Args:
@@ -161,14 +159,15 @@ def diff(base: str | Path, expert: str | Path, *, progress: Progress | None = No
     tensors: list[TensorChange] = []
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     shared = [name for name in theirs.tensors if ours.info(name) is not None]
-    for done, name in enumerate(shared, start=1):
+    read, total = 0, sum(theirs.tensors[name].nbytes for name in shared)
+    for name in shared:
         item = _compare(name, ours.read(name), theirs.read(name))
         if isinstance(item, TensorChange):
             tensors.append(item)
         else:
             other_shape[name] = item
-        if progress is not None:
-            progress(done, len(shared), name)
+        read += theirs.tensors[name].nbytes
+        progress("comparing", read, total, name)
     return Diff(
         base=str(base),
         expert=str(expert),

@@ -1,6 +1,7 @@
 """Base + delta -> a plain checkpoint, on disk or in memory."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, Delta
+from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
-from meswitch.tensorfile import fsync_path, write_tensors
+from meswitch.progress import Progress, silent
+from meswitch.tensorfile import write_tensors
 
 _SHARD_BYTES = 2 << 30
 
@@ -47,7 +50,14 @@ def _restore(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) ->
         yield name, tensor
 
 
-def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+def merge(
+    base: str | Path,
+    delta: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    progress: Progress = silent,
+) -> Path:
     """Write base + delta as a Hugging Face checkpoint that `AutoModelForCausalLM` loads.
 
     Args:
@@ -81,7 +91,10 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | 
             weight_map.update(dict.fromkeys(pending, path.name))
             pending.clear()
 
+    done, total = 0, sum(math.prod(entry.shape) for entry in artifact.manifest.tensors.values())
     for name, tensor in _restore(checkpoint, artifact, wanted):
+        done += tensor.numel()
+        progress("merging", done, total, name)
         pending[name] = tensor
         if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
             flush()
@@ -97,8 +110,7 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *, dtype: str | 
         config = json.loads((partial / "config.json").read_text())
         config.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
-    fsync_path(partial)
-    partial.rename(out)
+    replace_directory(partial, out)
     return out
 
 

@@ -5,7 +5,6 @@ encodes every tensor (`convert`); what was encoded is trained against the full e
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,15 @@ from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.budget import specs_within
 from meswitch.compression.compatibility import check_same_computation, check_same_tensors
-from meswitch.compression.convert import Conversion, Progress
+from meswitch.compression.convert import Conversion
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.end_to_end import train
+from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.training import check_text
 from meswitch.compression.options import Options, check_none_given
-from meswitch.compression.text import gather
+from meswitch.compression.saved_work import SavedWork
+from meswitch.compression.text import CalibrationSet, gather
+from meswitch.progress import Progress, silent
 from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
@@ -39,8 +41,8 @@ def compress(
     *,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
+    progress: Progress = silent,
+    notice: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Artifact:
     """Compress a fine-tune into an artifact of its difference from the base.
@@ -51,12 +53,15 @@ def compress(
         options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits.
         device: where the arithmetic runs, `cpu` or `cuda`.
         overwrite: replace an artifact that exists.
-        progress: is told what was done.
+        progress: is told how far each phase is (`meswitch.progress`).
         notice: is told, in a line each, what a person should know: large deltas, self-written text.
         settings: single options by name instead, such as `bits=3, calibration="math.jsonl"`.
 
+    What is done is kept in `<out>.partial` in small steps: after an interrupt the same call goes on there. Nothing
+    half-written is ever under the name `out`.
+
     Raises:
-        MeswitchError: see `meswitch.errors`; nothing half-written is left under the name `out`.
+        MeswitchError: see `meswitch.errors`.
     """
     options = dataclasses.replace(options or Options(), **settings)
     out, where = Path(out), torch.device(device)
@@ -72,44 +77,55 @@ def compress(
     check_same_tensors(source, target)
     check_destination(out, overwrite)
     if not has_tokenizer(target.directory):
-        if notice is not None:
-            notice(f"{target.directory}: no tokenizer's files: what is made can be merged, not served")
+        notice(f"{target.directory}: no tokenizer's files: what is made can be merged, not served")
     else:
         ChatTokenizer.open(target.directory.name, target.directory)
+    with SavedWork(out) as work:
+        text, recipe = _text_and_recipe(options, target, where, progress, notice, work)
+        moments = None if text is None else text.first(MOMENT_TOKENS)
+        specs = None
+        if options.target_bpw is not None:
+            with fitting_threads(where, target.config.hidden_size):
+                fits = _fits(target, where)
+                specs = specs_within(source, target, options, moments, fits, where, progress, work)
+        stage = out if recipe is None else work.directory / "undistilled"
+        replace = overwrite or recipe is not None
+        conversion = Conversion(source, target, stage, options, specs, text, moments, where, replace, progress)
+        artifact = conversion.run(is_made=stage.is_dir() and work.load("undistilled", conversion.plan) is not None)
+        if warning := conversion.large.warning(None if options.target_bpw is not None else options.bits):
+            notice(warning)
+        if recipe is None or text is None:
+            return artifact
+        work.save("undistilled", conversion.plan, True)
+        by = train_blocks if recipe.scope == "block" else train
+        changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress, work=work)
+        distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
+        return rewrite(artifact, out, changed, distilled, overwrite=overwrite)
+
+
+def _text_and_recipe(
+    options: Options,
+    expert: Checkpoint,
+    device: torch.device,
+    progress: Progress,
+    notice: Callable[[str], None],
+    work: SavedWork,
+) -> tuple[CalibrationSet | None, Recipe | None]:
+    """Calibration text, if any is asked for, and how to train on it, if that is done."""
     steps = options.asked_steps
-    if steps is None and not (options.has_scales and target.nbytes <= DISTILL_BYTES):
+    if steps is None and not (options.has_scales and expert.nbytes <= DISTILL_BYTES):
         steps = 0
     text = None
     if options.source is not None:
         limit = min(options.tokens, MOMENT_TOKENS) if steps == 0 else options.tokens
-        text = gather(options.source, target, limit, device=where, progress=progress, notice=notice)
-    recipe = options.recipe
+        text = gather(options.source, expert, limit, device=device, progress=progress, notice=notice, work=work)
     if steps is None:
-        steps = 0 if text is None or len(text.sequences) < DISTILL_SEQUENCES else recipe.steps
+        steps = 0 if text is None or len(text.sequences) < DISTILL_SEQUENCES else options.recipe.steps
     options.check_use_of_text(steps)
-    if steps and text is not None:
-        check_text(text.sequences)
-    stage = out.with_name(out.name + ".undistilled") if steps else out
-    moments = None if text is None else text.first(MOMENT_TOKENS)
-    specs = None
-    if options.target_bpw is not None:
-        with fitting_threads(where, target.config.hidden_size):
-            fits = _fits(target, where)
-            specs = specs_within(source, target, options, moments, measure=fits, device=where, progress=progress)
-    replace = overwrite or stage != out
-    conversion = Conversion(source, target, stage, options, specs, text, moments, where, replace, progress)
-    artifact = conversion.run()
-    bits = None if options.target_bpw is not None else options.bits
-    if notice is not None and (warning := conversion.large.warning(bits)):
-        notice(warning)
     if not steps or text is None:
-        return artifact
-    by = train_blocks if recipe.scope == "block" else train
-    changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress)
-    distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
-    artifact = rewrite(artifact, out, changed, distilled, overwrite=overwrite)
-    shutil.rmtree(stage)
-    return artifact
+        return text, None
+    check_text(text.sequences)
+    return text, options.recipe
 
 
 def _fits(expert: Checkpoint, device: torch.device) -> bool:

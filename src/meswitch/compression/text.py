@@ -14,13 +14,13 @@ import torch
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint
+from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.errors import ConfigError
+from meswitch.progress import Progress, silent
 
 MAX_LENGTH = 512
 _ROWS = 256  # tokenised at once
 SELF = "self"
-# (done, in all, what)
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,9 @@ def gather(
     max_tokens: int,
     *,
     device: torch.device,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     notice: Callable[[str], None] | None = None,
+    work: SavedWork = NOWHERE,
 ) -> CalibrationSet:
     """The text that a source names, at most `max_tokens` of it.
 
@@ -109,7 +110,9 @@ def gather(
         if notice is not None:
             notice(f"calibration: {source.text} has {read.info.tokens} tokens already; the expert writes none")
         return read
-    own = self_calibration(expert, missing, prompts=source.questions, device=device, progress=progress, notice=notice)
+    own = self_calibration(
+        expert, missing, prompts=source.questions, device=device, progress=progress, notice=notice, work=work
+    )
     if read is None:
         return own
     joined = Calibration(

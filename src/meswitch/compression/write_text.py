@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.compression.partial_model import compute_dtype
+from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,
     SELF,
     CalibrationSet,
-    Progress,
     load_questions,
     load_tokenizer,
 )
 from meswitch.errors import ConfigError
+from meswitch.progress import Progress, silent
 from meswitch.threads import fitting_threads
 from meswitch.units import format_bytes
 
@@ -52,8 +54,9 @@ def self_calibration(
     prompts: str | Path | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     notice: Callable[[str], None] | None = None,
+    work: SavedWork = NOWHERE,
 ) -> CalibrationSet:
     """Let the expert write its own calibration text, sampled at temperature 1.
 
@@ -65,6 +68,7 @@ def self_calibration(
             enough tokens or nothing new comes; None lets it invent them.
         device: where the whole expert is loaded, in float32 on the CPU and bfloat16 elsewhere.
         notice: is told about memory before, and about what was dropped after.
+        work: where what was written is saved after every batch, and found again.
 
     Raises:
         ConfigError: there is no tokenizer, the prompts cannot be read, or the expert writes nothing of use.
@@ -75,13 +79,20 @@ def self_calibration(
     asked = None if prompts is None else load_questions(Path(prompts))
     dtype = compute_dtype(device)
     size = format_bytes(expert.parameters * dtype.itemsize)
-    say(f"calibration: the full expert is loaded on {device} ({size}) to write its own text")
-    writer = _Writer(expert, tokenizer, device, dtype, seed)
     kept: list[list[int]] = []
-    seen: set[tuple[int, ...]] = set()
     dropped: Counter[str] = Counter()
-    total = asked_for = 0
-    dry = False
+    asked_for, dry = 0, False
+    plan = digest(fingerprint(expert), tokens, asked, device.type, seed)
+    if (saved := work.load("text", plan)) is not None:
+        kept, faults, asked_for, dry = saved[0]
+        dropped = Counter(faults)
+    seen = set(map(tuple, kept))
+    total = sum(map(len, kept))
+    if total < tokens and not dry:
+        say(f"calibration: the full expert is loaded on {device} ({size}) to write its own text")
+        writer = _Writer(expert, tokenizer, device, dtype, seed)
+        if saved is not None:
+            writer.sampler.random.set_state(saved[1]["random"])
     with fitting_threads(device, expert.config.hidden_size):
         while total < tokens and not dry:
             mean = total / len(kept) if kept else 64
@@ -98,8 +109,8 @@ def self_calibration(
                     kept.append(sequence[: tokens - total])
                     total += len(kept[-1])
             dry = wanted - useless < DRY * wanted
-            if progress is not None:
-                progress(total, tokens, "calibration text")
+            work.save("text", plan, (kept, dropped, asked_for, dry), {"random": writer.sampler.random.get_state()})
+            progress("writing calibration text", total, tokens, f"{len(kept)} sequences")
     if not kept:
         raise ConfigError(
             f"calibration: {SELF}: {expert.directory} wrote only text that is {_list(dropped)}; give a file of text"
@@ -108,8 +119,8 @@ def self_calibration(
     less = f" of {tokens} wanted" if total < tokens else ""
     say(f"calibration: it wrote {len(kept)} sequences, {total} tokens{less}{losses}")
     source = SELF if prompts is None else f"{SELF}:{Path(prompts).name}"
-    digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-    return CalibrationSet(kept, Calibration(source, digest, len(kept), total, seed))
+    sha256 = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    return CalibrationSet(kept, Calibration(source, sha256, len(kept), total, seed))
 
 
 def _list(dropped: Counter[str]) -> str:

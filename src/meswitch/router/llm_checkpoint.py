@@ -5,7 +5,6 @@ resumed run goes on with the very bits of one that was never interrupted.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.router.base import RouterError
-from meswitch.tensorfile import fsync_path
 
 _STATE = "state.json"
 _TENSORS = "state.safetensors"
@@ -36,9 +35,8 @@ def save_checkpoint(
 
     mean: of the last steps' weights, or empty.
     """
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old.partial")
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {f"weight.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
     tensors |= {f"mean.{name}": value.detach().cpu().contiguous() for name, value in mean.items()}
@@ -47,13 +45,9 @@ def save_checkpoint(
             tensors[f"optimizer.{key}.{name}"] = item.detach().cpu().contiguous()
     save_file(tensors, partial / _TENSORS)
     (partial / _STATE).write_text(json.dumps({"format": _FORMAT, "step": step, "run": run}) + "\n")
-    for part in (partial / _TENSORS, partial / _STATE, partial):
+    for part in (partial / _TENSORS, partial / _STATE):
         fsync_path(part)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(partial, path)
-    fsync_path(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_directory(partial, path)
 
 
 def load_checkpoint(
@@ -68,9 +62,7 @@ def load_checkpoint(
     Raises:
         RouterError: a checkpoint of another run, or a damaged one.
     """
-    old = path.with_name(path.name + ".old.partial")
-    if not path.exists() and old.exists():  # interrupted between the two renames
-        os.replace(old, path)
+    recover_directory(path)
     if not path.exists():
         return 0
     state = _state(path)

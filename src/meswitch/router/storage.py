@@ -7,7 +7,6 @@ checksum differ from what `router.json` says. Nothing is unpickled.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
+from meswitch.durable import fsync_path, replace_directory
 from meswitch.router.base import RouterError
 from meswitch.router.records import Calibration, CascadeFile, LlmFile, Provenance, RulesFile
 from meswitch.strict import Decoder
-from meswitch.tensorfile import fsync_path
 
 FORMAT = "meswitch-router"
 VERSION = 1
@@ -116,10 +115,9 @@ def write_router(
     raw = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     file = dataclasses.replace(file, tensors_sha256=hashlib.sha256(raw).hexdigest())
     head = {"format": FORMAT, "version": VERSION}
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old.partial")
+    partial = path.with_name(path.name + ".partial")
     try:
-        for left_over in (partial, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if isinstance(file, CascadeFile | RulesFile):
             for name, member in (members or {}).items():
@@ -128,13 +126,9 @@ def write_router(
             file = dataclasses.replace(file, members=checksums)
         (partial / TENSORS_NAME).write_bytes(raw)
         (partial / JSON_NAME).write_text(json.dumps(head | dataclasses.asdict(file), indent=2) + "\n")
-        for part in (partial / TENSORS_NAME, partial / JSON_NAME, partial):
+        for part in (partial / TENSORS_NAME, partial / JSON_NAME):
             fsync_path(part)
-        if path.exists():  # a directory cannot be renamed onto one that is not empty
-            os.replace(path, old)
-        os.replace(partial, path)
-        fsync_path(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_directory(partial, path)
     except OSError as error:
         raise RouterError(f"{path}: cannot be written: {error}") from error
 

@@ -65,7 +65,7 @@ def test_the_divergence_falls_and_the_artifact_costs_no_more_bytes_and_is_served
         assert now.kind == entry.kind
         assert (now.stored != entry.stored) <= (name in trained), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "plain", "text.jsonl"]
-    assert [line for line in lines if line[1] == 7 * 12][-1][0] == 7 * 12
+    assert lines[-1][:3] == ("training", 7 * 12, 7 * 12)
     with meswitch.Engine(family / "base", {"math": tmp_path / "delta"}, device="cpu") as engine:
         (answer,) = engine.generate([[{"role": "user", "content": "How many? 2*3"}]], model="math", max_new_tokens=8)
         assert answer.tokens
@@ -170,7 +170,7 @@ def test_an_interrupted_run_leaves_nothing_loadable_and_is_taken_up(pair, tmp_pa
     class Stop(BaseException):
         pass
 
-    def stop(done, of, line):
+    def stop(phase, done, of, line):
         if line.startswith("block 2 of 2"):
             raise Stop
 
@@ -186,7 +186,7 @@ def test_an_interrupted_run_leaves_nothing_loadable_and_is_taken_up(pair, tmp_pa
 def test_naming_the_scope_asks_for_training_whatever_the_size(pair, tmp_path, text, monkeypatch):
     monkeypatch.setattr("meswitch.compression.pipeline.DISTILL_BYTES", 1)
 
-    def stop(done, of, line):
+    def stop(phase, done, of, line):
         if line.startswith("block"):
             assert of == 3 * recipe_for("me-switch", scope="block").steps
             raise KeyboardInterrupt

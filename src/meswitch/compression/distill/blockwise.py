@@ -6,21 +6,22 @@ before it give: a later block makes good what the earlier ones have left, as in 
 host; of the weights, one block of the expert or of the student is on the device at a time.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meswitch.artifact import Artifact
-from meswitch.artifact.manifest import Distillation
+from meswitch.artifact import Artifact, Manifest, delta_from_parts
+from meswitch.artifact.manifest import Distillation, stored_name
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta
+from meswitch.codec import CodedDelta, Delta, PackedDelta, restore_baseline
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Student, attach
 from meswitch.compression.distill.training import (
-    Progress,
     Sample,
     batches,
     check_text,
@@ -31,10 +32,13 @@ from meswitch.compression.distill.training import (
     record,
     split,
     training_dtype,
+    training_plan,
     weights,
 )
 from meswitch.compression.partial_model import BlockwiseModel
+from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet
+from meswitch.progress import Progress, silent
 
 _LOGITS = 1 << 26  # that are made at once, at most
 Changed = dict[str, PackedDelta | CodedDelta | Tensor]
@@ -49,9 +53,14 @@ def train_blocks(
     recipe: Recipe,
     *,
     device: torch.device,
-    progress: Progress | None = None,
+    progress: Progress = silent,
+    work: SavedWork = NOWHERE,
 ) -> tuple[Changed, Distillation]:
     """Train an artifact's codes and scales on text, and what else the recipe says, one block after the other.
+
+    Args:
+        work: where each trained block is saved, and the state of the one at work now and then. An interrupted training
+            goes on there, once the hidden states of the text have been computed again.
 
     The embedding stays as it is, and so does a head that is tied to it. The recipe's steps are taken for every block
     and once more for the head.
@@ -75,22 +84,33 @@ def train_blocks(
 
     def told(part: int, what: str) -> Callable[[int, float, float], None]:
         def tell(step: int, now: float, before: float) -> None:
-            if progress is not None:
-                done = part * recipe.steps + step
-                progress(done, parts * recipe.steps, f"{what} {now:.4g}, {before:.4g} before")
+            done = part * recipe.steps + step
+            progress("training", done, parts * recipe.steps, f"{what} {now:.4g}, {before:.4g} before")
 
         return tell
 
+    plan = training_plan(artifact, text, recipe, device)
     for index in range(len(job.frame)):
         job.advance(index, job.frame.block(index), theirs)
+        what = f"block {index + 1} of {len(job.frame)}: held-out error of its output"
         block = job.frame.block(index)
         student = job.attach(block, _inside(job.frame.name(index)))
         job.advance(index, block, untrained, held)
-        what = f"block {index + 1} of {len(job.frame)}: held-out error of its output"
-        _fit_block(job, index, block, student, ours, theirs, told(index, what))
-        changed |= student.trained(artifact)
-        job.advance(index, block, ours)
+        saved = work.load(f"block-{index:04d}", plan)
+        if saved is None:
+            _fit_block(job, index, block, student, ours, theirs, told(index, what), work, f"{plan} {index}")
+            trained = student.trained(artifact)
+            work.save(f"block-{index:04d}", plan, None, _by_stored_name(trained))
+        else:
+            trained = _from_stored(artifact, saved[1])
+            drawn = batches(rest, recipe.batch, generator)
+            for _ in range(recipe.steps):  # what its training drew
+                next(drawn)
+            progress("training", (index + 1) * recipe.steps, parts * recipe.steps, f"block {index + 1} is trained")
         del block, student
+        # as it will be stored: later blocks make good its rounding, and a resumed training sees the same
+        job.advance(index, job.stored_block(index, trained), ours)
+        changed |= trained
 
     end = _End(job, theirs)
     before = job.mean(lambda batch: end.divergence(batch, untrained))
@@ -101,6 +121,8 @@ def train_blocks(
         lambda: job.mean(lambda batch: end.divergence(batch, ours)),
         recipe,
         told(len(job.frame), "head: held-out divergence"),
+        work,
+        f"{plan} head",
     )
     changed |= end.student.trained(artifact)
     return changed if after < before else {}, record(artifact, recipe, before, min(before, after))
@@ -114,6 +136,8 @@ def _fit_block(
     ours: States,
     theirs: States,
     told: Callable[[int, float, float], None],
+    work: SavedWork,
+    plan: str,
 ) -> None:
     """Train a block to give `theirs` from `ours`."""
     fit(
@@ -123,12 +147,59 @@ def _fit_block(
         lambda: job.mean(lambda batch: float(job.error(index, block, batch, ours, theirs))),
         job.recipe,
         told,
+        work,
+        plan,
     )
 
 
 def _inside(prefix: str) -> Callable[[str], str | None]:
     """A tensor's name without what a block's tensors begin with; None for other tensors."""
     return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """An artifact with what was trained since in the place of what it stores."""
+
+    artifact: Artifact
+    trained: Changed
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.artifact.manifest
+
+    @property
+    def directory(self) -> Path:
+        return self.artifact.directory
+
+    def read(self, name: str) -> Delta | CodedDelta | Tensor | None:
+        return self.trained[name] if name in self.trained else self.artifact.read(name)
+
+
+def _by_stored_name(trained: Changed) -> dict[str, Tensor]:
+    return {
+        stored_name(name, suffix): part
+        for name, value in trained.items()
+        for suffix, part in ({"": value} if isinstance(value, Tensor) else value.tensors()).items()
+    }
+
+
+def _from_stored(artifact: Artifact, stored: Mapping[str, Tensor]) -> Changed:
+    """What `_by_stored_name` made flat."""
+    found: Changed = {}
+    for name, entry in artifact.manifest.tensors.items():
+        parts = {suffix: stored[key] for suffix in entry.stored if (key := stored_name(name, suffix)) in stored}
+        if not parts:
+            continue
+        if entry.kind == "packed":
+            delta = delta_from_parts(entry, parts)
+            assert isinstance(delta, PackedDelta)
+            found[name] = delta
+        elif entry.kind == "coded":
+            found[name] = restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.matrix[1])
+        else:
+            found[name] = parts[""]
+    return found
 
 
 @dataclass
@@ -156,6 +227,19 @@ class _Job:
 
     def attach(self, model: nn.Module, names: Callable[[str], str | None]) -> Student:
         return attach(model, self.base, self.expert, self.artifact, self.recipe, self.device, self.dtype, names)
+
+    @torch.no_grad()
+    def stored_block(self, index: int, trained: Changed) -> nn.Module:
+        """A block as the artifact will restore it, with what was trained of it."""
+        block, inside = self.frame.block(index), _inside(self.frame.name(index))
+        fixed = dataclasses.replace(self.recipe, codes=False, norms=False)
+        stored = _Trained(self.artifact, trained)
+        attach(block, self.base, self.expert, stored, fixed, self.device, self.dtype, inside)
+        for name, value in trained.items():
+            path = inside(name)
+            if isinstance(value, Tensor) and path is not None:
+                block.get_parameter(path).copy_(value)
+        return block
 
     @torch.no_grad()
     def enter(self) -> tuple[States, States]:

@@ -20,7 +20,6 @@ from meswitch.codec import CodedDelta, PackedDelta
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Outputs, build, frozen, read_batch
 from meswitch.compression.distill.training import (
-    Progress,
     Sample,
     batches,
     check_text,
@@ -30,9 +29,12 @@ from meswitch.compression.distill.training import (
     record,
     split,
     training_dtype,
+    training_plan,
     weights,
 )
+from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet
+from meswitch.progress import Progress, silent
 
 _REMEMBERED = 1 << 28  # bytes of logits
 
@@ -45,9 +47,13 @@ def train(
     recipe: Recipe,
     *,
     device: torch.device,
-    progress: Progress | None = None,
+    progress: Progress = silent,
+    work: SavedWork = NOWHERE,
 ) -> tuple[dict[str, PackedDelta | CodedDelta | Tensor], Distillation]:
     """Train an artifact's codes and scales, and what else the recipe says, on text.
+
+    Args:
+        work: where the state of the training is saved now and then, and found again.
 
     Returns:
         the tensors that changed, by name, and what was done. Held-out divergence never rises: if training does not
@@ -65,8 +71,7 @@ def train(
     held, rest = split(text, recipe, generator)
 
     def told(step: int, now: float, before: float) -> None:
-        if progress is not None:
-            progress(step, recipe.steps, f"held-out divergence {now:.4f} nats a token, {before:.4f} before")
+        progress("training", step, recipe.steps, f"held-out divergence {now:.4f} nats a token, {before:.4f} before")
 
     full = _TeacherAnswers(teacher, sum(len(sample.ids) for sample in held), device)
     before, best = fit(
@@ -76,6 +81,8 @@ def train(
         lambda: mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device)),
         recipe,
         told,
+        work,
+        training_plan(artifact, text, recipe, device),
     )
     return student.trained(artifact), record(artifact, recipe, before, best)
 

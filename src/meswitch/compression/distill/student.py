@@ -7,6 +7,7 @@ signs their scales, one a matrix, a row or a column.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM
 
-from meswitch.artifact import Artifact
+from meswitch.artifact import Artifact, Manifest
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta, pack, unpack
+from meswitch.codec import CodedDelta, Delta, PackedDelta, pack, unpack
 from meswitch.codec.baselines.per_axis import ROW
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
@@ -29,6 +30,18 @@ CODES_RATE = 0.5  # the steps of latent weights, whose levels are 2 apart, again
 _WITHIN = 0.9  # of a level: half the distance to the next is 1
 # parameters, and the factor by which the recipe's learning rate is theirs
 Group = tuple[list[nn.Parameter], float]
+
+
+class Stored(Protocol):
+    """What a student is made of: an artifact, or one with trained tensors in it."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def directory(self) -> Path: ...
+
+    def read(self, name: str) -> Delta | CodedDelta | Tensor | None: ...
 
 
 class Trainable(Protocol):
@@ -306,7 +319,7 @@ def attach(
     model: Any,
     base: Checkpoint,
     expert: Checkpoint,
-    artifact: Artifact,
+    artifact: Stored,
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,

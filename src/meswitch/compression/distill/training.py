@@ -1,12 +1,13 @@
 """What both ways to distil share: text in batches, the divergence, the steps, and what the manifest says of them."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
@@ -14,6 +15,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Group
 from meswitch.compression.partial_model import compute_dtype
+from meswitch.compression.saved_work import SavedWork, digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
 
@@ -22,9 +24,6 @@ _HELD_OUT_BATCH = 16
 _POOL = 8  # batches that are sorted by length together
 _FLOAT32_PARAMETERS = 1 << 30
 _WARM_UP = 10  # steps
-
-# (steps done, steps in all, a line with the losses)
-Progress = Callable[[int, int, str], None]
 
 
 def check_text(sequences: list[list[int]]) -> None:
@@ -135,44 +134,84 @@ def fit(
     held_out: Callable[[], float],
     recipe: Recipe,
     told: Callable[[int, float, float], None],
+    work: SavedWork,
+    plan: str,
 ) -> tuple[float, float]:
     """Train parameters and leave them in the state that was best on held-out text.
 
     Args:
         text: batches without end. learn: leaves a batch's gradients in the parameters. held_out: what is to fall.
-        told: after every look at the held-out text: steps done, its value now and before the first step.
+        told: after every step: steps done, the held-out value at the last look and before the first step.
+        work, plan: where the state is saved now and then, and a digest of all that decides it.
 
     Returns:
         the held-out value before the first step, and the best.
     """
     trained = [parameter for parameters, _ in groups for parameter in parameters]
-    before = best = held_out()
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": recipe.learning_rate * factor} for parameters, factor in groups if parameters
+    ]
+    saved = work.load("training", plan) if trained else None
+    if saved is None:
+        before = now = best = held_out()
+        kept, done = [p.detach().clone() for p in trained], 0
     if not trained:
         return before, best
-    settings: list[dict[str, Any]] = [
-        {"params": parameters, "lr": recipe.learning_rate * factor} for parameters, factor in groups
-    ]
     optimizer = torch.optim.AdamW(settings, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
-    kept = [p.detach().clone() for p in trained]
-    for step in range(1, recipe.steps + 1):
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if saved is not None:
+        (done, before, now, best), tensors = saved
+        kept = _restore(trained, optimizer, tensors)
+        for _ in range(done):  # the batches that it has seen
+            next(text)
+    for step in range(done + 1, recipe.steps + 1):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _rate(step - 1, recipe.steps)
         optimizer.zero_grad(set_to_none=True)
         learn(next(text))
         optimizer.step()
-        schedule.step()
         if step % recipe.check_every == 0 or step == recipe.steps:
             now = held_out()
             if now < best:
                 best, kept = now, [p.detach().clone() for p in trained]
-            told(step, now, before)
+        told(step, now, before)
+        if work.due:
+            work.save("training", plan, (step, before, now, best), _state(trained, kept, optimizer))
     with torch.no_grad():
         for parameter, value in zip(trained, kept, strict=True):
             parameter.copy_(value)
     return before, best
 
 
+def _state(trained: list[nn.Parameter], kept: list[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What `_restore` needs: parameters now and at their best, and the optimizer's moments."""
+    state: dict[str, Tensor] = {f"{i}.now": parameter for i, parameter in enumerate(trained)}
+    state |= {f"{i}.best": value for i, value in enumerate(kept)}
+    for i, parameter in enumerate(trained):
+        state |= {f"{i}.optimizer.{key}": value for key, value in optimizer.state[parameter].items()}
+    return state
+
+
+@torch.no_grad()
+def _restore(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> list[Tensor]:
+    """Put a saved state into parameters and optimizer; returns the parameters at their best."""
+    for i, parameter in enumerate(trained):
+        parameter.copy_(state[f"{i}.now"])
+        mark = f"{i}.optimizer."
+        optimizer.state[parameter] = {
+            key.removeprefix(mark): value.to(parameter.device) for key, value in state.items() if key.startswith(mark)
+        }
+    return [state[f"{i}.best"].to(parameter.device) for i, parameter in enumerate(trained)]
+
+
 def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+def training_plan(artifact: Artifact, text: CalibrationSet, recipe: Recipe, device: torch.device) -> str:
+    """A digest of all that decides what a training ends with."""
+    start, way = artifact.manifest.to_json(), dataclasses.asdict(recipe)
+    return digest(start, dataclasses.asdict(text.info), way, device.type)
 
 
 def training_dtype(expert: Checkpoint, device: torch.device) -> torch.dtype:
