@@ -22,7 +22,10 @@ ALLOWED = {
     "evaluate": {"artifact", "adapter", "compression"},
     "server": {"engine", "router"},
 }
-ROOT = {"architecture", "errors", "units", "version", "tensorfile", "checkpoint", "strict", "threads", "pagelock"}
+ROOT = {
+    "architecture", "checkpoint", "configuration", "errors", "jsonfile", "pagelock", "strict", "tensorfile", "threads",
+    "units", "version",
+}  # fmt: skip
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
 CORE = ("codec", "artifact", "adapter", "compression", "ops", "experts", "engine")
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meswitch.errors import MeswitchError
+from meswitch.jsonfile import disguise
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -93,12 +94,14 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(_HEADER_LIMIT, size - 8):
-            raise MeswitchError(f"{file}: not a safetensors file, or cut off in its header; fetch it again")
+            found = disguise(file) or "is no safetensors file, or cut off in its header; fetch it again"
+            raise MeswitchError(f"{file}: {found}")
         try:
             header = json.loads(handle.read(length))
             tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-        except (ValueError, AttributeError):
-            raise MeswitchError(f"{file}: its header is not JSON; the file is damaged, fetch it again") from None
+        except (ValueError, AttributeError, RecursionError):
+            found = disguise(file) or "its header is not JSON; the file is damaged, fetch it again"
+            raise MeswitchError(f"{file}: {found}") from None
     for name, value in tensors.items():
         try:
             dtype = DTYPES[value["dtype"]]
