@@ -17,11 +17,12 @@ from meswitch.artifact import Artifact, rewrite
 from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.budget import specs_within
-from meswitch.compression.compatibility import check_same_computation, check_same_tensors
+from meswitch.compression.compatibility import matched, remarks
 from meswitch.compression.convert import Conversion, Progress
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.training import check_text
+from meswitch.compression.large_delta import check_same_base
 from meswitch.compression.options import Options, check_none_given
 from meswitch.compression.text import gather
 from meswitch.threads import fitting_threads
@@ -38,6 +39,7 @@ def compress(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     **settings: Any,
@@ -50,6 +52,7 @@ def compress(
         options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits.
         device: where the arithmetic runs, `cpu` or `cuda`.
         overwrite: replace an artifact that exists.
+        force: compress an expert of another base too, whose matrices have nothing to do with the base's.
         progress: is told what was done.
         notice: is told, in a line each, what a person should know: large deltas, self-written text.
         settings: single options by name instead, such as `bits=3, calibration="math.jsonl"`.
@@ -66,9 +69,12 @@ def compress(
         return write_artifact(
             Checkpoint.open(base), adapter, out, overwrite=overwrite, progress=progress, notice=notice
         )
-    source, target = Checkpoint.open(base), Checkpoint.open(expert)
-    check_same_computation(source, target)
-    check_same_tensors(source, target)
+    source, target = matched(Checkpoint.open(base), Checkpoint.open(expert))
+    if not force:
+        check_same_base(source, target)
+    if notice is not None:
+        for line in remarks(source, target):
+            notice(line)
     check_destination(out, overwrite)
     steps = options.asked_steps
     if steps is None and not (options.has_scales and target.nbytes <= DISTILL_BYTES):
