@@ -23,8 +23,8 @@ ALLOWED = {
     "server": {"engine", "router"},
 }
 ROOT = {
-    "architecture", "checkpoint", "configuration", "errors", "jsonfile", "pagelock", "strict", "tensorfile", "threads",
-    "units", "version",
+    "architecture", "checkpoint", "configuration", "errors", "hub", "jsonfile", "loaded", "pagelock", "strict",
+    "tensorfile", "threads", "units", "version",
 }  # fmt: skip
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
 CORE = ("codec", "artifact", "adapter", "compression", "ops", "experts", "engine")

@@ -252,8 +252,8 @@ def _no_weights(directory: Path) -> CheckpointError:
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path")
         return AdapterError(
-            f"{adapter}: this is a PEFT adapter of {base or 'another model'}, not a full model; merge it into its base "
-            "with `merge_and_unload` of PEFT and save the result"
+            f"{adapter}: this is a PEFT adapter of {base or 'another model'}, not a full model; give its directory as "
+            "the expert of `meswitch compress` or as `delta` in a family.toml"
         )
     runs = [name for name in names if _has_weights(directory / name)]
     trained = sorted((int(name.rpartition("-")[2]), name) for name in runs if re.fullmatch(r"checkpoint-\d+", name))

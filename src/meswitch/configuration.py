@@ -29,6 +29,8 @@ def read_config(source: str | Path) -> Any:
         file = file / "config.json"
     elif is_hub_id(source):
         file = fetch_config(str(source))
+    elif not file.exists():
+        raise CheckpointError(f"{source}: no such file or directory; give a config.json, a checkpoint or a hub id")
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; a checkpoint needs its configuration")
     fields = read_json(file)

@@ -88,21 +88,3 @@ def check_same_tensors(base: Checkpoint, expert: Checkpoint) -> None:
     for name in base.tensors:
         if expert.info(name) is None:
             raise IncompatibleError(f"{expert.directory}: lacks the tensor {name} of {base.directory}")
-
-
-def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has one row a token: the embedding and the head."""
-    return role_of(name, 2) in ("embedding", "head")
-
-
-def role_of(name: str, dimensions: int) -> str:
-    """`embedding`, `head`, `linear`, `norm`, `bias` or `other`, from the stored name."""
-    if name in ("lm_head.weight", "embed_out.weight"):
-        return "head"
-    if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")):
-        return "embedding"
-    if name.endswith(".bias"):
-        return "bias"
-    if dimensions == 2 and name.endswith(".weight"):
-        return "linear"
-    return "norm" if dimensions == 1 and "norm" in name.lower() else "other"
