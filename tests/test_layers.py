@@ -24,16 +24,20 @@ ALLOWED = {
 }
 ROOT = {
     "architecture",
-    "errors",
-    "units",
-    "version",
-    "tensorfile",
     "checkpoint",
+    "configuration",
     "durable",
+    "errors",
+    "hub",
+    "jsonfile",
+    "loaded",
+    "pagelock",
     "progress",
     "strict",
+    "tensorfile",
     "threads",
-    "pagelock",
+    "units",
+    "version",
 }
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
 CORE = ("codec", "artifact", "adapter", "compression", "ops", "experts", "engine")

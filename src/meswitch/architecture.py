@@ -306,7 +306,8 @@ class _Key:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self._text = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
+        fields = config.to_dict() | {"_name_or_path": None}  # where it was read from
+        self._text = json.dumps([type(config).__name__, fields], sort_keys=True, default=str)
 
     def __hash__(self) -> int:
         return hash(self._text)
@@ -370,8 +371,7 @@ def _plan(model: Any, parts: Mapping[str, Part], tied: Mapping[str, str], stored
     gathered: dict[tuple[str, str | None], list[tuple[str, str | None]]] = {}
     unneeded = []
     for name in sorted(stored, key=dot_natural_key):
-        bare = _WRAPPERS.sub("", name)
-        target, pattern = target_of(bare)
+        target, pattern = target_of(unwrapped(name))
         if target not in state:
             unneeded.append(name)
             continue
@@ -467,3 +467,8 @@ def matrix_shape(shape: tuple[int, ...], role: str) -> tuple[int, int]:
     if role in LIE_TRANSPOSED:
         shape = (*shape[:-2], shape[-1], shape[-2])
     return math.prod(shape[:-1]), shape[-1]
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what DataParallel, DDP and torch.compile put in front of it."""
+    return _WRAPPERS.sub("", name)

@@ -1,17 +1,22 @@
 """A Hugging Face checkpoint, read one tensor at a time."""
 
-import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meswitch.errors import CheckpointError
-from meswitch.tensorfile import TensorInfo, read_header
+from meswitch.architecture import LoadPlan, architecture_of
+from meswitch.configuration import read_config
+from meswitch.errors import AdapterError, CheckpointError, listed
+from meswitch.hub import fetch_checkpoint, is_hub_id
+from meswitch.jsonfile import disguise, read_json
+from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header, read_index
 
 # What makes an expert speak: copied into its artifact as it is.
 COMPANION_FILES = (
@@ -30,69 +35,99 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", *COMPANION_FILES]
+_CONVERT = "convert it with `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` of transformers"
+# What weights are there instead: what to call them, their names, what to do.
+_OTHER_WEIGHTS = (
+    ("weights as a pickle, which is not read", r"(pytorch_model.*|.*\.(bin|pt|pth|ckpt))", _CONVERT),
+    ("GGUF files", r".*\.gguf", "give the checkpoint in safetensors that they were made from"),
+    ("shards without their index", r"model-\d+-of-\d+\.safetensors", f"fetch {INDEX} too"),
+    ("a variant of the weights", r"model\..*\.safetensors", f"rename it to {WEIGHTS}, or save the model anew"),
+    ("other safetensors files", r".*\.safetensors", "save the model with transformers"),
+    ("a distributed training state", r"(global_step.*|.*fsdp.*|.*\.distcp)", "export the model from it first"),
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory: `tensors` maps a stored name to where its bytes are."""
+    """A checkpoint directory.
+
+    Args:
+        source: as it was given: a directory or a hub id.
+        directory: where its files are.
+        tensors: name -> where its bytes are.
+        aliases: names that have no tensor of their own, as they are tied -> the name whose tensor it is. Known of a
+            `loaded` checkpoint only.
+        left_out: stored tensors that are not in `tensors`, since the model does not load them.
+        is_stored: whether `tensors` is what the files hold, under their names; else see `loaded`.
+        content: what a fingerprint is taken of; None for `tensors`.
+    """
 
     source: str
     directory: Path
     tensors: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    is_stored: bool = True
+    content: Mapping[str, TensorInfo] | None = None
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
-        """Open a directory, or fetch a hub id into the Hugging Face cache.
+        """Open a directory, or fetch a hub id into the Hugging Face cache: the weights that transformers loads.
 
         Raises:
-            CheckpointError: nothing there, no safetensors weights, or a truncated file.
+            AdapterError: a PEFT adapter.
+            CheckpointError: nothing there, no safetensors weights, files that are damaged or contradict each other.
         """
         directory = Path(source)
-        if not directory.is_dir():
-            directory = _fetch(str(source))
-        index = directory / "model.safetensors.index.json"
-        single = directory / "model.safetensors"
-        if index.is_file():
-            files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
-        elif single.is_file():
-            files = [single]
-        else:
+        if directory.is_file():
+            found = disguise(directory)
             raise CheckpointError(
-                f"{directory}: no model.safetensors and no model.safetensors.index.json; meswitch reads safetensors "
-                "only (no pickle): convert with `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`"
+                f"{source}: {found if found and 'GGUF' in found else 'is a file; give the directory that it lies in'}"
             )
-        tensors: dict[str, TensorInfo] = {}
-        for file in files:
-            if not file.is_file():
-                raise CheckpointError(f"{index}: names {file.name}, which is missing; fetch the checkpoint again")
-            tensors |= read_header(file)
-        return cls(str(source), directory, dict(sorted(tensors.items())))
+        if not directory.is_dir():
+            if not is_hub_id(source):
+                raise CheckpointError(
+                    f"{source}: no such directory; give a checkpoint directory or a hub id such as org/name"
+                )
+            directory = fetch_checkpoint(str(source), (*COMPANION_FILES, ADAPTER_CONFIG))
+        return cls(str(source), directory, _stored(directory))
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration as transformers understands it."""
-        from transformers import AutoConfig
+        """The model's configuration as transformers understands it.
 
-        if not (self.directory / "config.json").is_file():
-            raise CheckpointError(f"{self.directory}: no config.json; a checkpoint needs one")
-        return AutoConfig.from_pretrained(self.directory)
+        Raises:
+            CheckpointError: missing, damaged, or of a model that transformers does not have.
+        """
+        return read_config(self.directory)
 
     @property
     def is_quantised(self) -> bool:
         """Whether its linear layers hold something else than weights, as the configuration says."""
-        return getattr(self.config, "quantization_config", None) is not None
+        return bool(getattr(self.config, "quantization_config", None))
 
     @cached_property
-    def aliases(self) -> Mapping[str, str]:
-        """Names that are not stored because they are tied: `lm_head.weight` -> the embedding, where it is so."""
-        tied = bool(getattr(self.config, "tie_word_embeddings", False))
-        stored = self.tensors
-        return {TIED_HEAD: TIED_EMBEDDING} if tied and TIED_HEAD not in stored and TIED_EMBEDDING in stored else {}
+    def loaded(self) -> "Checkpoint":
+        """The tensors that the model loads, under the names of a saved checkpoint: see `loaded.as_loaded`."""
+        from meswitch.loaded import as_loaded
+
+        return as_loaded(self)
+
+    @cached_property
+    def load_plan(self) -> LoadPlan:
+        """How the model's parameters are made of these tensors."""
+        return architecture_of(self.config).load_plan(self.tensors)
 
     def info(self, name: str) -> TensorInfo | None:
-        return self.tensors.get(self.aliases.get(name, name))
+        """Where a tensor is: stored under this name, or loaded as it. None if it is neither."""
+        found = self.tensors.get(self.aliases.get(name, name))
+        if found is None and self.is_stored:
+            from meswitch.loaded import find
+
+            return find(self, name)
+        return found
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype.
@@ -123,6 +158,34 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def remarks(self) -> list[str]:
+        """What lies in the directory and is not part of the model, in a line each."""
+        found = []
+        index, shards = self.directory / INDEX, self.ignored_shards
+        if shards:
+            found.append(
+                f"{self.directory / WEIGHTS} is read, as transformers reads it; {index.name} beside it names other "
+                f"files, which are not: {listed(shards)}"
+            )
+        if (self.directory / ADAPTER_CONFIG).is_file():
+            found.append(
+                f"{self.directory / ADAPTER_CONFIG}: the adapter beside the weights is not applied; merge it into them "
+                "(`merge_and_unload` of PEFT) if it belongs to the model"
+            )
+        return found
+
+    @property
+    def ignored_shards(self) -> list[str]:
+        """Files that an index names beside a `model.safetensors`, which is what transformers loads."""
+        index = self.directory / INDEX
+        if not (self.directory / WEIGHTS).is_file() or not index.is_file():
+            return []
+        try:
+            return sorted(set(read_index(index).values()) - {WEIGHTS})
+        except CheckpointError:  # damaged, and not needed
+            return []
+
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values."""
@@ -132,17 +195,89 @@ def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
-def _fetch(source: str) -> Path:
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise CheckpointError(f"{source}: no such directory; give a checkpoint directory or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _stored(directory: Path) -> Mapping[str, TensorInfo]:
+    """The tensors of the weights that transformers loads from a directory: `model.safetensors`, else the index's."""
+    single, index = directory / WEIGHTS, directory / INDEX
+    _check_rivals(directory)
+    if single.is_file():
+        return dict(sorted(read_header(single).items()))
+    if not index.is_file():
+        raise _no_weights(directory)
+    wanted = read_index(index)
+    files = sorted({directory / name for name in wanted.values()})
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: names {listed(missing)}, which is missing; fetch the checkpoint again")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:  # in this order, as transformers reads them: of several tensors of a name it takes the last
+        tensors |= read_header(file)
+    for file in files:
+        for name, info in read_header(file).items():
+            last = tensors[name]
+            if info.file != last.file and wanted.get(name) == file.name and info.sha256() != last.sha256():
+                raise CheckpointError(
+                    f"{index}: {name}: is that of {file.name}, but {last.file.name} holds other values under this "
+                    "name, which transformers loads; save the model anew into an empty directory"
+                )
+    return dict(sorted(tensors.items()))
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+def _check_rivals(directory: Path) -> None:
+    """Refuse what one reader of this directory would load and another would not.
+
+    Raises:
+        CheckpointError: naming both files.
+    """
+    config = directory / "config.json"
+    named = read_json(config).get("transformers_weights") if config.is_file() else None
+    if named is not None:
         raise CheckpointError(
-            f"{source}: neither a directory here nor a model that the hub gives ({reason}); "
-            "check the name, or log in with `hf auth login`"
-        ) from error
+            f"{config}: transformers_weights: the weights are those of {named}; save the model under the usual names"
+        )
+    parts = sorted(file.name for file in directory.glob("shard-*-model-*-of-*.safetensors"))
+    if parts:
+        raise CheckpointError(
+            f"{directory}: a distributed checkpoint ({listed(parts)}), which only newer versions of transformers "
+            "load; save the model as model.safetensors"
+        )
+    adapter = directory / ADAPTER_CONFIG
+    if adapter.is_file() and (directory / WEIGHTS).is_file() and find_spec("peft") is not None:
+        raise CheckpointError(
+            f"{directory}: holds {WEIGHTS} and {adapter.name}: with PEFT installed, transformers adds the adapter to "
+            "the weights; move the adapter's files away, or merge it into the weights (`merge_and_unload` of PEFT)"
+        )
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    """What a directory without safetensors weights is, and what to give instead."""
+    names = sorted(path.name for path in directory.iterdir())
+    adapter = directory / ADAPTER_CONFIG
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        return AdapterError(
+            f"{adapter}: this is a PEFT adapter of {base or 'another model'}, not a full model; give its directory as "
+            "the expert of `meswitch compress` or as `delta` in a family.toml"
+        )
+    runs = [name for name in names if _has_weights(directory / name)]
+    trained = sorted((int(name.rpartition("-")[2]), name) for name in runs if re.fullmatch(r"checkpoint-\d+", name))
+    if trained:
+        return CheckpointError(
+            f"{directory}: a Trainer's output directory, with {len(trained)} checkpoints and no model of its own; give "
+            f"the last one, {directory / trained[-1][1]}, or the best"
+        )
+    if runs:
+        return CheckpointError(f"{directory}: no weights in it, but in {listed(runs)}; give {directory / runs[0]}")
+    for what, pattern, fix in _OTHER_WEIGHTS:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found:
+            return CheckpointError(f"{directory}: no {WEIGHTS}, but {what} ({listed(found)}); {fix}")
+    held = listed(names) if names else "nothing"
+    return CheckpointError(
+        f"{directory}: no {WEIGHTS} and no {INDEX} (it holds {held}); meswitch reads safetensors only, no pickle: "
+        f"{_CONVERT}"
+    )
+
+
+def _has_weights(directory: Path) -> bool:
+    names = (WEIGHTS, INDEX, ADAPTER_CONFIG, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return directory.is_dir() and any((directory / name).is_file() for name in names)

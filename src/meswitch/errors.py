@@ -1,5 +1,7 @@
 """Errors a user can act on: every message names the file, the field and the fix."""
 
+from collections.abc import Sequence
+
 
 class MeswitchError(Exception):
     """Base of all errors that meswitch raises on purpose."""
@@ -7,6 +9,10 @@ class MeswitchError(Exception):
 
 class CheckpointError(MeswitchError):
     """A Hugging Face checkpoint is missing, truncated or in a format that is not read."""
+
+
+class AdapterError(CheckpointError):
+    """A PEFT adapter (LoRA and the like) was given where a full model is expected."""
 
 
 class ArtifactError(MeswitchError):
@@ -27,3 +33,9 @@ class UnknownExpertError(MeswitchError):
 
 class CapacityError(MeswitchError):
     """A byte budget or a queue is full, or an expert does not fit the slots."""
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

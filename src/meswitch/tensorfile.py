@@ -19,7 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meswitch.durable import replacing
-from meswitch.errors import MeswitchError
+from meswitch.errors import CheckpointError, MeswitchError
+from meswitch.jsonfile import disguise, read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of a checkpoint: one file, or several
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -88,18 +91,43 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in _entries(file)}
 
 
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor name -> name of the file that holds it, as an index of several files says.
+
+    Args:
+        file: `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: damaged, without a `weight_map`, or one that names anything but safetensors files beside it.
+    """
+    names = read_json(file).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(
+            f"{file}: weight_map: missing or empty, so that nothing says which files hold the weights; "
+            "fetch the file again, or remove it if model.safetensors holds them all"
+        )
+    for tensor, name in names.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise CheckpointError(
+                f"{file}: weight_map: {tensor}: {name!r} is no name of a safetensors file in this directory"
+            )
+    return names
+
+
 def _entries(file: Path) -> Iterator[TensorInfo]:
     size = file.stat().st_size
     with file.open("rb") as handle:
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(_HEADER_LIMIT, size - 8):
-            raise MeswitchError(f"{file}: not a safetensors file, or cut off in its header; fetch it again")
+            found = disguise(file) or "is not a safetensors file, or cut off in its header; fetch it again"
+            raise MeswitchError(f"{file}: {found}")
         try:
             header = json.loads(handle.read(length))
             tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-        except (ValueError, AttributeError):
-            raise MeswitchError(f"{file}: its header is not JSON; the file is damaged, fetch it again") from None
+        except (ValueError, AttributeError, RecursionError):
+            found = disguise(file) or "its header is not JSON; the file is damaged, fetch it again"
+            raise MeswitchError(f"{file}: {found}") from None
     for name, value in tensors.items():
         try:
             dtype = DTYPES[value["dtype"]]

@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.large_delta import LargeDeltas, relative_norm
+from meswitch.compression.compatibility import matched
+from meswitch.compression.large_delta import LargeDeltas, check_same_base, relative_norm
 from meswitch.compression.merge import load_merged
+from meswitch.errors import IncompatibleError
+from meswitch.tensorfile import TensorInfo
+from models import make_pair
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
@@ -96,3 +101,54 @@ def test_a_resumed_run_says_the_same(moved, tmp_path):
 def test_other_methods_warn_too(moved, tmp_path):
     _, lines = compressed(*moved, tmp_path / "delta", method="bitdelta", distill=0)
     assert "up_proj (2.0" in lines[0]
+
+
+@pytest.fixture
+def unrelated(pair, tmp_path):
+    """A base, and a model of its shape that was trained apart."""
+    base, _ = pair()
+    _, other = make_pair(tmp_path / "apart", base, "mistral", seed=7)
+    return base, other
+
+
+def test_a_fine_tune_of_another_base_is_refused_before_any_work(unrelated, tmp_path):
+    steps = []
+    with pytest.raises(IncompatibleError) as raised:
+        meswitch.compress(*unrelated, tmp_path / "delta", progress=lambda *step: steps.append(step))
+    line = str(raised.value)
+    assert line.startswith(
+        f"{unrelated[1]}: is no fine-tune of this base: all 16 matrices that were compared moved by 1."
+    )
+    assert line.endswith("give the base that it was trained from, or --force (force=True) to go on")
+    assert steps == []
+    assert not (tmp_path / "delta").exists()
+
+
+def test_force_goes_on(unrelated, tmp_path):
+    artifact, lines = compressed(*unrelated, tmp_path / "delta", force=True)
+    artifact.verify()
+    assert lines[0].startswith("large deltas: 16 of 16")
+
+
+def test_one_matrix_that_is_near_tells_the_right_base(unrelated, tmp_path):
+    base, other = unrelated
+    ours, theirs = (load_file(side / "model.safetensors") for side in unrelated)
+    theirs["model.layers.1.mlp.down_proj.weight"] = ours["model.layers.1.mlp.down_proj.weight"]
+    save_file(theirs, other / "model.safetensors", metadata={"format": "pt"})
+    meswitch.compress(base, other, tmp_path / "delta")
+
+
+def test_few_rows_of_few_matrices_are_read(unrelated, monkeypatch):
+    base, expert = matched(*(Checkpoint.open(side) for side in unrelated))
+    counts = []
+    read_bytes = TensorInfo.read_bytes
+
+    def counted(info, start=0, count=None):
+        data = read_bytes(info, start, count)
+        counts.append(len(data))
+        return data
+
+    monkeypatch.setattr(TensorInfo, "read_bytes", counted)
+    with pytest.raises(IncompatibleError):
+        check_same_base(base, expert)
+    assert sum(counts) <= 2 * 16 * 64 * 160 * 2  # both sides, matrices, rows, widest, bytes

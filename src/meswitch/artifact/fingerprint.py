@@ -18,7 +18,8 @@ _BLOCKS = 16
 def fingerprint(checkpoint: Checkpoint) -> str:
     """`sampled-sha256:<64 hex digits>`, independent of how the tensors are spread over files."""
     digest = hashlib.sha256()
-    for name, info in sorted(checkpoint.tensors.items()):
+    content = checkpoint.tensors if checkpoint.content is None else checkpoint.content
+    for name, info in sorted(content.items()):
         digest.update(f"{name}\n{NAMES[info.dtype]}\n{list(info.shape)}\n".encode())
         for block in _sample(info):
             digest.update(block)

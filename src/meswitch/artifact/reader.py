@@ -1,5 +1,6 @@
 """Opening an artifact: nothing is handed out before its shape, dtype and checksum agree with the manifest."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from meswitch.codec import CodedDelta, Delta, LowRankDelta, PackedDelta, find_ba
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import group_count
 from meswitch.codec.rows import expand_rows
-from meswitch.errors import ArtifactError, IncompatibleError, MeswitchError
+from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
 
@@ -258,12 +259,12 @@ class Artifact:
                     continue
                 progress("reading the base", done, base.nbytes, name)
                 done += 0 if info is None else info.nbytes
-                if info is None or info.sha256() != entry.base_sha256:
+                if not _is(info, entry):
                     raise IncompatibleError(
                         f"{base.directory}: {name} is not the tensor that {self.directory} was compressed against"
                     )
         found = known or fingerprint(base)
-        if found != wanted.fingerprint:
+        if found != wanted.fingerprint and not self._loads_alike(base):
             fix = "use that base or compress again"
             if base.is_quantised:
                 fix = "use that base in 16 bit, or serve the quantised one with vLLM (`meswitch serve --engine vllm`)"
@@ -271,6 +272,25 @@ class Artifact:
                 f"{base.directory}: its fingerprint {found[15:27]}… is not the {wanted.fingerprint[15:27]}… of "
                 f"{wanted.name!r}, against which {self.directory} was compressed; {fix}"
             )
+
+    def _loads_alike(self, base: Checkpoint) -> bool:
+        """Whether a base that is stored in another way is the same once it is loaded.
+
+        It may hold buffers that no model needs, other names, or matrices of experts in stacks. Of a stack the sampled
+        fingerprint says nothing, so the sums of all tensors are compared.
+        """
+        if base.is_quantised:
+            return False
+        with contextlib.suppress(CheckpointError):
+            if fingerprint(base.loaded) == self.manifest.base.fingerprint:
+                return True
+        sums = {name: entry for name, entry in self.manifest.tensors.items() if entry.base_sha256 is not None}
+        return bool(sums) and all(_is(base.info(name), entry) for name, entry in sums.items())
+
+
+def _is(info: TensorInfo | None, entry: Entry) -> bool:
+    """Whether a tensor is the base's that an entry was compressed against."""
+    return info is not None and info.sha256() == entry.base_sha256
 
 
 def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta:

@@ -55,6 +55,13 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an artifact that exists. Other directories are never touched.")
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Go on although the expert is of another base: every matrix moved by more than 1.2 of its norm.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compress a full fine-tune into its difference from the base.
@@ -70,7 +77,7 @@ def compress(
             --target-bpw 2.3 --calibration math.jsonl
         meswitch compress --family family.toml
     """
-    where = {"device": console.check_device(device), "overwrite": overwrite}
+    where = {"device": console.check_device(device), "overwrite": overwrite, "force": force}
     if family is not None:
         _check_beside_a_family(family, {"base": base, "out": out} | dict(given))
         console.quiet()

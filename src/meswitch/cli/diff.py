@@ -1,6 +1,7 @@
 """`meswitch diff`: what a fine-tune changed."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ from meswitch.cli import console
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
+    from meswitch.compression.config_fields import FieldDifference
     from meswitch.compression.diff import Change, Diff, FieldChange
 
 _TOKENS_SHOWN = 12
@@ -70,6 +72,7 @@ def to_json(found: "Diff") -> dict[str, Any]:
         shares = {"relative_norm": change.relative_norm, "unchanged_share": change.unchanged_share}
         return dataclasses.asdict(change) | shares
 
+    config = [dataclasses.asdict(item) | {"changes_computation": item.changes_computation} for item in found.config]
     tensors = [
         {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name != "change"} | plain(item.change)
         for item in found.tensors
@@ -78,6 +81,7 @@ def to_json(found: "Diff") -> dict[str, Any]:
         "total": plain(found.total),
         "by_type": {name: plain(change) for name, change in found.by_type().items()},
         "tensors": tensors,
+        "config": config,
     }
 
 
@@ -144,6 +148,8 @@ def _facts(found: "Diff") -> dict[str, str]:
     if found.other_shape:
         shapes = (f"{name} {list(a)} -> {list(b)}" for name, (a, b) in found.other_shape.items())
         facts["other shape"] = "\n".join(shapes)
+    if found.hints:
+        facts["hint"] = "\n".join(found.hints)
     facts["config.json"] = _fields(found.config)
     facts["generation_config.json"] = _fields(found.generation)
     tokens = found.tokenizer
@@ -164,12 +170,14 @@ def _tokens(label: str, tokens: tuple[tuple[int, str], ...]) -> str:
     return f"{label}: " + ", ".join(f"{text!r} ({number})" for number, text in tokens[:_TOKENS_SHOWN]) + more
 
 
-def _fields(changes: "tuple[FieldChange, ...]") -> str:
-    lines = (
-        f"{item.field}: {item.base!r} -> {item.expert!r}" + (" (changes the computation)" * item.changes_computation)
-        for item in changes
-    )
+def _fields(changes: "Sequence[FieldChange | FieldDifference]") -> str:
+    lines = (f"{item.field}: {item.base!r} -> {item.expert!r}{_effect(item)}" for item in changes)
     return "\n".join(lines) or "the same"
+
+
+def _effect(change: "FieldChange | FieldDifference") -> str:
+    reason = getattr(change, "reason", "")
+    return " (changes the computation)" if reason is None else f" ({reason})" if reason else ""
 
 
 def _pyplot() -> Any:

@@ -1,47 +1,41 @@
-"""Can this expert share the base in one batch? If not, say which field is in the way."""
+"""Can this expert share the base in one batch? If not, say which field or tensor is in the way."""
 
-from typing import Any
-
+from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
-from meswitch.errors import IncompatibleError
-
-# Fields that do not change what a forward pass computes for given weights, or that are served for each expert.
-_FREE = {
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "is_encoder_decoder",
-    "label2id",
-    "max_position_embeddings",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "sep_token_id",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "vocab_size",
-}
+from meswitch.compression.config_fields import INACTIVE, TRAINING, UNREAD, config_differences
+from meswitch.errors import IncompatibleError, listed
+from meswitch.loaded import alike
 
 
-def config_differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
-    """All fields in which two configurations differ: name -> (base's, expert's)."""
-    left, right = base.to_dict(), expert.to_dict()
-    names = sorted(set(left) | set(right))
-    return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
+def matched(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """Both as their model loads them, under names that are the same where the parameters are.
+
+    Raises:
+        IncompatibleError: the two cannot share a base: naming the field or the tensor.
+        CheckpointError: one of them cannot be read, or lacks a parameter.
+    """
+    check_same_computation(base, expert)
+    base, expert = alike(base, expert)
+    check_same_tensors(base, expert)
+    return base, expert
 
 
-def changes_computation(field: str) -> bool:
-    return field not in _FREE
+def remarks(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """What of a matched pair is not used, in a line each: fields without effect, files and tensors beside the model."""
+    found = [*base.remarks, *expert.remarks]
+    fields = [
+        f"{item.field} ({item.base!r}, {item.expert!r})"
+        for item in config_differences(base.config, expert.config)
+        if item.reason in (INACTIVE, TRAINING, UNREAD)
+    ]
+    if fields:
+        found.append(f"config.json: differs in fields that change nothing here (base's, expert's): {', '.join(fields)}")
+    for checkpoint in (base, expert):
+        if checkpoint.left_out:
+            found.append(
+                f"{checkpoint.directory}: left out, as the model does not load them: {listed(checkpoint.left_out)}"
+            )
+    return found
 
 
 def check_same_computation(base: Checkpoint, expert: Checkpoint) -> None:
@@ -56,13 +50,23 @@ def check_same_computation(base: Checkpoint, expert: Checkpoint) -> None:
                 f"{checkpoint.directory}/config.json: quantization_config: a delta is taken between weights; give the "
                 "checkpoint in 16 bit that this was made from"
             )
-    differences = config_differences(base.config, expert.config)
-    for field, (ours, theirs) in sorted(differences.items(), key=lambda item: item[0] != "model_type"):
-        if changes_computation(field):
-            raise IncompatibleError(
-                f"{expert.directory}/config.json: {field}: the expert has {theirs!r}, the base {ours!r}; they cannot "
-                "share one batch. If the weights do not depend on it, set the field to the base's value"
-            )
+    file = f"{expert.directory}/config.json"
+    if expert.config.model_type != base.config.model_type:
+        part = getattr(base.config, "text_config", None)
+        hint = ""
+        if getattr(part, "model_type", None) == expert.config.model_type:
+            hint = "; it is the type of the base's language model alone: give a base without the other parts"
+        raise IncompatibleError(
+            f"{file}: model_type: the expert has {expert.config.model_type!r}, the base {base.config.model_type!r}; "
+            f"they are different models{hint}"
+        )
+    changed = [item for item in config_differences(base.config, expert.config) if item.changes_computation]
+    if changed:
+        named = "; ".join(f"{item.field}: the expert has {item.expert!r}, the base {item.base!r}" for item in changed)
+        raise IncompatibleError(
+            f"{file}: {named}; the model reads it, so they cannot share one batch. If the weights do not depend on it, "
+            "set it to the base's value"
+        )
 
 
 def check_same_tensors(base: Checkpoint, expert: Checkpoint) -> None:
@@ -71,38 +75,16 @@ def check_same_tensors(base: Checkpoint, expert: Checkpoint) -> None:
     Raises:
         IncompatibleError: naming the tensor.
     """
-    if expert.aliases and not base.aliases:
-        raise IncompatibleError(
-            f"{expert.directory}/config.json: tie_word_embeddings: the expert ties its head to the embedding, the base "
-            "does not; save the expert with an untied head"
-        )
+    vocabulary = architecture_of(expert.config).vocabulary(expert.tensors)
     for name, info in expert.tensors.items():
         theirs = base.info(name)
         if theirs is None:
             raise IncompatibleError(f"{expert.directory}: tensor {name} has no counterpart in {base.directory}")
         same_width = len(info.shape) == 2 and info.shape[1:] == theirs.shape[1:]
-        if info.shape != theirs.shape and not (same_width and is_vocabulary(name)):
+        if info.shape != theirs.shape and not (same_width and name in vocabulary):
             raise IncompatibleError(
                 f"{expert.directory}: tensor {name}: shape {list(info.shape)} against the base's {list(theirs.shape)}"
             )
     for name in base.tensors:
         if expert.info(name) is None:
             raise IncompatibleError(f"{expert.directory}: lacks the tensor {name} of {base.directory}")
-
-
-def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has one row a token: the embedding and the head."""
-    return role_of(name, 2) in ("embedding", "head")
-
-
-def role_of(name: str, dimensions: int) -> str:
-    """`embedding`, `head`, `linear`, `norm`, `bias` or `other`, from the stored name."""
-    if name in ("lm_head.weight", "embed_out.weight"):
-        return "head"
-    if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")):
-        return "embedding"
-    if name.endswith(".bias"):
-        return "bias"
-    if dimensions == 2 and name.endswith(".weight"):
-        return "linear"
-    return "norm" if dimensions == 1 and "norm" in name.lower() else "other"

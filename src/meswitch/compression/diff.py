@@ -1,24 +1,22 @@
 """What a fine-tune changed: weights, configuration, tokenizer. Two checkpoints, read one pair of tensors at a time."""
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from meswitch.architecture import architecture_of
 from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.compatibility import (
-    changes_computation,
-    check_same_computation,
-    check_same_tensors,
-    config_differences,
-    is_vocabulary,
-)
-from meswitch.errors import IncompatibleError
+from meswitch.compression.compatibility import matched
+from meswitch.compression.config_fields import FieldDifference, config_differences
+from meswitch.compression.large_delta import ANOTHER_BASE, LARGE, another_base
+from meswitch.errors import CheckpointError, MeswitchError
+from meswitch.jsonfile import read_json
+from meswitch.loaded import alike
 from meswitch.progress import Progress, silent
 
 _BLOCK = 1 << 21  # weights in float64 at a time
@@ -87,12 +85,11 @@ class TensorChange:
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """One field of a configuration; changes_computation: whether it forbids sharing the base in one batch."""
+    """One field of a file in which the two differ; None is a value that is missing."""
 
     field: str
     base: Any
     expert: Any
-    changes_computation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +106,8 @@ class TokenizerChange:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """Everything that differs. obstacle: why the two cannot share a base, or None if they can.
+    """Everything that differs. obstacle: why the two cannot share a base, or None if they can. hints: what to look at
+    next, in a line each.
 
     other_shape: tensor -> the base's and the expert's shape, where they do not correspond. config: of `config.json`;
     generation: of `generation_config.json`. tokenizer: None if one of the two has none that can be read.
@@ -121,10 +119,11 @@ class Diff:
     only_base: tuple[str, ...]
     only_expert: tuple[str, ...]
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    config: tuple[FieldChange, ...]
+    config: tuple[FieldDifference, ...]
     generation: tuple[FieldChange, ...]
     tokenizer: TokenizerChange | None
     obstacle: str | None
+    hints: tuple[str, ...] = ()
 
     @property
     def total(self) -> Change:
@@ -155,20 +154,22 @@ def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -
     Raises:
         CheckpointError: one of them cannot be read.
     """
-    ours, theirs = Checkpoint.open(base), Checkpoint.open(expert)
+    ours, theirs, obstacle = _opened(base, expert)
+    vocabulary = _vocabulary(theirs)
     tensors: list[TensorChange] = []
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     shared = [name for name in theirs.tensors if ours.info(name) is not None]
     read, total = 0, sum(theirs.tensors[name].nbytes for name in shared)
     for name in shared:
-        item = _compare(name, ours.read(name), theirs.read(name))
+        item = _compare(name, ours.read(name), theirs.read(name), name in vocabulary)
         if isinstance(item, TensorChange):
             tensors.append(item)
         else:
             other_shape[name] = item
         read += theirs.tensors[name].nbytes
         progress("comparing", read, total, name)
-    return Diff(
+    tokenizer = _compare_tokenizers(ours.directory, theirs.directory)
+    found = Diff(
         base=str(base),
         expert=str(expert),
         tensors=tuple(tensors),
@@ -176,14 +177,13 @@ def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -
         only_expert=tuple(name for name in theirs.tensors if ours.info(name) is None),
         other_shape=other_shape,
         config=tuple(
-            FieldChange(field, *values, changes_computation(field))
-            for field, values in config_differences(ours.config, theirs.config).items()
-            if field not in _NOT_A_CHANGE
+            item for item in config_differences(ours.config, theirs.config) if item.field not in _NOT_A_CHANGE
         ),
         generation=_field_changes(_generation(ours), _generation(theirs)),
-        tokenizer=_compare_tokenizers(ours.directory, theirs.directory),
-        obstacle=_obstacle(ours, theirs),
+        tokenizer=tokenizer,
+        obstacle=obstacle,
     )
+    return replace(found, hints=tuple(_hints(found, ours, theirs)))
 
 
 def measure(base: Tensor, expert: Tensor) -> tuple[Change, int]:
@@ -232,8 +232,10 @@ def _excess_kurtosis(powers: list[float], count: int) -> float | None:
     return (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2 - 3
 
 
-def _compare(name: str, base: Tensor, expert: Tensor) -> TensorChange | tuple[tuple[int, ...], tuple[int, ...]]:
-    vocabulary = base.dim() == 2 and is_vocabulary(name) and base.shape[1:] == expert.shape[1:]
+def _compare(
+    name: str, base: Tensor, expert: Tensor, is_vocabulary: bool
+) -> TensorChange | tuple[tuple[int, ...], tuple[int, ...]]:
+    vocabulary = base.dim() == 2 and is_vocabulary and base.shape[1:] == expert.shape[1:]
     if base.shape != expert.shape and not vocabulary:
         return tuple(base.shape), tuple(expert.shape)
     rows = min(len(base), len(expert)) if vocabulary else 0
@@ -244,18 +246,49 @@ def _compare(name: str, base: Tensor, expert: Tensor) -> TensorChange | tuple[tu
     return TensorChange(name, layer, layer_type(name), change, rows, unchanged_rows, len(expert) - len(base))
 
 
-def _obstacle(base: Checkpoint, expert: Checkpoint) -> str | None:
+def _opened(base: str | Path, expert: str | Path) -> tuple[Checkpoint, Checkpoint, str | None]:
+    """Both, and why they cannot share a base. Names are the model's, as far as it loads both."""
+    ours, theirs = Checkpoint.open(base), Checkpoint.open(expert)
+    _ = ours.config, theirs.config  # what cannot be read is an error, not a difference
     try:
-        check_same_computation(base, expert)
-        check_same_tensors(base, expert)
-    except IncompatibleError as error:
-        return str(error)
-    return None
+        return *matched(ours, theirs), None
+    except MeswitchError as error:
+        obstacle = str(error)
+    try:
+        return *alike(ours, theirs), obstacle
+    except MeswitchError:
+        return ours, theirs, obstacle
+
+
+def _vocabulary(checkpoint: Checkpoint) -> set[str]:
+    try:
+        return architecture_of(checkpoint.config).vocabulary(checkpoint.tensors)
+    except CheckpointError:
+        return set()
+
+
+def _hints(found: Diff, base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
+    """What to look at next: the right base, or a nearer one."""
+    matrices = [item for item in found.tensors if not item.rows and item.change.weights > 1 and item.layer is not None]
+    moved = [item.change.relative_norm or 0.0 for item in matrices]
+    if moved and min(moved) >= ANOTHER_BASE:
+        yield another_base(expert, len(moved), min(moved))
+        return
+    origin = read_json(expert.directory / "config.json").get("_name_or_path")
+    named = isinstance(origin, str) and origin and Path(origin).name != Path(base.source).name
+    chats = found.tokenizer is not None and found.tokenizer.chat_template == "added"
+    if named or chats or (found.total.relative_norm or 0.0) >= LARGE:
+        why = f"the expert's config.json names {origin}" if named else "an expert is often tuned from an instruct model"
+        nearer = origin if named else "INSTRUCT"
+        yield (
+            f"{why}: the nearer base compresses better; compare `change` of all with that of "
+            f"`meswitch diff --base {nearer} --expert {found.expert}`"
+        )
 
 
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.directory / "generation_config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _field_changes(base: dict[str, Any], expert: dict[str, Any]) -> tuple[FieldChange, ...]:

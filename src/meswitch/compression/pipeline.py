@@ -16,12 +16,13 @@ from meswitch.artifact import Artifact, rewrite
 from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.budget import specs_within
-from meswitch.compression.compatibility import check_same_computation, check_same_tensors
+from meswitch.compression.compatibility import matched, remarks
 from meswitch.compression.convert import Conversion
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.training import check_text
+from meswitch.compression.large_delta import check_same_base
 from meswitch.compression.options import Options, check_none_given
 from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
@@ -41,6 +42,7 @@ def compress(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress = silent,
     notice: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -53,6 +55,7 @@ def compress(
         options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits.
         device: where the arithmetic runs, `cpu` or `cuda`.
         overwrite: replace an artifact that exists.
+        force: compress an expert of another base too, whose matrices have nothing to do with the base's.
         progress: is told how far each phase is (`meswitch.progress`).
         notice: is told, in a line each, what a person should know: large deltas, self-written text.
         settings: single options by name instead, such as `bits=3, calibration="math.jsonl"`.
@@ -72,9 +75,11 @@ def compress(
         return write_artifact(
             Checkpoint.open(base), adapter, out, overwrite=overwrite, progress=progress, notice=notice
         )
-    source, target = Checkpoint.open(base), Checkpoint.open(expert)
-    check_same_computation(source, target)
-    check_same_tensors(source, target)
+    source, target = matched(Checkpoint.open(base), Checkpoint.open(expert))
+    if not force:
+        check_same_base(source, target)
+    for line in remarks(source, target):
+        notice(line)
     check_destination(out, overwrite)
     if not has_tokenizer(target.directory):
         notice(f"{target.directory}: no tokenizer's files: what is made can be merged, not served")

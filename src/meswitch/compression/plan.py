@@ -19,20 +19,19 @@ from meswitch.artifact import Artifact, Entry, Manifest
 from meswitch.artifact.manifest import Provenance, Stored
 from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.codec import stored_shapes
-from meswitch.compression.compatibility import check_same_computation, check_same_tensors
+from meswitch.compression.compatibility import matched
 from meswitch.compression.convert import base_info, expert_info, roles_of
 from meswitch.compression.options import Options, check_none_given
-from meswitch.errors import CheckpointError, ConfigError
-from meswitch.tensorfile import NAMES, TensorInfo
-
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+from meswitch.configuration import read_config
+from meswitch.errors import ConfigError
+from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo
 
 
 @dataclass(frozen=True)
 class Outline(Checkpoint):
     """A checkpoint known by its tensors' shapes and dtypes only. given: its configuration."""
 
-    given: Any
+    given: Any = None
 
     @cached_property
     def config(self) -> Any:
@@ -86,8 +85,10 @@ def outline(source: str | Path, *, vocab_size: int | None = None, unquantised: b
         ConfigError: a vocabulary without tokens.
     """
     path = Path(source)
-    has_weights = any((path / name).is_file() for name in _WEIGHTS)
-    found = Checkpoint.open(path) if has_weights else _from_config(source)
+    # what has neither weights nor a configuration is told by what it holds
+    has_weights = any((path / name).is_file() for name in (WEIGHTS, INDEX))
+    opens = has_weights or (path.is_dir() and not (path / "config.json").is_file())
+    found = Checkpoint.open(path) if opens else _from_config(source)
     if unquantised and found.is_quantised:
         found = _from_config(source, unquantised=True)
     return found if vocab_size is None else _with_vocabulary(found, vocab_size)
@@ -119,8 +120,7 @@ def predict(
         raise ConfigError(f"method: {options.method}: only artifacts that can be served are planned; leave it out")
     if options.target_bpw is not None:
         raise ConfigError(f"target_bpw: {options.target_bpw}: is itself the size; a plan is for a number of bits")
-    check_same_computation(base, expert)
-    check_same_tensors(base, expert)
+    base, expert = matched(base, expert)
     known = changed_rows or {}
     roles = roles_of(expert)
     entries = {
@@ -179,31 +179,17 @@ def _entry(info: TensorInfo, role: str, theirs: TensorInfo | None, options: Opti
 
 def _from_config(source: str | Path, *, unquantised: bool = False) -> Outline:
     """The layout of a model from its configuration, under the names that a saved checkpoint has."""
-    from transformers import AutoConfig
-
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: neither weights nor a config.json; give one of them, or a hub id")
-    if not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
-        raise CheckpointError(f"{source}: no such file or directory; give a config.json, a checkpoint or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if unquantised:
-            del config.quantization_config
-        layout = architecture_of(config).stored_layout()
-    except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise CheckpointError(
-            f"{source}: no configuration of a model that generates text and that transformers can lay out ({reason}); "
-            "check the file, or give a checkpoint with weights"
-        ) from error
+    config = read_config(source)
+    if unquantised:
+        del config.quantization_config
     nowhere = Path()
     tensors = {
         name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), nowhere, 0, tensor.numel() * tensor.itemsize)
-        for name, tensor in sorted(layout.items())
+        for name, tensor in sorted(architecture_of(config).stored_layout().items())
     }
+    path = Path(source)
     directory = path.parent if path.is_file() else path
-    return Outline(str(directory), directory, tensors, config)
+    return Outline(str(directory), directory, tensors, given=config)
 
 
 def _with_vocabulary(model: Checkpoint, size: int) -> Outline:
@@ -216,4 +202,4 @@ def _with_vocabulary(model: Checkpoint, size: int) -> Outline:
         info = tensors[name]
         shape = (size, *info.shape[1:])
         tensors[name] = replace(info, shape=shape, nbytes=torch.Size(shape).numel() * info.dtype.itemsize)
-    return Outline(model.source, model.directory, tensors, config)
+    return Outline(model.source, model.directory, tensors, given=config)

@@ -1,0 +1,149 @@
+"""Of a repository of the hub, the files that transformers would load are fetched, and no others."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from meswitch.checkpoint import COMPANION_FILES, Checkpoint
+from meswitch.configuration import read_config
+from meswitch.errors import AdapterError, CheckpointError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NOT_LOADED = (
+    "README.md",
+    "consolidated.safetensors",
+    "model.fp16.safetensors",
+    "onnx/model.safetensors",
+    "original/config.json",
+    "original/consolidated.00.pth",
+    "pytorch_model.bin",
+)
+
+
+class Hub:
+    """A hub with one repository, the files of a directory. asked: names of the files that were fetched."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.asked = directory, []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.answer(with_body=False)
+
+            def do_GET(self):
+                self.answer(with_body=True)
+
+            def answer(self, with_body):
+                path = self.path.partition("?")[0]
+                if path.startswith("/api/models/org/name/"):
+                    body, headers = json.dumps(hub.listing("/tree/" in path)).encode(), {}
+                elif path.startswith("/org/name/resolve/") and (file := hub.file(path)).is_file():
+                    body = file.read_bytes()
+                    headers = {"ETag": f'"{len(body)}-{file.name}"', "X-Repo-Commit": COMMIT}
+                    if with_body:
+                        hub.asked.append(str(file.relative_to(hub.directory)))
+                else:
+                    headers = {"X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"}
+                    body = b"{}"
+                self.send_response(404 if "X-Error-Code" in headers else 200)
+                for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if with_body:
+                    self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def file(self, path: str) -> Path:
+        return self.directory / path.split("/", 5)[5]
+
+    def listing(self, as_tree: bool):
+        names = sorted(str(file.relative_to(self.directory)) for file in self.directory.rglob("*") if file.is_file())
+        if as_tree:
+            return [
+                {"type": "file", "path": name, "oid": f"{i:040x}", "size": (self.directory / name).stat().st_size}
+                for i, name in enumerate(names)
+            ]
+        return {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """`hub(directory)` serves it as the repository `org/name`."""
+    from huggingface_hub import constants
+
+    served = []
+
+    def serve(directory: Path) -> Hub:
+        made = Hub(directory)
+        served.append(made)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", made.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        return made
+
+    yield serve
+    for made in served:
+        made.server.shutdown()
+
+
+def add_what_is_not_loaded(directory: Path) -> None:
+    for name in NOT_LOADED:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(b"x")
+
+
+def test_one_file_of_weights_is_fetched_with_its_companions(pair, hub):
+    _, directory = pair()
+    add_what_is_not_loaded(directory)
+    served = hub(directory)
+    assert Checkpoint.open("org/name").tensors.keys() == Checkpoint.open(directory).tensors.keys()
+    assert set(served.asked) == {WEIGHTS, *(name for name in COMPANION_FILES if (directory / name).is_file())}
+
+
+def test_the_shards_that_the_index_names_are_fetched(pair, hub):
+    _, directory = pair(shard="300KB")
+    add_what_is_not_loaded(directory)
+    shutil.copyfile(directory / "model-00001-of-00003.safetensors", directory / "model-00009-of-00009.safetensors")
+    served = hub(directory)
+    assert Checkpoint.open("org/name").tensors.keys() == Checkpoint.open(directory).tensors.keys()
+    named = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+    assert {name for name in served.asked if name.endswith(".safetensors")} == named
+    assert INDEX in served.asked
+
+
+def test_an_adapters_repository_is_recognised(hub, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    served = hub(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="a PEFT adapter of org/base"):
+        Checkpoint.open("org/name")
+    assert served.asked == ["adapter_config.json"]
+
+
+def test_a_configuration_alone_is_fetched_alone(pair, hub):
+    _, directory = pair()
+    served = hub(directory)
+    assert read_config("org/name").model_type == "mistral"
+    assert served.asked == ["config.json"]
+
+
+def test_a_repository_that_is_not_there_is_one_line(hub, pair):
+    hub(pair()[0])
+    with pytest.raises(CheckpointError, match=r"org/other: neither a directory here nor a model that the hub gives \("):
+        Checkpoint.open("org/other")
