@@ -59,9 +59,11 @@ def _load(directory: Path) -> Any:
     """A checkpoint's language model, by transformers alone."""
     found = architecture_of(AutoConfig.from_pretrained(directory), text_only=True)
     attention = "sdpa" if found.model_class._supports_sdpa else "eager"
-    return found.model_class.from_pretrained(
+    model = found.model_class.from_pretrained(
         directory, config=copy.deepcopy(found.config), dtype=torch.float32, attn_implementation=attention
-    ).eval()
+    )
+    model.generation_config = GenerationConfig()
+    return model.eval()
 
 
 @torch.no_grad()

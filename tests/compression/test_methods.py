@@ -243,7 +243,7 @@ def test_an_interrupted_run_goes_on(pair, tmp_path, monkeypatch):
         if count[0] == 9:
             raise KeyboardInterrupt
         add(self, *args, **options)
-        self.flush()
+        self.keep()
 
     with monkeypatch.context() as patched:
         patched.setattr(ArtifactWriter, "add", stops)
