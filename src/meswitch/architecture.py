@@ -472,3 +472,22 @@ def matrix_shape(shape: tuple[int, ...], role: str) -> tuple[int, int]:
 def unwrapped(name: str) -> str:
     """A tensor's name without what DataParallel, DDP and torch.compile put in front of it."""
     return _WRAPPERS.sub("", name)
+
+
+@functools.cache
+def _facts() -> dict[str, Any]:
+    from importlib.resources import files
+
+    facts: dict[str, Any] = json.loads(files("meswitch").joinpath("architectures.json").read_text())
+    return facts
+
+
+def served_how(model_type: str) -> tuple[str | None, str | None] | None:
+    """How the embedded engine serves a model type, as it was tried with small models of each.
+
+    Returns:
+        the runner, `batch` or `turns` or None, and why it is not the batch; None for a model type that was not tried:
+        what runs it is then proven when an engine opens.
+    """
+    fact = _facts()["model_types"].get(model_type)
+    return None if fact is None else (fact["runner"], fact["reason"])

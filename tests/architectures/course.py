@@ -10,7 +10,7 @@ from transformers import AutoConfig, GenerationConfig
 
 import meswitch
 from architectures import tiny
-from meswitch.architecture import architecture_of
+from meswitch.architecture import architecture_of, model_class
 from meswitch.artifact import Artifact
 from meswitch.compression.merge import merge
 from meswitch.errors import MeswitchError
@@ -27,12 +27,14 @@ class Outcome:
     Args:
         compressed: whether both experts were compressed, verified and merged, and their merged models load.
         distance: of the logits of the merged model from the full fine-tune's, relative to what fine-tuning changed.
+        kind: class of transformers that is served.
         runner: `batch` or `turns`; None if it is not served.
         reasons: why not in a batch.
         right: answers that are the merged model's own. wrong: those that are not.
         error: the message that ended it.
     """
 
+    kind: str = ""
     compressed: bool = False
     distance: float = 0.0
     runner: str | None = None
@@ -41,11 +43,16 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     error: str | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """What is known of the model type then."""
+        reason = self.error if self.runner is None else "; ".join(self.reasons) or None
+        return {"class": self.kind, "compressed": self.compressed, "runner": self.runner, "reason": reason}
+
 
 def follow(model_type: str, root: Path, tokenizer: Path, **fields: Any) -> Outcome:
     """Compress two fine-tunes of a tiny base, verify, merge, load, and serve them and the base mixed."""
-    outcome = Outcome()
     config = tiny.config_of(model_type, **fields)
+    outcome = Outcome(kind=model_class(config, text_only=True).__name__)
     base = tiny.write(config, root / "base", tokenizer)
     try:
         _compress(outcome, root, base)
@@ -130,7 +137,3 @@ def _differs(model: Any, prompt: list[int], answer: list[int]) -> str | None:
             tie = lost <= TIE * max(1.0, float(scores[scores.isfinite()].abs().max()))
             return None if tie else f"token {place} is {token}, {lost:.3g} below the best"
     return None
-
-
-def architecture_name(model_type: str) -> str:
-    return str(architecture_of(tiny.config_of(model_type)).model_class.__name__)

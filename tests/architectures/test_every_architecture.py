@@ -1,0 +1,43 @@
+"""Every decoder-only model type of transformers: compressed, merged and served right, or refused as the table says."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import transformers
+
+from architectures.course import follow
+from architectures.left_out import ALL, TRIED, VISION_LANGUAGE, reason_left_out
+from meswitch.architecture import served_how
+
+FACTS = json.loads(files("meswitch").joinpath("architectures.json").read_text())
+
+
+@pytest.mark.parametrize("model_type", TRIED)
+def test_it_is_served_right_or_refused_as_the_table_says(model_type, tmp_path, family):
+    outcome = follow(model_type, tmp_path, family / "base")
+    assert outcome.wrong == []
+    assert outcome.compressed
+    assert outcome.distance < 0.6  # of what fine-tuning changed, at 4 bits
+    assert (outcome.runner is None) == (outcome.error is not None)
+    assert outcome.right == (9 if outcome.runner else 0)
+    if transformers.__version__ == FACTS["transformers"]:
+        assert outcome.facts() == FACTS["model_types"][model_type]
+
+
+def test_the_table_has_every_model_type_that_is_tried():
+    assert set(FACTS["model_types"]) == set(TRIED)
+    assert set(VISION_LANGUAGE) <= set(TRIED)
+    assert all(reason_left_out(model_type) for model_type in set(ALL) - set(TRIED))
+
+
+def test_most_are_served_and_every_vision_language_model():
+    served = {name for name, fact in FACTS["model_types"].items() if fact["runner"]}
+    assert set(VISION_LANGUAGE) <= served
+    assert len(served) >= 0.95 * len(TRIED)
+
+
+def test_a_plan_says_what_the_table_says():
+    for model_type, fact in FACTS["model_types"].items():
+        assert served_how(model_type) == (fact["runner"], fact["reason"])
+    assert served_how("a-model-of-tomorrow") is None
