@@ -23,6 +23,8 @@ from meswitch.architecture import (
 )
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import LowRankDelta
+from meswitch.config_fields import config_differences
+from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, IncompatibleError
 from meswitch.tensorfile import TensorInfo
 
@@ -171,8 +173,8 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Changes:
             f"{base.directory}/config.json: quantization_config: an adapter is added to weights; give the base in "
             "16 bit"
         )
-    architecture = architecture_of(base.config)
-    found = _Base(adapter, base, architecture)
+    _check_config(adapter, base)
+    found = _Base(adapter, base.loaded, architecture_of(base.config))
     found.add_all()
     notes = _check_targets(adapter, found)
     made = {}
@@ -181,6 +183,29 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Changes:
         made[name] = _change(adapter, target, found)
     vocabulary, tied = _vocabulary(adapter, found, made)
     return Changes(made, vocabulary, tied, (*adapter.config.notes, *notes))
+
+
+def _check_config(adapter: Adapter, base: Checkpoint) -> None:
+    """Refuse an adapter that brings the configuration of a model that computes otherwise than the base.
+
+    Raises:
+        IncompatibleError: naming the field. CheckpointError: the configuration cannot be read.
+    """
+    file = adapter.directory / "config.json"
+    if not file.is_file():
+        return
+    own = read_config(file)
+    if own.model_type != base.config.model_type:
+        raise IncompatibleError(
+            f"{file}: model_type: the adapter was trained on a {own.model_type!r}, the base is a "
+            f"{base.config.model_type!r}"
+        )
+    for item in config_differences(base.config, own):
+        if item.changes_computation and item.field.rpartition(".")[2] != "vocab_size":
+            raise IncompatibleError(
+                f"{file}: {item.field}: the adapter was trained with {item.expert!r}, the base has {item.base!r}; the "
+                "model reads it, so they cannot share one batch"
+            )
 
 
 def _check_shape(adapter: Adapter, target: _Target, base: Checkpoint) -> None:

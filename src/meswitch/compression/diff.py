@@ -12,8 +12,8 @@ from meswitch.architecture import architecture_of
 from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.compatibility import matched
-from meswitch.compression.config_fields import FieldDifference, config_differences
 from meswitch.compression.large_delta import ANOTHER_BASE, LARGE, another_base
+from meswitch.config_fields import FieldDifference, config_differences
 from meswitch.errors import CheckpointError, MeswitchError
 from meswitch.jsonfile import read_json
 from meswitch.loaded import alike
