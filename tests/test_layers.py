@@ -25,6 +25,7 @@ ALLOWED = {
 ROOT = {
     "architecture",
     "checkpoint",
+    "config_fields",
     "configuration",
     "durable",
     "errors",

@@ -1,10 +1,11 @@
 """An adapter becomes an artifact without being rounded: base + artifact is what PEFT merges."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
 from adapters import pairs, product, write_adapter
@@ -276,6 +277,32 @@ def test_a_quantised_base_is_refused(base, tmp_path):
     edit_config(base, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(IncompatibleError, match="quantization_config: an adapter is added to weights"):
         converted(base, adapter, tmp_path / "delta")
+
+
+def test_its_own_configuration_may_not_compute_otherwise(base, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", pairs(base, "q_proj", "v_proj"))
+    shutil.copyfile(base / "config.json", adapter / "config.json")
+    edit_config(
+        adapter, eos_token_id=[3, 9], quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    )
+    artifact = converted(base, adapter, tmp_path / "delta")
+    own = json.loads((artifact.directory / "config.json").read_text())
+    assert (own["eos_token_id"], "quantization_config" in own) == ([3, 9], False)
+    edit_config(adapter, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    with pytest.raises(IncompatibleError, match=r"adapter/config\.json: rope_parameters\.rope_theta: the adapter was"):
+        converted(base, adapter, tmp_path / "other")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "-model."])
+def test_a_base_that_is_stored_under_other_names_is_the_same(base, tmp_path, prefix):
+    adapter = write_adapter(tmp_path / "adapter", pairs(base, "q_proj", "v_proj"))
+    usual = restored(base, converted(base, adapter, tmp_path / "delta"))
+    file = base / "model.safetensors"
+    add, drop = (prefix, "") if prefix[0] != "-" else ("", prefix[1:])
+    save_file({add + name.removeprefix(drop): value for name, value in load_file(file).items()}, file)
+    other = restored(base, converted(base, adapter, tmp_path / "other"))
+    assert usual.keys() == other.keys()
+    assert all(torch.equal(usual[name], other[name]) for name in usual)
 
 
 def test_an_adapter_speaks_as_the_base_unless_it_brings_its_own(base, tmp_path, family):

@@ -46,11 +46,16 @@ def test_inspect_and_verify_take_it_where_its_base_is_known(cli, family, adapter
     assert cli.json("verify", adapter, "--base", family / "base")["base"] == {"source": str(family / "base")}
 
 
-def test_merge_takes_it(cli, family, adapter, tmp_path):
+def test_merge_and_diff_take_it(cli, family, adapter, tmp_path):
     cli.ok("merge", "--base", family / "base", "--delta", adapter, "--out", tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for name, value in load_merged(family / "base", adapter, torch.bfloat16).state_dict().items():
         assert torch.equal(merged[name], value), name
+    found = cli.json("diff", "--base", family / "base", "--expert", adapter)
+    moved = {item["name"] for item in found["tensors"] if item["delta_norm"] > 0}
+    assert moved == {name for name in merged if name.removesuffix(".weight").endswith(TARGETS)}
+    assert found["obstacle"] is None
+    assert found["tokenizer"]["chat_template"] == "same"
 
 
 def write_family(file, family, *expert):

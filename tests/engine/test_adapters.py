@@ -62,8 +62,8 @@ def expected(family, deltas, adapter, engine):
     models = {name: load_merged(family / "base", deltas[name]) for name in ("math", "code")}
     models["base"] = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
     models["poet"] = merged_by_peft(family / "base", adapter)
-    voices = engine.voices
-    return {name: alone(model, voices[name].encode(PROMPT), voices[name].eos) for name, model in models.items()}
+    readers = engine.tokenizers
+    return {name: alone(model, readers[name].encode(PROMPT), readers[name].ends) for name, model in models.items()}
 
 
 def test_the_adapter_answers_otherwise_than_the_deltas_and_the_base(expected):

@@ -3,7 +3,7 @@
 from meswitch.adapter.artifact import METHOD, open_expert, planned_artifact, write_artifact
 from meswitch.adapter.changes import Changes, changes_of
 from meswitch.adapter.config import AdapterConfig
-from meswitch.adapter.weights import Adapter, is_adapter
+from meswitch.adapter.weights import Adapter, find_adapter, is_adapter
 
 __all__ = [
     "METHOD",
@@ -11,6 +11,7 @@ __all__ = [
     "AdapterConfig",
     "Changes",
     "changes_of",
+    "find_adapter",
     "is_adapter",
     "open_expert",
     "planned_artifact",

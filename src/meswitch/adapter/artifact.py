@@ -13,23 +13,24 @@ from pathlib import Path
 import torch
 
 from meswitch.adapter.changes import Change, Changes, changes_of
-from meswitch.adapter.config import CONFIG_NAME
 from meswitch.adapter.weights import WEIGHTS_NAME, Adapter, is_adapter
 from meswitch.architecture import HEAD, architecture_of
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, Stored
 from meswitch.artifact.writer import companion_digests
-from meswitch.checkpoint import COMPANION_FILES, Checkpoint
+from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint
 from meswitch.codec import LowRankDelta
+from meswitch.jsonfile import read_json
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import NAMES
+from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 from meswitch.version import __version__
 
 METHOD = "lora"  # as manifests name it
+_CONFIG = "config.json"
+_OF_MODEL = (_CONFIG, "generation_config.json")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_OF_MODEL = ("config.json", "generation_config.json")
 
 
 def open_expert(source: str | Path, base: Checkpoint) -> Artifact:
@@ -63,7 +64,7 @@ def write_artifact(
     overwrite: bool = False,
     checksums: bool = True,
     progress: Progress = silent,
-    notice: Callable[[str], None] | None = None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> Artifact:
     """Write an adapter as an artifact. Nothing is rounded.
 
@@ -72,6 +73,7 @@ def write_artifact(
         out: the directory to create.
         overwrite: replace an artifact that exists.
         checksums: record the SHA-256 of every tensor of the base, which reads all of it.
+        progress: is told how far it is.
         notice: is told, in a line each, what a person should know.
 
     Raises:
@@ -82,24 +84,27 @@ def write_artifact(
     import transformers
 
     changes = changes_of(adapter, base)
-    for line in changes.notes if notice is not None else ():
-        notice(line)  # type: ignore[misc]
-    content = fingerprint(base)
-    files = [sha256_file(adapter.directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    plan = json.dumps([__version__, content, checksums, files])
-    writer = ArtifactWriter(out, hashlib.sha256(plan.encode()).hexdigest(), overwrite=overwrite)
+    for line in changes.notes:
+        notice(line)
+    base, content = base.loaded, fingerprint(base.loaded)
+    files = [sha256_file(adapter.directory / name) for name in (ADAPTER_CONFIG, WEIGHTS_NAME)]
+    plan = hashlib.sha256(json.dumps([__version__, content, checksums, files]).encode()).hexdigest()
+    writer = ArtifactWriter(out, plan, overwrite=overwrite)
     entries = planned_entries(base, changes)
-    for done, (name, entry) in enumerate(entries.items(), start=1):
-        if name not in writer.entries:
-            _add(writer, name, entry, changes.by_name.get(name), base if checksums else None)
-        progress("copying the adapter", done, len(entries), name)
-    with tempfile.TemporaryDirectory(prefix="meswitch-") as room:
+    with writer, tempfile.TemporaryDirectory(prefix="meswitch-") as room:
         companions = _companions(base, adapter, changes, Path(room))
-        final = dict(sorted(writer.final_entries().items()))
+        if has_tokenizer(Path(room)):
+            ChatTokenizer.open(adapter.directory.name, Path(room))
+        else:
+            notice(f"{adapter.directory}: neither it nor its base has a tokenizer: it can be merged, not served")
+        for done, (name, entry) in enumerate(entries.items(), start=1):
+            if name not in writer.entries:
+                _add(writer, name, entry, changes.by_name.get(name), base if checksums else None)
+            progress("copying the adapter", done, len(entries), name)
         made = Provenance(
             __version__, torch.__version__, transformers.__version__, datetime.now(UTC).isoformat(timespec="seconds")
         )
-        manifest = _manifest(base, adapter, changes, content, final)
+        manifest = _manifest(base, adapter, changes, content, dict(sorted(writer.final_entries().items())))
         writer.finish(replace(manifest, companions=companion_digests(companions), provenance=made), companions)
     return Artifact.open(out)
 
@@ -114,7 +119,8 @@ def planned_artifact(base: Checkpoint, adapter: Adapter) -> Artifact:
         CheckpointError, IncompatibleError: as `write_artifact`.
     """
     changes = changes_of(adapter, base)
-    return Artifact(adapter.directory, _manifest(base, adapter, changes, "", planned_entries(base, changes)), {})
+    entries = planned_entries(base.loaded, changes)
+    return Artifact(adapter.directory, _manifest(base, adapter, changes, "", entries), {})
 
 
 def planned_entries(base: Checkpoint, changes: Changes) -> dict[str, Entry]:
@@ -152,7 +158,9 @@ def _manifest(
     base: Checkpoint, adapter: Adapter, changes: Changes, content: str, entries: dict[str, Entry]
 ) -> Manifest:
     return Manifest(
-        base=BaseInfo(Path(base.source).name, content, base.config.model_type, base.config.vocab_size),
+        base=BaseInfo(
+            Path(base.source).name, content, base.config.model_type, base.config.get_text_config().vocab_size
+        ),
         expert=expert_info(base, adapter, changes, entries),
         method=method(adapter),
         tensors=entries,
@@ -185,46 +193,46 @@ def expert_info(base: Checkpoint, adapter: Adapter, changes: Changes, entries: d
 
 
 def _companions(base: Checkpoint, adapter: Adapter, changes: Changes, room: Path) -> list[Path]:
-    """What makes the expert speak, gathered in `room`: the adapter's own files, and the base's where it has none."""
+    """What makes the expert speak, gathered in `room`: the adapter's own files, and the base's where it has none.
+
+    Files of two tokenizers are never mixed.
+    """
     own, theirs = adapter.directory, base.directory
-    has_tokenizer = any((own / name).is_file() for name in _VOCABULARIES)
-    has_template = any((own / name).is_file() for name in _TEMPLATES) or _template_of(own) is not None
+    own_tokenizer = has_tokenizer(own)
+    own_template = any((own / name).is_file() for name in _TEMPLATES) or _template_of(own) is not None
     for name in COMPANION_FILES:
-        # files of two tokenizers are never mixed; of the model's configuration the base's is the one that is served
-        from_base = name == "config.json" or not (own / name).is_file()
-        if from_base and (
-            (has_tokenizer and name not in (*_OF_MODEL, *_TEMPLATES)) or (has_template and name in _TEMPLATES)
-        ):
-            continue
-        source = (theirs if from_base else own) / name
+        source = own / name
+        if not source.is_file():
+            if (name in _TEMPLATES and own_template) or (name not in _OF_MODEL + _TEMPLATES and own_tokenizer):
+                continue
+            source = theirs / name
         if source.is_file():
             shutil.copyfile(source, room / name)
-    template = None if has_template else _template_of(theirs)
+    template = None if own_template else _template_of(theirs)
     if template is not None and not any((room / name).is_file() for name in _TEMPLATES):
-        (room / _TEMPLATES[0]).write_text(template)
-    _adjust(room / "config.json", base, changes)
+        (room / _TEMPLATES[0]).write_text(template, encoding="utf-8")
+    _adjust(room / _CONFIG, base, changes)
     return sorted(room.iterdir())
 
 
 def _template_of(directory: Path) -> str | None:
     """The chat template in a tokenizer's configuration."""
     file = directory / "tokenizer_config.json"
-    found = json.loads(file.read_text()).get("chat_template") if file.is_file() else None
+    found = read_json(file).get("chat_template") if file.is_file() else None
     return found if isinstance(found, str) else None
 
 
 def _adjust(file: Path, base: Checkpoint, changes: Changes) -> None:
-    """Make a configuration say how many tokens the expert has, and that its head is its own."""
-    text = base.config.get_text_config()
+    """Make a configuration say what the expert is: how many tokens it has, whether its head is its own."""
     wanted: dict[str, object] = {}
-    if changes.vocabulary != text.vocab_size:
+    if changes.vocabulary != base.config.get_text_config().vocab_size:
         wanted["vocab_size"] = changes.vocabulary
     if base.aliases and not changes.tied:
         wanted["tie_word_embeddings"] = False
-    data = json.loads(file.read_text())
+    data = read_json(file)
+    data.pop("quantization_config", None)  # of the copy of the base that it was trained over
     for name, value in wanted.items():
         places = [part for part in (data, data.get("text_config")) if isinstance(part, dict) and name in part]
         for part in places or [data]:
             part[name] = value
-    if wanted:
-        file.write_text(json.dumps(data, indent=2) + "\n")
+    file.write_text(json.dumps(data, indent=2) + "\n")

@@ -8,9 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.adapter.weights import Adapter, Pair, read_finite
-from meswitch.architecture import EMBEDDING, EXPERTS, HEAD, LINEAR, ROUTER, TRANSPOSED, Architecture, architecture_of
+from meswitch.architecture import (
+    EMBEDDING,
+    EXPERTS,
+    HEAD,
+    LINEAR,
+    ROUTER,
+    TRANSPOSED,
+    Architecture,
+    architecture_of,
+    as_matrix,
+    from_matrix,
+    matrix_shape,
+)
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import LowRankDelta
+from meswitch.config_fields import config_differences
+from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, IncompatibleError
 from meswitch.tensorfile import TensorInfo
 
@@ -72,8 +86,8 @@ class _Target:
 
     @property
     def by_row(self) -> bool:
-        """Whether a pair is B A as it lies, one row an output; an embedding and `Conv1D` lie the other way round."""
-        return self.role in (LINEAR, HEAD, ROUTER)
+        """Whether the matrix has a row for each output of its pair; an embedding has a row for each token."""
+        return self.role != EMBEDDING
 
 
 @dataclass
@@ -159,8 +173,8 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Changes:
             f"{base.directory}/config.json: quantization_config: an adapter is added to weights; give the base in "
             "16 bit"
         )
-    architecture = architecture_of(base.config)
-    found = _Base(adapter, base, architecture)
+    _check_config(adapter, base)
+    found = _Base(adapter, base.loaded, architecture_of(base.config))
     found.add_all()
     notes = _check_targets(adapter, found)
     made = {}
@@ -169,6 +183,29 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Changes:
         made[name] = _change(adapter, target, found)
     vocabulary, tied = _vocabulary(adapter, found, made)
     return Changes(made, vocabulary, tied, (*adapter.config.notes, *notes))
+
+
+def _check_config(adapter: Adapter, base: Checkpoint) -> None:
+    """Refuse an adapter that brings the configuration of a model that computes otherwise than the base.
+
+    Raises:
+        IncompatibleError: naming the field. CheckpointError: the configuration cannot be read.
+    """
+    file = adapter.directory / "config.json"
+    if not file.is_file():
+        return
+    own = read_config(file)
+    if own.model_type != base.config.model_type:
+        raise IncompatibleError(
+            f"{file}: model_type: the adapter was trained on a {own.model_type!r}, the base is a "
+            f"{base.config.model_type!r}"
+        )
+    for item in config_differences(base.config, own):
+        if item.changes_computation and item.field.rpartition(".")[2] != "vocab_size":
+            raise IncompatibleError(
+                f"{file}: {item.field}: the adapter was trained with {item.expert!r}, the base has {item.base!r}; the "
+                "model reads it, so they cannot share one batch"
+            )
 
 
 def _check_shape(adapter: Adapter, target: _Target, base: Checkpoint) -> None:
@@ -203,7 +240,7 @@ def _check_shape(adapter: Adapter, target: _Target, base: Checkpoint) -> None:
         raise adapter.error(f"{pair.module}: a pair of an {'embedding' if pair.of_embedding else 'linear layer'}")
     width, columns = pair.b.shape[0], pair.a.shape[1]
     own = (width, columns) if target.by_row else (columns, width)
-    if own != shape:
+    if own != matrix_shape(shape, target.role):
         raise IncompatibleError(
             f"{pair.a.file}: {pair.module}: a pair for {list(own)}, but {of_base}"
             + (f"; the adapter was trained on {adapter.config.base_name!r}" if adapter.config.base_name else "")
@@ -251,7 +288,7 @@ def _change(adapter: Adapter, target: _Target, found: _Base) -> Change:
 
 
 def _delta(adapter: Adapter, target: _Target, pair: Pair) -> LowRankDelta:
-    """A pair as it was trained, for the stored tensor."""
+    """A pair as it was trained, for the stored tensor as a matrix (`architecture.as_matrix`)."""
     a, b = read_finite(pair.a), read_finite(pair.b)
     left, right = (b, a) if target.by_row else (a.T.contiguous(), b.T.contiguous())
     return LowRankDelta(left, right, adapter.config.scale(pair.module))
@@ -260,12 +297,12 @@ def _delta(adapter: Adapter, target: _Target, pair: Pair) -> LowRankDelta:
 def _low_rank(
     adapter: Adapter, target: _Target, pair: Pair, shape: tuple[int, ...], extra: int, theirs: Callable[[], Tensor]
 ) -> Change:
-    rows, rank = target.info.shape[0], pair.a.shape[0]
+    (rows, columns), rank = matrix_shape(target.info.shape, target.role), pair.a.shape[0]
     left, right = (pair.b.dtype, pair.a.dtype) if target.by_row else (pair.a.dtype, pair.b.dtype)
-    stored: Shapes = {"weight_left": ((rows, rank), left), "weight_right": ((rank, shape[1]), right)}
+    stored: Shapes = {"weight_left": ((rows, rank), left), "weight_right": ((rank, columns), right)}
     if extra:
         assert target.whole is not None
-        stored["weight_extra"] = ((extra, shape[1]), target.whole.dtype)
+        stored["weight_extra"] = ((extra, columns), target.whole.dtype)
 
     def make() -> LowRankDelta | Tensor | None:
         delta = _delta(adapter, target, pair)
@@ -317,9 +354,10 @@ def _tokens(
 
 def _with_magnitude(target: _Target, base: Tensor, delta: LowRankDelta, magnitude: TensorInfo) -> Tensor:
     """DoRA: base + delta, each output's weights scaled to a length of their own, in float32."""
-    moved = base.float() + delta.dequantize()
+    moved = as_matrix(base, target.role).float() + delta.dequantize()
     factor = read_finite(magnitude).float().view(-1) / torch.linalg.norm(moved, dim=1 if target.by_row else 0)
-    return moved * (factor[:, None] if target.by_row else factor[None])
+    scaled = moved * (factor[:, None] if target.by_row else factor[None])
+    return from_matrix(scaled, tuple(base.shape), target.role).contiguous()
 
 
 def _vocabulary(adapter: Adapter, found: _Base, made: dict[str, Change]) -> tuple[int, bool]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from meswitch.errors import CheckpointError
+from meswitch.jsonfile import read_json
 
-CONFIG_NAME = "adapter_config.json"
 _MERGE = (
     "merge it with PEFT (`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)`) and "
     "compress the result"
@@ -114,15 +114,9 @@ class AdapterConfig:
         """Read and check.
 
         Raises:
-            CheckpointError: not JSON, a field of a wrong type, or one that asks for what is not applied here.
+            CheckpointError: missing, not JSON, a field of a wrong type, or one that asks for what is not applied here.
         """
-        try:
-            data = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: not valid JSON ({error}); fetch or save the adapter again") from None
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{file}: expected an object, found a {type(data).__name__}")
-        return _Reader(file, data).read()
+        return _Reader(file, read_json(file)).read()
 
     def scale(self, module: str) -> float:
         """What the pair of a module is multiplied with."""

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meswitch.adapter.config import CONFIG_NAME, AdapterConfig
-from meswitch.errors import CheckpointError, MeswitchError
-from meswitch.tensorfile import TensorInfo, read_header
+from meswitch.adapter.config import AdapterConfig
+from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES
+from meswitch.errors import CheckpointError
+from meswitch.hub import fetch_checkpoint, is_hub_id
+from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -77,15 +79,11 @@ class Adapter:
             CheckpointError: a file is missing, damaged, or holds something that is not applied here.
         """
         directory = Path(directory)
-        config = AdapterConfig.read(directory / CONFIG_NAME)
+        config = AdapterConfig.read(directory / ADAPTER_CONFIG)
         file = directory / WEIGHTS_NAME
         if not file.is_file():
             raise CheckpointError(_missing(directory, file))
-        try:
-            header = read_header(file)
-        except MeswitchError as error:
-            raise CheckpointError(str(error)) from None
-        return _sorted_out(directory, config, file, header)
+        return _sorted_out(directory, config, file, read_header(file))
 
     def check_values(self) -> int:
         """Read all tensors once, and give their number.
@@ -107,12 +105,20 @@ class Adapter:
 def is_adapter(directory: str | Path) -> bool:
     """Whether a directory holds a PEFT adapter and no weights of a whole model."""
     directory = Path(directory)
-    return (directory / CONFIG_NAME).is_file() and not has_model(directory)
+    has_model = any((directory / name).is_file() for name in (WEIGHTS, INDEX))
+    return (directory / ADAPTER_CONFIG).is_file() and not has_model
 
 
-def has_model(directory: Path) -> bool:
-    """Whether a directory holds the weights of a whole model."""
-    return any((directory / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+def find_adapter(source: str | Path) -> Path | None:
+    """The directory of an adapter: `source` itself, or where a hub id of one was fetched to. None of anything else.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    directory = Path(source)
+    if not directory.is_dir() and is_hub_id(source):
+        directory = fetch_checkpoint(str(source), (*COMPANION_FILES, ADAPTER_CONFIG, WEIGHTS_NAME))
+    return directory if is_adapter(directory) else None
 
 
 def read_finite(info: TensorInfo) -> Tensor:
@@ -134,7 +140,7 @@ def _missing(directory: Path, file: Path) -> str:
             "`from safetensors.torch import save_file; save_file(torch.load('adapter_model.bin', weights_only=True), "
             "'adapter_model.safetensors')`"
         )
-    return f"{file}: no such file, but {CONFIG_NAME} is there: this PEFT adapter is incomplete, fetch it again"
+    return f"{file}: no such file, but {ADAPTER_CONFIG} is there: this PEFT adapter is incomplete, fetch it again"
 
 
 def _sorted_out(directory: Path, config: AdapterConfig, file: Path, header: Mapping[str, TensorInfo]) -> Adapter:

@@ -11,8 +11,8 @@ from meswitch.cli import console
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from meswitch.compression.config_fields import FieldDifference
     from meswitch.compression.diff import Change, Diff, FieldChange
+    from meswitch.config_fields import FieldDifference
 
 _TOKENS_SHOWN = 12
 # The order in which a token meets them; what is not named comes between these and the head.

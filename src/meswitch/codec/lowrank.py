@@ -34,11 +34,6 @@ class LowRankDelta:
     def rank(self) -> int:
         return self.right.shape[0]
 
-    @property
-    def T(self) -> "LowRankDelta":
-        """The delta of the transposed matrix; extra rows have no place in it."""
-        return LowRankDelta(self.right.T, self.left.T, self.scale)
-
     def to(self, device: torch.device) -> "LowRankDelta":
         """The same delta on a device."""
         extra = None if self.extra is None else self.extra.to(device)

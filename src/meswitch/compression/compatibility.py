@@ -2,7 +2,7 @@
 
 from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.config_fields import INACTIVE, TRAINING, UNREAD, config_differences
+from meswitch.config_fields import INACTIVE, TRAINING, UNREAD, config_differences
 from meswitch.errors import IncompatibleError, listed
 from meswitch.loaded import alike
 

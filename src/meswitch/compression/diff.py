@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from meswitch.adapter import find_adapter, open_expert
 from meswitch.architecture import architecture_of
 from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.compatibility import matched
-from meswitch.compression.config_fields import FieldDifference, config_differences
 from meswitch.compression.large_delta import ANOTHER_BASE, LARGE, another_base
+from meswitch.compression.merge import as_checkpoint
+from meswitch.config_fields import FieldDifference, config_differences
 from meswitch.errors import CheckpointError, MeswitchError
 from meswitch.jsonfile import read_json
 from meswitch.loaded import alike
@@ -149,7 +151,7 @@ def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -
     """Compare a fine-tune with its base. Pairs that do not fit are compared as far as they correspond.
 
     Args:
-        base, expert: checkpoint directories or hub ids.
+        base, expert: checkpoint directories or hub ids; the expert may be a PEFT adapter.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -248,7 +250,8 @@ def _compare(
 
 def _opened(base: str | Path, expert: str | Path) -> tuple[Checkpoint, Checkpoint, str | None]:
     """Both, and why they cannot share a base. Names are the model's, as far as it loads both."""
-    ours, theirs = Checkpoint.open(base), Checkpoint.open(expert)
+    ours, adapter = Checkpoint.open(base), find_adapter(expert)
+    theirs = Checkpoint.open(expert) if adapter is None else as_checkpoint(ours, open_expert(adapter, ours))
     _ = ours.config, theirs.config  # what cannot be read is an error, not a difference
     try:
         return *matched(ours, theirs), None

@@ -1,5 +1,6 @@
 """Base + delta -> a plain checkpoint, on disk or in memory."""
 
+import functools
 import json
 import math
 import shutil
@@ -14,11 +15,11 @@ from meswitch.adapter import open_expert
 from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, Delta
 from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
+from meswitch.loaded import BuiltTensor
 from meswitch.progress import Progress, silent
-from meswitch.tensorfile import write_tensors
+from meswitch.tensorfile import TensorInfo, write_tensors
 
 _SHARD_BYTES = 2 << 30
 
@@ -27,27 +28,43 @@ def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | No
     """The expert's tensors as the artifact restores them, one at a time.
 
     Args:
-        dtype: of the result; None keeps each tensor's stored one (deltas are added in float32 either way).
+        dtype: of the result; None is that of the base's tensor (deltas are added in float32 either way).
     """
     artifact.check_base(base)
-    return _restore(base, artifact, dtype)
+    return ((name, restored(base, artifact, name, dtype)) for name in artifact.manifest.tensors)
 
 
-def _restore(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def restored(base: Checkpoint, artifact: Artifact, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor of the expert.
+
+    Args:
+        dtype: of the result; None is that of the base's tensor, or the expert's own where the base has none.
+    """
+    entry, value, original = artifact.manifest.tensors[name], artifact.read(name), base.info(name)
+    if isinstance(value, Tensor):
+        tensor = value
+    elif value is None:
+        tensor = base.read(name)
+    else:
+        theirs = base.read(name)
+        matrix = as_matrix(theirs, entry.role)[: value.rows].float() + value.dequantize()
+        if value.extra is not None:
+            matrix = torch.cat([matrix, value.extra.float()])
+        tensor = from_matrix(matrix.to(dtype or theirs.dtype), entry.shape, entry.role).contiguous()
+    if tuple(tensor.shape) != entry.shape:
+        raise ArtifactError(f"{artifact.directory}: {name}: restored as {list(tensor.shape)}, not {entry.shape}")
+    wanted = dtype or (tensor.dtype if original is None else original.dtype)
+    return tensor.to(wanted) if tensor.is_floating_point() else tensor
+
+
+def as_checkpoint(base: Checkpoint, artifact: Artifact) -> Checkpoint:
+    """The expert as a checkpoint, whose tensors are restored in float32 each time that they are read."""
+    tensors: dict[str, TensorInfo] = {}
     for name, entry in artifact.manifest.tensors.items():
-        value = artifact.read(name)
-        if isinstance(value, Delta | CodedDelta):
-            original = base.read(name)
-            matrix = as_matrix(original, entry.role)[: value.rows].float() + value.dequantize()
-            if value.extra is not None:
-                matrix = torch.cat([matrix, value.extra.float()])
-            tensor = from_matrix(matrix.to(dtype or original.dtype), entry.shape, entry.role).contiguous()
-        else:
-            tensor = base.read(name) if value is None else value
-            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        if tuple(tensor.shape) != entry.shape:
-            raise ArtifactError(f"{artifact.directory}: {name}: restored as {list(tensor.shape)}, not {entry.shape}")
-        yield name, tensor
+        nbytes = math.prod(entry.shape) * torch.float32.itemsize
+        make = functools.partial(restored, base, artifact, name, torch.float32)
+        tensors[name] = BuiltTensor(name, torch.float32, entry.shape, artifact.directory, 0, nbytes, make)
+    return Checkpoint(artifact.manifest.expert.name, artifact.directory, tensors)
 
 
 def merge(
@@ -92,7 +109,8 @@ def merge(
             pending.clear()
 
     done, total = 0, sum(math.prod(entry.shape) for entry in artifact.manifest.tensors.values())
-    for name, tensor in _restore(checkpoint, artifact, wanted):
+    for name in artifact.manifest.tensors:
+        tensor = restored(checkpoint, artifact, name, wanted)
         done += tensor.numel()
         progress("merging", done, total, name)
         pending[name] = tensor

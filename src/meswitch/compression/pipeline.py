@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from meswitch.adapter import Adapter, is_adapter, write_artifact
+from meswitch.adapter import Adapter, find_adapter, write_artifact
 from meswitch.artifact import Artifact, rewrite
 from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
@@ -68,10 +68,10 @@ def compress(
     """
     options = dataclasses.replace(options or Options(), **settings)
     out, where = Path(out), torch.device(device)
-    if is_adapter(expert):
-        check_none_given(options.given(), expert)
+    if (directory := find_adapter(expert)) is not None:
+        check_none_given(options.given(), directory)
         check_destination(out, overwrite)
-        adapter = Adapter.open(expert)
+        adapter = Adapter.open(directory)
         return write_artifact(
             Checkpoint.open(base), adapter, out, overwrite=overwrite, progress=progress, notice=notice
         )

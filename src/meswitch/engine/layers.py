@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from meswitch.codec import Delta, LowRankDelta
+from meswitch.codec import Delta
 from meswitch.engine.context import Owners, Rows, Switch
 from meswitch.engine.kernel import TRITON, product
 from meswitch.engine.parameters import ExpertParameters
@@ -120,8 +120,6 @@ class SwitchableLinear(Switchable):
         delta = tensors.get(self.weight_name)
         bias = None if self.bias_name is None else tensors.get(self.bias_name)
         added = None
-        if isinstance(delta, LowRankDelta) and self.transposed:
-            delta = delta.T  # a pair lies as its weight does
         if isinstance(delta, Delta):
             added = self.switch.backend.expert_matmul(inputs[rows], delta)
         elif delta is not None:

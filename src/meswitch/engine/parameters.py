@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from meswitch.architecture import LIE_TRANSPOSED, LINEAR, TRANSPOSED, Architecture, Conversion, LoadPlan, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import Delta, PackedDelta
+from meswitch.codec import Delta
 from meswitch.errors import IncompatibleError
 
 # An expert's tensors by their stored names; what it shares with the base is not there.
@@ -136,8 +136,8 @@ class ExpertParameters:
             if given is None:
                 return torch.zeros(self.stored.shapes[name], device=device)
             if isinstance(given, Delta):
-                turned = name in self.stored.transposed and isinstance(given, PackedDelta)
-                return from_matrix(given.dequantize(), self.stored.shapes[name], TRANSPOSED if turned else LINEAR)
+                role = TRANSPOSED if name in self.stored.transposed else LINEAR
+                return from_matrix(given.dequantize(), self.stored.shapes[name], role)
             if name not in self._pieces:
                 self._pieces[name] = self.stored.base.read(name)
             return given.float() - self._pieces[name].to(device).float()
@@ -158,12 +158,12 @@ def merged(base: Tensor, own: Delta | Tensor, *, transposed: bool = False) -> Te
         base: of any shape.
         own: the expert's delta, as a matrix [rows, columns] whose rows are all dimensions but the last, with rows for
             added tokens; or the expert's own values.
-        transposed: a packed delta is [columns, rows], in a stack each of its matrices.
+        transposed: a delta is [columns, rows], in a stack each of its matrices.
     """
     if isinstance(own, Tensor):
         return own.to(base.dtype)
     delta = own.dequantize()
-    if transposed and isinstance(own, PackedDelta):
+    if transposed:
         delta = from_matrix(delta, tuple(base.shape), TRANSPOSED)
     if own.extra is None:
         known = base if base.dim() != 2 else base[: len(delta)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from meswitch.compression.config_fields import (
+from meswitch.config_fields import (
     INACTIVE,
     METADATA,
     OF_EACH,
