@@ -152,7 +152,9 @@ def _manifest(
     base: Checkpoint, adapter: Adapter, changes: Changes, content: str, entries: dict[str, Entry]
 ) -> Manifest:
     return Manifest(
-        base=BaseInfo(Path(base.source).name, content, base.config.model_type, base.config.vocab_size),
+        base=BaseInfo(
+            Path(base.source).name, content, base.config.model_type, base.config.get_text_config().vocab_size
+        ),
         expert=expert_info(base, adapter, changes, entries),
         method=method(adapter),
         tensors=entries,
