@@ -57,8 +57,7 @@ class Checkpoint:
         source: as it was given: a directory or a hub id.
         directory: where its files are.
         tensors: name -> where its bytes are.
-        aliases: names that have no tensor of their own, as they are tied -> the name whose tensor it is. Known of a
-            `loaded` checkpoint only.
+        ties: of a `loaded` checkpoint, names that have no tensor of their own -> the names whose tensors they are.
         left_out: stored tensors that are not in `tensors`, since the model does not load them.
         is_stored: whether `tensors` is what the files hold, under their names; else see `loaded`.
         content: what a fingerprint is taken of; None for `tensors`.
@@ -67,7 +66,7 @@ class Checkpoint:
     source: str
     directory: Path
     tensors: Mapping[str, TensorInfo]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     is_stored: bool = True
     content: Mapping[str, TensorInfo] | None = None
@@ -115,6 +114,11 @@ class Checkpoint:
 
         return as_loaded(self)
 
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Names that have no tensor of their own, as they are tied: `lm_head.weight` -> the embedding's."""
+        return self.loaded.ties if self.is_stored else self.ties
+
     @cached_property
     def load_plan(self) -> LoadPlan:
         """How the model's parameters are made of these tensors."""
@@ -122,7 +126,7 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo | None:
         """Where a tensor is: stored under this name, or loaded as it. None if it is neither."""
-        found = self.tensors.get(self.aliases.get(name, name))
+        found = self.tensors.get(self.ties.get(name, name))
         if found is None and self.is_stored:
             from meswitch.loaded import find
 
@@ -188,9 +192,11 @@ class Checkpoint:
 
 
 def cache_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values."""
+    """Bytes of one token's keys and values; 0 for a model without attention."""
     config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    if not heads:
+        return 0
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 

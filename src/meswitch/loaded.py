@@ -59,7 +59,7 @@ def as_loaded(checkpoint: Checkpoint) -> Checkpoint:
             _saved_name(architecture, name): _saved_name(architecture, of) for name, of in architecture.tied.items()
         }
         _check_shapes(checkpoint, {name: tuple(layout[name].shape) for name in layout})
-        return replace(checkpoint, aliases=aliases, is_stored=False)
+        return replace(checkpoint, ties=aliases, is_stored=False)
     bare, plan = _names(checkpoint, architecture)
     _check_shapes(
         checkpoint,
@@ -79,9 +79,7 @@ def as_loaded(checkpoint: Checkpoint) -> Checkpoint:
         tensors[new] = replace(checkpoint.tensors[bare[name]], name=new)
     aliases = _tie(tensors, plan, named, architecture)
     left_out = tuple(bare[name] for name in plan.unneeded)
-    return replace(
-        checkpoint, tensors=dict(sorted(tensors.items())), aliases=aliases, left_out=left_out, is_stored=False
-    )
+    return replace(checkpoint, tensors=dict(sorted(tensors.items())), ties=aliases, left_out=left_out, is_stored=False)
 
 
 def alike(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -98,7 +96,7 @@ def alike(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint]
     own = {head: replace(theirs.tensors[of], name=head) for head, of in theirs.aliases.items() if head in ours.tensors}
     if own:
         rest = {head: of for head, of in theirs.aliases.items() if head not in own}
-        theirs = replace(theirs, tensors=dict(sorted((*theirs.tensors.items(), *own.items()))), aliases=rest)
+        theirs = replace(theirs, tensors=dict(sorted((*theirs.tensors.items(), *own.items()))), ties=rest)
     for left, right in ((ours, theirs), (theirs, ours)):
         if any(right.info(name) is None for name in left.tensors):
             ours, theirs = _in_parameters(ours, theirs)

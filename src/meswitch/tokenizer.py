@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meswitch.configuration import read_config
 from meswitch.errors import ConfigError
 from meswitch.jsonfile import read_json
 from meswitch.textfile import json_kind
@@ -76,7 +77,7 @@ class ChatTokenizer:
                 "copy the fine-tune's tokenizer files into its checkpoint and compress again"
             )
         stated_ends = _stated_ends(directory)
-        config = _config(directory)
+        config = read_config(directory)
         return cls(name, directory, _load(directory, config), config.get_text_config(), stated_ends)
 
     @property
@@ -206,21 +207,6 @@ class ChatTokenizer:
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory has a file of a tokenizer."""
     return any((directory / file).is_file() for file in _FILES)
-
-
-def _config(directory: Path) -> Any:
-    """The model's configuration.
-
-    Raises:
-        ConfigError: transformers does not read it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # validation errors have classes of their own
-        file = directory / "config.json"
-        raise ConfigError(f"{file}: transformers does not read it: {_first_line(error)}") from error
 
 
 def _load(directory: Path, config: Any) -> Any:

@@ -1,5 +1,6 @@
 """Base + delta -> a plain checkpoint, on disk or in memory."""
 
+import copy
 import functools
 import json
 import math
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from meswitch.adapter import open_expert
-from meswitch.architecture import as_matrix, from_matrix
+from meswitch.architecture import architecture_of, as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
+from meswitch.configuration import read_config
 from meswitch.durable import replace_directory
-from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
+from meswitch.errors import ArtifactError, ConfigError, IncompatibleError, listed
 from meswitch.loaded import BuiltTensor
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import TensorInfo, write_tensors
@@ -138,18 +140,21 @@ def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.
     Returns:
         a `transformers.PreTrainedModel`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     checkpoint = Checkpoint.open(base)
     artifact = open_expert(delta, checkpoint)
-    config = AutoConfig.from_pretrained(artifact.directory)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(dict(merged_tensors(checkpoint, artifact, dtype)), strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
+    architecture = architecture_of(read_config(artifact.directory))
+    tensors = dict(merged_tensors(checkpoint, artifact, dtype))
+    plan = architecture.load_plan(tensors)
+    if plan.missing:
         raise IncompatibleError(
-            f"{artifact.directory}: its tensors are not those of {config.model_type}: "
-            f"missing {sorted(set(missing) - tied)}, unknown {unexpected}"
+            f"{artifact.directory}: its tensors are not those of {type(architecture.model).__name__}: "
+            f"{listed(plan.missing)} missing"
         )
-    model.tie_weights()
+    model = architecture.model_class._from_config(copy.deepcopy(architecture.config), dtype=dtype)
+    state: dict[str, Tensor] = {}
+    for conversion in plan.conversions:
+        state |= conversion.build(tensors.pop, model)
+    missing, _ = model.load_state_dict(state, strict=False)
+    # as `from_pretrained` does it: what is tied and was not given gets the other's values
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
     return model.eval()

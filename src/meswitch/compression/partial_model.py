@@ -147,7 +147,7 @@ class BlockwiseModel:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        wanted = checkpoint.config.num_hidden_layers
+        wanted = checkpoint.config.get_text_config().num_hidden_layers
         lists = [
             (name, module)
             for name, module in self.model.named_modules()

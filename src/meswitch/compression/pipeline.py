@@ -90,7 +90,7 @@ def compress(
         moments = None if text is None else text.first(MOMENT_TOKENS)
         specs = None
         if options.target_bpw is not None:
-            with fitting_threads(where, target.config.hidden_size):
+            with fitting_threads(where, target.config.get_text_config().hidden_size):
                 fits = _fits(target, where)
                 specs = specs_within(source, target, options, moments, fits, where, progress, work)
         stage = out if recipe is None else work.directory / "undistilled"

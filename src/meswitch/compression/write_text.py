@@ -93,7 +93,7 @@ def self_calibration(
         writer = _Writer(expert, tokenizer, device, dtype, seed)
         if saved is not None:
             writer.sampler.random.set_state(saved[1]["random"])
-    with fitting_threads(device, expert.config.hidden_size):
+    with fitting_threads(device, expert.config.get_text_config().hidden_size):
         while total < tokens and not dry:
             mean = total / len(kept) if kept else 64
             wanted = min(writer.batch, max(8, round(1.1 * (tokens - total) / mean)))

@@ -81,7 +81,7 @@ def generate(
         for row, i in enumerate(chosen):  # padded on the left: the answer follows the prompt directly
             ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
             mask[row, width - len(encoded[i]) :] = 1
-        with fitting_threads(model.device, model.config.hidden_size):
+        with fitting_threads(model.device, model.config.get_text_config().hidden_size):
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )

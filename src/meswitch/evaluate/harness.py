@@ -77,7 +77,7 @@ class Harness:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         measures: list[Measure] = []
         for task in self.tasks:
-            with fitting_threads(model.device, model.config.hidden_size):
+            with fitting_threads(model.device, model.config.get_text_config().hidden_size):
                 found = simple_evaluate(
                     model=lm,
                     tasks=[task],

@@ -6,7 +6,8 @@ import torch
 
 from meswitch.artifact import Artifact, fingerprint
 from meswitch.checkpoint import Checkpoint
-from meswitch.errors import IncompatibleError
+from meswitch.errors import IncompatibleError, listed
+from meswitch.tensorfile import INDEX, WEIGHTS
 
 _WHOLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -37,6 +38,11 @@ class Base:
             IncompatibleError: naming what differs.
         """
         base, wanted = self._checkpoint, artifact.manifest.base
+        if base.ignored_shards:
+            raise IncompatibleError(
+                f"{base.directory}: holds {WEIGHTS}, which {artifact.directory} was compressed against, and {INDEX} of "
+                f"other files ({listed(base.ignored_shards)}), which vLLM loads; move the files away that are not meant"
+            )
         if self._fingerprint == wanted.fingerprint or not base.is_quantised:
             artifact.check_base(base, known=self._fingerprint)
             return

@@ -319,7 +319,7 @@ class _End:
         wanted, found = self.job.tokens(batch, self.theirs), self.job.tokens(batch, states)
         weight = weights(batch, self.job.recipe.question_weight, self.job.device)
         total = 0.0
-        size = max(1, _LOGITS // self.job.expert.config.vocab_size)
+        size = max(1, _LOGITS // self.job.expert.config.get_text_config().vocab_size)
         for some in torch.arange(len(wanted), device=self.job.device).split(size):
             with torch.no_grad():
                 theirs = self.teacher.leave(wanted[some])

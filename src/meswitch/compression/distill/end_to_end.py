@@ -108,7 +108,7 @@ class _TeacherAnswers:
 
     def __init__(self, teacher: Any, tokens: int, device: torch.device) -> None:
         self._teacher, self._device = teacher, device
-        self._keeps = tokens * teacher.config.vocab_size * 4 <= _REMEMBERED
+        self._keeps = tokens * teacher.config.get_text_config().vocab_size * 4 <= _REMEMBERED
         self._kept: dict[int, Outputs] = {}
 
     def read(self, batch: list[Sample]) -> Outputs:
