@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from meswitch.compression import diff as module
+from meswitch.compression.config_fields import TRAINING, UNREAD
 from meswitch.compression.diff import Change, diff, measure
+from models import make_pair
 
 
 def edit(file, **fields):
@@ -149,3 +152,49 @@ def test_a_damaged_expert_shows_where(pair):
     model.save_pretrained(expert)
     broken = {item.name: item.change.not_finite for item in diff(base, expert).tensors if item.change.not_finite}
     assert broken == {"model.layers.1.mlp.gate_proj.weight": 3}
+
+
+def test_a_model_trained_apart_is_no_fine_tune(pair, tmp_path):
+    base, _ = pair()
+    _, other = make_pair(tmp_path / "apart", base, "mistral", seed=7)
+    (hint,) = diff(base, other).hints
+    assert hint.startswith(f"{other}: is no fine-tune of this base: all 14 matrices that were compared moved by 1.")
+
+
+def test_a_nearer_base_that_the_configuration_names_is_shown_how_to_be_compared(pair):
+    base, expert = pair()
+    edit(expert / "config.json", _name_or_path="org/Base-Instruct")
+    (hint,) = diff(base, expert).hints
+    assert hint.startswith("the expert's config.json names org/Base-Instruct: the nearer base compresses better")
+    assert f"`meswitch diff --base org/Base-Instruct --expert {expert}`" in hint
+
+
+def test_an_expert_that_brings_a_template_to_a_base_without_one_is_often_tuned_from_an_instruct_model(pair):
+    base, expert = pair()
+    (base / "chat_template.jinja").unlink()
+    (hint,) = diff(base, expert).hints
+    assert f"`meswitch diff --base INSTRUCT --expert {expert}`" in hint
+
+
+def test_a_fine_tune_near_its_base_needs_no_hint(pair):
+    base, expert = pair()
+    edit(expert / "config.json", _name_or_path=str(base))
+    assert diff(base, expert).hints == ()
+
+
+def test_what_a_field_without_effect_is_for_is_said(pair):
+    base, expert = pair()
+    edit(expert / "config.json", unsloth_version="2024.11.7", attention_dropout=0.1)
+    reasons = {item.field: item.reason for item in diff(base, expert).config}
+    assert reasons == {"unsloth_version": UNREAD, "attention_dropout": TRAINING}
+
+
+def test_a_pair_that_is_stored_in_two_ways_is_compared_by_what_the_model_loads(pair):
+    base, expert = pair(tied=True)
+    tensors = load_file(expert / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    save_file(wrapped, expert / "model.safetensors", metadata={"format": "pt"})
+    found = diff(base, expert)
+    assert (found.only_base, found.only_expert, found.obstacle) == ((), (), None)
+    assert found.total.relative_norm == pytest.approx(0.05, rel=0.2)

@@ -1,5 +1,6 @@
 """A base that vLLM serves quantised: the deltas are added to what its own method computes."""
 
+import json
 import shutil
 
 import pytest
@@ -73,6 +74,18 @@ def engine(quantised, deltas, plain):  # after `plain`: a process has one engine
     # without LoRA: vLLM's LoRA layers do not know this method's weights on a CPU
     with with_deltas(quantised, additional_config={"meswitch": {"experts": experts, "lora": False}}) as made:
         yield made
+
+
+def test_a_base_of_which_vllm_would_load_other_files_is_refused(family, math_delta, tmp_path):
+    """vLLM loads what an index names, transformers the single file beside it."""
+    base = shutil.copytree(family / "base", tmp_path / "base")
+    shutil.copyfile(base / "model.safetensors", base / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(base / "model.safetensors"), "model-00001-of-00001.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(
+        IncompatibleError, match=r"of other files \(model-00001-of-00001.safetensors\), which vLLM loads"
+    ):
+        Base(str(base)).check(Artifact.open(math_delta))
 
 
 @needs_vllm

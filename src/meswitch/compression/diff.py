@@ -272,7 +272,7 @@ def _vocabulary(checkpoint: Checkpoint) -> set[str]:
 
 def _hints(found: Diff, base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
     """What to look at next: the right base, or a nearer one."""
-    matrices = [item for item in found.tensors if not item.rows and item.change.weights > 1 and item.layer is not None]
+    matrices = [item for item in found.tensors if not item.rows and len(expert.tensors[item.name].shape) > 1]
     moved = [item.change.relative_norm or 0.0 for item in matrices]
     if moved and min(moved) >= ANOTHER_BASE:
         yield another_base(expert, len(moved), min(moved))
