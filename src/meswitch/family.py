@@ -75,7 +75,7 @@ class ExpertSection(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     delta: str  # the artifact: a directory, relative to the file
     source: str | None = None  # the full fine-tune: a directory or hub id; needed only to compress
-    calibration: str | None = None  # text for calibration, .txt or .jsonl; needed only to compress
+    calibration: str | None = None  # text for calibration; needed only to compress
     description: str = ""  # what it is good at: the router's label and the models page
 
 

@@ -54,8 +54,34 @@ def read_json_lines(file: Path, error: type[MeswitchError] = ConfigError) -> Ite
     for number, line in read_lines(file, error):
         try:
             yield number, json.loads(line)
-        except (ValueError, RecursionError) as reason:
-            raise error(f"{file}: line {number}: not valid JSON ({reason}); one value a line is needed") from None
+        except json.JSONDecodeError as reason:
+            where = f"line {number}: not valid JSON ({reason.msg} at column {reason.colno})"
+            raise error(f"{file}: {where}; one value a line is needed") from None
+        except RecursionError:
+            raise error(f"{file}: line {number}: is nested too deeply to be read") from None
+
+
+def read_json_rows(file: Path, error: type[MeswitchError] = ConfigError) -> Iterator[tuple[str, Any]]:
+    """Places (`line 3`, or `row 3` of a list) and values of JSON lines or of a JSON list.
+
+    Args:
+        file: `.json` may be either; every other name means lines.
+        error: is raised.
+
+    Raises:
+        MeswitchError: see `read_json_lines`; or the list is not JSON.
+    """
+    if Path(file.name.removesuffix(".gz")).suffix.lower() == ".json":
+        text = "\n".join(line for _, line in read_lines(file, error))
+        if text.lstrip().startswith("["):
+            try:
+                rows = json.loads(text)
+            except (ValueError, RecursionError) as reason:
+                raise error(f"{file}: is not a whole JSON list ({reason}); correct it, or get it again") from None
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+            return
+    for number, value in read_json_lines(file, error):
+        yield f"line {number}", value
 
 
 def json_kind(value: Any) -> str:

@@ -126,9 +126,9 @@ def test_without_a_chat_template_it_writes_from_its_first_token(pair, tokenizer)
     assert found.info.tokens == 600
 
 
-def test_a_template_that_refuses_a_question_is_named(pair):
+def test_a_template_that_refuses_every_question_is_named(pair):
     _, expert = pair()
-    with pytest.raises(ConfigError, match="self: the chat template refuses a question: system first"):
+    with pytest.raises(ConfigError, match="the chat template cannot show a user's message: system first"):
         self_calibration(with_template(expert, "{{ raise_exception('system first') }}"), 100)
 
 

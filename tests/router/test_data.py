@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -38,8 +39,14 @@ def test_a_line_separator_inside_a_query_does_not_end_the_row(tmp_path):
 )
 def test_a_bad_row_is_refused_with_file_line_and_field(tmp_path, line, message):
     file = write(tmp_path, GOOD, "", line)
-    with pytest.raises(RouterError, match=rf"rows\.jsonl:3: {message}"):
+    with pytest.raises(RouterError, match=rf"rows\.jsonl: line 3: {message}"):
         read_rows(file, ["math", "code"])
+
+
+def test_a_packed_file_with_a_mark_and_windows_line_ends_is_read(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n" + GOOD.encode() + b"\r\n"))
+    assert read_rows(file, ["math"]) == [Row("How many?", "math", "here")] * 2
 
 
 def test_a_file_that_is_missing_empty_or_not_text_is_refused(tmp_path):

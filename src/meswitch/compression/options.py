@@ -103,7 +103,7 @@ class Options:
     calibration: Annotated[
         "str | Path | Source | None",
         Setting(
-            "Text like the expert's own inputs (.txt: one a line; .jsonl: `text`, `messages` or `prompt`). It chooses "
+            "Text like the expert's own inputs: .txt (one a line), .jsonl or .json (rows of training data). It chooses "
             "the salient channels and corrects rounding errors, in one forward pass of the expert. `self` lets the "
             "expert write the text, `self:FILE` lets it answer the file's questions, `FILE+self` lets it fill up a "
             "short file; all three load the full expert into memory. `none`, the default without `--family`, is "

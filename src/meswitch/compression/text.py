@@ -3,20 +3,20 @@
 import bisect
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint
+from meswitch.compression.conversations import Messages, Row, read_rows
 from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
+from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 MAX_LENGTH = 512
 _ROWS = 256  # tokenised at once
@@ -129,23 +129,22 @@ def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: in
     """Read calibration text and tokenise it with the expert's own tokenizer and chat template.
 
     Args:
-        file: `.txt` (one sequence a line) or `.jsonl` (`{"text": ...}`, `{"messages": [...]}` or
-            `{"prompt": ..., "completion": ...}` a line).
+        file: see `conversations`.
         max_tokens: sequences are taken in order until they hold this many tokens; each is cut at 512.
 
     Raises:
-        ConfigError: no such file, a row that is none of these, no text at all, or no tokenizer.
+        ConfigError: no such file, a row in none of the forms, no text at all, or no tokenizer.
     """
     file = Path(file)
-    rows = _rows(file)
-    tokenizer = load_tokenizer(tokenizer_dir)
+    rows = read_rows(_existing(file))
+    tokenizer = open_tokenizer(tokenizer_dir)
     sequences: list[list[int]] = []
     starts: list[int] = []
     total = 0
     while total < max_tokens and (some := list(itertools.islice(rows, _ROWS))):
-        found = [_text(row, tokenizer, file, number) for number, row in some]
-        texts = _tokenised(tokenizer, [(text, is_chat) for text, is_chat, _ in found])
-        asked = _tokenised(tokenizer, [(question, is_chat) for _, is_chat, question in found])
+        found = [_written(row, tokenizer, file) for row in some]
+        texts = _tokenised(tokenizer, [(text, bool(row.messages)) for row, (text, _) in zip(some, found, strict=True)])
+        asked = _tokenised(tokenizer, [(ask, bool(row.messages)) for row, (_, ask) in zip(some, found, strict=True)])
         for tokens, before in zip(texts, asked, strict=True):
             tokens = tokens[: min(MAX_LENGTH, max_tokens - total)]
             if tokens:
@@ -157,101 +156,71 @@ def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: in
     return CalibrationSet(sequences, Calibration(file.name, sha256_file(file), len(sequences), total), starts)
 
 
-def _tokenised(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[list[int]]:
+def _tokenised(tokenizer: ChatTokenizer, texts: list[tuple[str, bool]]) -> list[list[int]]:
     """Token ids of texts, each with whether it has its special tokens already; none of an empty text."""
     found: list[list[int]] = [[] for _ in texts]
     for is_chat in (True, False):
         mine = [place for place, (text, chat) in enumerate(texts) if chat == is_chat and text]
         if mine:
-            ids = tokenizer([texts[place][0] for place in mine], add_special_tokens=not is_chat).input_ids
+            ids = tokenizer.tokenizer([texts[place][0] for place in mine], add_special_tokens=not is_chat).input_ids
             for place, tokens in zip(mine, ids, strict=True):
                 found[place] = tokens
     return found
 
 
-def load_questions(file: Path) -> list[list[dict[str, str]]]:
+def load_questions(file: Path) -> list[Messages]:
     """Conversations that wait for an answer.
 
-    `.txt`: one question a line. `.jsonl`: `{"prompt": ...}` or `{"messages": [...]}` a line; what follows the last
-    user message is left out.
+    Args:
+        file: see `conversations`. A line of `.txt`, and a `prompt` that is a text, is a user's message. What follows
+            the last user message is left out.
 
     Raises:
         ConfigError: no such file, a row without a question, or no row at all.
     """
     found = []
-    for number, row in _rows(file):
-        messages: Any = None
-        if isinstance(row, str):
-            messages = [{"role": "user", "content": row}]
-        elif isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            messages = [{"role": "user", "content": row["prompt"]}]
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            messages = list(row["messages"])
-            while messages and not (isinstance(messages[-1], dict) and messages[-1].get("role") == "user"):
-                messages.pop()
-        if not messages:
-            raise ConfigError(f"{file}: line {number}: needs a question: `prompt`, or `messages` with a user's")
-        found.append(messages)
+    for row in read_rows(_existing(file)):
+        asked = row.text if row.is_prose else row.asked
+        messages = row.messages or ([{"role": "user", "content": asked}] if asked else [])
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        if last < 0:
+            raise ConfigError(f"{file}: {row.place}: needs a question: a `prompt`, or messages with a user's")
+        found.append(messages[: last + 1])
     if not found:
         raise ConfigError(f"{file}: holds no questions; the expert needs at least one")
     return found
 
 
-def load_tokenizer(directory: str | Path) -> Any:
+def open_tokenizer(directory: str | Path) -> ChatTokenizer:
     """The expert's own tokenizer.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, or none that can be used.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    directory = Path(directory)
+    if not has_tokenizer(directory):
         raise ConfigError(
-            f"{directory}: no tokenizer that transformers can read, and calibration text needs one: put "
-            "tokenizer.json and tokenizer_config.json there, or compress data-free (--calibration none)"
-        ) from error
+            f"{directory}: no tokenizer, and calibration text needs one: put tokenizer.json and tokenizer_config.json "
+            "there, or compress data-free (--calibration none)"
+        )
+    return ChatTokenizer.open(directory.name, directory)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and rows: a line of text, or the JSON value of a `.jsonl` line."""
+def _existing(file: Path) -> Path:
     if not file.is_file():
-        raise ConfigError(f"{file}: no such calibration file; give a .txt or .jsonl file, or `none`")
-    return _parsed(file)
+        raise ConfigError(f"{file}: no such calibration file; give a .txt, .jsonl or .json file, or `none`")
+    return file
 
 
-def _parsed(file: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            yield number, line
-            continue
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{file}: line {number}: not valid JSON: {error}") from None
-
-
-def _text(row: Any, tokenizer: Any, file: Path, number: int) -> tuple[str, bool, str]:
-    """The row's text, whether the chat template has set the special tokens already, and what of it is asked."""
-    if isinstance(row, str) and file.suffix != ".jsonl":
-        return row, False, ""
-    if isinstance(row, dict):
-        if isinstance(row.get("messages"), list):
-            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-            return text, True, _asked(row["messages"], text, tokenizer)
-        if isinstance(row.get("prompt"), str):
-            return row["prompt"] + str(row.get("completion", "")), False, row["prompt"]
-        if isinstance(row.get("text"), str):
-            return row["text"], False, ""
-    raise ConfigError(f"{file}: line {number}: needs one of the fields `text`, `messages` or `prompt`")
-
-
-def _asked(messages: list[Any], text: str, tokenizer: Any) -> str:
-    """The conversation up to where the assistant's last turn begins; nothing if it has none."""
-    if len(messages) < 2 or not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
-        return ""
-    question = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    return question if text.startswith(question) else ""
+def _written(row: Row, tokenizer: ChatTokenizer, file: Path) -> tuple[str, str]:
+    """A row's text, and the beginning of it up to where the assistant's last turn, or the completion, begins."""
+    if not row.messages:
+        return row.text, row.asked if row.asked != row.text else ""
+    try:
+        text = tokenizer.render(row.messages, answer=False)
+        if len(row.messages) < 2 or row.messages[-1]["role"] != "assistant":
+            return text, ""
+        question = tokenizer.render(row.messages[:-1])
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {row.place}: {error}") from error
+    return text, question if text.startswith(question) else ""

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint, cache_bytes
+from meswitch.compression.conversations import Messages
 from meswitch.compression.partial_model import compute_dtype
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
@@ -28,11 +29,12 @@ from meswitch.compression.text import (
     SELF,
     CalibrationSet,
     load_questions,
-    load_tokenizer,
+    open_tokenizer,
 )
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
 from meswitch.threads import fitting_threads
+from meswitch.tokenizer import ChatTokenizer
 from meswitch.units import format_bytes
 
 QUESTION, ANSWER = 96, 160  # tokens at most that the expert invents of each
@@ -75,7 +77,7 @@ def self_calibration(
     """
     say = notice or (lambda line: None)
     device = torch.device(device)
-    tokenizer = load_tokenizer(expert.directory)
+    tokenizer = open_tokenizer(expert.directory)
     asked = None if prompts is None else load_questions(Path(prompts))
     dtype = compute_dtype(device)
     size = format_bytes(expert.parameters * dtype.itemsize)
@@ -130,24 +132,26 @@ def _list(dropped: Counter[str]) -> str:
 class _Writer:
     """The expert with its tokenizer, ready to write batches of sequences."""
 
-    def __init__(self, expert: Checkpoint, tokenizer: Any, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, expert: Checkpoint, tokenizer: ChatTokenizer, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
         self.tokenizer = tokenizer
+        self.ends = set(tokenizer.ends)
+        starts = (tokenizer.tokenizer.bos_token_id, *tokenizer.ends)
+        self.start: int = next((i for i in starts if i is not None), 0)
         model: Any = AutoModelForCausalLM.from_pretrained(expert.directory, dtype=dtype)
-        configured = model.generation_config.eos_token_id
-        ends = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
-        self.ends: set[int] = {i for i in ends if i is not None}
-        self.start = next((i for i in (tokenizer.bos_token_id, *sorted(self.ends)) if i is not None), 0)
         self.sampler = Sampler(model.to(device).eval(), self.start, seed)
         self.batch = max(1, min(BATCH, CACHE_BYTES // (cache_bytes(expert.config, dtype) * MAX_LENGTH)))
-        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self.chat = tokenizer.has_template
         if self.chat:
-            opening, _, closing = self._render([{"role": "user", "content": _MARK}]).partition(_MARK)
+            opening, _, closing = tokenizer.render([{"role": "user", "content": _MARK}]).partition(_MARK)
             self.opening = self._ids(opening.rstrip(" "))
             # what ends a user's turn: a token of its own, or text such as `[/INST]`
             self.closing = closing.strip().split("\n")[0]
-            self.turn_ends = {i for i in self._ids(closing.strip())[:1] if i in tokenizer.added_tokens_decoder}
+            added = tokenizer.tokenizer.added_tokens_decoder
+            self.turn_ends = {i for i in self._ids(closing.strip())[:1] if i in added}
 
-    def write(self, batch: int | list[list[dict[str, str]]]) -> Iterator[tuple[list[int], str | None]]:
+    def write(self, batch: int | list[Messages]) -> Iterator[tuple[list[int], str | None]]:
         """So many sequences of its own, or answers to these conversations: each with what is wrong with it."""
         most, longest = ANSWER, LENGTH if isinstance(batch, int) else MAX_LENGTH
         if isinstance(batch, int) and not self.chat:
@@ -158,7 +162,7 @@ class _Writer:
         elif self.chat:
             heads = [self._ids(self._render(conversation)) for conversation in batch]
         else:
-            heads = [list(self.tokenizer(conversation[-1]["content"]).input_ids) for conversation in batch]
+            heads = [self.tokenizer.encode(conversation[-1]["content"]) for conversation in batch]
         usable = [0 < len(head) < longest for head in heads]
         tails = iter(
             self.sampler.sample([head for head, use in zip(heads, usable, strict=True) if use], most, self.ends)
@@ -169,27 +173,27 @@ class _Writer:
             fault = fault or ("empty" if not set(tail) - self.ends else "endless repetition" if repeats(tail) else None)
             yield (head + tail)[:longest], fault
 
-    def _invent(self, count: int) -> Iterator[list[dict[str, str]] | None]:
+    def _invent(self, count: int) -> Iterator[Messages | None]:
         """Questions, None where there is nothing in it."""
         mark = "" if self.turn_ends else self.closing
 
         def ended(tail: list[int]) -> bool:
-            return mark in self.tokenizer.decode(tail[-len(mark) - 1 :])
+            return mark in self.tokenizer.tokenizer.decode(tail[-len(mark) - 1 :])
 
         ends = self.ends | self.turn_ends
         for ids in self.sampler.sample([self.opening] * count, QUESTION, ends, ended if mark else None):
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = self.tokenizer.decode(ids)
             text = (text.partition(mark)[0] if mark else text).strip()
             yield [{"role": "user", "content": text}] if text and not repeats(ids) else None
 
-    def _render(self, conversation: list[dict[str, str]]) -> str:
+    def _render(self, conversation: Messages) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates raise what they like
-            raise ConfigError(f"calibration: {SELF}: the chat template refuses a question: {error}") from error
+            return self.tokenizer.render(conversation)
+        except ConfigError as error:
+            raise ConfigError(f"calibration: {SELF}: {error}") from error
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return list(self.tokenizer.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 class Sampler:

@@ -1,11 +1,12 @@
 """Routing data: JSON lines of `{"query": ..., "domain": ..., "source": ...}`."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from meswitch.router.base import OTHER, RouterError
+from meswitch.textfile import json_kind, read_json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +25,16 @@ def read_rows(path: str | Path, experts: Collection[str]) -> list[Row]:
         RouterError: no such file, no rows, or a line that is not such a row; names the file, line and field.
     """
     file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise RouterError(f"{file}: no such file; give JSON lines with query, domain and source") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RouterError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    rows = [_row(line, f"{file}:{number}", experts) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = read_json_lines(file, RouterError)
+    rows = [_row(value, f"{file}: line {number}", experts) for number, value in found]
     if not rows:
         raise RouterError(f"{file}: has no rows; give JSON lines with query, domain and source")
     return rows
 
 
-def _row(line: str, where: str, experts: Collection[str]) -> Row:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise RouterError(f"{where}: not valid JSON ({error}); one object a line") from None
+def _row(data: Any, where: str, experts: Collection[str]) -> Row:
     if not isinstance(data, dict):
-        raise RouterError(f"{where}: expected an object with query, domain and source, found {line:.40}")
+        raise RouterError(f"{where}: expected an object with query, domain and source, found {json_kind(data)}")
     fields = {"source": "unknown"} | {name: data[name] for name in ("query", "domain", "source") if name in data}
     for name in ("query", "domain", "source"):
         if name not in fields:
