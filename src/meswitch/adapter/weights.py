@@ -86,6 +86,11 @@ class Adapter:
             raise CheckpointError(_missing(directory, file))
         return _sorted_out(directory, config, file, read_header(file))
 
+    @property
+    def rank(self) -> int:
+        """The largest of its pairs."""
+        return max((pair.a.shape[0] for pair in self.pairs.values()), default=0)
+
     def check_values(self) -> int:
         """Read all tensors once, and give their number.
 
