@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
+import meswitch
 from adapters import pairs, product, write_adapter
 from meswitch.adapter import Adapter, open_expert, write_artifact
 from meswitch.artifact import Artifact, account
@@ -331,6 +332,19 @@ def test_an_adapter_is_opened_where_it_lies_and_leaves_nothing_behind(base, tmp_
     del artifact
     assert not room.exists()
     assert sorted(adapter.iterdir()) == before
+
+
+@pytest.mark.parametrize("weights", ["base", "expert"])
+def test_beside_weights_it_counts_only_where_those_are_the_base_s_own(base, pair, tmp_path, weights, monkeypatch):
+    monkeypatch.setattr("meswitch.checkpoint.find_spec", lambda name: None)  # as where PEFT is not installed
+    _, expert = pair("llama", attention_bias=True)
+    adapter = write_adapter(tmp_path / "adapter", pairs(base, "q_proj", "v_proj"))
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile({"base": base, "expert": expert}[weights] / file, adapter / file)
+    notes: list[str] = []
+    artifact = meswitch.compress(base, adapter, tmp_path / "delta", notice=notes.append)
+    assert artifact.manifest.method.name == {"base": "lora", "expert": "me-switch"}[weights]
+    assert any("the adapter beside the weights is not applied" in note for note in notes) is (weights == "expert")
 
 
 def test_an_artifact_of_an_adapter_knows_its_base(base, pair, tmp_path):

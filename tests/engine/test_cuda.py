@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import meswitch
+from adapters import pairs, write_adapter
 from meswitch import Engine
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
@@ -13,14 +14,19 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 
 
-def test_mixed_experts_equal_their_merged_models(family, deltas):
-    with Engine(family / "base", deltas, device="cuda", dtype="float32", slots=3, kv_cache_tokens=8192) as engine:
-        answers = engine.generate([PROMPT] * 10, model=engine.names * 2, max_new_tokens=24)
+def test_mixed_experts_equal_their_merged_models(family, deltas, tmp_path):
+    targets = ("q_proj", "up_proj", "embed_tokens", "lm_head")
+    adapter = write_adapter(
+        tmp_path / "poet", pairs(family / "base", *targets, size=0.15), target_modules=list(targets)
+    )
+    experts = deltas | {"poet": adapter}
+    with Engine(family / "base", experts, device="cuda", dtype="float32", slots=3, kv_cache_tokens=8192) as engine:
+        answers = engine.generate([PROMPT] * 12, model=engine.names * 2, max_new_tokens=24)
         for answer in answers:
             if answer.model == "base":
                 model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
             else:
-                model = load_merged(family / "base", deltas[answer.model])
+                model = load_merged(family / "base", experts[answer.model])
             ids = torch.tensor([engine.tokenizers[answer.model].encode(PROMPT)], device="cuda")
             alone = model.cuda().generate(
                 input_ids=ids,

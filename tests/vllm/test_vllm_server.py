@@ -5,7 +5,9 @@ import shlex
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
+from adapters import pairs, write_adapter
 from meswitch import Family
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.router import Encoder, Row, train_router
@@ -34,6 +36,24 @@ def family_file(family, deltas, tmp_path_factory):
         text += f'[[expert]]\nname = "{name}"\ndelta = "{deltas[name]}"\n'
     (directory / "family.toml").write_text(text)
     return directory / "family.toml"
+
+
+def test_an_adapter_is_served_by_vllm_s_own_lora_beside_deltas(family, deltas, tmp_path):
+    tensors = pairs(family / "base", "q_proj", rank=12)
+    adapter = write_adapter(tmp_path / "poet", tensors, target_modules=["q_proj"], r=12)
+    text = f'[base]\npath = "{family / "base"}"\n'
+    for name, delta in (("math", deltas["math"]), ("poet", adapter)):
+        text += f'[[expert]]\nname = "{name}"\ndelta = "{delta}"\n'
+    (tmp_path / "family.toml").write_text(text)
+    arguments = command(Family.load(tmp_path), "127.0.0.1", 8123, 2)
+    line = shlex.join(arguments)
+    assert f"--lora-modules math={deltas['math']} poet={adapter} --max-lora-rank 16" in line
+    settings = json.loads(arguments[arguments.index("--additional-config") + 1])["meswitch"]
+    assert (settings["experts"], settings["lora"]) == ([str(deltas["math"])], True)
+    tensors |= {"model.norm.weight": load_file(family / "base" / "model.safetensors")["model.norm.weight"]}
+    write_adapter(adapter, tensors, target_modules=["q_proj"], r=12, modules_to_save=["norm"])
+    with pytest.raises(IncompatibleError, match=r"poet: model\.norm\.weight: vLLM serves low-rank pairs only"):
+        command(Family.load(tmp_path), "127.0.0.1", 8123, 2)
 
 
 def test_the_command_line_of_a_family(family_file, family, deltas):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from meswitch.adapter.changes import Change, Changes, changes_of
-from meswitch.adapter.weights import WEIGHTS_NAME, Adapter, is_adapter
+from meswitch.adapter.weights import WEIGHTS_NAME, Adapter, adapts
 from meswitch.architecture import HEAD, architecture_of
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
 from meswitch.artifact.fingerprint import sha256_file
@@ -44,7 +44,7 @@ def open_expert(source: str | Path, base: Checkpoint) -> Artifact:
     Raises:
         MeswitchError: see `Artifact.open` and `write_artifact`.
     """
-    if not is_adapter(source):
+    if not adapts(source, base):
         return Artifact.open(source)
     room = Path(tempfile.mkdtemp(prefix="meswitch-"))
     try:

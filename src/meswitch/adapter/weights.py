@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from meswitch.adapter.config import AdapterConfig
-from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES
+from meswitch.artifact import fingerprint
+from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint
 from meswitch.errors import CheckpointError
 from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header
@@ -85,6 +86,11 @@ class Adapter:
             raise CheckpointError(_missing(directory, file))
         return _sorted_out(directory, config, file, read_header(file))
 
+    @property
+    def rank(self) -> int:
+        """The largest of its pairs."""
+        return max((pair.a.shape[0] for pair in self.pairs.values()), default=0)
+
     def check_values(self) -> int:
         """Read all tensors once, and give their number.
 
@@ -109,16 +115,31 @@ def is_adapter(directory: str | Path) -> bool:
     return (directory / ADAPTER_CONFIG).is_file() and not has_model
 
 
-def find_adapter(source: str | Path) -> Path | None:
-    """The directory of an adapter: `source` itself, or where a hub id of one was fetched to. None of anything else.
+def adapts(directory: str | Path, base: Checkpoint) -> bool:
+    """Whether a directory holds an adapter of this base: alone, or beside a copy of the base's own weights.
 
     Raises:
-        CheckpointError: the hub does not give it.
+        CheckpointError: the weights beside it cannot be read.
+    """
+    directory = Path(directory)
+    if is_adapter(directory) or not (directory / ADAPTER_CONFIG).is_file():
+        return is_adapter(directory)
+    return fingerprint(Checkpoint.open(directory)) == fingerprint(base)
+
+
+def find_adapter(source: str | Path, base: Checkpoint) -> Path | None:
+    """The directory of an adapter of this base, None of anything else.
+
+    Args:
+        source: a directory, or a hub id that is fetched.
+
+    Raises:
+        CheckpointError: the hub does not give it; or see `adapts`.
     """
     directory = Path(source)
     if not directory.is_dir() and is_hub_id(source):
         directory = fetch_checkpoint(str(source), (*COMPANION_FILES, ADAPTER_CONFIG, WEIGHTS_NAME))
-    return directory if is_adapter(directory) else None
+    return directory if adapts(directory, base) else None
 
 
 def read_finite(info: TensorInfo) -> Tensor:

@@ -250,7 +250,8 @@ def _compare(
 
 def _opened(base: str | Path, expert: str | Path) -> tuple[Checkpoint, Checkpoint, str | None]:
     """Both, and why they cannot share a base. Names are the model's, as far as it loads both."""
-    ours, adapter = Checkpoint.open(base), find_adapter(expert)
+    ours = Checkpoint.open(base)
+    adapter = find_adapter(expert, ours)
     theirs = Checkpoint.open(expert) if adapter is None else as_checkpoint(ours, open_expert(adapter, ours))
     _ = ours.config, theirs.config  # what cannot be read is an error, not a difference
     try:

@@ -68,14 +68,13 @@ def compress(
     """
     options = dataclasses.replace(options or Options(), **settings)
     out, where = Path(out), torch.device(device)
-    if (directory := find_adapter(expert)) is not None:
+    source = Checkpoint.open(base)
+    if (directory := find_adapter(expert, source)) is not None:
         check_none_given(options.given(), directory)
         check_destination(out, overwrite)
         adapter = Adapter.open(directory)
-        return write_artifact(
-            Checkpoint.open(base), adapter, out, overwrite=overwrite, progress=progress, notice=notice
-        )
-    source, target = matched(Checkpoint.open(base), Checkpoint.open(expert))
+        return write_artifact(source, adapter, out, overwrite=overwrite, progress=progress, notice=notice)
+    source, target = matched(source, Checkpoint.open(expert))
     if not force:
         check_same_base(source, target)
     for line in remarks(source, target):

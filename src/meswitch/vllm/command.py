@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from meswitch.adapter import Adapter, is_adapter
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Manifest
 from meswitch.errors import ArtifactError, IncompatibleError
@@ -15,6 +16,7 @@ from meswitch.vllm.settings import KEY
 
 FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router
 _TEMPLATE = "chat_template.jinja"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest of its LoRA adapters
 
 
 def command(family: Family, host: str, port: int, slots: int) -> list[str]:
@@ -22,21 +24,29 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
 
     Raises:
         ArtifactError: an expert has not been compressed yet, or its artifact is damaged.
-        IncompatibleError: experts whose tokenizers or templates cannot share one server.
+        IncompatibleError: experts whose tokenizers or templates cannot share one server, or an adapter that vLLM does
+            not serve.
     """
-    artifacts = {name: _opened(family, name, path) for name, path in family.deltas().items()}
-    settings = {"experts": [str(artifact.directory) for artifact in artifacts.values()], "lora": False}
+    adapters = {name: Adapter.open(path) for name, path in family.deltas().items() if is_adapter(path)}
+    for adapter in adapters.values():
+        _check_served(adapter)
+    artifacts = {name: _opened(family, name, path) for name, path in family.deltas().items() if name not in adapters}
+    settings = {"experts": [str(artifact.directory) for artifact in artifacts.values()], "lora": bool(adapters)}
     options = family.engine
     if options.host_bytes is not None:
         settings["host_bytes"] = options.host_bytes
     base = family.resolve_model(family.base.path)
     arguments = ["serve", base, "--served-model-name", family.base.name, "--host", host, "--port", str(port)]
     arguments += ["--worker-cls", "meswitch.vllm.DeltaWorker", "--enable-lora"]
-    arguments += ["--max-loras", str(slots), "--max-cpu-loras", str(max(slots, len(artifacts)))]
+    arguments += ["--max-loras", str(slots), "--max-cpu-loras", str(max(slots, len(artifacts) + len(adapters)))]
     # a graph for each number of experts in a step, with programs for just as many
     arguments += ["--specialize-active-lora"]
-    if artifacts:
-        arguments += ["--lora-modules", *(f"{name}={artifact.directory}" for name, artifact in artifacts.items())]
+    experts = {name: expert.directory for name, expert in (artifacts | adapters).items()}
+    if experts:
+        arguments += ["--lora-modules", *(f"{name}={directory}" for name, directory in experts.items())]
+    if adapters:
+        rank = max(max(adapter.rank, adapter.config.rank) for adapter in adapters.values())
+        arguments += ["--max-lora-rank", str(next(size for size in _RANKS if size >= rank))]
     arguments += ["--additional-config", json.dumps({KEY: settings})]
     arguments += ["--max-num-batched-tokens", str(options.max_batch_tokens), "--dtype", options.dtype]
     # of longer steps a captured graph would not know how many kernels they need
@@ -45,11 +55,11 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
     speaker = _largest({name: artifact.manifest for name, artifact in artifacts.items()})
     if speaker is not None:
         arguments += ["--tokenizer", str(artifacts[speaker].directory)]
-    template = _template(Path(base), [artifact.directory for artifact in artifacts.values()])
+    template = _template(Path(base), list(experts.values()))
     if template is not None:
         arguments += ["--chat-template", str(template)]
     arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
-    if artifacts and family.resolve(family.router.path).exists():
+    if experts and family.resolve(family.router.path).exists():
         arguments += ["--middleware", "meswitch.vllm.auto.AutoRouting"]  # around the one before, which sees its choice
     return arguments
 
@@ -71,6 +81,29 @@ def argv(arguments: list[str]) -> list[str]:
         _, model, *rest = arguments
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *rest]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+
+
+def _check_served(adapter: Adapter) -> None:
+    """Refuse what vLLM does not take of an adapter.
+
+    Raises:
+        IncompatibleError: naming it.
+    """
+    what = None
+    if adapter.config.dora:
+        what = "use_dora"
+    elif adapter.tokens:
+        what = "trainable_token_indices"
+    elif adapter.whole:
+        what = next(iter(adapter.whole))
+    elif any(pair.bias for pair in adapter.pairs.values()):
+        what = "lora_bias"
+    elif adapter.rank > _RANKS[-1]:
+        what = f"rank {adapter.rank}"
+    if what is not None:
+        raise IncompatibleError(
+            f"{adapter.directory}: {what}: vLLM serves low-rank pairs only; serve it with --engine embedded"
+        )
 
 
 def _opened(family: Family, name: str, path: Path) -> Artifact:
