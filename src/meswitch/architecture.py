@@ -126,11 +126,18 @@ class LoadPlan:
     missing: tuple[str, ...]
     tied: Mapping[str, str]
     by_source: Mapping[str, Conversion] = field(repr=False, default_factory=dict)
+    by_target: Mapping[str, Conversion] = field(repr=False, default_factory=dict)
 
     def parameters_of(self, stored: str) -> tuple[str, ...]:
         """The parameters that a stored tensor is, or is a part of; none if the model does not load it."""
         found = self.by_source.get(stored)
         return () if found is None else found.targets
+
+    def alike(self, parameter: str) -> tuple[str, ...]:
+        """The parameters that have this one's values: itself, and those tied to it that nothing else gives."""
+        of = self.tied.get(parameter, parameter)
+        tied = (of, *(name for name, source in self.tied.items() if source == of))
+        return (parameter, *(name for name in tied if name not in self.by_target and name != parameter))
 
 
 class Architecture:
@@ -400,6 +407,7 @@ def _plan(model: Any, parts: Mapping[str, Part], tied: Mapping[str, str], stored
         tuple(name for name in missing if name not in reverse),
         tied,
         {name: conversion for conversion in conversions for name in conversion.sources},
+        {name: conversion for conversion in conversions for name in conversion.targets},
     )
 
 

@@ -1,7 +1,7 @@
 """Tensors in, named tensors out: quantisers, packing, the salient split. No models, no files."""
 
 from meswitch.codec.baselines.coded import CodedDelta, Request, nbytes
-from meswitch.codec.delta import PackedDelta, Spec, encode, stored_shapes
+from meswitch.codec.delta import PackedDelta, Spec, encode, joined, stored_shapes
 from meswitch.codec.lowrank import LowRankDelta
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
@@ -27,6 +27,7 @@ __all__ = [
     "encode",
     "encode_baseline",
     "find_baseline",
+    "joined",
     "mse_scales",
     "nbytes",
     "pack",

@@ -1,6 +1,6 @@
 """One delta matrix: low-bit codes, scales, salient channels and rows that the base does not have."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -214,6 +214,21 @@ def encode(
         in_features=delta.shape[1],
         extra=extra,
     )
+
+
+def joined(parts: Sequence[tuple[Tensor, PackedDelta]]) -> PackedDelta:
+    """One delta of the deltas of its rows, which have no salient channels.
+
+    Args:
+        parts: rows [n] int64, and their delta; together all rows.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    packed = torch.cat([delta.packed for _, delta in parts])[order]
+    scale = torch.cat([delta.scale for _, delta in parts])[order]
+    salient = torch.cat([delta.salient_weight for _, delta in parts])[order]
+    return replace(parts[0][1], packed=packed, scale=scale, salient_weight=salient)
 
 
 def check_finite(delta: Tensor, name: str) -> None:

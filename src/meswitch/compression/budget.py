@@ -22,11 +22,12 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Spec, dequantize, mse_scales, nbytes, quantize, stored_shapes
 from meswitch.codec.rows import without_negligible
 from meswitch.codec.salient import reconstruction_error
-from meswitch.compression.convert import roles_of
+from meswitch.compression.convert import mean_moment, roles_of
 from meswitch.compression.distill.student import frozen, read_batch
 from meswitch.compression.distill.training import divergence
+from meswitch.compression.inputs import Walk
+from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
-from meswitch.compression.partial_model import compute_dtype, walk
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
@@ -256,11 +257,11 @@ def specs_within(
 def _input_energies(expert: Checkpoint, moments: list[list[int]], device: torch.device) -> Mapping[str, Tensor]:
     """Mean square of every linear layer's inputs: tensor name -> [in_features] float32."""
     energies: dict[str, Tensor] = {}
-
-    def visit(module: str, inputs: Tensor) -> None:
-        energies[f"{module}.weight"] = inputs.float().square().mean(0)
-
-    walk(expert, moments, visit, device=device, dtype=compute_dtype(device))
+    for _, seen in Walk(expert, moments, device, compute_dtype(device)).steps():
+        for name, inputs in seen.items():
+            moment = mean_moment(inputs)
+            if moment is not None:
+                energies[name] = moment.diagonal().clone()
     return energies
 
 

@@ -1,7 +1,7 @@
 """One pass over a checkpoint pair: every tensor is encoded and written.
 
 Without calibration the tensors are taken in the order of their names. With calibration the expert runs forward once
-over the text (`partial_model.walk`), and each linear layer is compressed the moment its inputs are known. Either way a
+over the text (`inputs.Walk`), and the tensors of a block are compressed as soon as their inputs are known. Either way a
 few tensors are in memory at a time: two threads read the next ones and write the last ones while one is encoded
 (reading, SHA-256 and writing are done without Python's lock). A run that was interrupted goes on after its last
 finished shard.
@@ -10,7 +10,7 @@ finished shard.
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -22,22 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.architecture import architecture_of, as_matrix
+from meswitch.architecture import STACKS, architecture_of, as_matrix
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta, Spec, encode, encode_baseline
+from meswitch.codec import CodedDelta, PackedDelta, Spec, encode, encode_baseline, joined
+from meswitch.compression.inputs import Inputs, Walk
 from meswitch.compression.large_delta import LargeDeltas
+from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
-from meswitch.compression.partial_model import compute_dtype, walk
 from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
-from meswitch.errors import IncompatibleError, MeswitchError
+from meswitch.errors import MeswitchError
 from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, tensor_bytes
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
+
+LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
 
 
 class Conversion:
@@ -72,7 +75,6 @@ class Conversion:
         self.roles = roles_of(expert)
         self._weights_done = sum(map(self._weights, self.done))
         self.large = LargeDeltas()
-        self._moment_of: tuple[Tensor, Tensor] | None = None  # the last inputs seen, and their second moment
         self._reader = PairReader(base, expert, pinned=device.type == "cuda")
         self._writing = WriterThread()
 
@@ -85,17 +87,14 @@ class Conversion:
         self._tell("the first tensors")
         with self.writer, self._reader, self._writing:
             if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
-                walk(
-                    self.expert,
-                    self.moments,
-                    self._visit,
-                    device=self.device,
-                    dtype=compute_dtype(self.device),
-                    plan=lambda modules: self._expect(f"{module}.weight" for module in modules),
-                )
+                walk = Walk(self.expert, self.moments, self.device, compute_dtype(self.device))
+                self._expect(walk.order)
+                for names, seen in walk.steps(self.done):
+                    for name in names:
+                        self._compress(name, seen.get(name, ()))
             self._expect(self.expert.tensors)
             for name in self.expert.tensors:
-                self._compress(name, None)
+                self._compress(name)
         entries = self.writer.final_entries()
         self.large.see_resumed(entries, self.expert, self.base)
         companions = list(self.expert.companions())
@@ -111,17 +110,8 @@ class Conversion:
     def _expect(self, names: Iterable[str]) -> None:
         self._reader.expect(name for name in names if name in self.expert.tensors and name not in self.done)
 
-    def _visit(self, module: str, inputs: Tensor) -> None:
-        name = f"{module}.weight"
-        if name in self.done or self.expert.info(name) is None:
-            return
-        # q, k and v (gate and up) see the same tensor: its second moment is computed once
-        if self._moment_of is None or not _same_inputs(self._moment_of[0], inputs):
-            self._moment_of = (inputs, second_moment(inputs))
-        if name in self.expert.tensors:
-            self._compress(name, self._moment_of[1])
-
-    def _compress(self, name: str, moment: Tensor | None) -> None:
+    def _compress(self, name: str, inputs: Sequence[tuple[Tensor, Inputs]] = ()) -> None:
+        """inputs: rows of the tensor's matrix, and what they are multiplied with."""
         if name in self.done:
             return
         info = self.expert.tensors[name]
@@ -139,7 +129,7 @@ class Conversion:
         else:
             # reading the text deserves all threads, these small matrices may not
             with fitting_threads(self.device, self.expert.config.get_text_config().hidden_size):
-                delta = self._encode(name, role, ours, base, moment)
+                delta = self._encode(name, role, ours, base, inputs)
             parts = delta.tensors()
             if isinstance(delta, PackedDelta):
                 entry = replace(entry, kind="packed", bits=delta.bits, group_size=delta.group_size)
@@ -151,7 +141,7 @@ class Conversion:
         self._tell(name)
 
     def _encode(
-        self, name: str, role: str, ours: Tensor, base: Tensor, moment: Tensor | None
+        self, name: str, role: str, ours: Tensor, base: Tensor, inputs: Sequence[tuple[Tensor, Inputs]]
     ) -> PackedDelta | CodedDelta:
         ours, base = as_matrix(ours, role), as_matrix(base, role)
         rows = min(len(ours), len(base))
@@ -162,11 +152,24 @@ class Conversion:
         del theirs
         extra = ours[rows:].contiguous() if len(ours) > rows else None
         options = self.options
-        if options.baseline is None:
-            spec = self.specs.get(name) or options.spec(role, delta.shape[1])
-            return encode(delta, spec, name=name, second_moment=moment, extra=extra)
-        request = options.request(role, rows, delta.shape[1], zlib.crc32(name.encode()) + options.seed)
-        return encode_baseline(options.method, delta, request, name=name, second_moment=moment, extra=extra)
+        known = [(rows, own) for rows, own in inputs if own.tokens >= LEAST_TOKENS]
+        if options.baseline is not None:
+            request = options.request(role, rows, delta.shape[1], zlib.crc32(name.encode()) + options.seed)
+            moment = mean_moment(known)
+            return encode_baseline(options.method, delta, request, name=name, second_moment=moment, extra=extra)
+        spec = self.specs.get(name) or options.spec(role, delta.shape[1])
+        if role not in STACKS:
+            return encode(delta, spec, name=name, second_moment=mean_moment(known), extra=extra)
+        rest = torch.ones(rows, dtype=torch.bool)
+        parts = []
+        for own_rows, own in known:
+            rest[own_rows] = False
+            own_rows = own_rows.to(self.device)
+            parts.append((own_rows, encode(delta[own_rows], spec, name=name, second_moment=own.moment)))
+        if bool(rest.any()):
+            own_rows = rest.nonzero().view(-1).to(self.device)
+            parts.append((own_rows, encode(delta[own_rows], spec, name=name)))
+        return joined(parts)
 
     def _manifest(self, entries: dict, companions: list[Path]) -> Manifest:
         import transformers
@@ -209,21 +212,13 @@ def expert_info(expert: Checkpoint) -> ExpertInfo:
     )
 
 
-def second_moment(inputs: Tensor) -> Tensor:
-    """`X^T X / n` of [tokens, in_features] inputs: [in_features, in_features] float32.
-
-    Raises:
-        IncompatibleError: the inputs have NaN or infinite values.
-    """
-    inputs = inputs.float()
-    moment = inputs.T @ inputs / len(inputs)
-    if not moment.diagonal().isfinite().all():
-        raise IncompatibleError("calibration: the expert's activations overflow; its weights are damaged")
-    return moment
-
-
-def _same_inputs(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(left, right)
+def mean_moment(inputs: Sequence[tuple[Tensor, Inputs]]) -> Tensor | None:
+    """The second moment of all inputs of a matrix: [in_features, in_features] float32; None if there are none."""
+    different = list({id(own): own for _, own in inputs}.values())
+    if len(different) < 2:
+        return different[0].moment if different else None
+    tokens = sum(own.tokens for own in different)
+    return torch.stack([own.moment * (own.tokens / tokens) for own in different]).sum(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Base + delta -> a plain checkpoint, on disk or in memory."""
 
-import copy
 import functools
 import json
 import math
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor
 
 from meswitch.adapter import open_expert
-from meswitch.architecture import architecture_of, as_matrix, from_matrix
+from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
+from meswitch.compression.lazy_model import LazyModel
 from meswitch.configuration import read_config
 from meswitch.durable import replace_directory
-from meswitch.errors import ArtifactError, ConfigError, IncompatibleError, listed
+from meswitch.errors import ArtifactError, ConfigError
 from meswitch.loaded import BuiltTensor
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import TensorInfo, write_tensors
@@ -77,7 +77,7 @@ def merge(
     dtype: str | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Write base + delta as a Hugging Face checkpoint that `AutoModelForCausalLM` loads.
+    """Write base + delta as a Hugging Face checkpoint, whole as the expert's was.
 
     Args:
         delta: an artifact, or a PEFT adapter.
@@ -135,26 +135,22 @@ def merge(
 
 
 def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Base + delta as a model in memory, in evaluation mode.
+    """Base + delta as a model in memory, in evaluation mode: of a vision-language checkpoint the whole model.
 
     Returns:
         a `transformers.PreTrainedModel`.
+
+    Raises:
+        MeswitchError: another base, a damaged artifact, or one whose tensors are not those of its model.
     """
     checkpoint = Checkpoint.open(base)
     artifact = open_expert(delta, checkpoint)
-    architecture = architecture_of(read_config(artifact.directory))
-    tensors = dict(merged_tensors(checkpoint, artifact, dtype))
-    plan = architecture.load_plan(tensors)
-    if plan.missing:
-        raise IncompatibleError(
-            f"{artifact.directory}: its tensors are not those of {type(architecture.model).__name__}: "
-            f"{listed(plan.missing)} missing"
-        )
-    model = architecture.model_class._from_config(copy.deepcopy(architecture.config), dtype=dtype)
-    state: dict[str, Tensor] = {}
-    for conversion in plan.conversions:
-        state |= conversion.build(tensors.pop, model)
-    missing, _ = model.load_state_dict(state, strict=False)
-    # as `from_pretrained` does it: what is tied and was not given gets the other's values
-    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
-    return model.eval()
+    artifact.check_base(checkpoint)
+    return LazyModel(
+        read_config(artifact.directory),
+        artifact.manifest.tensors,
+        lambda name: restored(checkpoint, artifact, name, dtype),
+        artifact.directory,
+        torch.device("cpu"),
+        dtype,
+    ).load()

@@ -1,223 +1,286 @@
-"""A model of which only parts are in memory: run forward layer by layer, or taken apart into its decoder blocks.
+"""A model taken apart: its decoder blocks one by one, and the frame around them.
 
-The model is built on the meta device, so none of its weights is loaded before it is asked for, and the code is the
-architecture's own. `walk` runs it with a hook before each module that owns parameters, which reads them from the
-checkpoint, and one after it, which drops them again: one pass over the whole calibration batch shows every layer its
-inputs, at the cost of one layer's weights. `BlockwiseModel` gives its blocks one by one, and the frame around them
-(embedding, final norm, head) is the model with blocks that do not compute: masks, positions, scaled embeddings and
-capped logits are the architecture's, whatever it is.
+The code is the architecture's own, and weights are loaded a decoder block at a time: modules of a block read each
+other's parameters as they like. What a block is called with (positions, masks, what later blocks take from earlier
+ones) is found by running the model with blocks that do not compute; what is outside the blocks is loaded when it is
+used. One block's weights and the hidden states of a text are in memory then, whatever the size of the model.
 """
 
 import contextlib
 import copy
-from collections.abc import Callable
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from meswitch.checkpoint import Checkpoint
-from meswitch.errors import IncompatibleError
+from meswitch.compression.lazy_model import LazyModel, drop
+from meswitch.errors import IncompatibleError, MeswitchError
 
-# (module name, inputs [tokens, in_features]); called before the module computes
-Visit = Callable[[str, Tensor], None]
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """In which a model computes on a device: CPUs are slow in bfloat16, other devices short of memory in float32."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+_FEW = 8  # tokens that show what a block gives
 
 
-def skeleton(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's model with parameters on the meta device and real buffers."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa")
-    return model.eval()
-
-
-def walk(
-    checkpoint: Checkpoint,
-    sequences: list[list[int]],
-    visit: Visit,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    plan: Callable[[list[str]], None] | None = None,
-) -> None:
-    """Run the sequences through the model and show `visit` the inputs of every linear layer, the head included.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How the model calls one of its decoder blocks.
 
     Args:
-        sequences: token ids; padded on the right to one batch, padding is not shown.
-        plan: is told beforehand the names of the linear layers, in the order in which the model lists them.
-
-    Raises:
-        IncompatibleError: the checkpoint lacks a tensor that its architecture has.
+        block: its number.
+        args, keywords: what it is given; hidden states only if it is the first.
+        links: which of these are parts of what the block before it gives: position or keyword -> part. Part 0 are
+            hidden states.
     """
-    model = skeleton(checkpoint)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    if plan is not None:
-        plan([name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
-    length = max(len(tokens) for tokens in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(sequences):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    real = mask.bool()
-    head = model.get_output_embeddings()
-    head_name = next((name for name, module in model.named_modules() if module is head), None)
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            load_own(module, checkpoint, f"{name}.", device, dtype)
-            if isinstance(module, nn.Linear) and args[0].shape[:2] == real.shape:
-                visit(name, args[0][real])
+    block: int
+    args: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    links: Mapping[int | str, int]
 
-        return hook
+    def after(self, given: Any) -> "Call":
+        """The same call, with what the block before it gave."""
+        parts = _parts(given)
+        args, keywords = list(self.args), dict(self.keywords)
+        for place, part in self.links.items():
+            if isinstance(place, int):
+                args[place] = parts[part]
+            else:
+                keywords[place] = parts[part]
+        return dataclasses.replace(self, args=tuple(args), keywords=keywords)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    for name, module in model.named_modules():
-        if module._parameters and module is not head:
-            module.register_forward_pre_hook(before(name))
-            module.register_forward_hook(after)
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    if head_name is not None:  # its logits are not needed: tokens x vocabulary would be the largest tensor of all
-        visit(head_name, hidden[real])
+    def run(self, block: nn.Module) -> Any:
+        """What the block gives."""
+        return block(*self.args, **self.keywords)
 
 
-def load_parameters(
-    module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Give a part of a skeleton its weights, not to be trained. prefix: what their names begin with.
-
-    Raises:
-        IncompatibleError: the checkpoint lacks a tensor that its architecture has.
-    """
-    for name, part in module.named_modules():
-        load_own(part, checkpoint, f"{prefix}{name}." if name else prefix, device, dtype)
+# (number of a block, its arguments by position, by keyword) -> what it gives
+_Stub = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def load_own(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
-    """The same, of a module without those inside it."""
-    for key in list(module._parameters):
-        tensor = _parameter(checkpoint, f"{prefix}{key}", module._parameters[key])
-        if tensor is not None:
-            # moved in its own dtype: half the bytes, and the device converts faster
-            module._parameters[key] = nn.Parameter(tensor.to(device).to(dtype), requires_grad=False)
-
-
-def _parameter(checkpoint: Checkpoint, name: str, slot: nn.Parameter | None) -> Tensor | None:
-    if slot is None:
-        return None
-    if checkpoint.info(name) is None:
-        raise IncompatibleError(
-            f"{checkpoint.directory}: {checkpoint.config.model_type} needs a tensor {name}, which is not stored; "
-            "compress without calibration (--calibration none), or re-save it with the installed transformers"
-        )
-    return checkpoint.read(name)
-
-
-class _LastBlockReached(Exception):
+class _HeadReached(Exception):
     """There is nothing more to see."""
 
 
-class BlockwiseModel:
-    """A model's decoder blocks one by one, and the frame around them; weights are not loaded before they are asked for.
+class PartialModel:
+    """A checkpoint's model, its decoder blocks one by one.
 
     Args:
+        checkpoint: the weights.
+        device: where it computes.
         dtype: in which it computes.
 
     Raises:
-        IncompatibleError: the architecture has no list of decoder blocks.
+        IncompatibleError: the checkpoint lacks parameters, or the model cannot be taken apart.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.model: Any = skeleton(checkpoint)
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
-        wanted = checkpoint.config.get_text_config().num_hidden_layers
-        lists = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == wanted and name.count(".") <= 1
-        ]
-        if len(lists) != 1:
-            raise IncompatibleError(
-                f"{checkpoint.directory}: {checkpoint.config.model_type}: no list of {wanted} decoder blocks; "
-                "distil the whole model at once (--distill-scope model)"
-            )
-        self.prefix, blocks = lists[0]
-        self._originals = [copy.deepcopy(block) for block in blocks]
-        self._seen: list[tuple[Tensor, dict[str, Any]]] = []
-        self._leaving: Tensor | None = None
-        for block in blocks:
-            block._modules.clear()
-            block.forward = self._pass(last=block is blocks[-1])
+        self.weights = LazyModel.of(checkpoint, device, dtype)
+        self.model: Any = self.weights.model
+        self.device, self.dtype = device, dtype
+        self.prefix, self._blocks = self._decoder_blocks()
+        self._frame = {
+            path: module
+            for path, module in self.model.named_modules()
+            if path != self.prefix and not path.startswith(f"{self.prefix}.")
+        }
+        for path, module in self._frame.items():
+            module.register_forward_pre_hook(self._loading(path))
+
+    def _decoder_blocks(self) -> tuple[str, nn.ModuleList]:
+        """The largest list of modules in what reads text."""
+        names = {module: name for name, module in self.model.named_modules()}
+        lists = [part for part in self.model.get_decoder().modules() if isinstance(part, nn.ModuleList) and len(part)]
+        if not lists:
+            raise self.refusal("it has no list of decoder blocks")
+        largest = max(lists, key=lambda part: sum(parameter.numel() for parameter in part.parameters()))
+        return names[largest], largest
+
+    def _loading(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.weights.load(path, inside=False)
+
+        return hook
 
     def __len__(self) -> int:
-        return len(self._originals)
+        return len(self._blocks)
 
-    def _pass(self, *, last: bool) -> Callable[..., Tensor]:
-        """What a block does instead of computing: note its arguments, or end with what is to leave the last one."""
-
-        def forward(hidden: Tensor, **arguments: Any) -> Tensor:
-            if self._leaving is not None:
-                return self._leaving
-            self._seen.append((hidden, arguments))
-            if last:
-                raise _LastBlockReached
-            return hidden
-
-        return forward
+    def refusal(self, reason: str) -> IncompatibleError:
+        """Why this model cannot be taken apart."""
+        return IncompatibleError(
+            f"{self.weights.source}: a {type(self.model).__name__} cannot be run block by block: {reason}; compress it "
+            "without calibration (--calibration none)"
+        )
 
     def name(self, index: int) -> str:
-        """What the names of a block's tensors begin with."""
-        return f"{self.prefix}.{index}."
+        """A block's name in the model."""
+        return f"{self.prefix}.{index}"
 
     def block(self, index: int) -> nn.Module:
         """A new copy of a block, with the checkpoint's weights."""
-        block = copy.deepcopy(self._originals[index])
-        load_parameters(block, self.checkpoint, self.name(index), self.device, self.dtype)
-        return block
+        return self.weights.load(self.name(index), copy.deepcopy(self._blocks[index]))
 
-    def load(self, *, leaving: bool) -> None:
-        """Load what `leave` needs (final norm and head), or what `enter` does (embeddings)."""
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        for name, module in self.model.named_modules():
-            if module is not (embedding if leaving else head):
-                load_own(module, self.checkpoint, f"{name}." if name else "", self.device, self.dtype)
+    def drop_frame(self) -> None:
+        """Forget the weights outside the blocks; they are loaded again when they are used."""
+        drop(self._frame.values())
+
+    def calls(self, ids: Tensor, *, embedded: bool = True) -> list[Call]:
+        """How the model calls its blocks for token ids [sequences, length].
+
+        Args:
+            embedded: the first block is given the embedding's hidden states; if not, it is given zeros, and the
+                embedding is not loaded.
+
+        Raises:
+            IncompatibleError: something happens between the blocks, or the model's code fails.
+        """
+        calls: list[Call] = []
+        given: tuple[Any, ...] = ()
+        parts = len(_parts(self._given))
+
+        def stub(index: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            nonlocal given
+            places: dict[int | str, Any] = dict(enumerate(args)) | keywords
+            if calls:
+                links = {
+                    place: part
+                    for place, value in places.items()
+                    for part, wanted in enumerate(given)
+                    if isinstance(value, Tensor) and value is wanted
+                }
+            else:
+                links = {_first_argument(self._blocks[index], args): 0}
+            place = next((place for place, part in links.items() if part == 0), None)
+            if place is None or not isinstance(places[place], Tensor):
+                raise self.refusal(f"{self.name(index)} is not given what the block before it gives")
+            again = self.passed_on(places[place])
+            call = Call(index, args, keywords, links)
+            calls.append(call.after((None,) * parts) if calls else call)  # what a stub gave stands for nothing
+            given = _parts(again)
+            return again
+
+        with self._explained(), self._stubbed(stub), self._without_embedding(not embedded):
+            self._run(ids)
+        if not calls:
+            raise self.refusal(f"text does not pass through {self.prefix}")
+        return calls
 
     def enter(self, ids: Tensor) -> Tensor:
-        """What the first block sees of token ids: [sequences, length] -> [sequences, length, hidden_size]."""
-        return self._visit(input_ids=ids)[0][0]
+        """What the first block is given for token ids: [sequences, length] -> [sequences, length, hidden_size]."""
+        call = self.calls(ids)[0]
+        (place,) = call.links
+        found = call.args[place] if isinstance(place, int) else call.keywords[place]
+        assert isinstance(found, Tensor)
+        return found
 
-    def arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
-        """What every block is given beside hidden states of this shape: positions, masks. Padding is on the right."""
-        return [arguments for _, arguments in self._visit(inputs_embeds=torch.empty_like(hidden))]
+    def passed_on(self, hidden: Tensor) -> Any:
+        """Hidden states in the form in which a block gives them; other parts of it are of another text."""
+        hidden = hidden.view_as(hidden)  # a tensor of its own
+        if isinstance(self._given, Tensor):
+            return hidden
+        return hidden, *(part.detach() if isinstance(part, Tensor) else part for part in self._given[1:])
+
+    def head_inputs(self, ids: Tensor, given: Any) -> list[Tensor]:
+        """What the output embedding is given, where the last block gave this for these ids."""
+        seen: list[Tensor] = []
+        with self._explained(), self._stubbed(lambda *_: given):
+            self._run(ids, seen)
+        return seen
 
     def leave(self, hidden: Tensor) -> Tensor:
         """Logits of what the last block gave: [tokens, hidden_size] -> [tokens, vocabulary] float32."""
-        self._leaving = hidden[:, None]  # each token a sequence of its own: here none sees another
-        try:
-            return self.model(inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
-        finally:
-            self._leaving = None
+        # each token is a sequence of its own: what follows the blocks does not mix tokens
+        ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.device)
+        given = self.passed_on(hidden[:, None])
+        with self._stubbed(lambda *_: given), self._without_embedding():
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[:, 0].float()
 
-    def _visit(self, **inputs: Any) -> list[tuple[Tensor, dict[str, Any]]]:
-        self._seen = []
-        with contextlib.suppress(_LastBlockReached):
-            self.model.base_model(**inputs, use_cache=False)
-        seen, self._seen = self._seen, []
-        return seen
+    @cached_property
+    def _given(self) -> Any:
+        """What a block gives: hidden states, or these among others; of a text without meaning."""
+        first: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
+
+        def stub(*call: Any) -> Any:
+            first.append(call)
+            raise _HeadReached
+
+        with torch.no_grad(), self._explained():
+            with self._stubbed(stub), self._without_embedding():
+                self._run(torch.zeros(1, _FEW, dtype=torch.int64, device=self.device))
+            if not first:
+                raise self.refusal(f"text does not pass through {self.prefix}")
+            ((index, args, keywords),) = first
+            given = self.block(index)(*args, **keywords)
+        if not isinstance(_parts(given)[0], Tensor):
+            raise self.refusal(f"its blocks give a {type(given).__name__}")
+        return given
+
+    def _run(self, ids: Tensor, seen: list[Tensor] | None = None) -> None:
+        """Run the model up to its head. seen: gets what the head is given."""
+
+        def head(inputs: Tensor, *args: Any, **keywords: Any) -> None:
+            if seen is not None:
+                seen.append(inputs)
+            raise _HeadReached
+
+        with contextlib.suppress(_HeadReached), _instead(self.model.get_output_embeddings(), head):
+            self.model(input_ids=ids, use_cache=False)
+
+    @contextlib.contextmanager
+    def _stubbed(self, stub: _Stub) -> Iterator[None]:
+        """Let the blocks do this instead of computing."""
+
+        def forward(index: int) -> Callable[..., Any]:
+            return lambda *args, **keywords: stub(index, args, keywords)
+
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                stack.enter_context(_instead(block, forward(index)))
+            yield
+
+    def _without_embedding(self, applies: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Let the token embedding give zeros, its weights not being needed."""
+        embedding = self.model.get_input_embeddings()
+        width = embedding.weight.shape[-1]
+
+        def zeros(ids: Tensor, *args: Any, **keywords: Any) -> Tensor:
+            return torch.zeros(*ids.shape, width, device=self.device, dtype=self.dtype)
+
+        return _instead(embedding, zeros) if applies else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except MeswitchError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            raise self.refusal(f"{type(error).__name__}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _instead(module: nn.Module | None, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module do something else; hooks are not called."""
+    if module is None:
+        yield
+        return
+    hooks, module._forward_pre_hooks = module._forward_pre_hooks, type(module._forward_pre_hooks)()
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        module._forward_pre_hooks = hooks
+
+
+def _parts(given: Any) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,)
+
+
+def _first_argument(block: nn.Module, args: tuple[Any, ...]) -> int | str:
+    return 0 if args else list(inspect.signature(type(block).forward).parameters)[1]

@@ -22,7 +22,7 @@ from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.compression.conversations import Messages
-from meswitch.compression.partial_model import compute_dtype
+from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 
 from meswitch.artifact import Artifact, Manifest, delta_from_parts
 from meswitch.artifact.manifest import Distillation, stored_name
-from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
+from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, Delta, PackedDelta, restore_baseline
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Student, attach
@@ -35,7 +36,7 @@ from meswitch.compression.distill.training import (
     training_plan,
     weights,
 )
-from meswitch.compression.partial_model import BlockwiseModel
+from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet
 from meswitch.progress import Progress, silent
@@ -94,7 +95,7 @@ def train_blocks(
         job.advance(index, job.frame.block(index), theirs)
         what = f"block {index + 1} of {len(job.frame)}: held-out error of its output"
         block = job.frame.block(index)
-        student = job.attach(block, _inside(job.frame.name(index)))
+        student = job.attach(block, _inside(f"{job.frame.name(index)}."))
         job.advance(index, block, untrained, held)
         saved = work.load(f"block-{index:04d}", plan)
         if saved is None:
@@ -218,12 +219,12 @@ class _Job:
     def __post_init__(self) -> None:
         self.dtype = training_dtype(self.expert, self.device)
         self.frame = self.new_frame()
-        embedding = self.frame.model.get_input_embeddings()
-        path = next(name for name, module in self.frame.model.named_modules() if module is embedding)
-        self.embedding = f"{path}.weight"
+        architecture = self.frame.weights.architecture
+        self.embedding, self.head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
+        self.tied = self.head not in self.frame.weights.plan.by_target
 
-    def new_frame(self) -> BlockwiseModel:
-        return BlockwiseModel(self.expert, self.device, self.dtype)
+    def new_frame(self) -> PartialModel:
+        return PartialModel(self.expert, self.device, self.dtype)
 
     def attach(self, model: nn.Module, names: Callable[[str], str | None]) -> Student:
         return attach(model, self.base, self.expert, self.artifact, self.recipe, self.device, self.dtype, names)
@@ -231,32 +232,34 @@ class _Job:
     @torch.no_grad()
     def stored_block(self, index: int, trained: Changed) -> nn.Module:
         """A block as the artifact will restore it, with what was trained of it."""
-        block, inside = self.frame.block(index), _inside(self.frame.name(index))
+        block, inside = self.frame.block(index), _inside(f"{self.frame.name(index)}.")
         fixed = dataclasses.replace(self.recipe, codes=False, norms=False)
         stored = _Trained(self.artifact, trained)
         attach(block, self.base, self.expert, stored, fixed, self.device, self.dtype, inside)
         for name, value in trained.items():
-            path = inside(name)
-            if isinstance(value, Tensor) and path is not None:
-                block.get_parameter(path).copy_(value)
+            for parameter in self.frame.weights.plan.parameters_of(name):
+                path = inside(parameter)
+                if isinstance(value, Tensor) and path is not None:
+                    block.get_parameter(path).copy_(value)
         return block
 
     @torch.no_grad()
     def enter(self) -> tuple[States, States]:
         """What the first block sees in the expert, and in the student."""
         frame = self.new_frame()
-        frame.load(leaving=False)
         theirs = self._embedded(frame)
         self.attach(frame.model, lambda name: name if name == self.embedding else None)
         return theirs, self._embedded(frame)
 
-    def _embedded(self, frame: BlockwiseModel) -> States:
+    def _embedded(self, frame: PartialModel) -> States:
         states: States = {}
         for batch in in_batches(self.held + self.rest):
-            length = max(len(sample.ids) for sample in batch)
-            ids = [sample.ids + [0] * (length - len(sample.ids)) for sample in batch]
-            _store(batch, frame.enter(torch.tensor(ids, device=self.device)), states)
+            _store(batch, frame.enter(self._padded(batch)), states)
         return states
+
+    def _padded(self, batch: list[Sample]) -> Tensor:
+        length = max(len(sample.ids) for sample in batch)
+        return torch.tensor([sample.ids + [0] * (length - len(sample.ids)) for sample in batch], device=self.device)
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module, states: States, samples: list[Sample] | None = None) -> None:
@@ -268,7 +271,9 @@ class _Job:
         length = max(len(sample.ids) for sample in batch)
         rows = [F.pad(states[sample.number], (0, 0, 0, length - len(sample.ids))) for sample in batch]
         hidden = torch.stack(rows).to(self.device)
-        given = block(hidden, **self.frame.arguments(hidden)[index])
+        call = self.frame.calls(self._padded(batch), embedded=False)[index]
+        with cached():  # a restored parameter may be asked for many times: by every expert of a mixture
+            given = call.after(self.frame.passed_on(hidden)).run(block)
         return given[0] if isinstance(given, tuple) else given
 
     def error(self, index: int, block: nn.Module, batch: list[Sample], ours: States, theirs: States) -> Tensor:
@@ -299,15 +304,10 @@ class _End:
     def __init__(self, job: _Job, theirs: States) -> None:
         self.job, self.theirs = job, theirs
         self.teacher, self.frame = job.new_frame(), job.new_frame()
-        self.teacher.load(leaving=True)
-        self.frame.load(leaving=True)
-        self.tied = bool(job.expert.aliases)
         made = job.attach(self.frame.model, self._place)
-        self.student = Student(made.model, {}, made.norms) if self.tied else made
+        self.student = Student(made.model, {}, made.norms) if job.tied else made
 
     def _place(self, name: str) -> str | None:
-        if self.tied and name == TIED_EMBEDDING:
-            return TIED_HEAD
         return None if name == self.job.embedding or name.startswith(f"{self.frame.prefix}.") else name
 
     def divergence(self, batch: list[Sample], states: States, *, learn: bool = False) -> float:

@@ -5,29 +5,32 @@ signs their scales, one a matrix, a row or a column.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
-from transformers import AutoModelForCausalLM
+from torch.nn.utils.parametrize import cached, register_parametrization
 
+from meswitch.architecture import NORM, architecture_of, as_matrix
 from meswitch.artifact import Artifact, Manifest
-from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD, Checkpoint
+from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, Delta, PackedDelta, pack, unpack
 from meswitch.codec.baselines.per_axis import ROW
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
 from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.lazy_model import LazyModel
+from meswitch.compression.placement import assembly, places_of
 from meswitch.errors import ConfigError, IncompatibleError
+from meswitch.tensorfile import DTYPES
 
 _NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
 CODES_RATE = 0.5  # the steps of latent weights, whose levels are 2 apart, against those of scales
 _WITHIN = 0.9  # of a level: half the distance to the next is 1
+REORDERED = "{} is reordered while it is loaded, in a way that gradients do not pass"
 # parameters, and the factor by which the recipe's learning rate is theirs
 Group = tuple[list[nn.Parameter], float]
 
@@ -268,8 +271,7 @@ class Student:
 
 def frozen(expert: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
     """The full expert, its parameters not trained."""
-    model = AutoModelForCausalLM.from_pretrained(expert.directory, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+    return LazyModel.of(expert, device, dtype).load()
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +294,10 @@ def read_batch(model: Any, batch: list[list[int]], device: torch.device, *, hidd
     lengths = torch.tensor([len(tokens) for tokens in batch], device=device)
     real = torch.arange(length, device=device) < lengths[:, None]
     # no mask: padding is on the right, where no token looks
-    found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
-    return Outputs(found.logits.float(), tuple(found.hidden_states[1:]) if hidden else (), real)
+    with cached():  # a restored parameter may be asked for many times: by every expert of a mixture
+        found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+    states = (found.hidden_states or ())[1:] if hidden else ()
+    return Outputs(found.logits.float(), tuple(s for s in states if s.shape[:2] == ids.shape), real)
 
 
 def build(
@@ -309,10 +313,7 @@ def build(
     Raises:
         IncompatibleError: the model has other layers than the artifact. ConfigError: its method cannot be trained.
     """
-    student = attach(frozen(expert, device, dtype), base, expert, artifact, recipe, device, dtype)
-    if expert.aliases and TIED_EMBEDDING in student.matrices:
-        _replace(student.model, TIED_HEAD.rpartition(".")[0], _Linear(student.matrices[TIED_EMBEDDING], None))
-    return student
+    return attach(frozen(expert, device, dtype), base, expert, artifact, recipe, device, dtype)
 
 
 def attach(
@@ -327,35 +328,58 @@ def attach(
 ) -> Student:
     """Put what the artifact stores in the place of a model's own weights.
 
+    The modules stay as they are, whatever they do with their parameters; a parameter is made anew of the stored
+    matrices each time it is asked for.
+
     Args:
-        model: the expert, or a part of it. names: of an artifact's tensor in `model`; None if it is elsewhere.
+        model: the expert, or a part of it.
+        names: of the expert's parameter in `model`; None if it is elsewhere.
 
     Raises:
-        IncompatibleError: the model has other layers than the artifact. ConfigError: its method cannot be trained.
+        IncompatibleError: the model has other layers than the artifact, or reorders a matrix while it is loaded.
+        ConfigError: the artifact's method cannot be trained.
     """
-    modules = dict(model.named_modules())
+    entries = artifact.manifest.tensors
+    architecture = architecture_of(expert.config)
+    plan = architecture.load_plan(entries)
+    changed = {name for name, entry in entries.items() if entry.kind != "same"}
+    if unknown := changed & set(plan.unneeded):
+        raise IncompatibleError(
+            f"{artifact.directory}: {min(unknown)}: {expert.config.model_type} has no such parameter"
+        )
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    roles = {name: entry.role for name, entry in entries.items()}
     matrices: dict[str, Trainable] = {}
     norms: dict[str, nn.Parameter] = {}
-    for name, entry in artifact.manifest.tensors.items():
-        inside = names(name)
-        if entry.kind == "same" or inside is None:
+    nothing = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+    for rule in plan.conversions:
+        inside = {target: [here for name in plan.alike(target) if (here := names(name))] for target in rule.targets}
+        if changed.isdisjoint(rule.sources) or not any(inside.values()):
             continue
-        path, _, leaf = inside.rpartition(".")
-        module = modules.get(path)
-        if module is None:
-            raise IncompatibleError(f"{artifact.directory}: {name}: {expert.config.model_type} has no such layer")
-        value = artifact.read(name)
-        if isinstance(value, PackedDelta | CodedDelta):
-            full = expert.read(name) if recipe.codes else None
-            matrices[name] = _trainable(base.read(name), value, full, recipe, device, dtype)
-            is_embedding = isinstance(module, nn.Embedding)
-            new = _Embedding(matrices[name]) if is_embedding else _Linear(matrices[name], module.bias)
-            _replace(model, path, new)
-        elif entry.role == "norm" and recipe.norms:
-            assert isinstance(value, Tensor)
-            norms[name] = nn.Parameter(getattr(module, leaf).detach().float())
-            setattr(module, leaf, norms[name])
-            register_parametrization(module, leaf, _AsStored(value.dtype, dtype), unsafe=True)  # it changes the dtype
+        if any(entries[name].kind in ("packed", "coded") for name in rule.sources):
+            own: dict[str, Trainable | Tensor] = {}
+            for name in rule.sources:
+                value = artifact.read(name)
+                if isinstance(value, PackedDelta | CodedDelta):
+                    before, full = (as_matrix(side.read(name), roles[name]) for side in (base, expert))
+                    given = full if recipe.codes else None
+                    own[name] = matrices[name] = _trainable(before, value, given, recipe, device, dtype)
+                else:
+                    own[name] = as_matrix(expert.read(name), roles[name]).to(device).to(dtype)
+            places = places_of(architecture, rule, shapes, roles)
+            for target, found in inside.items():
+                put = assembly(places, target, architecture.parts[target].shape) if found else None
+                if found and put is None:
+                    raise IncompatibleError(f"distill: {REORDERED.format(rule.sources[0])}; 0 steps do not train")
+                for here in found:
+                    assert put is not None
+                    _train(model, here, nothing, _Restored(put, own))
+        elif rule.renames and roles[rule.sources[0]] == NORM and recipe.norms:
+            (name,), (found,) = rule.sources, inside.values()
+            norms[name] = nn.Parameter(expert.read(name).to(device, torch.float32))
+            stored = DTYPES[entries[name].stored[""].dtype]
+            for here in found:
+                _train(model, here, norms[name], _AsStored(stored, dtype))
     return Student(model, matrices, norms)
 
 
@@ -372,22 +396,25 @@ def _trainable(
     return TrainableSigns(base, delta, recipe.relative, device, dtype)
 
 
-class _Linear(nn.Module):
-    def __init__(self, weight: Trainable, bias: nn.Parameter | None) -> None:
+class _Restored(nn.Module):
+    """A parameter, made of stored matrices.
+
+    Args:
+        put: puts the matrices together.
+        matrices: stored name -> a matrix that is trained, or one that is not.
+    """
+
+    def __init__(
+        self, put: Callable[[Mapping[str, Tensor]], Tensor], matrices: Mapping[str, Trainable | Tensor]
+    ) -> None:
         super().__init__()
-        self.restored, self.bias = weight, bias
+        self._put = put
+        self._matrices = [matrices]  # not as modules: one may be a part of several parameters
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.restored.matrix(), self.bias)
-
-
-class _Embedding(nn.Module):
-    def __init__(self, weight: Trainable) -> None:
-        super().__init__()
-        self.restored = weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.restored.matrix())
+    def forward(self, value: Tensor) -> Tensor:
+        (matrices,) = self._matrices
+        made = {name: own if isinstance(own, Tensor) else own.matrix() for name, own in matrices.items()}
+        return self._put(made)
 
 
 class _AsStored(nn.Module):
@@ -401,6 +428,9 @@ class _AsStored(nn.Module):
         return (value + (value.to(self.stored).float() - value).detach()).to(self.computed)
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def _train(model: nn.Module, name: str, value: nn.Parameter, becomes: nn.Module) -> None:
+    """Let a parameter be what `becomes` makes of a value; its own is forgotten."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    module._parameters[leaf] = value
+    register_parametrization(module, leaf, becomes, unsafe=True)  # it may change the dtype

@@ -14,7 +14,7 @@ from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Group
-from meswitch.compression.partial_model import compute_dtype
+from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.saved_work import SavedWork, digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
