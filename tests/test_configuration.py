@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from meswitch.architecture import architecture_of
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError
 from models import edit_config
@@ -72,3 +73,17 @@ def test_an_adapters_configuration_is_no_models(tmp_path):
 
 def test_a_directory_without_one_says_so(tmp_path):
     assert refused(tmp_path) == f"{tmp_path / 'config.json'}: no such file; a checkpoint needs its configuration"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": 0}, "transformers cannot lay out a MistralForCausalLM from it"),
+        ({"model_type": "vit"}, "model_type: 'vit': transformers"),
+    ],
+)
+def test_a_model_that_cannot_be_laid_out_is_named_by_its_file(model, fields, message):
+    edit_config(model, **fields)
+    with pytest.raises(CheckpointError) as raised:
+        architecture_of(read_config(model))
+    assert str(raised.value).startswith(f"{model}/config.json: {message}")

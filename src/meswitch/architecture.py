@@ -164,10 +164,10 @@ class Architecture:
         try:
             with torch.device("meta"):
                 return self.model_class._from_config(copy.deepcopy(self.config))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        except Exception as error:  # of values that do not fit together, a model raises whatever it likes
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
             raise CheckpointError(
-                f"config.json: transformers cannot lay out a {self.model_class.__name__} from it: {reason}"
+                f"{_file_of(self.config)}: transformers cannot lay out a {self.model_class.__name__} from it: {reason}"
             ) from error
 
     @property
@@ -350,8 +350,8 @@ def model_class(config: Any, *, text_only: bool = False) -> Any:
     ]
     if not options:
         raise CheckpointError(
-            f"config.json: model_type: {config.model_type!r}: transformers {transformers.__version__} has no model for "
-            "it that generates text"
+            f"{_file_of(config)}: model_type: {config.model_type!r}: transformers {transformers.__version__} has no "
+            "model for it that generates text"
         )
     has_towers = config.get_text_config() is not config
     return options[0] if text_only or not has_towers else options[-1]
@@ -475,6 +475,12 @@ def matrix_shape(shape: tuple[int, ...], role: str) -> tuple[int, int]:
     if role in LIE_TRANSPOSED:
         shape = (*shape[:-2], shape[-1], shape[-2])
     return math.prod(shape[:-1]), shape[-1]
+
+
+def _file_of(config: Any) -> str:
+    """Where a configuration was read from, for messages."""
+    source = str(getattr(config, "name_or_path", "") or "")
+    return source if source.endswith(".json") else f"{source}/config.json" if source else "config.json"
 
 
 def unwrapped(name: str) -> str:
