@@ -48,6 +48,8 @@ def test_sizes_may_be_written_with_units(tmp_path):
         (MINIMAL + "[engine]\nslots = 0\n", r"engine\.slots: .*greater than or equal to 1.*\(got 0\)"),
         (MINIMAL + "[engine]\nslot = 4\n", r"engine\.slot: no such field; see docs/family\.md"),
         (MINIMAL + "[compress]\nbits = 5\n", r"compress\.bits: "),
+        (MINIMAL + '[server]\nallow_origins = ["https://a.example/"]\n', r"server\.allow_origins\.0: "),
+        (MINIMAL + '[server]\nallow_origins = ["a.example"]\n', r"server\.allow_origins\.0: "),
         (MINIMAL + '[compress]\ngroup_size = "column"\n', r"compress\.group_size"),
         (MINIMAL + '[engine]\nhost_bytes = "lots"\n', "'lots' is not a size"),
         (MINIMAL + '[router]\nfallback = "poetry"\n', r"router\.fallback: 'poetry' is none of base, math"),

@@ -15,6 +15,7 @@ from meswitch.errors import ConfigError, UnknownExpertError
 from meswitch.units import parse_bytes
 
 Bytes = Annotated[int, Field(ge=1)]
+ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$"  # of a site, as browsers write it: no path, no slash at the end
 
 
 class _Section(BaseModel):
@@ -114,6 +115,7 @@ class ServerSection(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    allow_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = ()
 
 
 class Family(_Section):

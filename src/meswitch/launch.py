@@ -81,10 +81,10 @@ def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | No
     except MeswitchError as error:
         problem = str(error)
     descriptions = {section.name: section.description for section in family.expert}
-    fallback = family.router.fallback
+    common: dict[str, Any] = {"descriptions": descriptions, "allow_origins": family.server.allow_origins}
     if problem is None:
-        return create_app(engine, router=router, fallback=fallback, descriptions=descriptions), None
-    return create_app(engine, descriptions=descriptions, no_router=problem), problem
+        return create_app(engine, router=router, fallback=family.router.fallback, **common), None
+    return create_app(engine, no_router=problem, **common), problem
 
 
 def _base_beside(engine: Engine) -> Any:

@@ -78,7 +78,7 @@ class ChatTokenizer:
             )
         stated_ends = _stated_ends(directory)
         config = read_config(directory)
-        return cls(name, directory, _load(directory, config), config.get_text_config(), stated_ends)
+        return cls(name, directory, load_tokenizer(directory, config), config.get_text_config(), stated_ends)
 
     @property
     def has_template(self) -> bool:
@@ -209,8 +209,12 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / file).is_file() for file in _FILES)
 
 
-def _load(directory: Path, config: Any) -> Any:
-    """The tokenizer, in a class that encodes and decodes as `tokenizer.json` says.
+def load_tokenizer(directory: Path, config: Any = None) -> Any:
+    """transformers' tokenizer, in a class that encodes and decodes as `tokenizer.json` says. No code is run.
+
+    Args:
+        directory: where its files are.
+        config: the model's configuration, if it is read already.
 
     Raises:
         ConfigError: none does, or a file is damaged.
@@ -222,10 +226,11 @@ def _load(directory: Path, config: Any) -> Any:
         if (directory / name).is_file():
             read_json(directory / name, ConfigError)
     kinds = (AutoTokenizer, PreTrainedTokenizerFast) if file.is_file() else (AutoTokenizer,)
+    known = {} if config is None else {"config": config}
     reason = ""
     for kind in kinds:
         try:
-            tokenizer = kind.from_pretrained(directory, config=config, trust_remote_code=False)
+            tokenizer = kind.from_pretrained(directory, trust_remote_code=False, **known)
         except Exception as error:  # noqa: BLE001 - of damaged files, libraries raise what they like
             if file.is_file():
                 read_json(file, ConfigError)
@@ -237,8 +242,8 @@ def _load(directory: Path, config: Any) -> Any:
             return tokenizer
         reason = f"transformers' {type(tokenizer).__name__} encodes or decodes otherwise than tokenizer.json"
     raise ConfigError(
-        f"{file if file.is_file() else directory}: the tokenizer cannot be used: {reason}; load it where it works and "
-        "save it again with its save_pretrained, which writes a tokenizer.json"
+        f"{file if file.is_file() else directory}: the tokenizer cannot be used: {reason.removesuffix('.')}; load it "
+        "where it works and save it again with its save_pretrained, which writes a tokenizer.json"
     )
 
 
@@ -334,4 +339,4 @@ def _says(text: str, content: str) -> bool:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    return lines[0].strip() if lines else type(error).__name__

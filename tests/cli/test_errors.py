@@ -37,6 +37,7 @@ COMMANDS = ["chat", "compress", "diff", "eval", "generate", "inspect", "merge", 
         ("generate --family {ready} --model bob hello", "no expert 'bob'"),
         ("generate --family {ready} --top-p 0 hello", "top_p: 0.0 is out of range"),
         ("chat --family {ready} --model bob", "no expert 'bob'"),
+        ("serve {ready} --allow-origin https://a.example/", "--allow-origin: 'https://a.example/' is no origin"),
     ],
 )
 def test_errors_are_one_line_with_exit_code_1(cli, family, math_delta, ready_family, tmp_path, command, message):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,6 +27,14 @@ def serve(
     ] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port, instead of the family's; 0 picks a free one.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="A site whose pages may ask from a browser, such as https://chat.example, instead of the family's; "
+            "repeatable, `*` for all.",
+        ),
     ] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="Experts on the device at a time, instead of the family's.")
@@ -54,9 +63,15 @@ def serve(
     console.quiet()
     if log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level}: use debug, info, warning or error")
-    from meswitch.family import Family
+    from meswitch.family import ORIGIN, Family
 
     config = Family.load(family)
+    if allow_origin:
+        wrong = next((origin for origin in allow_origin if not re.match(ORIGIN, origin)), None)
+        if wrong is not None:
+            raise ConfigError(f"--allow-origin: {wrong!r} is no origin; give one such as https://chat.example, or `*`")
+        section = config.server.model_copy(update={"allow_origins": tuple(allow_origin)})
+        config = config.model_copy(update={"server": section})
     if slots is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": slots})})
     if engine_name == "vllm":

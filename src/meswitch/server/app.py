@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from urllib.parse import quote, unquote
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from meswitch.engine import Engine
@@ -19,6 +20,7 @@ from meswitch.server.auth import ApiKeyMiddleware
 from meswitch.server.errors import ApiError, install_error_handlers
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation
+from meswitch.server.middleware import NormalisingMiddleware
 from meswitch.server.routing import ERROR, Desk, Messages, with_circumstances
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.server.stream import EventStream, answer
@@ -26,7 +28,8 @@ from meswitch.tokenizer import Prompt
 from meswitch.version import __version__
 
 AUTO = "auto"
-WANTED = "x-meswitch-expert"  # of a request to `auto`: who is to answer this one, whatever the router would say
+EXPERT, ROUTE_REASON, ROUTE_SCORE = "x-meswitch-expert", "x-meswitch-route-reason", "x-meswitch-route-score"
+WANTED = EXPERT  # of a request to `auto`: who is to answer this one, whatever the router would say
 API_KEY_VARIABLE = "MESWITCH_API_KEY"
 
 
@@ -38,6 +41,7 @@ def create_app(
     descriptions: Mapping[str, str] | None = None,
     no_router: str = "there is no router; make one with `meswitch router train` and start the server again",
     api_key: str | None = None,
+    allow_origins: Sequence[str] = (),
     close_engine: bool = True,
 ) -> FastAPI:
     """The application: serve it with uvicorn or any ASGI server, in one process.
@@ -48,6 +52,7 @@ def create_app(
             abstaining router is an error.
         descriptions: what the experts are good at, by name, for the models page.
         api_key: what clients must send; None takes it from MESWITCH_API_KEY, empty asks for none.
+        allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
         close_engine: whether the engine ends with the server.
     """
     service = _Service(engine, router, fallback or engine.base_name, descriptions or {}, no_router)
@@ -63,6 +68,15 @@ def create_app(
     key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
     if key:
         app.add_middleware(ApiKeyMiddleware, key=key)
+    app.add_middleware(NormalisingMiddleware)
+    if allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allow_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[EXPERT, ROUTE_REASON, ROUTE_SCORE, "retry-after"],
+        )
 
     @app.get("/health", response_model=Health)
     async def health() -> Response:
@@ -155,9 +169,9 @@ class _Service:
         if decision.expert == ERROR:
             message = f"no expert is for this (probability {decision.score or 0:.4f} at best); name one instead of auto"
             raise ApiError(422, message, param="model", code="no_expert")
-        headers = {**_served_by(decision.expert), "x-meswitch-route-reason": decision.reason}
+        headers = {**_served_by(decision.expert), ROUTE_REASON: decision.reason}
         if decision.score is not None:
-            headers["x-meswitch-route-score"] = f"{decision.score:.4f}"
+            headers[ROUTE_SCORE] = f"{decision.score:.4f}"
         return decision.expert, headers
 
     def metrics(self) -> str:
@@ -209,4 +223,4 @@ class _Service:
 
 
 def _served_by(expert: str) -> dict[str, str]:
-    return {"x-meswitch-expert": quote(expert, safe=" /:@+,")}  # the base's name may be any text, a header may not
+    return {EXPERT: quote(expert, safe=" /:@+,")}  # the base's name may be any text, a header may not

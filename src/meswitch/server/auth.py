@@ -24,10 +24,13 @@ class ApiKeyMiddleware:
 
 def refusal(scope: Scope, key: str) -> ApiError | None:
     """What to answer an HTTP request that lacks the key; None if it has it or needs none."""
-    if not key or scope["path"] in _OPEN:
+    headers = Headers(scope=scope)
+    is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers  # browsers add no key
+    if not key or scope["path"] in _OPEN or is_preflight:
         return None
-    given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-    if hmac.compare_digest(given, f"Bearer {key}".encode()):  # takes as long for a good guess as for a bad one
+    scheme, _, given = headers.get("authorization", "").strip().partition(" ")
+    same = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())  # as long for a good guess as a bad one
+    if scheme.lower() == "bearer" and same:
         return None
     return ApiError(
         401,

@@ -61,7 +61,8 @@ class ApiError(Exception):
         if error["type"] == "json_invalid":
             reason = error.get("ctx", {}).get("error", "syntax error")
             return cls(400, f"the body is not valid JSON: {reason}", code="invalid_json")
-        field = error.get("ctx", {}).get("field") or _dotted(where)
+        inside = error.get("ctx", {}).get("field", ())
+        field = _dotted((*where, *((inside,) if isinstance(inside, str) else inside)))
         if not field:
             return cls(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
         message, code = error["msg"].removeprefix("Value error, "), "invalid_value"
@@ -101,6 +102,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 404 and not request.url.path.startswith("/v1/"):
+            message += "; the API is under /v1"
+        if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
+            message += "; pages of other sites may ask once `server.allow_origins` names their origin"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     async def unexpected(_: Request, error: Exception) -> JSONResponse:  # starlette then raises it for the log

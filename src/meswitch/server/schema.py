@@ -17,6 +17,7 @@ _COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI has 
 
 # Nothing in the answer depends on these.
 _IGNORED = {
+    "keep_alive",
     "parallel_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
@@ -26,12 +27,21 @@ _IGNORED = {
 }
 # Not supported; a client may send the value that asks for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "audio": (),
     "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "early_stopping": (False,),
     "echo": (False,),
+    "extra_body": ({},),
     "frequency_penalty": (0, 0.0),
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "functions": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
     "logit_bias": ({},),
     "logprobs": (False,),
     "min_p": (0, 0.0),
@@ -39,21 +49,55 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "presence_penalty": (0, 0.0),
-    "reasoning_effort": (),
+    "priority": (0,),
+    "reasoning_effort": ("none",),
+    "repeat_penalty": (1, 1.0),
     "repetition_penalty": (1, 1.0),
     "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "stop_token_ids": ([],),
     "suffix": ("",),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),  # tools themselves are refused
     "tools": ([],),
     "top_logprobs": (0,),
-    "verbosity": (),
+    "typical_p": (1, 1.0),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
+# The same of a message: what servers write into their answers, which clients send back as they got them.
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "refusal": ("",),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+_IGNORED_IN_PART = {"cache_control"}  # hints for caches
 
 
-def _refuse(kind: Literal["unsupported", "bad_value"], field: str, reason: str) -> PydanticCustomError:
-    """An error of the whole object that says which field it is about."""
+def _refuse(kind: Literal["unsupported", "bad_value"], field: str | tuple[str | int, ...], reason: str) -> Any:
+    """An error that says which field of the object it is about, or the way to it."""
     return PydanticCustomError(kind, "{reason}", {"field": field, "reason": reason})
+
+
+def _supported(data: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Without the fields that ask for nothing.
+
+    Raises:
+        PydanticCustomError: one asks for something.
+    """
+    kept = {}
+    for key, value in data.items():
+        if key not in neutral:
+            kept[key] = value
+        elif value is not None and not any(type(value) is type(no) and value == no for no in neutral[key]):
+            raise _refuse("unsupported", key, "not supported by this server; leave it out")
+    return kept
 
 
 def _encodable(value: str) -> str:
@@ -66,6 +110,7 @@ def _encodable(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+SomeText = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
 
 
 def _texts(value: Any) -> Any:
@@ -76,11 +121,18 @@ def _content(value: Any) -> Any:
     """A text, or a list of text parts joined by line breaks."""
     if not isinstance(value, list):
         return value
-    for part in value:
-        fits = isinstance(part, Mapping) and isinstance(part.get("text"), str)
-        if not fits or part.get("type") != "text" or part.keys() - {"type", "text"}:
-            raise ValueError('a part must be {"type": "text", "text": "..."}; the experts read text only')
-    return "\n".join(part["text"] for part in value)
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise _refuse("unsupported", (index,), f"{kind!r} is not supported: the experts read text only")
+        if not isinstance(part.get("text"), str):
+            raise _refuse("bad_value", (index, "text"), "a text part needs a text")
+        extra = next((key for key in part.keys() - {"type", "text"} - _IGNORED_IN_PART), None)
+        if extra is not None and part[extra] is not None:
+            raise _refuse("unsupported", (index, extra), "not supported by this server; leave it out")
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def _prompts(value: Any) -> Any:
@@ -108,11 +160,19 @@ class _Strict(BaseModel):
 
 
 class Message(_Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation. null for what the assistant said is an empty turn, as OpenAI writes it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_content)]
     name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        silent = data.get("role") == "assistant" and data.get("content", "") is None
+        return _supported(data, _NEUTRAL_IN_MESSAGE) | ({"content": ""} if silent else {})
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it: OpenAI renamed the system role, templates have not."""
@@ -140,9 +200,7 @@ class GenerationRequest(_Strict):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
     seed: int | None = Field(default=None, ge=-_SEED, le=_SEED)
-    stop: Annotated[
-        tuple[Annotated[Text, Field(min_length=1)], ...], BeforeValidator(_texts), Field(max_length=MAX_STOPS)
-    ] = ()
+    stop: Annotated[tuple[SomeText, ...], BeforeValidator(_texts), Field(max_length=MAX_STOPS)] = ()
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -150,18 +208,10 @@ class GenerationRequest(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _supported(cls, data: Any) -> Any:
+    def _neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        kept = {}
-        for key, value in data.items():
-            if key in _IGNORED:
-                continue
-            if key not in _NEUTRAL:
-                kept[key] = value
-            elif value is not None and not any(type(value) is type(no) and value == no for no in _NEUTRAL[key]):
-                raise _refuse("unsupported", key, "not supported by this server; leave it out")
-        return kept
+        return _supported({key: value for key, value in data.items() if key not in _IGNORED}, _NEUTRAL)
 
     @model_validator(mode="after")
     def _streaming(self) -> "GenerationRequest":

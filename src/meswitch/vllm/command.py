@@ -58,6 +58,8 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
     template = _template(Path(base), list(experts.values()))
     if template is not None:
         arguments += ["--chat-template", str(template)]
+    if family.server.allow_origins:  # without it vLLM allows all
+        arguments += ["--allowed-origins", json.dumps(family.server.allow_origins)]
     arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
     if experts and family.resolve(family.router.path).exists():
         arguments += ["--middleware", "meswitch.vllm.auto.AutoRouting"]  # around the one before, which sees its choice

@@ -1,0 +1,95 @@
+"""Requests as clients send them -> requests as the routes expect them."""
+
+import re
+import zlib
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from meswitch.server.errors import ApiError
+
+MAX_BODY = 64 << 20  # bytes of a request, unpacked
+
+
+class NormalisingMiddleware:
+    """One slash between the parts of a path and none behind it, GET for HEAD, bodies unpacked.
+
+    Base addresses end in a slash or not, load balancers ask with HEAD, and some clients send long prompts gzipped.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
+        scope = {**scope, "path": path}
+        if scope["method"] == "HEAD":
+            scope["method"], send = "GET", _without_body(send)
+        try:
+            scope, receive = await _unpacked(scope, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _without_body(send: Send) -> Send:
+    async def head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return head
+
+
+async def _unpacked(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+    """The request with a body that is not packed any more.
+
+    Raises:
+        ApiError: it is too large, packed in a way that is not known, or damaged.
+    """
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "")
+    if length.isdigit() and int(length) > MAX_BODY:
+        raise _too_large()
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return scope, receive
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise ApiError(415, f"Content-Encoding: {encoding!r} is not read; send the body gzipped or as it is")
+    unpacker = zlib.decompressobj(wbits=47)  # gzip's header or zlib's
+    body = bytearray()
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":  # the client is gone
+            return scope, receive
+        try:
+            body += unpacker.decompress(message.get("body", b""), MAX_BODY + 1 - len(body))
+        except zlib.error as error:
+            raise ApiError(400, f"the body is not {encoding}: {error}", code="invalid_json") from None
+        if len(body) > MAX_BODY:
+            raise _too_large()
+        more = message.get("more_body", False)
+    if not unpacker.eof or unpacker.unused_data:
+        raise ApiError(400, f"the body is not whole {encoding} data", code="invalid_json")
+    kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
+    scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
+    return scope, _replayed(bytes(body), receive)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    unread = [body]
+
+    async def again() -> dict[str, Any]:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        return dict(await receive())
+
+    return again
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="request_too_large")
