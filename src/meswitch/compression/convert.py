@@ -39,6 +39,8 @@ from meswitch.tensorfile import NAMES, tensor_bytes
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
+_MOMENT_COLUMNS = 512  # of a second moment that are computed at once
+
 
 class Conversion:
     """One pass: the pair, the writer, and what is done so far.
@@ -216,7 +218,13 @@ def second_moment(inputs: Tensor) -> Tensor:
         IncompatibleError: the inputs have NaN or infinite values.
     """
     inputs = inputs.float()
-    moment = inputs.T @ inputs / len(inputs)
+    width = inputs.shape[1]
+    moment = inputs.new_empty(width, width)
+    for start in range(0, width, _MOMENT_COLUMNS):  # symmetric: only what is on and right of the diagonal is computed
+        stop = min(start + _MOMENT_COLUMNS, width)
+        torch.matmul(inputs[:, start:stop].T, inputs[:, start:], out=moment[start:stop, start:])
+        moment[stop:, start:stop] = moment[start:stop, stop:].T
+    moment /= len(inputs)
     if not moment.diagonal().isfinite().all():
         raise IncompatibleError("calibration: the expert's activations overflow; its weights are damaged")
     return moment
