@@ -17,19 +17,20 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 generator = torch.Generator().manual_seed(0)
 for bits in (1, 2, 3, 4):
     for columns, outputs in ((1, 1), (7, 5), (32, 64), (31, 150)):
-        target = torch.randn(columns, outputs, generator=generator)
+        target, original = torch.randn(2, columns, outputs, generator=generator)
         scale = mse_scales(target, bits, 16)
         step = scale.float().repeat_interleave(16, 1)[:, :outputs].contiguous()
         step[:, ::5] = 0
         inputs = torch.randn(4 * columns, columns + 9, generator=generator)
         moment = inputs.T @ inputs / len(inputs)
-        wide = feedback.inverse_factor(feedback.damped(moment, 0.01), torch.arange(columns + 9))
+        wide = feedback.upper_factor(feedback.damped(moment, 0.01), torch.arange(columns + 9))
         found = []
         for module in (feedback, feedback_triton):
-            codes = torch.full((columns, outputs), 77, dtype=torch.uint8, device=device)
-            moved = [part.clone().to(device) for part in (target, step, wide)]
-            factor = moved[2][3:, 3:][:columns, :columns]
-            errors = module.round_columns(moved[0], moved[1], factor, 2**bits - 1, codes)
+            place = "cpu" if module is feedback else device
+            codes = torch.full((columns, outputs), 77, dtype=torch.uint8, device=place)
+            moved = [part.clone().to(place) for part in (target, original, step, wide / wide.diagonal())]
+            share = moved[3][3:, 3:][:columns, :columns]
+            errors = module.round_columns(*moved[:3], share, 2**bits - 1, codes)
             found.append((codes.cpu(), errors.cpu()))
         assert torch.equal(found[0][0], found[1][0]), (bits, columns, outputs)
         assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-5), (bits, columns, outputs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.codec.feedback import damped, feedback_codes, inverse_factor
+from meswitch.codec.feedback import damped, feedback_codes, upper_factor
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import (
     SCALE_DTYPE,
@@ -187,7 +187,7 @@ def encode(
     if second_moment is not None:
         metric = damped(second_moment, spec.damping)
         order = _salient_last(second_moment.diagonal(), index)
-        factor = inverse_factor(metric, order)
+        factor = upper_factor(metric, order)
     columns = index.long()
     packed, scales, salient = [], [], []
     for block in _row_blocks(delta, _BLOCK if second_moment is None else _FEEDBACK_BLOCK):

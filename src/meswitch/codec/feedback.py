@@ -1,22 +1,30 @@
 """Error feedback: each column's rounding error is passed on to the columns not yet rounded.
 
-The layer's output error is `tr((D - Dq) H (D - Dq)^T)` with the inputs' second moment `H = X^T X / n`.
-Rounding the columns one after another and correcting the rest by the inverse Cholesky factor of `H`
-minimises it greedily (GPTQ, arXiv 2210.17323, section 3). Two choices are ours: the scales are fixed
-beforehand, so that columns can be taken in order of falling energy whatever their group; and the salient
-channels come last, so that they absorb in 16 bit what all the others leave behind (`refit` finds their values).
+The layer's output error is `tr((D - Dq) H (D - Dq)^T)` with the inputs' second moment `H = X^T X / n`. Rounding the
+columns one after another and correcting the rest minimises it greedily (GPTQ, arXiv 2210.17323, section 3). With the
+upper triangular `U U^T = H` it is `||(D - Dq) U||^2`, whose column j sees the errors of columns up to j only; so
+column j is rounded to where it undoes what those before it have left. That is GPTQ's own choice without the inverse of
+`H`, whose factor is the inverse of `U`.
+
+Two choices are ours: the scales are fixed beforehand, so that columns can be taken in order of falling energy whatever
+their group; and the salient channels come last, so that they absorb in 16 bit what all the others leave behind
+(`refit` finds their values).
 """
 
 import importlib.util
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from meswitch.codec.quantize import expand_scale
-
 COLUMNS = 128
+_PANEL = 8  # columns that are corrected one by one; those after them by one product for all
 _TINY = torch.finfo(torch.float32).tiny
+_INVERTED = 256  # columns of a triangle that is inverted in one piece
+
+# target, original, step, factor, top, codes -> errors: see `round_columns`
+Rounding = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], Tensor]
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -27,25 +35,42 @@ def damped(second_moment: Tensor, damping: float) -> Tensor:
     return metric
 
 
-def inverse_factor(metric: Tensor, order: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped second moment, its channels permuted by `order`.
+def upper_factor(metric: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular `U` with `U U^T` the damped second moment, its channels permuted by `order`.
 
     Args:
         metric: [in_features, in_features] float32, symmetric, positive definite.
         order: [in_features] int64, a permutation.
 
     Returns:
-        [in_features, in_features] float32, upper triangular; the identity where `metric` is too ill-conditioned
-        for float32 even with more damping: then there is no feedback.
+        [in_features, in_features] float32; the identity where `metric` is too ill-conditioned for float32 even with
+        more damping: then there is no feedback.
     """
-    matrix = metric[order][:, order]
+    backwards = order.flip(0)
+    matrix = metric.index_select(0, backwards).index_select(1, backwards)
     for extra in (0.0, 0.01, 0.1, 1.0):
-        lower, info = torch.linalg.cholesky_ex(damped(matrix, extra))
+        lower, info = torch.linalg.cholesky_ex(damped(matrix, extra) if extra else matrix)
         if int(info) == 0:
-            factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0:
-                return factor
+            return lower.flip(0, 1)
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def inverse_factor(metric: Tensor, order: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse, for what needs that: arguments and result as of `upper_factor`."""
+    return _inverse(upper_factor(metric, order))
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of a triangle, by halves: mostly products."""
+    size = len(upper)
+    if size <= _INVERTED:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half], inverse[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ (upper[:half, half:] @ inverse[half:, half:])
+    return inverse
 
 
 def feedback_codes(
@@ -62,7 +87,7 @@ def feedback_codes(
     Args:
         delta: [out_features, in_features] float32.
         scale: [out_features, groups], fixed beforehand.
-        factor: what `inverse_factor` gave for `order`.
+        factor: what `upper_factor` gave for `order`.
         order: [in_features] int64; the last `exact` channels are not rounded.
         exact: number of salient channels.
 
@@ -72,41 +97,65 @@ def feedback_codes(
     top = 2**bits - 1
     width = delta.shape[1]
     # transposed: a step of the loop then reads and writes whole rows
-    target = delta.T[order].contiguous()
-    step = expand_scale(scale.to(torch.float32), width, group_size).T[order].contiguous()
-    codes = torch.empty_like(target, dtype=torch.uint8)
+    errors = delta.index_select(1, order).T.contiguous()  # of columns that are rounded; the delta of the others
+    step = scale.to(torch.float32).T.contiguous()[order // (group_size or width)]
+    share = factor / factor.diagonal()  # of a column's error, what the target of a later one takes
+    codes = torch.empty_like(errors, dtype=torch.uint8)
     rounded = width - exact
     round_some, columns = _rounding(delta.device)
     for start in range(0, rounded, columns):
-        stop = min(start + columns, rounded)
-        factor_here = factor[start:stop, start:stop]
-        errors = round_some(target[start:stop], step[start:stop], factor_here, top, codes[start:stop])
-        target[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    codes[rounded:] = (target[rounded:] * _half(step[rounded:]) + top / 2).round_().clamp_(0, top)
+        some = slice(start, min(start + columns, rounded))
+        target = _target(errors, share, some)
+        errors[some] = round_some(target, errors[some], step[some], share[some, some], top, codes[some])
+    target = _target(errors, share, slice(rounded, width))
+    codes[rounded:] = (target * _half(step[rounded:]) + top / 2).round_().clamp_(0, top)
     back = torch.empty_like(order)
     back[order] = torch.arange(width, device=order.device)
-    return codes[back].T.contiguous()
+    return codes.index_select(0, back).T.contiguous()
 
 
-def round_columns(target: Tensor, step: Tensor, factor: Tensor, top: int, codes: Tensor) -> Tensor:
-    """Round columns, each after the errors of those before it.
+def _target(errors: Tensor, share: Tensor, some: slice) -> Tensor:
+    """What columns are to be rounded to: their delta, and what those before them have left."""
+    if not some.start:
+        return errors[some].clone()
+    return torch.addmm(errors[some], share[: some.start, some].T, errors[: some.start])
+
+
+def round_columns(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:
+    """Round columns, each after the errors of those before it. On the CPU.
+
+    NumPy takes a microsecond where PyTorch takes four to start on a column.
 
     Args:
-        target: [columns, out_features] float32; changed.
+        target: [columns, out_features] float32, what columns before these have left added; changed.
+        original: of the same shape, the columns themselves.
         step: of the same shape, the scales.
-        factor: [columns, columns] float32, upper triangular.
+        share: [columns, columns] float32, upper triangular, of unit diagonal.
         codes: [columns, out_features] uint8; filled.
 
     Returns:
-        [columns, out_features] float32, the errors for the columns that follow.
+        [columns, out_features] float32, the errors: the columns less what their codes stand for.
     """
-    half, chosen, errors = _half(step), torch.empty_like(target), torch.empty_like(target)
-    for column in range(len(target)):
-        code, error = chosen[column], errors[column]
-        torch.mul(target[column], half[column], out=code).add_(top / 2).round_().clamp_(0, top)
-        torch.addcmul(target[column] + top * step[column], code, step[column], value=-2, out=error)
-        error.div_(factor[column, column])
-        target[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
+    errors, chosen = torch.empty_like(target), torch.empty_like(target)
+    half, twice, base = _half(step).numpy(), (2 * step).numpy(), torch.add(original, step, alpha=top).numpy()
+    left, found, missed, shares = target.numpy(), chosen.numpy(), errors.numpy(), share.contiguous().numpy()
+    passed = np.empty((_PANEL, target.shape[1]), dtype=np.float32)
+    for start in range(0, len(target), _PANEL):
+        stop = min(start + _PANEL, len(target))
+        if start:
+            target[start:stop].addmm_(share[:start, start:stop].T, errors[:start])
+        for column in range(start, stop):
+            code, error, later = found[column], missed[column], stop - column - 1
+            np.multiply(left[column], half[column], out=code)
+            code += top / 2
+            np.rint(code, out=code)
+            np.maximum(code, 0, out=code)
+            np.minimum(code, top, out=code)
+            np.multiply(code, twice[column], out=error)
+            np.subtract(base[column], error, out=error)
+            if later:
+                np.multiply(shares[column, column + 1 : stop, None], error, out=passed[:later])
+                left[column + 1 : stop] += passed[:later]
     codes.copy_(chosen)
     return errors
 
@@ -115,10 +164,20 @@ def _half(step: Tensor) -> Tensor:
     return torch.where(step > _TINY, 0.5 / step, 0.0)
 
 
-def _rounding(device: torch.device) -> tuple[Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor], int]:
+def _rounding(device: torch.device) -> tuple[Rounding, int]:
     """What rounds columns on a device, and how many of them at once."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from meswitch.codec import feedback_triton
+    if device.type == "cpu":
+        return round_columns, COLUMNS
+    if importlib.util.find_spec("triton") is None:
+        return _round_on_host, COLUMNS
+    from meswitch.codec import feedback_triton
 
-        return feedback_triton.round_columns, feedback_triton.COLUMNS
-    return round_columns, COLUMNS
+    return feedback_triton.round_columns, feedback_triton.COLUMNS
+
+
+def _round_on_host(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:
+    """`round_columns` of a GPU's tensors, where Triton is not installed."""
+    found = codes.cpu()
+    errors = round_columns(target.cpu(), original.cpu(), step.cpu(), share.cpu(), top, found)
+    codes.copy_(found)
+    return errors.to(target.device)

@@ -18,7 +18,7 @@ _ROUND = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds to the ne
 
 @triton.jit
 def _round_columns(  # type: ignore[no-untyped-def]
-    target, step, factor, codes, errors, outputs, columns, TOP: tl.constexpr, C: tl.constexpr, T: tl.constexpr
+    target, original, step, share, codes, errors, outputs, columns, TOP: tl.constexpr, C: tl.constexpr, T: tl.constexpr
 ):
     place = tl.arange(0, C)
     output = tl.program_id(0) * T + tl.arange(0, T)
@@ -33,31 +33,31 @@ def _round_columns(  # type: ignore[no-untyped-def]
         half = tl.where(size > _TINY, tl.div_rn(0.5, tl.maximum(size, _TINY)), 0.0)
         code = value * half + TOP / 2
         code = tl.minimum(tl.maximum(code + _ROUND - _ROUND, 0.0), TOP)
-        pivot = tl.load(factor + tl.minimum(column, columns - 1) * (columns + 1))
-        error = tl.div_rn(value + TOP * size - 2 * code * size, pivot)
+        own = tl.load(original + column * outputs + output, mask=(column < columns) & (output < outputs), other=0.0)
+        error = own + TOP * size - 2 * code * size
         later = (place > column) & (place < columns)
-        share = tl.load(factor + column * columns + place, mask=later, other=0.0)
-        left = tl.where(current, error[None, :], left - share[:, None] * error[None, :])
+        taken = tl.load(share + column * columns + place, mask=later, other=0.0)
+        left = tl.where(current, error[None, :], left + taken[:, None] * error[None, :])
         unit = tl.where(current, code[None, :], unit)
     tl.store(errors + at, left, mask=inside)
     tl.store(codes + at, unit.to(tl.uint8), mask=inside)
 
 
-def round_columns(target: Tensor, step: Tensor, factor: Tensor, top: int, codes: Tensor) -> Tensor:
-    """Round at most `COLUMNS` columns, each after the errors of those before it.
+def round_columns(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:
+    """Round at most `COLUMNS` columns, each after the errors of those before it: `feedback.round_columns`.
 
     Args:
-        target, step: [columns, out_features] float32, contiguous.
-        factor: [columns, columns] float32, upper triangular.
+        target, original, step: [columns, out_features] float32, contiguous.
+        share: [columns, columns] float32, upper triangular, of unit diagonal.
         codes: [columns, out_features] uint8, contiguous; filled.
 
     Returns:
-        [columns, out_features] float32, the errors for the columns that follow.
+        [columns, out_features] float32, the errors.
     """
     columns, outputs = target.shape
     errors = torch.empty_like(target)
     grid = (triton.cdiv(outputs, _OUTPUTS),)
     _round_columns[grid](
-        target, step, factor.contiguous(), codes, errors, outputs, columns, top, COLUMNS, _OUTPUTS, num_warps=1
+        target, original, step, share.contiguous(), codes, errors, outputs, columns, top, COLUMNS, _OUTPUTS, num_warps=1
     )
     return errors

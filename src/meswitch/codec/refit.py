@@ -45,17 +45,18 @@ def _refit(
     spans = [slice(start, min(start + size, width)) for start in range(0, width, size)]
     groups, k = len(spans), salient.numel()
     units = levels(codes, bits)
-    moved = torch.stack([units[:, span] @ metric[span] for span in spans], dim=1)  # [rows, groups, in]: B^T H
-    normal = delta.new_zeros(rows, groups + k, groups + k)
+    outer, inner = metric[:, salient], metric[salient][:, salient]
+    normal = delta.new_empty(rows, groups + k, groups + k)  # B^T H B
+    normal[:, groups:, groups:] = inner
     for i, span in enumerate(spans):
-        normal[:, :groups, i] = (moved[:, :, span] * units[:, None, span]).sum(-1)
-    normal[:, :groups, groups:] = moved[:, :, salient]
-    normal[:, groups:, :groups] = moved[:, :, salient].transpose(1, 2)
-    normal[:, groups:, groups:] = metric[salient][:, salient]
+        # symmetric: a group with itself and with those before it
+        moved = (units[:, span] @ metric[span, : span.stop]).mul_(units[:, : span.stop])
+        normal[:, i, : i + 1] = normal[:, : i + 1, i] = _sums(moved, size)
+        normal[:, i, groups:] = normal[:, groups:, i] = units[:, span] @ outer[span]
     target = delta @ metric
-    right = torch.cat(
-        [torch.stack([(target[:, s] * units[:, s]).sum(-1) for s in spans], dim=1), target[:, salient]], 1
-    )
+    of_salient = target[:, salient]
+    right = torch.cat([_sums(target.mul_(units), size), of_salient], 1)
+    crossed = normal[:, :groups, groups:].clone()  # what a group moves in the salient channels
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
     solution, failed = torch.linalg.solve_ex(normal, right)
@@ -64,7 +65,13 @@ def _refit(
     usable &= (scale > 0).any(-1, keepdim=True)  # a row without any change stays exactly so
     scales = torch.where(usable, found, scale)
     # the salient weights once more, exactly, for the scales as they are rounded
-    restored = units * scales.float().repeat_interleave(size, dim=1)[:, :width]
-    residual = (delta - restored) @ metric[:, salient]
-    weights = torch.linalg.solve(metric[salient][:, salient], residual.T).T if k else residual
-    return scales, weights
+    residual = of_salient - (scales.float()[:, :, None] * crossed).sum(1)
+    return scales, torch.linalg.solve(inner, residual.T).T if k else residual
+
+
+def _sums(values: Tensor, size: int) -> Tensor:
+    """[rows, width] -> [rows, groups], the sum of each group of `size`."""
+    rows, width = values.shape
+    whole = width - width % size
+    sums = values[:, :whole].view(rows, -1, size).sum(-1)
+    return sums if whole == width else torch.cat([sums, values[:, whole:].sum(-1, keepdim=True)], 1)

@@ -29,6 +29,7 @@ _PRODUCTS = {  # operator -> which arguments are its factors
     torch.ops.aten.bmm: (0, 1),
     torch.ops.aten.baddbmm: (1, 2),
 }
+_COLUMNS = 512  # of a second moment that are computed at once
 
 
 class Inputs:
@@ -53,10 +54,12 @@ class Inputs:
 
     def _fold(self) -> None:
         rows = torch.cat(self._rows).float() if len(self._rows) > 1 else self._rows[0].float()
+        width = rows.shape[1]
         if self._sum is None:
-            self._sum = rows.T @ rows
-        else:
-            self._sum.addmm_(rows.T, rows)
+            self._sum = rows.new_zeros(width, width)
+        for start in range(0, width, _COLUMNS):  # symmetric: what lies on and right of the diagonal is half the work
+            stop = min(start + _COLUMNS, width)
+            self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         self._rows, self._waiting = [], 0
 
     @cached_property
@@ -73,6 +76,9 @@ class Inputs:
             self._fold()
         moment = self._sum
         assert moment is not None
+        for start in range(0, len(moment), _COLUMNS):
+            stop = min(start + _COLUMNS, len(moment))
+            moment[stop:, start:stop] = moment[start:stop, stop:].T
         kept = moment.diagonal() / self.tokens
         moment.mul_(1 / (self.tokens + len(moment)))
         moment.diagonal().copy_(kept)

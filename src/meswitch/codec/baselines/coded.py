@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meswitch.codec.feedback import damped, feedback_codes, inverse_factor
+from meswitch.codec.feedback import damped, feedback_codes, upper_factor
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import SCALE_DTYPE, absmax_scales, dequantize, group_count, mse_scales, quantize
 
@@ -108,7 +108,7 @@ def round_matrix(
         codes = quantize(matrix, scale, bits, group_size)
     else:
         order = moment.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(damped(moment, damping), order)
+        factor = upper_factor(damped(moment, damping), order)
         codes = feedback_codes(matrix, scale, bits, group_size, factor, order, exact=0)
     return {f"{prefix}_packed": codes if bits == 8 else pack(codes, bits), f"{prefix}_scale": scale}
 

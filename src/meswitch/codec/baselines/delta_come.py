@@ -35,7 +35,7 @@ from meswitch.codec.baselines.coded import (
     rounded_shapes,
 )
 from meswitch.codec.baselines.svd import decompose
-from meswitch.codec.feedback import damped, feedback_codes, inverse_factor
+from meswitch.codec.feedback import damped, feedback_codes, upper_factor
 from meswitch.codec.packing import pack
 from meswitch.codec.quantize import expand_scale
 
@@ -73,7 +73,7 @@ def _feedback(
     """Codes of [n, rows] vectors with error feedback over the n inputs they are applied to; scales as they are."""
     scale = expand_scale(rounded[f"{prefix}_scale"].float(), vectors.shape[1], group_size)
     order = metric.diagonal().argsort(descending=True, stable=True)
-    codes = feedback_codes(vectors.T, scale.T, bits, 1, inverse_factor(metric, order), order, exact=0).T.contiguous()
+    codes = feedback_codes(vectors.T, scale.T, bits, 1, upper_factor(metric, order), order, exact=0).T.contiguous()
     return rounded | {f"{prefix}_packed": codes if bits == 8 else pack(codes, bits)}
 
 
