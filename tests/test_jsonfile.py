@@ -16,7 +16,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14
     [
         (b"", "is empty; fetch the file again"),
         (POINTER, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
-        (gzip.compress(b"{}"), "is compressed with gzip; unpack it"),
+        (gzip.compress(b"{}", mtime=0), "is compressed with gzip; unpack it"),
         (lzma.compress(b"{}"), "is compressed with xz; unpack it"),
         (b"GGUF\x03\0\0\0", "is a GGUF file"),
         (b"PK\x03\x04data", "is a PyTorch file (pickle)"),

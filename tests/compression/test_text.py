@@ -100,7 +100,7 @@ def test_rows_are_read_in_every_form_that_training_data_has(family, tmp_path, ro
     made = {
         "lines": ("t.jsonl", lines.encode()),
         "list": ("t.json", json.dumps([row, row], indent=1).encode()),
-        "packed": ("t.jsonl.gz", gzip.compress(lines.encode())),
+        "packed": ("t.jsonl.gz", gzip.compress(lines.encode(), mtime=0)),
         "mark": ("t.jsonl", b"\xef\xbb\xbf" + lines.encode()),
     }
     name, data = made[shape]
@@ -158,7 +158,7 @@ def test_a_bad_row_of_a_list_is_named_by_its_number(family, tmp_path):
         ("t.txt", "Café".encode("latin-1"), r"line 1: its byte 4 \(0xe9\) is not UTF-8"),
         ("t.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         ("t.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "is a Git LFS pointer"),
-        ("t.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:30], "line 1: the file is damaged or cut off"),
+        ("t.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:30], "line 1: the file is damaged or cut off"),
         ("t.json", b'[{"text": "a"},', "is not a whole JSON list"),
         ("t.txt", b'{"text": "a"}\n', "line 1: is JSON, and a .txt file is read as prose; name it .jsonl"),
         ("t.txt", b'[{"text": "a"}]', "line 1: is JSON, and a .txt file is read as prose"),
