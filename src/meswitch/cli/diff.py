@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meswitch.cli import console
+from meswitch.cli.support import served, support
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,17 +53,19 @@ def diff(
     if png is not None:
         _pyplot()  # a missing package should not cost minutes of reading
     console.quiet()
+    from meswitch.checkpoint import Checkpoint
     from meswitch.compression.diff import diff as run
 
+    architecture = support(Checkpoint.open(base).config)
     with console.progress("diff") as progress:
         found = run(base, expert, progress=progress)
     if png is not None:
         plot(found, png)
         console.note(f"wrote {png}")
     if as_json:
-        console.print_json(to_json(found))
+        console.print_json(to_json(found) | {"architecture": architecture})
     else:
-        _show(found)
+        _show(found, served(architecture))
 
 
 def to_json(found: "Diff") -> dict[str, Any]:
@@ -85,7 +88,7 @@ def to_json(found: "Diff") -> dict[str, Any]:
     }
 
 
-def _show(found: "Diff") -> None:
+def _show(found: "Diff", how_served: str) -> None:
     types = console.table(
         f"{found.expert} against {found.base}",
         "layer type", "weights", "change", "equal", "largest", "excess kurtosis",
@@ -93,7 +96,11 @@ def _show(found: "Diff") -> None:
     for name, change in sorted(found.by_type().items(), key=lambda item: _rank(item[0])):
         types.add_row(name, *_cells(change))
     types.add_row("all", *_cells(found.total), style="bold")
-    console.show(types, *([_layers(found)] if found.by_layer() else []), console.pairs("", _facts(found)))
+    console.show(
+        types,
+        *([_layers(found)] if found.by_layer() else []),
+        console.pairs("", _facts(found) | {"served here": how_served}),
+    )
 
 
 def _cells(change: "Change") -> list[str]:

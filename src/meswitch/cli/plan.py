@@ -9,6 +9,7 @@ import typer
 from meswitch.cli import console
 from meswitch.cli.inspect import LORA, layer_table, lora_parameters
 from meswitch.cli.options import takes
+from meswitch.cli.support import served, support
 from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError
 from meswitch.units import format_bytes, parse_bytes
@@ -126,6 +127,7 @@ def report(
         "expert": dataclasses.asdict(manifest.expert),
         "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},
         "method": dataclasses.asdict(manifest.method),
+        "architecture": support(base.config),
         "bytes": {
             **account(planned).to_dict(),
             "by_role": _by_role(planned),
@@ -182,6 +184,7 @@ def _show(found: dict[str, Any]) -> None:
                 f"{expert['dtype']}, vocabulary {expert['vocab_size']}",
                 "compressed": f"{format_bytes(found['bytes']['tensors'])} of tensors, {found['ratio']:.2f}x smaller, "
                 f"{found['bits_per_weight']:.3f} bits a weight",
+                "served here": served(found["architecture"]),
             },
         ),
         _content_table(found),
