@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
 import meswitch
 from adapters import pairs, product, write_adapter
@@ -17,6 +17,7 @@ from meswitch.compression.merge import load_merged, merged_tensors
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError
 from models import TINY, edit_config
 
+FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
@@ -203,6 +204,52 @@ def test_a_mixture_s_matrices_are_found_by_the_names_that_its_file_has(tmp_path)
     assert torch.equal(artifact.read(f"{name}.weight").dequantize(), product(tensors, name) * 2)
 
 
+def mixture(root, tensors, **fields):
+    """A mixture of four experts, and an adapter of its first layer's stack of down projections."""
+    config = AutoConfig.for_model("qwen3_moe", **(TINY | FEW | {"vocab_size": 96}))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
+    fields = {"target_modules": [], "target_parameters": ["layers.0.mlp.experts.down_proj"]} | fields
+    return root / "base", write_adapter(root / "adapter", tensors, **fields)
+
+
+def test_a_stack_s_pair_is_shared_out_over_the_matrices_that_the_base_stores(tmp_path):
+    a, b = torch.randn(4 * 4, 32), torch.randn(64, 4 * 4)
+    name = "model.layers.0.mlp.experts"
+    base, adapter = mixture(tmp_path, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
+    artifact = converted(base, adapter, tmp_path / "delta")
+    changed = [name for name, entry in artifact.manifest.tensors.items() if entry.kind == "lowrank"]
+    assert changed == [f"{name}.{expert}.down_proj.weight" for expert in range(4)]
+    for expert in range(4):
+        delta = artifact.read(f"{name}.{expert}.down_proj.weight").dequantize()
+        wanted = b.view(64, 4, 4)[:, :, expert] @ a.view(4, 4, 32)[expert] * 2
+        assert torch.allclose(delta, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "message"),
+    [
+        (
+            (16, 48),
+            {},
+            r"a pair \[16, 48\], \[64, 16\] for model.layers.0.mlp.experts.down_proj, a stack of 4",
+        ),
+        ((16, 32), {"r": 8}, r"where \[32, 32\], \[64, 32\] is wanted \(r, rank_pattern\)"),
+        (
+            (16, 32),
+            {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+            r"target_parameters: model.layers.0.mlp.experts: 2 parameters .* but 1 pairs in the file",
+        ),
+    ],
+)
+def test_a_stack_s_pair_that_does_not_fit_is_refused(tmp_path, shape, fields, message):
+    name = "model.layers.0.mlp.experts"
+    tensors = {f"{name}.lora_A.weight": torch.ones(shape), f"{name}.lora_B.weight": torch.ones(64, 16)}
+    base, adapter = mixture(tmp_path, tensors, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        converted(base, adapter, tmp_path / "delta")
+
+
 @pytest.mark.parametrize(
     ("change", "fields", "error", "message"),
     [
@@ -359,7 +406,7 @@ def test_an_artifact_of_an_adapter_knows_its_base(base, pair, tmp_path):
     [
         (lambda entry: entry.pop("scale"), "scale: None is not a finite number"),
         (lambda entry: entry.update(bits=2), "bits: not a field of a lowrank tensor"),
-        (lambda entry: entry["stored"].pop("weight_right"), "a low-rank tensor and its parts have two dimensions"),
+        (lambda entry: entry["stored"].pop("weight_right"), "a low-rank tensor has two parts of two dimensions"),
         (lambda entry: entry.update(shape=[64, 32]), "do not fit the tensor"),
     ],
 )

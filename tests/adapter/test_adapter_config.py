@@ -146,11 +146,6 @@ def test_pickled_weights_are_refused_with_the_conversion_to_do(tmp_path):
             {},
             "int8: an adapter is read in 16 bit or more",
         ),
-        (
-            lambda t: t.update({"model.layers.0.mlp.experts.base_layer.lora_A.weight": torch.ones(4, 64)}),
-            {"target_parameters": ["mlp.experts.gate_up_proj"]},
-            "target_parameters: pairs of stacked parameters are not read",
-        ),
     ],
 )
 def test_tensors_that_do_not_fit_the_configuration_are_refused_by_name(pair, tmp_path, change, fields, message):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from meswitch.adapter import Adapter, write_artifact
 from meswitch.checkpoint import Checkpoint
@@ -12,11 +12,15 @@ from models import TINY
 peft = pytest.importorskip("peft", reason="needs meswitch[lora]")
 
 LLAMA = {**TINY, "vocab_size": 96, "initializer_range": 0.2}
+FEW = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MODELS = {
     "llama": LlamaConfig(**LLAMA),
     "biases": LlamaConfig(**LLAMA, attention_bias=True),
     "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    "matrix by matrix": AutoConfig.for_model("qwen3_moe", **(LLAMA | FEW)),
+    "in stacks": AutoConfig.for_model("gpt_oss", **(LLAMA | FEW)),
 }
 CASES = {
     "plain": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
@@ -45,6 +49,10 @@ CASES = {
         "llama",
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [5, 6]}},
     ),
+    "stacks, stored matrix by matrix": ("matrix by matrix", {"target_modules": [], "target_parameters": STACKS}),
+    "all linears of a mixture": ("matrix by matrix", {"target_modules": "all-linear"}),
+    "one stack": ("matrix by matrix", {"target_modules": ["q_proj"], "target_parameters": STACKS[1:]}),
+    "stacks, stored as such": ("in stacks", {"target_modules": ["q_proj"], "target_parameters": STACKS}),
     "added tokens": ("llama", {"target_modules": ["q_proj"]}),
     "added and trained tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [96, 97]}),
     "added tokens under a pair": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),

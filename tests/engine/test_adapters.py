@@ -6,13 +6,14 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import meswitch
 from adapters import pairs, write_adapter
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import IncompatibleError
+from models import TINY
 
 NEW_TOKENS = 16
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
@@ -171,6 +172,25 @@ def test_pairs_of_transposed_linears(family, tmp_path):
     tokens = list(range(5, 30))
     with Engine(base, {"a": adapter}, device="cpu") as engine:
         assert not engine.by_turns
+        plain, ours = engine.generate([tokens] * 2, model=["base", "a"], max_new_tokens=NEW_TOKENS)
+    assert ours.tokens == alone(load_merged(base, adapter), tokens)
+    assert plain.tokens == alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tokens)
+    assert plain.tokens != ours.tokens
+
+
+def test_pairs_of_a_mixture_s_stacks(family, tmp_path):
+    few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **(TINY | few))).save_pretrained(base)
+    AutoTokenizer.from_pretrained(family / "base").save_pretrained(base)
+    name = "model.layers.0.mlp.experts"
+    tensors = {f"{name}.lora_A.weight": torch.randn(16, 32), f"{name}.lora_B.weight": torch.randn(64, 16)}
+    adapter = write_adapter(
+        tmp_path / "adapter", tensors, target_modules=[], target_parameters=["mlp.experts.down_proj"]
+    )
+    tokens = list(range(5, 30))
+    with Engine(base, {"a": adapter}, device="cpu") as engine:
         plain, ours = engine.generate([tokens] * 2, model=["base", "a"], max_new_tokens=NEW_TOKENS)
     assert ours.tokens == alone(load_merged(base, adapter), tokens)
     assert plain.tokens == alone(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tokens)

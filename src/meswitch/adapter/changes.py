@@ -1,17 +1,20 @@
 """What a PEFT adapter makes of a base: for each stored tensor a low-rank pair, its own values, or nothing."""
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meswitch.adapter.stacks import Piece, PieceFinder, Stack, parameters_of
 from meswitch.adapter.weights import Adapter, Pair, read_finite
 from meswitch.architecture import (
     EMBEDDING,
     EXPERTS,
     HEAD,
+    LIE_TRANSPOSED,
     LINEAR,
     ROUTER,
     TRANSPOSED,
@@ -83,6 +86,7 @@ class _Target:
     tokens: TensorInfo | None = None
     whole: TensorInfo | None = None
     shift: tuple[TensorInfo, float] | None = None  # added to a bias
+    stack: tuple[Stack, Piece | None] | None = None  # a stack's pair; of one stored matrix, where it lies there
 
     @property
     def by_row(self) -> bool:
@@ -98,10 +102,13 @@ class _Base:
     base: Checkpoint
     architecture: Architecture
     targets: dict[str, _Target] = field(default_factory=dict)
+    of_parameters: set[str] = field(default_factory=set)  # modules whose pair `target_parameters` names
 
     def __post_init__(self) -> None:
         self.plan = self.architecture.load_plan(self.base.tensors)
         self.roles = self.architecture.roles({name: info.shape for name, info in self.base.tensors.items()})
+        self.finder = PieceFinder(self.base.info, self.architecture)
+        self.read = functools.lru_cache(maxsize=4)(read_finite)  # the matrices of a stack share a pair
         self.stored_of = {
             conversion.targets[0]: conversion.sources[0] for conversion in self.plan.conversions if conversion.renames
         }
@@ -110,7 +117,16 @@ class _Base:
         """Find the base's tensor of everything that the adapter holds."""
         adapter = self.adapter
         named: list[tuple[str, str, Any]] = []
+        stacked = parameters_of(adapter.config, adapter.pairs, self.architecture)
         for module, pair in adapter.pairs.items():
+            if module in stacked:
+                parameter = stacked[module]
+                self.of_parameters.add(parameter.rpartition(".")[0])
+                if len(self.architecture.parts[parameter].shape) == 3:
+                    self._add_stack(parameter, pair)
+                else:
+                    named.append((parameter, "pair", replace(pair, module=parameter)))
+                continue
             named.append((f"{module}.weight", "pair", pair))
             if pair.bias is not None:
                 named.append((f"{module}.bias", "shift", (pair.bias, adapter.config.scale(module))))
@@ -122,6 +138,23 @@ class _Base:
             if getattr(target, part) is not None:
                 raise adapter.error(f"{name}: two tensors for {target.name}; save one adapter to a directory")
             setattr(target, part, value)
+
+    def _add_stack(self, parameter: str, pair: Pair) -> None:
+        stack = Stack.of(self.adapter.config, pair, parameter, self.architecture)
+        path, stored = parameter.rpartition(".")[0], self.stored_of.get(parameter)
+        pieces: Mapping[str, Piece | None] | None
+        if stored is not None:
+            pieces, role = {stored: None}, self.architecture.parts[parameter].role
+        else:
+            conversion = next((c for c in self.plan.conversions if c.targets == (parameter,)), None)
+            pieces, role = None if conversion is None else self.finder.pieces(conversion), LINEAR
+        if pieces is None:
+            raise self.adapter.error(
+                f"{pair.module}: a pair for {parameter}, which the base stores in another way; merge the adapter with "
+                "PEFT and compress the result"
+            )
+        for name, piece in pieces.items():
+            self.targets[name] = _Target(name, role, self.base.tensors[name], path, stack=(stack, piece))
 
     def _target(self, name: str, conversion: Any) -> _Target:
         module, _, leaf = name.rpartition(".")
@@ -231,8 +264,15 @@ def _check_shape(adapter: Adapter, target: _Target, base: Checkpoint) -> None:
                 "`save_embedding_layers=True`"
             )
     pair = target.pair
+    if target.stack is not None and (pair or target.whole or target.tokens or target.shift):
+        raise adapter.error(f"{target.name}: has a pair of its own and one of {target.path}; merge it with PEFT")
     if pair is None:
         return
+    if pair.a.shape[0] != adapter.config.rank_of(pair.module):
+        raise adapter.error(
+            f"{pair.module}: a pair of rank {pair.a.shape[0]}, but {adapter.config.file.name} says "
+            f"{adapter.config.rank_of(pair.module)} (r, rank_pattern); the two files do not belong together"
+        )
     if target.role not in (LINEAR, HEAD, ROUTER, TRANSPOSED, EMBEDDING) or len(shape) != 2:
         what = "a stack of matrices" if target.role == EXPERTS else f"a tensor of kind {target.role}"
         raise adapter.error(f"{pair.module}: a pair for {what} ({target.name}), which is not served")
@@ -260,6 +300,8 @@ def _token_rows(adapter: Adapter, target: _Target) -> tuple[int, ...]:
 def _change(adapter: Adapter, target: _Target, found: _Base) -> Change:
     """Choose how a tensor is kept."""
     base, info, pair = found.base, target.info, target.pair
+    if target.stack is not None:
+        return _of_stack(target, *target.stack, found)
     if pair is not None and target.tokens is not None:
         raise adapter.error(f"{target.path}: has a pair and trained tokens: merge it with PEFT and compress the result")
     shape = info.shape if target.whole is None else target.whole.shape
@@ -292,6 +334,23 @@ def _delta(adapter: Adapter, target: _Target, pair: Pair) -> LowRankDelta:
     a, b = read_finite(pair.a), read_finite(pair.b)
     left, right = (b, a) if target.by_row else (a.T.contiguous(), b.T.contiguous())
     return LowRankDelta(left, right, adapter.config.scale(pair.module))
+
+
+def _of_stack(target: _Target, stack: Stack, piece: Piece | None, found: _Base) -> Change:
+    """A stack's pair, or a stored matrix's part of it."""
+    shape, pair, rank = target.info.shape, stack.pair, stack.rank
+    turned = stack.turned != (piece.transposed if piece is not None else target.role in LIE_TRANSPOSED)
+    left, right = (pair.a.dtype, pair.b.dtype) if turned else (pair.b.dtype, pair.a.dtype)
+    rows, columns = matrix_shape(shape, target.role)
+    experts = stack.experts if piece is None else 1
+    stored: Shapes = {"weight_left": ((rows, rank), left), "weight_right": ((experts * rank, columns), right)}
+
+    def make() -> LowRankDelta | None:
+        a, b = found.read(pair.a), found.read(pair.b)
+        delta = stack.whole(target.role, a, b) if piece is None else piece.delta(stack, a, b)
+        return delta if bool((delta.left != 0).any()) and bool((delta.right != 0).any()) else None
+
+    return Change(target.name, target.role, shape, "lowrank", stored, stack.scale, make)
 
 
 def _low_rank(
@@ -400,7 +459,11 @@ def _check_targets(adapter: Adapter, found: _Base) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     config, modules = adapter.config, found.architecture.modules
-    with_pair = {t.path: t.pair.module for t in found.targets.values() if t.pair is not None}
+    with_pair = {
+        t.path: t.pair.module
+        for t in found.targets.values()
+        if t.pair is not None and t.path not in found.of_parameters
+    }
     linear = {
         name
         for name, module in modules.items()
@@ -415,7 +478,8 @@ def _check_targets(adapter: Adapter, found: _Base) -> list[str]:
                 "layers_to_transform), so PEFT would leave it out; make the two agree"
             )
     able = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
-    missing = [name for name in able if name not in with_pair and config.targets(name, linear)]
+    given = {*with_pair, *found.of_parameters}
+    missing = [name for name in able if name not in given and config.targets(name, linear)]
     for wanted in config.target_modules if isinstance(config.target_modules, tuple) else ():
         mine = [name for name in missing if name == wanted or name.endswith(f".{wanted}")]
         if mine and not any(path == wanted or path.endswith(f".{wanted}") for path in with_pair):

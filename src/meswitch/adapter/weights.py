@@ -212,11 +212,6 @@ def _claim(adapter: Adapter, found: dict[str, TensorInfo], name: str, info: Tens
 def _pair(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> Pair:
     """The pair of a module, whole and of the rank that the configuration says."""
     config = adapter.config
-    if module.endswith(".base_layer") or config.target_parameters:
-        raise CheckpointError(
-            f"{config.file}: target_parameters: pairs of stacked parameters are not read; merge it with PEFT "
-            "(`merge_and_unload`) and compress the result"
-        )
     of_embedding = any("embedding" in part for part in parts)
     kind = "lora_embedding" if of_embedding else "lora"
     lost = next((part for part in (f"{kind}_A", f"{kind}_B") if part not in parts), None)
@@ -225,7 +220,8 @@ def _pair(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> Pai
     a, b = parts[f"{kind}_A"], parts[f"{kind}_B"]
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise adapter.error(f"{a.name}: shape {list(a.shape)}: pairs of convolutions are not served")
-    if not a.shape[0] == b.shape[1] == config.rank_of(module):
+    # a pair of stacked matrices (`stacks`) has as many ranks as there are matrices
+    if not a.shape[0] == b.shape[1] == config.rank_of(module) and not config.target_parameters:
         raise adapter.error(
             f"{module}: a pair of rank {a.shape[0]} and {b.shape[1]}, but {config.file.name} says "
             f"{config.rank_of(module)} (r, rank_pattern); the two files do not belong together"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,14 +133,20 @@ class Artifact:
 
     def _lowrank_shapes(self, name: str, entry: Entry) -> dict[str, tuple[int, ...]]:
         where = f"{self.directory / MANIFEST_NAME}: tensors.{name}"
-        right, live = entry.stored.get("weight_right"), entry.stored.get("row_index")
-        if len(entry.shape) != 2 or right is None or len(right.shape) != 2:
-            raise ArtifactError(f"{where}.shape: a low-rank tensor and its parts have two dimensions")
+        self._check_matrix(name, entry)
+        left, right = entry.stored.get("weight_left"), entry.stored.get("weight_right")
+        live = entry.stored.get("row_index")
+        if left is None or right is None or len(left.shape) != 2 or len(right.shape) != 2:
+            raise ArtifactError(f"{where}.stored: a low-rank tensor has two parts of two dimensions")
         for suffix in {"weight_left", "weight_right"} & entry.stored.keys():
             if not DTYPES.get(entry.stored[suffix].dtype, torch.int32).is_floating_point:
                 raise ArtifactError(f"{where}.stored.{suffix}.dtype: {entry.stored[suffix].dtype}, not a float")
-        rank, rows = right.shape[0], entry.base_rows if live is None else live.shape[0] if live.shape else -1
-        shapes: dict[str, tuple[int, ...]] = {"weight_left": (rows, rank), "weight_right": (rank, entry.matrix[1])}
+        rank, rows = left.shape[1], entry.base_rows if live is None else live.shape[0] if live.shape else -1
+        rows_right = rank * math.prod(entry.shape[:-2])
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_left": (rows, rank),
+            "weight_right": (rows_right, entry.matrix[1]),
+        }
         return shapes if live is None else shapes | {"row_index": (rows,)}
 
     def _check_matrix(self, name: str, entry: Entry) -> None:

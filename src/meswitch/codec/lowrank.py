@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LowRankDelta:
-    """The delta `scale * left @ right` of one [rows, in_features] matrix.
+    """The delta `scale * left @ right` of one [rows, in_features] matrix, or of a stack of matrices below one another.
 
     Args:
         left: [rows, rank], any float dtype.
-        right: [rank, in_features], any float dtype.
+        right: [rank, in_features], any float dtype; of a stack [matrices * rank, in_features].
         scale: the factor; kept apart, so that both matrices are those that were trained.
         extra: [extra_rows, in_features] rows after the base's last one, whole weights; None if there are none.
     """
@@ -32,7 +32,12 @@ class LowRankDelta:
 
     @property
     def rank(self) -> int:
-        return self.right.shape[0]
+        return self.left.shape[1]
+
+    @property
+    def matrices(self) -> int:
+        """How many lie below one another, each with a `right` of its own."""
+        return self.right.shape[0] // self.rank if self.rank else 1
 
     def to(self, device: torch.device) -> "LowRankDelta":
         """The same delta on a device."""
@@ -62,5 +67,11 @@ class LowRankDelta:
             [rows, in_features] float32.
         """
         left = self.left if rows is None else self.left[rows]
+        right = self.right.float()
         # the factor last, as PEFT merges: then the result is the same to the last bit
-        return (left.float() @ self.right.float()) * self.scale
+        if self.matrices == 1:
+            return (left.float() @ right) * self.scale
+        if rows is not None:
+            raise ValueError("rows of a stack are not restored one by one")
+        parts = left.float().view(self.matrices, -1, self.rank) @ right.view(self.matrices, self.rank, -1)
+        return parts.view(self.rows, -1) * self.scale

@@ -19,7 +19,7 @@ def expert_matmul(x: Tensor, delta: Delta) -> Tensor:
 
 
 def lowrank_matmul(x: Tensor, delta: LowRankDelta) -> Tensor:
-    """`x @ D^T` by two thin products, D never restored: [tokens, in_features] -> [tokens, rows] float32."""
+    """`x @ D^T` of a single matrix by two thin products: [tokens, in_features] -> [tokens, rows] float32."""
     return expand(x.float() @ delta.right.float().T * delta.scale, delta.left)
 
 
