@@ -140,6 +140,7 @@ def _summary(family: "Family", engine: "Engine", listener: socket.socket, proble
         "experts": [{"name": e.name, "bytes": sizes[e.name], "description": e.description} for e in family.expert],
         "runner": "turns" if engine.takes_turns else "batch",
         "by_turns": list(engine.by_turns),
+        "proof_seconds": round(engine.proof_seconds, 2),
         "slots": engine.store.slot_count,
         "memory": engine.memory(),
         "auto": problem is None,

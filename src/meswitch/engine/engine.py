@@ -89,6 +89,8 @@ class Engine:
         self.store, self._batch = opened.store, opened.runner
         self.by_turns = opened.reasons
         """Why experts take turns instead of sharing a batch, a line each; empty where they share one."""
+        self.proof_seconds = opened.seconds
+        """What it took to prove what runs, with the experts that were loaded for it."""
         self._ids = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[str, tuple[Request, int]] = {}

@@ -1,7 +1,9 @@
 """What runs an engine's requests: transformers' running batch where it is proven right, else experts by turns."""
 
 import contextlib
+import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -73,11 +75,17 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A runner with the store of its experts. reasons: why it is not the running batch, empty if it is."""
+    """A runner with the store of its experts.
+
+    Args:
+        reasons: why it is not the running batch, empty if it is.
+        seconds: what the proof took, with the experts that it loaded.
+    """
 
     runner: Runner
     store: ExpertStore
     reasons: tuple[str, ...]
+    seconds: float = 0.0
 
 
 def open_runner(
@@ -101,6 +109,7 @@ def open_runner(
     """
     if wanted not in RUNNERS:
         raise ConfigError(f"runner: {wanted!r} is none of {', '.join(RUNNERS)}")
+    started = time.perf_counter()
     reasons: tuple[str, ...] = ()
     vocabularies = [artifact.manifest.expert.vocab_size for artifact in artifacts.values()]
     vocabularies.append(model.get_input_embeddings().weight.shape[0])
@@ -108,7 +117,7 @@ def open_runner(
     if wanted != "turns":
         found = _open_batch(model, stored, artifacts, sizes, op_backend, trial, max(vocabularies))
         if isinstance(found, Opened):
-            return found
+            return dataclasses.replace(found, seconds=time.perf_counter() - started)
         reasons = found
         if wanted == "batch":
             raise IncompatibleError(
@@ -118,7 +127,8 @@ def open_runner(
     model.set_attn_implementation(attention_for(type(model)))  # a batch that failed may leave its own
     device = next(model.parameters()).device
     store = ExpertStore(artifacts, device=device, slots=sizes.slots, host_bytes=sizes.host_bytes, tied=stored.tied)
-    return Opened(Turns(model, stored, store, trial, kv_tokens=sizes.kv_tokens), store, reasons)
+    turns = Turns(model, stored, store, trial, kv_tokens=sizes.kv_tokens)
+    return Opened(turns, store, reasons, time.perf_counter() - started)
 
 
 def _open_batch(
