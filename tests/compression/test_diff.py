@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from meswitch.compression import diff as module
-from meswitch.compression.config_fields import TRAINING, UNREAD
 from meswitch.compression.diff import Change, diff, measure
+from meswitch.config_fields import TRAINING, UNREAD
 from models import make_pair
 
 
