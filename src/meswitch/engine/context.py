@@ -39,8 +39,9 @@ class Owners:
     def __len__(self) -> int:
         return len(self._host)
 
-    def to(self, device: torch.device) -> "Owners":
-        return Owners(self._host, device)
+    def of_base(self) -> "Owners":
+        """As many rows, all of them the base's."""
+        return Owners(torch.full_like(self._host, BASE_SLOT), self._device)
 
     @cached_property
     def any(self) -> bool:
@@ -135,10 +136,7 @@ class StepContext:
     def of_base(self) -> "StepContext":
         """The same step, as if every row were the base's."""
 
-        def emptied(owners: Owners) -> Owners:
-            return Owners(torch.full((len(owners),), BASE_SLOT))
-
-        return StepContext(emptied(self.owners), emptied(self.logit_owners), self.row_request)
+        return StepContext(self.owners.of_base(), self.logit_owners.of_base(), self.row_request)
 
 
 class Switch:

@@ -208,6 +208,7 @@ class SwitchableEmbedding(Switchable):
     def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, weight: str) -> None:
         super().__init__(base, name, switch, seen)
         self.weight_name = weight
+        base.padding_idx = None  # type: ignore[assignment]  # of gradients alone; a table of few rows may not have it
         self._looks_up = type(base).forward is nn.Embedding.forward
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -209,6 +209,7 @@ def prove(
             handles = [handle for witness in witnesses for handle in witness.watch(model)]
             try:
                 run(batch, f"proof-{number}", prompts, order)
+                run(batch, f"alone-{number}", prompts[:1], order[:1])  # steps of one row, too
             finally:
                 for handle in handles:
                     handle.remove()
