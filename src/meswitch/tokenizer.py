@@ -20,6 +20,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_NONE = "no tokenizer.json (nor tokenizer.model); copy the tokenizer's files into its checkpoint and compress again"
 _QUESTION, _ANSWER = "QUESTION-7", "ANSWER-7"  # told from everything that a template says by itself
 # What tokenizers of the wrong kind get wrong: spaces, line breaks, digits, other scripts, code.
 _PROBES = (
@@ -72,10 +73,7 @@ class ChatTokenizer:
                 file, the cause and the fix.
         """
         if not has_tokenizer(directory):
-            raise ConfigError(
-                f"{directory}: {name!r} has no tokenizer.json (nor tokenizer.model); "
-                "copy the fine-tune's tokenizer files into its checkpoint and compress again"
-            )
+            raise ConfigError(f"{directory}: {name!r} has {_NONE}")
         stated_ends = _stated_ends(directory)
         config = read_config(directory)
         return cls(name, directory, load_tokenizer(directory, config), config.get_text_config(), stated_ends)
@@ -221,6 +219,8 @@ def load_tokenizer(directory: Path, config: Any = None) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if not has_tokenizer(directory):
+        raise ConfigError(f"{directory}: has {_NONE}")
     file = directory / "tokenizer.json"
     for name in _JSON_FILES[1:]:
         if (directory / name).is_file():

@@ -141,7 +141,7 @@ def test_what_is_missing_on_disk_is_named_before_any_question_is_asked(family: P
 def test_a_checkpoint_without_a_tokenizer_is_named(family: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         shutil.copyfile(family / "base" / name, tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: transformers cannot load it"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: has no tokenizer.json"):
         evaluate_family(tmp_path, {}, tasks=["math"])
 
 

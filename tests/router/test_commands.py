@@ -113,4 +113,4 @@ def test_a_bad_row_is_named(project):
     (project / "bad.jsonl").write_text('{"query": "x", "domain": "math"}\n{"query": "x", "domain": "chess"}\n')
     done = run(project, "router", "train", "--family", "@family.toml", "--data", "@bad.jsonl")
     assert done.exit_code == 1
-    assert "bad.jsonl:2: domain: 'chess'" in done.stderr
+    assert "bad.jsonl: line 2: domain: 'chess'" in done.stderr

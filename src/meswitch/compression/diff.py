@@ -16,13 +16,13 @@ from meswitch.compression.compatibility import matched
 from meswitch.compression.large_delta import ANOTHER_BASE, LARGE, another_base
 from meswitch.compression.merge import as_checkpoint
 from meswitch.config_fields import FieldDifference, config_differences
-from meswitch.errors import CheckpointError, MeswitchError
+from meswitch.errors import CheckpointError, ConfigError, MeswitchError
 from meswitch.jsonfile import read_json
 from meswitch.loaded import alike
 from meswitch.progress import Progress, silent
+from meswitch.tokenizer import has_tokenizer, load_tokenizer
 
 _BLOCK = 1 << 21  # weights in float64 at a time
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NOT_A_CHANGE = {"_from_model_config", "_name_or_path", "transformers_version"}
 
 
@@ -301,13 +301,11 @@ def _field_changes(base: dict[str, Any], expert: dict[str, Any]) -> tuple[FieldC
 
 
 def _compare_tokenizers(base: Path, expert: Path) -> TokenizerChange | None:
-    from transformers import AutoTokenizer
-
-    if not all(any((path / file).is_file() for file in _TOKENIZER_FILES) for path in (base, expert)):
+    if not (has_tokenizer(base) and has_tokenizer(expert)):
         return None
     try:
-        ours, theirs = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(expert)
-    except (ImportError, OSError, ValueError):  # a tokenizer that needs a package or code that is not here
+        ours, theirs = load_tokenizer(base), load_tokenizer(expert)
+    except ConfigError:  # `compress` says what is wrong with it
         return None
     left, right = ours.get_vocab(), theirs.get_vocab()
     return TokenizerChange(

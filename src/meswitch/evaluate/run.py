@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from meswitch.adapter import is_adapter, open_expert
 from meswitch.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from meswitch.evaluate.gain import compare, gain_retained
 from meswitch.evaluate.harness import PREFIX, Harness, HarnessSettings, Measure
 from meswitch.evaluate.report import Kind, Report, Row
 from meswitch.evaluate.tasks import CHECKABLE, DOMAINS
+from meswitch.tokenizer import load_tokenizer
 
 Source = str | Path
 
@@ -221,20 +222,19 @@ def _vocabulary(loaded: _Loaded) -> int:
 def _load_checkpoint(source: Source, settings: Settings) -> _Loaded:
     directory = Checkpoint.open(source).directory
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=settings.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=settings.dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{directory}: transformers cannot load it ({reason}); it needs config.json and its tokenizer's files"
         ) from error
-    return _Loaded(model.to(_device(settings)).eval(), tokenizer)
+    return _Loaded(model.to(_device(settings)).eval(), load_tokenizer(directory))
 
 
 def _load_delta(base: Source, source: Source, settings: Settings) -> tuple[_Loaded, float]:
     artifact = open_expert(source, Checkpoint.open(base))
     model = load_merged(base, artifact.directory, dtype=settings.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(str(artifact.directory))
+    tokenizer = load_tokenizer(artifact.directory)
     return _Loaded(model.to(_device(settings)).eval(), tokenizer), artifact.bits_per_weight
 
 

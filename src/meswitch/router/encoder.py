@@ -10,9 +10,11 @@ from torch import Tensor
 
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
+from meswitch.configuration import read_config
 from meswitch.router.decoder import DecoderLayers, is_plain
 from meswitch.router.hidden import first_layers, hidden_states
 from meswitch.router.lexical import clip
+from meswitch.tokenizer import load_tokenizer
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -82,17 +84,17 @@ class Encoder:
             last: the last layer that will be asked for; those from the second above it on are not loaded.
 
         Raises:
-            CheckpointError: nothing there, or weights that cannot be read.
+            CheckpointError: nothing there, or weights that cannot be read. ConfigError: no tokenizer.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         checkpoint = Checkpoint.open(base)
         dtype = torch.float32 if device == "cpu" else "auto"
         with quiet_loading(report=last is None):
-            config = AutoConfig.from_pretrained(checkpoint.directory)
+            config = read_config(checkpoint.directory)
             depth = _cut(config.get_text_config(), last)
             model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+            tokenizer = load_tokenizer(checkpoint.directory, config)
         encoder = cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
         encoder.depth = depth
         return encoder

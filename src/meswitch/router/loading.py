@@ -18,6 +18,7 @@ from meswitch.router.lora import merge_adapters, replace_weights
 from meswitch.router.records import CascadeFile, LlmFile, ModelInfo, RulesFile
 from meswitch.router.rules import RulesRouter
 from meswitch.router.storage import AnyFile, RouterFile, check_members, read_all_tensors, read_file
+from meswitch.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,14 @@ def open_llm(source: str | Path, device: str = "cpu") -> tuple[Any, Any]:
     """A causal LM and its tokenizer; float32 on the CPU, the checkpoint's dtype elsewhere.
 
     Raises:
-        CheckpointError: nothing there.
+        CheckpointError: nothing there. ConfigError: no tokenizer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint.open(source)
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(checkpoint.directory)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval(), load_tokenizer(checkpoint.directory)
 
 
 def model_info(source: str | Path, model: Any) -> ModelInfo:

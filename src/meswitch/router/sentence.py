@@ -15,6 +15,7 @@ from meswitch.router.bert import BertLayers, is_bert
 from meswitch.router.encoder import Progress, batches, quiet_loading, shortened
 from meswitch.router.hidden import first_layers, hidden_states
 from meswitch.router.lexical import clip
+from meswitch.tokenizer import load_tokenizer
 
 
 class SentenceEncoder:
@@ -45,16 +46,16 @@ class SentenceEncoder:
         """Load a checkpoint directory or hub id.
 
         Raises:
-            CheckpointError: nothing there. ConfigError: 8 bits elsewhere than on the CPU.
+            CheckpointError: nothing there. ConfigError: no tokenizer, or 8 bits elsewhere than on the CPU.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         if bits == 8 and device != "cpu":
             raise ConfigError(f"encoder bits 8: only on the CPU, not on {device}; use 32")
         checkpoint = Checkpoint.open(source)
         with quiet_loading():
-            model = AutoModel.from_pretrained(checkpoint.directory, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+            model = AutoModel.from_pretrained(checkpoint.directory, dtype=torch.float32, trust_remote_code=False)
+            tokenizer = load_tokenizer(checkpoint.directory)
         return cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint), str(source), bits)
 
     @property
