@@ -32,6 +32,8 @@ from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 DISTILL_BYTES, DISTILL_SEQUENCES = 256 << 20, 32
 MOMENT_TOKENS = 32768  # that second moments are taken over; more text is for training only
+# On a CPU, unless they are asked for, fewer: so many weights x tokens, or so many tokens if that is more
+CPU_WORK, CPU_MOMENT_TOKENS = 1.5e12, 4096
 
 
 def compress(
@@ -86,7 +88,7 @@ def compress(
         ChatTokenizer.open(target.directory.name, target.directory)
     with SavedWork(out) as work:
         text, recipe = _text_and_recipe(options, target, where, progress, notice, work)
-        moments = None if text is None else text.first(MOMENT_TOKENS)
+        moments = None if text is None else text.first(_measured(options, target, where))
         specs = None
         if options.target_bpw is not None:
             with fitting_threads(where, target.config.get_text_config().hidden_size):
@@ -121,7 +123,7 @@ def _text_and_recipe(
         steps = 0
     text = None
     if options.source is not None:
-        limit = min(options.tokens, MOMENT_TOKENS) if steps == 0 else options.tokens
+        limit = min(options.tokens, _measured(options, expert, device)) if steps == 0 else options.tokens
         text = gather(options.source, expert, limit, device=device, progress=progress, notice=notice, work=work)
     if steps is None:
         steps = 0 if text is None or len(text.sequences) < DISTILL_SEQUENCES else options.recipe.steps
@@ -130,6 +132,13 @@ def _text_and_recipe(
         return text, None
     check_text(text.sequences)
     return text, options.recipe
+
+
+def _measured(options: Options, expert: Checkpoint, device: torch.device) -> int:
+    """How many tokens the inputs of layers are measured on, at most."""
+    if device.type != "cpu" or options.calibration_tokens is not None:
+        return MOMENT_TOKENS
+    return min(MOMENT_TOKENS, max(CPU_MOMENT_TOKENS, int(CPU_WORK / expert.parameters)))
 
 
 def _fits(expert: Checkpoint, device: torch.device) -> bool:
