@@ -105,11 +105,26 @@ def memory() -> str:
     return f"a Mistral-7B-shaped pair {sizes} in a process whose address space is {limits}"
 
 
+def cpu() -> str:
+    """CPU seconds of a calibrated and of a data-free compression, beside a plain forward pass over the same text."""
+    data = load("compress-cpu.json")
+    rows = {row["what"]: row for row in data["rows"]}
+    free, calibrated = rows["data-free"]["cpu_seconds"], rows["calibrated"]["cpu_seconds"]
+    forward = rows["floor: forward pass over the tokens"]["cpu_seconds"]
+    meta, tokens = data["meta"], rows["calibrated"]["tokens"]
+    return (
+        f"On one core ({meta['cpu']}) a model of {meta['parameters'] / 1e6:.0f} million parameters takes {free:.0f} s of "
+        f"CPU data-free and {calibrated:.0f} s calibrated, {calibrated / free:.1f} times as much; a plain forward pass over "
+        f"the {tokens} tokens that it is measured on takes {forward:.0f} s of it"
+    )
+
+
 PLACES: dict[str, tuple[Callable[[], str], bool]] = {
     "quality": (quality, True),
     "demo": (demo, True),
     "served": (served, True),
     "memory": (memory, False),
+    "cpu": (cpu, False),
 }
 
 
