@@ -112,10 +112,11 @@ def cpu() -> str:
     free, calibrated = rows["data-free"]["cpu_seconds"], rows["calibrated"]["cpu_seconds"]
     forward = rows["floor: forward pass over the tokens"]["cpu_seconds"]
     meta, tokens = data["meta"], rows["calibrated"]["tokens"]
+    millions = f"{meta['parameters'] / 1e6:.0f} million parameters"
     return (
-        f"On one core ({meta['cpu']}) a model of {meta['parameters'] / 1e6:.0f} million parameters takes {free:.0f} s of "
-        f"CPU data-free and {calibrated:.0f} s calibrated, {calibrated / free:.1f} times as much; a plain forward pass over "
-        f"the {tokens} tokens that it is measured on takes {forward:.0f} s of it"
+        f"On one core ({meta['cpu']}) a model of {millions} takes {free:.0f} s of CPU data-free and {calibrated:.0f} s "
+        f"calibrated, {calibrated / free:.1f} times as much; a plain forward pass over the {tokens} tokens that it is "
+        f"measured on takes {forward:.0f} s of it"
     )
 
 

@@ -43,7 +43,7 @@ from meswitch.version import __version__
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
 
 
-class Conversion:
+class Converter:
     """One pass: the pair, the writer, and what is done so far.
 
     Args:

@@ -17,7 +17,7 @@ from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.budget import specs_within
 from meswitch.compression.compatibility import matched, remarks
-from meswitch.compression.convert import Conversion
+from meswitch.compression.convert import Converter
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.recipe import Recipe
@@ -96,13 +96,13 @@ def compress(
                 specs = specs_within(source, target, options, moments, fits, where, progress, work)
         stage = out if recipe is None else work.directory / "undistilled"
         replace = overwrite or recipe is not None
-        conversion = Conversion(source, target, stage, options, specs, text, moments, where, replace, progress)
-        artifact = conversion.run(is_made=stage.is_dir() and work.load("undistilled", conversion.plan) is not None)
-        if warning := conversion.large.warning(None if options.target_bpw is not None else options.bits):
+        converter = Converter(source, target, stage, options, specs, text, moments, where, replace, progress)
+        artifact = converter.run(is_made=stage.is_dir() and work.load("undistilled", converter.plan) is not None)
+        if warning := converter.large.warning(None if options.target_bpw is not None else options.bits):
             notice(warning)
         if recipe is None or text is None:
             return artifact
-        work.save("undistilled", conversion.plan, True)
+        work.save("undistilled", converter.plan, True)
         by = train_blocks if recipe.scope == "block" else train
         changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress, work=work)
         distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
