@@ -28,7 +28,7 @@ WORKER = """
 import json, resource, sys, time
 import torch, meswitch
 from meswitch.compression.convert import PairReader, WriterThread
-from meswitch.compression.convert import Conversion
+from meswitch.compression.convert import Converter
 base, expert, out, device, options = sys.argv[1:6]
 stamps, phases = [], {}
 def timed(owner, method, phase, sync=False):
@@ -44,7 +44,7 @@ def timed(owner, method, phase, sync=False):
     setattr(owner, method, timing)
 timed(PairReader, "take", "wait_for_reader")
 timed(PairReader, "_read", "reader")
-timed(Conversion, "_encode", "encode", sync=True)
+timed(Converter, "_encode", "encode", sync=True)
 timed(WriterThread, "wait", "wait_for_writer")
 timed(meswitch.artifact.ArtifactWriter, "add", "writer")
 def progress(phase, done, total, name):

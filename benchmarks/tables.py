@@ -105,11 +105,27 @@ def memory() -> str:
     return f"a Mistral-7B-shaped pair {sizes} in a process whose address space is {limits}"
 
 
+def cpu() -> str:
+    """CPU seconds of a calibrated and of a data-free compression, beside a plain forward pass over the same text."""
+    data = load("compress-cpu.json")
+    rows = {row["what"]: row for row in data["rows"]}
+    free, calibrated = rows["data-free"]["cpu_seconds"], rows["calibrated"]["cpu_seconds"]
+    forward = rows["floor: forward pass over the tokens"]["cpu_seconds"]
+    meta, tokens = data["meta"], rows["calibrated"]["tokens"]
+    millions = f"{meta['parameters'] / 1e6:.0f} million parameters"
+    return (
+        f"On one core ({meta['cpu']}) a model of {millions} takes {free:.0f} s of CPU data-free and {calibrated:.0f} s "
+        f"calibrated, {calibrated / free:.1f} times as much; a plain forward pass over the {tokens} tokens that it is "
+        f"measured on takes {forward:.0f} s of it"
+    )
+
+
 PLACES: dict[str, tuple[Callable[[], str], bool]] = {
     "quality": (quality, True),
     "demo": (demo, True),
     "served": (served, True),
     "memory": (memory, False),
+    "cpu": (cpu, False),
 }
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import meswitch
 from meswitch import Artifact
 from meswitch.checkpoint import Checkpoint
+from meswitch.compression import pipeline
 from meswitch.compression.compatibility import check_same_tensors
 from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
@@ -249,3 +250,16 @@ def test_a_truncated_checkpoint_is_named(family, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(MeswitchError, match=r"model\.safetensors: truncated: tensor .* fetch it again"):
         meswitch.compress(family / "base", tmp_path / "math", tmp_path / "delta")
+
+
+def test_on_a_cpu_a_large_model_is_measured_on_fewer_tokens_unless_they_are_asked_for(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "CPU_WORK", 2.0e9)  # 1000 tokens for this family's 2.0 million parameters
+    monkeypatch.setattr(pipeline, "CPU_MOMENT_TOKENS", 200)
+    pair, text = (family / "base", family / "math"), family / "calibration/math.jsonl"
+    few = meswitch.compress(*pair, tmp_path / "few", calibration=text, distill=0).manifest.method.calibration
+    assert 900 < few.tokens <= 1000
+    asked = meswitch.compress(*pair, tmp_path / "asked", calibration=text, calibration_tokens=1500, distill=0)
+    assert 1400 < asked.manifest.method.calibration.tokens <= 1500
+    trained = meswitch.compress(*pair, tmp_path / "trained", calibration=text, distill=1).manifest.method.calibration
+    assert trained.tokens > 100_000
+    assert 900 < trained.measured_tokens <= 1000

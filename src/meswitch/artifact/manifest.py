@@ -101,6 +101,7 @@ class Calibration:
     """The text that the salient channels and the error feedback were measured on.
 
     sha256: of the file; of the token ids where the expert wrote the text. seed: of its sampling, None for a file.
+    measured_tokens: those that layers' inputs were measured on, None for all; the rest is for training.
     """
 
     source: str
@@ -108,6 +109,7 @@ class Calibration:
     sequences: int
     tokens: int
     seed: int | None = None
+    measured_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

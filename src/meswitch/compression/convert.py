@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import STACKS, architecture_of, as_matrix
-from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, fingerprint
+from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ from meswitch.version import __version__
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
 
 
-class Conversion:
+class Converter:
     """One pass: the pair, the writer, and what is done so far.
 
     Args:
@@ -67,9 +67,8 @@ class Conversion:
         self.base, self.expert, self.options, self.specs = base, expert, options, specs or {}
         self.text, self.moments, self.device, self.progress = text, moments, device, progress
         self.base_fingerprint = fingerprint(base)
-        method = asdict(options.describe(None if text is None else text.info))
-        own = {name: asdict(spec) for name, spec in self.specs.items()}
-        self.plan = digest(__version__, self.base_fingerprint, fingerprint(expert), method, own)
+        method, own = asdict(self._method()), {name: asdict(spec) for name, spec in self.specs.items()}
+        self.plan = digest(__version__, self.base_fingerprint, fingerprint(expert), method, own, device.type)
         self.writer = ArtifactWriter(out, self.plan, overwrite=overwrite)
         self.done = set(self.writer.entries)
         self.roles = roles_of(expert)
@@ -171,13 +170,20 @@ class Conversion:
             parts.append((own_rows, encode(delta[own_rows], spec, name=name)))
         return joined(parts)
 
+    def _method(self) -> Method:
+        if self.text is None or self.moments is None:
+            return self.options.describe(None)
+        measured = sum(map(len, self.moments))
+        whole = measured == self.text.info.tokens or not self.options.uses_inputs
+        return self.options.describe(replace(self.text.info, measured_tokens=None if whole else measured))
+
     def _manifest(self, entries: dict, companions: list[Path]) -> Manifest:
         import transformers
 
         return Manifest(
             base=base_info(self.base, self.base_fingerprint),
             expert=expert_info(self.expert),
-            method=self.options.describe(None if self.text is None else self.text.info),
+            method=self._method(),
             tensors=dict(sorted(entries.items())),
             companions=companion_digests(companions),
             provenance=Provenance(

@@ -17,7 +17,7 @@ from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.budget import specs_within
 from meswitch.compression.compatibility import matched, remarks
-from meswitch.compression.convert import Conversion
+from meswitch.compression.convert import Converter
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.recipe import Recipe
@@ -32,6 +32,8 @@ from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 DISTILL_BYTES, DISTILL_SEQUENCES = 256 << 20, 32
 MOMENT_TOKENS = 32768  # that second moments are taken over; more text is for training only
+# On a CPU, unless they are asked for, fewer: so many weights x tokens, or so many tokens if that is more
+CPU_WORK, CPU_MOMENT_TOKENS = 1.5e12, 4096
 
 
 def compress(
@@ -86,7 +88,7 @@ def compress(
         ChatTokenizer.open(target.directory.name, target.directory)
     with SavedWork(out) as work:
         text, recipe = _text_and_recipe(options, target, where, progress, notice, work)
-        moments = None if text is None else text.first(MOMENT_TOKENS)
+        moments = None if text is None else text.first(_measured(options, target, where))
         specs = None
         if options.target_bpw is not None:
             with fitting_threads(where, target.config.get_text_config().hidden_size):
@@ -94,13 +96,13 @@ def compress(
                 specs = specs_within(source, target, options, moments, fits, where, progress, work)
         stage = out if recipe is None else work.directory / "undistilled"
         replace = overwrite or recipe is not None
-        conversion = Conversion(source, target, stage, options, specs, text, moments, where, replace, progress)
-        artifact = conversion.run(is_made=stage.is_dir() and work.load("undistilled", conversion.plan) is not None)
-        if warning := conversion.large.warning(None if options.target_bpw is not None else options.bits):
+        converter = Converter(source, target, stage, options, specs, text, moments, where, replace, progress)
+        artifact = converter.run(is_made=stage.is_dir() and work.load("undistilled", converter.plan) is not None)
+        if warning := converter.large.warning(None if options.target_bpw is not None else options.bits):
             notice(warning)
         if recipe is None or text is None:
             return artifact
-        work.save("undistilled", conversion.plan, True)
+        work.save("undistilled", converter.plan, True)
         by = train_blocks if recipe.scope == "block" else train
         changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress, work=work)
         distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
@@ -121,7 +123,7 @@ def _text_and_recipe(
         steps = 0
     text = None
     if options.source is not None:
-        limit = min(options.tokens, MOMENT_TOKENS) if steps == 0 else options.tokens
+        limit = min(options.tokens, _measured(options, expert, device)) if steps == 0 else options.tokens
         text = gather(options.source, expert, limit, device=device, progress=progress, notice=notice, work=work)
     if steps is None:
         steps = 0 if text is None or len(text.sequences) < DISTILL_SEQUENCES else options.recipe.steps
@@ -130,6 +132,13 @@ def _text_and_recipe(
         return text, None
     check_text(text.sequences)
     return text, options.recipe
+
+
+def _measured(options: Options, expert: Checkpoint, device: torch.device) -> int:
+    """How many tokens the inputs of layers are measured on, at most."""
+    if device.type != "cpu" or options.calibration_tokens is not None:
+        return MOMENT_TOKENS
+    return min(MOMENT_TOKENS, max(CPU_MOMENT_TOKENS, int(CPU_WORK / expert.parameters)))
 
 
 def _fits(expert: Checkpoint, device: torch.device) -> bool:

@@ -40,6 +40,8 @@ from meswitch.units import format_bytes
 QUESTION, ANSWER = 96, 160  # tokens at most that the expert invents of each
 LENGTH = QUESTION + ANSWER  # of a sequence, unless a file asks a longer question
 BATCH, CACHE_BYTES = 256, 4 << 30  # sequences at a time at most, and what their keys and values may take
+# On a CPU: sequences x weights, so that a batch, which is what an interrupt may lose, takes a minute or so; at least 8.
+CPU_BATCH_WORK = 1.2e10
 DRY = 0.1  # a batch of which less than this is of use is the last one
 _MARK = "QUESTION-GOES-HERE"
 PERIOD, WINDOW = 16, 48  # a text whose last so many tokens repeat what is at most so many tokens long has no end
@@ -93,6 +95,9 @@ def self_calibration(
     if total < tokens and not dry:
         say(f"calibration: the full expert is loaded on {device} ({size}) to write its own text")
         writer = _Writer(expert, tokenizer, device, dtype, seed)
+        writer.sampler.told = lambda step: progress(
+            "writing calibration text", total, tokens, f"{len(kept)} sequences, the next ones at token {step}"
+        )
         if saved is not None:
             writer.sampler.random.set_state(saved[1]["random"])
     with fitting_threads(device, expert.config.get_text_config().hidden_size):
@@ -142,6 +147,8 @@ class _Writer:
         model: Any = AutoModelForCausalLM.from_pretrained(expert.directory, dtype=dtype)
         self.sampler = Sampler(model.to(device).eval(), self.start, seed)
         self.batch = max(1, min(BATCH, CACHE_BYTES // (cache_bytes(expert.config, dtype) * MAX_LENGTH)))
+        if device.type == "cpu":
+            self.batch = min(self.batch, max(8, int(CPU_BATCH_WORK / expert.parameters)))
         self.chat = tokenizer.has_template
         if self.chat:
             opening, _, closing = tokenizer.render([{"role": "user", "content": _MARK}]).partition(_MARK)
@@ -200,6 +207,7 @@ class Sampler:
     """A causal LM and one stream of random numbers: the same calls in the same order give the same tokens."""
 
     def __init__(self, model: Any, pad: int, seed: int) -> None:
+        self.told: Callable[[int], None] = lambda step: None  # is given the number of new tokens, every few of them
         self.model, self.pad, self.device = model, pad, model.device
         self.random = torch.Generator(device=self.device).manual_seed(seed)
         accepted = inspect.signature(model.forward).parameters
@@ -224,6 +232,8 @@ class Sampler:
         cache: Any = None
         step = 0
         while any(running[row] for row in rows):
+            if step % _PRUNE_EVERY == 0:
+                self.told(step)
             if step % _PRUNE_EVERY == 0 and not all(running[row] for row in rows):
                 alive = [i for i, row in enumerate(rows) if running[row]]
                 if cache is None or hasattr(cache, "batch_select_indices"):

@@ -35,7 +35,7 @@ REORDERED = "{} is reordered while it is loaded, in a way that gradients do not 
 Group = tuple[list[nn.Parameter], float]
 
 
-class Stored(Protocol):
+class Compressed(Protocol):
     """What a student is made of: an artifact, or one with trained tensors in it."""
 
     @property
@@ -320,7 +320,7 @@ def attach(
     model: Any,
     base: Checkpoint,
     expert: Checkpoint,
-    artifact: Stored,
+    artifact: Compressed,
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
