@@ -133,6 +133,18 @@ def test_trained_tokens_replace_rows_and_take_the_bytes_of_those_rows(base, tmp_
     assert torch.equal(merged[others], plain[others])
 
 
+def test_many_trained_tokens_are_kept_as_the_whole_table(base, tmp_path):
+    rows = list(range(0, 120, 3))
+    tensors = pairs(base, "q_proj", "v_proj")
+    tensors["model.embed_tokens.token_adapter.trainable_tokens_delta"] = torch.ones(len(rows), 64)
+    adapter = write_adapter(tmp_path / "adapter", tensors, trainable_token_indices=rows)
+    artifact = converted(base, adapter, tmp_path / "delta")
+    assert artifact.manifest.tensors["model.embed_tokens.weight"].kind == "dense"
+    wanted = of_base(base)["model.embed_tokens.weight"]
+    wanted[rows] = 1
+    assert torch.equal(restored(base, artifact)["model.embed_tokens.weight"], wanted)
+
+
 def test_a_resized_table_under_a_pair_gives_the_added_rows(base, tmp_path):
     plain = of_base(base)
     tensors = pairs(base, "q_proj", "embed_tokens", "lm_head")

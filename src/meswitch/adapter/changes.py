@@ -19,6 +19,7 @@ from meswitch.architecture import (
     ROUTER,
     TRANSPOSED,
     Architecture,
+    Conversion,
     architecture_of,
     as_matrix,
     from_matrix,
@@ -106,7 +107,6 @@ class _Base:
 
     def __post_init__(self) -> None:
         self.plan = self.architecture.load_plan(self.base.tensors)
-        self.roles = self.architecture.roles({name: info.shape for name, info in self.base.tensors.items()})
         self.finder = PieceFinder(self.base.info, self.architecture)
         self.read = functools.lru_cache(maxsize=4)(read_finite)  # the matrices of a stack share a pair
         self.stored_of = {
@@ -156,7 +156,7 @@ class _Base:
         for name, piece in pieces.items():
             self.targets[name] = _Target(name, role, self.base.tensors[name], path, stack=(stack, piece))
 
-    def _target(self, name: str, conversion: Any) -> _Target:
+    def _target(self, name: str, conversion: Conversion | None) -> _Target:
         module, _, leaf = name.rpartition(".")
         if conversion is None:
             if leaf == "bias":
@@ -212,7 +212,7 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Changes:
     notes = _check_targets(adapter, found)
     made = {}
     for name, target in found.targets.items():
-        _check_shape(adapter, target, base)
+        _check_shape(adapter, target, found)
         made[name] = _change(adapter, target, found)
     vocabulary, tied = _vocabulary(adapter, found, made)
     return Changes(made, vocabulary, tied, (*adapter.config.notes, *notes))
@@ -241,8 +241,8 @@ def _check_config(adapter: Adapter, base: Checkpoint) -> None:
             )
 
 
-def _check_shape(adapter: Adapter, target: _Target, base: Checkpoint) -> None:
-    shape, grows = target.info.shape, target.role in (EMBEDDING, HEAD)
+def _check_shape(adapter: Adapter, target: _Target, found: _Base) -> None:
+    shape, grows = target.info.shape, target.path in (found.architecture.embedding, found.architecture.head)
     of_base = f"the base's {target.name} is {list(shape)}"
     if target.whole is not None:
         own = target.whole.shape
@@ -379,10 +379,19 @@ def _low_rank(
 def _tokens(
     adapter: Adapter, target: _Target, shape: tuple[int, ...], extra: int, theirs: Callable[[], Tensor]
 ) -> Change:
-    """Rows that replace the base's, as a pair whose left matrix picks them."""
+    """Rows that replace the base's, as a pair whose left matrix picks them; many as the whole table."""
     rows, known, info = _token_rows(adapter, target), target.info.shape[0], target.tokens
     assert info is not None
+
+    def table() -> Tensor:
+        own, made = read_finite(info), theirs() if target.whole is None else read_finite(target.whole).clone()
+        made[list(rows)] = own.to(made.dtype)
+        return made
+
     picked = [(place, row) for place, row in enumerate(rows) if row < known]
+    if 2 * len(picked) > shape[1]:  # in a slot the left matrix has all rows
+        dtype = target.info.dtype if target.whole is None else target.whole.dtype
+        return Change(target.name, target.role, shape, "dense", {"": (shape, dtype)}, None, table)
     stored: Shapes = {
         "weight_left": ((len(picked), len(picked)), torch.bfloat16),
         "weight_right": ((len(picked), shape[1]), torch.float32),
@@ -394,15 +403,13 @@ def _tokens(
 
     def make() -> LowRankDelta | Tensor | None:
         own, ours = read_finite(info), theirs()
-        table = ours if target.whole is None else read_finite(target.whole)
-        if not torch.equal(table[:known].to(ours.dtype), ours):
-            table = table.clone()
-            table[list(rows)] = own.to(table.dtype)
-            return table
+        whole = ours if target.whole is None else read_finite(target.whole)
+        if not torch.equal(whole[:known].to(ours.dtype), ours):
+            return table()
         left = torch.zeros(known, len(picked), dtype=torch.bfloat16)
         left[[row for _, row in picked], list(range(len(picked)))] = 1
         right = own[[place for place, _ in picked]].float() - ours[[row for _, row in picked]].float()
-        added = table[known:].clone() if extra else None
+        added = whole[known:].clone() if extra else None
         if added is not None:
             beyond = [(place, row - known) for place, row in enumerate(rows) if row >= known]
             added[[row for _, row in beyond]] = own[[place for place, _ in beyond]].to(added.dtype)
