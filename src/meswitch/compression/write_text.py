@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import GenerationConfig
 
 from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint, cache_bytes
-from meswitch.compression.lazy_model import compute_dtype
+from meswitch.compression.lazy_model import LazyModel, compute_dtype
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,
@@ -132,13 +132,15 @@ class _Writer:
 
     def __init__(self, expert: Checkpoint, tokenizer: Any, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         self.tokenizer = tokenizer
-        model: Any = AutoModelForCausalLM.from_pretrained(expert.directory, dtype=dtype)
-        configured = model.generation_config.eos_token_id
+        model = LazyModel.of(expert, device, dtype).load()
+        stated = (expert.directory / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(expert.directory) if stated else model.generation_config
+        configured = generation.eos_token_id
         ends = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
         self.ends: set[int] = {i for i in ends if i is not None}
         self.start = next((i for i in (tokenizer.bos_token_id, *sorted(self.ends)) if i is not None), 0)
-        self.sampler = Sampler(model.to(device).eval(), self.start, seed)
-        self.batch = max(1, min(BATCH, CACHE_BYTES // (cache_bytes(expert.config, dtype) * MAX_LENGTH)))
+        self.sampler = Sampler(model, self.start, seed)
+        self.batch = max(1, min(BATCH, CACHE_BYTES // max(1, cache_bytes(expert.config, dtype) * MAX_LENGTH)))
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         if self.chat:
             opening, _, closing = self._render([{"role": "user", "content": _MARK}]).partition(_MARK)
