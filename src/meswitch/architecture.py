@@ -51,6 +51,8 @@ LIE_TRANSPOSED = (TRANSPOSED, TRANSPOSED_EXPERTS)
 # Names that wrappers of a model put in front of every tensor: DataParallel and DDP, torch.compile.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Dimensions that a stored tensor of a role has, where that matters: some are reshaped while they are loaded.
+_DIMENSIONS = dict.fromkeys((EMBEDDING, HEAD, LINEAR, TRANSPOSED), (2,)) | dict.fromkeys(STACKS, (2, 3))
 _ROUTER_NAMES = ("gate", "gating", "wg")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
@@ -221,13 +223,13 @@ class Architecture:
             return HEAD
         if isinstance(module, _CONVOLUTIONS):
             return CONVOLUTION
-        if isinstance(module, Conv1D):
+        if isinstance(module, Conv1D) and dimensions == 2:
             return TRANSPOSED
         if "norm" in type(module).__name__.lower():
             return NORM
         if dimensions == 2 and self._routes(path, module, tensor):
             return ROUTER
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and dimensions == 2:
             return LINEAR
         stacked = dimensions == 3 or (dimensions == 2 and self._expert_count > 1 and "expert" in path.lower())
         if stacked and min(tensor.shape[-2:]) > 1:
@@ -276,7 +278,7 @@ class Architecture:
             role = roles.pop() if len(roles) == 1 else LINEAR if roles and len(shape) == 2 else OTHER
             if role in STACKS and not plan.by_source[name].renames:
                 role = LINEAR if len(shape) == 2 else self._stored_stack(role, shape, targets)
-            found[name] = role
+            found[name] = role if len(shape) in _DIMENSIONS.get(role, (len(shape),)) else OTHER
         return found
 
     def _stored_stack(self, role: str, shape: tuple[int, ...], targets: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.jsonfile import disguise, read_json
 from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header, read_index
 
-# What makes an expert speak: copied into its artifact as it is.
+# What makes an expert speak (and see): copied into its artifact as it is.
 COMPANION_FILES = (
     "config.json",
     "generation_config.json",
@@ -34,6 +34,9 @@ COMPANION_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

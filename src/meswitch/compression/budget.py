@@ -9,20 +9,22 @@ takes the tensors' convex hulls in the order of harm avoided per byte: the Lagra
 (arXiv 2406.08903) and PrinMix (2506.11087) solve it by search and by ILP.
 """
 
+import contextlib
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from meswitch.architecture import EMBEDDING, as_matrix
+from meswitch.architecture import EMBEDDING, STACKS, Conversion, as_matrix, from_matrix
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Spec, dequantize, mse_scales, nbytes, quantize, stored_shapes
 from meswitch.codec.rows import without_negligible
 from meswitch.codec.salient import reconstruction_error
-from meswitch.compression.convert import mean_moment, roles_of
+from meswitch.compression.convert import roles_of
 from meswitch.compression.distill.student import frozen, read_batch
 from meswitch.compression.distill.training import divergence
 from meswitch.compression.inputs import Walk
@@ -93,7 +95,7 @@ def allocate(offers: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str
 
 
 def offers(
-    delta: Tensor, spec: Spec, energy: Tensor | None, *, is_embedding: bool, overhead: int = 0
+    delta: Tensor, spec: Spec, energy: Tensor | None, *, has_salient: bool, overhead: int = 0
 ) -> list[Candidate]:
     """Ways to store a delta, with their bytes and the output error they leave.
 
@@ -109,7 +111,7 @@ def offers(
     for bits in (1, 2, 3, 4):
         error = _rounding_error(sample, bits, spec.group_size, energy) * (rows / len(chosen))
         falling = error.sort(descending=True).values.double()
-        for multiple in (0,) if is_embedding else _SALIENT:
+        for multiple in _SALIENT if has_salient else (0,):
             count = min(multiple * max(1, width // 512), width)
             way = replace(spec, bits=bits, salient=count)
             shapes = stored_shapes(rows, width, way, 0, torch.float32)
@@ -127,52 +129,98 @@ def _rounding_error(delta: Tensor, bits: int, group_size: int | None, energy: Te
 def measured(
     base: Checkpoint,
     expert: Checkpoint,
-    names: list[str],
+    errors: Mapping[str, float],
     group_size: int | None,
     sequences: list[list[int]],
     device: torch.device,
     progress: Progress = silent,
     work: SavedWork = NOWHERE,
 ) -> dict[str, float]:
-    """Divergence from the full expert in nats a token when only this tensor is rounded to 2 bits: name -> KL."""
+    """Divergence from the full expert in nats a token when only this tensor is rounded to 2 bits: name -> KL.
+
+    Tensors that become a parameter together, as the experts of a mixture do, are rounded together: each has a share of
+    the divergence, as much as its error is of theirs.
+
+    Args:
+        errors: name -> error of its output when it is rounded to 2 bits.
+    """
     dtype = compute_dtype(device)
     model = frozen(expert, device, dtype)
-    parameters = dict(model.named_parameters())
+    rules, roles = expert.load_plan.by_source, roles_of(expert)
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name in errors:
+        together.setdefault(rules[name].sources, []).append(name)
     batches = _batches(sequences)
     wanted = [read_batch(model, batch, device).logits for batch in batches]
     tokens = sum(len(sequence) for batch in batches for sequence in batch)
     plan = digest(fingerprint(base), fingerprint(expert), group_size, sequences, device.type)
     saved = work.load("sensitivity", plan)
-    harm: dict[str, float] = {} if saved is None else saved[0]
-    for name in names:
-        if name in harm:
+    found: dict[str, float] = {} if saved is None else saved[0]
+    for done, names in enumerate(together.values(), start=1):
+        if names[0] in found:
             continue
-        progress("measuring what the model minds", len(harm), len(names), name)
-        weight = parameters[name].data
-        before = base.read(name).to(device, torch.float32)
-        delta = weight[: len(before)].float() - before
-        scale = mse_scales(delta, _PROBE_BITS, group_size)
-        rounded = dequantize(quantize(delta, scale, _PROBE_BITS, group_size), scale, _PROBE_BITS, group_size)
-        kept = weight[: len(before)].clone()
-        weight[: len(before)] = (before + rounded).to(dtype)
-        harm[name] = 0.0
-        for batch, target in zip(batches, wanted, strict=True):
-            found = read_batch(model, batch, device)
-            harm[name] += float(divergence(target, found.logits)[found.real].sum()) / tokens
-        weight[: len(before)] = kept
-        if work.due or name == names[-1]:
-            work.save("sensitivity", plan, harm)
-    return harm
+        progress("measuring what the model minds", done - 1, len(together), names[0])
+        rounded = {name: _rounded(base, expert, name, roles[name], group_size, device) for name in names}
+        harm = 0.0
+        with _replaced(model, expert, rules[names[0]], rounded):
+            for batch, full in zip(batches, wanted, strict=True):
+                said = read_batch(model, batch, device)
+                harm += float(divergence(full, said.logits)[said.real].sum()) / tokens
+        found[names[0]] = harm
+        if work.due or done == len(together):
+            work.save("sensitivity", plan, found)
+    shares: dict[str, float] = {}
+    for names in together.values():
+        total = sum(errors[name] for name in names)
+        shares |= {name: found[names[0]] * (errors[name] / total if total else 0.0) for name in names}
+    return shares
+
+
+@contextlib.contextmanager
+def _replaced(model: Any, expert: Checkpoint, rule: Conversion, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a model other tensors in the place of some of the expert's, for a while.
+
+    Args:
+        rule: how they are loaded.
+    """
+    made = rule.build(lambda name: tensors[name] if name in tensors else expert.read(name), model)
+    kept = {name: model.get_parameter(name).data for name in rule.targets}
+    for name, value in kept.items():
+        model.get_parameter(name).data = made[name].to(value.device, value.dtype)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            model.get_parameter(name).data = value
+
+
+def _rounded(
+    base: Checkpoint, expert: Checkpoint, name: str, role: str, group_size: int | None, device: torch.device
+) -> Tensor:
+    """A tensor of the expert, its delta rounded as `measured` does it."""
+    full = expert.read(name)
+    ours, before = as_matrix(full, role).to(device), as_matrix(base.read(name), role).to(device, torch.float32)
+    rows = min(len(ours), len(before))
+    delta = ours[:rows].float() - before[:rows]
+    scale = mse_scales(delta, _PROBE_BITS, group_size)
+    rounded = dequantize(quantize(delta, scale, _PROBE_BITS, group_size), scale, _PROBE_BITS, group_size)
+    rounded = torch.cat([before[:rows] + rounded, ours[rows:].float()])
+    return from_matrix(rounded, tuple(full.shape), role).cpu()
 
 
 def weighted(found: Mapping[str, list[Candidate]], harm: Mapping[str, float]) -> dict[str, list[Candidate]]:
     """Candidates with their errors in nats a token: scaled so that 2 bits without salient channels do `harm`."""
     result = {}
     for name, candidates in found.items():
-        probe = next(c for c in candidates if c.spec.bits == _PROBE_BITS and c.spec.salient == 0)
-        unit = max(harm[name], 0.0) / probe.harm if probe.harm else 0.0
+        error = _probed(candidates)
+        unit = max(harm[name], 0.0) / error if error else 0.0
         result[name] = [replace(candidate, harm=candidate.harm * unit) for candidate in candidates]
     return result
+
+
+def _probed(candidates: Sequence[Candidate]) -> float:
+    """The error that 2 bits without salient channels leave."""
+    return next(c.harm for c in candidates if c.spec.bits == _PROBE_BITS and c.spec.salient == 0)
 
 
 def _batches(sequences: list[list[int]]) -> list[list[list[int]]]:
@@ -233,11 +281,13 @@ def specs_within(
             fixed += delta.shape[0] * torch.int32.itemsize + len(name) + _HEADER
         fixed += (len(ours) - rows) * ours.shape[1] * ours.element_size()
         energy = energies.get(name)
-        found[name] = offers(delta, spec, energy, is_embedding=role == EMBEDDING, overhead=len(name) + _HEADER)
+        salient = role not in (EMBEDDING, *STACKS)
+        found[name] = offers(delta, spec, energy, has_salient=salient, overhead=len(name) + _HEADER)
         outputs[name] = _output(ours[:rows].to(device, torch.float32), energy)
         progress("weighing ways to store", done, len(expert.tensors), name)
     if measure and moments is not None:
-        harm = measured(base, expert, list(found), options.group_size, moments, device, progress, work)
+        errors = {name: _probed(ways) for name, ways in found.items()}
+        harm = measured(base, expert, errors, options.group_size, moments, device, progress, work)
         found = weighted(found, harm)
     else:
         found = {
@@ -257,11 +307,11 @@ def specs_within(
 def _input_energies(expert: Checkpoint, moments: list[list[int]], device: torch.device) -> Mapping[str, Tensor]:
     """Mean square of every linear layer's inputs: tensor name -> [in_features] float32."""
     energies: dict[str, Tensor] = {}
-    for _, seen in Walk(expert, moments, device, compute_dtype(device)).steps():
+    for _, seen in Walk(expert, moments, device, compute_dtype(device), pairs=False).steps():
         for name, inputs in seen.items():
-            moment = mean_moment(inputs)
-            if moment is not None:
-                energies[name] = moment.diagonal().clone()
+            different = {id(own): own for _, own in inputs}.values()
+            if tokens := sum(own.tokens for own in different):
+                energies[name] = torch.stack([own.energy * (own.tokens / tokens) for own in different]).sum(0)
     return energies
 
 

@@ -36,10 +36,14 @@ class Inputs:
     """Inputs [tokens, width] of a matrix, as their second moment.
 
     A few inputs are kept as they are: they take less memory than the moment, which is [width, width].
+
+    Args:
+        pairs: whether pairs of channels are of interest; if not, there are energies only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pairs: bool = True) -> None:
         self.tokens = 0
+        self._pairs = pairs
         self._rows: list[Tensor] = []
         self._waiting = 0
         self._sum: Tensor | None = None
@@ -49,18 +53,26 @@ class Inputs:
         self.tokens += len(inputs)
         self._waiting += len(inputs)
         self._rows.append(inputs.clone())
-        if self._waiting >= inputs.shape[1]:
+        if not self._pairs or self._waiting >= inputs.shape[1]:
             self._fold()
 
-    def _fold(self) -> None:
-        rows = torch.cat(self._rows).float() if len(self._rows) > 1 else self._rows[0].float()
-        width = rows.shape[1]
-        if self._sum is None:
-            self._sum = rows.new_zeros(width, width)
-        for start in range(0, width, _COLUMNS):  # symmetric: what lies on and right of the diagonal is half the work
-            stop = min(start + _COLUMNS, width)
-            self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-        self._rows, self._waiting = [], 0
+    def _fold(self) -> Tensor:
+        """The sum of `x^T x`, or of `x^2`, over all rows; of `x^T x` only what lies on and right of the diagonal."""
+        if self._rows:
+            rows = torch.cat(self._rows).float() if len(self._rows) > 1 else self._rows[0].float()
+            width = rows.shape[1]
+            if not self._pairs:
+                new = rows.square().sum(0)
+                self._sum = new if self._sum is None else self._sum + new
+            else:
+                if self._sum is None:
+                    self._sum = rows.new_zeros(width, width)
+                for start in range(0, width, _COLUMNS):  # symmetric: half the work
+                    stop = min(start + _COLUMNS, width)
+                    self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+            self._rows, self._waiting = [], 0
+        assert self._sum is not None
+        return self._sum
 
     @cached_property
     def moment(self) -> Tensor:
@@ -72,10 +84,7 @@ class Inputs:
         Returns:
             [width, width] float32.
         """
-        if self._rows:
-            self._fold()
-        moment = self._sum
-        assert moment is not None
+        moment = self._fold()
         for start in range(0, len(moment), _COLUMNS):
             stop = min(start + _COLUMNS, len(moment))
             moment[stop:, start:stop] = moment[start:stop, stop:].T
@@ -83,6 +92,11 @@ class Inputs:
         moment.mul_(1 / (self.tokens + len(moment)))
         moment.diagonal().copy_(kept)
         return moment
+
+    @property
+    def energy(self) -> Tensor:
+        """Mean square of every input channel: [width] float32."""
+        return self.moment.diagonal() if self._pairs else self._fold() / self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +120,12 @@ class Observer(TorchDispatchMode):
 
     Args:
         parameters: name -> tensor, contiguous, of two or more dimensions, alone in its memory.
+        pairs: see `Inputs`.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, pairs: bool = True) -> None:
         super().__init__()
+        self._pairs = pairs
         self.seen: dict[Rows, Inputs] = {}
         self._known = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items()}
         self._recent: dict[Any, tuple[Tensor, Inputs]] = {}
@@ -152,7 +168,7 @@ class Observer(TorchDispatchMode):
         # q, k and v (gate and up) see the same tensor: its moment is computed once
         key = inputs.data_ptr(), inputs.shape, inputs.stride(), inputs._version
         _, same = self._recent.get(key, (None, None))
-        found = self.seen.setdefault(rows, same or Inputs())
+        found = self.seen.setdefault(rows, same or Inputs(pairs=self._pairs))
         if found is not same:
             found.add(inputs)
             self._recent[key] = inputs, found  # the tensor is kept, so that nothing else gets its memory
@@ -183,6 +199,7 @@ class Walk:
         checkpoint: the model's weights.
         sequences: token ids.
         device, dtype: where and in which the model computes.
+        pairs: see `Inputs`.
 
     Raises:
         IncompatibleError: the model cannot be taken apart.
@@ -190,8 +207,15 @@ class Walk:
 
     @torch.no_grad()
     def __init__(
-        self, checkpoint: Checkpoint, sequences: list[list[int]], device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        sequences: list[list[int]],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        pairs: bool = True,
     ) -> None:
+        self._pairs = pairs
         self._model = PartialModel(checkpoint, device, dtype)
         self._architecture, self._plan = self._model.weights.architecture, self._model.weights.plan
         self._shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -231,7 +255,7 @@ class Walk:
         for number, call in enumerate(self._calls[0]):
             path, block = self._model.name(call.block), self._model.block(call.block)
             names = [name for name in self._inside[call.block] if name not in told]
-            observer = Observer(_matrices(block, path) if names else {})
+            observer = Observer(_matrices(block, path) if names else {}, pairs=self._pairs)
             for batch, own in enumerate(self._calls):
                 with observer:
                     given[batch] = (own[number].after(given[batch]) if number else own[number]).run(block)
@@ -240,7 +264,7 @@ class Walk:
             told |= set(names)
             yield names, self._of_stored(names, observer.seen)
         if self._head is not None and self._head not in told:
-            inputs = Inputs()
+            inputs = Inputs(pairs=self._pairs)
             for ids, last in zip(self._ids, given, strict=True):
                 for hidden in self._model.head_inputs(ids, last):
                     inputs.add(hidden.flatten(0, -2))

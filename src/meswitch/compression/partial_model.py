@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.lazy_model import LazyModel, drop
+from meswitch.compression.lazy_model import LazyModel, compute_dtype, drop
 from meswitch.errors import IncompatibleError, MeswitchError
 
 _FEW = 8  # tokens that show what a block gives
@@ -261,6 +261,16 @@ class PartialModel:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
             raise self.refusal(f"{type(error).__name__}: {reason}") from error
+
+
+def check_blocks(checkpoint: Checkpoint, device: torch.device) -> None:
+    """Refuse a model that cannot be taken apart, before any work is done for it.
+
+    Raises:
+        IncompatibleError: naming the reason.
+    """
+    parts = PartialModel(checkpoint, device, compute_dtype(device))
+    parts.calls(torch.zeros(1, _FEW, dtype=torch.int64, device=device), embedded=False)
 
 
 @contextlib.contextmanager

@@ -21,11 +21,14 @@ from meswitch.compression.convert import Converter
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.distill.student import check_trainable
 from meswitch.compression.distill.training import check_text
 from meswitch.compression.large_delta import check_same_base
 from meswitch.compression.options import Options, check_none_given
+from meswitch.compression.partial_model import check_blocks
 from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
+from meswitch.errors import IncompatibleError
 from meswitch.progress import Progress, silent
 from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
@@ -123,6 +126,9 @@ def _text_and_recipe(
         steps = 0
     text = None
     if options.source is not None:
+        if options.uses_inputs:
+            check_blocks(expert, device)
+        steps = _possible_steps(options, expert, steps, device, notice)
         limit = min(options.tokens, _measured(options, expert, device)) if steps == 0 else options.tokens
         text = gather(options.source, expert, limit, device=device, progress=progress, notice=notice, work=work)
     if steps is None:
@@ -139,6 +145,22 @@ def _measured(options: Options, expert: Checkpoint, device: torch.device) -> int
     if device.type != "cpu" or options.calibration_tokens is not None:
         return MOMENT_TOKENS
     return min(MOMENT_TOKENS, max(CPU_MOMENT_TOKENS, int(CPU_WORK / expert.parameters)))
+
+
+def _possible_steps(
+    options: Options, expert: Checkpoint, steps: int | None, device: torch.device, notice: Callable[[str], None]
+) -> int | None:
+    """The steps of training, none if nobody asked for them and the model cannot be trained."""
+    if steps == 0:
+        return 0
+    try:
+        check_trainable(expert, options.recipe.scope, device)
+    except IncompatibleError as error:
+        if steps is not None:
+            raise
+        notice(f"not distilled: {error}")
+        return 0
+    return steps
 
 
 def _fits(expert: Checkpoint, device: torch.device) -> bool:

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.compression.conversations import Messages
-from meswitch.compression.lazy_model import compute_dtype
+from meswitch.compression.lazy_model import LazyModel, compute_dtype
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,
@@ -144,9 +143,9 @@ class _Writer:
         self.ends = set(tokenizer.ends)
         starts = (tokenizer.tokenizer.bos_token_id, *tokenizer.ends)
         self.start: int = next((i for i in starts if i is not None), 0)
-        model: Any = AutoModelForCausalLM.from_pretrained(expert.directory, dtype=dtype)
-        self.sampler = Sampler(model.to(device).eval(), self.start, seed)
-        self.batch = max(1, min(BATCH, CACHE_BYTES // (cache_bytes(expert.config, dtype) * MAX_LENGTH)))
+        model = LazyModel.of(expert, device, dtype).load()
+        self.sampler = Sampler(model, self.start, seed)
+        self.batch = max(1, min(BATCH, CACHE_BYTES // max(1, cache_bytes(expert.config, dtype) * MAX_LENGTH)))
         if device.type == "cpu":
             self.batch = min(self.batch, max(8, int(CPU_BATCH_WORK / expert.parameters)))
         self.chat = tokenizer.has_template

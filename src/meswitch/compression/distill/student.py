@@ -21,8 +21,9 @@ from meswitch.codec import CodedDelta, Delta, PackedDelta, pack, unpack
 from meswitch.codec.baselines.per_axis import ROW
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
-from meswitch.compression.distill.recipe import Recipe
-from meswitch.compression.lazy_model import LazyModel
+from meswitch.compression.distill.recipe import Recipe, Scope
+from meswitch.compression.lazy_model import LazyModel, compute_dtype
+from meswitch.compression.partial_model import Call, PartialModel
 from meswitch.compression.placement import assembly, places_of
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.tensorfile import DTYPES
@@ -30,6 +31,7 @@ from meswitch.tensorfile import DTYPES
 _NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
 CODES_RATE = 0.5  # the steps of latent weights, whose levels are 2 apart, against those of scales
 _WITHIN = 0.9  # of a level: half the distance to the next is 1
+_FEW = 5  # tokens that a block is tried with
 REORDERED = "{} is reordered while it is loaded, in a way that gradients do not pass"
 # parameters, and the factor by which the recipe's learning rate is theirs
 Group = tuple[list[nn.Parameter], float]
@@ -297,7 +299,7 @@ def read_batch(model: Any, batch: list[list[int]], device: torch.device, *, hidd
     with cached():  # a restored parameter may be asked for many times: by every expert of a mixture
         found = model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
     states = (found.hidden_states or ())[1:] if hidden else ()
-    return Outputs(found.logits.float(), tuple(s for s in states if s.shape[:2] == ids.shape), real)
+    return Outputs(found.logits.float(), tuple(s for s in states if s.dim() == 3 and s.shape[:2] == ids.shape), real)
 
 
 def build(
@@ -370,7 +372,7 @@ def attach(
             for target, found in inside.items():
                 put = assembly(places, target, architecture.parts[target].shape) if found else None
                 if found and put is None:
-                    raise IncompatibleError(f"distill: {REORDERED.format(rule.sources[0])}; 0 steps do not train")
+                    raise _untrainable(REORDERED.format(rule.sources[0]))
                 for here in found:
                     assert put is not None
                     _train(model, here, nothing, _Restored(put, own))
@@ -381,6 +383,58 @@ def attach(
             for here in found:
                 _train(model, here, norms[name], _AsStored(stored, dtype))
     return Student(model, matrices, norms)
+
+
+def check_trainable(expert: Checkpoint, scope: Scope, device: torch.device) -> None:
+    """Refuse what cannot be trained, by trying one block of each kind with a few tokens.
+
+    Raises:
+        IncompatibleError: naming the reason.
+    """
+    parts = PartialModel(expert, device, compute_dtype(device))
+    architecture, plan = parts.weights.architecture, parts.weights.plan
+    shapes = {name: info.shape for name, info in expert.tensors.items()}
+    roles = architecture.roles(shapes)
+    for rule in plan.conversions:
+        if rule.renames or any(len(shapes[name]) < 2 for name in rule.sources):
+            continue
+        places = places_of(architecture, rule, shapes, roles)
+        if any(assembly(places, target, architecture.parts[target].shape) is None for target in rule.targets):
+            raise _untrainable(REORDERED.format(rule.sources[0]))
+    ids = torch.zeros(2, _FEW, dtype=torch.int64, device=device)
+    calls = parts.calls(ids, embedded=False)
+    hidden = parts.enter(ids)
+    if scope == "block":
+        in_order = [call.block for call in calls] == list(range(len(parts)))
+        plain = all(set(call.links.values()) == {0} for call in calls)
+        shared = any(isinstance(value, Mapping) for call in calls for value in call.keywords.values())
+        if not in_order or not plain or shared or hidden.shape[:2] != ids.shape or hidden.dim() != 3:
+            raise _untrainable(
+                f"the blocks of a {type(parts.model).__name__} hand on more than hidden states; distil the whole model "
+                "at once (--distill-scope model)"
+            )
+    tried: set[tuple[str, ...]] = set()
+    for call in calls:
+        block = parts.block(call.block)
+        kind = tuple(type(module).__name__ for module in block.modules())
+        if kind not in tried:
+            tried.add(kind)
+            _try_gradient(parts, block.requires_grad_(), call, hidden)
+
+
+def _try_gradient(parts: PartialModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
+    leaving = hidden.detach().clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            given = call.after(parts.passed_on(leaving)).run(block)
+            (given[0] if isinstance(given, tuple) else given).float().sum().backward()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise _untrainable(f"{parts.name(call.block)} of a {type(parts.model).__name__}: {reason}") from error
+
+
+def _untrainable(reason: str) -> IncompatibleError:
+    return IncompatibleError(f"distill: {reason}; or 0 steps, which train nothing (--distill 0)")
 
 
 def _trainable(
