@@ -83,12 +83,20 @@ class Inputs:
 
         Returns:
             [width, width] float32.
+
+        Raises:
+            IncompatibleError: inputs so large that their squares are not finite.
         """
         moment = self._fold()
         for start in range(0, len(moment), _COLUMNS):
             stop = min(start + _COLUMNS, len(moment))
             moment[stop:, start:stop] = moment[start:stop, stop:].T
         kept = moment.diagonal() / self.tokens
+        if not bool(kept.isfinite().all()):
+            raise IncompatibleError(
+                "calibration: some activations are too large for their squares, though all are finite; compress "
+                "without calibration (--calibration none)"
+            )
         moment.mul_(1 / (self.tokens + len(moment)))
         moment.diagonal().copy_(kept)
         return moment
