@@ -157,7 +157,7 @@ def look(step: DryStep, places: Sequence[Place]) -> Seen:
         if place.name in watch.elsewhere:
             answer = f"{watch.elsewhere[place.name]} reads its weights without asking it"
         if isinstance(answer, str):
-            unserved.append(Unserved(place.name, type(place.module).__name__, answer))
+            unserved.append(Unserved.of(place, answer))
         else:
             found.append(replace(place, axis=answer))
     return Seen(found, unserved, first, logits)

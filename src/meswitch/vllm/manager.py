@@ -72,6 +72,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         self._spare = 0
         super().__init__(model, *args, **kwargs)
         self.rename = compat.renamer(model)
+        self._known = [Artifact.open(Path(path)) for path in self.settings.experts]
         self._served = Base(config.model_config.model)
         self._caches_prompts = bool(config.cache_config.enable_prefix_caching)
         self.names: dict[str, tuple[Path, str]] = {}  # of all that was ever loaded, as `check_name` takes them
@@ -80,7 +81,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         seen = self._look(model, dry, config)
         self.arena = Arena(
             seen.places,
-            self.settings.models(self._served.source),
+            self._known or [self.settings.model(self._served.source)],
             self.rename,
             slots=self.lora_slots,
             device=self.device,
@@ -107,9 +108,8 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         """The layers that can be served, as far as the model itself shows it."""
         started = time.monotonic()
         is_read = self.settings.check_base and compat.reads_checkpoint(config)
-        names = self._served.names if is_read else []
-        for path in self.settings.experts:
-            names += Artifact.open(Path(path)).manifest.tensors
+        names = [name for artifact in self._known for name in artifact.manifest.tensors]
+        names += self._served.names if is_read else []
         stored = {self.rename(name).rpartition(".")[0] for name in names}
         found, unserved = survey(model, compat.packed_modules(model, self.packed_modules_mapping), stored)
         if is_read:
@@ -143,8 +143,8 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         refused = {layer.name for layer in unserved}
         left = [place for place in places if place.name not in refused]
         target = Target(left, unserved, self.rename, self.settings, self._elsewhere)
-        for path in self.settings.experts:
-            check_covered(Artifact.open(Path(path)), target)
+        for artifact in self._known:
+            check_covered(artifact, target)
         return target
 
     def read(self, directory: Path) -> Prepared:

@@ -33,7 +33,7 @@ def misplaced(places: Sequence[Place], base: Checkpoint, names: Mapping[str, str
     for place in places:
         reason = next(_differences(place, base, names), None)
         if reason is not None:
-            found.append(Unserved(place.name, type(place.module).__name__, reason))
+            found.append(Unserved.of(place, reason))
     return found
 
 

@@ -108,11 +108,22 @@ class Unserved:
         name: of the module.
         kind: its class.
         reason: why.
+        parts: the checkpoint's modules that it is made of, where they are others.
     """
 
     name: str
     kind: str
     reason: str
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, place: Place, reason: str) -> "Unserved":
+        """A layer that has a place and fails a test."""
+        return cls(place.name, type(place.module).__name__, reason, tuple(source.module for source in place.sources))
+
+    def holds(self, tensor: str) -> bool:
+        """Whether a tensor is one of this module's, by vLLM's name."""
+        return tensor.startswith(tuple(f"{name}." for name in (self.name, *self.parts)))
 
 
 def survey(
@@ -136,7 +147,7 @@ def survey(
         parts = _parts(name, packed, stored)
         place = None if "forward" in vars(module) else _place(name, module, parts, kinds)
         if place is None:
-            unserved.append(Unserved(name, type(module).__name__, _reason(module, kinds)))
+            unserved.append(Unserved(name, type(module).__name__, _reason(module, kinds), tuple(parts)))
         else:
             found.append(place)
     return _tied(found), unserved

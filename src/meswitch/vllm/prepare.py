@@ -79,7 +79,8 @@ class Reader:
                 f"{where}: a low-rank pair of an adapter; vLLM serves adapters itself: give it the PEFT directory that "
                 "this was made from"
             )
-        found = entry.shape if len(shape) > 1 else (math.prod(entry.shape),)
+        found = entry.matrix if entry.kind == "packed" else entry.shape  # of GPT-2 the one is the other, transposed
+        found = found if len(shape) > 1 else (math.prod(entry.shape),)
         if found[rows_vary:] != shape[rows_vary:]:
             raise IncompatibleError(f"{where}: shape: {list(entry.shape)}, vLLM's {name} takes {list(shape)}")
         self.used.add(stored)
@@ -283,7 +284,7 @@ def _changed(artifact: Artifact) -> Iterator[str]:
 
 def _why(name: str, target: Target) -> tuple[str, str, str]:
     """The module that a tensor belongs to, its class, and why it is not served."""
-    owners = [layer for layer in target.unserved if name.startswith(f"{layer.name}.")]
+    owners = [layer for layer in target.unserved if layer.holds(name)]
     if not owners:  # a mixture's experts are one module inside the one that the checkpoint names
         around = name[: name.rfind("experts.") + len("experts.")] if "experts." in name else name
         owners = [layer for layer in target.unserved if layer.name.startswith(around)]

@@ -56,7 +56,7 @@ def prove(model: nn.Module, arena: Arena, step: Step, calls: Mapping[str, Sequen
             if kind not in verdicts:
                 verdicts[kind] = _try(_Trial(model, arena, step, layer), used)
             if (reason := verdicts[kind]) is not None:
-                found.append(Unserved(place.name, type(place.module).__name__, reason))
+                found.append(Unserved.of(place, reason))
     return found
 
 
