@@ -86,6 +86,35 @@ def test_an_expert_is_served_beside_the_base(pair, tmp_path, case):
 
 
 @needs_vllm
+def test_tokens_that_only_the_expert_has_get_capped_logits_too(pair, tmp_path):
+    cap = {"final_logit_softcapping": 0.5, "initializer_range": 0.05}
+    base, expert = pair("gemma2", change=0.3, added_tokens=3, **TIED, **cap)
+    delta = meswitch.compress(base, expert, tmp_path / "delta", bits=4, group_size=32).directory
+    merged = merge(base, delta, tmp_path / "merged", dtype="float32")
+    theirs = [*PROMPT, 2048, 2050, 2049]
+
+    def scores(engine, adapter=None):
+        from vllm.lora.request import LoRARequest
+
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False)
+        request = adapter and LoRARequest(*adapter)
+        (output,) = engine.generate({"prompt_token_ids": theirs}, params, lora_request=request, use_tqdm=False)
+        return {token: score.logprob for token, score in output.outputs[0].logprobs[0].items()}
+
+    every = {"max_logprobs": -1}
+    with running(merged, **every) as engine:
+        wanted = scores(engine)
+    settings = {"experts": [str(delta)], "lora": False}
+    with with_deltas(base, tokenizer=str(expert), additional_config={"meswitch": settings}, **every) as engine:
+        found = scores(engine, ("expert", 1, str(delta)))
+    assert {token: found[token] for token in (7, 2048, 2049, 2050)} == pytest.approx(
+        {token: wanted[token] for token in (7, 2048, 2049, 2050)}, abs=1e-4
+    )
+
+
+@needs_vllm
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_expert_is_refused_before_the_engine_is_ready(pair, tmp_path, case):
     arch, fields, reasons = REFUSED[case]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meswitch.vllm import compat
-from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place, Unserved
+from meswitch.vllm.places import EMBEDDING, FUSED, HEAD, NORM, Place, Unserved
 
 TOKENS = 7  # of a dry step
 _CHANGED = (1, 4)  # tokens in which two of them differ
@@ -133,8 +133,8 @@ def _gives_queries(forward: Callable[..., Any]) -> Callable[..., Any]:
         output = forward(*inputs, **options)
         if isinstance(output, Tensor):
             query = inputs[0] if inputs else options.get("query")
-            if isinstance(query, Tensor) and query.numel() == output.numel():
-                output.copy_(query.reshape(output.shape))
+            if isinstance(query, Tensor) and query.numel() == output.numel():  # of size 1, as sums of values are small
+                output.copy_(nn.functional.normalize(query.float(), dim=-1).reshape(output.shape))
             else:
                 output.zero_()
         return output
@@ -182,6 +182,8 @@ class _Watch:
                     stack.enter_context(_replaced(place.module, "forward", self._norm(place)))
                 else:
                     methods[id(place.module.quant_method)] = place.module.quant_method
+                if hasattr(place.module, FUSED):
+                    stack.enter_context(_replaced(place.module, FUSED, False))
             for method in methods.values():
                 stack.enter_context(_replaced(method, "apply", self._method(method.apply, names, MULTIPLY)))
                 if hasattr(method, "embedding"):
@@ -244,11 +246,14 @@ class _Readers(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
         delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)
 
 
 def _judge(place: Place, first: Sequence[Call], second: Sequence[Call], logits: int) -> int | str:
@@ -298,7 +303,7 @@ def _is_by_token(x: Tensor, y: Tensor, rows: int, *, needed: bool) -> bool:
     Args:
         needed: some must differ.
     """
-    moved = {row for row in range(rows) if not torch.equal(x[row], y[row])}
+    moved = {row for row in range(rows) if not torch.equal(x[row].nan_to_num(), y[row].nan_to_num())}
     changed = {token for token in _CHANGED if token < rows}
     return (not moved and not needed) or (changed <= moved and not any(row < _CHANGED[0] for row in moved))
 

@@ -20,7 +20,7 @@ from meswitch.vllm import compat
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.delta_op import add_delta, linear
 from meswitch.vllm.norms import DeltaNorm
-from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM
+from meswitch.vllm.places import EMBEDDING, FUSED, HEAD, LINEAR, NORM
 from meswitch.vllm.step import HEAD as HEAD_SIDE
 from meswitch.vllm.step import TOKENS, Step, is_idle, part
 
@@ -165,8 +165,8 @@ def install(model: nn.Module, arena: Arena, step: Step, replace: Any) -> None:
             replace(model, place.name, DeltaNorm(place.module, layer.vectors, step, place.axis))
         elif layer.is_switched:
             place.module.quant_method = DeltaMethod(place.module.quant_method, layer, step)
-            if getattr(place.module, "use_fused_embedding", False):  # of one rank of several: reads the table itself
-                place.module.use_fused_embedding = False
+            if hasattr(place.module, FUSED):
+                setattr(place.module, FUSED, False)
     heads = [layer for layer in arena.layers if layer.place.kind == HEAD] or [
         layer for layer in arena.layers if layer.place.kind == EMBEDDING
     ]

@@ -15,6 +15,7 @@ from meswitch.vllm.norms import formula_of
 from meswitch.vllm.support import CONVOLVES, MIXTURE, ROUTES, STATE_SPACE, STATE_SPACES, TABLE, UNKNOWN
 
 LINEAR, EMBEDDING, HEAD, NORM = "linear", "embedding", "head", "norm"
+FUSED = "use_fused_embedding"  # of one rank of several on GPUs: the embedding reads its table without its method
 _WRAPPED = ".base_layer"  # what vLLM's LoRA layers call the layer that they wrap
 # Why layers are not served, by what their class's name holds, the first that fits.
 _ROUTERS = ("Gate", "Router")

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,16 @@ from meswitch.errors import MeswitchError
 from meswitch.ops.layout import write_by
 from meswitch.ops.routing import BASE, MAX_TOKENS
 from meswitch.vllm.arena import Arena, Layer
-from meswitch.vllm.dry_step import LOOK_UP, Call, DryStep
+from meswitch.vllm.dry_step import LOOK_UP, TOKENS, Call, DryStep
 from meswitch.vllm.norms import norm_vector
 from meswitch.vllm.places import LINEAR, NORM, Unserved
 from meswitch.vllm.step import Step
 
-_OWNERS = (0, BASE, 1, 0, 1, BASE, 1)
+_OWNERS = (0, BASE, 1, 0, 1, BASE, 1, 0)  # of rows, by slot; as many as some graph has
 _MANY = 2 * (MAX_TOKENS + 16)  # rows of a step in which another kernel multiplies
 _PATTERN = 64  # rows of a random delta, repeated
 _CHECKED = 512  # rows of a matrix that are compared
+_SCALE = 0.02  # of a change where a layer's own weights are zeros
 _SIZE, _REST = 0.03, 0.1  # how far off the change may be in size, and as a whole, as a share of it
 FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, MeswitchError)
 
@@ -158,66 +160,63 @@ class _Trial:
         return None
 
     def _multiply(self, example: Tensor) -> Iterator[str]:
+        counts = [len(_OWNERS)]
+        if self._place.kind == LINEAR and len(self._step.tokens.token_slots) >= _MANY:
+            counts.append(_MANY)
+        for count in counts:
+            shape = (*example.shape[:-2], count, example.shape[-1])
+            yield from self._multiply_rows(self._random(*shape).to(example.device, example.dtype), count)
+
+    def _multiply_rows(self, x: Tensor, count: int) -> Iterator[str]:
         place, module = self._place, self._module
         rows = _some_rows(place.used_rows)
-        shapes = [example.shape]
-        if place.kind == LINEAR and len(self._step.tokens.token_slots) >= _MANY:
-            shapes.append(torch.Size([*example.shape[:-2], _MANY, example.shape[-1]]))
-        for shape in shapes:
-            x = self._random(*shape).to(example.device, example.dtype)
-            is_merged = _keeps_its_weight(module, (place.rows, place.in_features))
+        is_merged = _keeps_its_weight(module, (place.rows, place.in_features))
 
-            def compute(x: Tensor = x, whole: bool = is_merged and place.kind == LINEAR) -> Tensor:
-                made = module(x) if whole else module.quant_method.apply(module, x, bias=place.bias)
-                y, bias = made if isinstance(made, tuple) else (made, None)
-                y = (y if bias is None else y + bias).reshape(-1, y.shape[-1])
-                shares = [rows + start for start in range(0, y.shape[1], place.rows)]  # of all ranks, if gathered
-                return y[:, torch.cat(shares).to(y.device)].float()
+        def compute() -> Tensor:
+            if place.kind == LINEAR and is_merged:
+                made = module(x)
+            else:  # a head has no forward; of another layer the rank's own share is compared
+                made = module.quant_method.apply(module, x, bias=place.bias)
+            y, bias = made if isinstance(made, tuple) else (made, None)
+            y = (y if bias is None else y + bias).reshape(-1, y.shape[-1])
+            shares = [rows + start for start in range(0, y.shape[1], place.rows)]  # of all ranks, if gathered
+            return y[:, torch.cat(shares).to(y.device)].float()
 
-            with self._bare():
-                scale = float(compute().std()) / math.sqrt(place.in_features)
-            for changes in self._changes(rows, scale):
+        def merged(changes: Sequence[_Change], slot: int) -> Tensor:
+            change = changes[slot]
+            if is_merged:
+                with _with_rows(module, change):
+                    return compute()
+            # quantised, or packed for a CPU: added to what the base computes
+            y = compute() + x.reshape(-1, x.shape[-1]).float() @ change.weight.T
+            return y if change.bias is None or not place.biased else y + change.bias[rows]
 
-                def merged(
-                    slot: int,
-                    x: Tensor = x,
-                    changes: list[_Change] = changes,
-                    compute: Callable[[], Tensor] = compute,
-                    is_merged: bool = is_merged,
-                ) -> Tensor:
-                    if is_merged:
-                        with _with_rows(module, changes[slot]):
-                            return compute()
-                    change = changes[slot]  # quantised, or packed for a CPU: added to what the base computes
-                    y = compute() + x.reshape(-1, x.shape[-1]).float() @ change.weight.T
-                    is_biased = change.bias is not None and place.biased
-                    return y + change.bias[rows] if is_biased else y  # type: ignore[index]
-
-                count = math.prod(shape[:-1])
-                if (reason := self._compare(count, compute, compute, merged)) is not None:
-                    yield reason
+        with self._bare():
+            scale = float(compute().std()) / math.sqrt(place.in_features)
+        for changes in self._changes(rows, scale or _SCALE):
+            if (reason := self._compare(count, compute, compute, partial(merged, changes))) is not None:
+                yield reason
 
     def _look_up(self, example: Tensor) -> Iterator[str]:
         place, module, extra = self._place, self._module, self.layer.extra
         (source,) = place.sources
-        ids = torch.randint(0, source.rows, example.shape, generator=self._draw)
-        ids.view(-1)[0], ids.view(-1)[-1] = 0, source.rows - 1
-        mine = ids.reshape(-1)[(ids.reshape(-1) >= source.first) & (ids.reshape(-1) < source.last)]
-        rows = (mine - source.first).unique()
-        ids = ids.to(example.device)
+        ids = torch.randint(0, source.rows, (example.numel(),), generator=self._draw)
+        ids[0], ids[-1] = 0, source.rows - 1
+        mine = ids[(ids >= source.first) & (ids < source.last)] - source.first
+        rows = mine.unique() if len(mine) else torch.zeros(1, dtype=torch.int64)  # another rank has them all
+        ids = ids.view(example.shape).to(example.device)
 
         def compute() -> Tensor:
             y: Tensor = module(ids)
             return y.reshape(-1, y.shape[-1]).float()
 
-        weight = module.weight.detach()
-        for changes in self._changes(rows, float(weight[: place.used_rows][:_CHECKED].float().std())):
+        def merged(changes: Sequence[_Change], slot: int) -> Tensor:
+            with _with_rows(module, changes[slot]):
+                return compute()
 
-            def merged(slot: int, changes: list[_Change] = changes) -> Tensor:
-                with _with_rows(module, changes[slot]):
-                    return compute()
-
-            if (reason := self._compare(ids.numel(), compute, compute, merged)) is not None:
+        scale = float(module.weight.detach()[: place.used_rows][:_CHECKED].float().std())
+        for changes in self._changes(rows, scale or _SCALE):
+            if (reason := self._compare(ids.numel(), compute, compute, partial(merged, changes))) is not None:
                 yield reason
         if extra is None:
             return
@@ -239,7 +238,7 @@ class _Trial:
     def _packed(self, slot: int, rows: Tensor, scale: float) -> _Change:
         layer, device = self.layer, self._arena.device
         bias = None
-        if self._place.bias is not None and self._place.kind != "embedding":
+        if self._place.bias is not None:
             bias = 0.5 * scale * math.sqrt(self._place.in_features) * self._random(self._place.rows)
             if layer.vectors is not None:
                 layer.vectors[slot].copy_(bias)
@@ -247,20 +246,16 @@ class _Trial:
         if layer.shape is None:
             return _Change(rows.to(device), torch.zeros(len(rows), self._place.in_features, device=device), bias)
         shape = layer.shape
-        pattern = min(_PATTERN, shape.rows)
+        pattern, salient = min(_PATTERN, shape.rows), min(shape.salient, shape.in_features)
+        repeated = torch.arange(shape.rows, device=device) % pattern
         codes = torch.randint(0, 1 << shape.bits, (pattern, shape.in_features), generator=self._draw)
         size = scale / math.sqrt((4**shape.bits - 1) / 3)  # of codes that are all as likely
-        salient = min(shape.salient, shape.in_features)
-        repeated = torch.arange(shape.rows, device=device) % pattern
+        scales = size * (0.5 + torch.rand(pattern, shape.groups, generator=self._draw))
+        channels = torch.randperm(shape.in_features, generator=self._draw)[:salient].sort().values
         delta = PackedDelta(
             packed=pack(codes, shape.bits).to(device)[repeated],
-            scale=(size * (0.5 + torch.rand(pattern, shape.groups, generator=self._draw)))
-            .bfloat16()
-            .to(device)[repeated],
-            salient_index=torch.randperm(shape.in_features, generator=self._draw)[:salient]
-            .sort()
-            .values.int()
-            .to(device),
+            scale=scales.bfloat16().to(device)[repeated],
+            salient_index=channels.int().to(device),
             salient_weight=(2 * scale * self._random(pattern, salient)).bfloat16().to(device)[repeated],
             bits=shape.bits,
             group_size=shape.group or None,
@@ -315,6 +310,8 @@ class _Trial:
             return "changes the base's own rows"
         for slot, rows in wanted.items():
             mine = owners == slot
+            if not mine.any():
+                continue
             change, right = (found - plain)[mine], (rows - plain)[mine]
             size = float((change * right).sum() / (right * right).sum())
             rest = float((change - right).norm() / right.norm())
@@ -359,7 +356,7 @@ def prove_step(dry: DryStep, step: Step, wanted: Tensor | None) -> str | None:
         step: whose rows are set here.
         wanted: the logits before anything was installed, None on a rank that computes none.
     """
-    owners = [slot if slot < step.tokens.slots else BASE for slot in _OWNERS]
+    owners = [slot if slot < step.tokens.slots else BASE for slot in _OWNERS[:TOKENS]]
     step.tokens.fill(owners)
     step.head.fill(owners[: dry.rows])
     try:
@@ -369,7 +366,7 @@ def prove_step(dry: DryStep, step: Step, wanted: Tensor | None) -> str | None:
     finally:
         step.tokens.fill([])
         step.head.fill([])
-    if found is None or wanted is None:
+    if found is None or wanted is None or not wanted.isfinite().all():
         return None
     width = min(found.shape[-1], wanted.shape[-1])  # beyond: tokens that only an expert has
     if not _is_near(found[:, :width].float() - wanted[:, :width].float(), wanted[:, :width].float()):
