@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -45,7 +44,11 @@ def make_pair(
     seed: int = 0,
     **config_fields,
 ) -> tuple[Path, Path]:
-    """A base, and an expert whose every weight moved by about `change` of its tensor's norm."""
+    """A base, and an expert whose every weight moved by about `change` of its tensor's norm.
+
+    Args:
+        arch: a `model_type` of transformers. config_fields: of its configuration; None leaves one out.
+    """
     torch.manual_seed(seed)
     fields = {
         "hidden_size": 64,
@@ -62,7 +65,8 @@ def make_pair(
         "tie_word_embeddings": tied,
         "initializer_range": 0.2,
     }
-    model = AutoModelForCausalLM.from_config(CONFIGS[arch](**fields | config_fields))
+    fields = {name: value for name, value in (fields | config_fields).items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -1,6 +1,6 @@
 """Device memory of all slots: one layout for every expert, one copy to load one, addresses that never change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from meswitch.artifact import Artifact, Entry
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
-from meswitch.errors import ConfigError
+from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import ABSENT, Shape, padded_salient, salient_of_tiles
 from meswitch.ops.slots import SlotLinear, Variant
 from meswitch.pagelock import copy
 from meswitch.units import format_bytes
-from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM, Place
+from meswitch.vllm.norms import norm_vector
+from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place
 from meswitch.vllm.shard import cut_group, joint_group, joint_shape
 
 Rename = Callable[[str], str]
@@ -24,9 +25,17 @@ Rename = Callable[[str], str]
 class Layer:
     """One module's part of every slot.
 
-    index: its row in the tables, offset: bytes into a slot, both of its packed delta. vector: columns of `vectors`,
-    a norm's weights or a bias's change. own: [slots, rows, features], an embedding's or head's values kept whole, with
-    has_own: [slots] bool. extra: [slots, extra_rows, features].
+    Args:
+        place: where it is in the model.
+        shape: of its packed delta, None if no expert has one here.
+        slots: that delta of all slots.
+        index: its row in the tables.
+        offset: where it lies in a slot, in bytes.
+        vectors: [slots + 1, width] float32, a norm's weights and biases or the change of a bias.
+        vector: columns of the arena's vectors that these are.
+        own: [slots, rows, features], an embedding's or head's values kept whole.
+        has_own: [slots] bool.
+        extra: [slots, extra rows, features], an expert's own tokens.
     """
 
     place: Place
@@ -39,6 +48,11 @@ class Layer:
     own: Tensor | None = None
     has_own: Tensor | None = None
     extra: Tensor | None = None
+
+    @property
+    def is_switched(self) -> bool:
+        """Whether some expert may change it."""
+        return any(part is not None for part in (self.slots, self.vectors, self.own, self.extra))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,7 @@ class Arena:
         extra_rows: int = 0,
     ) -> None:
         self.count, self.device, self.base_vocabulary = slots, device, base_vocabulary
-        known = [_named(model, rename) for model in models]
+        known = [named_entries(model, rename, places) for model in models]
         beyond = [model.manifest.expert.vocab_size - base_vocabulary for model in models]
         self.extra_rows = max([extra_rows, *beyond])
         shapes: list[Shape | None] = [_shape(place, known) for place in places]
@@ -126,6 +140,12 @@ class Arena:
     def describe(self) -> str:
         return f"{self.count} slots of {format_bytes(self.nbytes // max(1, self.count))}"
 
+    def drop(self, names: Collection[str]) -> list[Layer]:
+        """Leave layers out from now on; their part of every slot stays empty."""
+        dropped = [layer for layer in self.layers if layer.place.name in names]
+        self.layers = [layer for layer in self.layers if layer.place.name not in names]
+        return dropped
+
     def put(self, slot: int, expert: Prepared | None) -> None:
         """Copy an expert into a slot, or empty it. In the order of the computing stream."""
         if expert is None:
@@ -159,12 +179,29 @@ class Arena:
                     layer.extra[slot, : len(more)].copy_(more, non_blocking=True)
 
 
-def _named(model: Artifact, rename: Rename) -> dict[str, Entry]:
-    """An artifact's tensors by vLLM's names; a tied head is the embedding's."""
-    entries = {rename(name): entry for name, entry in model.manifest.tensors.items()}
-    if model.manifest.expert.tied_head and rename(TIED_HEAD) not in entries and rename(TIED_EMBEDDING) in entries:
-        entries[rename(TIED_HEAD)] = entries[rename(TIED_EMBEDDING)]
-    return entries
+def stored_names(artifact: Artifact, rename: Rename, places: Iterable[Place]) -> dict[str, str]:
+    """vLLM's name of a tensor -> the artifact's; a head that is not stored is the embedding that it is tied to.
+
+    Raises:
+        IncompatibleError: two tensors get one name.
+    """
+    found: dict[str, str] = {}
+    for name in artifact.manifest.tensors:
+        if (other := found.setdefault(rename(name), name)) != name:
+            raise IncompatibleError(f"{artifact.directory}: {other} and {name} are one tensor in vLLM, {rename(name)}")
+    for place in places:
+        weight = f"{place.name}.weight"
+        if place.tied is not None and weight not in found and f"{place.tied}.weight" in found:
+            found[weight] = found[f"{place.tied}.weight"]
+    if artifact.manifest.expert.tied_head and rename(TIED_HEAD) not in found and rename(TIED_EMBEDDING) in found:
+        found[rename(TIED_HEAD)] = found[rename(TIED_EMBEDDING)]
+    return found
+
+
+def named_entries(artifact: Artifact, rename: Rename, places: Iterable[Place]) -> dict[str, Entry]:
+    """An artifact's tensors by vLLM's names."""
+    tensors = artifact.manifest.tensors
+    return {name: tensors[stored] for name, stored in stored_names(artifact, rename, places).items()}
 
 
 def _shape(place: Place, known: Sequence[dict[str, Entry]]) -> Shape | None:
@@ -209,9 +246,9 @@ def _whole(place: Place, entries: dict[str, Entry]) -> bool:
 
 
 def _base_vector(place: Place) -> Tensor:
-    """[width] float32: a norm's weights, a bias's change of 0, or nothing."""
+    """[width] float32: a norm's weights and biases, a bias's change of 0, or nothing."""
     if place.kind == NORM:
-        return place.module.weight.detach().float().cpu().view(-1)
-    if place.kind == LINEAR and place.biased and getattr(place.module, "bias", None) is not None:
+        return norm_vector(place.module)
+    if place.kind != EMBEDDING and place.biased and place.bias is not None:
         return torch.zeros(place.rows)
     return torch.zeros(0)

@@ -1,5 +1,6 @@
 """Whether an artifact belongs to the base that vLLM serves, which may be quantised."""
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -8,6 +9,8 @@ from meswitch.artifact import Artifact, fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import IncompatibleError, listed
 from meswitch.tensorfile import INDEX, WEIGHTS
+from meswitch.vllm.placement import misplaced
+from meswitch.vllm.places import Place, Unserved
 
 _WHOLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,6 +29,18 @@ class Base:
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self._checkpoint)
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return list(self._checkpoint.tensors)
+
+    def misplaced(self, places: Sequence[Place], rename: Callable[[str], str]) -> list[Unserved]:
+        """See `placement.misplaced`."""
+        names: dict[str, str] = {}
+        for name in self._checkpoint.tensors:
+            names.setdefault(rename(name), name)
+        return misplaced(places, self._checkpoint, names)
 
     def check(self, artifact: Artifact) -> None:
         """Refuse an artifact of another base, by content.

@@ -3,13 +3,15 @@
 `moved()` says by name what an unknown version lacks; a test runs it against the installed one.
 """
 
+import contextlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from meswitch.errors import ConfigError
@@ -68,11 +70,19 @@ CONTRACT = (
     Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
     Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
     Symbol("vllm.model_executor.layers.layernorm", "RMSNorm"),
+    Symbol("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase"),
+    Symbol(
+        "vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "skip_compiled")
+    ),
     Symbol(
         "vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.apply", ("layer", "args", "kwargs")
     ),
     Symbol("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.embedding", ("layer",)),
     Symbol("vllm.model_executor.models.utils", "WeightsMapper._map_name", ("key",)),
+    Symbol("vllm.model_executor.models.interfaces", "supports_multimodal", ("model",)),
+    Symbol("vllm.distributed", "get_pp_group"),
+    Symbol("vllm.distributed", "get_tensor_model_parallel_rank"),
+    Symbol("vllm.distributed", "get_tensor_model_parallel_world_size"),
 )
 
 
@@ -83,32 +93,36 @@ SERVER_CONTRACT = (  # what `prefetch` uses, in the process of the HTTP server
 
 
 class LayerKinds(NamedTuple):
-    """vLLM's classes of layers: types, or tuples of them."""
+    """vLLM's classes of layers that multiply with a matrix or look rows of a table up."""
 
-    linear: Any
-    qkv: Any
-    merged: Any
-    column: Any
-    row: Any
-    embedding: Any
-    head: Any
-    norms: Any
+    qkv: type
+    merged: type
+    column: type
+    row: type
+    replicated: type
+    embedding: type
+    head: type
 
 
 def layer_kinds() -> LayerKinds:
-    from vllm.model_executor.layers import layernorm, linear, vocab_parallel_embedding
+    from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
-    column, row, whole = linear.ColumnParallelLinear, linear.RowParallelLinear, linear.ReplicatedLinear
     return LayerKinds(
-        (column, row, whole),
         linear.QKVParallelLinear,
         linear.MergedColumnParallelLinear,
-        column,
-        row,
+        linear.ColumnParallelLinear,
+        linear.RowParallelLinear,
+        linear.ReplicatedLinear,
         vocab_parallel_embedding.VocabParallelEmbedding,
         vocab_parallel_embedding.ParallelLMHead,
-        (layernorm.RMSNorm,),
     )
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process among those that share each layer."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
 def graphs_by_experts(config: Any) -> bool:
@@ -203,6 +217,29 @@ def renamer(model: nn.Module) -> Callable[[str], str]:
     return rename
 
 
+def packed_modules(model: nn.Module, declared: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """A layer that vLLM joins -> the checkpoint's layers that it is made of, in order.
+
+    Args:
+        model: vLLM's.
+        declared: what it says for LoRA; models without LoRA say it to their loader only.
+    """
+    stacked = getattr(getattr(model, "hf_to_vllm_mapper", None), "orig_to_new_stacked", {})
+    found: dict[str, list[str]] = {}
+    for part, (whole, _) in stacked.items():
+        found.setdefault(whole.strip("."), []).append(part.strip("."))
+    return found | dict(declared)
+
+
+def supports_lora(model: nn.Module) -> bool:
+    return bool(getattr(model, "supports_lora", False))
+
+
+def reads_checkpoint(config: Any) -> bool:
+    """Whether a model's weights are those of the checkpoint's safetensors files."""
+    return config.load_config.load_format in ("auto", "hf", "safetensors", "fastsafetensors", "runai_streamer")
+
+
 def worker_class() -> type:
     """The worker of this platform."""
     from vllm.platforms import current_platform
@@ -216,6 +253,43 @@ def worker_class() -> type:
 
         found = Worker
     return found
+
+
+def is_first_of_pipeline() -> bool:
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_first_rank)
+
+
+def takes_embeddings(model: nn.Module) -> bool:
+    """Whether a model is given embeddings in place of tokens, as those are that also take images."""
+    from vllm.model_executor.models.interfaces import supports_multimodal
+
+    return bool(supports_multimodal(model))
+
+
+@contextlib.contextmanager
+def eager_step(config: Any, tokens: int) -> Iterator[None]:
+    """What a model must be called in; nothing is compiled, and no cache is read.
+
+    Args:
+        config: vLLM's.
+        tokens: of the step.
+    """
+    from vllm.forward_context import set_forward_context
+
+    with (
+        torch.compiler.set_stance("force_eager"),
+        set_forward_context(None, config, num_tokens=tokens, skip_compiled=True),
+    ):
+        yield
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers that read the cache."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    return [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
 
 
 def missing_modules(model: nn.Module) -> tuple[str, ...]:

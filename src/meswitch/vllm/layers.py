@@ -6,6 +6,7 @@ and columns, and no class of vLLM's layers has to be copied. Norms have no such 
 wraps linear layers.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from meswitch.ops.operators import KERNEL_DTYPES
 from meswitch.vllm import compat
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.delta_op import add_delta, linear
-from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM
+from meswitch.vllm.norms import DeltaNorm
+from meswitch.vllm.places import EMBEDDING, FUSED, HEAD, LINEAR, NORM
 from meswitch.vllm.step import HEAD as HEAD_SIDE
-from meswitch.vllm.step import TOKENS, Step, part
+from meswitch.vllm.step import TOKENS, Step, is_idle, part
 
 
 class DeltaMethod(QuantizeMethodBase):
@@ -41,13 +43,13 @@ class DeltaMethod(QuantizeMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., rows]."""
-        own, inputs = self.layer, x.view(-1, x.shape[-1])
+        own, inputs = self.layer, x.reshape(-1, x.shape[-1])
         if self.fused and own.slots is not None:
             weight: Any = layer.weight
             y = linear(inputs, weight, bias, own.slots).view(*x.shape[:-1], -1)
         else:
             y = self.inner.apply(layer, x, bias)
-        if _idle(self.step, x):
+        if is_idle(self.step, x):
             return y
         outputs = y.view(-1, y.shape[-1])
         # a tied embedding multiplies too, as the head
@@ -57,15 +59,15 @@ class DeltaMethod(QuantizeMethodBase):
             if own.vectors is not None:
                 outputs += own.vectors[self.step.tokens.token_slots[: inputs.shape[0]]].to(outputs.dtype)
         else:
-            self._logits(outputs, inputs)
+            self._logits(outputs, inputs, bias)
         return y
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         """[tokens] int64 -> [tokens, features]."""
-        if _idle(self.step, ids):
+        if is_idle(self.step, ids):
             base: Tensor = self.inner.embedding(layer, ids)
             return base
-        own, flat = self.layer, ids.view(-1)
+        own, flat = self.layer, ids.reshape(-1)
         slots = self.step.tokens.token_slots[: flat.shape[0]]
         rows = own.place.used_rows
         weight = own.place.module.weight[:rows]
@@ -81,7 +83,7 @@ class DeltaMethod(QuantizeMethodBase):
             y = torch.where(chosen[:, None], own.own[slots.long(), flat.clamp(max=rows - 1)], y)
         return y.view(*ids.shape, -1)
 
-    def _logits(self, outputs: Tensor, inputs: Tensor) -> None:
+    def _logits(self, outputs: Tensor, inputs: Tensor, bias: Tensor | None) -> None:
         rows = self.layer.place.used_rows
         first = first_row(inputs, self.step)
         slots = head_slots(inputs, self.step, first)
@@ -96,43 +98,12 @@ class DeltaMethod(QuantizeMethodBase):
             for slot in sorted({slot for slot in slots if slot >= 0}):
                 own = torch.tensor([slot == other for other in slots], device=inputs.device)
                 theirs = inputs @ self.layer.own[slot].T
+                if bias is not None:
+                    theirs = theirs + bias[:rows]
                 chosen = (own & self.layer.has_own[slot])[:, None]
                 outputs[:, :rows] = torch.where(chosen, theirs.to(outputs.dtype), outputs[:, :rows])
-
-
-class DeltaNorm(nn.Module):
-    """RMS norm with each token's own weights, as `vllm.ir.ops.rms_norm` computes it."""
-
-    def __init__(self, base: Any, layer: Layer, step: Step) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.step = step
-        assert layer.vectors is not None
-        self.vectors = layer.vectors
-        self.eps = base.variance_epsilon
-        self.variance_size = getattr(base, "variance_size_override", None)
-
-    def __getattr__(self, name: str) -> Any:  # some models look at a norm's weight or size
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """[tokens, ..., features] -> the same, and the new residual if one was given."""
-        if _idle(self.step, x):
-            return self.base_layer(x, residual)
-        dtype = x.dtype
-        wide = x.float()
-        if residual is not None:
-            wide = wide + residual.float()
-            residual = wide.to(dtype)
-        measured = wide if self.variance_size is None else wide[..., : self.variance_size]
-        normal = wide * torch.rsqrt(measured.pow(2).mean(-1, keepdim=True) + self.eps)
-        weights = self.vectors[self.step.tokens.token_slots[: x.shape[0]]].to(self.base_layer.weight.dtype)
-        weights = weights.view(x.shape[0], *[1] * (x.dim() - 2), -1)
-        y = (normal.to(weights.dtype) * weights).to(dtype)
-        return y if residual is None else (y, residual)
+        if self.layer.vectors is not None:
+            outputs += self.layer.vectors[torch.tensor(slots, device=outputs.device)].to(outputs.dtype)
 
 
 def _fuses(inner: Any, layer: Layer) -> bool:
@@ -147,11 +118,6 @@ def _fuses(inner: Any, layer: Layer) -> bool:
         and weight.shape == (layer.slots.rows, layer.slots.in_features)
         and compat.is_plain(inner)
     )
-
-
-def _idle(step: Step, x: Tensor) -> bool:
-    """No request of the step has an expert. Only asked where neither a trace nor a graph would keep the answer."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not (step.tokens.active or step.head.active)
 
 
 def first_row(inputs: Tensor, step: Step) -> int | None:
@@ -190,21 +156,17 @@ def install(model: nn.Module, arena: Arena, step: Step, replace: Any) -> None:
         replace: `(model, name, module)`, sets a submodule.
 
     Raises:
-        IncompatibleError: a quantised embedding that experts change, or a model whose tokens lie in a second dimension.
+        IncompatibleError: experts have tokens of their own, and this model does not say which they are.
     """
-    if type(model).__name__.startswith("Transformers"):
-        raise IncompatibleError(
-            f"{type(model).__name__}: vLLM's Transformers backend is not served; use --model-impl vllm"
-        )
     for layer in arena.layers:
         place = layer.place
-        used = layer.slots is not None or layer.own is not None or layer.extra is not None
         if place.kind == NORM:
-            replace(model, place.name, DeltaNorm(place.module, layer, step))
-        elif used or layer.vectors is not None:
-            if place.kind == EMBEDDING and getattr(place.module, "weight", None) is None:
-                raise IncompatibleError(f"{place.name}: a quantised embedding cannot be switched; use a base in 16 bit")
+            assert layer.vectors is not None
+            replace(model, place.name, DeltaNorm(place.module, layer.vectors, step, place.axis))
+        elif layer.is_switched:
             place.module.quant_method = DeltaMethod(place.module.quant_method, layer, step)
+            if hasattr(place.module, FUSED):
+                setattr(place.module, FUSED, False)
     heads = [layer for layer in arena.layers if layer.place.kind == HEAD] or [
         layer for layer in arena.layers if layer.place.kind == EMBEDDING
     ]
@@ -212,13 +174,27 @@ def install(model: nn.Module, arena: Arena, step: Step, replace: Any) -> None:
         _widen(model, heads[-1], arena, step)
 
 
+def uninstall(model: nn.Module, arena: Arena, names: Collection[str], replace: Any) -> None:
+    """Give layers back to vLLM; no expert can change them then.
+
+    Args:
+        names: of the layers.
+        replace: as of `install`.
+    """
+    for layer in arena.drop(names):
+        module = layer.place.module
+        if layer.place.kind == NORM:
+            replace(model, layer.place.name, module)
+        elif isinstance(module.quant_method, DeltaMethod):
+            module.quant_method = module.quant_method.inner
+
+
 def _widen(model: nn.Module, head: Layer, arena: Arena, step: Step) -> None:
     """Logits of the experts' own tokens after the base's, and none for tokens that a request's model lacks."""
     processors = [module for name, module in model.named_modules() if name.split(".")[-1] == "logits_processor"]
     if len(processors) != 1 or head.place.module.tp_size != 1:
         raise IncompatibleError("an expert's own tokens need one logits processor and no tensor parallelism")
-    if getattr(processors[0], "scale", 1.0) != 1.0 or getattr(processors[0], "soft_cap", None) is not None:
-        raise IncompatibleError("an expert's own tokens are not served in models that scale or cap logits")
+    scale, cap = processors[0].scale, processors[0].soft_cap
 
     def widen(_: nn.Module, arguments: tuple[Any, ...], logits: Tensor | None) -> Tensor | None:
         if logits is None:
@@ -229,6 +205,7 @@ def _widen(model: nn.Module, head: Layer, arena: Arena, step: Step) -> None:
         index = torch.tensor(slots, device=logits.device)
         if head.extra is not None:
             every = torch.einsum("th,seh->tse", inputs, head.extra).to(logits.dtype)
+            every = (every if cap is None else torch.tanh(every / cap) * cap) * scale
             logits = torch.cat([logits, every[torch.arange(len(index), device=logits.device), index]], dim=1)
         beyond = torch.arange(logits.shape[1], device=logits.device) >= arena.sizes[index][:, None]
         return logits.masked_fill(beyond, -torch.inf)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,32 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
-from meswitch.errors import ConfigError, MeswitchError
+from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops.routing import BASE
 from meswitch.vllm import compat, delta_op, layers
 from meswitch.vllm.arena import Arena, Prepared
 from meswitch.vllm.background import READY, Background, Source
 from meswitch.vllm.base import Base
-from meswitch.vllm.places import places
-from meswitch.vllm.prepare import prepare
+from meswitch.vllm.dry_step import TOKENS, DryStep, Seen, look
+from meswitch.vllm.places import Place, Unserved, survey
+from meswitch.vllm.prepare import Target, check_covered, prepare
+from meswitch.vllm.proof import FAULTS, in_short, prove, prove_step
 from meswitch.vllm.settings import KEY, Settings
 from meswitch.vllm.step import Step
 from meswitch.vllm.warm import warm
 
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 NO_LORA = 0  # vLLM's id of the base
+
+
+def _of_base(tokens: int, rows: int) -> LoRAMapping:
+    """A step of the base alone.
+
+    Args:
+        tokens: of the step.
+        rows: that get logits.
+    """
+    return LoRAMapping(index_mapping=(NO_LORA,) * tokens, prompt_mapping=(NO_LORA,) * rows, is_prefill=True)
 
 
 class DeltaModel(LoRAModel):
@@ -53,17 +66,22 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         config = kwargs["vllm_config"]
         self.settings = Settings.of(config.additional_config)
+        if not compat.supports_lora(model):  # vLLM has no LoRA layers for it; deltas need none
+            self.settings = dataclasses.replace(self.settings, lora=False)
         self.arena: Arena | None = None
         self._spare = 0
         super().__init__(model, *args, **kwargs)
         self.rename = compat.renamer(model)
+        self._known = [Artifact.open(Path(path)) for path in self.settings.experts]
         self._served = Base(config.model_config.model)
         self._caches_prompts = bool(config.cache_config.enable_prefix_caching)
         self.names: dict[str, tuple[Path, str]] = {}  # of all that was ever loaded, as `check_name` takes them
-        found = list(places(model, self.packed_modules_mapping))
+        self._elsewhere = compat.missing_modules(model)
+        dry = DryStep(model, config, self.device)
+        seen = self._look(model, dry, config)
         self.arena = Arena(
-            found,
-            self.settings.models(self._served.source),
+            seen.places,
+            self._known or [self.settings.model(self._served.source)],
             self.rename,
             slots=self.lora_slots,
             device=self.device,
@@ -81,10 +99,53 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         delta_op.install(self.step)
         layers.install(model, self.arena, self.step, replace_submodule)
         self.background = Background(self.read, self.device)
-        self._elsewhere = compat.missing_modules(model)
         graphs = config.compilation_config.cudagraph_capture_sizes or []
         warm(self.arena, config.model_config.dtype, graphs, self.max_num_batched_tokens, specialized)
+        self.target = self._prove(model, dry, seen)
         log.info("meswitch: %s for deltas", self.arena.describe())
+
+    def _look(self, model: nn.Module, dry: DryStep, config: Any) -> Seen:
+        """The layers that can be served, as far as the model itself shows it."""
+        started = time.monotonic()
+        is_read = self.settings.check_base and compat.reads_checkpoint(config)
+        names = [name for artifact in self._known for name in artifact.manifest.tensors]
+        names += self._served.names if is_read else []
+        stored = {self.rename(name).rpartition(".")[0] for name in names}
+        found, unserved = survey(model, compat.packed_modules(model, self.packed_modules_mapping), stored)
+        if is_read:
+            unserved += self._served.misplaced(found, self.rename)
+        places = self._covered(found, unserved).places
+        super()._set_adapter_mapping(_of_base(TOKENS, dry.rows))
+        try:
+            seen = look(dry, places)
+        except FAULTS as error:
+            raise IncompatibleError(
+                f"{type(model).__name__}: vLLM computes no step of it: {in_short(error)}"
+            ) from error
+        log.info("meswitch: layers looked at in %.1f s", time.monotonic() - started)
+        return dataclasses.replace(seen, unserved=[*unserved, *seen.unserved])
+
+    def _prove(self, model: nn.Module, dry: DryStep, seen: Seen) -> Target:
+        """Compare layers with merged ones, and give those that disagree back to vLLM."""
+        started = time.monotonic()
+        assert self.arena is not None
+        unserved = [*seen.unserved, *prove(model, self.arena, self.step, seen.calls)]
+        layers.uninstall(model, self.arena, {layer.name for layer in unserved}, replace_submodule)
+        if (reason := prove_step(dry, self.step, seen.logits)) is not None:
+            raise IncompatibleError(f"{type(model).__name__}: {reason}; serve it merged (`meswitch merge`)")
+        log.info("meswitch: %d layers proven in %.1f s", len(self.arena.layers), time.monotonic() - started)
+        for layer in unserved:
+            log.debug("meswitch: %s: %s: %s", layer.name, layer.kind, layer.reason)
+        return self._covered(seen.places, unserved)
+
+    def _covered(self, places: Sequence[Place], unserved: Sequence[Unserved]) -> Target:
+        """What experts are prepared for, if those that are known at start change nothing else."""
+        refused = {layer.name for layer in unserved}
+        left = [place for place in places if place.name not in refused]
+        target = Target(left, unserved, self.rename, self.settings, self._elsewhere)
+        for artifact in self._known:
+            check_covered(artifact, target)
+        return target
 
     def read(self, directory: Path) -> Prepared:
         """An artifact, checked and laid out in host memory."""
@@ -93,7 +154,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         if self.settings.check_base:
             self._served.check(artifact)
         assert self.arena is not None
-        prepared = prepare(artifact, self.arena, self.rename, self.settings, self._elsewhere)
+        prepared = prepare(artifact, self.arena, self.target)
         log.info("meswitch: %s read in %.1f s", directory.name, time.monotonic() - started)
         return prepared
 
@@ -190,6 +251,27 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
     """Loads a delta where the path holds one, else a LoRA adapter as vLLM does."""
 
     _manager_cls = DeltaModelManager
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
+        """As vLLM does, for models too that it has no LoRA layers for."""
+        if compat.supports_lora(model):
+            made: nn.Module = super().create_lora_manager(model, vllm_config)
+            return made
+        try:
+            self._adapter_manager = self._manager_cls(
+                model=model,
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                vocab_size=self.vocab_size,
+                lora_config=self.lora_config,
+                vllm_config=vllm_config,
+                device=self.device,
+            )
+        except AttributeError as error:  # a mixture of experts says there how they are stored
+            raise IncompatibleError(
+                f"{type(model).__name__}: vLLM takes no adapters for it ({error}); serve it merged (`meswitch merge`)"
+            ) from error
+        return model
 
     def prefetch(self, directory: Path) -> str:
         """Have an artifact read in the background; anything else is ready as it is."""

@@ -1,53 +1,88 @@
 """From an artifact on disk to a slot's layout in host memory."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from meswitch.artifact import Artifact, ReadAhead
-from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import write_by
 from meswitch.pagelock import page_locked
-from meswitch.vllm.arena import Arena, Layer, Prepared, Rename
-from meswitch.vllm.places import EMBEDDING, HEAD, NORM
+from meswitch.vllm.arena import Arena, Layer, Prepared, Rename, stored_names
+from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place, Source, Unserved
 from meswitch.vllm.settings import KEY, Settings
 from meswitch.vllm.shard import conform, join, on_device, take_columns, take_rows
+
+_SHOWN = 12  # layers that a refusal names
 
 
 class Reader:
     """One artifact's tensors by vLLM's names; remembers which were asked for.
 
     Args:
-        order: names in the order in which they will be.
+        artifact: what is read.
+        names: vLLM's name of a tensor -> the artifact's.
+        order: names in the order in which they will be asked for.
     """
 
-    def __init__(self, artifact: Artifact, rename: Rename, order: Iterable[str] = ()) -> None:
+    def __init__(self, artifact: Artifact, names: Mapping[str, str], order: Iterable[str] = ()) -> None:
         self.artifact = artifact
         self.used: set[str] = set()
-        self._names = {rename(name): name for name in artifact.manifest.tensors}
-        if artifact.manifest.expert.tied_head and rename(TIED_HEAD) not in self._names:
-            self._names[rename(TIED_HEAD)] = TIED_EMBEDDING
-        self.ahead = ReadAhead(artifact, [self._names[name] for name in order if name in self._names])
+        self._names = names
+        self.ahead = ReadAhead(artifact, [names[name] for name in order if name in names])
         self._last: tuple[str, PackedDelta | Tensor | None] = ("", None)
 
-    def get(self, name: str) -> PackedDelta | Tensor | None:
-        """A tensor's delta or own values, checksum compared; None where it is the base's."""
+    def matrix(self, place: Place, source: Source) -> PackedDelta | Tensor | None:
+        """A matrix's delta or own values, checksum compared; None where it is the base's."""
+        rows_vary = place.kind in (EMBEDDING, HEAD)  # an expert's vocabulary may be larger or smaller
+        return self._get(f"{source.module}.weight", place.stored_shape(source), rows_vary)
+
+    def vector(self, name: str, base: Tensor, part: slice, size: int) -> Tensor:
+        """A norm's weights, or a bias, as the expert has them.
+
+        Args:
+            name: of the tensor.
+            base: [part] the base's values.
+            part: this rank's elements.
+            size: of all ranks.
+
+        Returns:
+            [part] float32, on the host.
+        """
+        value, own = self._get(name, (size,)), base.detach().float().cpu().reshape(-1)
+        if isinstance(value, PackedDelta):  # norms of several heads are matrices in a checkpoint
+            return own + value.dequantize().float().cpu().reshape(-1)[part]
+        return own if value is None else value.float().reshape(-1)[part]
+
+    def skip(self, name: str) -> None:
+        """Say that another rank has this tensor."""
+        if name in self._names:
+            self.used.add(self._names[name])
+
+    def _get(self, name: str, shape: tuple[int, ...], rows_vary: bool = False) -> PackedDelta | Tensor | None:
         stored = self._names.get(name)
         if stored is None:
             return None
-        if self.artifact.manifest.tensors[stored].kind == "coded":
+        entry = self.artifact.manifest.tensors[stored]
+        where = f"{self.artifact.directory}: {stored}"
+        if entry.kind == "coded":
             raise IncompatibleError(
-                f"{self.artifact.directory}: {stored}: compressed by a baseline for comparison, which cannot be "
-                "served; compress with the default method"
+                f"{where}: compressed by a baseline for comparison, which cannot be served; compress with the default "
+                "method"
             )
-        if self.artifact.manifest.tensors[stored].kind == "lowrank":
+        if entry.kind == "lowrank":
             raise IncompatibleError(
-                f"{self.artifact.directory}: {stored}: a low-rank pair of an adapter; vLLM serves adapters itself: "
-                "give it the PEFT directory that this was made from"
+                f"{where}: a low-rank pair of an adapter; vLLM serves adapters itself: give it the PEFT directory that "
+                "this was made from"
             )
+        found = entry.matrix if entry.kind == "packed" else entry.shape  # of GPT-2 the one is the other, transposed
+        found = found if len(shape) > 1 else (math.prod(entry.shape),)
+        if found[rows_vary:] != shape[rows_vary:]:
+            raise IncompatibleError(f"{where}: shape: {list(entry.shape)}, vLLM's {name} takes {list(shape)}")
         self.used.add(stored)
         if self._last[0] != stored:  # vLLM's q, k and v may be one stored matrix
             value = self.ahead.read(stored)
@@ -56,30 +91,52 @@ class Reader:
 
     def unused(self) -> list[str]:
         """Tensors that the expert changes and nothing asked for."""
-        tensors = self.artifact.manifest.tensors
-        return sorted(name for name, entry in tensors.items() if entry.kind != "same" and name not in self.used)
+        return [name for name in _changed(self.artifact) if name not in self.used]
 
 
-def prepare(
-    artifact: Artifact, arena: Arena, rename: Rename, settings: Settings, elsewhere: tuple[str, ...] = ()
-) -> Prepared:
-    """Read an artifact and lay it out.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The model that experts are prepared for.
 
     Args:
+        places: the layers whose deltas are served.
+        unserved: those that no expert may change.
+        rename: from a checkpoint's name of a tensor to vLLM's.
+        settings: say what an expert may change without effect.
         elsewhere: names of modules that other pipeline ranks have.
+    """
+
+    places: Sequence[Place]
+    unserved: Sequence[Unserved]
+    rename: Rename
+    settings: Settings
+    elsewhere: tuple[str, ...] = ()
+
+    def leaves_out(self, stored: str) -> bool:
+        """Whether a tensor needs no place in this rank's slots."""
+        return self.rename(stored).startswith(self.elsewhere) or self.settings.allows(stored)
+
+
+def prepare(artifact: Artifact, arena: Arena, target: Target) -> Prepared:
+    """Read an artifact and lay it out.
 
     Raises:
         ArtifactError: damaged. ConfigError: it does not fit the slots. IncompatibleError: it changes a tensor that
             nothing here serves.
     """
-    reader = Reader(artifact, rename, _order(arena))
+    check_covered(artifact, target)
+    names = stored_names(artifact, target.rename, target.places)
+    asked = [name for place in target.places for name in place.tensors if place.biased or not name.endswith(".bias")]
+    reader = Reader(artifact, names, asked)
     with reader.ahead:
-        return _prepare(artifact, arena, reader, settings, elsewhere)
+        prepared = _prepare(artifact, arena, reader)
+    left = [name for name in reader.unused() if not target.leaves_out(name)]
+    if left:  # not reached: what is covered is asked for
+        raise IncompatibleError(f"{artifact.directory}: {', '.join(left)}: has no place in a slot")
+    return prepared
 
 
-def _prepare(
-    artifact: Artifact, arena: Arena, reader: Reader, settings: Settings, elsewhere: tuple[str, ...]
-) -> Prepared:
+def _prepare(artifact: Artifact, arena: Arena, reader: Reader) -> Prepared:
     vocabulary = artifact.manifest.expert.vocab_size
     if vocabulary > arena.base_vocabulary + max(0, arena.extra_rows):
         raise ConfigError(
@@ -94,15 +151,17 @@ def _prepare(
     for layer in arena.layers:
         place = layer.place
         if place.kind == NORM:
-            weight = reader.get(f"{place.name}.weight")
-            if isinstance(weight, Tensor):
-                _vector(vectors, layer, weight.float().view(-1))
+            _norm(vectors, layer, reader)
             continue
         if layer.vector is not None:
             _bias(vectors, layer, reader)
-        values = [reader.get(f"{source.module}.weight") for source in place.sources]
+        elif not place.biased:
+            for source in place.sources:
+                reader.skip(f"{source.module}.bias")
+        values = [reader.matrix(place, source) for source in place.sources]
         if place.kind in (EMBEDDING, HEAD):
-            _vocabulary(values[0], layer, own, extra)
+            if not _vocabulary(values[0], layer, own, extra):
+                raise ConfigError(_no_room(artifact, place.name))
             values = [value if isinstance(value, PackedDelta) else None for value in values]
         if layer.shape is None or any(isinstance(value, Tensor) for value in values):
             if any(value is not None for value in values):
@@ -128,46 +187,50 @@ def _prepare(
         except ConfigError as error:
             raise ConfigError(f"{_no_room(artifact, place.name)} ({error})") from None
         present[layer.index] = True
-    _refuse_uncovered(reader, settings, elsewhere)
     return Prepared(buffer, tuple(present), vectors, own, extra, vocabulary)
-
-
-def _order(arena: Arena) -> Iterator[str]:
-    """The names that `_prepare` asks for."""
-    for layer in arena.layers:
-        for source in layer.place.sources:
-            if layer.vector is not None and layer.place.kind != NORM:
-                yield f"{source.module}.bias"
-        for source in layer.place.sources:
-            yield f"{source.module}.weight"
 
 
 def _vocabulary(
     value: PackedDelta | Tensor | None, layer: Layer, own: dict[str, Tensor], extra: dict[str, Tensor]
-) -> None:
-    """What of an embedding or a head is kept whole."""
+) -> bool:
+    """Keep what of an embedding or a head is whole; False if the slots have no room for it."""
     source = layer.place.sources[0]
-    if isinstance(value, Tensor) and layer.own is not None:
+    more: Tensor | None = None
+    if isinstance(value, Tensor):
+        if layer.own is None:
+            return False
         own[layer.place.name] = value[source.first : source.last].to(layer.own.dtype)
-        more: Tensor | None = value[source.last :]
+        more = value[source.rows :]
     elif isinstance(value, PackedDelta):
         more = value.extra
-    else:
-        more = None
-    if layer.extra is not None and more is not None and len(more):
-        extra[layer.place.name] = more.to(layer.extra.dtype)
+    if more is None or not len(more):
+        return True
+    if layer.extra is None:
+        return False
+    extra[layer.place.name] = more.to(layer.extra.dtype)
+    return True
+
+
+def _norm(vectors: Tensor, layer: Layer, reader: Reader) -> None:
+    """A norm's weights, then its biases."""
+    (source,), parts = layer.place.sources, []
+    for leaf in ("weight", "bias"):
+        base = getattr(layer.place.module, leaf, None)
+        if base is not None:
+            part = slice(source.first, source.last)
+            parts.append(reader.vector(f"{source.module}.{leaf}", base, part, source.rows))
+    _vector(vectors, layer, torch.cat(parts))
 
 
 def _bias(vectors: Tensor, layer: Layer, reader: Reader) -> None:
     """How the bias of a layer changes; where it is the base's, by 0."""
-    base, at = layer.place.module.bias.detach().float().cpu(), 0
+    base, at = layer.place.bias.detach().float().cpu(), 0
     change = torch.zeros_like(base)
     for source in layer.place.sources:
-        count = source.last - source.first
-        value = reader.get(f"{source.module}.bias")
-        if isinstance(value, Tensor):
-            change[at : at + count] = value[source.first : source.last].float() - base[at : at + count]
-        at += count
+        mine = slice(at, at + source.last - source.first)
+        part = slice(source.first, source.last)
+        change[mine] = reader.vector(f"{source.module}.bias", base[mine], part, source.rows) - base[mine]
+        at = mine.stop
     _vector(vectors, layer, change)
 
 
@@ -183,13 +246,53 @@ def _no_room(artifact: Artifact, module: str) -> str:
     )
 
 
-def _refuse_uncovered(reader: Reader, settings: Settings, elsewhere: tuple[str, ...]) -> None:
-    left = [name for name in reader.unused() if not name.startswith(elsewhere)] if elsewhere else reader.unused()
-    refused = [name for name in left if not settings.allows(name)]
-    if refused:
-        shown = ", ".join(refused[:8]) + (f" and {len(refused) - 8} more" if len(refused) > 8 else "")
-        raise IncompatibleError(
-            f"{reader.artifact.directory}: changes tensors that cannot be switched in this model: {shown}; merge this "
-            f"expert (`meswitch merge`) and serve it alone, or list them in additional_config.{KEY}.allow_uncovered "
-            "to serve it without them"
-        )
+def check_covered(artifact: Artifact, target: Target) -> None:
+    """Refuse an expert that changes a tensor which has no place in a slot; nothing is read for it.
+
+    Raises:
+        IncompatibleError: naming each such layer, its class and the reason, in one line for layers that are alike.
+    """
+    names = stored_names(artifact, target.rename, target.places)
+    asked = {name for place in target.places for name in place.tensors}
+    covered = {stored for name, stored in names.items() if name in asked}
+    left = [name for name in _changed(artifact) if name not in covered and not target.leaves_out(name)]
+    if not left:
+        return
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for name in left:
+        module, kind, reason = _why(target.rename(name), target)
+        modules = by_reason.setdefault((kind, reason), [])
+        if module not in modules:
+            modules.append(module)
+    lines = []
+    for (kind, reason), modules in by_reason.items():
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        lines.append(f"{modules[0]}{more}: {kind}: {reason}" if kind else f"{modules[0]}{more}: {reason}")
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more"]
+    raise IncompatibleError(
+        f"{artifact.directory}: changes layers that cannot be switched in this model; merge this expert (`meswitch "
+        f"merge`) and serve it alone, or list their tensors in additional_config.{KEY}.allow_uncovered to serve it "
+        "without them: " + "; ".join(lines)
+    )
+
+
+def _changed(artifact: Artifact) -> Iterator[str]:
+    tensors = artifact.manifest.tensors
+    return (name for name in sorted(tensors) if tensors[name].kind != "same")
+
+
+def _why(name: str, target: Target) -> tuple[str, str, str]:
+    """The module that a tensor belongs to, its class, and why it is not served."""
+    owners = [layer for layer in target.unserved if layer.holds(name)]
+    if not owners:  # a mixture's experts are one module inside the one that the checkpoint names
+        around = name[: name.rfind("experts.") + len("experts.")] if "experts." in name else name
+        owners = [layer for layer in target.unserved if layer.name.startswith(around)]
+    if owners:
+        owner = max(owners, key=lambda layer: len(layer.name))
+        return owner.name, owner.kind, owner.reason
+    module, _, leaf = name.rpartition(".")
+    place = next((place for place in target.places if any(source.module == module for source in place.sources)), None)
+    if place is not None:
+        return place.name, type(place.module).__name__, f"takes no {leaf} of an expert"
+    return name, "", "vLLM's model has no layer of this name"

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from meswitch.artifact import Artifact
@@ -65,17 +64,15 @@ class Settings:
     def allows(self, tensor: str) -> bool:
         return any(fnmatchcase(tensor, pattern) for pattern in self.allow_uncovered)
 
-    def models(self, base: str) -> list[Artifact]:
-        """What the slots must hold: the experts, or one with all tensors changed, as it would be compressed.
+    def model(self, base: str) -> Artifact:
+        """What the slots must hold where no expert is known: one with all tensors changed, as it would be compressed.
 
         Args:
             base: the base's directory or hub id.
         """
-        if self.experts:
-            return [Artifact.open(Path(path)) for path in self.experts]
         from meswitch.compression.options import Options
         from meswitch.compression.plan import outline, predict
 
         shape = outline(base, unquantised=True)
         group = self.group_size or None
-        return [predict(shape, shape, Options(bits=self.bits, group_size=group, salient=self.salient))]
+        return predict(shape, shape, Options(bits=self.bits, group_size=group, salient=self.salient))

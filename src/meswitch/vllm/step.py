@@ -121,6 +121,11 @@ class Step:
         return self.sides[HEAD]
 
 
+def is_idle(step: Step, x: Tensor) -> bool:
+    """No request of the step has an expert. Only asked where neither a trace nor a graph would keep the answer."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not (step.tokens.active or step.head.active)
+
+
 def _copy(target: Tensor, source: Tensor) -> None:
     if target.device.type == "cuda":
         source = source.pin_memory()

@@ -29,7 +29,8 @@ class DeltaWorker(compat.worker_class()):  # type: ignore[misc]
         from meswitch.vllm.manager import DeltaWorkerManager
 
         runner = self.model_runner
-        runner.lora_manager = DeltaWorkerManager(vllm_config, device, model.embedding_modules)
+        embeddings = getattr(model, "embedding_modules", {})  # a model without LoRA has none
+        runner.lora_manager = DeltaWorkerManager(vllm_config, device, embeddings)
         loaded: nn.Module = runner.lora_manager.create_lora_manager(model, vllm_config)
         return loaded
 
