@@ -4,12 +4,13 @@ from typing import Any
 
 
 def support(config: Any) -> dict[str, Any]:
-    """For JSON: the model type, the class that is served, and how the embedded engine serves it.
+    """For JSON: the model type, the class that is served, how the embedded engine serves it, and why vLLM does not.
 
     `runner` is `batch`, `turns` or None; None with `tried` false is a model type that nobody tried: what runs it is
     proven when an engine opens. `reason` says why it is not the batch.
     """
-    from meswitch.architecture import model_class, served_how
+    from meswitch.architecture import architecture_of, model_class, served_how
+    from meswitch.vllm.support import vllm_support
 
     known = served_how(config.model_type)
     runner, reason = known or (None, None)
@@ -17,6 +18,7 @@ def support(config: Any) -> dict[str, Any]:
         "model_type": config.model_type,
         "class": model_class(config, text_only=True).__name__,
         "embedded_engine": {"tried": known is not None, "runner": runner, "reason": reason},
+        "vllm": vllm_support(architecture_of(config)),  # reasons why not, none if it is served
     }
 
 
@@ -33,3 +35,8 @@ def served(found: dict[str, Any]) -> str:
     else:
         how = f"no: {reason}"
     return f"{found['class']}: {how}"
+
+
+def served_in_vllm(found: dict[str, Any]) -> str:
+    """Whether vLLM with meswitch serves an expert that changes every tensor; all reasons if not."""
+    return "\n".join(f"no: {reason}" for reason in found["vllm"]) or "yes"
