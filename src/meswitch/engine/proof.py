@@ -120,7 +120,12 @@ def run(batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[i
 
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
     for number, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
-        batch.submit(f"{name}-{number}", prompt, slot, params, [], listen(number))
+        try:
+            batch.submit(f"{name}-{number}", prompt, slot, params, [], listen(number))
+        except MeswitchError:  # the requests before it have stopped the loop
+            if batch.failure is None:
+                raise
+            raise MeswitchError(batch.failure.partition("\n")[0]) from None
     if not done.wait(_PATIENCE):
         raise MeswitchError(f"no answer within {_PATIENCE} s")
     if errors:
