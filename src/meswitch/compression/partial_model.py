@@ -89,6 +89,8 @@ class PartialModel:
         }
         for path, module in self._frame.items():
             module.register_forward_pre_hook(self._loading(path))
+        # outside the blocks some models read a table's rows without calling it
+        self._loads_early = False
 
     def _decoder_blocks(self) -> tuple[str, nn.ModuleList]:
         """The largest list of modules in what reads text."""
@@ -122,6 +124,13 @@ class PartialModel:
     def block(self, index: int) -> nn.Module:
         """A new copy of a block, with the checkpoint's weights."""
         return self.weights.load(self.name(index), copy.deepcopy(self._blocks[index]))
+
+    def _load_early(self) -> None:
+        """Load what is outside the blocks, of the language model, if some of it is read without being called."""
+        inside = {id(module) for module in self.model.get_decoder().modules()}
+        for path, module in self._frame.items():
+            if self._loads_early and id(module) in inside:
+                self.weights.load(path, inside=False)
 
     def drop_frame(self) -> None:
         """Forget the weights outside the blocks; they are loaded again when they are used."""
@@ -195,6 +204,7 @@ class PartialModel:
         # each token is a sequence of its own: what follows the blocks does not mix tokens
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.device)
         given = self.passed_on(hidden[:, None])
+        self._load_early()
         with self._stubbed(lambda *_: given), self._without_embedding():
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[:, 0].float()
@@ -208,9 +218,14 @@ class PartialModel:
             first.append(call)
             raise _HeadReached
 
+        ids = torch.zeros(1, _FEW, dtype=torch.int64, device=self.device)
         with torch.no_grad(), self._explained():
             with self._stubbed(stub), self._without_embedding():
-                self._run(torch.zeros(1, _FEW, dtype=torch.int64, device=self.device))
+                try:
+                    self._run(ids)
+                except (RuntimeError, NotImplementedError):
+                    self._loads_early = True
+                    self._run(ids)
             if not first:
                 raise self.refusal(f"text does not pass through {self.prefix}")
             ((index, args, keywords),) = first
@@ -227,6 +242,7 @@ class PartialModel:
                 seen.append(inputs)
             raise _HeadReached
 
+        self._load_early()
         with contextlib.suppress(_HeadReached), _instead(self.model.get_output_embeddings(), head):
             self.model(input_ids=ids, use_cache=False)
 
