@@ -141,6 +141,10 @@ class ChatTokenizer:
         """Without special tokens."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def is_visible(self, token: int) -> bool:
+        """Whether a token is part of a text: no special token, and no row of a padded vocabulary."""
+        return token not in self.hidden and self.tokenizer.convert_ids_to_tokens(token) is not None
+
     def _ids(self, text: str, *, special: bool) -> list[int]:
         try:
             return list(self.tokenizer(text, add_special_tokens=special).input_ids)

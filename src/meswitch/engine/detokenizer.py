@@ -41,7 +41,7 @@ class Detokenizer:
     def feed(self, tokens: Iterable[int], *, last: bool = False) -> str:
         """New tokens -> new text. last: nothing waits any longer."""
         for token in tokens:
-            if token not in self._tokenizer.hidden:
+            if self._tokenizer.is_visible(token):
                 self._ids.append(token)
             elif token in self._marks:
                 self._waiting.append((len(self._ids), self._marks[token]))
@@ -74,7 +74,7 @@ class Detokenizer:
         visible: list[int] = []
         wanted = _CONTEXT
         for token in reversed(prompt):
-            if token in self._tokenizer.hidden:
+            if not self._tokenizer.is_visible(token):
                 continue
             visible.append(token)
             if len(visible) >= wanted:
