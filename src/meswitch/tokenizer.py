@@ -12,7 +12,7 @@ from typing import Any
 
 from meswitch.configuration import read_config
 from meswitch.errors import ConfigError
-from meswitch.jsonfile import read_json
+from meswitch.jsonfile import disguise, read_json
 from meswitch.textfile import json_kind
 
 Message = Mapping[str, Any]
@@ -42,6 +42,7 @@ class ChatTokenizer:
         tokenizer: transformers' tokenizer.
         vocab_size: token ids are smaller.
         max_length: tokens of a prompt and its answer together.
+        stops: texts that end an answer and are not part of it: the generation config's `stop_strings`.
         ends: token ids that end an answer, in ascending order: all that the generation config, the model config, the
             tokenizer and the chat template name.
         hidden: id -> text of the special tokens that are no part of a text.
@@ -49,7 +50,9 @@ class ChatTokenizer:
         cleans_spaces: whether decoding takes spaces before punctuation out.
     """
 
-    def __init__(self, name: str, directory: Path, tokenizer: Any, config: Any, stated_ends: list[int]) -> None:
+    def __init__(
+        self, name: str, directory: Path, tokenizer: Any, config: Any, stated: tuple[list[int], list[str]]
+    ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         config = config.get_text_config()
@@ -59,8 +62,9 @@ class ChatTokenizer:
         self.byte_tokens = _byte_tokens(tokenizer)
         self.cleans_spaces = _cleans_spaces(tokenizer)
         self._in_parts = False  # whether the template wants content as a list of parts
-        if tokenizer.chat_template:
+        if tokenizer.chat_template or (directory / "chat_template.jinja").is_file():
             self._check_template(_template_file(directory))
+        stated_ends, self.stops = stated
         ends = {*stated_ends, tokenizer.eos_token_id, self._end_of_turn()}
         self.ends = sorted(i for i in ends if i is not None and 0 <= i < self.vocab_size)
 
@@ -74,9 +78,9 @@ class ChatTokenizer:
         """
         if not has_tokenizer(directory):
             raise ConfigError(f"{directory}: {name!r} has {_NONE}")
-        stated_ends = _stated_ends(directory)
+        stated = _stated_ends(directory)
         config = read_config(directory)
-        return cls(name, directory, load_tokenizer(directory, config), config.get_text_config(), stated_ends)
+        return cls(name, directory, load_tokenizer(directory, config), config.get_text_config(), stated)
 
     @property
     def has_template(self) -> bool:
@@ -165,6 +169,10 @@ class ChatTokenizer:
         """
         from jinja2 import TemplateSyntaxError
 
+        if file.suffix == ".jinja" and (found := disguise(file)) is not None:
+            raise ConfigError(f"{file}: {found}")
+        if str(self.tokenizer.chat_template).startswith("\ufeff"):
+            raise ConfigError(f"{file}: the chat template begins with a byte order mark; save it without one")
         turn = {"role": "user", "content": _QUESTION}
         reason = "it leaves the user's text out"
         for turns in ([turn], [{"role": "system", "content": "Be kind."}, turn]):
@@ -301,13 +309,14 @@ def _cleans_spaces(tokenizer: Any) -> bool:
     return backend is None or forced or type(backend.model).__name__ != "BPE"
 
 
-def _stated_ends(directory: Path) -> list[int]:
-    """The end tokens that the configuration files name. What a file does not say is no default of a class.
+def _stated_ends(directory: Path) -> tuple[list[int], list[str]]:
+    """The end tokens and stop texts that the configuration files name. What no file says is no default of a class.
 
     Raises:
         ConfigError: a file is damaged, or names something else than tokens.
     """
     found: list[int] = []
+    stops: list[str] = []
     for file in (directory / "generation_config.json", directory / "config.json"):
         stated = read_json(file, ConfigError) if file.is_file() else {}
         text = stated.get("text_config")
@@ -317,7 +326,12 @@ def _stated_ends(directory: Path) -> list[int]:
             if any(type(i) is not int for i in ids):
                 raise ConfigError(f"{file}: eos_token_id: expected a token id or a list of them, found {value!r:.80}")
             found += ids
-    return found
+        value = stated.get("stop_strings")
+        texts = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ConfigError(f"{file}: stop_strings: expected a text or a list of them, found {value!r:.80}")
+        stops += texts
+    return found, stops
 
 
 def _processor_template(directory: Path) -> Any:

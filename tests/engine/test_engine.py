@@ -242,3 +242,17 @@ def test_chunks_count_every_token_also_those_whose_text_is_held_back(engine):
     chunks = list(engine.stream(QUESTION, model="math", max_new_tokens=40, stop=("24/6=4.####", "nowhere")))
     (whole,) = engine.generate([QUESTION], model="math", max_new_tokens=40)
     assert sum(chunk.tokens for chunk in chunks) == len(whole.tokens)
+
+
+def test_stop_texts_of_an_expert_s_own_generation_config_end_its_answers(family, deltas, tmp_path):
+    import json
+    import shutil
+
+    expert = shutil.copytree(family / "math", tmp_path / "math")
+    config = json.loads((expert / "generation_config.json").read_text())
+    (expert / "generation_config.json").write_text(json.dumps(config | {"stop_strings": "####"}))
+    meswitch.compress(family / "base", expert, tmp_path / "delta")
+    with Engine(family / "base", {"math": deltas["math"], "short": tmp_path / "delta"}, device="cpu") as engine:
+        whole, short = engine.generate([QUESTION] * 2, model=["math", "short"])
+        assert short.text == whole.text.partition("####")[0]
+        assert short.finish_reason == "stop"

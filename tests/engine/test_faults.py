@@ -101,11 +101,11 @@ def test_no_temperature_is_too_small(temperature, scale):
     assert Sampler(SamplingParams(temperature=temperature, seed=1)).choose(logits) == int(logits.argmax())
 
 
-@pytest.mark.parametrize("options", [{"top_p": 1e-300}, {"top_p": 5e-324}, {"top_k": 1}, {"top_k": 2**62}])
+@pytest.mark.parametrize("options", [{"top_p": 1e-300}, {"top_p": 5e-324}, {"top_k": 1}, {"top_k": 2**70}])
 def test_no_share_of_tokens_is_too_small_or_too_large(options):
     logits = torch.tensor([0.0, 3.0, -torch.inf, 1.0])
     chosen = {Sampler(SamplingParams(temperature=1.0, seed=seed, **options)).choose(logits) for seed in range(30)}
-    assert chosen == ({0, 1, 3} if options["top_k" if "top_k" in options else "top_p"] == 2**62 else {1})
+    assert chosen == ({0, 1, 3} if options["top_k" if "top_k" in options else "top_p"] >= 2**62 else {1})
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ class Request:
     _done: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._stops, marks = _marked(self.params.stop, self.tokenizer.hidden)
+        stops = (*self.params.stop, *self.tokenizer.stops)
+        self._stops, marks = _marked(stops, self.tokenizer.hidden)
         self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
 
     def feed(self, tokens: Sequence[int], finished: bool) -> bool:

@@ -87,7 +87,7 @@ class Sampler:
         ranked = ((logits[order].double() - logits[order[0]].double()) / params.temperature).softmax(0)
         keep = torch.ones_like(ranked, dtype=torch.bool)
         if params.top_k:
-            keep[params.top_k :] = False
+            keep[min(params.top_k, len(keep)) :] = False
         keep &= ranked.cumsum(0) - ranked < params.top_p  # the token that crosses top_p stays
         return int(order[torch.multinomial(ranked * keep, 1, generator=self._generator)])
 
