@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from test_vllm_architectures import SERVED
 from transformers import AutoConfig
 
-from meswitch.architecture import architecture_of
-from meswitch.vllm.support import MIXTURE, ORDERED, ROUTES, TABLE, TURNED, vllm_support
+from meswitch.architecture import architecture_of, model_class
+from meswitch.vllm.support import MIXTURE, ORDERED, ROUTES, TABLE, TRIED, TURNED, vllm_support
 from models import TINY
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32}
@@ -43,6 +44,11 @@ def test_an_architecture_that_nobody_tried_is_said_to_be_so():
     assert support("helium") == [
         "HeliumForCausalLM: not tried in vLLM; its engine proves every layer when it opens, and refuses by name"
     ]
+
+
+def test_what_is_said_to_be_tried_is_what_the_tests_try():
+    model_types = {model_type for model_type, _ in SERVED.values()} | {"llama", "mistral", "qwen2", "qwen3"}
+    assert {model_class(AutoConfig.for_model(name)).__name__ for name in model_types} == TRIED
 
 
 def test_it_needs_no_vllm():
