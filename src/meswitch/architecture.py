@@ -7,6 +7,7 @@ one and computed as a stack).
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -498,12 +499,24 @@ def _facts() -> dict[str, Any]:
     return facts
 
 
-def served_how(model_type: str) -> tuple[str | None, str | None] | None:
-    """How the embedded engine serves a model type, as it was tried with small models of each.
+@dataclass(frozen=True)
+class Tried:
+    """What came of trying everything with small models of a model type.
 
-    Returns:
-        the runner, `batch` or `turns` or None, and why it is not the batch; None for a model type that was not tried:
-        what runs it is then proven when an engine opens.
+    Args:
+        compressed: whether fine-tunes of it are compressed, verified, merged and loaded.
+        calibrated: whether compression can be calibrated. uncalibrated: why not.
+        runner: how the embedded engine serves it, `batch` or `turns`; None if not at all. reason: why not the batch.
     """
+
+    compressed: bool
+    calibrated: bool
+    uncalibrated: str | None
+    runner: str | None
+    reason: str | None
+
+
+def tried(model_type: str) -> Tried | None:
+    """What is known of a model type; None if it was not tried: it is then proven when it is compressed and served."""
     fact = _facts()["model_types"].get(model_type)
-    return None if fact is None else (fact["runner"], fact["reason"])
+    return fact and Tried(**{field.name: fact[field.name] for field in dataclasses.fields(Tried)})

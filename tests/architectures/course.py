@@ -1,6 +1,7 @@
 """What a user does with a pair of checkpoints, from `compress` to answers, and where it ends for an architecture."""
 
 import copy
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from architectures import tiny
 from meswitch.architecture import architecture_of, model_class
 from meswitch.artifact import Artifact
 from meswitch.compression.merge import merge
-from meswitch.errors import MeswitchError
+from meswitch.errors import IncompatibleError, MeswitchError
 
 PROMPTS = ([5, 77, 1200, 300, 9, 41], [17, 401, 8], [99, 1033, 54, 720, 6, 7, 8, 1900, 12])
+TEXT = ("What is seven times eight? It is 56.", "select name from city where state = 'ohio'", "Say hello. Hello!")
+UNCALIBRATED = "cannot be run block by block: "  # how a model that cannot be calibrated is refused
 NEW_TOKENS = 6
 TIE = 1e-3  # logits that are nearer than this to each other may change places
 
@@ -26,6 +29,7 @@ class Outcome:
 
     Args:
         compressed: whether both experts were compressed, verified and merged, and their merged models load.
+        calibrated: whether the second of them was compressed with calibration. uncalibrated: why not.
         distance: of the logits of the merged model from the full fine-tune's, relative to what fine-tuning changed.
         kind: class of transformers that is served.
         runner: `batch` or `turns`; None if it is not served.
@@ -36,6 +40,8 @@ class Outcome:
 
     kind: str = ""
     compressed: bool = False
+    calibrated: bool = False
+    uncalibrated: str | None = None
     distance: float = 0.0
     runner: str | None = None
     reasons: list[str] = field(default_factory=list)
@@ -46,7 +52,14 @@ class Outcome:
     def facts(self) -> dict[str, Any]:
         """What is known of the model type then."""
         reason = self.error if self.runner is None else "; ".join(self.reasons) or None
-        return {"class": self.kind, "compressed": self.compressed, "runner": self.runner, "reason": reason}
+        return {
+            "class": self.kind,
+            "compressed": self.compressed,
+            "calibrated": self.calibrated,
+            "uncalibrated": self.uncalibrated,
+            "runner": self.runner,
+            "reason": reason,
+        }
 
 
 def follow(model_type: str, root: Path, tokenizer: Path, **fields: Any) -> Outcome:
@@ -62,7 +75,7 @@ def follow(model_type: str, root: Path, tokenizer: Path, **fields: Any) -> Outco
     return outcome
 
 
-def _load(directory: Path) -> Any:
+def load(directory: Path) -> Any:
     """A checkpoint's language model, by transformers alone."""
     found = architecture_of(AutoConfig.from_pretrained(directory), text_only=True)
     attention = "sdpa" if found.model_class._supports_sdpa else "eager"
@@ -79,17 +92,34 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def _compress(outcome: Outcome, root: Path, base: Path) -> None:
-    plain = _logits(_load(base))
+    plain = _logits(load(base))
     for seed, name in enumerate(("a", "b"), start=1):
         full = tiny.tune(base, root / name, seed)
-        meswitch.compress(base, full, root / f"delta-{name}", bits=4)
+        if name == "a":
+            meswitch.compress(base, full, root / "delta-a", bits=4)
+        else:
+            _calibrate(outcome, root, base, full)
         Artifact.open(root / f"delta-{name}").verify()
         merge(base, root / f"delta-{name}", root / f"merged-{name}")
-        wanted = _logits(_load(full))
-        found = _logits(_load(root / f"merged-{name}"))
+        wanted = _logits(load(full))
+        found = _logits(load(root / f"merged-{name}"))
         distance = float((found - wanted).norm() / (wanted - plain).norm())
         outcome.distance = max(outcome.distance, distance)
     outcome.compressed = True
+
+
+def _calibrate(outcome: Outcome, root: Path, base: Path, full: Path) -> None:
+    """Compress the second expert, calibrated if it can be."""
+    text = root / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": line}) for line in TEXT))
+    try:
+        meswitch.compress(base, full, root / "delta-b", bits=4, calibration=text, distill=0)
+        outcome.calibrated = True
+    except IncompatibleError as error:
+        outcome.uncalibrated = str(error).partition(UNCALIBRATED)[2].partition(";")[0]
+        if not outcome.uncalibrated:
+            raise
+        meswitch.compress(base, full, root / "delta-b", bits=4)
 
 
 def _serve(outcome: Outcome, root: Path, base: Path) -> None:
@@ -102,7 +132,7 @@ def _serve(outcome: Outcome, root: Path, base: Path) -> None:
         for tokenizer in engine.tokenizers.values():
             tokenizer.ends = []
         answers = engine.generate(prompts, model=names, max_new_tokens=NEW_TOKENS)
-    models = {"base": _load(base)} | {name: _load(root / f"merged-{name}") for name in experts}
+    models = {"base": load(base)} | {name: load(root / f"merged-{name}") for name in experts}
     for name, prompt, answer in zip(names, prompts, answers, strict=True):
         fault = _differs(models[name], prompt, list(answer.tokens))
         if fault is None:

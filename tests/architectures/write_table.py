@@ -30,15 +30,18 @@ def facts_of(model_type: str) -> dict[str, object]:
 
 def table(facts: dict[str, dict[str, object]]) -> str:
     lines = [
-        "| model type | class | compressed, merged | served | why not in one batch |",
-        "| --- | --- | --- | --- | --- |",
+        "| model type | class | compressed, merged | calibrated | served | why not |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     shown = {"batch": "one batch", "turns": "by turns", None: "no"}
     for model_type, fact in sorted(facts.items()):
         made = "yes" if fact["compressed"] else "no"
-        why = str(fact["reason"] or "").replace("|", "\\|").replace("\n", " ")
+        calibrated = "yes" if fact["calibrated"] else "no"
+        reasons = [f"calibrated: {fact['uncalibrated']}"] if fact["uncalibrated"] else []
+        reasons += [str(fact["reason"])] if fact["reason"] else []
+        why = "; ".join(reasons).replace("|", "\\|").replace("\n", " ")
         runner = fact["runner"]
-        lines.append(f"| {model_type} | {fact['class']} | {made} | {shown[runner]} | {why} |")  # type: ignore[index]
+        lines.append(f"| {model_type} | {fact['class']} | {made} | {calibrated} | {shown[runner]} | {why} |")  # type: ignore[index]
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import meswitch
 from architectures import tiny
-from architectures.course import _load as load
+from architectures.course import load
 from meswitch.architecture import HEAD, LINEAR, STACKS, TRANSPOSED, matrix_shape
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.support import served, served_in_vllm, support
+from meswitch.cli.support import statements, support
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def diff(
     if as_json:
         console.print_json(to_json(found) | {"architecture": architecture})
     else:
-        _show(found, {"served here": served(architecture), "served in vLLM": served_in_vllm(architecture)})
+        _show(found, statements(architecture))
 
 
 def to_json(found: "Diff") -> dict[str, Any]:
@@ -88,7 +88,7 @@ def to_json(found: "Diff") -> dict[str, Any]:
     }
 
 
-def _show(found: "Diff", how_served: dict[str, str]) -> None:
+def _show(found: "Diff", architecture: dict[str, str]) -> None:
     types = console.table(
         f"{found.expert} against {found.base}",
         "layer type", "weights", "change", "equal", "largest", "excess kurtosis",
@@ -99,7 +99,7 @@ def _show(found: "Diff", how_served: dict[str, str]) -> None:
     console.show(
         types,
         *([_layers(found)] if found.by_layer() else []),
-        console.pairs("", _facts(found) | how_served),
+        console.pairs("", _facts(found) | architecture),
     )
 
 

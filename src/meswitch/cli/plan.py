@@ -9,7 +9,7 @@ import typer
 from meswitch.cli import console
 from meswitch.cli.inspect import LORA, layer_table, lora_parameters
 from meswitch.cli.options import takes
-from meswitch.cli.support import served, served_in_vllm, support
+from meswitch.cli.support import statements, support
 from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError
 from meswitch.units import format_bytes, parse_bytes
@@ -184,9 +184,8 @@ def _show(found: dict[str, Any]) -> None:
                 f"{expert['dtype']}, vocabulary {expert['vocab_size']}",
                 "compressed": f"{format_bytes(found['bytes']['tensors'])} of tensors, {found['ratio']:.2f}x smaller, "
                 f"{found['bits_per_weight']:.3f} bits a weight",
-                "served here": served(found["architecture"]),
-                "served in vLLM": served_in_vllm(found["architecture"]),
-            },
+            }
+            | statements(found["architecture"]),
         ),
         _content_table(found),
         layer_table(found["bytes"]),

@@ -1,42 +1,46 @@
 """What can be done with a base of some architecture, said before any work: `plan` and `diff` show it."""
 
+import dataclasses
 from typing import Any
 
 
 def support(config: Any) -> dict[str, Any]:
-    """For JSON: the model type, the class that is served, how the embedded engine serves it, and why vLLM does not.
+    """For JSON: the model type, the class that is served, what was tried with it, and why vLLM does not serve it.
 
-    `runner` is `batch`, `turns` or None; None with `tried` false is a model type that nobody tried: what runs it is
-    proven when an engine opens. `reason` says why it is not the batch.
+    `tried` is None for a model type that nobody tried: whether it can be calibrated is found out when compression
+    starts, and what serves it is proven when an engine opens. See `meswitch.architecture.Tried` for its fields.
     """
-    from meswitch.architecture import architecture_of, model_class, served_how
+    from meswitch.architecture import architecture_of, model_class, tried
     from meswitch.vllm.support import vllm_support
 
-    known = served_how(config.model_type)
-    runner, reason = known or (None, None)
+    known = tried(config.model_type)
     return {
         "model_type": config.model_type,
         "class": model_class(config, text_only=True).__name__,
-        "embedded_engine": {"tried": known is not None, "runner": runner, "reason": reason},
+        "tried": known and dataclasses.asdict(known),
         "vllm": vllm_support(architecture_of(config)),  # reasons why not, none if it is served
     }
 
 
-def served(found: dict[str, Any]) -> str:
-    """How the embedded engine serves it, in one line."""
-    engine = found["embedded_engine"]
-    reason = engine["reason"]
-    if not engine["tried"]:
-        how = "not tried with this model type; proven when an engine opens, which names what it refuses"
-    elif engine["runner"] == "batch":
-        how = "all experts in one running batch"
-    elif engine["runner"] == "turns":
-        how = f"experts by turns, slower: {reason}"
-    else:
-        how = f"no: {reason}"
-    return f"{found['class']}: {how}"
-
-
-def served_in_vllm(found: dict[str, Any]) -> str:
-    """Whether vLLM with meswitch serves an expert that changes every tensor; all reasons if not."""
-    return "\n".join(f"no: {reason}" for reason in found["vllm"]) or "yes"
+def statements(found: dict[str, Any]) -> dict[str, str]:
+    """What `support` found, as lines to read; all reasons for each no."""
+    known, name = found["tried"], found["class"]
+    in_vllm = "\n".join(f"no: {reason}" for reason in found["vllm"]) or "yes"
+    if known is None:
+        return {
+            "compresses": f"{name}: not tried with this model type; what cannot be compressed or calibrated is refused "
+            "before any work",
+            "served here": "not tried with this model type; proven when an engine opens, which names what it refuses",
+            "served in vLLM": in_vllm,
+        }
+    ways = {
+        "batch": "all experts in one running batch",
+        "turns": f"experts by turns, slower: {known['reason']}",
+        None: f"no: {known['reason']}",
+    }
+    return {
+        "compresses": f"{name}: " + ("yes" if known["compressed"] else f"no: {known['reason']}"),
+        "calibrates": "yes" if known["calibrated"] else f"no: {known['uncalibrated']}",
+        "served here": ways[known["runner"]],
+        "served in vLLM": in_vllm,
+    }
