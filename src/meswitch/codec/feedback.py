@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meswitch.cpu import rough_product
+
 COLUMNS = 128
 _PANEL = 8  # columns that are corrected one by one; those after them by one product for all
 _TINY = torch.finfo(torch.float32).tiny
@@ -118,7 +120,7 @@ def _target(errors: Tensor, share: Tensor, some: slice) -> Tensor:
     """What columns are to be rounded to: their delta, and what those before them have left."""
     if not some.start:
         return errors[some].clone()
-    return torch.addmm(errors[some], share[: some.start, some].T, errors[: some.start])
+    return errors[some] + rough_product(share[: some.start, some].T, errors[: some.start])
 
 
 def round_columns(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meswitch.codec.quantize import SCALE_DTYPE, group_count, levels
+from meswitch.cpu import rough_product
 
 _BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}  # numbers in the largest temporary
 _RIDGE = 1e-6
@@ -48,14 +49,13 @@ def _refit(
     outer, inner = metric[:, salient], metric[salient][:, salient]
     normal = delta.new_empty(rows, groups + k, groups + k)  # B^T H B
     normal[:, groups:, groups:] = inner
+    right = delta.new_empty(rows, groups + k)  # B^T H d
+    right[:, groups:] = of_salient = delta @ outer
     for i, span in enumerate(spans):
-        # symmetric: a group with itself and with those before it
-        moved = (units[:, span] @ metric[span, : span.stop]).mul_(units[:, : span.stop])
-        normal[:, i, : i + 1] = normal[:, : i + 1, i] = _sums(moved, size)
+        moved = rough_product(units[:, span], metric[span])
+        right[:, i] = torch.linalg.vecdot(moved, delta)
+        normal[:, i, :groups] = _sums(moved.mul_(units), size)
         normal[:, i, groups:] = normal[:, groups:, i] = units[:, span] @ outer[span]
-    target = delta @ metric
-    of_salient = target[:, salient]
-    right = torch.cat([_sums(target.mul_(units), size), of_salient], 1)
     crossed = normal[:, :groups, groups:].clone()  # what a group moves in the salient channels
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny

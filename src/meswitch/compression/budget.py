@@ -144,7 +144,7 @@ def measured(
     Args:
         errors: name -> error of its output when it is rounded to 2 bits.
     """
-    dtype = compute_dtype(device)
+    dtype = compute_dtype(device, expert.parameters)
     model = frozen(expert, device, dtype)
     rules, roles = expert.load_plan.by_source, roles_of(expert)
     together: dict[tuple[str, ...], list[str]] = {}
@@ -307,7 +307,7 @@ def specs_within(
 def _input_energies(expert: Checkpoint, moments: list[list[int]], device: torch.device) -> Mapping[str, Tensor]:
     """Mean square of every linear layer's inputs: tensor name -> [in_features] float32."""
     energies: dict[str, Tensor] = {}
-    for _, seen in Walk(expert, moments, device, compute_dtype(device), pairs=False).steps():
+    for _, seen in Walk(expert, moments, device, compute_dtype(device, expert.parameters), pairs=False).steps():
         for name, inputs in seen.items():
             different = {id(own): own for _, own in inputs}.values()
             if tokens := sum(own.tokens for own in different):

@@ -34,10 +34,10 @@ from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
 from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
+from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
 from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, tensor_bytes
-from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
@@ -86,7 +86,7 @@ class Converter:
         self._tell("the first tensors")
         with self.writer, self._reader, self._writing:
             if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
-                walk = Walk(self.expert, self.moments, self.device, compute_dtype(self.device))
+                walk = Walk(self.expert, self.moments, self.device, compute_dtype(self.device, self.expert.parameters))
                 self._expect(walk.order)
                 for names, seen in walk.steps(self.done):
                     for name in names:

@@ -18,6 +18,7 @@ from meswitch.architecture import HEAD
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.placement import Place, places_of
+from meswitch.cpu import rough_product
 from meswitch.errors import CheckpointError, IncompatibleError
 
 TOKENS_AT_ONCE = 4096  # that a block reads in one call
@@ -59,17 +60,17 @@ class Inputs:
     def _fold(self) -> Tensor:
         """The sum of `x^T x`, or of `x^2`, over all rows; of `x^T x` only what lies on and right of the diagonal."""
         if self._rows:
-            rows = torch.cat(self._rows).float() if len(self._rows) > 1 else self._rows[0].float()
+            rows = torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0]
             width = rows.shape[1]
             if not self._pairs:
-                new = rows.square().sum(0)
+                new = rows.float().square().sum(0)
                 self._sum = new if self._sum is None else self._sum + new
             else:
                 if self._sum is None:
-                    self._sum = rows.new_zeros(width, width)
+                    self._sum = rows.new_zeros(width, width, dtype=torch.float32)
                 for start in range(0, width, _COLUMNS):  # symmetric: half the work
                     stop = min(start + _COLUMNS, width)
-                    self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+                    self._sum[start:stop, start:] += rough_product(rows[:, start:stop].T, rows[:, start:])
             self._rows, self._waiting = [], 0
         assert self._sum is not None
         return self._sum

@@ -285,7 +285,7 @@ def check_blocks(checkpoint: Checkpoint, device: torch.device) -> None:
     Raises:
         IncompatibleError: naming the reason.
     """
-    parts = PartialModel(checkpoint, device, compute_dtype(device))
+    parts = PartialModel(checkpoint, device, compute_dtype(device, checkpoint.parameters))
     parts.calls(torch.zeros(1, _FEW, dtype=torch.int64, device=device), embedded=False)
 
 

@@ -28,9 +28,9 @@ from meswitch.compression.options import Options, check_none_given
 from meswitch.compression.partial_model import check_blocks
 from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
+from meswitch.cpu import fitting_threads
 from meswitch.errors import IncompatibleError
 from meswitch.progress import Progress, silent
-from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 DISTILL_BYTES, DISTILL_SEQUENCES = 256 << 20, 32

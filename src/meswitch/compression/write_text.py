@@ -30,9 +30,9 @@ from meswitch.compression.text import (
     load_questions,
     open_tokenizer,
 )
+from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
-from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer
 from meswitch.units import format_bytes
 
@@ -80,7 +80,7 @@ def self_calibration(
     device = torch.device(device)
     tokenizer = open_tokenizer(expert.directory)
     asked = None if prompts is None else load_questions(Path(prompts))
-    dtype = compute_dtype(device)
+    dtype = compute_dtype(device, expert.parameters)
     size = format_bytes(expert.parameters * dtype.itemsize)
     kept: list[list[int]] = []
     dropped: Counter[str] = Counter()

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from meswitch.cpu import deserves_one
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.faults import FaultIsolation, Step
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
-from meswitch.threads import deserves_one
 
 PAGE = 64  # tokens of a block of the KV cache
 # (all tokens so far, finished, error text or None)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from meswitch.cpu import deserves_one
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.experts import ExpertStore
-from meswitch.threads import deserves_one
 
 # New tokens after which a turn ends if another expert's requests wait.
 SLICE = 128

@@ -391,7 +391,7 @@ def check_trainable(expert: Checkpoint, scope: Scope, device: torch.device) -> N
     Raises:
         IncompatibleError: naming the reason.
     """
-    parts = PartialModel(expert, device, compute_dtype(device))
+    parts = PartialModel(expert, device, compute_dtype(device, expert.parameters))
     architecture, plan = parts.weights.architecture, parts.weights.plan
     shapes = {name: info.shape for name, info in expert.tensors.items()}
     roles = architecture.roles(shapes)

@@ -216,7 +216,7 @@ def training_plan(artifact: Artifact, text: CalibrationSet, recipe: Recipe, devi
 
 def training_dtype(expert: Checkpoint, device: torch.device) -> torch.dtype:
     """bfloat16 rounds away what a step changes; only where float32 would not fit is it worth that."""
-    return torch.float32 if expert.parameters <= _FLOAT32_PARAMETERS else compute_dtype(device)
+    return torch.float32 if expert.parameters <= _FLOAT32_PARAMETERS else compute_dtype(device, expert.parameters)
 
 
 def record(artifact: Artifact, recipe: Recipe, before: float, after: float) -> Distillation:
