@@ -62,14 +62,18 @@ class Outcome:
         }
 
 
-def follow(model_type: str, root: Path, tokenizer: Path, **fields: Any) -> Outcome:
-    """Compress two fine-tunes of a tiny base, verify, merge, load, and serve them and the base mixed."""
+def follow(model_type: str, root: Path, tokenizer: Path, device: str = "cpu", **fields: Any) -> Outcome:
+    """Compress two fine-tunes of a tiny base, verify, merge, load, and serve them and the base mixed.
+
+    Args:
+        device: that compresses and serves; what it gives is compared on the CPU.
+    """
     config = tiny.config_of(model_type, **fields)
     outcome = Outcome(kind=model_class(config, text_only=True).__name__)
     base = tiny.write(config, root / "base", tokenizer)
     try:
-        _compress(outcome, root, base)
-        _serve(outcome, root, base)
+        _compress(outcome, root, base, device)
+        _serve(outcome, root, base, device)
     except MeswitchError as error:
         outcome.error = str(error)
     return outcome
@@ -91,14 +95,14 @@ def _logits(model: Any) -> torch.Tensor:
     return torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in PROMPTS])
 
 
-def _compress(outcome: Outcome, root: Path, base: Path) -> None:
+def _compress(outcome: Outcome, root: Path, base: Path, device: str) -> None:
     plain = _logits(load(base))
     for seed, name in enumerate(("a", "b"), start=1):
         full = tiny.tune(base, root / name, seed)
         if name == "a":
-            meswitch.compress(base, full, root / "delta-a", bits=4)
+            meswitch.compress(base, full, root / "delta-a", bits=4, device=device)
         else:
-            _calibrate(outcome, root, base, full)
+            _calibrate(outcome, root, base, full, device)
         Artifact.open(root / f"delta-{name}").verify()
         merge(base, root / f"delta-{name}", root / f"merged-{name}")
         wanted = _logits(load(full))
@@ -108,25 +112,25 @@ def _compress(outcome: Outcome, root: Path, base: Path) -> None:
     outcome.compressed = True
 
 
-def _calibrate(outcome: Outcome, root: Path, base: Path, full: Path) -> None:
+def _calibrate(outcome: Outcome, root: Path, base: Path, full: Path, device: str) -> None:
     """Compress the second expert, calibrated if it can be."""
     text = root / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": line}) for line in TEXT))
     try:
-        meswitch.compress(base, full, root / "delta-b", bits=4, calibration=text, distill=0)
+        meswitch.compress(base, full, root / "delta-b", bits=4, calibration=text, distill=0, device=device)
         outcome.calibrated = True
     except IncompatibleError as error:
         outcome.uncalibrated = str(error).partition(UNCALIBRATED)[2].partition(";")[0]
         if not outcome.uncalibrated:
             raise
-        meswitch.compress(base, full, root / "delta-b", bits=4)
+        meswitch.compress(base, full, root / "delta-b", bits=4, device=device)
 
 
-def _serve(outcome: Outcome, root: Path, base: Path) -> None:
+def _serve(outcome: Outcome, root: Path, base: Path, device: str) -> None:
     experts = {name: root / f"delta-{name}" for name in ("a", "b")}
     names = [name for _ in PROMPTS for name in ("a", "b", "base")]
     prompts = [list(ids) for ids in PROMPTS for _ in range(3)]
-    with meswitch.Engine(base, experts, device="cpu", slots=2, kv_cache_tokens=4096) as engine:
+    with meswitch.Engine(base, experts, device=device, dtype="float32", slots=2, kv_cache_tokens=4096) as engine:
         outcome.reasons = list(engine.by_turns)
         outcome.runner = "turns" if engine.by_turns else "batch"
         for tokenizer in engine.tokenizers.values():

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import meswitch
 from adapters import pairs, write_adapter
+from architectures.course import follow
 from meswitch import Engine
+from meswitch.architecture import tried
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 
@@ -57,3 +59,46 @@ def test_compression_on_the_gpu_is_as_good_as_on_the_cpu(family, tmp_path, calib
         state = model.state_dict()
         errors.append(sum((state[n] - full.read(n).float()).square().sum().item() for n in full.tensors) ** 0.5)
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+# dense, scaled embedding, Conv1D, mixtures of each layout, hybrids, head with bias, by turns, vision-language
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gemma3",
+        "gpt2",
+        "gpt_neox",
+        "gptj",
+        "phi",
+        "cohere",
+        "olmo2",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "gpt_oss",
+        "granitemoe",
+        "deepseek_v3",
+        "falcon",
+        "stablelm",
+        "mamba",
+        "jamba",
+        "lfm2",
+        "qwen3_next",
+        "llava",
+        "qwen2_5_vl",
+    ],
+)
+def test_an_architecture_is_served_on_a_gpu_as_on_a_cpu(model_type, tmp_path, family):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("not in this transformers")
+    outcome = follow(model_type, tmp_path, family / "base", device="cuda")
+    assert outcome.error is None
+    assert outcome.wrong == []
+    assert outcome.right == 9
+    assert outcome.distance < 0.6
+    assert outcome.facts()["runner"] == tried(model_type).runner, outcome.reasons
