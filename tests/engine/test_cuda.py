@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import meswitch
@@ -101,4 +102,5 @@ def test_an_architecture_is_served_on_a_gpu_as_on_a_cpu(model_type, tmp_path, fa
     assert outcome.wrong == []
     assert outcome.right == 9
     assert outcome.distance < 0.6
-    assert outcome.facts()["runner"] == tried(model_type).runner, outcome.reasons
+    if transformers.__version__ == tried(model_type).transformers:
+        assert outcome.runner == tried(model_type).runner, outcome.reasons

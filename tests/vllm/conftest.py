@@ -9,6 +9,11 @@ from vllm_engines import PROMPT, ask, running
 from vllm_http import free_port, serving
 
 
+def pytest_collection_modifyitems(items):
+    """What is asked of transformers' classes alone comes first: vLLM changes them in the process where it runs."""
+    items.sort(key=lambda item: item.path.name != "test_vllm_support.py")
+
+
 @pytest.fixture(scope="session")
 def merged(family, deltas, tmp_path_factory):
     """Each expert's merged model, and the base: name -> checkpoint."""

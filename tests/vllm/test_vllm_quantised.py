@@ -18,6 +18,29 @@ NAMES = ("base", *EXPERTS)
 PROMPTS = [PROMPT, PROMPT[:12], PROMPT[::3]]
 
 
+# 8-bit activations turn the last bits of a sum, which another batch sums in another order, into steps
+NEAR = 0.25  # in log probability
+
+
+def behind(engine, adapter, prompt, answer):
+    """How much less likely than the likeliest token an answer's worst one is to an expert that is asked alone."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm import SamplingParams
+
+    (output,) = engine.generate(
+        [{"prompt_token_ids": [*prompt, *answer]}],
+        SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, prompt_logprobs=1),
+        lora_request=adapter and LoRARequest(adapter[0], adapter[1], str(adapter[2])),
+        use_tqdm=False,
+    )
+    places = output.prompt_logprobs[len(prompt) :]
+    return max(
+        max(entry.logprob for entry in place.values()) - place[token].logprob
+        for token, place in zip(answer, places, strict=True)
+    )
+
+
 def quantise(base, directory, *, rescaled=False, whole=False):
     """Linear layers in 8 bits, a scale a row, activations in 8 bits a token, as llm-compressor writes them.
 
@@ -93,8 +116,10 @@ def test_a_token_of_a_mixed_batch_is_its_own_experts(engine, plain, deltas):
     known = adapters_of(deltas)
     asked = [(name, prompt) for prompt in PROMPTS for name in NAMES]
     mixed = ask(engine, [prompt for _, prompt in asked], [known[name] for name, _ in asked])
-    alone = [ask(engine, [prompt], [known[name]])[0] for name, prompt in asked]
-    assert mixed == alone
+    for (name, prompt), answer in zip(asked, mixed, strict=True):
+        assert behind(engine, known[name], prompt, answer) < NEAR, (name, prompt)
+    strangers = [behind(engine, known["sql"], prompt, mixed[asked.index(("math", prompt))]) for prompt in PROMPTS]
+    assert min(strangers) > 2 * NEAR
     assert len(set(mixed)) == len(mixed)
     assert mixed[:: len(NAMES)] == plain
 
