@@ -504,11 +504,13 @@ class Tried:
     """What came of trying everything with small models of a model type.
 
     Args:
+        transformers: the version that was tried; another may run a model type in another way.
         compressed: whether fine-tunes of it are compressed, verified, merged and loaded.
         calibrated: whether compression can be calibrated. uncalibrated: why not.
         runner: how the embedded engine serves it, `batch` or `turns`; None if not at all. reason: why not the batch.
     """
 
+    transformers: str
     compressed: bool
     calibrated: bool
     uncalibrated: str | None
@@ -519,4 +521,6 @@ class Tried:
 def tried(model_type: str) -> Tried | None:
     """What is known of a model type; None if it was not tried: it is then proven when it is compressed and served."""
     fact = _facts()["model_types"].get(model_type)
-    return fact and Tried(**{field.name: fact[field.name] for field in dataclasses.fields(Tried)})
+    if fact is None:
+        return None
+    return Tried(_facts()["transformers"], *(fact[field.name] for field in dataclasses.fields(Tried)[1:]))

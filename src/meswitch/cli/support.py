@@ -24,6 +24,8 @@ def support(config: Any) -> dict[str, Any]:
 
 def statements(found: dict[str, Any]) -> dict[str, str]:
     """What `support` found, as lines to read; all reasons for each no."""
+    import transformers
+
     known, name = found["tried"], found["class"]
     in_vllm = "\n".join(f"no: {reason}" for reason in found["vllm"]) or "yes"
     if known is None:
@@ -38,9 +40,11 @@ def statements(found: dict[str, Any]) -> dict[str, str]:
         "turns": f"experts by turns, slower: {known['reason']}",
         None: f"no: {known['reason']}",
     }
+    version = known["transformers"]
+    other = "" if version == transformers.__version__ else f" (with transformers {version})"
     return {
         "compresses": f"{name}: " + ("yes" if known["compressed"] else f"no: {known['reason']}"),
         "calibrates": "yes" if known["calibrated"] else f"no: {known['uncalibrated']}",
-        "served here": ways[known["runner"]],
+        "served here": ways[known["runner"]] + other,
         "served in vLLM": in_vllm,
     }
