@@ -95,6 +95,21 @@ WAYS = {
     "value head": ("llama", lambda tensors: tensors | {"v_head.weight": torch.ones(1, 64)}),
     "DataParallel": ("llama", with_prefix("module.")),
     "torch.compile in DDP": ("llama", with_prefix("module._orig_mod.")),
+    "FSDP of layers that are compiled": (
+        "llama",
+        lambda tensors: {
+            name.replace("layers.0.", "layers.0._fsdp_wrapped_module._orig_mod."): tensor
+            for name, tensor in tensors.items()
+        },
+    ),
+    "recomputed activations": (
+        "llama",
+        lambda tensors: {name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."): t for name, t in tensors.items()},
+    ),
+    "buffers of other types": (
+        "llama",
+        lambda tensors: tensors | {"freqs_cis": torch.ones(4).to(torch.complex64), "x": torch.ones(2).to(torch.uint16)},
+    ),
     "out of a larger model": ("llama", with_prefix("language_model.")),
     "hub's gpt2": ("gpt2", lambda tensors: buffers("h.{}.attn.bias")(without_prefix("transformer.")(tensors))),
     "base model alone": ("tied llama", without_prefix("model.")),

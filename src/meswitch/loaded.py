@@ -138,6 +138,11 @@ def _names(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str
         f"{checkpoint.directory}: lacks {listed(lacking)}, which {model} needs: transformers would fill in random "
         "numbers; save the whole model"
         + (f" (stored, and not loaded: {listed(plan.unneeded)})" if plan.unneeded else "")
+        + (
+            "; if its head is its embedding, say `tie_word_embeddings: true` in config.json"
+            if lacking == [f"{architecture.head}.weight"]
+            else ""
+        )
     )
 
 
