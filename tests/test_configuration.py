@@ -31,6 +31,12 @@ def test_a_directory_and_a_file_say_the_same(model, tmp_path):
     assert of_both[0] == of_both[1]
 
 
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation"])
+def test_an_attention_that_is_not_installed_is_no_obstacle(model, field):
+    edit_config(model, **{field: "flash_attention_2"})
+    assert architecture_of(read_config(model)).parts
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
