@@ -34,11 +34,17 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # numbers that are weights as they are
 _HEADER_LIMIT = 100_000_000
 
 
@@ -135,7 +141,9 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
             begin, end = (int(n) for n in value["data_offsets"])
         except (KeyError, TypeError, ValueError):
             known = ", ".join(DTYPES)
-            raise MeswitchError(f"{file}: tensor {name}: header {value!r} is not understood; dtypes: {known}") from None
+            raise MeswitchError(
+                f"{file}: tensor {name}: header {value!r} is not understood; dtypes: {known}; save the model in 16 bit"
+            ) from None
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise MeswitchError(
                 f"{file}: tensor {name}: {end - begin} bytes do not hold {value['dtype']} {list(shape)}"

@@ -5,6 +5,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.config_fields import INACTIVE, TRAINING, UNREAD, config_differences
 from meswitch.errors import IncompatibleError, listed
 from meswitch.loaded import alike
+from meswitch.tensorfile import WEIGHT_DTYPES
 
 
 def matched(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -75,6 +76,8 @@ def check_same_tensors(base: Checkpoint, expert: Checkpoint) -> None:
     Raises:
         IncompatibleError: naming the tensor.
     """
+    for checkpoint in (base, expert):
+        _check_weights(checkpoint)
     vocabulary = architecture_of(expert.config).vocabulary(expert.tensors)
     for name, info in expert.tensors.items():
         theirs = base.info(name)
@@ -88,3 +91,22 @@ def check_same_tensors(base: Checkpoint, expert: Checkpoint) -> None:
     for name in base.tensors:
         if expert.info(name) is None:
             raise IncompatibleError(f"{expert.directory}: lacks the tensor {name} of {base.directory}")
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    """Refuse what is stored as something else than numbers of 16 bit or more, whether the configuration says so or not.
+
+    Raises:
+        IncompatibleError: naming the tensor.
+    """
+    values = architecture_of(checkpoint.config).model.state_dict()
+    for conversion in checkpoint.load_plan.conversions:
+        if not all(values[target].is_floating_point() for target in conversion.targets):
+            continue
+        for name in conversion.sources:
+            info = checkpoint.tensors[name]
+            if info.dtype not in WEIGHT_DTYPES:
+                raise IncompatibleError(
+                    f"{info.file}: {name}: holds {str(info.dtype).removeprefix('torch.')} where the model has weights, "
+                    "so it is quantised; give the checkpoint in 16 bit that this was made from"
+                )
