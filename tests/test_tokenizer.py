@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import tokenizers_of_all_kinds
+from architectures import tiny
 from meswitch.errors import ConfigError
 from meswitch.tokenizer import ChatTokenizer
 from models import edit_config
@@ -128,6 +129,15 @@ def test_a_tokenizer_of_the_wrong_class_is_replaced_by_what_its_file_says(direct
         assert tokenizer.decode(ids) == text
     assert tokenizer.ends == [2, 3]
     assert tokenizer.render(USER) == "<|user|>Hi there<|end|><s>"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "length"),
+    [("llama", {"max_position_embeddings": 96}, 96), ("mpt", {"max_seq_len": 96}, 96), ("bloom", {}, 1 << 20)],
+)
+def test_a_text_is_as_long_as_the_model_has_positions(directory, model_type, fields, length):
+    tiny.config_of(model_type, **fields).save_pretrained(directory)
+    assert opened(directory).max_length == length
 
 
 def test_limits_that_a_training_run_left_in_the_file_change_nothing(directory):

@@ -57,7 +57,8 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         config = config.get_text_config()
         self.vocab_size: int = config.vocab_size
-        self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's own name
+        self.max_length: int = next(filter(None, lengths), 1 << 20)
         self.hidden = _hidden(tokenizer)
         self.byte_tokens = _byte_tokens(tokenizer)
         self.cleans_spaces = _cleans_spaces(tokenizer)
