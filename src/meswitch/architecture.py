@@ -169,6 +169,9 @@ class Architecture:
                 return self.model_class._from_config(copy.deepcopy(self.config))
         except Exception as error:  # of values that do not fit together, a model raises whatever it likes
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            pad, tokens = (getattr(self.text_config, name, None) for name in ("pad_token_id", "vocab_size"))
+            if isinstance(pad, int) and isinstance(tokens, int) and not -tokens <= pad < tokens:
+                reason = f"pad_token_id: {pad} is none of its {tokens} tokens (vocab_size); correct it, or make it null"
             raise CheckpointError(
                 f"{_file_of(self.config)}: transformers cannot lay out a {self.model_class.__name__} from it: {reason}"
             ) from error
