@@ -190,6 +190,13 @@ def test_a_tensor_is_found_by_any_of_its_names(saved, stored):
     assert mixture.info("model.layers.9.mlp.experts.gate_up_proj") is None
 
 
+def test_a_mixture_that_lacks_a_matrix_is_refused(stored):
+    lost = "experts.3.w1"
+    directory = stored("mixtral", lambda tensors: {name: t for name, t in tensors.items() if lost not in name})
+    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj: its 7 pieces .* some are missing"):
+        _ = Checkpoint.open(directory).loaded
+
+
 def test_a_parameter_that_is_not_stored_is_refused(stored):
     directory = stored("llama", lambda tensors: {name: t for name, t in tensors.items() if name != HEAD})
     with pytest.raises(
