@@ -203,6 +203,19 @@ def test_a_file_of_another_kind_is_refused_with_its_cause(family, tmp_path, name
     assert str(error.value).startswith(str(tmp_path / name))
 
 
+def test_a_text_is_cut_where_the_model_s_positions_end(pair, write):
+    base, _ = pair("gpt2", max_position_embeddings=16)
+    found = load_calibration(write("t.txt", "one two three " * 30, "one"), base)
+    assert list(map(len, found.sequences)) == [16, 1]
+
+
+def test_tokens_that_the_model_does_not_have_are_named(pair, write):
+    base, _ = pair("llama", vocab_size=1000)
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"base: its tokenizer gives token \d+ \('.*'\), and its model has 1000"):
+        load_calibration(write("t.txt", "Hello world, this is a longer text"), base)
+
+
 def test_questions_end_with_the_user(write):
     asked = {"role": "user", "content": "A?"}
     told = {"role": "system", "content": "Be kind."}
