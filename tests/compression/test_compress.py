@@ -185,6 +185,14 @@ def test_numbers_that_are_no_weights_are_named_though_no_configuration_says_so(p
         meswitch.compress(*checkpoints.values(), tmp_path / "delta")
 
 
+def test_pairs_that_were_not_merged_are_named(pair, tmp_path):
+    base, expert = pair()
+    file, name = expert / "model.safetensors", "model.layers.1.mlp.up_proj.lora_A.weight"
+    save_file(load_file(file) | {name: torch.ones(4, 64)}, file, metadata={"format": "pt"})
+    with pytest.raises(IncompatibleError, match=rf"expert: {name}: LoRA pairs .* \(`merge_and_unload` of PEFT\)"):
+        meswitch.compress(base, expert, tmp_path / "delta")
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_value_that_is_not_finite_is_named_with_its_file(pair, tmp_path, name):
     base, expert = pair(dtype=torch.float32)
