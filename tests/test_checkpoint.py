@@ -199,6 +199,19 @@ def test_weights_that_end_early_are_told(model):
     assert "is not a safetensors file, or cut off in its header" in refused(model, MeswitchError)
 
 
+def test_weights_that_overlap_or_go_on_are_told(model):
+    data = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes(data + b"\0\0")
+    assert "2 bytes follow its last tensor" in refused(model, MeswitchError)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).ljust(length)
+    (model / WEIGHTS).write_bytes(data[:8] + text.encode() + data[8 + length :])
+    assert "begins at byte" in refused(model, MeswitchError)
+
+
 def test_a_header_that_begins_like_a_compressed_file_is_read(tmp_path):
     """A safetensors file begins with the length of its header, which may be any number."""
     for size in (0x8B1F, 0x0280 + 0x10000):

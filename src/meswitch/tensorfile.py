@@ -92,7 +92,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """All tensors of a safetensors file.
 
     Raises:
-        MeswitchError: not a safetensors file, a dtype that is not read, or fewer bytes than the header promises.
+        MeswitchError: not a safetensors file, a dtype that is not read, fewer or more bytes than the header promises,
+            or tensors that overlap.
     """
     return {info.name: info for info in _entries(file)}
 
@@ -134,6 +135,7 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
         except (ValueError, AttributeError, RecursionError):
             found = disguise(file) or "its header is not JSON; the file is damaged, fetch it again"
             raise MeswitchError(f"{file}: {found}") from None
+    spans = []
     for name, value in tensors.items():
         try:
             dtype = DTYPES[value["dtype"]]
@@ -152,7 +154,20 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
             raise MeswitchError(
                 f"{file}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}; fetch it again"
             )
+        spans.append((begin, end, name))
         yield TensorInfo(name, dtype, shape, file, 8 + length + begin, end - begin)
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:  # the library of safetensors, which loads the model, refuses it too
+            raise MeswitchError(
+                f"{file}: tensor {name}: begins at byte {begin} of the data, the one before it ends at {reached}; the "
+                "file is damaged, fetch it again"
+            )
+        reached = end
+    if 8 + length + reached != size:
+        raise MeswitchError(
+            f"{file}: {size - 8 - length - reached} bytes follow its last tensor; the file is damaged, fetch it again"
+        )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
