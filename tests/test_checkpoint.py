@@ -111,6 +111,7 @@ def move_weights(directory, name):
             "no model.safetensors, but weights as a pickle, which is not read (pytorch_model.bin); ",
         ),
         (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "weights as a pickle"),
+        (["pytorch_model_fsdp_0"], "a distributed training state (pytorch_model_fsdp_0); export the model from it"),
         (["model-Q4_K_M.gguf"], "GGUF files (model-Q4_K_M.gguf); give the checkpoint in safetensors"),
         (["model-00001-of-00002.safetensors"], "shards without their index (model-00001-of-00002.safetensors); fetch"),
         (["model.fp16.safetensors"], "a variant of the weights (model.fp16.safetensors); rename it"),
@@ -123,6 +124,13 @@ def test_weights_of_another_kind_are_named_with_what_to_do(model, names, message
     for name in names:
         (model / name).write_bytes(b"x")
     assert message in refused(model)
+
+
+def test_a_link_to_nothing_is_told(model):
+    (model / WEIGHTS).unlink()
+    (model / WEIGHTS).symlink_to(model / "blobs" / "4d7a")
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: a link to a file that is not there, .* \(`cp -L`\)"):
+        Checkpoint.open(model)
 
 
 def test_an_empty_directory_holds_nothing(tmp_path):
@@ -189,6 +197,19 @@ def test_weights_that_end_early_are_told(model):
     assert "truncated: tensor" in refused(model, MeswitchError)
     (model / WEIGHTS).write_bytes(data[:40])
     assert "is not a safetensors file, or cut off in its header" in refused(model, MeswitchError)
+
+
+def test_weights_that_overlap_or_go_on_are_told(model):
+    data = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes(data + b"\0\0")
+    assert "2 bytes follow its last tensor" in refused(model, MeswitchError)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).ljust(length)
+    (model / WEIGHTS).write_bytes(data[:8] + text.encode() + data[8 + length :])
+    assert "begins at byte" in refused(model, MeswitchError)
 
 
 def test_a_header_that_begins_like_a_compressed_file_is_read(tmp_path):

@@ -31,6 +31,12 @@ def test_a_directory_and_a_file_say_the_same(model, tmp_path):
     assert of_both[0] == of_both[1]
 
 
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation"])
+def test_an_attention_that_is_not_installed_is_no_obstacle(model, field):
+    edit_config(model, **{field: "flash_attention_2"})
+    assert architecture_of(read_config(model)).parts
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -79,6 +85,10 @@ def test_a_directory_without_one_says_so(tmp_path):
     ("fields", "message"),
     [
         ({"num_key_value_heads": 0}, "transformers cannot lay out a MistralForCausalLM from it"),
+        (
+            {"pad_token_id": 9000},
+            "transformers cannot lay out a MistralForCausalLM from it: pad_token_id: 9000 is ",
+        ),
         ({"model_type": "vit"}, "model_type: 'vit': transformers"),
     ],
 )

@@ -31,6 +31,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14
         (b"[" * 100_000, "is nested too deeply"),
         ('{"a": "é"}'.encode("latin-1"), "is not UTF-8 text (byte 7 is 0xe9)"),
         ("{}".encode("utf-16"), "is not UTF-8 text"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "holds a number of too many digits"),
         (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
     ],
 )

@@ -95,6 +95,21 @@ WAYS = {
     "value head": ("llama", lambda tensors: tensors | {"v_head.weight": torch.ones(1, 64)}),
     "DataParallel": ("llama", with_prefix("module.")),
     "torch.compile in DDP": ("llama", with_prefix("module._orig_mod.")),
+    "FSDP of layers that are compiled": (
+        "llama",
+        lambda tensors: {
+            name.replace("layers.0.", "layers.0._fsdp_wrapped_module._orig_mod."): tensor
+            for name, tensor in tensors.items()
+        },
+    ),
+    "recomputed activations": (
+        "llama",
+        lambda tensors: {name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."): t for name, t in tensors.items()},
+    ),
+    "buffers of other types": (
+        "llama",
+        lambda tensors: tensors | {"freqs_cis": torch.ones(4).to(torch.complex64), "x": torch.ones(2).to(torch.uint16)},
+    ),
     "out of a larger model": ("llama", with_prefix("language_model.")),
     "hub's gpt2": ("gpt2", lambda tensors: buffers("h.{}.attn.bias")(without_prefix("transformer.")(tensors))),
     "base model alone": ("tied llama", without_prefix("model.")),
@@ -173,6 +188,13 @@ def test_a_tensor_is_found_by_any_of_its_names(saved, stored):
     mixture = Checkpoint.open(saved("mixtral")[0])
     assert mixture.read("model.layers.0.mlp.experts.gate_up_proj").shape == (4, 256, 64)
     assert mixture.info("model.layers.9.mlp.experts.gate_up_proj") is None
+
+
+def test_a_mixture_that_lacks_a_matrix_is_refused(stored):
+    lost = "experts.3.w1"
+    directory = stored("mixtral", lambda tensors: {name: t for name, t in tensors.items() if lost not in name})
+    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj: its 7 pieces .* some are missing"):
+        _ = Checkpoint.open(directory).loaded
 
 
 def test_a_parameter_that_is_not_stored_is_refused(stored):

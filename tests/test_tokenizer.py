@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import tokenizers_of_all_kinds
+from architectures import tiny
 from meswitch.errors import ConfigError
 from meswitch.tokenizer import ChatTokenizer
 from models import edit_config
@@ -128,6 +129,33 @@ def test_a_tokenizer_of_the_wrong_class_is_replaced_by_what_its_file_says(direct
         assert tokenizer.decode(ids) == text
     assert tokenizer.ends == [2, 3]
     assert tokenizer.render(USER) == "<|user|>Hi there<|end|><s>"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "length"),
+    [("llama", {"max_position_embeddings": 96}, 96), ("mpt", {"max_seq_len": 96}, 96), ("bloom", {}, 1 << 20)],
+)
+def test_a_text_is_as_long_as_the_model_has_positions(directory, model_type, fields, length):
+    tiny.config_of(model_type, **fields).save_pretrained(directory)
+    assert opened(directory).max_length == length
+
+
+def test_limits_that_a_training_run_left_in_the_file_change_nothing(directory):
+    wanted = opened(directory).encode(" ".join(["word"] * 40))
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"}
+    edit(directory / "tokenizer.json", truncation=truncation, padding=padding)
+    assert opened(directory).encode(" ".join(["word"] * 40)) == wanted
+    assert len(wanted) > 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_template_that_is_not_utf8_is_named(directory, encoding):
+    text = "{% for m in messages %}{{ m.content }}é{% endfor %}"
+    (directory / "chat_template.jinja").write_bytes(text.encode(encoding))
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: is not UTF-8 text \(byte"):
+        opened(directory)
 
 
 def test_custom_tokenizer_code_is_never_run(directory):

@@ -49,8 +49,9 @@ ROLES = (
 )
 STACKS = (EXPERTS, TRANSPOSED_EXPERTS)
 LIE_TRANSPOSED = (TRANSPOSED, TRANSPOSED_EXPERTS)
-# Names that wrappers of a model put in front of every tensor: DataParallel and DDP, torch.compile.
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Names that wrappers of a model, or of its parts, put in front of tensors: DataParallel and DDP, torch.compile, FSDP,
+# recomputed activations.
+_WRAPPERS = re.compile(r"^(?:module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?:module\.)*")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Dimensions that a stored tensor of a role has, where that matters: some are reshaped while they are loaded.
 _DIMENSIONS = dict.fromkeys((EMBEDDING, HEAD, LINEAR, TRANSPOSED), (2,)) | dict.fromkeys(STACKS, (2, 3))
@@ -169,6 +170,9 @@ class Architecture:
                 return self.model_class._from_config(copy.deepcopy(self.config))
         except Exception as error:  # of values that do not fit together, a model raises whatever it likes
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            pad, tokens = (getattr(self.text_config, name, None) for name in ("pad_token_id", "vocab_size"))
+            if isinstance(pad, int) and isinstance(tokens, int) and not -tokens <= pad < tokens:
+                reason = f"pad_token_id: {pad} is none of its {tokens} tokens (vocab_size); correct it, or make it null"
             raise CheckpointError(
                 f"{_file_of(self.config)}: transformers cannot lay out a {self.model_class.__name__} from it: {reason}"
             ) from error
@@ -487,7 +491,7 @@ def _file_of(config: Any) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name without what DataParallel, DDP and torch.compile put in front of it."""
+    """A tensor's name without what DataParallel, DDP, FSDP and torch.compile put in it."""
     return _WRAPPERS.sub("", name)
 
 

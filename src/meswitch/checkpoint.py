@@ -43,12 +43,12 @@ TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _CONVERT = "convert it with `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` of transformers"
 # What weights are there instead: what to call them, their names, what to do.
 _OTHER_WEIGHTS = (
+    ("a distributed training state", r"(global_step.*|.*fsdp.*|.*\.distcp)", "export the model from it first"),
     ("weights as a pickle, which is not read", r"(pytorch_model.*|.*\.(bin|pt|pth|ckpt))", _CONVERT),
     ("GGUF files", r".*\.gguf", "give the checkpoint in safetensors that they were made from"),
     ("shards without their index", r"model-\d+-of-\d+\.safetensors", f"fetch {INDEX} too"),
     ("a variant of the weights", r"model\..*\.safetensors", f"rename it to {WEIGHTS}, or save the model anew"),
     ("other safetensors files", r".*\.safetensors", "save the model with transformers"),
-    ("a distributed training state", r"(global_step.*|.*fsdp.*|.*\.distcp)", "export the model from it first"),
 )
 
 
@@ -260,6 +260,12 @@ def _check_rivals(directory: Path) -> None:
 def _no_weights(directory: Path) -> CheckpointError:
     """What a directory without safetensors weights is, and what to give instead."""
     names = sorted(path.name for path in directory.iterdir())
+    lost = [name for name in names if not (directory / name).exists()]
+    if lost:
+        return CheckpointError(
+            f"{directory}: {listed(lost)}: a link to a file that is not there, as in a copy of a cache without its "
+            "blobs; fetch the checkpoint again, or copy it with its links followed (`cp -L`)"
+        )
     adapter = directory / ADAPTER_CONFIG
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path")

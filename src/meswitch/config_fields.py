@@ -141,6 +141,8 @@ def _reason(place: _Place, code: "_Code") -> str | None:
     spellings = {name} | {alias for alias, real in place.owners[0].attribute_map.items() if real == name}
     if spellings.isdisjoint(code.names):
         return UNREAD
+    if spellings.isdisjoint(code.attributes) and all(name in (getattr(o, _ROPE, None) or {}) for o in place.owners):
+        return INACTIVE  # left over beside the rotary embedding's own fields, which are compared
     if None in values and next((v for v in values if v is not None), None) in _defaults(place, code):
         return INACTIVE
     if name in _WINDOW and not any(_has_windows(owner, code) for owner in place.owners):
@@ -196,10 +198,12 @@ class _Read:
 
     Args:
         names: attributes and strings.
+        attributes: what is read as an attribute, or by `getattr`.
         defaults: name -> constants that `getattr` takes for it where it is missing.
     """
 
     names: set[str]
+    attributes: set[str]
     defaults: dict[str, list[Any]]
 
 
@@ -213,20 +217,27 @@ class _Code:
     def _read(self) -> _Read:
         modules = {type(module).__module__ for module in architecture_of(self.config).modules.values()}
         wanted = sorted(name for name in modules if name.startswith("transformers.models."))
-        found = _Read(set(), {})
+        found = _Read(set(), set(), {})
         for module in (*wanted, *_SHARED_CODE):
             read = _read(_source(module))
             found.names.update(read.names)
+            found.attributes.update(read.attributes)
             for name, values in read.defaults.items():
                 known = found.defaults.setdefault(name, [])
                 known += [value for value in values if value not in known]
         for config in _parts(self.config):
-            found.names.update(_read_by_class(type(config), found.names))
+            by_class = _read_by_class(type(config), found.names)
+            found.names.update(by_class)
+            found.attributes.update(by_class)
         return found
 
     @property
     def names(self) -> set[str]:
         return self._read.names
+
+    @property
+    def attributes(self) -> set[str]:
+        return self._read.attributes
 
     @property
     def defaults(self) -> dict[str, list[Any]]:
@@ -267,14 +278,17 @@ def _source(module: str) -> str:
 @functools.cache
 def _read(source: str) -> _Read:
     names: set[str] = set()
+    attributes: set[str] = set()
     defaults: dict[str, list[Any]] = {}
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Attribute(attr=name):
                 names.add(name)
+                attributes.add(name)
             case ast.Constant(value=str(name)):
                 names.add(name)
             case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), default]):
+                attributes.add(name)
                 # a default that is worked out is none that is known
                 defaults.setdefault(name, []).append(default.value if isinstance(default, ast.Constant) else ...)
-    return _Read(names, defaults)
+    return _Read(names, attributes, defaults)

@@ -38,9 +38,11 @@ def read_config(source: str | Path) -> Any:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"{file}: {_unknown(fields)}")
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             file.parent if file.name == "config.json" else file, trust_remote_code=False
         )
+        config._attn_implementation = None  # of whoever saved it; what is not installed here is no obstacle
+        return config
     except Exception as error:  # a configuration's own checks raise whatever they like
         raise CheckpointError(
             f"{file}: transformers {transformers.__version__} does not take it as {model_type!r}: {_one_line(error)}"

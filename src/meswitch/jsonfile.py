@@ -9,6 +9,7 @@ from meswitch.errors import CheckpointError, MeswitchError
 _HEAD = 512  # bytes that tell what a file is
 _LFS = b"version https://git-lfs.github.com/spec/"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+_TABLES = {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
 _FETCH = "fetch the file again"
 
 
@@ -27,6 +28,9 @@ def disguise(file: Path) -> str | None:
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             return f"is compressed with {name}; unpack it"
+    for magic, name in _TABLES.items():
+        if head.startswith(magic):
+            return f"is a table in {name}'s format; save its rows as JSON lines (`to_json` of `datasets`)"
     if head.startswith(b"GGUF"):
         return (
             "is a GGUF file, which holds quantised weights; give the checkpoint in safetensors that it was made from, "
@@ -74,6 +78,8 @@ def read_json(file: Path, error: type[MeswitchError] = CheckpointError) -> dict[
             raise error(f"{file}: is cut off after {len(text.encode())} bytes; {_FETCH}") from None
         where = f"line {reason.lineno} column {reason.colno}"
         raise error(f"{file}: is not JSON: {reason.msg} at {where}; correct it, or fetch it again") from None
+    except ValueError:  # Python converts no numbers of thousands of digits
+        raise error(f"{file}: holds a number of too many digits to be what its name says; {_FETCH}") from None
     except RecursionError:
         raise error(f"{file}: is nested too deeply to be what its name says; {_FETCH}") from None
     if not isinstance(value, dict):

@@ -69,6 +69,7 @@ def as_loaded(checkpoint: Checkpoint) -> Checkpoint:
             if conversion.renames
         },
     )
+    _check_pieces(checkpoint, bare, plan, architecture)
     named = _saved_names(plan, architecture.load_plan(layout), architecture)
     tensors: dict[str, TensorInfo] = {}
     for name, new in named.items():
@@ -138,6 +139,11 @@ def _names(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str
         f"{checkpoint.directory}: lacks {listed(lacking)}, which {model} needs: transformers would fill in random "
         "numbers; save the whole model"
         + (f" (stored, and not loaded: {listed(plan.unneeded)})" if plan.unneeded else "")
+        + (
+            "; if its head is its embedding, say `tie_word_embeddings: true` in config.json"
+            if lacking == [f"{architecture.head}.weight"]
+            else ""
+        )
     )
 
 
@@ -148,6 +154,22 @@ def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]])
             raise CheckpointError(
                 f"{info.file}: {name}: shape {list(info.shape)}, but config.json makes it {list(shape)}; correct the "
                 "configuration (vocab_size, if these are tokens), or save the model anew"
+            )
+
+
+def _check_pieces(checkpoint: Checkpoint, bare: Mapping[str, str], plan: LoadPlan, architecture: Architecture) -> None:
+    """Refuse matrices that are not as many as the stack that they are loaded into holds."""
+    for conversion in plan.conversions:
+        if conversion.renames:
+            continue
+        pieces = [checkpoint.tensors[bare[name]] for name in conversion.sources]
+        given = sum(math.prod(piece.shape) for piece in pieces)
+        wanted = sum(math.prod(architecture.parts[name].shape) for name in conversion.targets)
+        if given != wanted:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {conversion.targets[0]}: its {len(pieces)} pieces ({pieces[0].name}, ...) "
+                f"hold {given} numbers, but config.json makes them {wanted}: some are missing, or of another shape; "
+                "fetch the checkpoint again, or save the whole model"
             )
 
 

@@ -34,11 +34,17 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # numbers that are weights as they are
 _HEADER_LIMIT = 100_000_000
 
 
@@ -86,7 +92,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """All tensors of a safetensors file.
 
     Raises:
-        MeswitchError: not a safetensors file, a dtype that is not read, or fewer bytes than the header promises.
+        MeswitchError: not a safetensors file, a dtype that is not read, fewer or more bytes than the header promises,
+            or tensors that overlap.
     """
     return {info.name: info for info in _entries(file)}
 
@@ -128,6 +135,7 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
         except (ValueError, AttributeError, RecursionError):
             found = disguise(file) or "its header is not JSON; the file is damaged, fetch it again"
             raise MeswitchError(f"{file}: {found}") from None
+    spans = []
     for name, value in tensors.items():
         try:
             dtype = DTYPES[value["dtype"]]
@@ -135,7 +143,9 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
             begin, end = (int(n) for n in value["data_offsets"])
         except (KeyError, TypeError, ValueError):
             known = ", ".join(DTYPES)
-            raise MeswitchError(f"{file}: tensor {name}: header {value!r} is not understood; dtypes: {known}") from None
+            raise MeswitchError(
+                f"{file}: tensor {name}: header {value!r} is not understood; dtypes: {known}; save the model in 16 bit"
+            ) from None
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise MeswitchError(
                 f"{file}: tensor {name}: {end - begin} bytes do not hold {value['dtype']} {list(shape)}"
@@ -144,7 +154,20 @@ def _entries(file: Path) -> Iterator[TensorInfo]:
             raise MeswitchError(
                 f"{file}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}; fetch it again"
             )
+        spans.append((begin, end, name))
         yield TensorInfo(name, dtype, shape, file, 8 + length + begin, end - begin)
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:  # the library of safetensors, which loads the model, refuses it too
+            raise MeswitchError(
+                f"{file}: tensor {name}: begins at byte {begin} of the data, the one before it ends at {reached}; the "
+                "file is damaged, fetch it again"
+            )
+        reached = end
+    if 8 + length + reached != size:
+        raise MeswitchError(
+            f"{file}: {size - 8 - length - reached} bytes follow its last tensor; the file is damaged, fetch it again"
+        )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -57,6 +57,8 @@ def read_json_lines(file: Path, error: type[MeswitchError] = ConfigError) -> Ite
         except json.JSONDecodeError as reason:
             where = f"line {number}: not valid JSON ({reason.msg} at column {reason.colno})"
             raise error(f"{file}: {where}; one value a line is needed") from None
+        except ValueError:  # Python converts no numbers of thousands of digits
+            raise error(f"{file}: line {number}: holds a number of too many digits; write it as a text") from None
         except RecursionError:
             raise error(f"{file}: line {number}: is nested too deeply to be read") from None
 
@@ -115,6 +117,11 @@ def _opened(file: Path, error: type[MeswitchError]) -> Iterator[IO[bytes]]:
 
 
 def _decoded(line: bytes, file: Path, number: int, error: type[MeswitchError]) -> str:
+    if b"\0" in line:
+        raise error(
+            f"{file}: line {number}: holds zero bytes, so it is UTF-16 or no text at all; save it as UTF-8 text, for "
+            "example with `iconv -f UTF-16LE -t UTF-8`"
+        )
     try:
         return line.decode()
     except UnicodeDecodeError as reason:

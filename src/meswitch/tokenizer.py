@@ -57,7 +57,8 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         config = config.get_text_config()
         self.vocab_size: int = config.vocab_size
-        self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's own name
+        self.max_length: int = next(filter(None, lengths), 1 << 20)
         self.hidden = _hidden(tokenizer)
         self.byte_tokens = _byte_tokens(tokenizer)
         self.cleans_spaces = _cleans_spaces(tokenizer)
@@ -237,6 +238,7 @@ def load_tokenizer(directory: Path, config: Any = None) -> Any:
     for name in _JSON_FILES[1:]:
         if (directory / name).is_file():
             read_json(directory / name, ConfigError)
+    _check_is_text(directory / "chat_template.jinja")
     kinds = (AutoTokenizer, PreTrainedTokenizerFast) if file.is_file() else (AutoTokenizer,)
     known = {} if config is None else {"config": config}
     reason = ""
@@ -270,6 +272,8 @@ def _agrees(tokenizer: Any, directory: Path) -> bool:
     if digest.digest() in _proven:
         return True
     stated = Tokenizer.from_file(str(file))
+    stated.no_truncation()  # a training run may have left them in the file; transformers switches them for each call
+    stated.no_padding()
     special = "".join(token.content for _, token in sorted(stated.get_added_tokens_decoder().items()))[:400]
     for text in (*_PROBES, f"a {special} b"):
         wanted = stated.encode(text, add_special_tokens=False).ids
@@ -347,6 +351,15 @@ def _template_file(directory: Path) -> Path:
     config = directory / "tokenizer_config.json"
     stated = config.is_file() and "chat_template" in read_json(config, ConfigError)
     return config if stated else directory / "chat_template.json"
+
+
+def _check_is_text(file: Path) -> None:
+    """Refuse a template that is not UTF-8: of transformers' error nobody would know which file it is about."""
+    try:
+        if file.is_file():
+            file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 def _says(text: str, content: str) -> bool:

@@ -87,6 +87,16 @@ def test_modules_to_save_and_biases_are_their_own_values(base, tmp_path):
     assert artifact.manifest.tensors["model.embed_tokens.weight"].kind == "same"
 
 
+def test_a_whole_module_that_peft_saves_under_two_names_is_one(base, tmp_path):
+    head, own = "lm_head.weight", of_base(base)["lm_head.weight"] + 1
+    tensors = pairs(base, "q_proj", "v_proj") | {head: own, "lm_head.modules_to_save.weight": own.clone()}
+    adapter = write_adapter(tmp_path / "adapter", tensors, modules_to_save=["lm_head"])
+    assert torch.equal(restored(base, converted(base, adapter, tmp_path / "delta"))[head], own)
+    adapter = write_adapter(tmp_path / "two", tensors | {head: own + 1}, modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match="a second tensor for the same place"):
+        Adapter.open(adapter)
+
+
 def test_a_bias_of_lora_b_is_added_to_the_base_s_with_the_same_factor(base, pair, tmp_path):
     tensors = pairs(base, "q_proj", "v_proj")
     for name in [name for name in tensors if name.endswith("lora_B.weight")]:

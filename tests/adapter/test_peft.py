@@ -54,6 +54,10 @@ CASES = {
     "one stack": ("matrix by matrix", {"target_modules": ["q_proj"], "target_parameters": STACKS[1:]}),
     "stacks, stored as such": ("in stacks", {"target_modules": ["q_proj"], "target_parameters": STACKS}),
     "added tokens": ("llama", {"target_modules": ["q_proj"]}),
+    "added tokens in whole modules": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
     "added and trained tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [96, 97]}),
     "added tokens under a pair": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "embedding of a tied model, whole": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),

@@ -90,6 +90,8 @@ CHAT = "<s><|user|>Hi.<|end|><|assistant|>Ho.<|end|>"
         ({"instruction": "Hi.", "input": "", "output": "Ho."}, CHAT),
         ({"instruction": "Hi.", "input": "Now.", "output": "Ho."}, CHAT.replace("Hi.", "Hi.\n\nNow.")),
         ({"instruction": "Hi.", "output": "Ho."}, CHAT),
+        ({"instruction": "Hi.", "input": None, "output": "Ho."}, CHAT),
+        ({"messages": [U, A], "system": ""}, CHAT),
         ({"prompt": "Hi. ", "completion": "Ho."}, "Hi. Ho."),
         ({"text": "Hi.\u2028Ho.\x85"}, "Hi.\u2028Ho.\x85"),
     ],
@@ -137,12 +139,32 @@ def test_rows_are_read_in_every_form_that_training_data_has(family, tmp_path, ro
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen: is a preference pair"),
         ({"instruction": "a", "output": None}, "output: expected a text, found null"),
         ({"instruction": "a", "input": "", "output": "b", "history": [["c", "d"]]}, "history: earlier turns"),
+        ({"messages": [{"role": "system", "content": "a"}, U], "system": "b"}, "system: the turns have another system"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "system: a prompt that is a text has no system turn"),
+        ({"text": "a \ud83d"}, "text: holds half of a surrogate pair"),
+        ({"messages": [U | {"content": "\ud83d"}, A]}, r"messages\[0\].content: holds half of a surrogate pair"),
+        ('{"text": "a", "id": ' + "9" * 5000 + "}", "holds a number of too many digits"),
         ("{", "not valid JSON .* at column 2"),
     ],
 )
 def test_a_row_in_no_form_is_refused_by_line_and_field(family, write, row, message):
     with pytest.raises(ConfigError, match=rf"t\.jsonl: line 3: {message}"):
         load_calibration(write("t.jsonl", {"text": "one"}, "", row), family / "math")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [U, A]},
+        {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Ho."}]},
+        {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi."}]},
+        {"prompt": [U], "completion": [A]},
+        {"instruction": "Hi.", "output": "Ho."},
+    ],
+)
+def test_a_system_text_beside_the_turns_is_the_first_of_them(write, row):
+    turns = [{"role": "system", "content": "Be kind."}, U]
+    assert load_questions(write("t.jsonl", row | {"system": "Be kind."})) == [turns]
 
 
 def test_a_bad_row_of_a_list_is_named_by_its_number(family, tmp_path):
@@ -168,6 +190,10 @@ def test_a_bad_row_of_a_list_is_named_by_its_number(family, tmp_path):
             r"is read from \.txt, \.jsonl and \.json files \(also \.gz\), not \.csv",
         ),
         ("t.parquet", b"PAR1", r"not \.parquet"),
+        ("t.txt", b"PAR1\x15\x04", "is a table in Parquet's format; save its rows as JSON lines"),
+        ("t.jsonl", '{"text": "a"}'.encode("utf-16-le"), "line 1: holds zero bytes, so it is UTF-16"),
+        ("t.txt", "a\n".encode("utf-16-be"), "line 1: holds zero bytes"),
+        ("t.txt.gz", gzip.compress("a\n".encode("utf-16"), mtime=0), "line 1: holds zero bytes"),
     ],
 )
 def test_a_file_of_another_kind_is_refused_with_its_cause(family, tmp_path, name, data, message):
@@ -175,6 +201,19 @@ def test_a_file_of_another_kind_is_refused_with_its_cause(family, tmp_path, name
     with pytest.raises(ConfigError, match=message) as error:
         load_calibration(tmp_path / name, family / "math")
     assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_a_text_is_cut_where_the_model_s_positions_end(pair, write):
+    base, _ = pair("gpt2", max_position_embeddings=16)
+    found = load_calibration(write("t.txt", "one two three " * 30, "one"), base)
+    assert list(map(len, found.sequences)) == [16, 1]
+
+
+def test_tokens_that_the_model_does_not_have_are_named(pair, write):
+    base, _ = pair("llama", vocab_size=1000)
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"base: its tokenizer gives token \d+ \('.*'\), and its model has 1000"):
+        load_calibration(write("t.txt", "Hello world, this is a longer text"), base)
 
 
 def test_questions_end_with_the_user(write):

@@ -190,6 +190,13 @@ def test_rows_of_a_batch_do_not_depend_on_each_other_or_on_rows_that_left(pair, 
         assert len(row) == len(wanted) or row[-1] == END or repeats(row)
 
 
+def test_no_text_is_longer_than_the_model_s_positions(pair):
+    _, expert = pair("gpt2", max_position_embeddings=16)
+    model = AutoModelForCausalLM.from_pretrained(expert).eval()
+    tails = Sampler(model, 1, seed=0, longest=16).sample([[0, 40, 50], [0]], 30, set())
+    assert list(map(len, tails)) == [13, 13]
+
+
 def test_repetition_is_a_short_piece_over_and_over():
     assert repeats([9, 9] + [1, 2, 3] * 30)
     assert not repeats([1, 2, 3] * 10)

@@ -138,6 +138,7 @@ def test_other_architectures_and_added_tokens(pair, tmp_path, arch, case, option
     meswitch.compress(base, expert, tmp_path / "delta", **options)
     merged = load_merged(base, tmp_path / "delta")
     with Engine(base, {"expert": tmp_path / "delta"}, device="cpu", op_backend=backend) as engine:
+        assert not engine.takes_turns
         tokens = list(range(5, 40)) + list(range(2048, 2048 + case.get("added_tokens", 0)))
         plain = list(range(5, 40))
         params = SamplingParams(max_new_tokens=NEW_TOKENS)
@@ -180,6 +181,7 @@ def test_added_tokens_can_be_generated_by_their_expert_only(pair, tmp_path):
     meswitch.compress(base, expert, tmp_path / "delta", bits=4)
     merged = load_merged(base, tmp_path / "delta")
     with Engine(base, {"expert": tmp_path / "delta"}, device="cpu") as engine:
+        assert not engine.takes_turns
         prompts = [[7, 8, 9]] * 2
         theirs, ours = engine.generate(prompts, model=["base", "expert"], max_new_tokens=12)
         assert ours.tokens == continued(merged, [7, 8, 9], engine.tokenizers["expert"].ends)[:12]

@@ -130,6 +130,7 @@ ASSISTANT = {"role": "assistant", "content": "4"}
     [
         ASSISTANT | {"tool_calls": [], "function_call": None, "refusal": None, "annotations": [], "audio": None},
         ASSISTANT | {"reasoning_content": None, "reasoning": "", "name": "math"},
+        ASSISTANT | {"reasoning_details": [], "thinking_blocks": [], "images": [], "prefix": False},
         {"role": "assistant", "content": None, "tool_calls": None},
         {"role": "user", "content": [{"type": "text", "text": "4", "cache_control": {"type": "ephemeral"}}]},
     ],
@@ -150,6 +151,8 @@ def test_histories_may_be_sent_back_as_they_came(url, turn):
         ({"role": "tool", "content": "4"}, "messages[1].role"),
         ({"role": "user", "content": None}, "messages[1].content"),
         ({"role": "assistant"}, "messages[1].content"),
+        ({"role": "user", "content": ["a"]}, "messages[1].content[0]"),
+        ({"role": "user", "content": [{"text": "a"}]}, "messages[1].content[0]"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "messages[1].content[0].text"),
         ({"role": "user", "content": [{"type": "text", "text": "a", "bold": True}]}, "messages[1].content[0].bold"),
     ],

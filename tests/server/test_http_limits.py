@@ -142,6 +142,9 @@ def test_without_a_router_only_auto_fails_and_says_what_to_do(engine):
     ("content", "message"),
     [
         (b'{"model": "math"', "not valid JSON"),
+        (b'{"model": "math", "seed": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
+        (b'{"model": ' + b"[" * 100_000, "not valid JSON: maximum recursion depth"),
+        ('{"model": "déjà"}'.encode("latin-1"), "not valid JSON: 'utf-8' codec can't decode byte 0xe9"),
         (b"[1, 2]", "must be a JSON object"),
         (b"", "must be a JSON object"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "model: this field is required"),
@@ -156,6 +159,14 @@ def test_a_body_that_is_not_a_request_gets_an_openai_error(url, content, message
     answer = httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", [b'"\\ud800"', b'["a", "\\ud800"]'])
+def test_a_prompt_with_half_a_surrogate_pair_is_refused_by_its_own_name(url, prompt):
+    content = b'{"model": "math", "prompt": ' + prompt + b"}"
+    answer = httpx.post(f"{url}/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
 
 
 def test_unknown_paths_and_methods_get_openai_errors(url):

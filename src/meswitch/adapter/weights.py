@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from meswitch.adapter.config import AdapterConfig
@@ -13,7 +12,7 @@ from meswitch.artifact import fingerprint
 from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint
 from meswitch.errors import CheckpointError
 from meswitch.hub import fetch_checkpoint, is_hub_id
-from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header
+from meswitch.tensorfile import INDEX, WEIGHT_DTYPES, WEIGHTS, TensorInfo, read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -29,7 +28,6 @@ _PART = re.compile(
 )
 _AROUND = re.compile(rf"\.(?:token_adapter\.base_layer|base_layer|modules_to_save(?:\.{_NAME}(?=\.))?)(?=\.)")
 _FOREIGN = re.compile(r"\b(?:lora|ia3|hada|lokr|oft|boft|vera|prompt)_")  # tensors of other methods and variants
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +170,7 @@ def _sorted_out(directory: Path, config: AdapterConfig, file: Path, header: Mapp
     parts: dict[str, dict[str, TensorInfo]] = {}
     adapters: set[str] = set()
     for key, info in header.items():
-        if info.dtype not in _FLOATS:
+        if info.dtype not in WEIGHT_DTYPES:
             raise adapter.error(
                 f"{key}: {str(info.dtype).removeprefix('torch.')}: an adapter is read in 16 bit or more"
             )
@@ -204,7 +202,8 @@ def _sorted_out(directory: Path, config: AdapterConfig, file: Path, header: Mapp
 
 
 def _claim(adapter: Adapter, found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
-    if name in found:
+    first = found.get(name)
+    if first is not None and first.sha256() != info.sha256():  # PEFT saves whole tables twice, under two names
         raise adapter.error(f"{info.name}: a second tensor for the same place; save one adapter to a directory")
     found[name] = info
 

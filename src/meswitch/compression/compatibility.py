@@ -1,10 +1,15 @@
 """Can this expert share the base in one batch? If not, say which field or tensor is in the way."""
 
+import re
+
 from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
 from meswitch.config_fields import INACTIVE, TRAINING, UNREAD, config_differences
 from meswitch.errors import IncompatibleError, listed
 from meswitch.loaded import alike
+from meswitch.tensorfile import WEIGHT_DTYPES
+
+_PAIR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 
 
 def matched(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -75,6 +80,8 @@ def check_same_tensors(base: Checkpoint, expert: Checkpoint) -> None:
     Raises:
         IncompatibleError: naming the tensor.
     """
+    for checkpoint in (base, expert):
+        _check_weights(checkpoint)
     vocabulary = architecture_of(expert.config).vocabulary(expert.tensors)
     for name, info in expert.tensors.items():
         theirs = base.info(name)
@@ -88,3 +95,29 @@ def check_same_tensors(base: Checkpoint, expert: Checkpoint) -> None:
     for name in base.tensors:
         if expert.info(name) is None:
             raise IncompatibleError(f"{expert.directory}: lacks the tensor {name} of {base.directory}")
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    """Refuse what is stored as something else than numbers of 16 bit or more, whether the configuration says so or not,
+    and weights that are not whole without the LoRA pairs beside them.
+
+    Raises:
+        IncompatibleError: naming the tensor.
+    """
+    pairs = [name for name in checkpoint.left_out if _PAIR.search(name)]
+    if pairs:
+        raise IncompatibleError(
+            f"{checkpoint.directory}: {listed(pairs)}: LoRA pairs beside the weights, which no model loads; merge them "
+            "(`merge_and_unload` of PEFT) and save the model again"
+        )
+    values = architecture_of(checkpoint.config).model.state_dict()
+    for conversion in checkpoint.load_plan.conversions:
+        if not all(values[target].is_floating_point() for target in conversion.targets):
+            continue
+        for name in conversion.sources:
+            info = checkpoint.tensors[name]
+            if info.dtype not in WEIGHT_DTYPES:
+                raise IncompatibleError(
+                    f"{info.file}: {name}: holds {str(info.dtype).removeprefix('torch.')} where the model has weights, "
+                    "so it is quantised; give the checkpoint in 16 bit that this was made from"
+                )

@@ -8,7 +8,8 @@ A `.txt` file holds one text a line. `.jsonl` holds a row a line, `.json` a list
 - `{"instruction": ..., "input": ..., "output": ...}` (Alpaca): a user's turn and the answer,
 - `{"text": ...}`.
 
-Everything else is refused by line and field. Nothing is guessed: no field is taken for another, and null is no text.
+A conversation may have a `system` text beside its turns. Everything else is refused by line and field. Nothing is
+guessed: no field is taken for another, and null is no text.
 """
 
 import contextlib
@@ -86,10 +87,8 @@ def _row(value: Any, place: str, where: str) -> Row:
     if form is None:
         found = ", ".join(value) or "none"
         raise ConfigError(f"{where}: needs one of the fields {', '.join(_FORMS)}; it has {found}")
-    if form == "messages":
-        return Row(place, _messages(value, form, where))
-    if form == "conversations":
-        return Row(place, [*_system(value, where), *_messages(value, form, where)])
+    if form in ("messages", "conversations"):
+        return Row(place, _with_system(value, _messages(value, form, where), where))
     if form == "instruction":
         return Row(place, _alpaca(value, where))
     if form == "prompt":
@@ -102,7 +101,9 @@ def _prompt(value: Mapping[str, Any], place: str, where: str) -> Row:
         raise ConfigError(f"{where}: chosen: is a preference pair; calibration takes one answer, as `completion`")
     if isinstance(value["prompt"], list):
         answer = _messages(value, "completion", where) if "completion" in value else []
-        return Row(place, [*_messages(value, "prompt", where), *answer])
+        return Row(place, _with_system(value, [*_messages(value, "prompt", where), *answer], where))
+    if value.get("system"):
+        raise ConfigError(f"{where}: system: a prompt that is a text has no system turn; write the row as `messages`")
     prompt = _text(value, "prompt", where)
     completion = _text(value, "completion", where) if "completion" in value else ""
     return Row(place, [], prompt + completion, asked=prompt)
@@ -112,15 +113,21 @@ def _alpaca(value: Mapping[str, Any], where: str) -> Messages:
     """The user's turn is the instruction and, after an empty line, the input if there is one."""
     if value.get("history"):
         raise ConfigError(f"{where}: history: earlier turns are read from `messages` only; write the row so")
-    parts = [_text(value, name, where) for name in ("instruction", "input") if name in value]
+    parts = [_text(value, "instruction", where)]
+    parts += [_text(value, "input", where)] if value.get("input") is not None else []
     user = {"role": "user", "content": "\n\n".join(part for part in parts if part)}
-    return [*_system(value, where), user, {"role": "assistant", "content": _text(value, "output", where)}]
+    return _with_system(value, [user, {"role": "assistant", "content": _text(value, "output", where)}], where)
 
 
-def _system(value: Mapping[str, Any], where: str) -> Messages:
-    """A system text that stands beside the turns."""
+def _with_system(value: Mapping[str, Any], turns: Messages, where: str) -> Messages:
+    """The turns after the system text that stands beside them, if there is one."""
     text = _text(value, "system", where) if value.get("system") is not None else ""
-    return [{"role": "system", "content": text}] if text else []
+    first = turns[0]
+    if not text or (first["role"] == "system" and first["content"] == text):
+        return turns
+    if first["role"] == "system":
+        raise ConfigError(f"{where}: system: the turns have another system text; leave one out")
+    return [{"role": "system", "content": text}, *turns]
 
 
 def _messages(value: Mapping[str, Any], field: str, where: str) -> Messages:
@@ -161,6 +168,11 @@ def _text(value: Mapping[str, Any], field: str, where: str, prefix: str = "") ->
     if not isinstance(found, str):
         what = json_kind(found) if field in value else "no such field"
         raise ConfigError(f"{where}: {prefix}{field}: expected a text, found {what}")
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        reason = "holds half of a surrogate pair, which is no Unicode; take it out"
+        raise ConfigError(f"{where}: {prefix}{field}: {reason}") from None
     return found
 
 

@@ -37,7 +37,7 @@ from meswitch.compression.text import CalibrationSet
 from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
 from meswitch.progress import Progress
-from meswitch.tensorfile import NAMES, tensor_bytes
+from meswitch.tensorfile import NAMES, TensorInfo, tensor_bytes
 from meswitch.version import __version__
 
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
@@ -122,13 +122,17 @@ class Converter:
         if pair.same:
             pass
         elif base is None or not self.options.packs(role):
-            if not ours.isfinite().all():
-                raise MeswitchError(f"{name}: the expert has NaN or infinite values; repair the checkpoint")
+            _check_finite(info, ours)
             entry, parts = replace(entry, kind="dense"), {"": ours}
         else:
             # reading the text deserves all threads, these small matrices may not
             with fitting_threads(self.device, self.expert.config.get_text_config().hidden_size):
-                delta = self._encode(name, role, ours, base, inputs)
+                try:
+                    delta = self._encode(name, role, ours, base, inputs)
+                except MeswitchError:  # of a difference, which may have taken the expert's place; say which side it is
+                    for side in filter(None, (info, self.base.info(name))):
+                        _check_finite(side, side.read())
+                    raise
             parts = delta.tensors()
             if isinstance(delta, PackedDelta):
                 entry = replace(entry, kind="packed", bits=delta.bits, group_size=delta.group_size)
@@ -235,6 +239,11 @@ class Pair:
     base: Tensor | None
     base_sha256: str | None
     same: bool
+
+
+def _check_finite(info: TensorInfo, tensor: Tensor) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise MeswitchError(f"{info.file}: {info.name}: has NaN or infinite values; repair the checkpoint")
 
 
 class PairReader:

@@ -130,10 +130,11 @@ def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: in
 
     Args:
         file: see `conversations`.
-        max_tokens: sequences are taken in order until they hold this many tokens; each is cut at 512.
+        max_tokens: sequences are taken in order until they hold this many tokens; each is cut at 512, or at what the
+            model takes.
 
     Raises:
-        ConfigError: no such file, a row in none of the forms, no text at all, or no tokenizer.
+        ConfigError: no such file, a row in none of the forms, no text at all, no tokenizer, or another model's.
     """
     file = Path(file)
     rows = read_rows(_existing(file))
@@ -146,8 +147,9 @@ def load_calibration(file: str | Path, tokenizer_dir: str | Path, max_tokens: in
         texts = _tokenised(tokenizer, [(text, bool(row.messages)) for row, (text, _) in zip(some, found, strict=True)])
         asked = _tokenised(tokenizer, [(ask, bool(row.messages)) for row, (_, ask) in zip(some, found, strict=True)])
         for tokens, before in zip(texts, asked, strict=True):
-            tokens = tokens[: min(MAX_LENGTH, max_tokens - total)]
+            tokens = tokens[: min(MAX_LENGTH, tokenizer.max_length, max_tokens - total)]
             if tokens:
+                _check_known(tokens, tokenizer, tokenizer_dir)
                 sequences.append(tokens)
                 starts.append(len(before))
                 total += len(tokens)
@@ -166,6 +168,16 @@ def _tokenised(tokenizer: ChatTokenizer, texts: list[tuple[str, bool]]) -> list[
             for place, tokens in zip(mine, ids, strict=True):
                 found[place] = tokens
     return found
+
+
+def _check_known(tokens: list[int], tokenizer: ChatTokenizer, directory: str | Path) -> None:
+    largest = max(tokens)
+    if largest >= tokenizer.vocab_size:
+        text = tokenizer.tokenizer.convert_ids_to_tokens(largest)
+        raise ConfigError(
+            f"{directory}: its tokenizer gives token {largest} ({text!r}), and its model has {tokenizer.vocab_size} "
+            "tokens; put the tokenizer files there that it was trained with"
+        )
 
 
 def load_questions(file: Path) -> list[Messages]:

@@ -144,7 +144,7 @@ class _Writer:
         starts = (tokenizer.tokenizer.bos_token_id, *tokenizer.ends)
         self.start: int = next((i for i in starts if i is not None), 0)
         model = LazyModel.of(expert, device, dtype).load()
-        self.sampler = Sampler(model, self.start, seed)
+        self.sampler = Sampler(model, self.start, seed, longest=tokenizer.max_length)
         self.batch = max(1, min(BATCH, CACHE_BYTES // max(1, cache_bytes(expert.config, dtype) * MAX_LENGTH)))
         if device.type == "cpu":
             self.batch = min(self.batch, max(8, int(CPU_BATCH_WORK / expert.parameters)))
@@ -159,7 +159,8 @@ class _Writer:
 
     def write(self, batch: int | list[Messages]) -> Iterator[tuple[list[int], str | None]]:
         """So many sequences of its own, or answers to these conversations: each with what is wrong with it."""
-        most, longest = ANSWER, LENGTH if isinstance(batch, int) else MAX_LENGTH
+        most = ANSWER
+        longest = min(LENGTH if isinstance(batch, int) else MAX_LENGTH, self.tokenizer.max_length)
         if isinstance(batch, int) and not self.chat:
             most = LENGTH
             heads = [[self.start]] * batch
@@ -203,9 +204,14 @@ class _Writer:
 
 
 class Sampler:
-    """A causal LM and one stream of random numbers: the same calls in the same order give the same tokens."""
+    """A causal LM and one stream of random numbers: the same calls in the same order give the same tokens.
 
-    def __init__(self, model: Any, pad: int, seed: int) -> None:
+    Args:
+        longest: tokens of a text that the model takes.
+    """
+
+    def __init__(self, model: Any, pad: int, seed: int, longest: int = 1 << 20) -> None:
+        self.longest = longest
         self.told: Callable[[int], None] = lambda step: None  # is given the number of new tokens, every few of them
         self.model, self.pad, self.device = model, pad, model.device
         self.random = torch.Generator(device=self.device).manual_seed(seed)
@@ -217,7 +223,7 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, heads: list[list[int]], most: int, ends: set[int], ended: Ended | None = None) -> list[list[int]]:
         """What follows each head at temperature 1: up to and with a token of `ends`, or until `ended`, a repetition or
-        `most` new tokens.
+        `most` new tokens, or as many as the model takes.
 
         Args:
             heads: token ids, each of at least one token.
@@ -230,7 +236,7 @@ class Sampler:
         running = [most > 0] * len(heads)
         cache: Any = None
         step = 0
-        while any(running[row] for row in rows):
+        while any(running[row] for row in rows) and width + step < self.longest:
             if step % _PRUNE_EVERY == 0:
                 self.told(step)
             if step % _PRUNE_EVERY == 0 and not all(running[row] for row in rows):

@@ -23,7 +23,7 @@ from meswitch.codec import Delta
 from meswitch.engine.attach import Attachment
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import BASE_SLOT, Rows, Switch
-from meswitch.engine.layers import Switchable
+from meswitch.engine.layers import Switchable, SwitchableEmbedding
 from meswitch.engine.parameters import ExpertParameters, StoredTensors
 from meswitch.engine.sampling import SamplingParams, not_finite
 from meswitch.engine.survey import Survey
@@ -326,21 +326,30 @@ class _Witness:
         rows, places = axes
         step = self.switch.step
         mixed = _clones(output)
-        some, more = _copied(self._inputs)
         try:
             self.switch.step = step.of_base()
-            base = _clones(module(*some, **more))
-            merged = {}
-            for slot, name in self.slots.items():
-                own = self.unit.parameters.own(module, self._tensors(name))
-                some, more = _copied(self._inputs)
-                merged[slot] = _clones(torch.func.functional_call(module, own, some, more))
+            base = self._run(module, {})
+            merged = {
+                slot: self._run(module, self.unit.parameters.own(module, self._tensors(name)))
+                for slot, name in self.slots.items()
+            }
         except Exception as error:  # noqa: BLE001  whatever the module raises
             self.reasons.append(self._reason(f"it cannot be run with merged weights: {_line(error)}"))
             return
         finally:
             self.switch.step = step
         self._compare(mixed, base, merged, rows, places)
+
+    def _run(self, module: nn.Module, own: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the unit gives with some parameters in place of its own.
+
+        The rows of others do not count then: a token that only their tables hold becomes the last of this one.
+        """
+        some, more = _copied(self._inputs)
+        if isinstance(module, SwitchableEmbedding):
+            last = len(own.get("base.weight", module.base.weight)) - 1
+            some, more = pytree.tree_map(lambda leaf: leaf.clamp(max=last), (some, more))
+        return _clones(torch.func.functional_call(module, dict(own), some, more))
 
     def _compare(
         self,

@@ -12,10 +12,11 @@ import torch
 
 from meswitch.artifact import Artifact
 from meswitch.engine.attach import plan_attachment
-from meswitch.engine.batching import Batch
+from meswitch.engine.batching import PAGE, Batch
 from meswitch.engine.context import Switch
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial, batch_runs_base, prove, without_weights
+from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
@@ -141,6 +142,12 @@ def _open_batch(
     vocabulary: int,
 ) -> Opened | tuple[str, ...]:
     """The running batch, or all reasons why not."""
+    turns_at = longest_unturned(model.config)
+    if turns_at is not None and sizes.kv_tokens - PAGE > turns_at:
+        return (
+            f"rope_parameters: longrope turns a whole step otherwise once one text in it is longer than {turns_at} "
+            f"tokens; kv_cache_tokens of at most {turns_at + PAGE} keep texts shorter",
+        )
     switch = Switch()
     with _quiet():
         try:

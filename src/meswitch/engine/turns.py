@@ -6,6 +6,7 @@ running batch: a request waits for the experts before it, and weights are made a
 """
 
 import contextlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from meswitch.cpu import deserves_one
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
+from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.experts import ExpertStore
@@ -92,7 +94,7 @@ class Turns:
         self._changed = threading.Condition()
         self._closed = False
         self._prove(trial)
-        self._pads = self._padding_is_harmless()
+        self._pads_up_to = (longest_unturned(model.config) or math.inf) if self._padding_is_harmless() else 0
         self._thread = threading.Thread(target=self._run, name="meswitch-turns", daemon=True)
         self._thread.start()
 
@@ -152,10 +154,11 @@ class Turns:
         chosen: list[_Job] = []
         longest = 0
         for job in waiting:
-            fits = job.slot == first.slot and (self._pads or len(job.tokens) == len(first.tokens))
             longest_then = max(longest, len(job.tokens) + job.left)
+            fits = longest_then <= self._pads_up_to or all(len(job.tokens) == len(one.tokens) for one in chosen)
             if (
-                fits
+                job.slot == first.slot
+                and fits
                 and len(chosen) < MAX_BATCH
                 and longest_then * (len(chosen) + 1) <= max(self.kv_tokens, longest_then)
             ):

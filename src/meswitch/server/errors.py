@@ -101,6 +101,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400 and error.__cause__ is not None:
+            # what reading the body raised beside JSON errors
+            reason = str(error.__cause__).partition(";")[0] or type(error.__cause__).__name__
+            return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json").response()
         message = f"{request.method} {request.url.path}: {error.detail}"
         if error.status_code == 404 and not request.url.path.startswith("/v1/"):
             message += "; the API is under /v1"

@@ -71,9 +71,13 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
+    "images": ([],),
+    "prefix": (False,),
     "reasoning": ("",),
     "reasoning_content": ("",),
+    "reasoning_details": ([],),
     "refusal": ("",),
+    "thinking_blocks": ([],),
     "tool_call_id": (),
     "tool_calls": ([],),
 }
@@ -124,6 +128,8 @@ def _content(value: Any) -> Any:
     texts = []
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind is None:
+            raise _refuse("bad_value", (index,), 'a part is an object with a `type`: {"type": "text", "text": ...}')
         if kind != "text":
             raise _refuse("unsupported", (index,), f"{kind!r} is not supported: the experts read text only")
         if not isinstance(part.get("text"), str):
@@ -137,10 +143,13 @@ def _content(value: Any) -> Any:
 
 def _prompts(value: Any) -> Any:
     """One prompt or several -> a list of prompts."""
-    if isinstance(value, str) or _is_tokens(value):
+    if isinstance(value, str):
+        return [_encodable(value)]
+    if _is_tokens(value):
         return [value]
-    several = isinstance(value, list) and bool(value)
-    if several and (all(isinstance(item, str) for item in value) or all(_is_tokens(item) for item in value)):
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return [_encodable(item) for item in value]
+    if isinstance(value, list) and value and all(_is_tokens(item) for item in value):
         return value
     raise ValueError("give a text, a list of texts, a list of token ids or a list of such lists; none of them empty")
 
@@ -262,7 +271,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[Text] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
 
     @property
     def token_limit(self) -> int:
