@@ -51,7 +51,7 @@ STACKS = (EXPERTS, TRANSPOSED_EXPERTS)
 LIE_TRANSPOSED = (TRANSPOSED, TRANSPOSED_EXPERTS)
 # Names that wrappers of a model, or of its parts, put in front of tensors: DataParallel and DDP, torch.compile, FSDP,
 # recomputed activations.
-_WRAPPERS = re.compile(r"^(?:module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?:module\.)*")
+WRAPPERS = re.compile(r"^(?:module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?:module\.)*")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Dimensions that a stored tensor of a role has, where that matters: some are reshaped while they are loaded.
 _DIMENSIONS = dict.fromkeys((EMBEDDING, HEAD, LINEAR, TRANSPOSED), (2,)) | dict.fromkeys(STACKS, (2, 3))
@@ -492,7 +492,7 @@ def _file_of(config: Any) -> str:
 
 def unwrapped(name: str) -> str:
     """A tensor's name without what DataParallel, DDP, FSDP and torch.compile put in it."""
-    return _WRAPPERS.sub("", name)
+    return WRAPPERS.sub("", name)
 
 
 @functools.cache

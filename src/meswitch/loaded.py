@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from meswitch.architecture import Architecture, Conversion, LoadPlan, architecture_of, unwrapped
+from meswitch.architecture import WRAPPERS, Architecture, Conversion, LoadPlan, architecture_of, unwrapped
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError, listed
 from meswitch.tensorfile import TensorInfo, tensor_bytes
@@ -145,6 +145,23 @@ def _names(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str
             else ""
         )
     )
+
+
+def taken_out(checkpoint: Checkpoint) -> dict[str, str]:
+    """What stored names carry that transformers does not know, as `key_mapping` of `from_pretrained` takes it out.
+
+    Raises:
+        CheckpointError: see `as_loaded`.
+    """
+    bare, _ = _names(checkpoint, architecture_of(checkpoint.config))
+    patterns: dict[str, str] = {}
+    for name, stored in bare.items():
+        plain = unwrapped(stored)
+        if plain != stored:
+            patterns[WRAPPERS.pattern] = ""
+        if plain != name:
+            patterns[f"^{re.escape(plain.removesuffix(name))}"] = ""
+    return patterns
 
 
 def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> None:

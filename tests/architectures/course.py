@@ -138,7 +138,7 @@ def _serve(outcome: Outcome, root: Path, base: Path, device: str) -> None:
         answers = engine.generate(prompts, model=names, max_new_tokens=NEW_TOKENS)
     models = {"base": load(base)} | {name: load(root / f"merged-{name}") for name in experts}
     for name, prompt, answer in zip(names, prompts, answers, strict=True):
-        fault = _differs(models[name], prompt, list(answer.tokens))
+        fault = differs(models[name], prompt, list(answer.tokens))
         if fault is None:
             outcome.right += 1
         else:
@@ -146,7 +146,7 @@ def _serve(outcome: Outcome, root: Path, base: Path, device: str) -> None:
 
 
 @torch.no_grad()
-def _differs(model: Any, prompt: list[int], answer: list[int]) -> str | None:
+def differs(model: Any, prompt: list[int], answer: list[int]) -> str | None:
     """Where a greedy answer is not the model's own, alone and by transformers' `generate`; near ties do not count."""
     ids = torch.tensor([prompt])
     out = model.generate(

@@ -26,6 +26,7 @@ from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dty
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
+from meswitch.loaded import taken_out
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 logger = logging.getLogger("meswitch.engine")
@@ -318,6 +319,7 @@ def _load_model(architecture: Architecture, checkpoint: Checkpoint, device: torc
     """
     model, loaded = architecture.model_class.from_pretrained(
         checkpoint.directory,
+        key_mapping=taken_out(checkpoint) or None,
         config=copy.deepcopy(architecture.config),
         dtype=compute_dtype(dtype, device),
         attn_implementation=attention_for(architecture.model_class),
