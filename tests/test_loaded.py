@@ -15,10 +15,11 @@ from transformers import (
     MixtralConfig,
 )
 
+from meswitch.architecture import architecture_of
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError
-from meswitch.loaded import alike
+from meswitch.loaded import alike, load_model
 from models import TINY, edit_config
 
 WEIGHTS, HEAD, EMBEDDING = "model.safetensors", "lm_head.weight", "model.embed_tokens.weight"
@@ -218,3 +219,13 @@ def test_rows_that_the_configuration_does_not_have_are_refused(stored, change):
     message = r"shape \[2048, 64\], but config.json makes it \[2000, 64\]; correct the configuration \(vocab_size"
     with pytest.raises(CheckpointError, match=message):
         _ = Checkpoint.open(directory).loaded
+
+
+def test_a_model_that_is_not_stored_whole_is_not_filled_up_with_random_numbers(pair):
+    base, _ = pair()
+    tensors = load_file(base / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: t for n, t in tensors.items() if n != lost}, base / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(base)
+    with pytest.raises(CheckpointError, match=rf"lacks {lost}.*random numbers"):
+        load_model(checkpoint, architecture_of(checkpoint.config), torch.float32)

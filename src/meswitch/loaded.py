@@ -5,10 +5,12 @@ with what DataParallel or torch.compile put before each name, its tied head once
 one or in a stack. What is loaded alike counts as alike (`alike`), and is known by one name (`as_loaded`).
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -147,12 +149,36 @@ def _names(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str
     )
 
 
-def taken_out(checkpoint: Checkpoint) -> dict[str, str]:
-    """What stored names carry that transformers does not know, as `key_mapping` of `from_pretrained` takes it out.
+def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, **options: Any) -> Any:
+    """A checkpoint's model, loaded by transformers.
+
+    Args:
+        architecture: the checkpoint's, or that of its language model alone.
+        dtype: as `from_pretrained` takes it. options: for `from_pretrained` too.
 
     Raises:
-        CheckpointError: see `as_loaded`.
+        CheckpointError: a parameter is not stored: transformers would fill it with random numbers.
     """
+    import transformers
+
+    model, found = architecture.model_class.from_pretrained(
+        checkpoint.directory,
+        config=copy.deepcopy(architecture.config),
+        key_mapping=_taken_out(checkpoint) or None,
+        dtype=dtype,
+        output_loading_info=True,
+        **options,
+    )
+    if absent := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{checkpoint.directory}: {type(model).__name__}: {listed(absent)} not stored under a name that "
+            f"transformers {transformers.__version__} loads; fetch the checkpoint again, or save it with this version"
+        )
+    return model
+
+
+def _taken_out(checkpoint: Checkpoint) -> dict[str, str]:
+    """What stored names carry that transformers does not know, as `key_mapping` of `from_pretrained` takes it out."""
     bare, _ = _names(checkpoint, architecture_of(checkpoint.config))
     patterns: dict[str, str] = {}
     for name, stored in bare.items():

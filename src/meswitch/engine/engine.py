@@ -1,7 +1,6 @@
 """One base model in memory, many experts beside it, one running batch."""
 
 import atexit
-import copy
 import dataclasses
 import itertools
 import logging
@@ -25,8 +24,8 @@ from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
-from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
-from meswitch.loaded import taken_out
+from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
+from meswitch.loaded import load_model
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 logger = logging.getLogger("meswitch.engine")
@@ -315,22 +314,13 @@ def _load_model(architecture: Architecture, checkpoint: Checkpoint, device: torc
     """The base, as transformers loads it.
 
     Raises:
-        IncompatibleError: the checkpoint does not give every parameter.
+        CheckpointError: the checkpoint does not give every parameter.
     """
-    model, loaded = architecture.model_class.from_pretrained(
-        checkpoint.directory,
-        key_mapping=taken_out(checkpoint) or None,
-        config=copy.deepcopy(architecture.config),
-        dtype=compute_dtype(dtype, device),
+    model = load_model(
+        checkpoint,
+        architecture,
+        compute_dtype(dtype, device),
         attn_implementation=attention_for(architecture.model_class),
-        output_loading_info=True,
     )
-    absent = sorted(loaded["missing_keys"])
-    if absent:
-        raise IncompatibleError(
-            f"{checkpoint.directory}: {type(model).__name__}: {absent[0]} is not stored"
-            + (f", nor {len(absent) - 1} more" if absent[1:] else "")
-            + "; fetch the checkpoint again, or save it with the installed transformers"
-        )
     model.generation_config = GenerationConfig()  # the base's own sampling defaults are not the experts'
     return model.to(device).eval()

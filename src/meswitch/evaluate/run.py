@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from meswitch.adapter import is_adapter, open_expert
+from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
@@ -18,6 +18,7 @@ from meswitch.evaluate.gain import compare, gain_retained
 from meswitch.evaluate.harness import PREFIX, Harness, HarnessSettings, Measure
 from meswitch.evaluate.report import Kind, Report, Row
 from meswitch.evaluate.tasks import CHECKABLE, DOMAINS
+from meswitch.loaded import load_model
 from meswitch.tokenizer import load_tokenizer
 
 Source = str | Path
@@ -220,9 +221,10 @@ def _vocabulary(loaded: _Loaded) -> int:
 
 
 def _load_checkpoint(source: Source, settings: Settings) -> _Loaded:
-    directory = Checkpoint.open(source).directory
+    checkpoint = Checkpoint.open(source)
+    directory = checkpoint.directory
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=settings.dtype, trust_remote_code=False)
+        model = load_model(checkpoint, architecture_of(checkpoint.config, text_only=True), settings.dtype)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
