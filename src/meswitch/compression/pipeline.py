@@ -57,7 +57,7 @@ def compress(
     Args:
         base, expert: checkpoint directories or hub ids. A PEFT adapter as the expert is kept as it was trained.
         out: the directory to create.
-        options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits.
+        options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits, `bits="exact"` loses nothing.
         device: where the arithmetic runs, `cpu` or `cuda`.
         overwrite: replace an artifact that exists.
         force: compress an expert of another base too, whose matrices have nothing to do with the base's.
@@ -101,7 +101,8 @@ def compress(
         replace = overwrite or recipe is not None
         converter = Converter(source, target, stage, options, specs, text, moments, where, replace, progress)
         artifact = converter.run(is_made=stage.is_dir() and work.load("undistilled", converter.plan) is not None)
-        if warning := converter.large.warning(None if options.target_bpw is not None else options.bits):
+        bits = None if isinstance(options.bits, str) or options.target_bpw is not None else options.bits
+        if warning := converter.large.warning(bits):
             notice(warning)
         if recipe is None or text is None:
             return artifact
