@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from meswitch.artifact import Artifact
 
 LORA, EXACT = "lora", "exact"  # the methods of an adapter, and of `--bits exact`
-EXACT_MEANS = "exact: merged, the fine-tune's tensors bit for bit"
+EXACT_MEANS = "exact: merged, the fine-tune's tensors bit for bit; served by turns"
 
 
 def inspect(
