@@ -110,6 +110,34 @@ def test_a_large_matrix_keeps_nearly_the_best(monkeypatch, decay):
     assert kept > 0.99 * best
 
 
+def test_with_the_inputs_a_pair_is_the_best_for_the_outputs():
+    draw = torch.Generator().manual_seed(0)
+    delta = torch.randn(30, 40, generator=draw)
+    inputs = torch.randn(500, 40, generator=draw) * torch.arange(1, 41) ** -1.0
+    missed = {}
+    for name, moment in {"free": None, "calibrated": inputs.T @ inputs / 500}.items():
+        left, right = best_pair(delta, 6, moment)
+        missed[name] = float((inputs @ (delta - left @ right).T).square().sum())
+    best = float(torch.linalg.svdvals(inputs @ delta.T)[6:].square().sum())
+    assert best <= missed["calibrated"] < 1.05 * best
+    assert missed["calibrated"] < 0.8 * missed["free"]
+
+
+def test_calibration_text_shapes_the_pairs(family, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join((family / "calibration" / "math.jsonl").read_text().splitlines()[:60]))
+    found = extract_lora(family / "base", family / "math", tmp_path / "calibrated", 8, calibration=text)
+    free = extract_lora(family / "base", family / "math", tmp_path / "free", 8)
+    assert all(item.output_energy > item.output_kept > 0 for item in found.tensors if item.how == PAIR)
+    assert found.of(PAIR).share < free.of(PAIR).share < found.of(PAIR).output_share
+    assert [item.name for item in found.tensors] == [item.name for item in free.tensors]
+    assert free.of(PAIR).output_share is None
+    whole = extract_lora(family / "base", family / "math", tmp_path / "whole", 1 << 20, calibration=text)
+    assert whole.of(PAIR).share > 0.9999
+    with pytest.raises(ConfigError, match=r"none\.txt: no such calibration file"):
+        extract_lora(family / "base", family / "math", tmp_path / "none", 8, calibration=tmp_path / "none.txt")
+
+
 def test_a_pair_of_a_matrix_narrower_than_the_rank_is_filled_up_with_zeros():
     delta = torch.randn(3, 8)
     left, right = best_pair(delta, 5)

@@ -29,6 +29,15 @@ def extract_lora(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The adapter's directory to create.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text like the expert's own inputs, as for `compress`. Pairs are then those that change the layers' "
+            "outputs on it most nearly as the delta does: the same bytes keep more of what the model says. It costs a "
+            "forward pass of the expert, one block in memory at a time.",
+        ),
+    ] = None,
     modules_to_save: Annotated[
         bool,
         typer.Option(
@@ -48,14 +57,15 @@ def extract_lora(
     """Extract the nearest LoRA adapter from a full fine-tune, for servers that have nothing else.
 
     Each linear layer's delta is replaced by the pair of rank R that is nearest to it: its largest singular values and
-    their vectors. `kept` is the share of the delta's energy (the sum of its squares) that the pair has; the rest of
-    the fine-tuning is lost. A full fine-tune spreads over many singular values, so compare what this keeps with what
-    `meswitch compress` does at the same bytes. A LoRA has no place for norms, biases and embeddings: what of them
-    changed is kept whole with --modules-to-save, or named as left out.
+    their vectors. `kept` is the share of the delta's energy (the sum of its squares) that the pair has, `of outputs`
+    the share of what it adds to the layers' outputs on --calibration text; the rest of the fine-tuning is lost. A full
+    fine-tune spreads over many singular values, so compare what this keeps with what `meswitch compress` does at the
+    same bytes. A LoRA has no place for norms, biases and embeddings: what of them changed is kept whole with
+    --modules-to-save, or named as left out.
 
     Example:
 
-        meswitch extract-lora --base B --expert B-math --rank 64 --out adapters/math
+        meswitch extract-lora --base B --expert B-math --rank 64 --calibration math.jsonl --out adapters/math
     """
     device = console.check_device(device)
     console.quiet()
@@ -68,6 +78,7 @@ def extract_lora(
             expert,
             out,
             rank,
+            calibration=calibration,
             modules_to_save=modules_to_save,
             device=device,
             overwrite=overwrite,
@@ -86,7 +97,7 @@ def to_json(found: "Extraction") -> dict[str, Any]:
     from meswitch.compression.extraction import LEFT_OUT, PAIR, WHOLE
 
     def plain(energy: "Energy") -> dict[str, Any]:
-        return dataclasses.asdict(energy) | {"share": energy.share}
+        return dataclasses.asdict(energy) | {"share": energy.share, "output_share": energy.output_share}
 
     return {
         "adapter": str(found.directory),
@@ -106,13 +117,16 @@ def _show(found: "Extraction", seconds: float) -> None:
     from meswitch.compression.extraction import LEFT_OUT, PAIR, WHOLE
 
     whole = found.of(PAIR, WHOLE, LEFT_OUT)
-    made = console.table(
-        f"{found.directory}: rank {found.rank}", "layer type", "", "tensors", "weights", "of all change", "kept"
-    )
+    outputs = ["of outputs"] if whole.output_share is not None else []
+    columns = ("layer type", "", "tensors", "weights", "of all change", "kept", *outputs)
+    made = console.table(f"{found.directory}: rank {found.rank}", *columns)
 
     def add(name: str, how: str, energy: "Energy", style: str | None = None) -> None:
         of_all = f"{energy.energy / whole.energy:.1%}" if whole.energy else "-"
-        made.add_row(name, how, str(energy.tensors), f"{energy.weights:,}", of_all, f"{energy.share:.1%}", style=style)
+        kept = [f"{energy.share:.1%}"]
+        if outputs:
+            kept.append(f"{energy.output_share:.1%}" if how == PAIR and energy.output_share is not None else "-")
+        made.add_row(name, how, str(energy.tensors), f"{energy.weights:,}", of_all, *kept, style=style)
 
     order = [PAIR, WHOLE, LEFT_OUT]
     for (how, layer), energy in sorted(found.by_type().items(), key=lambda item: (order.index(item[0][0]), item[0][1])):

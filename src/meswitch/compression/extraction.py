@@ -5,8 +5,9 @@ served. What a pair cannot hold is named: it is kept whole if that is asked for,
 """
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import ADAPTER_CONFIG, Checkpoint
 from meswitch.codec import same_bits
 from meswitch.codec.delta import check_finite
+from meswitch.codec.feedback import damped
 from meswitch.compression.compatibility import matched, remarks
-from meswitch.compression.convert import roles_of
+from meswitch.compression.convert import LEAST_TOKENS, mean_moment, roles_of
+from meswitch.compression.inputs import Inputs, Walk
 from meswitch.compression.large_delta import check_same_base
+from meswitch.compression.lazy_model import compute_dtype
+from meswitch.compression.options import Options
+from meswitch.compression.partial_model import check_blocks
+from meswitch.compression.pipeline import measured_tokens
+from meswitch.compression.text import load_calibration
 from meswitch.cpu import fitting_threads
 from meswitch.durable import recover_directory, replace_directory
 from meswitch.errors import ConfigError
@@ -47,6 +55,8 @@ class Extracted:
         weights: how many it has.
         energy: squared Frobenius norm of its delta, rows that the base lacks not counted.
         kept: how much of it base + adapter has; what the pair's own rounding loses is counted.
+        output_energy, output_kept: the same of what the delta adds to the layer's outputs, a mean over the tokens of
+            the calibration text; 0 where that was not seen.
     """
 
     name: str
@@ -55,6 +65,8 @@ class Extracted:
     weights: int
     energy: float
     kept: float
+    output_energy: float = 0.0
+    output_kept: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +77,24 @@ class Energy:
     weights: int
     energy: float
     kept: float
+    output_energy: float
+    output_kept: float
 
     @classmethod
     def of(cls, tensors: Iterable[Extracted]) -> "Energy":
         found = list(tensors)
-        sums = (sum(getattr(item, name) for item in found) for name in ("weights", "energy", "kept"))
-        return cls(len(found), *sums)
+        names = ("weights", "energy", "kept", "output_energy", "output_kept")
+        return cls(len(found), *(sum(getattr(item, name) for item in found) for name in names))
 
     @property
     def share(self) -> float:
         """What is kept, of 1."""
         return self.kept / self.energy if self.energy else 1.0
+
+    @property
+    def output_share(self) -> float | None:
+        """What is kept of the change of outputs, of 1; None where that was not seen."""
+        return self.output_kept / self.output_energy if self.output_energy else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +134,7 @@ def extract_lora(
     out: str | Path,
     rank: int,
     *,
+    calibration: str | Path | None = None,
     modules_to_save: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
@@ -127,6 +147,8 @@ def extract_lora(
         base, expert: checkpoint directories or hub ids.
         out: the directory to create.
         rank: of the pairs; at most that of the largest matrix.
+        calibration: a file of text like the expert's own inputs: pairs are then those that change the layers' outputs
+            on it most nearly as the delta does.
         modules_to_save: keep embeddings, norms, routers and a head without a pair whole, where they changed.
         device: where singular vectors are computed, `cpu` or `cuda`.
         overwrite: replace an adapter that exists.
@@ -146,9 +168,14 @@ def extract_lora(
     check_same_base(source, target)
     for line in remarks(source, target):
         notice(line)
+    walk = None
+    if calibration is not None:
+        check_blocks(target, where)
+        text = load_calibration(calibration, target.directory, measured_tokens(Options(), target, where))
+        walk = Walk(target, text.sequences, where, compute_dtype(where, target.parameters))
     made = _Extractor(source, target, rank, modules_to_save, where, progress)
     with fitting_threads(where, target.config.get_text_config().hidden_size):
-        made.run()
+        made.run(walk)
     if not any(item.how == PAIR for item in made.found):
         raise ConfigError(f"{target.directory}: no linear layer changed, so there is nothing for a LoRA to hold")
     partial = out.with_name(out.name + ".partial")
@@ -167,29 +194,42 @@ def extract_lora(
     return Extraction(out, made.rank, tuple(made.found), made.added_rows, added_kept, nbytes, target.nbytes)
 
 
-def best_pair(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The pair whose product is nearest to a matrix in the Frobenius norm, its singular values shared by both sides.
+def best_pair(delta: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The pair whose product is nearest to a matrix, its size shared by both sides.
 
     Args:
         delta: [rows, in_features] float32.
+        moment: [in_features, in_features] float32, the second moment of the inputs: nearest is then what gives the
+            nearest outputs. None: in the Frobenius norm.
 
     Returns:
         [rows, rank] and [rank, in_features] float32; columns beyond the matrix's own rank are zeros.
     """
-    smaller, wanted = min(delta.shape), max(2 * rank, rank + _MORE)
-    if smaller <= EXACT_WIDTH or wanted >= smaller // 2:
-        left, values, right = torch.linalg.svd(delta, full_matrices=False)
-    else:
-        with torch.random.fork_rng([delta.device] if delta.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            left, values, turned = torch.svd_lowrank(delta, wanted, _ITERATIONS)
-        right = turned.T
-    count, root = min(rank, smaller), values[:rank].sqrt()
+    count = min(rank, *delta.shape)
+    left = _directions(delta if moment is None else delta @ _root(moment), count)
+    right = left.T @ delta  # for these directions of the outputs the best, whatever the inputs
+    size = torch.linalg.vector_norm(right, dim=1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     pad = (0, rank - count)
-    return (
-        nn.functional.pad(left[:, :count] * root, pad),
-        nn.functional.pad(right[:count] * root[:, None], (0, 0, *pad)),
-    )
+    return nn.functional.pad(left * size, pad), nn.functional.pad(right / size[:, None], (0, 0, *pad))
+
+
+def _directions(matrix: Tensor, count: int) -> Tensor:
+    """[rows, count]: its left singular vectors of the largest singular values."""
+    smaller, wanted = min(matrix.shape), max(2 * count, count + _MORE)
+    if smaller <= EXACT_WIDTH or wanted >= smaller // 2:
+        return torch.linalg.svd(matrix, full_matrices=False)[0][:, :count]
+    with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(matrix, wanted, _ITERATIONS)[0][:, :count]
+
+
+def _root(moment: Tensor) -> Tensor:
+    """A matrix `L` with `L L^T` the second moment, damped as far as float32 needs it."""
+    for damping in (0.01, 0.1):
+        lower, info = torch.linalg.cholesky_ex(damped(moment, damping))
+        if not int(info):
+            return lower
+    return torch.diag(moment.diagonal().clamp_min(0).sqrt())
 
 
 class _Extractor:
@@ -210,13 +250,26 @@ class _Extractor:
         self.pairs: list[str] = []
         self.saved: list[str] = []
         self.added_rows, self.keeps_added = 0, True
+        self._taken: set[str] = set()
+        self._done = 0
 
-    def run(self) -> None:
-        done, total = 0, self._expert.parameters
-        for name, info in self._expert.tensors.items():
-            self._extract(name)
-            done += info.nbytes // info.dtype.itemsize
-            self._progress("extracting", done, total, name)
+    def run(self, walk: Walk | None) -> None:
+        """Take every tensor once, those of linear layers where their inputs are seen."""
+        for names, seen in walk.steps() if walk is not None else ():
+            for name in names:
+                self._take(name, seen.get(name, ()))
+        for name in self._expert.tensors:
+            self._take(name, ())
+        order = list(self._expert.tensors)
+        self.found.sort(key=lambda item: order.index(item.name))
+
+    def _take(self, name: str, inputs: Sequence[tuple[Tensor, Inputs]]) -> None:
+        if name in self._taken or name not in self._expert.tensors:
+            return
+        self._taken.add(name)
+        self._extract(name, mean_moment([(rows, own) for rows, own in inputs if own.tokens >= LEAST_TOKENS]))
+        self._done += math.prod(self._expert.tensors[name].shape)
+        self._progress("extracting", self._done, self._expert.parameters, name)
 
     def config(self, base: str) -> dict[str, Any]:
         """`adapter_config.json`."""
@@ -240,7 +293,7 @@ class _Extractor:
             "use_rslora": False,
         }
 
-    def _extract(self, name: str) -> None:
+    def _extract(self, name: str, moment: Tensor | None) -> None:
         ours, base = self._expert.read(name), self._base.read(name)
         if same_bits(ours, base):
             return
@@ -258,8 +311,12 @@ class _Extractor:
         if energy == 0 and ours.shape == base.shape:
             return
         if module is not None:
-            kept = energy - self._add_pair(module, as_matrix(delta, role), ours.dtype)
-            self.found.append(Extracted(name, role, PAIR, ours.numel(), energy, kept))
+            delta = as_matrix(delta, role)
+            output = 0.0 if moment is None else _output_energy(delta, moment)
+            missed = self._add_pair(module, delta, moment, ours.dtype)
+            output_kept = 0.0 if moment is None else output - _output_energy(missed, moment)
+            kept = energy - _energy(missed)
+            self.found.append(Extracted(name, role, PAIR, ours.numel(), energy, kept, output, output_kept))
             return
         kept_whole = self._whole and len(ours) >= len(base) and self._add_whole(name, ours)
         self.keeps_added &= kept_whole or ours.shape == base.shape
@@ -279,13 +336,13 @@ class _Extractor:
         tied = module == self._architecture.head and f"{module}.weight" in self._architecture.tied
         return None if tied or theirs.shape != self._expert.tensors[name].shape else module
 
-    def _add_pair(self, module: str, delta: Tensor, dtype: torch.dtype) -> float:
-        """Gives the energy of what the pair, as it is stored, misses. delta: [rows, in_features] float32, used up."""
-        left, right = (side.to(dtype) for side in best_pair(delta, self.rank))
+    def _add_pair(self, module: str, delta: Tensor, moment: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Gives what the pair, as it is stored, misses. delta: [rows, in_features] float32, used up."""
+        left, right = (side.to(dtype) for side in best_pair(delta, self.rank, moment))
         self.pairs.append(module)
         self.tensors[f"{module}.lora_A.weight"] = right.cpu().contiguous()
         self.tensors[f"{module}.lora_B.weight"] = left.cpu().contiguous()
-        return _energy(delta.addmm_(left.float(), right.float(), alpha=-1))
+        return delta.addmm_(left.float(), right.float(), alpha=-1)
 
     def _add_whole(self, name: str, ours: Tensor) -> bool:
         """Whether the module of a tensor is saved whole. PEFT has all parameters of such a module in the file."""
@@ -325,3 +382,8 @@ def short_names(modules: list[str], known: Mapping[str, nn.Module]) -> list[str]
 
 def _energy(delta: Tensor) -> float:
     return float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+
+
+def _output_energy(delta: Tensor, moment: Tensor) -> float:
+    """Mean squared norm of what a delta adds to the outputs of inputs with this second moment."""
+    return float(((delta @ moment) * delta).sum(dtype=torch.float64))
