@@ -215,12 +215,21 @@ def best_pair(delta: Tensor, rank: int, moment: Tensor | None = None) -> tuple[T
 
 def _directions(matrix: Tensor, count: int) -> Tensor:
     """[rows, count]: its left singular vectors of the largest singular values."""
-    smaller, wanted = min(matrix.shape), max(2 * count, count + _MORE)
-    if smaller <= EXACT_WIDTH or wanted >= smaller // 2:
+    if _is_exact(matrix.shape, count):
         return torch.linalg.svd(matrix, full_matrices=False)[0][:, :count]
     with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
         torch.manual_seed(0)
-        return torch.svd_lowrank(matrix, wanted, _ITERATIONS)[0][:, :count]
+        return torch.svd_lowrank(matrix, _subspace(count), _ITERATIONS)[0][:, :count]
+
+
+def _is_exact(shape: Sequence[int], count: int) -> bool:
+    """Whether all singular vectors of a matrix are computed."""
+    return min(shape) <= EXACT_WIDTH or 2 * _subspace(count) >= min(shape)
+
+
+def _subspace(count: int) -> int:
+    """The width of a subspace that so many singular vectors are found in."""
+    return max(2 * count, count + _MORE)
 
 
 def _root(moment: Tensor) -> Tensor:
@@ -243,7 +252,7 @@ class _Extractor:
         self._architecture: Architecture = architecture_of(expert.config)
         self._plan = self._architecture.load_plan(expert.tensors)
         self._roles = roles_of(expert)
-        matrices = [sorted(info.shape)[0] for name, info in expert.tensors.items() if self._module_of_pair(name)]
+        matrices = [min(info.shape) for name, info in expert.tensors.items() if self._module_of_pair(name)]
         self.rank = min(rank, max(matrices, default=rank))
         self.tensors: dict[str, Tensor] = {}
         self.found: list[Extracted] = []
@@ -251,7 +260,7 @@ class _Extractor:
         self.saved: list[str] = []
         self.added_rows, self.keeps_added = 0, True
         self._taken: set[str] = set()
-        self._done = 0
+        self._done, self._in_all = 0, sum(map(self._work, expert.tensors))
 
     def run(self, walk: Walk | None) -> None:
         """Take every tensor once, those of linear layers where their inputs are seen."""
@@ -268,8 +277,16 @@ class _Extractor:
             return
         self._taken.add(name)
         self._extract(name, mean_moment([(rows, own) for rows, own in inputs if own.tokens >= LEAST_TOKENS]))
-        self._done += math.prod(self._expert.tensors[name].shape)
-        self._progress("extracting", self._done, self._expert.parameters, name)
+        self._done += self._work(name)
+        self._progress("extracting", self._done, self._in_all, name)
+
+    def _work(self, name: str) -> int:
+        """About how many operations a tensor takes."""
+        shape = self._expert.tensors[name].shape
+        if self._module_of_pair(name) is None:
+            return math.prod(shape)
+        width = 20 * min(shape) if _is_exact(shape, self.rank) else 4 * _ITERATIONS * _subspace(self.rank)
+        return math.prod(shape) * width
 
     def config(self, base: str) -> dict[str, Any]:
         """`adapter_config.json`."""
@@ -318,7 +335,7 @@ class _Extractor:
             kept = energy - _energy(missed)
             self.found.append(Extracted(name, role, PAIR, ours.numel(), energy, kept, output, output_kept))
             return
-        kept_whole = self._whole and len(ours) >= len(base) and self._add_whole(name, ours)
+        kept_whole = self._whole and ours.shape[:1] >= base.shape[:1] and self._add_whole(name, ours)
         self.keeps_added &= kept_whole or ours.shape == base.shape
         how, kept = (WHOLE, energy) if kept_whole else (LEFT_OUT, 0.0)
         self.found.append(Extracted(name, role, how, ours.numel(), energy, kept))
