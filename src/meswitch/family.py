@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model, model_validator
 
 from meswitch.compression.options import SETTINGS, Options, Setting, check_given
 from meswitch.errors import ConfigError, UnknownExpertError
@@ -51,6 +51,9 @@ def _compress_field(setting: Setting, default: Any) -> tuple[Any, Any]:
     if isinstance(setting.kind, tuple):
         return Literal[setting.kind] | None, default
     kind: Any = Annotated[setting.kind, Field(strict=setting.kind is bool, ge=setting.least, le=setting.most)]
+    if setting.word is not None:
+        word = setting.word  # a union would tell of both its halves what is wrong
+        return Annotated[kind, WrapValidator(lambda value, check: value if value == word else check(value))], default
     return kind | None if setting.none is None else kind | Literal[setting.none], default
 
 

@@ -23,7 +23,7 @@ def test_compress_keeps_it_as_it_was_trained_and_plan_knew_its_bytes(cli, family
     stored = sum(tensor.nbytes for tensor in load_file(adapter / "adapter_model.safetensors").values())
     assert made["tensor_bytes"] == planned["bytes"]["tensors"] == stored
     found = cli.json("inspect", tmp_path / "delta")
-    assert found["tensors"] == {"packed": 0, "coded": 0, "lowrank": 13, "dense": 0, "same": 44}
+    assert found["tensors"] == {"packed": 0, "coded": 0, "lowrank": 13, "exact": 0, "dense": 0, "same": 44}
     assert found["method"]["parameters"] == {"r": 4.0, "lora_alpha": 8.0}
     assert found["bytes"]["by_content"] == planned["bytes"]["by_content"] == {"low-rank pairs": stored}
     assert cli.json("verify", tmp_path / "delta", "--base", family / "base")["base"]["tensors"] == 57
@@ -75,3 +75,29 @@ def test_a_family_serves_it_as_delta_and_compresses_it_as_source(cli, family, ad
     assert Artifact.open(tmp_path / "made").manifest.method.name == "lora"
     assert f"{tmp_path}/made is kept; --overwrite makes it anew" in cli.ok("compress", "--family", file).stderr
     assert cli.json(*asked)["text"] == text
+
+
+def test_extract_lora_says_what_is_kept_and_what_is_left_out(cli, family, tmp_path):
+    pair = ("--base", family / "base", "--expert", family / "math")
+    found = cli.json("extract-lora", *pair, "--rank", 8, "--out", tmp_path / "math")
+    assert found["rank"] == 8
+    assert found["bytes"] < found["full_bytes"]
+    assert 0 < found["all"]["share"] < found["linear_layers"]["share"] < 1
+    assert found["all"]["energy"] == pytest.approx(sum(row["energy"] for row in found["by_type"]))
+    assert {row["how"] for row in found["by_type"]} == {"pair", "left out"}
+    more = cli.json("extract-lora", *pair, "--rank", 32, "--out", tmp_path / "math", "--overwrite")
+    assert more["linear_layers"]["share"] > found["linear_layers"]["share"]
+    shown = cli.ok("extract-lora", *pair, "--rank", 8, "--out", tmp_path / "again")
+    assert "left out, as a LoRA has no place for them: model.embed_tokens.weight" in shown.stdout
+    whole = cli.ok("extract-lora", *pair, "--rank", 8, "--out", tmp_path / "whole", "--modules-to-save")
+    assert "left out" not in whole.stdout
+    for name in ("math", "whole"):
+        cli.ok("verify", tmp_path / name, "--base", family / "base")
+        cli.ok("generate", "--family", _family(tmp_path, family, name), "--model", "math", "--max-tokens", 4, "2 + 2 =")
+
+
+def _family(room, family, name):
+    file = room / f"{name}.toml"
+    lines = [f'[base]\npath = "{family}/base"', f'[[expert]]\nname = "math"\ndelta = "{room}/{name}"']
+    file.write_text("\n".join([*lines, "[engine]\nkv_cache_tokens = 4096"]))
+    return file

@@ -135,3 +135,19 @@ def test_merge_in_another_dtype(cli, family, math_delta, tmp_path):
     assert result.stdout.startswith(f"{out}: 57 tensors, 8 MB")
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     assert Checkpoint.open(out).read("model.norm.weight").dtype == torch.float32
+
+
+def test_an_exact_artifact_is_made_inspected_verified_and_merged(cli, family, tmp_path):
+    base, expert, out = family / "base", family / "math", tmp_path / "delta"
+    row = cli.json("compress", "--base", base, "--expert", expert, "--out", out, "--bits", "exact")
+    seen = cli.json("inspect", out)
+    assert seen["method"]["name"] == "exact"
+    assert seen["bytes"]["by_content"]["exact changes"] > 0.9 * row["tensor_bytes"]
+    assert seen["tensors"]["exact"] > 0
+    assert "exact: merged, the fine-tune's tensors bit for bit" in cli.ok("inspect", out).stdout
+    cli.ok("verify", out, "--base", base)
+    cli.ok("merge", "--base", base, "--delta", out, "--out", tmp_path / "merged")
+    assert (tmp_path / "merged/model.safetensors").stat().st_size == (expert / "model.safetensors").stat().st_size
+    planned = cli.json("plan", "--base", base, "--expert", expert, "--bits", "exact")
+    assert planned["bytes"]["tensors"] >= row["tensor_bytes"]
+    assert "An upper bound: only the weights can tell" in cli.ok("plan", "--base", base, "--bits", "exact").stdout

@@ -99,3 +99,13 @@ def wait_for(path, process):
             break
         time.sleep(0.01)
     assert path.exists(), process.communicate()[1]
+
+
+def test_a_family_of_exact_experts_is_data_free(cli, family, new_family, tmp_path):
+    file = new_family("math", head='[compress]\nbits = "exact"')
+    message = "calibration: bits: exact: nothing is rounded, chosen or trained; leave calibration out"
+    assert cli.error("compress", "--family", file) == message
+    cli.ok("compress", "--family", file, "--calibration", "none")
+    assert Artifact.open(tmp_path / "runs/math").manifest.method.name == "exact"
+    kept = cli.ok("compress", "--family", file, "--calibration", "none")
+    assert "is kept; --overwrite" in kept.stderr

@@ -27,7 +27,9 @@ def test_the_example_family_is_valid(tmp_path):
     assert family.engine.host_bytes == 16 << 30
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "verify", "merge", "diff", "plan", "generate", "chat"])
+@pytest.mark.parametrize(
+    "command", ["compress", "inspect", "verify", "merge", "diff", "extract-lora", "plan", "generate", "chat"]
+)
 def test_every_option_is_documented(command):
     from typer.main import get_command
 

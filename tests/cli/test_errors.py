@@ -8,7 +8,20 @@ import pytest
 from meswitch.errors import ArtifactError
 from meswitch.version import __version__
 
-COMMANDS = ["chat", "compress", "diff", "eval", "generate", "inspect", "merge", "route", "router", "serve", "verify"]
+COMMANDS = [
+    "chat",
+    "compress",
+    "diff",
+    "eval",
+    "extract-lora",
+    "generate",
+    "inspect",
+    "merge",
+    "route",
+    "router",
+    "serve",
+    "verify",
+]
 
 
 @pytest.mark.parametrize(

@@ -69,3 +69,20 @@ def test_what_a_budget_chooses_is_not_given_beside_it(cli, family, tmp_path, nam
     (tmp_path / "family.toml").write_text(f'[base]\npath = "b"\n[compress]\ntarget_bpw = 2.5\n{name} = 1\n')
     with pytest.raises(ConfigError, match=message):
         Family.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["0", "5", "2.5", "all"])
+def test_bits_are_a_number_or_a_word(cli, family, tmp_path, value):
+    pair = ("--base", family / "base", "--expert", family / "math", "--out", tmp_path / "delta")
+    result = cli("compress", *pair, "--bits", value)
+    assert result.exit_code == 2
+    assert f"'{value}' is neither a number from 1 to 4 nor `exact`" in result.stderr
+
+
+def test_what_is_written_beside_exact_bits_is_refused_even_at_its_default(cli, family, tmp_path):
+    pair = ("--base", family / "base", "--expert", family / "math", "--out", tmp_path / "delta")
+    found = cli.error("compress", *pair, "--bits", "exact", "--group-size", 128)
+    assert found == "group_size: bits: exact: nothing is rounded, chosen or trained; leave group_size out"
+    (tmp_path / "family.toml").write_text('[base]\npath = "b"\n[compress]\nbits = "exact"\nsalient = 2\n')
+    with pytest.raises(ConfigError, match="salient: bits: exact: nothing is rounded"):
+        Family.load(tmp_path)

@@ -93,3 +93,10 @@ def test_all_layers_that_are_not_served_are_named_at_once_with_class_and_reason(
         "model.layers.0.mlp.down_proj.weight and 1 more: vLLM's model has no layer of this name",
         "model.layers.0.mlp.up_proj and 1 more: OddLinear: its rows are odd",
     ]
+
+
+def test_an_exact_artifact_is_refused_by_name(artifact):
+    exact = artifact(bits="exact")
+    places = [matrix("model.embed_tokens", EMBEDDING)]
+    with pytest.raises(IncompatibleError, match=r"delta-1: method: exact .*compress with --bits 1 to 4"):
+        prepare(exact, slots(places, [exact]), target(places))

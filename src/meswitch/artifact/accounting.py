@@ -16,6 +16,8 @@ _CONTENT = {
     "row_index": "row indices",
     "weight_left": "low-rank pairs",
     "weight_right": "low-rank pairs",
+    "weight_exact": "exact changes",
+    "weight_blocks": "tables of blocks",
     "mask_packed": "sparsity pattern",
     "index_packed": "sparsity pattern",
     "factor_left": "factors",

@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from meswitch.architecture import ROLES, matrix_shape
+from meswitch.codec.exact import EXACT_DTYPES
 from meswitch.errors import ArtifactError
 from meswitch.strict import Decoder
+from meswitch.tensorfile import DTYPES
 
 FORMAT = "meswitch-delta"
 # 2: packed tensors may leave out rows (`row_index`). 3: low-rank pairs (`lowrank`), stacks of matrices and transposed
-# ones are packed
+# ones are packed. A new kind alone needs no new number: who does not know it refuses it by name (`exact`)
 VERSION = 3
 MANIFEST_NAME = "meswitch.json"
-KINDS = ("packed", "coded", "lowrank", "dense", "same")
-_OWN_FIELDS = {"packed": ("bits", "group_size"), "coded": ("method", "meta"), "lowrank": ("scale",)}
+KINDS = ("packed", "coded", "lowrank", "exact", "dense", "same")
+_OWN_FIELDS = {
+    "packed": ("bits", "group_size"),
+    "coded": ("method", "meta"),
+    "lowrank": ("scale",),
+    "exact": ("dtype",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +46,13 @@ class Entry:
     """One tensor of the expert.
 
     kind: `packed` (base + quantised delta), `coded` (base + delta of a baseline), `lowrank` (base + product of two thin
-    matrices), `dense` (the expert's own values) or `same` (the base's values).
+    matrices), `exact` (what changed, bit for bit), `dense` (the expert's own values) or `same` (the base's values).
     role: one of `architecture.ROLES`; it says how the tensor lies as a matrix. Before version 3 all matrices but
     embedding and head were `linear`.
     shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
     base_sha256: of the base's tensor, None where the base has none.
     bits, group_size: of a packed tensor. method, meta: of a coded one (`codec.registry`). scale: of a low-rank one.
+    dtype: of an exact one, as it is restored, in safetensors' spelling.
     """
 
     kind: str
@@ -57,6 +65,7 @@ class Entry:
     method: str | None = None
     meta: dict[str, int] | None = None
     scale: float | None = None
+    dtype: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -144,9 +153,9 @@ class Solver:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Every parameter of the compression. name: one of `codec.METHODS`. bits: of a code, or of the budget for methods
-    whose size is free; None where each tensor has its own under `target_bpw`. solver: None is the default one.
-    parameters: what only this method has."""
+    """Every parameter of the compression. name: one of `codec.METHODS`, or `exact`. bits: of a code, or of the budget
+    for methods whose size is free; None where each tensor has its own under `target_bpw`, and where nothing is rounded.
+    solver: None is the default one. parameters: what only this method has."""
 
     name: str
     bits: int | None
@@ -243,6 +252,8 @@ class Manifest:
                 raise ArtifactError(f"{file}: tensors.{name}.bits: {entry.bits!r} is none of 1, 2, 3, 4")
             if entry.kind == "lowrank" and (entry.scale is None or not math.isfinite(entry.scale)):
                 raise ArtifactError(f"{file}: tensors.{name}.scale: {entry.scale!r} is not a finite number")
+            if entry.kind == "exact" and DTYPES.get(entry.dtype or "") not in EXACT_DTYPES:
+                raise ArtifactError(f"{file}: tensors.{name}.dtype: {entry.dtype!r} is none of F16, BF16, F32")
         return manifest
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from meswitch.artifact.reader import Artifact
-from meswitch.codec import CodedDelta, Delta
+from meswitch.codec import Change
 
 _THREADS = 4
 _AHEAD = 8  # tensors: what is read and not asked for yet stays small
@@ -27,7 +27,7 @@ class ReadAhead:
         self._pending: dict[str, Future[Any]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, "artifact")
 
-    def read(self, name: str) -> Delta | CodedDelta | Tensor | None:
+    def read(self, name: str) -> Change | Tensor | None:
         """As `Artifact.read`, and raises what that raises."""
         future = self._pending.pop(name, None)
         self._fill()

@@ -13,8 +13,18 @@ from meswitch.architecture import STACKS
 from meswitch.artifact.fingerprint import fingerprint, sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, stored_name
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, Delta, LowRankDelta, PackedDelta, find_baseline, packed_words, restore_baseline
+from meswitch.codec import (
+    Change,
+    Delta,
+    ExactDelta,
+    LowRankDelta,
+    PackedDelta,
+    find_baseline,
+    packed_words,
+    restore_baseline,
+)
 from meswitch.codec.delta import SALIENT_DTYPE
+from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
 from meswitch.codec.rows import expand_rows
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
@@ -99,6 +109,8 @@ class Artifact:
             expected = self._coded_shapes(name, entry)
         elif entry.kind == "lowrank":
             expected = self._lowrank_shapes(name, entry)
+        elif entry.kind == "exact":
+            expected = self._exact_shapes(name, entry)
         else:
             self._check_matrix(name, entry)
             columns, bits = entry.matrix[1], entry.bits or 0
@@ -149,6 +161,19 @@ class Artifact:
         }
         return shapes if live is None else shapes | {"row_index": (rows,)}
 
+    def _exact_shapes(self, name: str, entry: Entry) -> dict[str, tuple[int, ...]]:
+        where = f"{self.directory / MANIFEST_NAME}: tensors.{name}.stored"
+        dtypes = {"weight_exact": "U8", "weight_blocks": "I64"}
+        for suffix, part in entry.stored.items():
+            if part.dtype != dtypes.get(suffix, part.dtype):
+                raise ArtifactError(f"{where}.{suffix}.dtype: {part.dtype}, not {dtypes[suffix]}")
+        stream = entry.stored.get("weight_exact")
+        planes = DTYPES[entry.dtype or ""].itemsize
+        return {
+            "weight_exact": (0,) if stream is None else stream.shape[:1],
+            "weight_blocks": (block_count(math.prod(entry.shape)), planes + 1),
+        }
+
     def _check_matrix(self, name: str, entry: Entry) -> None:
         """A tensor that is compressed must have a matrix's dimensions, or those of a stack of matrices."""
         if len(entry.shape) != 2 and not (len(entry.shape) == 3 and entry.role in STACKS):
@@ -198,7 +223,7 @@ class Artifact:
             return torch.empty(part.shape, dtype=DTYPES[part.dtype])
         return torch.frombuffer(raw, dtype=DTYPES[part.dtype]).view(part.shape)
 
-    def read(self, name: str) -> Delta | CodedDelta | Tensor | None:
+    def read(self, name: str) -> Change | Tensor | None:
         """A tensor of the expert: its delta, its own values, or None where it equals the base's."""
         entry = self.manifest.tensors[name]
         if entry.kind == "same":
@@ -300,8 +325,10 @@ def _is(info: TensorInfo | None, entry: Entry) -> bool:
     return info is not None and info.sha256() == entry.base_sha256
 
 
-def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta:
-    """A delta over the parts of a packed or low-rank entry, wherever they lie."""
+def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta | ExactDelta:
+    """A delta over the parts of a packed, low-rank or exact entry, wherever they lie."""
+    if entry.kind == "exact":
+        return ExactDelta(parts["weight_exact"], parts["weight_blocks"], entry.shape, DTYPES[entry.dtype or ""])
     if "row_index" in parts:
         by_row = BY_ROW & parts.keys()
         parts = parts | {suffix: expand_rows(parts[suffix], parts["row_index"], entry.base_rows) for suffix in by_row}

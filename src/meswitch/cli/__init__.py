@@ -13,6 +13,7 @@ from meswitch.cli import (
     console,
     deploy,
     diff,
+    extract_lora,
     generate,
     inspect,
     merge,
@@ -66,6 +67,7 @@ _MAKE: tuple[Callable[..., None], ...] = (
     verify.verify,
     merge.merge,
     diff.diff,
+    extract_lora.extract_lora,
     plan.plan,
 )
 _ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route)

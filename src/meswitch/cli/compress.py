@@ -75,6 +75,7 @@ def compress(
         meswitch compress --base B --expert B-math --out deltas/math
         meswitch compress --base B --expert B-math --out deltas/math \\
             --target-bpw 2.3 --calibration math.jsonl
+        meswitch compress --base B --expert B-rl --out deltas/rl --bits exact
         meswitch compress --family family.toml
     """
     where = {"device": console.check_device(device), "overwrite": overwrite, "force": force}
@@ -122,7 +123,8 @@ def _compress_family(
 
     family = Family.load(file)
     experts = [family.get(name) for name in names] or list(family.expert)
-    said, untrained = family.compress.given(), {"distill": 0, "distill_scope": None}
+    said = family.compress.given()
+    untrained = {} if said.get("bits") == "exact" else {"distill": 0, "distill_scope": None}
     rows = []
     for section in experts:
         out = family.resolve(section.delta)

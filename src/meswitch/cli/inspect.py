@@ -13,7 +13,8 @@ from meswitch.units import format_bytes
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
 
-LORA = "lora"  # the method of an adapter
+LORA, EXACT = "lora", "exact"  # the methods of an adapter, and of `--bits exact`
+EXACT_MEANS = "exact: merged, the fine-tune's tensors bit for bit; served by turns"
 
 
 def inspect(
@@ -68,6 +69,7 @@ def _opened(directory: Path, base: str | None) -> "Artifact":
 def report(artifact: "Artifact") -> dict[str, Any]:
     """Everything that `inspect` shows. `bytes.tensors` and `bytes.other` add up to `bytes.total`."""
     from meswitch.artifact import account
+    from meswitch.artifact.manifest import KINDS
 
     manifest = artifact.manifest
     other = _bytes_beside_tensors(artifact)
@@ -80,7 +82,7 @@ def report(artifact: "Artifact") -> dict[str, Any]:
         "expert": dataclasses.asdict(manifest.expert),
         "base": dataclasses.asdict(manifest.base),
         "method": dataclasses.asdict(manifest.method),
-        "tensors": {kind: kinds.count(kind) for kind in ("packed", "coded", "lowrank", "dense", "same")},
+        "tensors": {kind: kinds.count(kind) for kind in KINDS},
         "bytes": {
             **account(artifact).to_dict(),
             "tensors": tensors,
@@ -145,6 +147,8 @@ def _show(found: dict[str, Any]) -> None:
 def _method(method: dict[str, Any]) -> dict[str, str]:
     if method["name"] == LORA:
         return {"method": f"a PEFT adapter, kept as it was trained: {lora_parameters(method)}"}
+    if method["name"] == EXACT:
+        return {"method": EXACT_MEANS}
     return {
         "method": f"{method['name']}, {_bits(method)}, {_groups(method['group_size'])}",
         "salient channels": _salient(method["salient"]),

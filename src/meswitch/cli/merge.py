@@ -16,7 +16,8 @@ def merge(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(
-            help="Of the result; by default each tensor keeps its own. Deltas are added in float32 and then rounded: "
+            help="Of the result; by default each tensor keeps its own: of an exact artifact (`--bits exact`) the "
+            "fine-tune's, bit for bit. Deltas are added in float32 and then rounded: "
             "`float32` loses nothing of them and takes twice the bytes of bfloat16.",
         ),
     ] = None,

@@ -50,9 +50,20 @@ def flag(name: str) -> str:
 def _annotation(setting: Setting) -> Any:
     kind: Any = Literal[setting.kind] if isinstance(setting.kind, tuple) else setting.kind
     bounds: dict[str, Any] = {"min": setting.least, "max": setting.most}
+    if setting.word is not None:
+        bounds, kind = {"parser": functools.partial(_number_or_word, setting)}, Any
     if setting.none is not None:  # a word beside numbers: read as text
         kind, bounds = str, {}
     return Annotated[kind | None, typer.Option(help=setting.help, metavar=setting.metavar, **bounds)]
+
+
+def _number_or_word(setting: Setting, text: str) -> int | str:
+    least, most = setting.least or 0, setting.most or 0
+    if text == setting.word:
+        return text
+    if not text.isdigit() or not least <= int(text) <= most:
+        raise typer.BadParameter(f"{text!r} is neither a number from {least} to {most} nor `{setting.word}`")
+    return int(text)
 
 
 def _value(name: str, text: Any) -> Any:

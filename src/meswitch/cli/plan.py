@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.inspect import LORA, layer_table, lora_parameters
+from meswitch.cli.inspect import EXACT, EXACT_MEANS, LORA, layer_table, lora_parameters
 from meswitch.cli.options import takes
 from meswitch.cli.support import statements, support
 from meswitch.compression.options import Options, given_options
@@ -175,6 +175,13 @@ def _show(found: dict[str, Any]) -> None:
     bound = "For a fine-tune that changed every row of every tensor; what equals the base's costs nothing."
     if method["name"] == LORA:
         how, bound = f"a PEFT adapter, {lora_parameters(method)}", "What equals the base's costs nothing."
+    if method["name"] == EXACT:
+        how = EXACT_MEANS
+        bound = (
+            "An upper bound: only the weights can tell how far they moved. A full fine-tune of a 16-bit model takes "
+            "about a third of it, one that changed a tenth of the weights a fifteenth. What equals the base's costs "
+            "nothing."
+        )
     console.show(
         console.pairs(
             f"{expert['name']} over {found['base']['name']}",

@@ -2,6 +2,7 @@
 
 from meswitch.codec.baselines.coded import CodedDelta, Request, nbytes
 from meswitch.codec.delta import PackedDelta, Spec, encode, joined, stored_shapes
+from meswitch.codec.exact import EXACT, EXACT_DTYPES, ExactDelta, encode_exact, same_bits
 from meswitch.codec.lowrank import LowRankDelta
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
@@ -10,14 +11,20 @@ from meswitch.codec.salient import reconstruction_error, select_salient
 
 # What an op computes with: the delta of one matrix, in a form that is never restored whole.
 Delta = PackedDelta | LowRankDelta
+# All that an artifact may store of a change.
+Change = Delta | CodedDelta | ExactDelta
 
 __all__ = [
     "BASELINES",
+    "EXACT",
+    "EXACT_DTYPES",
     "METHODS",
     "ME_SWITCH",
     "RTN",
+    "Change",
     "CodedDelta",
     "Delta",
+    "ExactDelta",
     "LowRankDelta",
     "PackedDelta",
     "Request",
@@ -26,6 +33,7 @@ __all__ = [
     "dequantize",
     "encode",
     "encode_baseline",
+    "encode_exact",
     "find_baseline",
     "joined",
     "mse_scales",
@@ -35,6 +43,7 @@ __all__ = [
     "quantize",
     "reconstruction_error",
     "restore_baseline",
+    "same_bits",
     "select_salient",
     "stored_shapes",
     "unpack",

@@ -27,7 +27,17 @@ from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method,
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta, Spec, encode, encode_baseline, joined
+from meswitch.codec import (
+    EXACT_DTYPES,
+    CodedDelta,
+    PackedDelta,
+    Spec,
+    encode,
+    encode_baseline,
+    encode_exact,
+    joined,
+    same_bits,
+)
 from meswitch.compression.inputs import Inputs, Walk
 from meswitch.compression.large_delta import LargeDeltas
 from meswitch.compression.lazy_model import compute_dtype
@@ -121,6 +131,8 @@ class Converter:
         parts: dict[str, Tensor] = {}
         if pair.same:
             pass
+        elif self.options.is_exact:
+            entry, parts = self._exact(entry, ours, base)
         elif base is None or not self.options.packs(role):
             _check_finite(info, ours)
             entry, parts = replace(entry, kind="dense"), {"": ours}
@@ -142,6 +154,15 @@ class Converter:
         self.done.add(name)
         self._weights_done += self._weights(name)
         self._tell(name)
+
+    def _exact(self, entry: Entry, ours: Tensor, base: Tensor | None) -> tuple[Entry, dict[str, Tensor]]:
+        """The change bit for bit, or the tensor itself where that is no larger, as with most norms."""
+        if base is not None and ours.dtype in EXACT_DTYPES and base.is_floating_point():
+            with fitting_threads(self.device, self.expert.config.get_text_config().hidden_size):
+                delta = encode_exact(ours, base)
+            if delta.nbytes < ours.nbytes:
+                return replace(entry, kind="exact", dtype=NAMES[ours.dtype]), delta.tensors()
+        return replace(entry, kind="dense"), {"": ours}
 
     def _encode(
         self, name: str, role: str, ours: Tensor, base: Tensor, inputs: Sequence[tuple[Tensor, Inputs]]
@@ -289,7 +310,7 @@ class PairReader:
             return Pair(ours, None, None, False)
         base = theirs.read(pinned=self._pinned)
         digest = hashlib.sha256(tensor_bytes(base)).hexdigest()
-        return Pair(ours, base, digest, base.dtype == ours.dtype and torch.equal(base, ours))
+        return Pair(ours, base, digest, same_bits(base, ours))
 
     def __enter__(self) -> "PairReader":
         return self

@@ -50,7 +50,7 @@ def check_same_base(base: Checkpoint, expert: Checkpoint) -> None:
     for name in matrices[::step]:
         original = _some_rows(base, name)
         moved.append(relative_norm(_some_rows(expert, name) - original, original))
-        if moved[-1] < ANOTHER_BASE:
+        if not moved[-1] >= ANOTHER_BASE:  # NaN tells nothing of bases
             return
     if moved:
         raise IncompatibleError(f"{another_base(expert, len(moved), min(moved))}, or --force (force=True) to go on")

@@ -15,6 +15,7 @@ from meswitch.adapter import open_expert
 from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
+from meswitch.codec import EXACT, ExactDelta
 from meswitch.compression.lazy_model import LazyModel
 from meswitch.configuration import read_config
 from meswitch.durable import replace_directory
@@ -30,7 +31,7 @@ def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | No
     """The expert's tensors as the artifact restores them, one at a time.
 
     Args:
-        dtype: of the result; None is that of the base's tensor (deltas are added in float32 either way).
+        dtype: of the result; None as in `restored` (deltas are added in float32 either way).
     """
     artifact.check_base(base)
     return ((name, restored(base, artifact, name, dtype)) for name in artifact.manifest.tensors)
@@ -40,13 +41,16 @@ def restored(base: Checkpoint, artifact: Artifact, name: str, dtype: torch.dtype
     """One tensor of the expert.
 
     Args:
-        dtype: of the result; None is that of the base's tensor, or the expert's own where the base has none.
+        dtype: of the result; None is that of the base's tensor, or the expert's own where the base has none, or where
+            the artifact is exact.
     """
     entry, value, original = artifact.manifest.tensors[name], artifact.read(name), base.info(name)
     if isinstance(value, Tensor):
         tensor = value
     elif value is None:
         tensor = base.read(name)
+    elif isinstance(value, ExactDelta):
+        tensor = value.restore(base.read(name), f"{artifact.directory}: {name}")
     else:
         theirs = base.read(name)
         matrix = as_matrix(theirs, entry.role)[: value.rows].float() + value.dequantize()
@@ -55,7 +59,8 @@ def restored(base: Checkpoint, artifact: Artifact, name: str, dtype: torch.dtype
         tensor = from_matrix(matrix.to(dtype or theirs.dtype), entry.shape, entry.role).contiguous()
     if tuple(tensor.shape) != entry.shape:
         raise ArtifactError(f"{artifact.directory}: {name}: restored as {list(tensor.shape)}, not {entry.shape}")
-    wanted = dtype or (tensor.dtype if original is None else original.dtype)
+    exact = artifact.manifest.method.name == EXACT
+    wanted = dtype or (tensor.dtype if exact or original is None else original.dtype)
     return tensor.to(wanted) if tensor.is_floating_point() else tensor
 
 
@@ -81,7 +86,7 @@ def merge(
 
     Args:
         delta: an artifact, or a PEFT adapter.
-        dtype: `float32`, `bfloat16` or `float16`; None keeps the base's.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the base's, and of an exact artifact the fine-tune's own.
 
     Raises:
         MeswitchError: see `meswitch.errors`; `out` appears only when it is complete.

@@ -34,6 +34,7 @@ class Setting:
         kind: the type of its value, or the words that there are.
         none: the word that stands for None.
         metavar: what stands for the value in `--help`.
+        word: stands for itself, beside numbers.
         least, most: bounds of a number, both included.
         shared: whether a family may say it for all its experts.
     """
@@ -42,6 +43,7 @@ class Setting:
     kind: type | tuple[str, ...]
     none: str | None = None
     metavar: str | None = None
+    word: str | None = None
     least: float | None = None
     most: float | None = None
     shared: bool = True
@@ -58,11 +60,15 @@ class Options:
     """
 
     bits: Annotated[
-        int,
+        int | Literal["exact"],
         Setting(
             "Bits of a code, 2 by default. Each bit more costs one bit a weight and leaves less than half of the "
-            "error: 1 does for small deltas, 4 is close to exact.",
+            "error: 1 does for small deltas, 4 is close to exact. `exact` rounds nothing: `meswitch merge` gives the "
+            "fine-tune back bit for bit, from about a third of its size, less where few weights changed; it is served "
+            "by turns.",
             int,
+            metavar="1-4|exact",
+            word="exact",
             least=1,
             most=4,
         ),
@@ -209,6 +215,9 @@ class Options:
     def __post_init__(self) -> None:
         from meswitch.codec import ME_SWITCH, METHODS
 
+        if self.is_exact:
+            check_beside_exact(self.given())
+            return
         if self.method not in METHODS:
             raise ConfigError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
         if self.target_bpw is not None and not (0 < self.target_bpw <= 16 and self.method == ME_SWITCH):
@@ -238,6 +247,11 @@ class Options:
         if steps and self.calibration is None:
             raise ConfigError("distill: needs calibration text to train on; give a calibration file")
         self.check_use_of_text(steps)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what changed is kept bit for bit; then no other option has an effect."""
+        return self.bits == "exact"
 
     # How much is trained, and on what.
 
@@ -292,7 +306,8 @@ class Options:
     @property
     def uses_inputs(self) -> bool:
         """Whether calibration text changes the codes."""
-        return self.method == "me-switch" if self.baseline is None else self.baseline.uses_inputs
+        own = self.method == "me-switch" and not self.is_exact
+        return own if self.baseline is None else self.baseline.uses_inputs
 
     @property
     def exact_embeddings(self) -> bool:
@@ -303,7 +318,7 @@ class Options:
     @property
     def has_scales(self) -> bool:
         """Whether distillation has something to train."""
-        return self.baseline is None or self.baseline.scale is not None
+        return not self.is_exact and (self.baseline is None or self.baseline.scale is not None)
 
     def packs(self, role: str) -> bool:
         """Whether a tensor that changed is compressed, not stored whole."""
@@ -318,6 +333,8 @@ class Options:
         from meswitch.architecture import EMBEDDING, STACKS
         from meswitch.codec import RTN, Spec
 
+        if self.bits == "exact":
+            raise ValueError("bits: exact: nothing is quantised")
         # an embedding's "input" picks a row; the experts of a stack see different tokens: no salient channels for them
         salient = max(1, in_features // 512) if self.salient is None else self.salient
         salient = 0 if role in (EMBEDDING, *STACKS) else salient
@@ -342,9 +359,10 @@ class Options:
 
         from meswitch.codec import Request, nbytes, stored_shapes
 
-        shapes = stored_shapes(rows, in_features, self.spec(role, in_features), 0, torch.float32)
+        spec = self.spec(role, in_features)
+        shapes = stored_shapes(rows, in_features, spec, 0, torch.float32)
         drop = DROP if self.drop is None else self.drop
-        return Request(self.bits, self.group_size, nbytes(shapes), self.rank, drop, seed, self.damping)
+        return Request(spec.bits, self.group_size, nbytes(shapes), self.rank, drop, seed, self.damping)
 
     # What the manifest says.
 
@@ -357,7 +375,10 @@ class Options:
     def describe(self, calibration: "Calibration | None") -> "Method":
         """As the manifest records it, what was trained left out. calibration: the text that was used."""
         from meswitch.artifact.manifest import Method
+        from meswitch.codec import EXACT
 
+        if self.bits == "exact":
+            return Method(EXACT, None, None, 0, "exact", 0.0)
         baseline, parameters = self.baseline, {}
         if self.rank is not None:
             parameters["rank"] = float(self.rank)
@@ -401,11 +422,27 @@ def check_given(given: Mapping[str, Any]) -> None:
     """Refuse what would have no effect beside the rest that was written down.
 
     Raises:
-        ConfigError: bits or salient channels beside a budget, which chooses them.
+        ConfigError: bits or salient channels beside a budget, which chooses them; anything beside exact bits.
     """
+    if given.get("bits") == "exact":
+        check_beside_exact({name: value for name, value in given.items() if value is not None})
     for name in ("bits", "salient"):
         if given.get("target_bpw") is not None and name in given:
             raise ConfigError(f"{name}: target_bpw chooses this for every tensor; give one of the two")
+
+
+def check_beside_exact(given: Mapping[str, Any]) -> None:
+    """Refuse options that say how something is rounded, where nothing is.
+
+    Args:
+        given: name -> value, `bits` among them.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    name = next((name for name in given if name != "bits"), None)
+    if name is not None:
+        raise ConfigError(f"{name}: bits: exact: nothing is rounded, chosen or trained; leave {name} out")
 
 
 def check_none_given(given: Mapping[str, Any], adapter: str | Path) -> None:

@@ -57,7 +57,7 @@ def compress(
     Args:
         base, expert: checkpoint directories or hub ids. A PEFT adapter as the expert is kept as it was trained.
         out: the directory to create.
-        options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits.
+        options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits, `bits="exact"` loses nothing.
         device: where the arithmetic runs, `cpu` or `cuda`.
         overwrite: replace an artifact that exists.
         force: compress an expert of another base too, whose matrices have nothing to do with the base's.
@@ -91,7 +91,7 @@ def compress(
         ChatTokenizer.open(target.directory.name, target.directory)
     with SavedWork(out) as work:
         text, recipe = _text_and_recipe(options, target, where, progress, notice, work)
-        moments = None if text is None else text.first(_measured(options, target, where))
+        moments = None if text is None else text.first(measured_tokens(options, target, where))
         specs = None
         if options.target_bpw is not None:
             with fitting_threads(where, target.config.get_text_config().hidden_size):
@@ -101,7 +101,8 @@ def compress(
         replace = overwrite or recipe is not None
         converter = Converter(source, target, stage, options, specs, text, moments, where, replace, progress)
         artifact = converter.run(is_made=stage.is_dir() and work.load("undistilled", converter.plan) is not None)
-        if warning := converter.large.warning(None if options.target_bpw is not None else options.bits):
+        bits = None if isinstance(options.bits, str) or options.target_bpw is not None else options.bits
+        if warning := converter.large.warning(bits):
             notice(warning)
         if recipe is None or text is None:
             return artifact
@@ -129,7 +130,7 @@ def _text_and_recipe(
         if options.uses_inputs:
             check_blocks(expert, device)
         steps = _possible_steps(options, expert, steps, device, notice)
-        limit = min(options.tokens, _measured(options, expert, device)) if steps == 0 else options.tokens
+        limit = min(options.tokens, measured_tokens(options, expert, device)) if steps == 0 else options.tokens
         text = gather(options.source, expert, limit, device=device, progress=progress, notice=notice, work=work)
     if steps is None:
         steps = 0 if text is None or len(text.sequences) < DISTILL_SEQUENCES else options.recipe.steps
@@ -140,7 +141,7 @@ def _text_and_recipe(
     return text, options.recipe
 
 
-def _measured(options: Options, expert: Checkpoint, device: torch.device) -> int:
+def measured_tokens(options: Options, expert: Checkpoint, device: torch.device) -> int:
     """How many tokens the inputs of layers are measured on, at most."""
     if device.type != "cpu" or options.calibration_tokens is not None:
         return MOMENT_TOKENS

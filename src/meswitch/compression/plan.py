@@ -107,7 +107,8 @@ def predict(
         base, expert: with or without weights (`outline`); or an adapter, of which all options stay unused.
         changed_rows: tensor -> how many of its rows changed, 0 if it equals the base's. What did not change costs
             nothing, but shapes cannot tell: without this the prediction is that of a fine-tune that changed every
-            row of every tensor, an upper bound.
+            row of every tensor, an upper bound. Of exact bits it is the full size: what the coder saves depends on how
+            far the weights moved.
 
     Raises:
         IncompatibleError: the two cannot share a base. ConfigError: a method whose sizes depend on the weights.
@@ -159,7 +160,7 @@ def _entry(info: TensorInfo, role: str, theirs: TensorInfo | None, options: Opti
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
     if changed == 0:
         kind, shapes = "same", {}
-    elif theirs is None or not options.packs(role):
+    elif theirs is None or options.is_exact or not options.packs(role):
         kind, shapes = "dense", {"": (info.shape, info.dtype)}
     else:
         (ours, columns), (before, _) = matrix_shape(info.shape, role), matrix_shape(theirs.shape, role)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -172,4 +172,5 @@ class Switch:
 
     def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
         assert self._store is not None
-        return self._store.tensors(slot)
+        # exact changes are never in a batch (`engine.runner`)
+        return cast(Mapping[str, Delta | Tensor], self._store.tensors(slot))

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from meswitch.architecture import LIE_TRANSPOSED, LINEAR, TRANSPOSED, Architecture, Conversion, LoadPlan, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import Delta
+from meswitch.codec import Delta, ExactDelta
 from meswitch.errors import IncompatibleError
 
 # An expert's tensors by their stored names; what it shares with the base is not there.
-Tensors = Mapping[str, Delta | Tensor]
+Tensors = Mapping[str, Delta | ExactDelta | Tensor]
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,14 @@ class ExpertParameters:
         if conversion.renames:
             (name,), (inside,) = conversion.sources, wanted.values()
             base = _tensor(module, inside)
-            return {inside: merged(base, tensors[name], transposed=name in self.stored.transposed)}
+            own = self._given(name, tensors[name], base.device)
+            return {inside: merged(base, own, transposed=name in self.stored.transposed)}
 
         def change(name: str) -> Tensor:
-            given = tensors.get(name)
             device = next(iter(_tensor(module, inside) for inside in wanted.values())).device
-            if given is None:
+            if name not in tensors:
                 return torch.zeros(self.stored.shapes[name], device=device)
+            given = self._given(name, tensors[name], device)
             if isinstance(given, Delta):
                 role = TRANSPOSED if name in self.stored.transposed else LINEAR
                 return from_matrix(given.dequantize(), self.stored.shapes[name], role)
@@ -149,6 +150,13 @@ class ExpertParameters:
             inside: (_tensor(module, inside).float() + changes[target]).to(_tensor(module, inside).dtype)
             for target, inside in wanted.items()
         }
+
+    def _given(self, name: str, own: Delta | ExactDelta | Tensor, device: torch.device) -> Delta | Tensor:
+        """What an expert stores of a tensor, an exact change as the tensor that it makes of the base's."""
+        if not isinstance(own, ExactDelta):
+            return own
+        # the model may have rounded the base's, so the checkpoint is read
+        return own.restore(self.stored.base.read(name), name).to(device)
 
 
 def merged(base: Tensor, own: Delta | Tensor, *, transposed: bool = False) -> Tensor:

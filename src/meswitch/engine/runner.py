@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from meswitch.artifact import Artifact
+from meswitch.codec import EXACT
 from meswitch.engine.attach import plan_attachment
 from meswitch.engine.batching import PAGE, Batch
 from meswitch.engine.context import Switch
@@ -111,20 +112,25 @@ def open_runner(
     if wanted not in RUNNERS:
         raise ConfigError(f"runner: {wanted!r} is none of {', '.join(RUNNERS)}")
     started = time.perf_counter()
-    reasons: tuple[str, ...] = ()
+    reasons = tuple(
+        f"{name} is exact: its tensors are restored whole, one expert at a time; compress it with --bits 1 to 4 for a "
+        "batch"
+        for name, artifact in artifacts.items()
+        if artifact.manifest.method.name == EXACT
+    )
     vocabularies = [artifact.manifest.expert.vocab_size for artifact in artifacts.values()]
     vocabularies.append(model.get_input_embeddings().weight.shape[0])
     trial = Trial.of(model, min(vocabularies))
-    if wanted != "turns":
+    if wanted != "turns" and not reasons:
         found = _open_batch(model, stored, artifacts, sizes, op_backend, trial, max(vocabularies))
         if isinstance(found, Opened):
             return dataclasses.replace(found, seconds=time.perf_counter() - started)
         reasons = found
-        if wanted == "batch":
-            raise IncompatibleError(
-                f"{type(model).__name__} cannot be served in a running batch (--runner turns serves it): "
-                + "; ".join(reasons)
-            )
+    if wanted == "batch":
+        raise IncompatibleError(
+            f"{type(model).__name__} cannot be served in a running batch (--runner turns serves it): "
+            + "; ".join(reasons)
+        )
     model.set_attn_implementation(attention_for(type(model)))  # a batch that failed may leave its own
     device = next(model.parameters()).device
     store = ExpertStore(artifacts, device=device, slots=sizes.slots, host_bytes=sizes.host_bytes, tied=stored.tied)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meswitch.artifact import BY_ROW, Artifact, Entry, ReadAhead, delta_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
-from meswitch.codec import Delta, PackedDelta
+from meswitch.codec import Delta, ExactDelta, PackedDelta
 from meswitch.codec.rows import expand_rows
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, write_by
@@ -120,12 +120,12 @@ class Layout:
                     tensor = expand_rows(tensor, artifact.read_stored(name, "row_index"), place.shape[0])
                 target[:] = tensor.contiguous().view(-1).view(torch.uint8)
 
-    def views(self, buffer: Tensor) -> dict[str, Delta | Tensor]:
+    def views(self, buffer: Tensor) -> dict[str, Delta | ExactDelta | Tensor]:
         """The expert's tensors as views of a [>= nbytes] uint8 buffer: name -> delta or own values.
 
         Of deltas that lie as the kernels read them there are only the rows of added tokens, as `extra_name(name)`.
         """
-        tensors: dict[str, Delta | Tensor] = {}
+        tensors: dict[str, Delta | ExactDelta | Tensor] = {}
         for name, parts in self.places.items():
             found = {
                 suffix: buffer[p.offset : p.offset + p.nbytes].view(p.dtype).view(p.shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from meswitch.artifact import Artifact
-from meswitch.codec import Delta
+from meswitch.codec import Delta, ExactDelta
 from meswitch.errors import CapacityError, UnknownExpertError
 from meswitch.experts.host import HostCache
 from meswitch.experts.layout import HEAD_TIED, Layout
@@ -30,7 +30,7 @@ class _Slot:
     ready: bool = False
     pins: int = 0
     used: int = 0  # clock of the last acquire
-    tensors: Mapping[str, Delta | Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Delta | ExactDelta | Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class ExpertStore:
         self.evictions = 0
         self.load_seconds = 0.0
 
-    def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
+    def tensors(self, slot: int) -> Mapping[str, Delta | ExactDelta | Tensor]:
         """The tensors of the expert that a pinned slot holds."""
         return self._slots[slot].tensors
 
@@ -185,7 +185,7 @@ class ExpertStore:
     def _find(self, name: str) -> int | None:
         return next((i for i, slot in enumerate(self._slots) if slot.expert == name), None)
 
-    def _load(self, name: str, index: int) -> Mapping[str, Delta | Tensor]:
+    def _load(self, name: str, index: int) -> Mapping[str, Delta | ExactDelta | Tensor]:
         started = time.perf_counter()
         layout, buffer = self.layouts[name], self._slots[index].buffer
         # beside the computing stream: a step in flight does not use this slot

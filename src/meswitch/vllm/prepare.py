@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meswitch.artifact import Artifact, ReadAhead
-from meswitch.codec import PackedDelta
+from meswitch.codec import EXACT, PackedDelta
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import write_by
 from meswitch.pagelock import page_locked
@@ -250,8 +250,14 @@ def check_covered(artifact: Artifact, target: Target) -> None:
     """Refuse an expert that changes a tensor which has no place in a slot; nothing is read for it.
 
     Raises:
-        IncompatibleError: naming each such layer, its class and the reason, in one line for layers that are alike.
+        IncompatibleError: naming each such layer, its class and the reason, in one line for layers that are alike; or
+            an exact artifact.
     """
+    if artifact.manifest.method.name == EXACT:
+        raise IncompatibleError(
+            f"{artifact.directory}: method: exact (`--bits exact`): vLLM computes with packed deltas; compress with "
+            "--bits 1 to 4, serve it with the embedded engine, or merge it (`meswitch merge`) and serve it alone"
+        )
     names = stored_names(artifact, target.rename, target.places)
     asked = {name for place in target.places for name in place.tensors}
     covered = {stored for name, stored in names.items() if name in asked}

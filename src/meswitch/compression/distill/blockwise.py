@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import cached
 from meswitch.artifact import Artifact, Manifest, delta_from_parts
 from meswitch.artifact.manifest import Distillation, stored_name
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, Delta, PackedDelta, restore_baseline
+from meswitch.codec import Change, CodedDelta, PackedDelta, restore_baseline
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Student, attach
 from meswitch.compression.distill.training import (
@@ -173,7 +173,7 @@ class _Trained:
     def directory(self) -> Path:
         return self.artifact.directory
 
-    def read(self, name: str) -> Delta | CodedDelta | Tensor | None:
+    def read(self, name: str) -> Change | Tensor | None:
         return self.trained[name] if name in self.trained else self.artifact.read(name)
 
 

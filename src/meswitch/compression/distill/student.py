@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import cached, register_parametrization
 from meswitch.architecture import NORM, architecture_of, as_matrix
 from meswitch.artifact import Artifact, Manifest
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, Delta, PackedDelta, pack, unpack
+from meswitch.codec import Change, CodedDelta, PackedDelta, pack, unpack
 from meswitch.codec.baselines.per_axis import ROW
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
@@ -46,7 +46,7 @@ class Compressed(Protocol):
     @property
     def directory(self) -> Path: ...
 
-    def read(self, name: str) -> Delta | CodedDelta | Tensor | None: ...
+    def read(self, name: str) -> Change | Tensor | None: ...
 
 
 class Trainable(Protocol):
