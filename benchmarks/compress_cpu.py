@@ -5,8 +5,8 @@
 A pair of true shapes is drawn (`synthetic.py`), in bf16. Each setting runs in a process of its own with one thread;
 start-up and imports are not counted. CPU seconds are those of all threads, user and system, so that other work on the
 machine changes them little; with several repeats the least is kept. Floors: a plain forward pass of the model over the
-tokens that are measured, without the head, in float32 as on every CPU; and reading both checkpoints and writing what
-the artifact takes.
+tokens that are measured, without the head, in the dtype that compression chooses for this CPU; and reading both
+checkpoints and writing what the artifact takes.
 """
 
 import argparse
@@ -51,16 +51,20 @@ FORWARD = """
 import json, sys, time
 import torch
 from transformers import AutoModelForCausalLM
+from meswitch.checkpoint import Checkpoint
+from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.text import load_calibration
 torch.set_num_threads(1)
 expert, text, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(expert, dtype=torch.float32).eval()
+dtype = compute_dtype(torch.device("cpu"), Checkpoint.open(expert).parameters)
+model = AutoModelForCausalLM.from_pretrained(expert, dtype=dtype).eval()
 sequences = load_calibration(text, expert, tokens).sequences
 started = time.process_time()
 with torch.no_grad():
     for ids in sequences:
         model.base_model(input_ids=torch.tensor([ids]), use_cache=False)
-print(json.dumps({"cpu_seconds": time.process_time() - started, "tokens": sum(map(len, sequences))}))
+seconds = time.process_time() - started
+print(json.dumps({"cpu_seconds": seconds, "tokens": sum(map(len, sequences)), "dtype": str(dtype)}))
 """
 FILES = """
 import json, os, sys, time
