@@ -27,9 +27,22 @@ def checkpoint(tmp_path, family):
     return build
 
 
-# hidden states beside others, of four dimensions, with states that later blocks take from earlier ones
+# hidden states beside others, of four dimensions, with states that later blocks take from earlier ones, with ids that
+# are sent to where the embedding is
 @pytest.mark.parametrize(
-    "model_type", ["gpt2", "bloom", "rwkv", "gemma3n_text", "gemma4_text", "gemma4", "recurrent_gemma", "gemma3", "opt"]
+    "model_type",
+    [
+        "gpt2",
+        "bloom",
+        "rwkv",
+        "gemma3n_text",
+        "gemma4_text",
+        "gemma4",
+        "recurrent_gemma",
+        "gemma3",
+        "opt",
+        "llama4_text",
+    ],
 )
 def test_a_model_taken_apart_computes_what_the_whole_does(checkpoint, model_type):
     stored = checkpoint(model_type).loaded

@@ -125,11 +125,11 @@ class PartialModel:
         """A new copy of a block, with the checkpoint's weights."""
         return self.weights.load(self.name(index), copy.deepcopy(self._blocks[index]))
 
-    def _load_early(self) -> None:
-        """Load what is outside the blocks, of the language model, if some of it is read without being called."""
+    def _load_frame(self) -> None:
+        """Load what is outside the blocks, of the language model."""
         inside = {id(module) for module in self.model.get_decoder().modules()}
         for path, module in self._frame.items():
-            if self._loads_early and id(module) in inside:
+            if id(module) in inside:
                 self.weights.load(path, inside=False)
 
     def drop_frame(self) -> None:
@@ -171,6 +171,10 @@ class PartialModel:
             given = _parts(again)
             return again
 
+        if (
+            embedded
+        ):  # Llama 4 sends ids to where the embedding is before it calls it: to nowhere, if that is not loaded
+            self._load_frame()
         with self._explained(), self._stubbed(stub), self._without_embedding(not embedded):
             self._run(ids)
         if not calls:
@@ -204,7 +208,8 @@ class PartialModel:
         # each token is a sequence of its own: what follows the blocks does not mix tokens
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.device)
         given = self.passed_on(hidden[:, None])
-        self._load_early()
+        if self._loads_early:
+            self._load_frame()
         with self._stubbed(lambda *_: given), self._without_embedding():
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[:, 0].float()
@@ -242,7 +247,8 @@ class PartialModel:
                 seen.append(inputs)
             raise _HeadReached
 
-        self._load_early()
+        if self._loads_early:
+            self._load_frame()
         with contextlib.suppress(_HeadReached), _instead(self.model.get_output_embeddings(), head):
             self.model(input_ids=ids, use_cache=False)
 
