@@ -7,8 +7,8 @@ from meswitch.version import __version__
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
-    from meswitch.compression.merge import load_merged, merge
-    from meswitch.compression.pipeline import compress
+    from meswitch.compression import Options, compress, load_merged
+    from meswitch.compression.merge import merge
     from meswitch.engine import Chunk, Completion, Engine, SamplingParams
     from meswitch.errors import MeswitchError
     from meswitch.family import Family
@@ -22,9 +22,9 @@ _HOME = {
     "Family": "family",
     "MeswitchError": "errors",
     "SamplingParams": "engine",
-    "Options": "compression.options",
-    "compress": "compression.pipeline",
-    "load_merged": "compression.merge",
+    "Options": "compression",
+    "compress": "compression",
+    "load_merged": "compression",
     "merge": "compression.merge",
 }
 

@@ -39,9 +39,15 @@ def multiplies_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def rough_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in float32, of matrices; a large one to a part in 400 where a CPU is much faster then."""
+def rough_product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
+    """`left @ right` in float32, of matrices; a large one to a part in 400 where a CPU is much faster then.
+
+    Args:
+        onto: [rows, columns] float32, to which it is added in place.
+    """
     large = left.shape[0] * left.shape[1] * right.shape[1] >= _LARGE
     if large and left.device.type == "cpu" and multiplies_bfloat16():
-        return (left.bfloat16() @ right.bfloat16()).float()
-    return left.float() @ right.float()
+        product = (left.bfloat16() @ right.bfloat16()).float()
+        return product if onto is None else onto.add_(product)
+    left, right = left.float(), right.float()
+    return left @ right if onto is None else onto.addmm_(left, right)

@@ -118,9 +118,8 @@ def feedback_codes(
 
 def _target(errors: Tensor, share: Tensor, some: slice) -> Tensor:
     """What columns are to be rounded to: their delta, and what those before them have left."""
-    if not some.start:
-        return errors[some].clone()
-    return errors[some] + rough_product(share[: some.start, some].T, errors[: some.start])
+    target = errors[some].clone()
+    return rough_product(share[: some.start, some].T, errors[: some.start], onto=target) if some.start else target
 
 
 def round_columns(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:

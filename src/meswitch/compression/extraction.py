@@ -269,8 +269,8 @@ class _Extractor:
                 self._take(name, seen.get(name, ()))
         for name in self._expert.tensors:
             self._take(name, ())
-        order = list(self._expert.tensors)
-        self.found.sort(key=lambda item: order.index(item.name))
+        places = {name: place for place, name in enumerate(self._expert.tensors)}
+        self.found.sort(key=lambda item: places[item.name])
 
     def _take(self, name: str, inputs: Sequence[tuple[Tensor, Inputs]]) -> None:
         if name in self._taken or name not in self._expert.tensors:

@@ -61,16 +61,18 @@ class Inputs:
         """The sum of `x^T x`, or of `x^2`, over all rows; of `x^T x` only what lies on and right of the diagonal."""
         if self._rows:
             rows = torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0]
+            if not self._pairs or rows.device.type != "cpu":
+                rows = rows.float()  # a CPU multiplies what it computed in bfloat16 faster as it is
             width = rows.shape[1]
             if not self._pairs:
-                new = rows.float().square().sum(0)
+                new = rows.square().sum(0)
                 self._sum = new if self._sum is None else self._sum + new
             else:
                 if self._sum is None:
                     self._sum = rows.new_zeros(width, width, dtype=torch.float32)
                 for start in range(0, width, _COLUMNS):  # symmetric: half the work
                     stop = min(start + _COLUMNS, width)
-                    self._sum[start:stop, start:] += rough_product(rows[:, start:stop].T, rows[:, start:])
+                    rough_product(rows[:, start:stop].T, rows[:, start:], onto=self._sum[start:stop, start:])
             self._rows, self._waiting = [], 0
         assert self._sum is not None
         return self._sum
