@@ -159,6 +159,7 @@ def encode(
     *,
     name: str,
     second_moment: Tensor | None = None,
+    lengthen: bool = False,
     extra: Tensor | None = None,
 ) -> PackedDelta:
     """Quantise one delta. Rows are worked on in blocks, so that the temporaries stay small.
@@ -169,6 +170,7 @@ def encode(
         second_moment: [in_features, in_features] float32, `X^T X / n` of the layer's inputs. With it the
             salient channels are chosen by activation energy x quantisation error, rounding uses error feedback
             and scales are refitted; without it all are data-free.
+        lengthen: undo half of what rounding takes off the delta's length (`_lengthened`).
         extra: [extra_rows, in_features], stored as it is.
 
     Raises:
@@ -201,6 +203,8 @@ def encode(
             missing = block[:, columns] - levels(codes[:, columns], spec.bits) * step
         else:
             scale, missing = refit(block, codes, spec.bits, spec.group_size, columns, metric, scale)
+        if lengthen:
+            scale, missing = _lengthened(block, codes, scale, missing, columns, spec)
         packed.append(pack(codes, spec.bits))
         scales.append(scale)
         salient.append(missing.to(SALIENT_DTYPE))
@@ -214,6 +218,30 @@ def encode(
         in_features=delta.shape[1],
         extra=extra,
     )
+
+
+def _lengthened(
+    delta: Tensor, codes: Tensor, scale: Tensor, missing: Tensor, columns: Tensor, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """Scales times `2 / (1 + share)`, with `share` of a row `<Dq, D> / |D|^2`; salient channels stay as they are.
+
+    Codes of least squared error shorten every row of every delta: at 2 bits to 0.88 of it, at 1 bit to 0.64. All layers
+    lose in the same direction, so what the model loses grows with the square of the number of layers, where the
+    errors at right angles to the delta, which a longer step makes larger, are independent of one another. With `c` the
+    harm of an error along the delta against one across it, `1 / (share + (1 - share) / c)` is best; `c = 2` is ours,
+    for deltas that are small against the weights, measured on fine-tunes of a pretrained model.
+
+    Args:
+        delta: [rows, in_features] float32. codes: alike. scale: [rows, groups]. missing: [rows, k] float32.
+    """
+    restored = dequantize(codes, scale, spec.bits, spec.group_size)
+    kept = restored[:, columns]
+    power = delta.square().sum(1) - delta[:, columns].square().sum(1)
+    inner = torch.linalg.vecdot(restored, delta) - torch.linalg.vecdot(kept, delta[:, columns])
+    share = (inner / power.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 1)
+    longer = (scale.float() * torch.where(power > 0, 2 / (1 + share), 1.0)[:, None]).to(scale.dtype)
+    step, before = (expand_scale(s.float(), delta.shape[1], spec.group_size)[:, columns] for s in (longer, scale))
+    return longer, missing + levels(codes[:, columns], spec.bits) * (before - step)
 
 
 def joined(parts: Sequence[tuple[Tensor, PackedDelta]]) -> PackedDelta:

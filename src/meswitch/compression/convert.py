@@ -30,16 +30,20 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
     EXACT_DTYPES,
     CodedDelta,
+    LowRankDelta,
     PackedDelta,
+    Rank,
     Spec,
     encode,
     encode_baseline,
     encode_exact,
+    encode_pair,
     joined,
     same_bits,
 )
+from meswitch.codec.delta import check_finite
 from meswitch.compression.inputs import Inputs, Walk
-from meswitch.compression.large_delta import LargeDeltas
+from meswitch.compression.large_delta import SMALL, LargeDeltas
 from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
 from meswitch.compression.saved_work import digest
@@ -67,7 +71,7 @@ class Converter:
         expert: Checkpoint,
         out: Path,
         options: Options,
-        specs: Mapping[str, Spec] | None,
+        specs: Mapping[str, Spec | Rank] | None,
         text: CalibrationSet | None,
         moments: list[list[int]] | None,
         device: torch.device,
@@ -148,6 +152,8 @@ class Converter:
             parts = delta.tensors()
             if isinstance(delta, PackedDelta):
                 entry = replace(entry, kind="packed", bits=delta.bits, group_size=delta.group_size)
+            elif isinstance(delta, LowRankDelta):
+                entry = replace(entry, kind="lowrank", scale=delta.scale)
             else:
                 entry = replace(entry, kind="coded", method=delta.baseline.name, meta=dict(delta.meta))
         self._writing.call(self.writer.add, name, entry, {suffix: part.cpu() for suffix, part in parts.items()})
@@ -166,7 +172,7 @@ class Converter:
 
     def _encode(
         self, name: str, role: str, ours: Tensor, base: Tensor, inputs: Sequence[tuple[Tensor, Inputs]]
-    ) -> PackedDelta | CodedDelta:
+    ) -> PackedDelta | LowRankDelta | CodedDelta:
         ours, base = as_matrix(ours, role), as_matrix(base, role)
         rows = min(len(ours), len(base))
         # moved in their own dtype: half the bytes, and the device converts faster
@@ -182,17 +188,24 @@ class Converter:
             moment = mean_moment(known)
             return encode_baseline(options.method, delta, request, name=name, second_moment=moment, extra=extra)
         spec = self.specs.get(name) or options.spec(role, delta.shape[1])
+        if isinstance(spec, Rank):
+            check_finite(delta, name)
+            return encode_pair(delta, spec.rank, second_moment=mean_moment(known), extra=extra)
         if role not in STACKS:
-            return encode(delta, spec, name=name, second_moment=mean_moment(known), extra=extra)
+            moment = mean_moment(known)
+            lengthen = moment is None or self.large.norms[name] < SMALL
+            return encode(delta, spec, name=name, second_moment=moment, lengthen=lengthen, extra=extra)
         rest = torch.ones(rows, dtype=torch.bool)
         parts = []
         for own_rows, own in known:
             rest[own_rows] = False
             own_rows = own_rows.to(self.device)
-            parts.append((own_rows, encode(delta[own_rows], spec, name=name, second_moment=own.moment)))
+            lengthen = self.large.norms[name] < SMALL
+            found = encode(delta[own_rows], spec, name=name, second_moment=own.moment, lengthen=lengthen)
+            parts.append((own_rows, found))
         if bool(rest.any()):
             own_rows = rest.nonzero().view(-1).to(self.device)
-            parts.append((own_rows, encode(delta[own_rows], spec, name=name)))
+            parts.append((own_rows, encode(delta[own_rows], spec, name=name, lengthen=True)))
         return joined(parts)
 
     def _method(self) -> Method:

@@ -22,7 +22,7 @@ from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import ADAPTER_CONFIG, Checkpoint
 from meswitch.codec import same_bits
 from meswitch.codec.delta import check_finite
-from meswitch.codec.feedback import damped
+from meswitch.codec.lowrank import best_pair, pair_work
 from meswitch.compression.compatibility import matched, remarks
 from meswitch.compression.convert import LEAST_TOKENS, mean_moment, roles_of
 from meswitch.compression.inputs import Inputs, Walk
@@ -39,10 +39,6 @@ from meswitch.progress import Progress, silent
 from meswitch.tensorfile import write_tensors
 
 PAIR, WHOLE, LEFT_OUT = "pair", "whole", "left out"
-EXACT_WIDTH = 1024  # the smaller side of a matrix up to which all its singular values are computed
-# Of a larger one a subspace is iterated: of the energy that a rank can keep, it keeps 99 % even where all singular
-# values are nearly alike, and all but a thousandth where they fall as those of real deltas do.
-_MORE, _ITERATIONS = 48, 8
 _PREFIX = "base_model.model."
 
 
@@ -194,53 +190,6 @@ def extract_lora(
     return Extraction(out, made.rank, tuple(made.found), made.added_rows, added_kept, nbytes, target.nbytes)
 
 
-def best_pair(delta: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The pair whose product is nearest to a matrix, its size shared by both sides.
-
-    Args:
-        delta: [rows, in_features] float32.
-        moment: [in_features, in_features] float32, the second moment of the inputs: nearest is then what gives the
-            nearest outputs. None: in the Frobenius norm.
-
-    Returns:
-        [rows, rank] and [rank, in_features] float32; columns beyond the matrix's own rank are zeros.
-    """
-    count = min(rank, *delta.shape)
-    left = _directions(delta if moment is None else delta @ _root(moment), count)
-    right = left.T @ delta  # for these directions of the outputs the best, whatever the inputs
-    size = torch.linalg.vector_norm(right, dim=1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    pad = (0, rank - count)
-    return nn.functional.pad(left * size, pad), nn.functional.pad(right / size[:, None], (0, 0, *pad))
-
-
-def _directions(matrix: Tensor, count: int) -> Tensor:
-    """[rows, count]: its left singular vectors of the largest singular values."""
-    if _is_exact(matrix.shape, count):
-        return torch.linalg.svd(matrix, full_matrices=False)[0][:, :count]
-    with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        return torch.svd_lowrank(matrix, _subspace(count), _ITERATIONS)[0][:, :count]
-
-
-def _is_exact(shape: Sequence[int], count: int) -> bool:
-    """Whether all singular vectors of a matrix are computed."""
-    return min(shape) <= EXACT_WIDTH or 2 * _subspace(count) >= min(shape)
-
-
-def _subspace(count: int) -> int:
-    """The width of a subspace that so many singular vectors are found in."""
-    return max(2 * count, count + _MORE)
-
-
-def _root(moment: Tensor) -> Tensor:
-    """A matrix `L` with `L L^T` the second moment, damped as far as float32 needs it."""
-    for damping in (0.01, 0.1):
-        lower, info = torch.linalg.cholesky_ex(damped(moment, damping))
-        if not int(info):
-            return lower
-    return torch.diag(moment.diagonal().clamp_min(0).sqrt())
-
-
 class _Extractor:
     """One pass over a matched pair; the fields are what it has found so far."""
 
@@ -285,8 +234,7 @@ class _Extractor:
         shape = self._expert.tensors[name].shape
         if self._module_of_pair(name) is None:
             return math.prod(shape)
-        width = 20 * min(shape) if _is_exact(shape, self.rank) else 4 * _ITERATIONS * _subspace(self.rank)
-        return math.prod(shape) * width
+        return pair_work(shape, self.rank)
 
     def config(self, base: str) -> dict[str, Any]:
         """`adapter_config.json`."""

@@ -17,6 +17,7 @@ from meswitch.errors import IncompatibleError
 from meswitch.loaded import BuiltTensor
 
 LARGE = 0.3  # ||delta|| / ||base||; fine-tunes of 7B models move by 0.01 to 0.05
+SMALL = 0.05
 ANOTHER_BASE = 1.2  # two matrices that have nothing to do with each other differ by 1.41 of their norm
 NAMED = 3
 _SAMPLED = 12  # matrices
@@ -88,7 +89,7 @@ class LargeDeltas:
     def see_resumed(self, entries: Mapping[str, Entry], expert: Checkpoint, base: Checkpoint) -> None:
         """Read again what an earlier, interrupted run quantised, so that a resumed one says the same."""
         for name, entry in entries.items():
-            if entry.kind in ("packed", "coded") and name not in self.norms:
+            if entry.kind in ("packed", "lowrank", "coded") and name not in self.norms:
                 ours, theirs = (as_matrix(side.read(name), entry.role)[: entry.base_rows] for side in (expert, base))
                 self.see(name, ours.float() - theirs.float(), theirs)
 

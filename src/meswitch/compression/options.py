@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from meswitch.compression.distill.recipe import Recipe, Scope, recipe_for
+from meswitch.compression.distill.recipe import PUBLISHED, Recipe, Scope, recipe_for
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -262,12 +262,12 @@ class Options:
             return recipe_for(self.method, None, "block").steps
         return self.distill.steps if isinstance(self.distill, Recipe) else self.distill
 
-    @property
-    def recipe(self) -> Recipe:
-        """How to train, the method's own steps where none were asked for."""
+    def recipe_for(self, scope: Scope) -> Recipe:
+        """How to train, the method's own steps where none were asked for. scope: where none was."""
         if isinstance(self.distill, Recipe):
             return self.distill
-        return recipe_for(self.method, self.distill, self.distill_scope or "model")
+        scope = "model" if self.method in PUBLISHED else scope
+        return recipe_for(self.method, self.distill, self.distill_scope or scope)
 
     def check_use_of_text(self, steps: int | None) -> None:
         """Refuse calibration text that would do nothing. steps: of training, None if that is not yet decided.

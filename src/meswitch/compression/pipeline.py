@@ -19,10 +19,11 @@ from meswitch.compression.budget import specs_within
 from meswitch.compression.compatibility import matched, remarks
 from meswitch.compression.convert import Converter
 from meswitch.compression.distill.blockwise import train_blocks
+from meswitch.compression.distill.cost import cost_of, duration, scope_for, statement
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import check_trainable
-from meswitch.compression.distill.training import check_text
+from meswitch.compression.distill.training import check_text, fast_products
 from meswitch.compression.large_delta import check_same_base
 from meswitch.compression.options import Options, check_none_given
 from meswitch.compression.partial_model import check_blocks
@@ -33,7 +34,9 @@ from meswitch.errors import IncompatibleError
 from meswitch.progress import Progress, silent
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
-DISTILL_BYTES, DISTILL_SEQUENCES = 256 << 20, 32
+DISTILL_SEQUENCES = 32  # of text; fewer train nothing unless steps are asked for
+DISTILL_BYTES = 256 << 20  # on a CPU, of experts that are trained unasked: larger ones take hours
+_SEQUENCE = 256  # tokens of a sequence, where the text is not read yet
 MOMENT_TOKENS = 32768  # that second moments are taken over; more text is for training only
 # On a CPU, unless they are asked for, fewer: so many weights x tokens, or so many tokens if that is more
 CPU_WORK, CPU_MOMENT_TOKENS = 1.5e12, 4096
@@ -95,8 +98,7 @@ def compress(
         specs = None
         if options.target_bpw is not None:
             with fitting_threads(where, target.config.get_text_config().hidden_size):
-                fits = _fits(target, where)
-                specs = specs_within(source, target, options, moments, fits, where, progress, work)
+                specs = specs_within(source, target, options, moments, where, progress)
         stage = out if recipe is None else work.directory / "undistilled"
         replace = overwrite or recipe is not None
         converter = Converter(source, target, stage, options, specs, text, moments, where, replace, progress)
@@ -108,7 +110,8 @@ def compress(
             return artifact
         work.save("undistilled", converter.plan, True)
         by = train_blocks if recipe.scope == "block" else train
-        changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress, work=work)
+        with fast_products():
+            changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress, work=work)
         distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
         return rewrite(artifact, out, changed, distilled, overwrite=overwrite)
 
@@ -123,22 +126,27 @@ def _text_and_recipe(
 ) -> tuple[CalibrationSet | None, Recipe | None]:
     """Calibration text, if any is asked for, and how to train on it, if that is done."""
     steps = options.asked_steps
-    if steps is None and not (options.has_scales and expert.nbytes <= DISTILL_BYTES):
-        steps = 0
+    recipe = options.recipe_for(scope_for(expert, device)) if options.has_scales and steps != 0 else None
+    if recipe is not None and steps is None and device.type == "cpu" and expert.nbytes > DISTILL_BYTES:
+        if options.source is not None:
+            seconds = cost_of(expert, [_SEQUENCE] * DISTILL_SEQUENCES, recipe, device).seconds
+            notice(f"not trained, which keeps more: on this CPU it takes {duration(seconds)}; --distill STEPS does it")
+        recipe = None
     text = None
     if options.source is not None:
         if options.uses_inputs:
             check_blocks(expert, device)
-        steps = _possible_steps(options, expert, steps, device, notice)
-        limit = min(options.tokens, measured_tokens(options, expert, device)) if steps == 0 else options.tokens
+        recipe = _possible(recipe, expert, device, notice, is_asked=steps is not None)
+        limit = options.tokens if recipe else min(options.tokens, measured_tokens(options, expert, device))
         text = gather(options.source, expert, limit, device=device, progress=progress, notice=notice, work=work)
-    if steps is None:
-        steps = 0 if text is None or len(text.sequences) < DISTILL_SEQUENCES else options.recipe.steps
-    options.check_use_of_text(steps)
-    if not steps or text is None:
+        if steps is None and len(text.sequences) < DISTILL_SEQUENCES:
+            recipe = None
+    options.check_use_of_text(0 if recipe is None else recipe.steps)
+    if recipe is None or text is None:
         return text, None
     check_text(text.sequences)
-    return text, options.recipe
+    notice(statement(recipe, cost_of(expert, [len(ids) for ids in text.sequences], recipe, device)))
+    return text, recipe
 
 
 def measured_tokens(options: Options, expert: Checkpoint, device: torch.device) -> int:
@@ -148,24 +156,17 @@ def measured_tokens(options: Options, expert: Checkpoint, device: torch.device) 
     return min(MOMENT_TOKENS, max(CPU_MOMENT_TOKENS, int(CPU_WORK / expert.parameters)))
 
 
-def _possible_steps(
-    options: Options, expert: Checkpoint, steps: int | None, device: torch.device, notice: Callable[[str], None]
-) -> int | None:
-    """The steps of training, none if nobody asked for them and the model cannot be trained."""
-    if steps == 0:
-        return 0
+def _possible(
+    recipe: Recipe | None, expert: Checkpoint, device: torch.device, notice: Callable[[str], None], *, is_asked: bool
+) -> Recipe | None:
+    """How to train, None if nobody asked for it and the model cannot be trained."""
+    if recipe is None:
+        return None
     try:
-        check_trainable(expert, options.recipe.scope, device)
+        check_trainable(expert, recipe.scope, device)
     except IncompatibleError as error:
-        if steps is not None:
+        if is_asked:
             raise
         notice(f"not distilled: {error}")
-        return 0
-    return steps
-
-
-def _fits(expert: Checkpoint, device: torch.device) -> bool:
-    """Whether the full expert may be loaded whole to measure its tensors one by one."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] > 2 * expert.nbytes
-    return expert.nbytes <= DISTILL_BYTES
+        return None
+    return recipe

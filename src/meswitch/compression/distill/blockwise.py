@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import cached
 from meswitch.artifact import Artifact, Manifest, delta_from_parts
 from meswitch.artifact.manifest import Distillation, stored_name
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import Change, CodedDelta, PackedDelta, restore_baseline
+from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, restore_baseline
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Student, attach
 from meswitch.compression.distill.training import (
@@ -42,7 +42,7 @@ from meswitch.compression.text import CalibrationSet
 from meswitch.progress import Progress, silent
 
 _LOGITS = 1 << 26  # that are made at once, at most
-Changed = dict[str, PackedDelta | CodedDelta | Tensor]
+Changed = dict[str, PackedDelta | LowRankDelta | CodedDelta | Tensor]
 States = dict[int, Tensor]  # number of a sample -> [tokens, hidden_size], on the host
 
 
@@ -192,9 +192,9 @@ def _from_stored(artifact: Artifact, stored: Mapping[str, Tensor]) -> Changed:
         parts = {suffix: stored[key] for suffix in entry.stored if (key := stored_name(name, suffix)) in stored}
         if not parts:
             continue
-        if entry.kind == "packed":
+        if entry.kind in ("packed", "lowrank"):
             delta = delta_from_parts(entry, parts)
-            assert isinstance(delta, PackedDelta)
+            assert isinstance(delta, PackedDelta | LowRankDelta)
             found[name] = delta
         elif entry.kind == "coded":
             found[name] = restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.matrix[1])

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.parametrize import cached
 
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import CodedDelta, PackedDelta
+from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Outputs, build, frozen, read_batch
 from meswitch.compression.distill.training import (
@@ -37,6 +38,7 @@ from meswitch.compression.text import CalibrationSet
 from meswitch.progress import Progress, silent
 
 _REMEMBERED = 1 << 28  # bytes of logits
+_TOKENS = 2048  # of a step that are worked on at once
 
 
 def train(
@@ -49,7 +51,7 @@ def train(
     device: torch.device,
     progress: Progress = silent,
     work: SavedWork = NOWHERE,
-) -> tuple[dict[str, PackedDelta | CodedDelta | Tensor], Distillation]:
+) -> tuple[dict[str, PackedDelta | LowRankDelta | CodedDelta | Tensor], Distillation]:
     """Train an artifact's codes and scales, and what else the recipe says, on text.
 
     Args:
@@ -77,7 +79,7 @@ def train(
     before, best = fit(
         student.groups(),
         batches(rest, recipe.batch, generator),
-        lambda batch: _loss(teacher, student.model, batch, recipe, device).backward(),
+        lambda batch: _learn(teacher, student.model, batch, recipe, device),
         lambda: mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device)),
         recipe,
         told,
@@ -87,9 +89,21 @@ def train(
     return student.trained(artifact), record(artifact, recipe, before, best)
 
 
+def _learn(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> None:
+    """Leave a batch's gradients in the student's parameters: a few sequences at a time, which bounds the memory."""
+    longest = max(len(sample.ids) for sample in batch)
+    few = max(1, _TOKENS // longest)
+    parts = [batch[start : start + few] for start in range(0, len(batch), few)]
+    mass = [sum(sum(sample.weights(recipe.question_weight)) for sample in part) for part in parts]
+    with cached():  # the matrices are made once for all parts
+        for part, own in zip(parts, mass, strict=True):
+            loss = _loss(teacher, student, part, recipe, device)
+            (loss * (own / sum(mass))).backward(retain_graph=part is not parts[-1])
+
+
 def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> Tensor:
     ids = [sample.ids for sample in batch]
-    with torch.inference_mode():
+    with torch.no_grad():
         wanted = read_batch(teacher, ids, device, hidden=recipe.hidden > 0)
     found = read_batch(student, ids, device, hidden=recipe.hidden > 0)
     if recipe.loss == "mse":

@@ -1,7 +1,7 @@
 """The compressed expert as a model that can be trained: the expert's own, with matrices made from base and artifact.
 
-Of a packed delta scales and salient weights are trained, and codes if the recipe says so; of the methods that store
-signs their scales, one a matrix, a row or a column.
+Of a packed delta scales and salient weights are trained, and codes if the recipe says so; of a pair both sides; of the
+methods that store signs their scales, one a matrix, a row or a column.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import cached, register_parametrization
 from meswitch.architecture import NORM, architecture_of, as_matrix
 from meswitch.artifact import Artifact, Manifest
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import Change, CodedDelta, PackedDelta, pack, unpack
+from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, pack, unpack
 from meswitch.codec.baselines.per_axis import ROW
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
@@ -29,6 +29,7 @@ from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.tensorfile import DTYPES
 
 _NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
+PAIR_RATE = 0.25
 CODES_RATE = 0.5  # the steps of latent weights, whose levels are 2 apart, against those of scales
 _WITHIN = 0.9  # of a level: half the distance to the next is 1
 _FEW = 5  # tokens that a block is tried with
@@ -58,7 +59,7 @@ class Trainable(Protocol):
     def matrix(self) -> Tensor:
         """[rows + extra, in_features] in the base's compute dtype, differentiable."""
 
-    def trained(self) -> PackedDelta | CodedDelta:
+    def trained(self) -> PackedDelta | LowRankDelta | CodedDelta:
         """The delta as it is to be stored, in the shapes and dtypes it had."""
 
 
@@ -198,6 +199,48 @@ def _scaled(values: Tensor, scale: Tensor, group: int | None) -> Tensor:
     return (_by_group(values, group) * scale[:, :, None]).view(len(values), -1)[:, : values.shape[1]]
 
 
+class TrainablePair(nn.Module):
+    """Base + left x right, with both sides trainable.
+
+    Each direction is trained in steps relative to the root mean square of its column or row.
+
+    Args:
+        base: [at least delta.rows, in_features].
+    """
+
+    def __init__(self, base: Tensor, delta: LowRankDelta, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.delta = delta
+        self.base = base[: delta.rows].to(device, dtype)
+        self.extra = None if delta.extra is None else delta.extra.to(device, dtype)
+        self.left_start = delta.left.to(device, torch.float32)
+        self.right_start = delta.right.to(device, torch.float32)
+        self.left_unit = self.left_start.square().mean(0, keepdim=True).sqrt()
+        self.right_unit = self.right_start.square().mean(1, keepdim=True).sqrt()
+        self.live = (self.left_start != 0).any(1, keepdim=True).float()  # rows left out of the artifact stay so
+        self.left_step = nn.Parameter(torch.zeros_like(self.left_start))
+        self.right_step = nn.Parameter(torch.zeros_like(self.right_start))
+
+    @property
+    def left(self) -> Tensor:
+        return self.left_start + self.left_unit * self.left_step * self.live
+
+    @property
+    def right(self) -> Tensor:
+        return self.right_start + self.right_unit * self.right_step
+
+    def groups(self) -> list[Group]:
+        return [([self.left_step, self.right_step], PAIR_RATE)]
+
+    def matrix(self) -> Tensor:
+        matrix = self.base + ((self.left @ self.right) * self.delta.scale).to(self.base.dtype)
+        return matrix if self.extra is None else torch.cat([matrix, self.extra])
+
+    def trained(self) -> LowRankDelta:
+        left, right = (side.detach().cpu().to(self.delta.left.dtype) for side in (self.left, self.right))
+        return dataclasses.replace(self.delta, left=left, right=right)
+
+
 class TrainableSigns(nn.Module):
     """Base + signs x scale, with trainable scales.
 
@@ -259,9 +302,9 @@ class Student:
                 found.setdefault(factor, []).extend(parameters)
         return [(parameters, factor) for factor, parameters in found.items() if parameters]
 
-    def trained(self, artifact: Artifact) -> dict[str, PackedDelta | CodedDelta | Tensor]:
+    def trained(self, artifact: Artifact) -> dict[str, PackedDelta | LowRankDelta | CodedDelta | Tensor]:
         """What is to be stored instead of what `artifact` stores, by tensor name."""
-        changed: dict[str, PackedDelta | CodedDelta | Tensor] = {
+        changed: dict[str, PackedDelta | LowRankDelta | CodedDelta | Tensor] = {
             name: matrix.trained() for name, matrix in self.matrices.items()
         }
         for name, parameter in self.norms.items():
@@ -358,11 +401,11 @@ def attach(
         inside = {target: [here for name in plan.alike(target) if (here := names(name))] for target in rule.targets}
         if changed.isdisjoint(rule.sources) or not any(inside.values()):
             continue
-        if any(entries[name].kind in ("packed", "coded") for name in rule.sources):
+        if any(entries[name].kind in ("packed", "lowrank", "coded") for name in rule.sources):
             own: dict[str, Trainable | Tensor] = {}
             for name in rule.sources:
                 value = artifact.read(name)
-                if isinstance(value, PackedDelta | CodedDelta):
+                if isinstance(value, PackedDelta | LowRankDelta | CodedDelta):
                     before, full = (as_matrix(side.read(name), roles[name]) for side in (base, expert))
                     given = full if recipe.codes else None
                     own[name] = matrices[name] = _trainable(before, value, given, recipe, device, dtype)
@@ -439,7 +482,7 @@ def _untrainable(reason: str) -> IncompatibleError:
 
 def _trainable(
     base: Tensor,
-    delta: PackedDelta | CodedDelta,
+    delta: PackedDelta | LowRankDelta | CodedDelta,
     full: Tensor | None,
     recipe: Recipe,
     device: torch.device,
@@ -447,6 +490,8 @@ def _trainable(
 ) -> Trainable:
     if isinstance(delta, PackedDelta):
         return TrainablePacked(base, delta, full, device, dtype)
+    if isinstance(delta, LowRankDelta):
+        return TrainablePair(base, delta, device, dtype)
     return TrainableSigns(base, delta, recipe.relative, device, dtype)
 
 

@@ -1,5 +1,6 @@
 """What both ways to distil share: text in batches, the divergence, the steps, and what the manifest says of them."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -217,6 +218,17 @@ def training_plan(artifact: Artifact, text: CalibrationSet, recipe: Recipe, devi
 def training_dtype(expert: Checkpoint, device: torch.device) -> torch.dtype:
     """bfloat16 rounds away what a step changes; only where float32 would not fit is it worth that."""
     return torch.float32 if expert.parameters <= _FLOAT32_PARAMETERS else compute_dtype(device, expert.parameters)
+
+
+@contextlib.contextmanager
+def fast_products() -> Iterator[None]:
+    """Products of float32 on a GPU with 10 bits of mantissa (TF32), which training does not feel."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def record(artifact: Artifact, recipe: Recipe, before: float, after: float) -> Distillation:
