@@ -1,15 +1,15 @@
-"""What `quality.py` measures: suites of groups of settings, each a dict of `meswitch.compress` keywords.
+"""What `quality.py` measures: suites of groups of settings, each a dict of `meswitch_lab.options` keywords.
 
 To add a row, add a line. `calibration` is left out where the expert's own calibration file is meant, and can name it as
 `{own}`, and that of another expert as `{other}`: `self:{own}`, `{own}+self`. `distill` can be a dict: what differs
-from the method's `Recipe`. A keyword that `compress` does not know fails in its own row and stops no other.
+from the method's `Recipe`. A keyword that is not known fails in its own row and stops no other.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from meswitch.codec import METHODS
+from meswitch.codec import codec_names
 
 Keywords = dict[str, Any]
 QUANTISED: Keywords = {"embeddings": "quantised"}
@@ -219,7 +219,7 @@ def key_of(keywords: Mapping[str, Any]) -> str:
 def _frontier() -> list[Setting]:
     found = []
     for method, rows in FRONTIER.items():
-        assert method in METHODS, method
+        assert method in codec_names(), method
         common: Keywords = {} if method == "me-switch" else {"method": method}
         if method in NO_TEXT:
             common |= {"calibration": None}
