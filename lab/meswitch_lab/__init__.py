@@ -4,11 +4,24 @@ Importing this registers all of them (`meswitch.codec.register`); an artifact of
 imported, where it is installed.
 """
 
-from meswitch_lab import bitdelta, dare, delta_come, deltazip, per_axis, rtn, svd
+from meswitch_lab import (
+    bitdelta,
+    d_qrelo,
+    dare,
+    delta_come,
+    delta_dct,
+    deltazip,
+    impart,
+    per_axis,
+    rtn,
+    svd,
+    ultradelta,
+)
 from meswitch_lab.settings import options
 
 # the methods that store other tensors than the default one
-CODED = tuple(module.METHOD.name for module in (bitdelta, svd, per_axis, delta_come, deltazip, dare))
+_CODED = (bitdelta, svd, per_axis, delta_come, deltazip, dare, d_qrelo, impart, ultradelta, delta_dct)
+CODED = tuple(module.METHOD.name for module in _CODED)
 METHODS = (rtn.METHOD.name, *CODED)
 
 __all__ = ["CODED", "METHODS", "options"]

@@ -39,7 +39,7 @@ from meswitch_lab.method import (
 from meswitch_lab.svd import decompose
 
 BITS = (8, 3, 2)
-_WIDTH, _COUNTS = 4096, (2, 32)  # vectors of the two upper bands at this width
+WIDTH, COUNTS = 4096, (2, 32)  # vectors of the two upper bands at this width
 
 
 def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
@@ -81,8 +81,8 @@ def _bands(rows: int, width: int, request: Request) -> dict[str, int]:
     full = min(rows, width)
     meta = {"vectors_8": 0, "vectors_3": 0, "vectors_2": 0, "group_size": group_meta(request.group_size)}
     used = 0
-    for bits, count in zip(BITS, (*_COUNTS, None), strict=True):
-        wanted = full if count is None else max(1, round(count * full / _WIDTH))
+    for bits, count in zip(BITS, (*COUNTS, None), strict=True):
+        wanted = full if count is None else max(1, round(count * full / WIDTH))
         each = nbytes(_band_shapes(rows, width, bits, 1, request.group_size))
         fitting = max(request.budget - used, 0) // each
         if bits == BITS[0]:

@@ -1,7 +1,8 @@
-"""The real commands, run in this process."""
+"""The lab's methods are registered; the real commands run in this process."""
 
 import pytest
 
+import meswitch_lab  # noqa: F401 - registers its methods
 from command_line import Cli
 
 

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from meswitch.codec import PackedDelta, Request, Spec, coded_by, encode, encode_coded, find_codec, nbytes
+from meswitch.codec import BPW, PackedDelta, Request, Spec, coded_by, encode, encode_coded, find_codec, nbytes
 from meswitch.codec.delta import stored_shapes
-from meswitch.errors import MeswitchError
+from meswitch.compression.options import Options
+from meswitch.errors import ConfigError, MeswitchError
 from meswitch_lab import CODED
 from meswitch_lab.deltazip import _two_of_four
 
+FREE = [name for name in CODED if BPW in find_codec(name).parameters]
 SHAPES = [(48, 96), (130, 70), (7, 41)]
 
 
@@ -79,6 +81,18 @@ def documented_bytes(method, rows, width, meta, bits, group):
     if method == "deltazip":
         kept = 2 * math.ceil(width / 4)
         return rows * (words(kept, bits) + words(kept, 2) + 2 * math.ceil(kept / group))
+    if method == "d-qrelo":
+        return rows * words(width, 1) + 4 + 2 * meta["rank"] * (rows + width)
+    if method == "impart":
+        kept = {b: [meta[f"{side}_{b}"] for side in ("left", "right")] for b in (8, 3, 2) if meta[f"vectors_{b}"]}
+        codes = sum(n if b == 8 else words(n, b) for b, counts in kept.items() for n in counts)
+        return 3 * meta["vectors"] + codes + sum(2 * math.ceil(n / group) for counts in kept.values() for n in counts)
+    if method == "ultradelta":
+        kept, places = meta["kept"], meta["remainder_bits"] * words(meta["kept"], 1) + words(meta["gap_bits"], 1)
+        return words(kept, meta["code_bits"]) + 8 + places
+    if method == "delta-dct":
+        patches = math.ceil(rows / 16) * math.ceil(width / 16)
+        return words(patches, 3) + 4 + sum(meta[f"patches_{b}"] * (words(256, b) + 2) for b in (4, 3, 2, 1))
     kept = meta["keep"]
     return rows * (words(width, 1) + words(kept, bits) + 2 * math.ceil(kept / group))
 
@@ -110,6 +124,30 @@ def test_methods_of_free_size_stay_within_the_default_methods_bytes(method):
         stored = sum(tensor.nbytes for tensor in code(method, delta, bits=bits).tensors().values())
         smallest_step = 2 * (200 + 120) if method == "svd" else (words(200, 2) + words(120, 2) + 2 * (4 + 2))
         assert budget - smallest_step < stored <= budget
+
+
+@pytest.mark.parametrize("method", FREE)
+@pytest.mark.parametrize("bpw", [2.2, 1.3, 1.0, 0.5])
+def test_methods_of_free_size_fill_a_budget_in_bits_a_weight(method, bpw):
+    if method == "d-qrelo" and bpw < 1:
+        pytest.skip("it stores a sign a weight")
+    delta = delta_of(320, 512)
+    options = Options(method=method, parameters={"bpw": bpw})
+    coded = encode_coded(method, delta, options.request("linear", 320, 512, seed=0), name="a")
+    stored = sum(tensor.nbytes for tensor in coded.tensors().values()) * 8 / delta.numel()
+    assert stored <= bpw + 32 / delta.numel()
+    assert stored > bpw - 16 * (320 + 512) / delta.numel()  # a rank more
+
+
+@pytest.mark.parametrize("method", sorted(set(CODED) - set(FREE)))
+def test_methods_of_a_fixed_size_take_no_budget(method):
+    with pytest.raises(ConfigError, match=f"bpw: the method {method} has no such parameter"):
+        Options(method=method, parameters={"bpw": 1.3})
+
+
+def test_less_than_a_sign_a_weight_is_refused():
+    with pytest.raises(ConfigError, match=r"bpw: 0\.5: the method stores a sign a weight: at least 1"):
+        Options(method="d-qrelo", parameters={"bpw": 0.5})
 
 
 @pytest.mark.parametrize("method", CODED)
@@ -258,6 +296,12 @@ def test_what_is_not_known_is_an_error(method, meta, message):
         ("deltazip", {"bits": 2, "group_size": 9}, "group_size: 9 is odd"),
         ("deltazip", {"bits": 2, "group_size": 4}, "group_size"),
         ("dare", {"bits": 2, "group_size": 0, "keep": 17, "seed": 0}, "keep"),
+        ("d-qrelo", {"rank": 9}, "rank"),
+        ("ultradelta", {"kept": 129, "gap_bits": 129, "remainder_bits": 0, "code_bits": 4}, "kept"),
+        ("ultradelta", {"kept": 12, "gap_bits": 11, "remainder_bits": 0, "code_bits": 4}, "gap_bits"),
+        ("ultradelta", {"kept": 12, "gap_bits": 12, "remainder_bits": 0, "code_bits": 8}, "code_bits"),
+        ("delta-dct", {"patch": 1, "patches_4": 0, "patches_3": 0, "patches_2": 0, "patches_1": 0}, "patch"),
+        ("delta-dct", {"patch": 8, "patches_4": 1, "patches_3": 1, "patches_2": 1, "patches_1": 0}, "patches"),
         ("delta-come", {"vectors_8": 9, "vectors_3": 0, "vectors_2": 0, "group_size": 0}, "vectors"),
         ("delta-come", {"vectors_8": 2, "vectors_3": -1, "vectors_2": 0, "group_size": 0}, "vectors"),
     ],
