@@ -13,7 +13,8 @@ from meswitch.codec import codec_names
 
 Keywords = dict[str, Any]
 QUANTISED: Keywords = {"embeddings": "quantised"}
-NO_TEXT = frozenset({"rtn", "svd", "dare"})  # methods that make no use of calibration text
+# methods that make no use of calibration text
+NO_TEXT = frozenset({"rtn", "svd", "dare", "d-qrelo", "ultradelta", "delta-dct"})
 
 
 def _bits(number: int) -> str:
@@ -63,6 +64,11 @@ FRONTIER: dict[str, dict[str, Keywords]] = {
     "dare": {
         f"drop {drop}, {_bits(bits)}": {"drop": drop, "bits": bits}
         for drop, bits in ((0.9, 4), (0.75, 2), (0.75, 4), (0.5, 2), (0.5, 4), (0.25, 4))
+    },
+    "d-qrelo": {f"{bpw} bpw": {"bpw": bpw} for bpw in (2.2, 1.3, 1.0)},
+    **{
+        method: {f"{bpw} bpw, quantised": {"bpw": bpw, **QUANTISED} for bpw in (2.2, 1.3, 1.0, 0.5)}
+        for method in ("impart", "ultradelta", "delta-dct")
     },
 }
 LAYERS_OF: frozenset[tuple[str, str]] = frozenset(  # whose output error is measured layer by layer
