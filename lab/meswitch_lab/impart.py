@@ -8,12 +8,13 @@ Delta-CoMe does (section 7.1: 8, 3 and 2 bits for the first 2, the next 32 and t
 that skips what is not kept), and `gamma` is found by bisection for a target size (algorithm 3). Only the linear layers
 of the blocks are compressed.
 
-Ours: always quantised, as every budget here is a high ratio. `beta` leaves vectors that would take twice the budget if
-all their entries were kept (the authors tune it; their code's 0.8 at half a bit a weight is about that), or is the
-parameter `preprune`. The counts of vectors in 8 and 3 bits are those of a width of 4096 and scale with the width (at
-least 1 each). Entries are quantised in groups of kept entries, singular value and `1 / (1 - p_k)` are apart from them;
-feedback is for `V^T` only. The shares are multiples of 1/255. As in the paper's accounting, positions cost nothing:
-they are drawn from a seed, by a hash that does not depend on the version of torch.
+Ours: always quantised, as every budget here is a high ratio. `beta` is tuned by the authors on validation data (their
+code has 0.8 at half a bit a weight); here it leaves vectors that would take 1.25 of the budget if all their entries
+were kept, or is the parameter `preprune`: in the example family the least sparsity is the best. The counts of vectors
+in 8 and 3 bits are those of a width of 4096 and scale with the width (at least 1 each). Entries are quantised in groups
+of kept entries, singular value and `1 / (1 - p_k)` are apart from them; feedback is for `V^T` only. The shares are
+multiples of 1/255. As in the paper's accounting, positions cost nothing: they are drawn from a seed, by a hash that
+does not depend on the version of torch.
 
 Stored for [rows, in] and n vectors: `density_packed` uint8 [1, n], `vector_scale` bfloat16 [n], and for each band of b
 bits with k entries `left<b>_packed` int32 [1, ceil(k b / 32)] (8 bit: uint8 [1, k]), `left<b>_scale` bfloat16 [1,
@@ -47,6 +48,7 @@ from meswitch_lab.svd import decompose
 PREPRUNE = Parameter("preprune", "Share of the singular vectors that is dropped before all (beta).", below=1)
 SEED = Parameter("seed", "Of the choice of entries.", default=0, whole=True)
 _SEEDS = 1 << 31
+_ROOM = 1.25  # of what the vectors that are left would take whole, against the budget
 _UNIT = 255  # of a density
 _BLOCK = 128  # inputs between two corrections of all that follow
 
@@ -90,7 +92,7 @@ def _densities(values: Tensor, rows: int, width: int, request: Request) -> Tenso
     if PREPRUNE.name in request.parameters:
         start = max(1, int(full * (1 - request.parameters[PREPRUNE.name])))
     else:
-        start = _most(lambda n: size(values.new_full((n,), _UNIT).to(torch.uint8)) <= 2 * request.budget, full)
+        start = _most(lambda n: size(values.new_full((n,), _UNIT).to(torch.uint8)) <= _ROOM * request.budget, full)
     values = values[:start]
     low, high = 0.0, 1.0  # of gamma
     found = _sparsified(values, low)
