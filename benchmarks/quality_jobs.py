@@ -30,6 +30,7 @@ from meswitch.evaluate import (
     own_answers,
     total,
 )
+from meswitch_lab import options
 from quality_settings import Keywords
 
 ROOT = Path(__file__).parent.parent
@@ -102,9 +103,8 @@ def _measured(
 ) -> dict[str, Any]:
     family = Path(plan.family)
     clock = _Clock()
-    artifact = meswitch.compress(
-        family / "base", family / expert, out, device=plan.device, **resolved(plan, expert, keywords)
-    )
+    asked = options(**resolved(plan, expert, keywords))
+    artifact = meswitch.compress(family / "base", family / expert, out, asked, device=plan.device)
     clock.lap("compress")
     full, texts = _model(plan, expert)[0], _texts(plan, expert)  # once a process, so on no job's clock
     clock.skip()
@@ -126,7 +126,7 @@ def _measured(
 
 
 def resolved(plan: Plan, expert: str, keywords: Keywords) -> Keywords:
-    """The keywords as `compress` wants them: files of calibration text by their paths, a recipe as a `Recipe`."""
+    """The keywords as `meswitch_lab.options` wants them: calibration files by their paths, a recipe as a `Recipe`."""
     known = [name for name in DOMAINS if (EXAMPLE / "calibration" / f"{name}.jsonl").exists()]
     other = known[(known.index(expert) + 1) % len(known)]
     names = {"{own}": _calibration(plan, expert), "{other}": _calibration(plan, other)}

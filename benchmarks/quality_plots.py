@@ -18,6 +18,10 @@ COLOURS = {
     "delta-come": "#2ca02c",
     "deltazip": "#8c564b",
     "dare": "#e377c2",
+    "d-qrelo": "#17becf",
+    "impart": "#bcbd22",
+    "ultradelta": "#7f7f7f",
+    "delta-dct": "#393b79",
 }
 LAYER_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _NUMBER = re.compile(r"\d+(\.\d+)?")

@@ -1,19 +1,20 @@
-"""What `quality.py` measures: suites of groups of settings, each a dict of `meswitch.compress` keywords.
+"""What `quality.py` measures: suites of groups of settings, each a dict of `meswitch_lab.options` keywords.
 
 To add a row, add a line. `calibration` is left out where the expert's own calibration file is meant, and can name it as
 `{own}`, and that of another expert as `{other}`: `self:{own}`, `{own}+self`. `distill` can be a dict: what differs
-from the method's `Recipe`. A keyword that `compress` does not know fails in its own row and stops no other.
+from the method's `Recipe`. A keyword that is not known fails in its own row and stops no other.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from meswitch.codec import METHODS
+from meswitch.codec import codec_names
 
 Keywords = dict[str, Any]
 QUANTISED: Keywords = {"embeddings": "quantised"}
-NO_TEXT = frozenset({"rtn", "svd", "dare"})  # methods that make no use of calibration text
+# methods that make no use of calibration text
+NO_TEXT = frozenset({"rtn", "svd", "dare", "d-qrelo", "ultradelta", "delta-dct"})
 
 
 def _bits(number: int) -> str:
@@ -63,6 +64,11 @@ FRONTIER: dict[str, dict[str, Keywords]] = {
     "dare": {
         f"drop {drop}, {_bits(bits)}": {"drop": drop, "bits": bits}
         for drop, bits in ((0.9, 4), (0.75, 2), (0.75, 4), (0.5, 2), (0.5, 4), (0.25, 4))
+    },
+    "d-qrelo": {f"{bpw} bpw": {"bpw": bpw} for bpw in (2.2, 1.3, 1.0)},
+    **{
+        method: {f"{bpw} bpw, quantised": {"bpw": bpw, **QUANTISED} for bpw in (2.2, 1.3, 1.0, 0.5)}
+        for method in ("impart", "ultradelta", "delta-dct")
     },
 }
 LAYERS_OF: frozenset[tuple[str, str]] = frozenset(  # whose output error is measured layer by layer
@@ -219,7 +225,7 @@ def key_of(keywords: Mapping[str, Any]) -> str:
 def _frontier() -> list[Setting]:
     found = []
     for method, rows in FRONTIER.items():
-        assert method in METHODS, method
+        assert method in codec_names(), method
         common: Keywords = {} if method == "me-switch" else {"method": method}
         if method in NO_TEXT:
             common |= {"calibration": None}

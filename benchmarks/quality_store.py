@@ -3,7 +3,7 @@
 meta        what every job in it shares: questions, seeds, checksums of base and experts
 runs        one entry for each start of the command: command, date, versions, machine, commit
 bars        the least gain retained that was asked for, by setting and expert
-settings    the suite's table: group, label, keywords of `meswitch.compress`
+settings    the suite's table: group, label, keywords of `meswitch_lab.options`
 references  by expert: right answers of base and full expert
 jobs        one line for each (keywords, expert); `run` is the place of its command in `runs`
 """

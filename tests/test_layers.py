@@ -68,6 +68,18 @@ def test_a_package_imports_only_what_lies_further_in(package):
                 assert parts[1] in allowed, f"{file.relative_to(PACKAGE)} imports {name}"
 
 
+def test_the_product_does_not_import_the_lab():
+    for file in PACKAGE.rglob("*.py"):
+        assert not [name for name in imports(file) if name.split(".")[0] == "meswitch_lab"], file.relative_to(PACKAGE)
+
+
+def test_the_lab_imports_nothing_that_serves():
+    for file in (PACKAGE.parent.parent / "lab").rglob("*.py"):
+        inner = {name.split(".")[1] for name in imports(file) if name.startswith("meswitch.")}
+        allowed = {"codec", "compression", "errors"} | ({"cli"} if file.name == "__main__.py" else set())
+        assert inner <= allowed, f"{file.name} imports {inner - allowed}"
+
+
 @pytest.mark.parametrize("package", CORE)
 def test_the_core_does_without_the_edges_libraries(package):
     for file in (PACKAGE / package).rglob("*.py"):

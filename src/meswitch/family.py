@@ -50,7 +50,7 @@ def _compress_field(setting: Setting, default: Any) -> tuple[Any, Any]:
     """The type of a field and its default."""
     if isinstance(setting.kind, tuple):
         return Literal[setting.kind] | None, default
-    kind: Any = Annotated[setting.kind, Field(strict=setting.kind is bool, ge=setting.least, le=setting.most)]
+    kind: Any = Annotated[setting.kind, Field(ge=setting.least, le=setting.most)]
     if setting.word is not None:
         word = setting.word  # a union would tell of both its halves what is wrong
         return Annotated[kind, WrapValidator(lambda value, check: value if value == word else check(value))], default
@@ -68,7 +68,7 @@ else:
         **{
             field.name: _compress_field(SETTINGS[field.name], field.default)
             for field in dataclasses.fields(Options)
-            if SETTINGS[field.name].shared
+            if field.name in SETTINGS and SETTINGS[field.name].shared
         },
     )
 

@@ -113,6 +113,6 @@ def test_an_unknown_keyword_fails_in_its_row_only_and_is_tried_again(
     jobs = {json.dumps(job["keywords"]): job for job in json.loads(out.read_text())["jobs"]}
     assert ["failed" in jobs[json.dumps(row.keywords)] for row in rows] == [True, False, False]
     failed = jobs[json.dumps(rows[0].keywords)]["failed"]
-    assert re.match(r"TypeError: Options.__init__\(\) got an unexpected keyword argument 'ratio'", failed)
+    assert re.match(r"ConfigError: ratio: the method rtn has no such parameter", failed)
     quality.main([*(option.replace(LABEL, "rtn") for option in OPTIONS), "--out", str(out)])
     assert "1 jobs to do" in capsys.readouterr().out

@@ -30,7 +30,7 @@ def test_compress_keeps_it_as_it_was_trained_and_plan_knew_its_bytes(cli, family
     assert "a PEFT adapter, kept as it was trained: r 4, lora_alpha 8" in cli.ok("inspect", tmp_path / "delta").stdout
 
 
-@pytest.mark.parametrize("option", [("--bits", 3), ("--bits", 2), ("--calibration", "self"), ("--method", "svd")])
+@pytest.mark.parametrize("option", [("--bits", 3), ("--bits", 2), ("--calibration", "self"), ("--distill", 0)])
 def test_options_without_effect_on_it_are_refused(cli, family, adapter, tmp_path, option):
     error = cli.error("compress", "--base", family / "base", "--expert", adapter, "--out", tmp_path / "x", *option)
     assert "is a PEFT adapter, which is kept as it was trained; leave it out" in error

@@ -6,7 +6,8 @@ import pytest
 from typer.main import get_command
 
 import meswitch
-from meswitch.compression.options import SETTINGS, Options
+from meswitch.codec import Spec
+from meswitch.compression.options import SETTINGS, Options, Solver
 from meswitch.errors import ConfigError
 from meswitch.family import CompressSection, Family
 
@@ -17,16 +18,8 @@ OTHER = {
     "salient": {"salient": 7},
     "group_size": {"group_size": None},
     "embeddings": {"embeddings": "exact"},
-    "method": {"method": "rtn"},
-    "rank": {"method": "svd", "rank": 3},
-    "drop": {"method": "dare", "drop": 0.5},
-    "seed": {"method": "dare", "seed": 1},
-    "damping": {"damping": 0.1},
-    "salient_rule": {"salient_rule": "random"},
-    "scales": {"scales": "normal"},
-    "feedback": {"feedback": False},
-    "refit": {"refit": False},
 }
+OTHER_SOLVERS = {"damping": 0.1, "salient_rule": "random", "scales": "normal", "feedback": False, "refit": False}
 OF_THE_TEXT = {"calibration", "calibration_tokens", "distill", "distill_scope"}  # recorded as what was used of them
 
 
@@ -46,7 +39,7 @@ def test_a_family_has_every_option_that_its_experts_can_share():
 
 
 def test_python_takes_every_option_by_name_or_all_in_one_object(family, tmp_path):
-    assert list(inspect.signature(meswitch.Options).parameters) == list(SETTINGS)
+    assert list(inspect.signature(meswitch.Options).parameters) == [*SETTINGS, "method", "parameters", "solver"]
     one = meswitch.compress(family / "base", family / "math", tmp_path / "one", bits=3, salient=0)
     both = meswitch.compress(family / "base", family / "math", tmp_path / "both", meswitch.Options(bits=3, salient=0))
     assert one.manifest.method == both.manifest.method
@@ -59,6 +52,21 @@ def test_the_manifest_tells_every_option(name):
     values = OTHER[name]
     rest = {other: value for other, value in values.items() if other != name}
     assert Options(**values).describe(None) != Options(**rest).describe(None)
+
+
+@pytest.mark.parametrize("name", OTHER_SOLVERS)
+def test_the_manifest_tells_every_switch_of_the_solver(name):
+    switched = Options(solver=Solver(**{name: OTHER_SOLVERS[name]}))
+    assert switched.describe(None) != Options().describe(None)
+
+
+def test_the_defaults_of_the_solver_are_those_of_the_codec():
+    assert Options().spec("linear", 512) == Spec(salient=1)
+
+
+@pytest.mark.parametrize("flag", ["--method", "--rank", "--drop", "--seed", "--damping", "--scales", "--no-feedback"])
+def test_what_only_compares_is_not_on_the_command_line(cli, flag):
+    assert cli("compress", flag, "1").exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["bits", "salient"])

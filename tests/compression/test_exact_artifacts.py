@@ -12,7 +12,7 @@ from meswitch.artifact import account
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import same_bits
 from meswitch.compression.merge import as_checkpoint, merge
-from meswitch.compression.options import Options
+from meswitch.compression.options import Options, Solver
 from meswitch.compression.plan import predict
 from meswitch.errors import ArtifactError, ConfigError
 
@@ -179,9 +179,8 @@ def test_a_damaged_stream_is_refused_by_name(family, tmp_path):
         ({"distill_scope": "block"}, "distill_scope"),
         ({"embeddings": "exact"}, "embeddings"),
         ({"method": "svd"}, "method"),
-        ({"seed": 1}, "seed"),
-        ({"damping": 0.1}, "damping"),
-        ({"feedback": False}, "feedback"),
+        ({"parameters": {"seed": 1}}, "parameters"),
+        ({"solver": Solver(feedback=False)}, "solver"),
     ],
 )
 def test_options_of_rounding_are_refused_by_name(options, field):

@@ -45,8 +45,8 @@ class Stored:
 class Entry:
     """One tensor of the expert.
 
-    kind: `packed` (base + quantised delta), `coded` (base + delta of a baseline), `lowrank` (base + product of two thin
-    matrices), `exact` (what changed, bit for bit), `dense` (the expert's own values) or `same` (the base's values).
+    kind: `packed` (base + quantised delta), `coded` (base + delta of another codec), `lowrank` (base + product of two
+    thin matrices), `exact` (what changed, bit for bit), `dense` (the expert's own values) or `same` (the base's).
     role: one of `architecture.ROLES`; it says how the tensor lies as a matrix. Before version 3 all matrices but
     embedding and head were `linear`.
     shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
@@ -142,7 +142,7 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True)
-class Solver:
+class SolverInfo:
     """The parts of the solver, see `codec.Spec`."""
 
     salient_rule: str
@@ -153,7 +153,7 @@ class Solver:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Every parameter of the compression. name: one of `codec.METHODS`, or `exact`. bits: of a code, or of the budget
+    """Every parameter of the compression. name: of the codec, or `exact`. bits: of a code, or of the budget
     for methods whose size is free; None where each tensor has its own under `target_bpw`, and where nothing is rounded.
     solver: None is the default one. parameters: what only this method has."""
 
@@ -167,7 +167,7 @@ class Method:
     distillation: Distillation | None = None
     parameters: dict[str, float] | None = None
     target_bpw: float | None = None
-    solver: Solver | None = None
+    solver: SolverInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from meswitch.codec import (
     ExactDelta,
     LowRankDelta,
     PackedDelta,
-    find_baseline,
+    coded_by,
     packed_words,
-    restore_baseline,
+    restore_coded,
 )
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.exact import block_count
@@ -135,7 +135,7 @@ class Artifact:
         where = f"{self.directory / MANIFEST_NAME}: tensors.{name}"
         self._check_matrix(name, entry)
         try:
-            shapes = find_baseline(entry.method, entry.meta).shapes(entry.base_rows, entry.matrix[1], entry.meta or {})
+            shapes = coded_by(entry.method, entry.meta).shapes(entry.base_rows, entry.matrix[1], entry.meta or {})
         except ValueError as error:
             raise ArtifactError(f"{where}.{error}") from None
         for suffix, part in entry.stored.items():
@@ -232,7 +232,7 @@ class Artifact:
             return self.read_stored(name)
         parts = self._checked_parts(name)
         if entry.kind == "coded":
-            return restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.matrix[1])
+            return restore_coded(entry.method, entry.meta, parts, entry.base_rows, entry.matrix[1])
         return delta_from_parts(entry, parts)
 
     def _checked_parts(self, name: str) -> dict[str, Tensor]:

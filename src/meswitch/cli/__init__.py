@@ -30,7 +30,7 @@ from meswitch.version import __version__
 _AFTER_AN_INTERRUPT = {"compress": "run the same command again to go on"}
 
 
-class _Commands(TyperGroup):
+class Commands(TyperGroup):
     """Turns errors that a person can act on into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -55,7 +55,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     name="meswitch",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

@@ -10,7 +10,7 @@ import typer
 
 from meswitch.cli import console
 from meswitch.cli.options import flag, takes
-from meswitch.compression.options import SETTINGS, Options, check_none_given, given_options
+from meswitch.compression.options import Options, check_none_given, given_options
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.units import format_bytes
 
@@ -93,21 +93,18 @@ def compress(
 
         if is_adapter(expert[0]):
             check_none_given(given, expert[0])
-        rows = [_compress_one(Path(expert[0]).name, base, expert[0], out, given_options(given), where)]
+        rows = [compress_one(Path(expert[0]).name, base, expert[0], out, given_options(given), where)]
     if as_json:
         console.print_json(rows if family is not None else rows[0])
     else:
-        console.show(_table(rows))
+        console.show(table(rows))
 
 
 def _check_beside_a_family(file: Path, given: Mapping[str, Any]) -> None:
     """Refuse what a family.toml says itself."""
     for name, value in given.items():
-        if value is None or name in _BESIDE_A_FAMILY:
-            continue
-        if name in SETTINGS and not SETTINGS[name].shared:
-            raise ConfigError(f"{flag(name)}: a family is served, by the default method; compress a single --expert")
-        raise ConfigError(f"{flag(name)}: {file} says this for its experts; change it there")
+        if value is not None and name not in _BESIDE_A_FAMILY:
+            raise ConfigError(f"{flag(name)}: {file} says this for its experts; change it there")
     if given.get("calibration") not in (None, "self"):
         raise ConfigError(f"--calibration: {file} names each expert's text; change it there, or give `self` or `none`")
 
@@ -158,7 +155,7 @@ def _compress_family(
         base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
         replace = where | {"overwrite": where["overwrite"] or out.exists()}  # what exists here is a damaged artifact
         options = Options() if is_adapter(source) else given_options(own)  # an adapter is kept as it was trained
-        rows.append(_compress_one(section.name, base, source, out, options, replace))
+        rows.append(compress_one(section.name, base, source, out, options, replace))
     return rows
 
 
@@ -181,7 +178,7 @@ def _present(file: Path, section: "ExpertSection", out: Path) -> "Artifact | Non
         return None
 
 
-def _compress_one(
+def compress_one(
     name: str, base: str, expert: str, out: Path, options: Options, where: dict[str, Any]
 ) -> dict[str, Any]:
     from meswitch.compression.pipeline import compress as run
@@ -214,7 +211,7 @@ def _row(name: str, artifact: "Artifact", seconds: float | None, notices: list[s
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def table(rows: list[dict[str, Any]]) -> Any:
     made = console.table("", "expert", "full", "compressed", "smaller", "bits/weight", "all files", "seconds")
     for row in rows:
         made.add_row(

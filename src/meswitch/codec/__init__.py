@@ -1,12 +1,13 @@
-"""Tensors in, named tensors out: quantisers, packing, the salient split. No models, no files."""
+"""Tensors in, named tensors out: quantisers, packing, the salient split, codecs by name. No models, no files."""
 
-from meswitch.codec.baselines.coded import CodedDelta, Request, nbytes
+from meswitch.codec.coded import CodedDelta, Trainable, coded_by, encode_coded, restore_coded
 from meswitch.codec.delta import PackedDelta, Spec, encode, joined, stored_shapes
 from meswitch.codec.exact import EXACT, EXACT_DTYPES, ExactDelta, encode_exact, same_bits
 from meswitch.codec.lowrank import LowRankDelta, Rank, encode_pair, pair_shapes, spectrum
+from meswitch.codec.me_switch import ME_SWITCH, PackedCodec
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
-from meswitch.codec.registry import BASELINES, ME_SWITCH, METHODS, RTN, encode_baseline, find_baseline, restore_baseline
+from meswitch.codec.registry import BPW, Codec, Parameter, Request, Sharing, codec_names, find_codec, nbytes, register
 from meswitch.codec.salient import reconstruction_error, select_salient
 
 # What an op computes with: the delta of one matrix, in a form that is never restored whole.
@@ -15,28 +16,33 @@ Delta = PackedDelta | LowRankDelta
 Change = Delta | CodedDelta | ExactDelta
 
 __all__ = [
-    "BASELINES",
+    "BPW",
     "EXACT",
     "EXACT_DTYPES",
-    "METHODS",
     "ME_SWITCH",
-    "RTN",
     "Change",
+    "Codec",
     "CodedDelta",
     "Delta",
     "ExactDelta",
     "LowRankDelta",
+    "PackedCodec",
     "PackedDelta",
+    "Parameter",
     "Rank",
     "Request",
+    "Sharing",
     "Spec",
+    "Trainable",
     "absmax_scales",
+    "codec_names",
+    "coded_by",
     "dequantize",
     "encode",
-    "encode_baseline",
+    "encode_coded",
     "encode_exact",
     "encode_pair",
-    "find_baseline",
+    "find_codec",
     "joined",
     "mse_scales",
     "nbytes",
@@ -45,7 +51,8 @@ __all__ = [
     "pair_shapes",
     "quantize",
     "reconstruction_error",
-    "restore_baseline",
+    "register",
+    "restore_coded",
     "same_bits",
     "select_salient",
     "spectrum",

@@ -35,7 +35,7 @@ from meswitch.codec import (
     Rank,
     Spec,
     encode,
-    encode_baseline,
+    encode_coded,
     encode_exact,
     encode_pair,
     joined,
@@ -88,6 +88,7 @@ class Converter:
         self.roles = roles_of(expert)
         self._weights_done = sum(map(self._weights, self.done))
         self.large = LargeDeltas()
+        self.shares: dict[str, float] = {}
         self._reader = PairReader(base, expert, pinned=device.type == "cuda")
         self._writing = WriterThread()
 
@@ -98,6 +99,8 @@ class Converter:
             self.large.see_resumed(made.manifest.tensors, self.expert, self.base)
             return made
         self._tell("the first tensors")
+        if len(self.done) < len(self.expert.tensors):
+            self.shares = self._shares()
         with self.writer, self._reader, self._writing:
             if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
                 walk = Walk(self.expert, self.moments, self.device, compute_dtype(self.device, self.expert.parameters))
@@ -113,6 +116,24 @@ class Converter:
         companions = list(self.expert.companions())
         self.writer.finish(self._manifest(entries, companions), companions)
         return Artifact.open(self.writer.out)
+
+    def _shares(self) -> dict[str, float]:
+        """What a codec that compares the matrices found for each: name -> `Request.share`."""
+        sharing = None if self.options.is_exact else self.options.codec.sharing
+        if sharing is None:
+            return {}
+        measured: dict[str, tuple[float, int]] = {}
+        for name, info in self.expert.tensors.items():
+            theirs, role = self.base.info(name), self.roles[name]
+            if theirs is None or not self.options.packs(role):
+                continue
+            ours, base = info.read(), theirs.read()
+            if not same_bits(base, ours):
+                ours, base = as_matrix(ours, role), as_matrix(base, role)
+                rows = min(len(ours), len(base))
+                delta = ours[:rows].to(self.device, torch.float32) - base[:rows].to(self.device, torch.float32)
+                measured[name] = sharing.measure(delta), delta.numel()
+        return sharing.allocate(measured, self.options.parameters)
 
     def _tell(self, name: str) -> None:
         self.progress("compressing", self._weights_done, self.expert.parameters, name)
@@ -155,7 +176,7 @@ class Converter:
             elif isinstance(delta, LowRankDelta):
                 entry = replace(entry, kind="lowrank", scale=delta.scale)
             else:
-                entry = replace(entry, kind="coded", method=delta.baseline.name, meta=dict(delta.meta))
+                entry = replace(entry, kind="coded", method=delta.codec.name, meta=dict(delta.meta))
         self._writing.call(self.writer.add, name, entry, {suffix: part.cpu() for suffix, part in parts.items()})
         self.done.add(name)
         self._weights_done += self._weights(name)
@@ -183,10 +204,11 @@ class Converter:
         extra = ours[rows:].contiguous() if len(ours) > rows else None
         options = self.options
         known = [(rows, own) for rows, own in inputs if own.tokens >= LEAST_TOKENS]
-        if options.baseline is not None:
-            request = options.request(role, rows, delta.shape[1], zlib.crc32(name.encode()) + options.seed)
+        if not options.makes_packed:
+            seed = zlib.crc32(name.encode())
+            request = options.request(role, rows, delta.shape[1], seed, self.shares.get(name))
             moment = mean_moment(known)
-            return encode_baseline(options.method, delta, request, name=name, second_moment=moment, extra=extra)
+            return encode_coded(options.method, delta, request, name=name, second_moment=moment, extra=extra)
         spec = self.specs.get(name) or options.spec(role, delta.shape[1])
         if isinstance(spec, Rank):
             check_finite(delta, name)

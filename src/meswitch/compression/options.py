@@ -1,25 +1,23 @@
 """What decides the bytes of an artifact: one object for Python, the command line, `family.toml` and the manifest.
 
 Every option is stated here once, with its help. The command line and `[compress]` of a `family.toml` are made from the
-fields below, and `Options.describe` is what the manifest says of them. Importing this costs no torch: what only
-counts while something is compressed is imported there.
+fields below that have a `Setting`, and `Options.describe` is what the manifest says of them. Importing this costs no
+torch: what only counts while something is compressed is imported there.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from meswitch.compression.distill.recipe import PUBLISHED, Recipe, Scope, recipe_for
+from meswitch.compression.distill.recipe import Recipe, Scope, recipe_for
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from meswitch.artifact.manifest import Calibration, Method, Solver
-    from meswitch.codec import Request, Spec
-    from meswitch.codec.baselines.coded import Baseline
+    from meswitch.artifact.manifest import Calibration, Method
+    from meswitch.codec import Codec, Request, Spec
     from meswitch.compression.text import Source
 
-DROP = 0.9  # of `dare`
 ROW_FLOOR = 0.1  # rows of an embedding that changed less than this share of the average are taken as unchanged
 TOKENS, WRITTEN_TOKENS = 524288, 32768  # of calibration text: of a file, and those that the expert writes
 Embeddings = Literal["quantised", "exact"]
@@ -50,10 +48,31 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class Solver:
+    """How the default method finds its codes. All but the defaults are there to compare.
+
+    Args:
+        salient_rule: how salient channels are chosen, one of `codec.salient.RULES`.
+        scales: the search that starts scales, one of `codec.quantize.SCALES`.
+        feedback: let later columns absorb the rounding errors of earlier ones (needs calibration).
+        refit: solve for scales once the codes are chosen (needs calibration).
+        damping: what error feedback adds to the diagonal of the inputs' second moment, as a share of its mean.
+    """
+
+    salient_rule: str = "error"
+    scales: str = "mse"
+    feedback: bool = True
+    refit: bool = True
+    damping: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """What decides the bytes of an artifact.
 
     Beside what the fields' help says: `calibration` may be a `text.Source`, and `distill` a `distill.recipe.Recipe`.
+    Three fields are for research and on no command line: `method`, the name of a codec; `parameters`, what only this
+    codec takes (`Codec.parameters`); `solver`, the switches of the default one.
 
     Raises:
         ConfigError: a value that is out of range, or does not fit the others.
@@ -154,86 +173,28 @@ class Options:
         Embeddings | None,
         Setting(
             "`quantised`, the default, treats embedding and head like every other matrix; `exact` keeps them as they "
-            "are, at their full size. Rows of added tokens are exact either way. Methods whose paper leaves them "
-            "whole do.",
+            "are, at their full size. Rows of added tokens are exact either way.",
             ("quantised", "exact"),
         ),
     ] = None
-    method: Annotated[
-        str,
-        Setting(
-            "`me-switch`, the default, or another method to compare it with: `rtn`, `bitdelta`, `svd`, `per-axis`, "
-            "`delta-come`, `deltazip`, `dare`. All but `rtn` can be merged and evaluated, not served.",
-            str,
-            metavar="NAME",
-            shared=False,
-        ),
-    ] = "me-switch"
-    rank: Annotated[
-        int | None,
-        Setting(
-            "Of `svd`. Default: what fits in the bytes of the default method.", int, metavar="R", least=1, shared=False
-        ),
-    ] = None
-    drop: Annotated[
-        float | None,
-        Setting(
-            "Share of weights that `dare` drops, 0.9 by default.", float, metavar="P", least=0, most=1, shared=False
-        ),
-    ] = None
-    seed: Annotated[int, Setting("Of the weights that `dare` drops.", int, metavar="N", least=0, shared=False)] = 0
-    damping: Annotated[
-        float,
-        Setting(
-            "What error feedback adds to the diagonal of the inputs' second moment, as a share of its mean; 0.01 by "
-            "default, to compare.",
-            float,
-            metavar="D",
-            least=0,
-        ),
-    ] = 0.01
-    salient_rule: Annotated[
-        str,
-        Setting(
-            "How salient channels are chosen; all but `error`, the default, are there to compare.",
-            ("error", "magnitude", "activation", "random"),
-        ),
-    ] = "error"
-    scales: Annotated[
-        str, Setting("The search that starts scales, to compare; `mse` by default.", ("mse", "absmax", "normal"))
-    ] = "mse"
-    feedback: Annotated[
-        bool,
-        Setting(
-            "Let later columns absorb the rounding errors of earlier ones (needs calibration), as by default.", bool
-        ),
-    ] = True
-    refit: Annotated[
-        bool, Setting("Solve for scales once the codes are chosen (needs calibration), as by default.", bool)
-    ] = True
+    # For research, from Python only: another method than the product's, and other ways to its own codes.
+    method: str = "me-switch"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    solver: Solver = field(default_factory=Solver)
 
     def __post_init__(self) -> None:
-        from meswitch.codec import ME_SWITCH, METHODS
-
         if self.is_exact:
             check_beside_exact(self.given())
             return
-        if self.method not in METHODS:
-            raise ConfigError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
-        if self.target_bpw is not None and not (0 < self.target_bpw <= 16 and self.method == ME_SWITCH):
-            raise ConfigError(f"target_bpw: {self.target_bpw}: between 0 and 16, and for the method {ME_SWITCH} only")
+        if self.target_bpw is not None and not (0 < self.target_bpw <= 16 and self.method == "me-switch"):
+            raise ConfigError(f"target_bpw: {self.target_bpw}: between 0 and 16, and for the method me-switch only")
         if self.embeddings not in ("quantised", "exact", None):
             raise ConfigError(f"embeddings: {self.embeddings!r} is neither quantised nor exact")
         if self.calibration_tokens is not None and self.calibration_tokens < 1:
             raise ConfigError(f"calibration_tokens: {self.calibration_tokens} is not a positive number")
-        if self.rank is not None and (self.method != "svd" or self.rank < 1):
-            raise ConfigError(f"rank: {self.rank}: at least 1, and for the method svd only")
-        if self.drop is not None and (self.method != "dare" or not 0 <= self.drop < 1):
-            raise ConfigError(f"drop: {self.drop}: at least 0 and less than 1, and for the method dare only")
-        if self.method == "deltazip" and (self.group_size or 0) % 2:
-            raise ConfigError(f"group_size: {self.group_size}: two weights of four share a scale: give an even number")
         try:
-            self.spec("linear", 512)
+            self._check_parameters()
+            self.codec.check(self.request("linear", 512, 512, 0))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         steps = self.asked_steps
@@ -266,8 +227,10 @@ class Options:
         """How to train, the method's own steps where none were asked for. scope: where none was."""
         if isinstance(self.distill, Recipe):
             return self.distill
-        scope = "model" if self.method in PUBLISHED else scope
-        return recipe_for(self.method, self.distill, self.distill_scope or scope)
+        from meswitch.codec import find_codec
+
+        published = find_codec(self.method).recipe is not None
+        return recipe_for(self.method, self.distill, self.distill_scope or ("model" if published else scope))
 
     def check_use_of_text(self, steps: int | None) -> None:
         """Refuse calibration text that would do nothing. steps: of training, None if that is not yet decided.
@@ -297,28 +260,40 @@ class Options:
     # What happens to a tensor.
 
     @property
-    def baseline(self) -> "Baseline | None":
-        """The method, if it does not make packed tensors."""
-        from meswitch.codec import BASELINES
+    def codec(self) -> "Codec":
+        """The method."""
+        from meswitch.codec import find_codec
 
-        return BASELINES.get(self.method)
+        return find_codec(self.method)
+
+    @property
+    def makes_packed(self) -> bool:
+        """Whether the method's tensors are those that the kernels read, so that its artifacts can be served."""
+        from meswitch.codec import PackedCodec
+
+        return isinstance(self.codec, PackedCodec)
 
     @property
     def uses_inputs(self) -> bool:
         """Whether calibration text changes the codes."""
-        own = self.method == "me-switch" and not self.is_exact
-        return own if self.baseline is None else self.baseline.uses_inputs
+        return not self.is_exact and self.codec.uses_inputs
 
     @property
     def exact_embeddings(self) -> bool:
-        if self.embeddings is None:
-            return self.baseline is not None and self.baseline.blocks_only
-        return self.embeddings == "exact"
+        return self.codec.blocks_only if self.embeddings is None else self.embeddings == "exact"
 
     @property
     def has_scales(self) -> bool:
         """Whether distillation has something to train."""
-        return not self.is_exact and (self.baseline is None or self.baseline.scale is not None)
+        return not self.is_exact and self.codec.is_trainable
+
+    def _check_parameters(self) -> None:
+        known = {parameter.name: parameter for parameter in self.codec.parameters}
+        for name, value in self.parameters.items():
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"{name}: the method {self.method} has no such parameter; {has}")
+            known[name].check(value)
 
     def packs(self, role: str) -> bool:
         """Whether a tensor that changed is compressed, not stored whole."""
@@ -331,69 +306,74 @@ class Options:
     def spec(self, role: str, in_features: int) -> "Spec":
         """How one matrix is quantised, or would be by the default method."""
         from meswitch.architecture import EMBEDDING, STACKS
-        from meswitch.codec import RTN, Spec
+        from meswitch.codec import PackedCodec, Spec
 
         if self.bits == "exact":
             raise ValueError("bits: exact: nothing is quantised")
         # an embedding's "input" picks a row; the experts of a stack see different tokens: no salient channels for them
         salient = max(1, in_features // 512) if self.salient is None else self.salient
-        salient = 0 if role in (EMBEDDING, *STACKS) else salient
-        if self.method == RTN:
-            return Spec(self.bits, self.group_size, 0, scales=self.scales)
-        floor = ROW_FLOOR if role == EMBEDDING else 0.0
-        return Spec(
+        solver = self.solver
+        spec = Spec(
             self.bits,
             self.group_size,
-            salient,
-            self.damping,
-            floor,
-            self.salient_rule,
-            self.scales,
-            self.feedback,
-            self.refit,
+            0 if role in (EMBEDDING, *STACKS) else salient,
+            solver.damping,
+            ROW_FLOOR if role == EMBEDDING else 0.0,
+            solver.salient_rule,
+            solver.scales,
+            solver.feedback,
+            solver.refit,
         )
+        codec = self.codec
+        return codec.adapt(spec) if isinstance(codec, PackedCodec) else spec
 
-    def request(self, role: str, rows: int, in_features: int, seed: int) -> "Request":
-        """What a baseline is asked for; its budget is what the default method would store for this matrix."""
+    def request(self, role: str, rows: int, in_features: int, seed: int, share: float | None = None) -> "Request":
+        """What a codec is asked for.
+
+        The budget is what the default method would store for this matrix, or `bpw` bits a weight if that is given.
+
+        Args:
+            role: of the tensor.
+            rows: of the matrix that the base has too.
+            in_features: its columns.
+            seed: of this tensor.
+            share: what `Sharing.allocate` found for it.
+        """
         import torch
 
-        from meswitch.codec import Request, nbytes, stored_shapes
+        from meswitch.codec import BPW, Request, nbytes, stored_shapes
 
         spec = self.spec(role, in_features)
-        shapes = stored_shapes(rows, in_features, spec, 0, torch.float32)
-        drop = DROP if self.drop is None else self.drop
-        return Request(spec.bits, self.group_size, nbytes(shapes), self.rank, drop, seed, self.damping)
+        if BPW.name in self.parameters:
+            budget = int(self.parameters[BPW.name] * rows * in_features / 8)
+        else:
+            budget = nbytes(stored_shapes(rows, in_features, spec, 0, torch.float32))
+        return Request(spec, budget, seed + int(self.parameters.get("seed", 0)), self.parameters, share)
 
     # What the manifest says.
 
-    @property
-    def solver(self) -> "Solver":
-        from meswitch.artifact.manifest import Solver
-
-        return Solver(self.salient_rule, self.scales, self.feedback, self.refit)
-
     def describe(self, calibration: "Calibration | None") -> "Method":
         """As the manifest records it, what was trained left out. calibration: the text that was used."""
-        from meswitch.artifact.manifest import Method
+        from meswitch.artifact.manifest import Method, SolverInfo
         from meswitch.codec import EXACT
 
         if self.bits == "exact":
             return Method(EXACT, None, None, 0, "exact", 0.0)
-        baseline, parameters = self.baseline, {}
-        if self.rank is not None:
-            parameters["rank"] = float(self.rank)
-        if self.method == "dare":
-            parameters = {"drop": DROP if self.drop is None else self.drop, "seed": float(self.seed)}
-        fixed = self.bits if baseline is None or baseline.bits is None else baseline.bits
+        codec, solver = self.codec, self.solver
+        parameters = {known.name: known.default for known in codec.parameters if known.default is not None}
+        parameters |= {name: float(value) for name, value in self.parameters.items()}
+        switches = SolverInfo(solver.salient_rule, solver.scales, solver.feedback, solver.refit)
+        plain = Solver()
+        usual = SolverInfo(plain.salient_rule, plain.scales, plain.feedback, plain.refit)
         return Method(
             name=self.method,
-            bits=fixed if self.target_bpw is None else None,
+            bits=None if self.target_bpw is not None else codec.bits or self.bits,
             target_bpw=self.target_bpw,
-            solver=None if self.solver == Options().solver else self.solver,
+            solver=None if switches == usual else switches,
             group_size=self.group_size,
             salient=self.salient if self.method == "me-switch" else 0,
             embeddings="exact" if self.exact_embeddings else "quantised",
-            damping=self.damping,
+            damping=solver.damping,
             calibration=calibration,
             parameters=parameters or None,
         )
@@ -401,11 +381,14 @@ class Options:
     def given(self) -> dict[str, Any]:
         """What is not at its default: name -> value."""
         plain = Options()
-        return {name: getattr(self, name) for name in SETTINGS if getattr(self, name) != getattr(plain, name)}
+        names = [item.name for item in fields(Options)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
 
 
 # by name, in the order in which they are documented
-SETTINGS: Mapping[str, Setting] = {name: hint.__metadata__[0] for name, hint in Options.__annotations__.items()}
+SETTINGS: Mapping[str, Setting] = {
+    name: hint.__metadata__[0] for name, hint in Options.__annotations__.items() if hasattr(hint, "__metadata__")
+}
 
 
 def given_options(given: Mapping[str, Any]) -> Options:

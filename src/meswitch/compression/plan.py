@@ -117,7 +117,7 @@ def predict(
     if isinstance(expert, Adapter):
         check_none_given(options.given(), expert.directory)
         return planned_artifact(base, expert)
-    if options.baseline is not None:
+    if not options.makes_packed:
         raise ConfigError(f"method: {options.method}: only artifacts that can be served are planned; leave it out")
     if options.target_bpw is not None:
         raise ConfigError(f"target_bpw: {options.target_bpw}: is itself the size; a plan is for a number of bits")

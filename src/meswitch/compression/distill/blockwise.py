@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import cached
 from meswitch.artifact import Artifact, Manifest, delta_from_parts
 from meswitch.artifact.manifest import Distillation, stored_name
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, restore_baseline
+from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, restore_coded
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Student, attach
 from meswitch.compression.distill.training import (
@@ -197,7 +197,7 @@ def _from_stored(artifact: Artifact, stored: Mapping[str, Tensor]) -> Changed:
             assert isinstance(delta, PackedDelta | LowRankDelta)
             found[name] = delta
         elif entry.kind == "coded":
-            found[name] = restore_baseline(entry.method, entry.meta, parts, entry.base_rows, entry.matrix[1])
+            found[name] = restore_coded(entry.method, entry.meta, parts, entry.base_rows, entry.matrix[1])
         else:
             found[name] = parts[""]
     return found

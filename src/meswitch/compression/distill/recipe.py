@@ -1,4 +1,4 @@
-"""How to distil: the default recipe, and those that other methods were published with."""
+"""How to distil: the default recipe, and that of a method that was published with one."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -61,27 +61,6 @@ class Recipe:
             raise ConfigError(f"recipe: {self.steps} steps at learning rate {self.learning_rate}: nothing to train")
 
 
-# BitDelta (arXiv 2402.10193, sections 3.1 and 3.2): scalars only, mean squared error of the logits on 800 sequences of
-# 128 tokens, 4 a step, Adam. The cosine is the authors' code's, which hands embedding, head and norms to AdamW as well.
-_BITDELTA = Recipe(
-    steps=200,
-    learning_rate=1e-4,
-    relative=False,
-    betas=(0.9, 0.999),
-    batch=4,
-    loss="mse",
-    hidden=0.0,
-    question_weight=1.0,
-    length=128,
-    norms=False,
-    codes=False,
-)
-# Per-axis deltas (2512.19720): five epochs over 150 sequences at 1e-5 (the authors' README). Loss, length, cosine and
-# one sequence a step are those of their code, which builds on BitDelta's.
-_PER_AXIS = dataclasses.replace(_BITDELTA, steps=750, learning_rate=1e-5, batch=1, check_every=50)
-PUBLISHED = {"bitdelta": _BITDELTA, "per-axis": _PER_AXIS}
-
-
 _BLOCKWISE = Recipe(steps=100, scope="block")
 
 
@@ -91,7 +70,10 @@ def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") ->
     Raises:
         ConfigError: a published recipe is to be followed block by block.
     """
-    if scope == "block" and method in PUBLISHED:
+    from meswitch.codec import find_codec  # reading the options' help needs no torch
+
+    published = find_codec(method).recipe
+    if scope == "block" and published is not None:
         raise ConfigError(f"distill_scope: block: {method}'s published recipe trains end to end; leave it out")
-    recipe = _BLOCKWISE if scope == "block" else PUBLISHED.get(method, Recipe())
+    recipe = _BLOCKWISE if scope == "block" else published or Recipe()
     return recipe if steps is None else dataclasses.replace(recipe, steps=steps)

@@ -1,7 +1,7 @@
 """The compressed expert as a model that can be trained: the expert's own, with matrices made from base and artifact.
 
-Of a packed delta scales and salient weights are trained, and codes if the recipe says so; of a pair both sides; of the
-methods that store signs their scales, one a matrix, a row or a column.
+Of a packed delta scales and salient weights are trained, and codes if the recipe says so; of a pair both sides; another
+codec brings what is trained of it (`codec.Trainable`).
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from torch.nn.utils.parametrize import cached, register_parametrization
 from meswitch.architecture import NORM, architecture_of, as_matrix
 from meswitch.artifact import Artifact, Manifest
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, pack, unpack
-from meswitch.codec.baselines.per_axis import ROW
+from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, Trainable, pack, unpack
+from meswitch.codec.coded import Group
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
 from meswitch.compression.distill.recipe import Recipe, Scope
@@ -34,8 +34,6 @@ CODES_RATE = 0.5  # the steps of latent weights, whose levels are 2 apart, again
 _WITHIN = 0.9  # of a level: half the distance to the next is 1
 _FEW = 5  # tokens that a block is tried with
 REORDERED = "{} is reordered while it is loaded, in a way that gradients do not pass"
-# parameters, and the factor by which the recipe's learning rate is theirs
-Group = tuple[list[nn.Parameter], float]
 
 
 class Compressed(Protocol):
@@ -48,19 +46,6 @@ class Compressed(Protocol):
     def directory(self) -> Path: ...
 
     def read(self, name: str) -> Change | Tensor | None: ...
-
-
-class Trainable(Protocol):
-    """A matrix of the student; the classes are modules, so that their parameters move with the model."""
-
-    def groups(self) -> list[Group]:
-        """What to train."""
-
-    def matrix(self) -> Tensor:
-        """[rows + extra, in_features] in the base's compute dtype, differentiable."""
-
-    def trained(self) -> PackedDelta | LowRankDelta | CodedDelta:
-        """The delta as it is to be stored, in the shapes and dtypes it had."""
 
 
 class TrainablePacked(nn.Module):
@@ -239,51 +224,6 @@ class TrainablePair(nn.Module):
     def trained(self) -> LowRankDelta:
         left, right = (side.detach().cpu().to(self.delta.left.dtype) for side in (self.left, self.right))
         return dataclasses.replace(self.delta, left=left, right=right)
-
-
-class TrainableSigns(nn.Module):
-    """Base + signs x scale, with trainable scales.
-
-    Args:
-        base: [at least delta.rows, in_features].
-        relative: train the scale's change as a share of it, not the scale itself.
-
-    Raises:
-        ConfigError: the method has no scales that can be trained.
-    """
-
-    def __init__(
-        self, base: Tensor, delta: CodedDelta, relative: bool, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        name = delta.baseline.scale
-        if name is None:
-            raise ConfigError(f"distill: the method {delta.baseline.name} has no scales to train")
-        self.delta, self.name, self.relative = delta, name, relative
-        stored = delta.parts[name]
-        ones = dataclasses.replace(delta, parts=dict(delta.parts) | {name: torch.ones_like(stored)})
-        self.signs = ones.dequantize().to(device, torch.int8)
-        self.base = base[: delta.rows].to(device, dtype)
-        self.extra = None if delta.extra is None else delta.extra.to(device, dtype)
-        self.start = stored.to(device, torch.float32)
-        self.step = nn.Parameter(torch.zeros_like(self.start) if relative else self.start.clone())
-
-    @property
-    def scale(self) -> Tensor:
-        return self.start * (1 + self.step) if self.relative else self.step
-
-    def groups(self) -> list[Group]:
-        return [([self.step], 1.0)]
-
-    def matrix(self) -> Tensor:
-        scale = self.scale[:, None] if self.delta.meta.get("axis") == ROW else self.scale
-        matrix = self.base + (self.signs * scale).to(self.base.dtype)
-        return matrix if self.extra is None else torch.cat([matrix, self.extra])
-
-    def trained(self) -> CodedDelta:
-        stored = self.delta.parts[self.name]
-        parts = dict(self.delta.parts) | {self.name: self.scale.detach().cpu().to(stored.dtype)}
-        return dataclasses.replace(self.delta, parts=parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,7 +432,9 @@ def _trainable(
         return TrainablePacked(base, delta, full, device, dtype)
     if isinstance(delta, LowRankDelta):
         return TrainablePair(base, delta, device, dtype)
-    return TrainableSigns(base, delta, recipe.relative, device, dtype)
+    if not delta.codec.is_trainable:
+        raise ConfigError(f"distill: the method {delta.codec.name} has no scales to train")
+    return delta.codec.trainable(base, delta, recipe, device, dtype)
 
 
 class _Restored(nn.Module):

@@ -21,29 +21,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec.baselines.coded import (
-    Baseline,
-    Meta,
-    Request,
-    Shapes,
+from meswitch.codec import BPW, Request, nbytes, register
+from meswitch.codec.feedback import damped, feedback_codes, upper_factor
+from meswitch.codec.packing import pack
+from meswitch.codec.quantize import expand_scale
+from meswitch.codec.registry import Meta, Shapes
+from meswitch_lab.method import (
+    Encoded,
+    Method,
     check,
     group_meta,
     group_of,
-    nbytes,
     restore_matrix,
     round_matrix,
     rounded_shapes,
 )
-from meswitch.codec.baselines.svd import decompose
-from meswitch.codec.feedback import damped, feedback_codes, upper_factor
-from meswitch.codec.packing import pack
-from meswitch.codec.quantize import expand_scale
+from meswitch_lab.svd import decompose
 
 BITS = (8, 3, 2)
-_WIDTH, _COUNTS = 4096, (2, 32)  # vectors of the two upper bands at this width
+WIDTH, COUNTS = 4096, (2, 32)  # vectors of the two upper bands at this width
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> tuple[dict[str, Tensor], dict[str, int]]:
+def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
     """delta: [rows, in] float32. moment: [in, in] float32 or None."""
     rows, width = delta.shape
     meta = _bands(rows, width, request)
@@ -82,8 +81,8 @@ def _bands(rows: int, width: int, request: Request) -> dict[str, int]:
     full = min(rows, width)
     meta = {"vectors_8": 0, "vectors_3": 0, "vectors_2": 0, "group_size": group_meta(request.group_size)}
     used = 0
-    for bits, count in zip(BITS, (*_COUNTS, None), strict=True):
-        wanted = full if count is None else max(1, round(count * full / _WIDTH))
+    for bits, count in zip(BITS, (*COUNTS, None), strict=True):
+        wanted = full if count is None else max(1, round(count * full / WIDTH))
         each = nbytes(_band_shapes(rows, width, bits, 1, request.group_size))
         fitting = max(request.budget - used, 0) // each
         if bits == BITS[0]:
@@ -117,7 +116,15 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return found
 
 
-METHOD = Baseline(
-    "delta-come", encode, decode, shapes, ("vectors_8", "vectors_3", "vectors_2", "group_size"),
-    blocks_only=True, uses_inputs=True,
-)  # fmt: skip
+METHOD = register(
+    Method(
+        "delta-come",
+        encode,
+        decode,
+        shapes,
+        ("vectors_8", "vectors_3", "vectors_2", "group_size"),
+        (BPW,),
+        blocks_only=True,
+        uses_inputs=True,
+    )
+)

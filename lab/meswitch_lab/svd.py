@@ -12,16 +12,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec.baselines.coded import Baseline, Meta, Request, Shapes, check
+from meswitch.codec import BPW, Parameter, Request, register
+from meswitch.codec.registry import Meta, Shapes
+from meswitch_lab.method import Encoded, Method, check
+
+RANK = Parameter("rank", "Of the factors, instead of a budget.", least=1, whole=True)
 
 _DTYPE = torch.bfloat16  # products of deltas' square roots: the range matters more than the last bits
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> tuple[dict[str, Tensor], dict[str, int]]:
+def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
     """delta: [rows, in] float32; `moment` is not used."""
     rows, width = delta.shape
-    rank = request.rank or max(1, request.budget // (_DTYPE.itemsize * (rows + width)))
-    rank = min(rank, rows, width)
+    asked = int(request.parameters.get("rank", request.budget // (_DTYPE.itemsize * (rows + width))))
+    rank = min(max(1, asked), rows, width)
     left, values, right = decompose(delta)
     root = values[:rank].sqrt()
     parts = {"factor_left": left[:, :rank] * root, "factor_right": root[:, None] * right[:rank]}
@@ -46,4 +50,4 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return {"factor_left": ((rows, rank), _DTYPE), "factor_right": ((rank, width), _DTYPE)}
 
 
-METHOD = Baseline("svd", encode, decode, shapes, ("rank",))
+METHOD = register(Method("svd", encode, decode, shapes, ("rank",), (BPW, RANK)))

@@ -22,11 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meswitch.codec.baselines.coded import (
-    Baseline,
-    Meta,
-    Request,
-    Shapes,
+from meswitch.codec import Request, register
+from meswitch.codec.feedback import damped, inverse_factor
+from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec.quantize import mse_scales
+from meswitch.codec.registry import Meta, Shapes
+from meswitch_lab.method import (
+    Encoded,
+    Method,
     bits_of,
     check,
     group_meta,
@@ -34,14 +37,11 @@ from meswitch.codec.baselines.coded import (
     restore_matrix,
     rounded_shapes,
 )
-from meswitch.codec.feedback import damped, inverse_factor
-from meswitch.codec.packing import pack, packed_words, unpack
-from meswitch.codec.quantize import mse_scales
 
 _BLOCK = 128  # inputs between two corrections of all that follow; a multiple of 4
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> tuple[dict[str, Tensor], dict[str, int]]:
+def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
     """delta: [rows, in] float32. moment: [in, in] float32 or None."""
     bits, group_size = request.bits, request.group_size
     rows, width = delta.shape
@@ -115,4 +115,22 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return rounded_shapes(rows, kept, bits_of(meta), group_size, "kept") | index
 
 
-METHOD = Baseline("deltazip", encode, decode, shapes, ("bits", "group_size"), blocks_only=True, uses_inputs=True)
+def _check(request: Request) -> None:
+    check(
+        (request.group_size or 0) % 2 == 0,
+        f"group_size: {request.group_size}: two weights of four share a scale: give an even number",
+    )
+
+
+METHOD = register(
+    Method(
+        "deltazip",
+        encode,
+        decode,
+        shapes,
+        ("bits", "group_size"),
+        blocks_only=True,
+        uses_inputs=True,
+        check=_check,
+    )
+)

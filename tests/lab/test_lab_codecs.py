@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from meswitch.codec import BASELINES, PackedDelta, Request, Spec, encode, encode_baseline, find_baseline, nbytes
-from meswitch.codec.baselines.deltazip import _two_of_four
+from meswitch.codec import BPW, PackedDelta, Request, Spec, coded_by, encode, encode_coded, find_codec, nbytes
 from meswitch.codec.delta import stored_shapes
-from meswitch.errors import MeswitchError
+from meswitch.compression.options import Options
+from meswitch.errors import ConfigError, MeswitchError
+from meswitch_lab import CODED
+from meswitch_lab.deltazip import _two_of_four
 
+FREE = [name for name in CODED if BPW in find_codec(name).parameters]
 SHAPES = [(48, 96), (130, 70), (7, 41)]
 
 
@@ -25,13 +28,13 @@ def moment_of(width, seed=1):
     return inputs.T @ inputs / len(inputs)
 
 
-def request(rows, width, bits=2, group_size=64, **options):
-    shapes = stored_shapes(rows, width, Spec(bits, group_size, 1), 0, torch.float32)
-    return Request(bits, group_size, nbytes(shapes), **options)
+def request(rows, width, bits=2, group_size=64, seed=0, **parameters):
+    spec = Spec(bits, group_size, 1)
+    return Request(spec, nbytes(stored_shapes(rows, width, spec, 0, torch.float32)), seed, parameters)
 
 
 def code(method, delta, moment=None, **options):
-    return encode_baseline(method, delta, request(*delta.shape, **options), name="a.weight", second_moment=moment)
+    return encode_coded(method, delta, request(*delta.shape, **options), name="a.weight", second_moment=moment)
 
 
 def relative_error(delta, restored):
@@ -43,12 +46,12 @@ def output_error(delta, restored, moment):
     return ((difference @ moment) * difference).sum().item()
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", CODED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
 def test_shapes_tell_what_is_stored(method, shape, calibrated):
     coded = code(method, delta_of(*shape), moment_of(shape[1]) if calibrated else None)
-    baseline = find_baseline(method, coded.meta)
+    baseline = coded_by(method, coded.meta)
     expected = baseline.shapes(*shape, coded.meta)
     assert {suffix: (tuple(t.shape), t.dtype) for suffix, t in coded.tensors().items()} == expected
     restored = coded.dequantize()
@@ -78,11 +81,23 @@ def documented_bytes(method, rows, width, meta, bits, group):
     if method == "deltazip":
         kept = 2 * math.ceil(width / 4)
         return rows * (words(kept, bits) + words(kept, 2) + 2 * math.ceil(kept / group))
+    if method == "d-qrelo":
+        return rows * words(width, 1) + 4 + 2 * meta["rank"] * (rows + width)
+    if method == "impart":
+        kept = {b: [meta[f"{side}_{b}"] for side in ("left", "right")] for b in (8, 3, 2) if meta[f"vectors_{b}"]}
+        codes = sum(n if b == 8 else words(n, b) for b, counts in kept.items() for n in counts)
+        return 3 * meta["vectors"] + codes + sum(2 * math.ceil(n / group) for counts in kept.values() for n in counts)
+    if method == "ultradelta":
+        kept, places = meta["kept"], meta["remainder_bits"] * words(meta["kept"], 1) + words(meta["gap_bits"], 1)
+        return words(kept, meta["code_bits"]) + 8 + places
+    if method == "delta-dct":
+        patches = math.ceil(rows / 16) * math.ceil(width / 16)
+        return words(patches, 3) + 4 + sum(meta[f"patches_{b}"] * (words(256, b) + 2) for b in (4, 3, 2, 1))
     kept = meta["keep"]
     return rows * (words(width, 1) + words(kept, bits) + 2 * math.ceil(kept / group))
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", CODED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("bits", "group"), [(1, 16), (2, 64), (4, 32)])
 def test_bytes_are_those_of_the_formula(method, shape, bits, group):
@@ -93,11 +108,11 @@ def test_bytes_are_those_of_the_formula(method, shape, bits, group):
 
 def test_bits_a_weight_at_the_widths_of_a_large_model():
     rows, width = 4096, 4096
-    bitdelta = nbytes(BASELINES["bitdelta"].shapes(rows, width, {}))
+    bitdelta = nbytes(find_codec("bitdelta").shapes(rows, width, {}))
     assert bitdelta * 8 / (rows * width) == pytest.approx(1, abs=1e-5)
-    deltazip = nbytes(BASELINES["deltazip"].shapes(rows, width, {"bits": 4, "group_size": 128}))
+    deltazip = nbytes(find_codec("deltazip").shapes(rows, width, {"bits": 4, "group_size": 128}))
     assert deltazip * 8 / (rows * width) == (4 + 2 + 16 / 128) / 2
-    dare = nbytes(BASELINES["dare"].shapes(rows, width, {"bits": 2, "group_size": 64, "keep": 1024, "seed": 0}))
+    dare = nbytes(find_codec("dare").shapes(rows, width, {"bits": 2, "group_size": 64, "keep": 1024, "seed": 0}))
     assert dare * 8 / (rows * width) == 1 + 0.25 * (2 + 16 / 64)
 
 
@@ -111,13 +126,37 @@ def test_methods_of_free_size_stay_within_the_default_methods_bytes(method):
         assert budget - smallest_step < stored <= budget
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", FREE)
+@pytest.mark.parametrize("bpw", [2.2, 1.3, 1.0, 0.5])
+def test_methods_of_free_size_fill_a_budget_in_bits_a_weight(method, bpw):
+    if method == "d-qrelo" and bpw < 1:
+        pytest.skip("it stores a sign a weight")
+    delta = delta_of(320, 512)
+    options = Options(method=method, parameters={"bpw": bpw})
+    coded = encode_coded(method, delta, options.request("linear", 320, 512, seed=0), name="a")
+    stored = sum(tensor.nbytes for tensor in coded.tensors().values()) * 8 / delta.numel()
+    assert stored <= bpw + 32 / delta.numel()
+    assert stored > bpw - 16 * (320 + 512) / delta.numel()  # a rank more
+
+
+@pytest.mark.parametrize("method", sorted(set(CODED) - set(FREE)))
+def test_methods_of_a_fixed_size_take_no_budget(method):
+    with pytest.raises(ConfigError, match=f"bpw: the method {method} has no such parameter"):
+        Options(method=method, parameters={"bpw": 1.3})
+
+
+def test_less_than_a_sign_a_weight_is_refused():
+    with pytest.raises(ConfigError, match=r"bpw: 0\.5: the method stores a sign a weight: at least 1"):
+        Options(method="d-qrelo", parameters={"bpw": 0.5})
+
+
+@pytest.mark.parametrize("method", CODED)
 def test_no_change_stays_no_change(method):
     for moment in (None, moment_of(40)):
         assert not code(method, torch.zeros(24, 40), moment).dequantize().any()
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", CODED)
 def test_a_delta_that_is_not_finite_is_refused_by_name(method):
     delta = delta_of(16, 32)
     delta[3, 4] = math.nan
@@ -125,7 +164,7 @@ def test_a_delta_that_is_not_finite_is_refused_by_name(method):
         code(method, delta)
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", CODED)
 def test_tiny_deltas_do_not_vanish(method):
     delta = delta_of(32, 64)
     wanted = relative_error(delta, code(method, delta, drop=0.5).dequantize())
@@ -133,7 +172,7 @@ def test_tiny_deltas_do_not_vanish(method):
     assert found == pytest.approx(wanted, rel=0.02)
 
 
-@pytest.mark.parametrize("method", [name for name, baseline in BASELINES.items() if baseline.uses_inputs])
+@pytest.mark.parametrize("method", [name for name in CODED if find_codec(name).uses_inputs])
 def test_knowing_the_inputs_helps_their_outputs(method):
     delta, moment = delta_of(60, 80), moment_of(80)
     blind, seeing = code(method, delta), code(method, delta, moment)
@@ -227,7 +266,7 @@ def test_dare_is_unbiased_and_repeatable():
 
 def test_extra_rows_are_kept_as_they_are():
     extra = torch.ones(2, 32, dtype=torch.bfloat16)
-    coded = encode_baseline("bitdelta", delta_of(8, 32), request(8, 32), name="a", extra=extra)
+    coded = encode_coded("bitdelta", delta_of(8, 32), request(8, 32), name="a", extra=extra)
     assert coded.tensors()["weight_extra"] is extra
     assert coded.dequantize().shape == (8, 32)
     assert not isinstance(coded, PackedDelta)
@@ -236,8 +275,7 @@ def test_extra_rows_are_kept_as_they_are():
 @pytest.mark.parametrize(
     ("method", "meta", "message"),
     [
-        ("gzip", {}, "method: 'gzip' is none of bitdelta"),
-        ("me-switch", {}, "method: 'me-switch' is none of bitdelta"),
+        ("gzip", {}, "method: 'gzip' is none of me-switch.*pip install"),
         (None, None, "method: None is none of"),
         ("svd", None, "meta.rank: missing field"),
         ("svd", {"rank": 2, "depth": 1}, "meta.depth: unknown field"),
@@ -245,7 +283,7 @@ def test_extra_rows_are_kept_as_they_are():
 )
 def test_what_is_not_known_is_an_error(method, meta, message):
     with pytest.raises(ValueError, match=message):
-        find_baseline(method, meta)
+        coded_by(method, meta)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +296,16 @@ def test_what_is_not_known_is_an_error(method, meta, message):
         ("deltazip", {"bits": 2, "group_size": 9}, "group_size: 9 is odd"),
         ("deltazip", {"bits": 2, "group_size": 4}, "group_size"),
         ("dare", {"bits": 2, "group_size": 0, "keep": 17, "seed": 0}, "keep"),
+        ("d-qrelo", {"rank": 9}, "rank"),
+        ("ultradelta", {"kept": 129, "gap_bits": 129, "remainder_bits": 0, "code_bits": 4}, "kept"),
+        ("ultradelta", {"kept": 12, "gap_bits": 11, "remainder_bits": 0, "code_bits": 4}, "gap_bits"),
+        ("ultradelta", {"kept": 12, "gap_bits": 12, "remainder_bits": 0, "code_bits": 8}, "code_bits"),
+        ("delta-dct", {"patch": 1, "patches_4": 0, "patches_3": 0, "patches_2": 0, "patches_1": 0}, "patch"),
+        ("delta-dct", {"patch": 8, "patches_4": 1, "patches_3": 1, "patches_2": 1, "patches_1": 0}, "patches"),
         ("delta-come", {"vectors_8": 9, "vectors_3": 0, "vectors_2": 0, "group_size": 0}, "vectors"),
         ("delta-come", {"vectors_8": 2, "vectors_3": -1, "vectors_2": 0, "group_size": 0}, "vectors"),
     ],
 )
 def test_numbers_that_make_no_sense_are_an_error(method, meta, message):
     with pytest.raises(ValueError, match=message):
-        BASELINES[method].shapes(8, 16, meta)
+        find_codec(method).shapes(8, 16, meta)

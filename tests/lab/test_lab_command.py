@@ -1,23 +1,30 @@
-"""compress --method, --rank and --drop: what they make, what they say, and what they refuse."""
+"""python -m meswitch_lab: what it makes, what it says, and what it refuses."""
 
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from meswitch import Artifact
-from meswitch.codec import BASELINES, METHODS
+from meswitch_lab import METHODS
+from meswitch_lab.__main__ import app
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
+def lab(*args):
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(arg) for arg in args])
+
+
 @pytest.fixture
-def compress(cli, family, tmp_path):
+def compress(family, tmp_path):
     """`compress("--method", "svd")` compresses the math expert and gives the table's row and the artifact."""
 
     def run(*args):
         pair = ("--base", family / "base", "--expert", family / "math")
-        row = cli.json("compress", *pair, "--out", tmp_path / "delta", *args)
-        return row, Artifact.open(tmp_path / "delta")
+        result = lab("compress", *pair, "--out", tmp_path / "delta", "--json", *args)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout), Artifact.open(tmp_path / "delta")
 
     return run
 
@@ -30,8 +37,8 @@ def text(family, tmp_path):
     return tmp_path / "text.jsonl"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_compresses_verifies_and_inspects(compress, cli, family, tmp_path, method):
+@pytest.mark.parametrize("method", ["me-switch", *METHODS])
+def test_every_method_compresses_and_the_products_commands_read_it(compress, cli, family, tmp_path, method):
     row, artifact = compress("--method", method)
     assert artifact.manifest.method.name == method
     assert artifact.manifest.method.distillation is None
@@ -42,26 +49,28 @@ def test_every_method_compresses_verifies_and_inspects(compress, cli, family, tm
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_the_default_method_is_me_switch(compress):
-    _, artifact = compress()
-    assert artifact.manifest.method.name == "me-switch"
-
-
 def test_rank_decides_the_factors_of_svd(compress):
-    _, artifact = compress("--method", "svd", "--rank", 5)
+    _, artifact = compress("--method", "svd", "-p", "rank=5")
     assert artifact.manifest.tensors[UP].meta == {"rank": 5}
     assert artifact.manifest.method.parameters == {"rank": 5}
     assert artifact.read(UP).tensors()["factor_left"].shape[1] == 5
 
 
 def test_drop_decides_how_many_weights_dare_keeps(compress):
-    _, artifact = compress("--method", "dare", "--drop", 0.75)
+    _, artifact = compress("--method", "dare", "--parameter", "drop=0.75")
     entry = artifact.manifest.tensors[UP]
     assert entry.meta["keep"] == entry.shape[1] // 4
     assert artifact.manifest.method.parameters == {"drop": 0.75, "seed": 0}
 
 
-@pytest.mark.parametrize("method", [name for name in BASELINES if BASELINES[name].scale is not None])
+def test_the_solvers_switches_are_recorded(compress):
+    _, artifact = compress("--no-feedback", "--scales", "normal", "--damping", 0.1)
+    method = artifact.manifest.method
+    assert (method.solver.feedback, method.solver.refit, method.solver.scales) == (False, True, "normal")
+    assert (method.solver.salient_rule, method.damping) == ("error", 0.1)
+
+
+@pytest.mark.parametrize("method", ["bitdelta", "per-axis"])
 def test_steps_distil_methods_with_scales_by_their_own_recipe(compress, cli, text, method):
     _, artifact = compress("--method", method, "--calibration", text, "--distill", 2)
     info = artifact.manifest.method.distillation
@@ -74,11 +83,11 @@ def test_steps_distil_methods_with_scales_by_their_own_recipe(compress, cli, tex
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method gzip", "method: 'gzip' is none of me-switch, rtn, bitdelta, svd"),
-        ("--rank 4", "rank: 4: at least 1, and for the method svd only"),
-        ("--method dare --rank 4", "rank: 4: at least 1, and for the method svd only"),
-        ("--drop 0.5", "drop: 0.5: at least 0 and less than 1, and for the method dare only"),
-        ("--method dare --drop 1", "drop: 1.0: at least 0 and less than 1"),
+        ("--method gzip", "method: 'gzip' is none of me-switch"),
+        ("-p rank=4", "rank: the method me-switch has no such parameter"),
+        ("--method dare -p rank=4", "rank: the method dare has no such parameter; it has drop, seed"),
+        ("--method dare -p drop=1", "drop: 1: at least 0, less than 1"),
+        ("--method dare -p drop", "--parameter: 'drop' is not NAME=NUMBER"),
         ("--method deltazip --group-size 9", "group_size: 9: two weights of four share a scale: give an even number"),
         ("--method svd --calibration {text}", "calibration: the method svd makes no use of it; leave it out"),
         (
@@ -87,30 +96,26 @@ def test_steps_distil_methods_with_scales_by_their_own_recipe(compress, cli, tex
         ),
         ("--method bitdelta --distill 5", "distill: needs calibration text to train on; give a calibration file"),
         ("--method dare --calibration {text} --distill 5", "distill: the method dare has no scales to train"),
+        ("--bits exact --no-refit", "refit: bits: exact: nothing is rounded, chosen or trained; leave refit out"),
     ],
 )
-def test_what_does_not_fit_the_method_is_refused(cli, family, tmp_path, text, options, message):
+def test_what_does_not_fit_the_method_is_refused(family, tmp_path, text, options, message):
     pair = ("--base", family / "base", "--expert", family / "math", "--out", tmp_path / "delta")
-    assert message in cli.error("compress", *pair, *options.format(text=text).split())
+    result = lab("compress", *pair, *options.format(text=text).split())
+    assert result.exit_code == 1
+    assert message in result.stderr
     assert not list(tmp_path.glob("delta*"))
 
 
-@pytest.mark.parametrize("option", [("--method", "svd"), ("--rank", 4), ("--drop", 0.5)], ids=lambda o: o[0])
-def test_a_family_is_compressed_by_the_default_method(cli, new_family, option):
-    message = f"{option[0]}: a family is served, by the default method; compress a single --expert"
-    assert message in cli.error("compress", "--family", new_family("math"), *option)
-
-
-def test_a_rank_below_one_and_a_share_above_one_are_no_options(cli, family, tmp_path):
-    pair = ("--base", family / "base", "--expert", family / "math", "--out", tmp_path / "delta")
-    for wrong in (("--method", "svd", "--rank", 0), ("--method", "dare", "--drop", 1.5)):
-        result = cli("compress", *pair, *wrong)
-        assert result.exit_code == 2
-        assert wrong[2] in result.stderr
+def test_the_methods_are_listed_with_their_parameters():
+    listed = lab("methods").stdout
+    assert listed.splitlines()[0] == "me-switch"
+    assert all(f"\n{method}\n" in listed for method in METHODS)
+    assert "-p drop=…  Share of weights that is set to zero. Default: 0.9." in listed
 
 
 @pytest.mark.parametrize("method", ["bitdelta", "svd"])
-def test_an_artifact_of_a_baseline_is_not_served(compress, cli, family, tmp_path, method):
+def test_an_artifact_of_another_method_is_not_served(compress, cli, family, tmp_path, method):
     _, artifact = compress("--method", method)
     (tmp_path / "family.toml").write_text(
         f'[base]\npath = "{family}/base"\n[[expert]]\nname = "math"\ndelta = "{artifact.directory}"\n'

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec.baselines.coded import (
-    Baseline,
-    Meta,
-    Request,
-    Shapes,
+from meswitch.codec import Parameter, Request, register
+from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec.registry import Meta, Shapes
+from meswitch_lab.method import (
+    Encoded,
+    Method,
     bits_of,
     check,
     group_meta,
@@ -28,13 +29,15 @@ from meswitch.codec.baselines.coded import (
     round_matrix,
     rounded_shapes,
 )
-from meswitch.codec.packing import pack, packed_words, unpack
+
+DROP = Parameter("drop", "Share of weights that is set to zero.", default=0.9, below=1)
+SEED = Parameter("seed", "Of the choice of weights.", default=0, whole=True)
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> tuple[dict[str, Tensor], dict[str, int]]:
+def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
     """delta: [rows, in] float32; `moment` is not used."""
     rows, width = delta.shape
-    keep = max(1, round((1 - request.drop) * width))
+    keep = max(1, round((1 - request.parameters.get("drop", DROP.default or 0.0)) * width))
     generator = torch.Generator().manual_seed(request.seed)
     chosen = torch.rand(rows, width, generator=generator).topk(keep, dim=1).indices.sort(dim=1).values.to(delta.device)
     mask = torch.zeros(rows, width, dtype=torch.uint8, device=delta.device).scatter_(1, chosen, 1)
@@ -59,4 +62,4 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return mask | rounded_shapes(rows, meta["keep"], bits_of(meta), group_of(meta), "kept")
 
 
-METHOD = Baseline("dare", encode, decode, shapes, ("bits", "group_size", "keep", "seed"))
+METHOD = register(Method("dare", encode, decode, shapes, ("bits", "group_size", "keep", "seed"), (DROP, SEED)))

@@ -1,4 +1,4 @@
-"""What every baseline shares: its interface, the delta it stores, and rounding of matrices that are not deltas."""
+"""What the lab's codecs share: a method as pure functions, and rounding of matrices that are not deltas."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,87 +6,75 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meswitch.codec import CodedDelta, Parameter, Request, Sharing, Trainable
 from meswitch.codec.feedback import damped, feedback_codes, upper_factor
 from meswitch.codec.packing import pack, packed_words, unpack
 from meswitch.codec.quantize import SCALE_DTYPE, absmax_scales, dequantize, group_count, mse_scales, quantize
+from meswitch.codec.registry import Meta, Shapes
+from meswitch.compression.distill.recipe import Recipe
 
-Meta = Mapping[str, int]
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Encoded = tuple[dict[str, Tensor], dict[str, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a method is asked for.
-
-    bits: of a code. group_size: values that share a scale, None for a row. budget: bytes that the default method spends
-    on this matrix at `bits`, for methods whose size is free. rank: instead of the budget (`svd`). drop: share of
-    weights set to zero, seed: of the choice (`dare`). damping: of the second moment.
-    """
-
-    bits: int
-    group_size: int | None
-    budget: int
-    rank: int | None = None
-    drop: float = 0.9
-    seed: int = 0
-    damping: float = 0.01
+def _nothing(request: Request) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
-class Baseline:
-    """One method as pure functions.
+class Method:
+    """A codec (`meswitch.codec.Codec`) made of functions.
 
-    encode: delta [rows, in_features] float32, second moment of the inputs [in_features, in_features] float32 or None,
-    and the request -> stored tensors by suffix, and the integers that `decode` needs.
-    decode: those, and the shape -> [rows, in_features] float32.
-    shapes: what is stored for a shape and these integers; raises ValueError for integers that make no sense.
-    fields: names of the integers. bits: of its codes, if that is not a choice. blocks_only: the paper leaves embedding
-    and head whole. uses_inputs: calibration text makes a difference. scale: the part that can be trained end to end, by
-    which the signs are multiplied.
+    Args:
+        name: as the manifest records it.
+        encode: delta [rows, in_features] float32, second moment of the inputs [in_features, in_features] float32 or
+            None, and the request -> stored tensors by suffix, and the integers that `decode` needs.
+        decode: those, and the shape -> [rows, in_features] float32.
+        shapes: what is stored for a shape and these integers; raises ValueError for integers that make no sense.
+        fields: names of the integers.
+        parameters: what can be asked of this method only.
+        bits: of its codes, if that is not a choice.
+        blocks_only: the paper leaves embedding and head whole.
+        uses_inputs: calibration text makes a difference.
+        check: refuses requests that cannot be followed, by a ValueError.
+        sharing: how it compares matrices before it encodes the first.
+        recipe: how it was published to be trained.
+        trains: makes the module that is trained; None if nothing can be.
     """
 
     name: str
-    encode: Callable[[Tensor, Tensor | None, Request], tuple[dict[str, Tensor], dict[str, int]]]
+    encode: Callable[[Tensor, Tensor | None, Request], Encoded]
     decode: Callable[[Mapping[str, Tensor], int, int, Meta], Tensor]
     shapes: Callable[[int, int, Meta], Shapes]
     fields: tuple[str, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
     bits: int | None = None
     blocks_only: bool = False
     uses_inputs: bool = False
-    scale: str | None = None
+    check: Callable[[Request], None] = _nothing
+    sharing: Sharing | None = None
+    recipe: Recipe | None = None
+    trains: Callable[[Tensor, CodedDelta, Recipe, torch.device, torch.dtype], Trainable] | None = None
 
+    @property
+    def is_trainable(self) -> bool:
+        return self.trains is not None
 
-@dataclass(frozen=True, slots=True)
-class CodedDelta:
-    """The delta of one matrix as a baseline stores it; reads like a `PackedDelta`.
-
-    parts: suffix -> tensor, without the extra rows. extra: [extra_rows, in_features] rows after the base's last one.
-    """
-
-    baseline: Baseline
-    parts: Mapping[str, Tensor]
-    meta: Meta
-    rows: int
-    in_features: int
-    extra: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By the suffix of their stored names."""
-        return dict(self.parts) | ({} if self.extra is None else {"weight_extra": self.extra})
-
-    def dequantize(self) -> Tensor:
-        """The delta without extra rows: [rows, in_features] float32."""
-        return self.baseline.decode(self.parts, self.rows, self.in_features, self.meta)
+    def trainable(
+        self, base: Tensor, delta: CodedDelta, recipe: Recipe, device: torch.device, dtype: torch.dtype
+    ) -> Trainable:
+        if self.trains is None:
+            raise TypeError(f"{self.name} has nothing to train")
+        return self.trains(base, delta, recipe, device, dtype)
 
 
 def check(fits: bool, message: str) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        ValueError: with the message.
+    """
     if not fits:
         raise ValueError(message)
-
-
-def nbytes(shapes: Shapes) -> int:
-    """Bytes of tensors of these shapes."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
 
 
 def rounded_shapes(rows: int, width: int, bits: int, group_size: int | None, prefix: str) -> Shapes:

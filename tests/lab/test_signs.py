@@ -9,16 +9,16 @@ import meswitch
 from meswitch import Artifact
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import BASELINES, encode_baseline
+from meswitch.codec import encode_coded, find_codec
 from meswitch.compression.distill.end_to_end import train
 from meswitch.compression.distill.recipe import Recipe, recipe_for
-from meswitch.compression.distill.student import TrainableSigns
 from meswitch.compression.merge import load_merged, merged_tensors
 from meswitch.compression.options import Options
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
+from meswitch_lab.signs import TrainableSigns
 
-SCALES = {name: baseline.scale for name, baseline in BASELINES.items() if baseline.scale is not None}
+SCALES = {"bitdelta": "sign_scale", "per-axis": "axis_scale"}
 TEN_PAIRS = CalibrationSet([[1, 2]] * 10, Calibration("ten pairs", "", 10, 20))
 CPU = torch.device("cpu")
 # the least that shows a change: the published ones take hundreds of steps
@@ -42,7 +42,7 @@ def text(family, tmp_path):
 @pytest.mark.parametrize("method", SCALES)
 def test_only_scales_change_and_norms_if_the_recipe_says_so(family, tmp_path, text, method, recipe):
     pair = family / "base", family / "math"
-    seeing = {"calibration": text, "distill": 0} if BASELINES[method].uses_inputs else {}
+    seeing = {"calibration": text, "distill": 0} if find_codec(method).uses_inputs else {}
     plain = meswitch.compress(*pair, tmp_path / "plain", method=method, **seeing)
     made = meswitch.compress(*pair, tmp_path / "delta", method=method, calibration=text, distill=short(method, recipe))
     artifact = Artifact.open(made.directory)
@@ -93,8 +93,10 @@ def test_a_trainable_matrix_starts_as_the_stored_one(method, relative, shape):
     generator = torch.Generator().manual_seed(0)
     base, delta = (torch.randn(*shape, generator=generator) for _ in range(2))
     extra = torch.ones(2, shape[1])
-    coded = encode_baseline(method, delta, Options(method=method).request("linear", *shape, 0), name="a", extra=extra)
-    module = TrainableSigns(base, coded, relative, CPU, torch.float32)
+    coded = encode_coded(method, delta, Options(method=method).request("linear", *shape, 0), name="a", extra=extra)
+    recipe = Recipe(relative=relative)
+    module = find_codec(method).trainable(base, coded, recipe, CPU, torch.float32)
+    assert isinstance(module, TrainableSigns)
     assert torch.allclose(module.matrix(), torch.cat([base + coded.dequantize(), extra]), atol=1e-6)
     assert all(torch.equal(module.trained().tensors()[s], part) for s, part in coded.tensors().items())
     module.matrix().square().sum().backward()

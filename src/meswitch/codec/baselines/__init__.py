@@ -1,1 +1,0 @@
-"""Other published ways to compress a delta, to compare with. One file a method; `codec.registry` lists them."""
