@@ -58,7 +58,7 @@ def convert(file: Path, out: Path) -> None:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         part = tensor.name.split(".")[-2]
         if part in heads:
             weight = split_halves(weight, heads[part])

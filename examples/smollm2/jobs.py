@@ -81,9 +81,12 @@ def label(method: str, budget: methods.Budget) -> str:
 
 
 def start(devices: "Queue[str] | MultiprocessingQueue[str]", threads: int) -> None:
-    """Prepare a process: it takes the next device."""
+    """Prepare a process: it takes the next device, which is then its only one."""
     global _device
-    _device = devices.get()
+    place = torch.device(devices.get())
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    _device = place.type
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -13,16 +13,16 @@ Budget = float | None
 BUDGETS = (3.0, 2.2, 1.3, 1.0, 0.5)
 OURS = "me-switch"
 QUANTISED: Keywords = {"embeddings": "quantised"}  # not whole, as the papers have them: the fairer comparison
-NO_TEXT = frozenset({"svd", "dare", "rtn"})  # make no use of calibration text
+NO_TEXT: Keywords = {"calibration": None}  # makes no use of it
 
 METHODS: dict[str, dict[Budget, Keywords]] = {
     OURS: {budget: {"target_bpw": budget} for budget in BUDGETS},
     "me-switch-distilled": {budget: {"target_bpw": budget, "distill": 300} for budget in BUDGETS},
     "rtn": {
-        3.0: {"method": "rtn", "bits": 3, "group_size": None},
-        2.2: {"method": "rtn", "bits": 2},
-        1.3: {"method": "rtn", "bits": 1},
-        1.0: {"method": "rtn", "bits": 1, "group_size": None},
+        3.0: {"method": "rtn", "bits": 3, "group_size": None, **NO_TEXT},
+        2.2: {"method": "rtn", "bits": 2, **NO_TEXT},
+        1.3: {"method": "rtn", "bits": 1, **NO_TEXT},
+        1.0: {"method": "rtn", "bits": 1, "group_size": None, **NO_TEXT},
     },
     "bitdelta": {None: {"method": "bitdelta", "distill": 200, **QUANTISED}},
     "delta-come": {
@@ -36,14 +36,14 @@ METHODS: dict[str, dict[Budget, Keywords]] = {
         1.3: {"method": "deltazip", "bits": 1, **QUANTISED},
     },
     "svd": {
-        3.0: {"method": "svd", "bits": 3},
-        2.2: {"method": "svd", "bits": 2},
-        1.3: {"method": "svd", "bits": 1},
+        3.0: {"method": "svd", "bits": 3, **NO_TEXT},
+        2.2: {"method": "svd", "bits": 2, **NO_TEXT},
+        1.3: {"method": "svd", "bits": 1, **NO_TEXT},
     },
     "dare": {
-        3.0: {"method": "dare", "drop": 0.5, "bits": 4},
-        2.2: {"method": "dare", "drop": 0.7, "bits": 4},
-        1.3: {"method": "dare", "drop": 0.9, "bits": 3},
+        3.0: {"method": "dare", "drop": 0.5, "bits": 4, **NO_TEXT},
+        2.2: {"method": "dare", "drop": 0.7, "bits": 4, **NO_TEXT},
+        1.3: {"method": "dare", "drop": 0.9, "bits": 3, **NO_TEXT},
     },
 }
 
@@ -52,9 +52,9 @@ def options(method: str, budget: Budget, text: str) -> Keywords:
     """Keywords of `meswitch.compress`.
 
     Args:
-        text: the calibration file.
+        text: the calibration file, unless the entry says otherwise.
     """
-    return METHODS[method][budget] | ({} if method in NO_TEXT else {"calibration": text})
+    return {"calibration": text} | METHODS[method][budget]
 
 
 def chosen(methods: list[str], budgets: list[float]) -> list[tuple[str, Budget]]:
