@@ -30,7 +30,7 @@ def ours(data: Data) -> str:
     head = ["budget", "expert", "bpw", "base", "full", "compressed", "gain retained", "lost/won", "KL", "KL, merged"]
     rows = [
         [
-            f"{row['budget']:g}",
+            f"{row['budget']:.1f}",
             row["expert"],
             f"{row['bpw']:.2f}",
             *(percent(row[name]) for name in ("base", "full", "accuracy")),
@@ -89,7 +89,7 @@ def peers(data: Data) -> str:
             ]
             for method, rows in found.items()
         ]
-        parts.append(f"**{budget:g} bits a weight**\n\n{pipe([*head, 's to compress'], *table)}")
+        parts.append(f"**{budget:.1f} bits a weight**\n\n{pipe([*head, 's to compress'], *table)}")
     return "\n\n".join(parts)
 
 
@@ -106,7 +106,7 @@ def ahead(data: Data) -> str:
     if not pairs:
         return "No other method is measured yet."
     behind = [
-        f"{row['method']} on {row['expert']} at {mine['budget']:g}" for mine, row in pairs if row["kl"] < mine["kl"]
+        f"{row['method']} on {row['expert']} at {mine['budget']:.1f}" for mine, row in pairs if row["kl"] < mine["kl"]
     ]
     sentence = (
         f"Ours has the lower KL in {len(pairs) - len(behind)} of {len(pairs)} comparisons with a peer at its budget"

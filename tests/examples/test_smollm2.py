@@ -118,7 +118,7 @@ def test_another_recipe_or_other_questions_are_refused(small: ModuleType, work: 
 def test_a_failed_job_is_told_and_stops_no_other(
     small: ModuleType, work: Path, data: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impossible = {2.2: {"target_bpw": 0.1}}
+    impossible = {2.2: {"target_bpw": 0.1, "distill": 0, "calibration_tokens": 64}}
     monkeypatch.setattr(script("methods"), "METHODS", {"me-switch": impossible, "rtn": SMALL["rtn"]})
     (work / "rows" / "math" / "rtn-2.2.json").unlink()
     with pytest.raises(SystemExit, match=r"measure math me-switch 2\.2: ConfigError: target_bpw: 0\.1"):
