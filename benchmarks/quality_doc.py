@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import quality_ablations
+import quality_smollm2
 import quality_tables
 from generated import RESULTS, arguments_of, stored, update
 from markdown_tables import pipe
@@ -141,11 +142,13 @@ def places(stores: Stores) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    results = {"type": Path, "default": RESULTS, "help": "directory of quality-SUITE.json"}
+    results = {"type": Path, "default": RESULTS, "help": "directory of quality-SUITE.json and smollm2.json"}
     options = arguments_of(__doc__, "quality.md", arguments, results=results)
     stores = {suite: Store.load(options.results / f"quality-{suite}.json") for suite in SUITES}
-    command = "benchmarks/quality_doc.py"
-    update(options.doc, command, places(stores), plots(stores), check=options.check, redraw=options.redraw)
+    smollm2 = stored("smollm2.json", options.results)
+    content = places(stores) | quality_smollm2.places(smollm2)
+    drawn = plots(stores) | quality_smollm2.plots(smollm2)
+    update(options.doc, "benchmarks/quality_doc.py", content, drawn, check=options.check, redraw=options.redraw)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from quality_store import Store
 
 COLOURS = {
     OURS: "#000000",
+    "me-switch-distilled": "#17becf",
     "rtn": "#1f77b4",
     "bitdelta": "#d62728",
     "svd": "#9467bd",
@@ -43,7 +44,7 @@ def _curves(store: Store, figure: str) -> Data:
         for point in points(store, expert):
             if point.job.get(figure) is not None:
                 curves = found.setdefault(expert, {})
-                curves.setdefault(point.setting.group, []).append([_short(point.bits), _short(point.job[figure])])
+                curves.setdefault(point.setting.group, []).append([short(point.bits), short(point.job[figure])])
     return found
 
 
@@ -63,7 +64,7 @@ def layers_data(stores: Mapping[str, Store]) -> Data:
     return found
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """What a plot can show of it."""
     return float(f"{value:.4g}")
 
@@ -73,7 +74,7 @@ def _by_block(layers: Mapping[str, float]) -> list[list[Any]]:
     for name, error in layers.items():
         number = re.search(r"\.(\d+)\.", name)
         squares.setdefault(number[1] if number else "head", []).append(error**2)
-    return [[name, _short((sum(some) / len(some)) ** 0.5)] for name, some in squares.items()]
+    return [[name, short((sum(some) / len(some)) ** 0.5)] for name, some in squares.items()]
 
 
 def ablation_data(stores: Mapping[str, Store]) -> Data:
@@ -82,7 +83,7 @@ def ablation_data(stores: Mapping[str, Store]) -> Data:
     for group in dict.fromkeys(setting.group for setting in stores["ablations"].settings):
         settings = [setting for setting in store.settings if setting.group == group and store.found(setting)]
         curve = [
-            [float(number[0]), _short(mean)]
+            [float(number[0]), short(mean)]
             for setting in settings
             if (number := _NUMBER.match(setting.label)) and (mean := mean_kl(store, setting, settings)) is not None
         ]

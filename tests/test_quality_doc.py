@@ -137,3 +137,66 @@ def test_a_plot_of_other_results_is_told_by_its_name(made: Command, results: Pat
     plot = page.parent / "quality" / "kl.svg"
     plot.write_text(plot.read_text().replace("data sha256", "other sha256"))
     assert str(made("--check", *where)).startswith("quality/kl.svg: older than the results")
+
+
+def smollm2_row(expert: str, method: str, budget: float | None, bpw: float, kl: float, right: int | None) -> dict:
+    """An invented row: of 100 questions the base gets 20 right and the full expert 80."""
+    names = ("n", "base", "full", "accuracy", "gain", "gain_low", "gain_high", "lost", "won", "p")
+    figures: dict = dict.fromkeys(names)
+    if right is not None:
+        gain = (right - 20) / 60
+        values = (100, 0.2, 0.8, right / 100, gain, gain - 0.1, gain + 0.1, 80 - right, 0, 0.04)
+        figures = dict(zip(names, values, strict=True))
+    made = {"expert": expert, "method": method, "budget": budget, "bpw": bpw, "kl": kl, "kl_merged": kl * 2}
+    return {**made, "seconds": 60.4, **figures}
+
+
+@pytest.fixture
+def smollm2(results: Path) -> Path:
+    """Invented results of SmolLM2 beside the others."""
+    rows = [
+        smollm2_row("math", "me-switch", 2.2, 2.19, 0.01, 74),
+        smollm2_row("math", "me-switch", 1.0, 0.99, 0.05, 68),
+        smollm2_row("math", "rtn", 2.2, 2.14, 0.04, 50),
+        smollm2_row("math", "bitdelta", None, 1.02, 0.03, 60),
+        smollm2_row("instruct", "me-switch", 2.2, 2.18, 0.002, None),
+        smollm2_row("instruct", "rtn", 2.2, 2.15, 0.006, None),
+    ]
+    about = {"base_kl": 0.91, "training": {"relative_norm": 0.031}}
+    meta = {"card": "a card", "date": "2026-01-02T03:04:05", "versions": {"torch": "1"}, "kl_questions": 200}
+    meta |= {"experts": {"math": about}, "served": [{"equal": 32, "questions": 32, "expert": "math"}]}
+    (results / "smollm2.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+    return results
+
+
+def test_the_page_leads_with_what_is_stored_of_smollm2(made: Command, smollm2: Path) -> None:
+    page = smollm2 / "docs" / "quality.md"
+    where = ("--results", str(smollm2), "--doc", str(page))
+    assert made(*where) is None
+    assert made("--check", *where) is None
+    text = page.read_text()
+    ours = "| 2.2 | math | 2.19 | 20.0% | 80.0% | 74.0% | 90.0% [80.0%, 100.0%] | 6/0, p = 0.04 | 0.01 | 0.02 | 60 |"
+    assert ours in text
+    assert "| 2.2 | instruct | 2.18 | - | - | - | - | - | 0.002 | 0.004 | 60 |" in text
+    assert "Questions: 100 of math; KL in nats a token on the answers of at most 200 questions an expert." in text
+    assert (
+        "Fine-tuning moved the block projections by math 3.1% (KL of the base 0.91). a card, torch 1, 2026-01-02"
+        in text
+    )
+    assert "in float32, 32 of 32 answers of math are those of the merged model." in text
+    # a method without a choice stands at the nearest budget
+    assert (
+        "Ours has the lower KL in 2 of 3 comparisons with a peer at its budget; not against bitdelta on math at 1.0."
+        in text
+    )
+    assert "| me-switch | 2.18 to 2.19 | 90.0% [80.0%, 100.0%] | 0.01 | 0.002 | 60 |" in text
+    assert "| bitdelta | 1.02 | 66.7% [56.7%, 76.7%] | 0.03 | - | 60 |" in text
+    assert text.index("**2.2 bits a weight**") < text.index("**1.0 bits a weight**") < text.index("The example family")
+    assert "![SmolLM2: KL from the full expert, bits per weight](quality/smollm2.svg)" in text
+    assert (page.parent / "quality" / "smollm2.svg").stat().st_size < 60_000
+
+
+def test_the_page_says_what_to_run_where_smollm2_is_not_measured(made: Command, results: Path) -> None:
+    page = results / "docs" / "quality.md"
+    made("--results", str(results), "--doc", str(page))
+    assert "Not measured yet: `python examples/smollm2/run.py --data DIR --work DIR" in page.read_text()
