@@ -170,7 +170,7 @@ def compress(plan: Plan, expert: str, method: str, budget: methods.Budget) -> tu
     started = time.perf_counter()
     options = methods.options(method, budget, str(plan.work / "calibration" / f"{expert}.jsonl"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    artifact = meswitch.compress(plan.base, plan.expert(expert), out, device=_device, overwrite=True, **options)
+    artifact = meswitch.compress(plan.base, plan.expert(expert), out, options, device=_device, overwrite=True)
     return artifact, store(file, chosen | {"seconds": time.perf_counter() - started})["seconds"]
 
 

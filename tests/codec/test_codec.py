@@ -182,6 +182,23 @@ def test_inputs_that_never_vary_do_no_harm(bits, rank):
     assert (restored - delta).norm() < delta.norm()
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_lengthening_gives_every_row_half_of_the_length_back_that_rounding_took(bits, calibrated):
+    delta = draw_delta(24, 96, seed=3)
+    moment = torch.eye(96) if calibrated else None
+    short, long = (
+        encode(delta, Spec(bits, 32, 2), name="w", second_moment=moment, lengthen=lengthen).dequantize()
+        for lengthen in (False, True)
+    )
+    salient = encode(delta, Spec(bits, 32, 2), name="w", second_moment=moment).salient_index.long()
+    rest = torch.ones(96, dtype=torch.bool).index_fill(0, salient, False)
+    share, longer = (((q * delta)[:, rest].sum(1) / delta[:, rest].square().sum(1)) for q in (short, long))
+    assert torch.allclose(longer, 2 * share / (1 + share), atol=1e-2)
+    assert (longer > share).all()
+    assert torch.allclose(long[:, salient], short[:, salient], rtol=2e-2, atol=2e-5)
+
+
 def test_single_rows_are_restored_like_the_whole():
     packed = encode(draw_delta(20, 70, 5), Spec(bits=3, salient=3), name="w")
     rows = torch.tensor([3, 3, 19, 0])

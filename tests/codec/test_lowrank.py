@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meswitch.codec import LowRankDelta
+from meswitch.codec import LowRankDelta, encode_pair, nbytes, pair_shapes, spectrum
 from meswitch.ops import BACKENDS
 
 
@@ -38,3 +38,20 @@ def test_every_backend_multiplies_without_restoring_the_matrix(backend, dtype):
     assert torch.allclose(BACKENDS[backend].expert_matmul(x, pair).double(), wanted, atol=1e-5)
     ids = torch.tensor([3, 3, 47])
     assert torch.allclose(BACKENDS[backend].expert_rows(ids, pair), pair.dequantize()[ids], atol=1e-6)
+
+
+def test_the_pair_loses_no_more_than_the_singular_values_beyond_its_rank():
+    matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(2))
+    matrix[7] = 0
+    pair = encode_pair(matrix, 6)
+    lost = (pair.dequantize() - matrix).square().sum()
+    assert lost == pytest.approx(float(torch.linalg.svdvals(matrix)[6:].square().sum()), rel=1e-2)
+    assert (pair.dequantize()[7] == 0).all()
+    assert {suffix: (tuple(t.shape), t.dtype) for suffix, t in pair.tensors().items()} == pair_shapes(40, 24, 6)
+    assert nbytes(pair_shapes(40, 24, 6)) == (40 + 24) * 6 * 2
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_the_spectrum_is_that_of_the_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(spectrum(matrix), torch.linalg.svdvals(matrix).square(), rtol=1e-4, atol=1e-4)

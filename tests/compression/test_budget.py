@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import meswitch
 from meswitch import Artifact
 from meswitch.codec import Spec
-from meswitch.compression.budget import Candidate, allocate, hull
+from meswitch.compression.budget import Candidate, allocate, hull, offers
 from meswitch.errors import ConfigError
 from meswitch.experts.layout import Layout
 
@@ -49,9 +49,29 @@ def test_without_text_the_budget_is_kept_too(family, tmp_path, target):
 
 
 def test_a_budget_that_cannot_be_kept_names_the_smallest(family, tmp_path):
-    with pytest.raises(ConfigError, match=r"target_bpw: 0.8 cannot be reached: the smallest mix takes 1\.\d+ bits"):
-        meswitch.compress(family / "base", family / "math", tmp_path / "delta", target_bpw=0.8)
+    with pytest.raises(ConfigError, match=r"target_bpw: 0.3 cannot be reached: the smallest mix takes 0\.\d+ bits"):
+        meswitch.compress(family / "base", family / "math", tmp_path / "delta", target_bpw=0.3)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_embedding_becomes_a_pair_of_thin_matrices_where_its_codes_would_take_too_much(family, tmp_path):
+    artifact = meswitch.compress(family / "base", family / "math", tmp_path / "delta", target_bpw=0.95)
+    entry = artifact.manifest.tensors["model.embed_tokens.weight"]
+    assert entry.kind == "lowrank"
+    assert 0.75 < file_bpw(artifact) <= 0.95
+    assert {e.kind for e in artifact.manifest.tensors.values() if e.role == "linear"} == {"packed"}
+    artifact.verify()
+
+
+def test_no_mix_does_more_harm_than_the_same_bits_everywhere():
+    draw = torch.Generator().manual_seed(0)
+    deltas = {str(i): torch.randn(64, 96, generator=draw) * (1 + i) for i in range(4)}
+    spec = Spec(2, 32, 0)
+    found = {name: offers(delta, spec, None, is_table=False, has_salient=False) for name, delta in deltas.items()}
+    uniform = {name: next(c for c in ways if c.spec == spec) for name, ways in found.items()}
+    specs = allocate(found, sum(c.nbytes for c in uniform.values()))
+    chosen = [next(c for c in found[name] if c.spec == way) for name, way in specs.items()]
+    assert sum(c.harm for c in chosen) <= sum(c.harm for c in uniform.values())
 
 
 def test_rows_the_fine_tuning_never_reached_take_no_bytes_on_disk_and_are_whole_in_a_slot(family, tmp_path):

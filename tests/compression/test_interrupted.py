@@ -76,7 +76,7 @@ WORK = {
     "data-free": ({}, "compressing", 50, 11),
     "calibrated": (TEXT, "compressing", 50, 11),
     "text": (TEXT | {"calibration": "self", "calibration_tokens": 400}, "writing calibration text", 1, 0),
-    "budget": (TEXT | {"target_bpw": 2.3, "calibration_tokens": 500}, "measuring what the model minds", 30, 17),
+    "budget": (TEXT | {"target_bpw": 2.3, "calibration_tokens": 500}, "compressing", 50, 11),
     "training": (TEXT | {"distill": 12}, "training", 9, 4),
     "blocks": (TEXT | {"distill": 3, "distill_scope": "block"}, "training", 15, 4 + 7),
 }

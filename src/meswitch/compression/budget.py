@@ -5,12 +5,13 @@ its codes, or the rank of a pair of thin matrices. Harms add up, so the best mix
 convex hulls in the order of harm avoided per byte: the Lagrangian solution, as Delta-CoMe (arXiv 2406.08903) and
 PrinMix (2506.11087) solve it by search and by ILP.
 
-The harm of a way is the share of the delta that it loses, each input channel weighed by the energy of the layer's
-inputs (ME-Switch's saliency, section 3), times the number of weights: a weight of one linear layer matters about as
-much as one of another. That was measured on fine-tunes of a pretrained model, with all tensors rounded at once and one
-kind of them restored: layers and kinds differ by less than two (docs/quality.md). Sensitivities that are probed one
-tensor at a time say otherwise and made worse mixes: rounding shortens every delta, and what all tensors lose together
-is not the sum of what each loses alone. A weight of an embedding or a head matters less (`_TABLE`).
+The harm of a way is the squared error that it leaves, each input channel weighed by the energy of the layer's inputs
+(ME-Switch's saliency, section 3): a squared unit of one linear layer harms about as much as one of another. That was
+measured on fine-tunes of a pretrained model, with all tensors rounded at once and one kind of them restored (layers and
+kinds of layers differ by less than two), and so were the two exceptions: an embedding's or head's counts less
+(`_TABLE`), and one that is cut off, as a pair of thin matrices cuts off its smaller directions, counts more (`_CUT`),
+since what is cut off points along the delta and adds up over tokens, where rounding errors cancel. Sensitivities
+probed one tensor at a time made worse mixes: what all tensors lose together is not the sum of what each loses alone.
 """
 
 import heapq
@@ -46,7 +47,8 @@ from meswitch.progress import Progress, silent
 _SAMPLE = 256  # rows
 _SALIENT = (0, 1, 2, 4)  # multiples of one channel in 512
 _RANKS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_TABLE = 0.5  # what a weight of an embedding or a head counts, against 1 for one of a linear layer
+_TABLE = 0.2  # harm of a squared unit of an embedding or a head, against 1 of a linear layer
+_CUT = 10.0  # harm of a squared unit that is cut off, against 1 that is a rounding error
 _HEADER = 85  # bytes that a stored part takes in the file's header, beside its module's name; at most
 
 
@@ -103,26 +105,28 @@ def allocate(offers: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str
 
 
 def offers(
-    delta: Tensor, spec: Spec, energy: Tensor | None, *, has_salient: bool, has_pairs: bool, overhead: int = 0
+    delta: Tensor, spec: Spec, energy: Tensor | None, *, is_table: bool, has_salient: bool, overhead: int = 0
 ) -> list[Candidate]:
-    """Ways to store a delta, with their bytes and the share of it that they lose, times its weights.
+    """Ways to store a delta, with their bytes and the harm they do.
 
     Args:
         delta: [rows, in_features] float32.
         spec: what is not tried: damping, and the group size beside a whole row.
         energy: [in_features] float32, mean square of the inputs; None weighs all channels alike.
-        has_salient: try salient channels. has_pairs: try pairs of thin matrices.
+        is_table: of an embedding or a head: try pairs of thin matrices too.
+        has_salient: try salient channels.
         overhead: bytes that each stored part takes besides its own.
     """
     rows, width = delta.shape
     chosen = torch.linspace(0, rows - 1, min(rows, _SAMPLE), device=delta.device).round().long()
-    sample = delta[chosen]
-    weight = torch.ones_like(sample[0]) if energy is None else energy
-    power = _positive((sample.square() * weight).sum())
+    sample, sampled = delta[chosen], rows / len(chosen)
+    if energy is not None:
+        energy = energy / energy.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    unit = _TABLE if is_table else 1.0
     found: list[Candidate] = []
 
     def add(way: Spec | Rank, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], lost: float) -> None:
-        found.append(Candidate(way, nbytes(shapes) + overhead * len(shapes), lost * rows * width))
+        found.append(Candidate(way, nbytes(shapes) + overhead * len(shapes), lost * unit))
 
     for group_size in {spec.group_size, None}:
         for bits in (1, 2, 3, 4):
@@ -130,17 +134,13 @@ def offers(
             for multiple in _SALIENT if has_salient else (0,):
                 count = min(multiple * max(1, width // 512), width)
                 way = replace(spec, bits=bits, salient=count, group_size=group_size)
-                add(way, stored_shapes(rows, width, way, 0, torch.float32), float(falling[count:].sum()) / power)
-    if has_pairs:
-        values = spectrum(delta * weight.sqrt()).double()
-        falling = values.flip(0).cumsum(0).flip(0) / _positive(values.sum())
-        for rank in (r for r in _RANKS if r < len(values)):
-            add(Rank(rank), pair_shapes(rows, width, rank), float(falling[rank]))
+                shapes = stored_shapes(rows, width, way, 0, torch.float32)
+                add(way, shapes, float(falling[count:].sum()) * sampled)
+    if is_table:
+        left = spectrum(delta).double().flip(0).cumsum(0).flip(0)
+        for rank in (r for r in _RANKS if r < len(left)):
+            add(Rank(rank), pair_shapes(rows, width, rank), float(left[rank]) * _CUT)
     return found
-
-
-def _positive(value: Tensor) -> float:
-    return max(float(value), torch.finfo(torch.float32).tiny)
 
 
 def _rounding_error(delta: Tensor, bits: int, group_size: int | None, energy: Tensor | None) -> Tensor:
@@ -159,8 +159,7 @@ def specs_within(
 ) -> dict[str, Spec | Rank]:
     """How every tensor that changed is stored, so that the tensor file takes at most `options.target_bpw`.
 
-    The budget counts the whole file, header included, over all parameters of the expert. Embeddings and heads may
-    become pairs of thin matrices; linear layers do where codes of one bit take too much.
+    The budget counts the whole file, header included, over all parameters of the expert.
 
     Args:
         moments: token ids over which the inputs of layers are measured; None weighs all inputs alike.
@@ -170,17 +169,15 @@ def specs_within(
     """
     assert options.target_bpw is not None
     energies = {} if moments is None else _input_energies(expert, moments, device)
-    least = 0.0
-    for has_pairs in (False, True):  # of linear layers: their singular values take long
-        found, fixed = _all_offers(base, expert, options, energies, has_pairs, device, progress)
-        specs = allocate(found, int(options.target_bpw * expert.parameters / 8) - fixed)
-        if specs is not None:
-            return specs
+    found, fixed = _all_offers(base, expert, options, energies, device, progress)
+    specs = allocate(found, int(options.target_bpw * expert.parameters / 8) - fixed)
+    if specs is None:
         least = fixed + sum(hull(ways)[0].nbytes for ways in found.values())
-    raise ConfigError(
-        f"target_bpw: {options.target_bpw} cannot be reached: the smallest mix takes "
-        f"{least * 8 / expert.parameters:.3f} bits a weight; give more"
-    )
+        raise ConfigError(
+            f"target_bpw: {options.target_bpw} cannot be reached: the smallest mix takes "
+            f"{least * 8 / expert.parameters:.3f} bits a weight; give more"
+        )
+    return specs
 
 
 def _all_offers(
@@ -188,7 +185,6 @@ def _all_offers(
     expert: Checkpoint,
     options: Options,
     energies: Mapping[str, Tensor],
-    has_pairs: bool,
     device: torch.device,
     progress: Progress,
 ) -> tuple[dict[str, list[Candidate]], int]:
@@ -212,16 +208,14 @@ def _all_offers(
             delta = delta[(delta != 0).any(1)]
             fixed += delta.shape[0] * torch.int32.itemsize + len(name) + _HEADER
         fixed += (len(ours) - rows) * ours.shape[1] * ours.element_size()
-        is_table = role in (EMBEDDING, HEAD)
-        ways = offers(
+        found[name] = offers(
             delta,
             spec,
             energies.get(name),
+            is_table=role in (EMBEDDING, HEAD),
             has_salient=role not in (EMBEDDING, *STACKS),
-            has_pairs=is_table or (has_pairs and role not in STACKS),
             overhead=len(name) + _HEADER,
         )
-        found[name] = [replace(way, harm=way.harm * (_TABLE if is_table else 1.0)) for way in ways]
         progress("weighing ways to store", done, len(expert.tensors), name)
     return found, fixed
 

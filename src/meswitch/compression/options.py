@@ -95,9 +95,9 @@ class Options:
     target_bpw: Annotated[
         float | None,
         Setting(
-            "Instead of --bits and --salient: a budget in bits a weight for the whole file of tensors. Bits and "
-            "salient channels of every tensor are chosen within it, by what rounding that tensor does to the model's "
-            "output on the calibration text.",
+            "Instead of --bits and --salient: a budget in bits a weight for the whole file of tensors. How "
+            "every tensor is stored is chosen within it: its bits, salient channels and scales, an embedding as a pair "
+            "of thin matrices where its codes would take too much.",
             float,
             metavar="BITS",
             least=0,
@@ -153,9 +153,9 @@ class Options:
         int | Recipe | None,
         Setting(
             "Train codes, scales, salient weights and norms against the full expert on the calibration text for so "
-            "many steps; 0 does not. It costs no bytes, closes most of the gap at 1 and 2 bits, and needs both models "
-            "in memory. Default: 300 with calibration text if the expert has at most 256 MB, else 0; at 1 bit 1000 "
-            "pay.",
+            "many steps; 0 does not. It costs no bytes and closes most of the gap at 2 bits and less; how long it "
+            "takes is said before it starts. Default with calibration text: 300 steps end to end, or 100 a block; on "
+            "a CPU 0 for an expert of more than 256 MB. At 1 bit 1000 pay.",
             int,
             metavar="STEPS",
             least=0,
@@ -164,8 +164,9 @@ class Options:
     distill_scope: Annotated[
         Scope | None,
         Setting(
-            "`model`, the default, trains end to end. `block` trains one decoder block after the other, each for "
-            "--distill steps (100 by default), with one block's weights in memory: for experts of any size.",
+            "`model` trains end to end, with both models in memory. `block` trains one decoder block after the other, "
+            "each for --distill steps, with one block's weights in memory: for experts of any size. Default: `model` "
+            "up to 2 billion parameters if the GPU's free memory holds it, else `block`; on a CPU `model`.",
             ("model", "block"),
         ),
     ] = None

@@ -1,0 +1,71 @@
+"""What a training takes is said before it starts, and decides which way is taken."""
+
+import pytest
+import torch
+
+import meswitch
+from meswitch.checkpoint import Checkpoint
+from meswitch.compression.distill.cost import Cost, cost_of, duration, end_to_end_bytes, scope_for, statement
+from meswitch.compression.distill.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def expert(family):
+    return Checkpoint.open(family / "math")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(40, "about 40 seconds"), (89, "about 89 seconds"), (300, "about 5 minutes"), (9e4, "25 hours")],
+)
+def test_a_duration_is_told_in_one_unit(seconds, said):
+    assert duration(seconds).endswith(said)
+
+
+def test_the_statement_says_how_long_how_much_and_how_to_leave_it_out():
+    said = statement(Recipe(steps=300, scope="block"), Cost(600, 12_000_000_000))
+    assert said.startswith("training block by block for 300 steps: takes about 10 minutes and 12 GB of memory; ")
+    assert said.endswith("--distill 0 leaves it out")
+
+
+def test_twice_the_steps_take_twice_as_long(expert):
+    once, twice = (cost_of(expert, [100] * 40, Recipe(steps=steps), CPU).seconds for steps in (1000, 2000))
+    assert 1.2 < twice / once < 3.5  # the rate is measured each time
+
+
+@pytest.mark.parametrize(("free", "scope"), [(1.5, "model"), (1.0, "block")])
+def test_a_gpu_trains_end_to_end_what_fits_in_its_free_memory(expert, monkeypatch, free, scope):
+    bytes_free = int(free * end_to_end_bytes(expert))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (bytes_free, 2 * bytes_free))
+    assert scope_for(expert, torch.device("cuda")) == scope
+    assert scope_for(expert, CPU) == "model"
+
+
+def test_what_a_cpu_leaves_out_is_said_before_the_work_with_its_price(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("meswitch.compression.pipeline.DISTILL_BYTES", 1)
+    said = []
+    text = family / "calibration" / "math.jsonl"
+    options = {"calibration": text, "calibration_tokens": 4000}
+    made = meswitch.compress(family / "base", family / "math", tmp_path / "delta", notice=said.append, **options)
+    assert made.manifest.method.distillation is None
+    assert said[0].startswith("not trained, which keeps more: on this CPU it takes about ")
+
+
+def test_the_price_of_a_training_is_said_before_it(family, tmp_path):
+    said, at = [], []
+    text = family / "calibration" / "math.jsonl"
+    meswitch.compress(
+        family / "base",
+        family / "math",
+        tmp_path / "delta",
+        calibration=text,
+        calibration_tokens=4000,
+        distill=2,
+        notice=lambda line: said.append((line, len(at))),
+        progress=lambda *step: at.append(step),
+    )
+    line, when = said[0]
+    assert line.startswith("training end to end for 2 steps: takes about ")
+    assert when == 0
