@@ -36,7 +36,8 @@ def write_artifact(base: Path, out: Path, bits: int) -> Path:
     """A random artifact as `meswitch compress` would lay it out, without a fine-tune to compress."""
     from meswitch.artifact import ArtifactWriter
     from meswitch.artifact.writer import companion_digests
-    from meswitch.codec import PackedDelta, packed_words
+    from meswitch.codec import PackedDelta
+    from meswitch.codec.packing import packed_words
     from meswitch.compression.options import Options
     from meswitch.compression.plan import outline, predict
 

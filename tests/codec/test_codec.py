@@ -14,11 +14,11 @@ from meswitch.codec import (
     encode,
     mse_scales,
     pack,
-    packed_words,
     quantize,
     stored_shapes,
     unpack,
 )
+from meswitch.codec.packing import packed_words
 from meswitch.codec.quantize import expand_scale
 from meswitch.errors import MeswitchError
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from meswitch.architecture import ROLES, matrix_shape
 from meswitch.codec.exact import EXACT_DTYPES
+from meswitch.codec.words import LENGTHS
 from meswitch.errors import ArtifactError
 from meswitch.strict import Decoder
 from meswitch.tensorfile import DTYPES
@@ -23,7 +24,7 @@ VERSION = 3
 MANIFEST_NAME = "meswitch.json"
 KINDS = ("packed", "coded", "lowrank", "exact", "dense", "same")
 _OWN_FIELDS = {
-    "packed": ("bits", "group_size"),
+    "packed": ("bits", "group_size", "block"),
     "coded": ("method", "meta"),
     "lowrank": ("scale",),
     "exact": ("dtype",),
@@ -51,7 +52,8 @@ class Entry:
     embedding and head were `linear`.
     shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
     base_sha256: of the base's tensor, None where the base has none.
-    bits, group_size: of a packed tensor. method, meta: of a coded one (`codec.registry`). scale: of a low-rank one.
+    bits, group_size: of a packed tensor. block: of one whose 1-bit codes are words of so many signs (`codec.words`).
+    method, meta: of a coded one (`codec.registry`). scale: of a low-rank one.
     dtype: of an exact one, as it is restored, in safetensors' spelling.
     """
 
@@ -62,6 +64,7 @@ class Entry:
     base_sha256: str | None
     bits: int | None = None
     group_size: int | None = None
+    block: int | None = None
     method: str | None = None
     meta: dict[str, int] | None = None
     scale: float | None = None
@@ -250,6 +253,8 @@ class Manifest:
                         raise ArtifactError(f"{file}: tensors.{name}.{item}: not a field of a {entry.kind} tensor")
             if entry.kind == "packed" and entry.bits not in (1, 2, 3, 4):
                 raise ArtifactError(f"{file}: tensors.{name}.bits: {entry.bits!r} is none of 1, 2, 3, 4")
+            if entry.block is not None and not (entry.bits == 1 and entry.block in LENGTHS):
+                raise ArtifactError(f"{file}: tensors.{name}.block: {entry.block!r} is none of {LENGTHS}, with bits 1")
             if entry.kind == "lowrank" and (entry.scale is None or not math.isfinite(entry.scale)):
                 raise ArtifactError(f"{file}: tensors.{name}.scale: {entry.scale!r} is not a finite number")
             if entry.kind == "exact" and DTYPES.get(entry.dtype or "") not in EXACT_DTYPES:

@@ -20,8 +20,9 @@ from meswitch.codec import (
     LowRankDelta,
     PackedDelta,
     coded_by,
-    packed_words,
+    packed_shape,
     restore_coded,
+    unfold,
 )
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.exact import block_count
@@ -118,7 +119,7 @@ class Artifact:
             rows = entry.base_rows if live is None else live.shape[0] if live.shape else -1
             expected = {} if live is None else {"row_index": (rows,)}
             expected |= {
-                "weight_packed": (rows, packed_words(columns, bits)),
+                "weight_packed": packed_shape(rows, columns, bits, entry.block),
                 "weight_scale": (rows, group_count(columns, entry.group_size)),
                 "weight_shape": (2,),
             }
@@ -339,6 +340,8 @@ def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta | ExactDel
     if entry.bits is None:
         raise ArtifactError("a packed tensor needs its bits")
     packed = parts["weight_packed"]
+    if entry.block is not None:
+        packed = unfold(packed, entry.matrix[1], entry.block)
     no_index = torch.empty(0, dtype=torch.int32, device=packed.device)
     no_weight = torch.empty(len(packed), 0, dtype=SALIENT_DTYPE, device=packed.device)
     return PackedDelta(
@@ -350,4 +353,5 @@ def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta | ExactDel
         group_size=entry.group_size,
         in_features=entry.matrix[1],
         extra=parts.get("weight_extra"),
+        block=entry.block,
     )

@@ -1,14 +1,15 @@
 """Tensors in, named tensors out: quantisers, packing, the salient split, codecs by name. No models, no files."""
 
 from meswitch.codec.coded import CodedDelta, Trainable, coded_by, encode_coded, restore_coded
-from meswitch.codec.delta import PackedDelta, Spec, encode, joined, stored_shapes
+from meswitch.codec.delta import PackedDelta, Spec, encode, joined, packed_shape, stored_shapes
 from meswitch.codec.exact import EXACT, EXACT_DTYPES, ExactDelta, encode_exact, same_bits
 from meswitch.codec.lowrank import LowRankDelta, Rank, encode_pair, pair_shapes, spectrum
 from meswitch.codec.me_switch import ME_SWITCH, PackedCodec
-from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec.packing import pack, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
 from meswitch.codec.registry import BPW, Codec, Parameter, Request, Sharing, codec_names, find_codec, nbytes, register
 from meswitch.codec.salient import reconstruction_error, select_salient
+from meswitch.codec.words import fits, unfold
 
 # What an op computes with: the delta of one matrix, in a form that is never restored whole.
 Delta = PackedDelta | LowRankDelta
@@ -43,11 +44,12 @@ __all__ = [
     "encode_exact",
     "encode_pair",
     "find_codec",
+    "fits",
     "joined",
     "mse_scales",
     "nbytes",
     "pack",
-    "packed_words",
+    "packed_shape",
     "pair_shapes",
     "quantize",
     "reconstruction_error",
@@ -57,5 +59,6 @@ __all__ = [
     "select_salient",
     "spectrum",
     "stored_shapes",
+    "unfold",
     "unpack",
 ]

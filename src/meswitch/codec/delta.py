@@ -23,6 +23,16 @@ from meswitch.codec.quantize import (
 from meswitch.codec.refit import refit
 from meswitch.codec.rows import live_rows, without_negligible
 from meswitch.codec.salient import RULES, other_score, reconstruction_error, select_salient
+from meswitch.codec.words import (
+    LENGTHS,
+    block_order,
+    feedback_words,
+    fold,
+    nearest_words,
+    signs_of,
+    word_scales,
+    words_shape,
+)
 from meswitch.errors import MeswitchError
 
 SALIENT_DTYPE = torch.bfloat16
@@ -41,7 +51,8 @@ class Spec:
     row_floor: rows whose root mean square is below this share of the matrix's are taken as unchanged.
     rule: how the salient channels are chosen, one of `codec.salient.RULES`. scales: the search that starts them, one
     of `codec.quantize.SCALES`. With the inputs' second moment, feedback: round with error feedback; refit: solve for
-    scales and salient weights once the codes are chosen.
+    scales and salient weights once the codes are chosen. block: signs of so many channels are one word (`codec.words`);
+    needs 1 bit and no salient channels.
     """
 
     bits: int = 2
@@ -53,6 +64,7 @@ class Spec:
     scales: str = "mse"
     feedback: bool = True
     refit: bool = True
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (1, 2, 3, 4):
@@ -61,6 +73,8 @@ class Spec:
             raise ValueError(f"group_size must be at least 8 or a whole row, not {self.group_size}")
         if self.salient < 0:
             raise ValueError(f"salient must be 0 or more, not {self.salient}")
+        if self.block is not None and not (self.block in LENGTHS and self.bits == 1 and not self.salient):
+            raise ValueError(f"block: {self.block}: one of {LENGTHS}, with 1 bit and without salient channels")
         for name, value, known in (("salient_rule", self.rule, RULES), ("scales", self.scales, SCALES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
@@ -75,6 +89,7 @@ class PackedDelta:
     salient_index: [k] int32 ascending. salient_weight: [rows, k] bfloat16, what is missing from the
     dequantised codes in these channels, so that a kernel adds both without masking.
     extra: [extra_rows, in_features] rows after the base's last one, whole weights in the expert's dtype.
+    block: of 1-bit codes that are words of so many signs, which are stored as numbers of words; None of all others.
     """
 
     packed: Tensor
@@ -85,6 +100,7 @@ class PackedDelta:
     group_size: int | None
     in_features: int
     extra: Tensor | None = None
+    block: int | None = None
 
     @property
     def rows(self) -> int:
@@ -95,8 +111,9 @@ class PackedDelta:
         extra_rows = 0 if self.extra is None else self.extra.shape[0]
         live = live_rows(self.packed, self.scale, self.salient_weight)
         rows = slice(None) if live is None else live.long()
+        packed = self.packed[rows]
         named = {
-            "weight_packed": self.packed[rows],
+            "weight_packed": packed if self.block is None else fold(packed, self.in_features, self.block),
             "weight_scale": self.scale[rows],
             "weight_shape": torch.tensor([self.rows + extra_rows, self.in_features], dtype=torch.int32),
         }
@@ -135,13 +152,18 @@ class PackedDelta:
         return delta
 
 
+def packed_shape(rows: int, in_features: int, bits: int, block: int | None = None) -> tuple[int, int]:
+    """Of the stored codes."""
+    return (rows, packed_words(in_features, bits)) if block is None else words_shape(rows, in_features, block)
+
+
 def stored_shapes(
     rows: int, in_features: int, spec: Spec, extra_rows: int, extra_dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what `encode` stores if every row changed, without weights: suffix -> (shape, dtype)."""
     salient = min(spec.salient, in_features)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "weight_packed": ((rows, packed_words(in_features, spec.bits)), torch.int32),
+        "weight_packed": (packed_shape(rows, in_features, spec.bits, spec.block), torch.int32),
         "weight_scale": ((rows, group_count(in_features, spec.group_size)), SCALE_DTYPE),
         "weight_shape": ((2,), torch.int32),
     }
@@ -188,16 +210,25 @@ def encode(
     metric = None
     if second_moment is not None:
         metric = damped(second_moment, spec.damping)
-        order = _salient_last(second_moment.diagonal(), index)
+        energies = second_moment.diagonal()
+        order = _salient_last(energies, index) if spec.block is None else block_order(energies, spec.block)
         factor = upper_factor(metric, order)
     columns = index.long()
     packed, scales, salient = [], [], []
     for block in _row_blocks(delta, _BLOCK if second_moment is None else _FEEDBACK_BLOCK):
-        scale = starting_scales(spec.scales, block, spec.bits, spec.group_size, kept)
-        if metric is None or not spec.feedback:
-            codes = quantize(block, scale, spec.bits, spec.group_size)
+        with_feedback = metric is not None and spec.feedback
+        if spec.block is not None:
+            scale = word_scales(block, spec.block, spec.group_size)
+            if with_feedback:
+                codes = feedback_words(block, scale, spec.block, spec.group_size, factor, order)
+            else:
+                codes = (signs_of(nearest_words(block, spec.block), spec.block) > 0).to(torch.uint8)
         else:
-            codes = feedback_codes(block, scale, spec.bits, spec.group_size, factor, order, exact=index.numel())
+            scale = starting_scales(spec.scales, block, spec.bits, spec.group_size, kept)
+            if with_feedback:
+                codes = feedback_codes(block, scale, spec.bits, spec.group_size, factor, order, exact=index.numel())
+            else:
+                codes = quantize(block, scale, spec.bits, spec.group_size)
         if metric is None or not spec.refit:
             step = expand_scale(scale.float(), delta.shape[1], spec.group_size)[:, columns]
             missing = block[:, columns] - levels(codes[:, columns], spec.bits) * step
@@ -217,6 +248,7 @@ def encode(
         group_size=spec.group_size,
         in_features=delta.shape[1],
         extra=extra,
+        block=spec.block,
     )
 
 

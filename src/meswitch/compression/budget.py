@@ -35,8 +35,10 @@ from meswitch.codec import (
     spectrum,
     stored_shapes,
 )
+from meswitch.codec.quantize import expand_scale
 from meswitch.codec.rows import without_negligible
 from meswitch.codec.salient import reconstruction_error
+from meswitch.codec.words import LENGTHS, fits, nearest_words, signs_of, word_scales
 from meswitch.compression.convert import roles_of
 from meswitch.compression.inputs import Walk
 from meswitch.compression.lazy_model import compute_dtype
@@ -136,6 +138,10 @@ def offers(
                 way = replace(spec, bits=bits, salient=count, group_size=group_size)
                 shapes = stored_shapes(rows, width, way, 0, torch.float32)
                 add(way, shapes, float(falling[count:].sum()) * sampled)
+        for length in (length for length in LENGTHS if fits(width, group_size, length)):
+            way = replace(spec, bits=1, salient=0, group_size=group_size, block=length)
+            lost = float(_word_error(sample, length, group_size, energy).sum()) * sampled
+            add(way, stored_shapes(rows, width, way, 0, torch.float32), lost)
     if is_table:
         left = spectrum(delta).double().flip(0).cumsum(0).flip(0)
         for rank in (r for r in _RANKS if r < len(left)):
@@ -147,6 +153,11 @@ def _rounding_error(delta: Tensor, bits: int, group_size: int | None, energy: Te
     scale = mse_scales(delta, bits, group_size)
     restored = dequantize(quantize(delta, scale, bits, group_size), scale, bits, group_size)
     return reconstruction_error(delta, restored, energy)
+
+
+def _word_error(delta: Tensor, length: int, group_size: int | None, energy: Tensor | None) -> Tensor:
+    scale = expand_scale(word_scales(delta, length, group_size).float(), delta.shape[1], group_size)
+    return reconstruction_error(delta, signs_of(nearest_words(delta, length), length) * scale, energy)
 
 
 def specs_within(

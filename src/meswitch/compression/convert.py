@@ -172,7 +172,7 @@ class Converter:
                     raise
             parts = delta.tensors()
             if isinstance(delta, PackedDelta):
-                entry = replace(entry, kind="packed", bits=delta.bits, group_size=delta.group_size)
+                entry = replace(entry, kind="packed", bits=delta.bits, group_size=delta.group_size, block=delta.block)
             elif isinstance(delta, LowRankDelta):
                 entry = replace(entry, kind="lowrank", scale=delta.scale)
             else:

@@ -6,14 +6,14 @@ never change. Packed deltas lie there as the artifact stores them, or as the GPU
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from meswitch.artifact import BY_ROW, Artifact, Entry, ReadAhead, delta_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
-from meswitch.codec import Delta, ExactDelta, PackedDelta
+from meswitch.codec import Delta, ExactDelta, PackedDelta, packed_shape, unfold
 from meswitch.codec.rows import expand_rows
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, write_by
@@ -79,7 +79,7 @@ class Layout:
                     f"{artifact.directory}: {entry.method} is a baseline for comparison: it can be merged and "
                     "evaluated, not served; compress with the default method"
                 )
-            entries[name] = entry
+            entries[name] = replace(entry, block=None)  # words lie as the signs that they are
             places[name] = {}
             wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = []
             if entry.kind == "packed" and (kernel is True or (kernel is not False and name in kernel)):
@@ -89,6 +89,8 @@ class Layout:
                 # a slot has all rows, those without a change as zeros
                 if suffix not in _NOT_SERVED and (name not in shapes or suffix == _EXTRA):
                     shape = (entry.base_rows, *part.shape[1:]) if suffix in BY_ROW else part.shape
+                    if suffix == "weight_packed":
+                        shape = packed_shape(entry.base_rows, entry.matrix[1], entry.bits or 0)
                     wanted.append((suffix, shape, DTYPES[part.dtype]))
             for suffix, shape, dtype in wanted:
                 places[name][suffix] = place = Place(offset, math.prod(shape) * dtype.itemsize, shape, dtype)
@@ -116,6 +118,8 @@ class Layout:
                     write_by(device, delta, target)
                     continue
                 tensor = artifact.read_stored(name, suffix)
+                if suffix == "weight_packed" and (block := artifact.manifest.tensors[name].block) is not None:
+                    tensor = unfold(tensor, self.entries[name].matrix[1], block)
                 if tensor.shape != place.shape:
                     tensor = expand_rows(tensor, artifact.read_stored(name, "row_index"), place.shape[0])
                 target[:] = tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,11 +1,14 @@
 """Training codes together with their scales."""
 
+import pytest
 import torch
 
-from meswitch.codec import Spec, encode, unpack
-from meswitch.compression.distill.student import TrainablePacked
+from meswitch.codec import Spec, encode, encode_pair, unpack
+from meswitch.codec.words import fold, nearest_words, signs_of
+from meswitch.compression.distill.student import TrainablePacked, TrainablePair
 
 SPEC = Spec(bits=2, group_size=32, salient=1)
+WORDS = Spec(bits=1, group_size=None, salient=0, block=8)
 
 
 def pair(rows: int = 24, width: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,15 +17,28 @@ def pair(rows: int = 24, width: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
     return base, base + 0.1 * torch.randn(rows, width)
 
 
-def trainable(base: torch.Tensor, full: torch.Tensor) -> TrainablePacked:
+def trainable(base: torch.Tensor, full: torch.Tensor, spec: Spec = SPEC) -> TrainablePacked:
     inputs = torch.randn(200, base.shape[1])
-    packed = encode(full - base, SPEC, name="w", second_moment=inputs.T @ inputs / 200)
+    packed = encode(full - base, spec, name="w", second_moment=inputs.T @ inputs / 200)
     return TrainablePacked(base, packed, full, torch.device("cpu"), torch.float32)
 
 
-def test_before_training_the_matrix_is_the_artifacts():
+def adam(matrix: TrainablePacked | TrainablePair, goal: torch.Tensor, steps: int) -> tuple[float, float]:
+    """The mean squared error before and after."""
+    optimizer = torch.optim.Adam([{"params": p, "lr": 0.02 * f} for p, f in matrix.groups()])
+    start = (matrix.matrix() - goal).square().mean().item()
+    for _ in range(steps):
+        loss = (matrix.matrix() - goal).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return start, loss.item()
+
+
+@pytest.mark.parametrize("spec", [SPEC, WORDS], ids=["codes", "words"])
+def test_before_training_the_matrix_is_the_artifacts(spec):
     base, full = pair()
-    matrix = trainable(base, full)
+    matrix = trainable(base, full, spec)
     assert torch.allclose(matrix.matrix(), base + matrix.delta.dequantize(), atol=1e-6)
     assert torch.equal(matrix.trained().packed, matrix.delta.packed)
 
@@ -31,14 +47,8 @@ def test_training_changes_codes_where_that_lowers_the_loss():
     base, full = pair()
     matrix = trainable(base, full)
     goal = base + (full - base) * torch.randn(24, 96).sign()  # half of the codes have to change
-    optimizer = torch.optim.Adam([{"params": p, "lr": 0.02 * f} for p, f in matrix.groups()])
-    start = (matrix.matrix() - goal).square().mean().item()
-    for _ in range(300):
-        loss = (matrix.matrix() - goal).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5 * start
+    start, end = adam(matrix, goal, 300)
+    assert end < 0.5 * start
     stored = matrix.trained()
     before = unpack(matrix.delta.packed, 2, 96)
     assert (unpack(stored.packed, 2, 96) != before).float().mean() > 0.3
@@ -67,3 +77,30 @@ def test_rows_that_are_not_stored_stay_without_a_change():
         matrix.scale_step += 0.5
     stored = matrix.trained()
     assert not stored.dequantize()[3].any()
+
+
+def test_trained_words_stay_words():
+    base, full = pair()
+    matrix = trainable(base, full, WORDS)
+    goal = base + (full - base) * torch.randn(24, 96).sign()
+    start, end = adam(matrix, goal, 300)
+    assert end < 0.8 * start
+    stored = matrix.trained()
+    signs = unpack(stored.packed, 1, 96).float() * 2 - 1
+    assert torch.equal(signs_of(nearest_words(signs, 8), 8), signs)
+    assert not torch.equal(fold(stored.packed, 96, 8), fold(matrix.delta.packed, 96, 8))
+    assert torch.allclose(base + stored.dequantize(), matrix.matrix(), atol=2e-3)
+
+
+def test_both_sides_of_a_pair_are_trained_and_its_empty_rows_are_not():
+    base, full = pair()
+    full[3] = base[3]
+    matrix = TrainablePair(base, encode_pair(full - base, 4), torch.device("cpu"), torch.float32)
+    assert torch.allclose(matrix.matrix(), base + matrix.delta.dequantize(), atol=1e-6)
+    goal = base + 0.05 * torch.randn(24, 4) @ torch.randn(4, 96)
+    start, end = adam(matrix, goal, 200)
+    assert end < 0.8 * start
+    stored = matrix.trained()
+    assert not stored.dequantize()[3].any()
+    assert stored.left.dtype == torch.bfloat16
+    assert torch.allclose(base + stored.dequantize(), matrix.matrix(), atol=5e-3)

@@ -21,6 +21,7 @@ from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, Traina
 from meswitch.codec.coded import Group
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
+from meswitch.codec.words import nearest_words, signs_of
 from meswitch.compression.distill.recipe import Recipe, Scope
 from meswitch.compression.lazy_model import LazyModel, compute_dtype
 from meswitch.compression.partial_model import Call, PartialModel
@@ -109,7 +110,14 @@ class TrainablePacked(nn.Module):
     def matrix(self) -> Tensor:
         trained = self.levels if self.latent is None else self.latent
         matrix = _RestoreMatrix.apply(
-            trained, self.scale, self.salient, self.base, self.salient_index, self.delta.group_size, self.top
+            trained,
+            self.scale,
+            self.salient,
+            self.base,
+            self.salient_index,
+            self.delta.group_size,
+            self.top,
+            self.delta.block,
         )
         return matrix if self.extra is None else torch.cat([matrix, self.extra])
 
@@ -117,7 +125,7 @@ class TrainablePacked(nn.Module):
         delta = self.delta
         packed = delta.packed
         if self.latent is not None:
-            codes = (_nearest(self.latent.detach(), self.top) + self.top) / 2
+            codes = (_nearest(self.latent.detach(), self.top, delta.block) + self.top) / 2
             packed = pack(codes.to(torch.uint8).cpu(), delta.bits)
         return PackedDelta(
             packed,
@@ -128,11 +136,14 @@ class TrainablePacked(nn.Module):
             delta.group_size,
             delta.in_features,
             delta.extra,
+            delta.block,
         )
 
 
-def _nearest(latent: Tensor, top: int) -> Tensor:
-    """The level (odd integer in [-top, top]) nearest to each latent weight."""
+def _nearest(latent: Tensor, top: int, block: int | None = None) -> Tensor:
+    """The level (odd integer in [-top, top]) nearest to each latent weight, or the signs of the nearest words."""
+    if block is not None:
+        return signs_of(nearest_words(latent, block), block)
     return latent.add(top).div_(2).round_().clamp_(0, top).mul_(2).sub_(top)
 
 
@@ -149,8 +160,9 @@ class _RestoreMatrix(torch.autograd.Function):
         index: Tensor,
         group: int | None,
         top: int,
+        block: int | None,
     ) -> Tensor:
-        chosen = _nearest(latent, top) if latent.is_floating_point() else latent.float()
+        chosen = _nearest(latent, top, block) if latent.is_floating_point() else latent.float()
         ctx.save_for_backward(latent, chosen, scale, index)
         ctx.group, ctx.top = group, top
         matrix = _scaled(chosen, scale, group)
@@ -167,7 +179,7 @@ class _RestoreMatrix(torch.autograd.Function):
             edge = float(ctx.top + 1)
             inside = torch.ops.aten.hardtanh_backward(gradient, latent, -edge, edge)  # 0 beyond the edges, in one pass
             to_latent = _scaled(inside, scale, ctx.group)
-        return to_latent, to_scale, gradient[:, index], None, None, None, None
+        return to_latent, to_scale, gradient[:, index], None, None, None, None, None
 
 
 def _by_group(values: Tensor, group: int | None) -> Tensor:
