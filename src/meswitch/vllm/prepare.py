@@ -77,8 +77,8 @@ class Reader:
         if entry.kind == "lowrank":
             raise IncompatibleError(
                 f"{where}: a low-rank pair, which vLLM's slots do not hold. vLLM serves adapters itself: give it the "
-                "PEFT directory that this was made from. An embedding that was compressed to a pair has codes with a larger "
-                "target_bpw; the embedded engine serves both"
+                "PEFT directory that this was made from. An embedding that was compressed to a pair has codes with "
+                "a larger target_bpw; the embedded engine serves both"
             )
         found = entry.matrix if entry.kind == "packed" else entry.shape  # of GPT-2 the one is the other, transposed
         found = found if len(shape) > 1 else (math.prod(entry.shape),)
