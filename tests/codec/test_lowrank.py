@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meswitch.codec import LowRankDelta, encode_pair, nbytes, pair_shapes, spectrum
+from meswitch.codec import LowRankDelta, Rank, encode_pair, nbytes, pair_shapes, spectrum
 from meswitch.ops import BACKENDS
 
 
@@ -43,7 +43,7 @@ def test_every_backend_multiplies_without_restoring_the_matrix(backend, dtype):
 def test_the_pair_loses_no_more_than_the_singular_values_beyond_its_rank():
     matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(2))
     matrix[7] = 0
-    pair = encode_pair(matrix, 6)
+    pair = encode_pair(matrix, Rank(6))
     lost = (pair.dequantize() - matrix).square().sum()
     assert lost == pytest.approx(float(torch.linalg.svdvals(matrix)[6:].square().sum()), rel=1e-2)
     assert (pair.dequantize()[7] == 0).all()
@@ -55,3 +55,11 @@ def test_the_pair_loses_no_more_than_the_singular_values_beyond_its_rank():
 def test_the_spectrum_is_that_of_the_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(spectrum(matrix), torch.linalg.svdvals(matrix).square(), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_hardly_moved_are_left_out_of_a_pair():
+    matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(2))
+    matrix[10:] *= 1e-3
+    pair = encode_pair(matrix, Rank(3, row_floor=0.1))
+    assert pair.tensors()["row_index"].tolist() == list(range(10))
+    assert (pair.dequantize()[10:] == 0).all()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import meswitch
 from meswitch.adapter import Adapter, open_expert
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression import extraction
+from meswitch.codec import lowrank
 from meswitch.compression.extraction import LEFT_OUT, PAIR, WHOLE, best_pair, extract_lora, short_names
 from meswitch.compression.merge import load_merged, merged_tensors
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
@@ -98,7 +98,7 @@ def test_the_pairs_of_a_16_bit_fine_tune_are_16_bit_and_what_that_rounds_counts(
 
 @pytest.mark.parametrize("decay", [0.0, 0.5], ids=["all singular values alike", "falling ones"])
 def test_a_large_matrix_keeps_nearly_the_best(monkeypatch, decay):
-    monkeypatch.setattr(extraction, "EXACT_WIDTH", 16)
+    monkeypatch.setattr(lowrank, "EXACT_WIDTH", 16)
     draw = torch.Generator().manual_seed(0)
     delta = torch.randn(400, 600, generator=draw) * torch.arange(1, 601) ** -decay
     best = torch.linalg.svdvals(delta)[:16].square().sum()

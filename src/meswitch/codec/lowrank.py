@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.codec.feedback import damped
+from meswitch.codec.rows import without_negligible
 
 PAIR_DTYPE = torch.bfloat16
 EXACT_WIDTH = 1024  # the smaller side of a matrix up to which all its singular values are computed
@@ -27,9 +28,11 @@ class Rank:
 
     Args:
         rank: columns of the one and rows of the other.
+        row_floor: see `codec.Spec`.
     """
 
     rank: int
+    row_floor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +165,19 @@ def pair_shapes(rows: int, in_features: int, rank: int) -> dict[str, tuple[tuple
 
 
 def encode_pair(
-    delta: Tensor, rank: int, *, second_moment: Tensor | None = None, extra: Tensor | None = None
+    delta: Tensor, spec: Rank, *, second_moment: Tensor | None = None, extra: Tensor | None = None
 ) -> LowRankDelta:
     """The pair of a rank that is nearest to a delta, in bfloat16.
 
     Args:
         delta: [rows, in_features] float32.
-        rank: at most the smaller side of the matrix.
+        spec: its rank is cut to the smaller side of the matrix.
         second_moment: see `best_pair`.
         extra: [extra_rows, in_features], stored as it is.
     """
-    left, right = best_pair(delta, min(rank, *delta.shape), second_moment)
+    if spec.row_floor:
+        delta = without_negligible(delta, spec.row_floor)
+    left, right = best_pair(delta, min(spec.rank, *delta.shape), second_moment)
     left = left.masked_fill((delta == 0).all(1, keepdim=True), 0.0)  # rows without a change stay exactly so
     return LowRankDelta(left.to(PAIR_DTYPE), right.to(PAIR_DTYPE), 1.0, extra)
 

@@ -6,27 +6,34 @@ convex hulls in the order of harm avoided per byte: the Lagrangian solution, as 
 PrinMix (2506.11087) solve it by search and by ILP.
 
 The harm of a way is the squared error that it leaves, each input channel weighed by the energy of the layer's inputs
-(ME-Switch's saliency, section 3): a squared unit of one linear layer harms about as much as one of another. That was
-measured on fine-tunes of a pretrained model, with all tensors rounded at once and one kind of them restored (layers and
-kinds of layers differ by less than two), and so were the two exceptions: an embedding's or head's counts less
-(`_TABLE`), and one that is cut off, as a pair of thin matrices cuts off its smaller directions, counts more (`_CUT`),
-since what is cut off points along the delta and adds up over tokens, where rounding errors cancel. Sensitivities
-probed one tensor at a time made worse mixes: what all tensors lose together is not the sum of what each loses alone.
+(ME-Switch's saliency, section 3), times what the model minds of such errors. That is measured where the model fits into
+memory, by rounding tensors to 2 bits: the divergence from the full expert on a few sequences gives nats a token for
+each unit of their error. Rounding must not shorten the deltas there (`lengthen`), else what is lost along all of them
+adds up, and is not the sum of what each loses alone. All tensors of a kind are rounded together, and once more each by
+itself: of fine-tunes of a pretrained model layers differ by less than two, and the noise of single measurements does
+more harm than they can tell; of models whose layers differ it is the other way. Which mix is taken is decided by the
+divergence of the whole model, rounded by each. What is cut off, as a pair of thin matrices cuts off a delta's
+smaller directions, counts more than a rounding error (`_CUT`): it adds up over tokens.
 """
 
+import contextlib
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from meswitch.architecture import EMBEDDING, HEAD, STACKS, as_matrix
+from meswitch.architecture import EMBEDDING, HEAD, STACKS, Conversion, as_matrix, from_matrix
+from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
     Rank,
     Spec,
     dequantize,
+    encode,
+    encode_pair,
     mse_scales,
     nbytes,
     pair_shapes,
@@ -40,6 +47,8 @@ from meswitch.codec.rows import without_negligible
 from meswitch.codec.salient import reconstruction_error
 from meswitch.codec.words import LENGTHS, fits, nearest_words, signs_of, word_scales
 from meswitch.compression.convert import roles_of
+from meswitch.compression.distill.student import Outputs, frozen, read_batch
+from meswitch.compression.distill.training import divergence
 from meswitch.compression.inputs import Walk
 from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
@@ -49,8 +58,12 @@ from meswitch.progress import Progress, silent
 _SAMPLE = 256  # rows
 _SALIENT = (0, 1, 2, 4)  # multiples of one channel in 512
 _RANKS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_TABLE = 0.2  # harm of a squared unit of an embedding or a head, against 1 of a linear layer
+_TABLE = 0.2  # where it is not measured: harm of a squared unit of an embedding or head, against 1 of a linear layer
 _CUT = 10.0  # harm of a squared unit that is cut off, against 1 that is a rounding error
+_PROBE = Spec(bits=2, salient=0)
+_PROBE_TOKENS = 4096
+_QUESTION = 0.1  # what a token that is not the assistant's counts, as in training
+_BATCH = 16
 _HEADER = 85  # bytes that a stored part takes in the file's header, beside its module's name; at most
 
 
@@ -121,16 +134,16 @@ def offers(
     """
     rows, width = delta.shape
     chosen = torch.linspace(0, rows - 1, min(rows, _SAMPLE), device=delta.device).round().long()
-    sample, sampled = delta[chosen], rows / len(chosen)
+    sample, least = delta[chosen], torch.finfo(torch.float32).tiny
     if energy is not None:
-        energy = energy / energy.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    unit = _TABLE if is_table else 1.0
+        energy = energy / energy.mean().clamp_min(least)
+    sampled = float(delta.square().sum() / sample.square().sum().clamp_min(least))
     found: list[Candidate] = []
 
     def add(way: Spec | Rank, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], lost: float) -> None:
-        found.append(Candidate(way, nbytes(shapes) + overhead * len(shapes), lost * unit))
+        found.append(Candidate(way, nbytes(shapes) + overhead * len(shapes), lost))
 
-    for group_size in {spec.group_size, None}:
+    for group_size in dict.fromkeys((spec.group_size, None)):
         for bits in (1, 2, 3, 4):
             falling = _rounding_error(sample, bits, group_size, energy).sort(descending=True).values.double()
             for multiple in _SALIENT if has_salient else (0,):
@@ -145,7 +158,7 @@ def offers(
     if is_table:
         left = spectrum(delta).double().flip(0).cumsum(0).flip(0)
         for rank in (r for r in _RANKS if r < len(left)):
-            add(Rank(rank), pair_shapes(rows, width, rank), float(left[rank]) * _CUT)
+            add(Rank(rank, spec.row_floor), pair_shapes(rows, width, rank), float(left[rank]) * _CUT)
     return found
 
 
@@ -165,6 +178,8 @@ def specs_within(
     expert: Checkpoint,
     options: Options,
     moments: list[list[int]] | None,
+    starts: Sequence[int],
+    measure: bool,
     device: torch.device,
     progress: Progress = silent,
 ) -> dict[str, Spec | Rank]:
@@ -174,6 +189,8 @@ def specs_within(
 
     Args:
         moments: token ids over which the inputs of layers are measured; None weighs all inputs alike.
+        starts: of each sequence, where the assistant's last turn starts.
+        measure: whether the full expert fits into memory twice, so that what it minds can be measured.
 
     Raises:
         ConfigError: the budget is below what the smallest mix takes.
@@ -181,13 +198,34 @@ def specs_within(
     assert options.target_bpw is not None
     energies = {} if moments is None else _input_energies(expert, moments, device)
     found, fixed = _all_offers(base, expert, options, energies, device, progress)
-    specs = allocate(found, int(options.target_bpw * expert.parameters / 8) - fixed)
-    if specs is None:
-        least = fixed + sum(hull(ways)[0].nbytes for ways in found.values())
+    budget = int(options.target_bpw * expert.parameters / 8) - fixed
+    least = fixed + sum(hull(ways)[0].nbytes for ways in found.values())
+    if least - fixed > budget:
         raise ConfigError(
             f"target_bpw: {options.target_bpw} cannot be reached: the smallest mix takes "
             f"{least * 8 / expert.parameters:.3f} bits a weight; give more"
         )
+    roles = roles_of(expert)
+    units = {name: _TABLE if roles[name] in (EMBEDDING, HEAD) else 1.0 for name in found}
+    if not measure or moments is None:
+        return _within(found, units, budget)
+    probe = _Probe(base, expert, moments, starts, device)
+    kinds: dict[str, list[str]] = {}
+    for name in found:
+        kinds.setdefault(layer_type(name), []).append(name)
+    together: dict[tuple[str, ...], list[str]] = {}  # the experts of a mixture become one parameter
+    for name in found:
+        together.setdefault(probe.rules[name].sources, []).append(name)
+    mixes = [_within(found, units, budget)]
+    for groups in (list(kinds.values()), list(together.values())):
+        mixes.append(_within(found, probe.units(found, groups, progress), budget))
+    return min(mixes, key=probe.harm)
+
+
+def _within(found: Mapping[str, list[Candidate]], units: Mapping[str, float], budget: int) -> dict[str, Spec | Rank]:
+    weighed = {name: [replace(way, harm=way.harm * units[name]) for way in ways] for name, ways in found.items()}
+    specs = allocate(weighed, budget)
+    assert specs is not None  # the smallest mix fits
     return specs
 
 
@@ -229,6 +267,113 @@ def _all_offers(
         )
         progress("weighing ways to store", done, len(expert.tensors), name)
     return found, fixed
+
+
+class _Probe:
+    """The full expert, to be asked what it minds.
+
+    Args:
+        sequences, starts: as of `specs_within`.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        expert: Checkpoint,
+        sequences: list[list[int]],
+        starts: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self._base, self._expert, self._device = base, expert, device
+        self._model = frozen(expert, device, compute_dtype(device, expert.parameters))
+        self.rules, self._roles = expert.load_plan.by_source, roles_of(expert)
+        self._batches = _batches(sequences, starts)
+        self._wanted = [self._read(batch) for batch in self._batches]
+
+    def _read(self, batch: list[tuple[list[int], int]]) -> Outputs:
+        return read_batch(self._model, [ids for ids, _ in batch], self._device)
+
+    @torch.no_grad()
+    def harm(self, ways: Mapping[str, Spec | Rank]) -> float:
+        """Divergence from the full expert in nats a token when these tensors are stored so, and no other is changed."""
+        together: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        for name, way in ways.items():
+            together.setdefault(self.rules[name].sources, {})[name] = self._rounded(name, way)
+        with contextlib.ExitStack() as replaced:
+            for sources, tensors in together.items():
+                rule = self.rules[sources[0]]
+                replaced.enter_context(_replaced(self._model, self._expert, rule, tensors))
+            lost = mass = 0.0
+            for batch, full in zip(self._batches, self._wanted, strict=True):
+                said = self._read(batch)
+                weight = torch.tensor([w for ids, start in batch for w in _weights(ids, start)], device=self._device)
+                lost += float((divergence(full.logits, said.logits)[said.real] * weight).sum())
+                mass += float(weight.sum())
+        return lost / mass
+
+    def units(
+        self, found: Mapping[str, list[Candidate]], groups: list[list[str]], progress: Progress
+    ) -> dict[str, float]:
+        """Tensor name -> nats a token for each unit of its error, those of a group rounded together."""
+        units: dict[str, float] = {}
+        for done, names in enumerate(groups):
+            progress("measuring what the model minds", done, len(groups), names[0])
+            lost = self.harm(dict.fromkeys(names, _PROBE))
+            error = sum(next(way.harm for way in found[name] if _is_probe(way.spec)) for name in names)
+            units |= dict.fromkeys(names, max(lost, 0.0) / error if error else 0.0)
+        return units
+
+    def _rounded(self, name: str, way: Spec | Rank) -> Tensor:
+        """A tensor of the expert, its delta stored in a way without calibration."""
+        full, role = self._expert.read(name), self._roles[name]
+        ours = as_matrix(full, role).to(self._device)
+        before = as_matrix(self._base.read(name), role).to(self._device, torch.float32)
+        rows = min(len(ours), len(before))
+        delta = ours[:rows].float() - before[:rows]
+        made = encode_pair(delta, way) if isinstance(way, Rank) else encode(delta, way, name=name, lengthen=True)
+        rounded = torch.cat([before[:rows] + made.dequantize(), ours[rows:].float()])
+        return from_matrix(rounded, tuple(full.shape), role).to(full.dtype).cpu()
+
+
+def _is_probe(way: Spec | Rank) -> bool:
+    return isinstance(way, Spec) and (way.bits, way.salient, way.block) == (_PROBE.bits, _PROBE.salient, None)
+
+
+def _weights(ids: list[int], start: int) -> list[float]:
+    """What each position of a sequence counts: position `i` predicts token `i + 1`."""
+    asked = min(max(0, start - 1), len(ids))
+    return [_QUESTION] * asked + [1.0] * (len(ids) - asked)
+
+
+def _batches(sequences: list[list[int]], starts: Sequence[int]) -> list[list[tuple[list[int], int]]]:
+    """The first sequences, up to the tokens that a probe reads, in batches of similar lengths."""
+    chosen: list[tuple[list[int], int]] = []
+    total = 0
+    for ids, start in zip(sequences, starts, strict=True):
+        if total and total + len(ids) > _PROBE_TOKENS:
+            break
+        chosen.append((ids, start))
+        total += len(ids)
+    chosen.sort(key=lambda sample: len(sample[0]))
+    return [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
+
+
+@contextlib.contextmanager
+def _replaced(model: Any, expert: Checkpoint, rule: Conversion, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a model other tensors in the place of some of the expert's, for a while.
+
+    Args:
+        rule: how they are loaded.
+    """
+    made = rule.build(lambda name: tensors[name] if name in tensors else expert.read(name), model)
+    kept = {name: model.get_parameter(name).data for name in rule.targets}
+    for name, value in kept.items():
+        model.get_parameter(name).data = made[name].to(value.device, value.dtype)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            model.get_parameter(name).data = value
 
 
 def _input_energies(expert: Checkpoint, moments: list[list[int]], device: torch.device) -> Mapping[str, Tensor]:

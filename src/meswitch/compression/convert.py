@@ -212,7 +212,7 @@ class Converter:
         spec = self.specs.get(name) or options.spec(role, delta.shape[1])
         if isinstance(spec, Rank):
             check_finite(delta, name)
-            return encode_pair(delta, spec.rank, second_moment=mean_moment(known), extra=extra)
+            return encode_pair(delta, spec, second_moment=mean_moment(known), extra=extra)
         if role not in STACKS:
             moment = mean_moment(known)
             lengthen = moment is None or self.large.norms[name] < SMALL

@@ -98,7 +98,9 @@ def compress(
         specs = None
         if options.target_bpw is not None:
             with fitting_threads(where, target.config.get_text_config().hidden_size):
-                specs = specs_within(source, target, options, moments, where, progress)
+                starts = [] if text is None or moments is None else text.known_starts[: len(moments)]
+                fits = _fits(target, where)
+                specs = specs_within(source, target, options, moments, starts, fits, where, progress)
         stage = out if recipe is None else work.directory / "undistilled"
         replace = overwrite or recipe is not None
         converter = Converter(source, target, stage, options, specs, text, moments, where, replace, progress)
@@ -170,3 +172,10 @@ def _possible(
         notice(f"not distilled: {error}")
         return None
     return recipe
+
+
+def _fits(expert: Checkpoint, device: torch.device) -> bool:
+    """Whether the full expert may be loaded whole to measure what it minds."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] > 2 * expert.nbytes
+    return expert.nbytes <= DISTILL_BYTES

@@ -26,9 +26,11 @@ _LAUNCHES = {"cuda": 1e-3, "cpu": 2e-4}  # seconds a step for every matrix that 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Args:
-    seconds: about, on this device as it is now.
-    nbytes: of the device's memory, at most.
+    """What a training takes.
+
+    Args:
+        seconds: about, on this device as it is now.
+        nbytes: of the device's memory, at most.
     """
 
     seconds: float
