@@ -18,8 +18,8 @@ RECIPE = ROOT / "examples" / "smollm2"
 BASE = ROOT / "examples" / "family" / "base"
 SMALL = {
     "me-switch": {2.2: {"target_bpw": 2.2, "distill": 0, "calibration_tokens": 256}},
-    "rtn": {2.2: {"method": "rtn", "bits": 2, "calibration": None}},
-    "bitdelta": {None: {"method": "bitdelta", "calibration": None}},
+    "rtn": {2.2: {"bits": 2, "calibration": None}},
+    "bitdelta": {None: {"calibration": None}},
 }
 OPTIONS = ("--max-steps", "2", "--step-tokens", "512", "--kl-questions", "4", "--device", "cpu", "--workers", "0")
 Script = Callable[[str], ModuleType]

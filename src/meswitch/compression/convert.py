@@ -213,21 +213,21 @@ class Converter:
         if isinstance(spec, Rank):
             check_finite(delta, name)
             return encode_pair(delta, spec, second_moment=mean_moment(known), extra=extra)
+        # what error feedback has made good of a large delta is lost by a longer one
+        lengthen = self.moments is None or self.large.norms[name] < SMALL
         if role not in STACKS:
             moment = mean_moment(known)
-            lengthen = moment is None or self.large.norms[name] < SMALL
             return encode(delta, spec, name=name, second_moment=moment, lengthen=lengthen, extra=extra)
         rest = torch.ones(rows, dtype=torch.bool)
         parts = []
         for own_rows, own in known:
             rest[own_rows] = False
             own_rows = own_rows.to(self.device)
-            lengthen = self.large.norms[name] < SMALL
             found = encode(delta[own_rows], spec, name=name, second_moment=own.moment, lengthen=lengthen)
             parts.append((own_rows, found))
         if bool(rest.any()):
             own_rows = rest.nonzero().view(-1).to(self.device)
-            parts.append((own_rows, encode(delta[own_rows], spec, name=name, lengthen=True)))
+            parts.append((own_rows, encode(delta[own_rows], spec, name=name, lengthen=lengthen)))
         return joined(parts)
 
     def _method(self) -> Method:
