@@ -43,7 +43,7 @@ def test_every_backend_multiplies_without_restoring_the_matrix(backend, dtype):
 def test_the_pair_loses_no_more_than_the_singular_values_beyond_its_rank():
     matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(2))
     matrix[7] = 0
-    pair = encode_pair(matrix, Rank(6))
+    pair = encode_pair(matrix, Rank(6), name="w")
     lost = (pair.dequantize() - matrix).square().sum()
     assert lost == pytest.approx(float(torch.linalg.svdvals(matrix)[6:].square().sum()), rel=1e-2)
     assert (pair.dequantize()[7] == 0).all()
@@ -60,6 +60,6 @@ def test_the_spectrum_is_that_of_the_singular_values(shape):
 def test_rows_that_hardly_moved_are_left_out_of_a_pair():
     matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(2))
     matrix[10:] *= 1e-3
-    pair = encode_pair(matrix, Rank(3, row_floor=0.1))
+    pair = encode_pair(matrix, Rank(3, row_floor=0.1), name="w")
     assert pair.tensors()["row_index"].tolist() == list(range(10))
     assert (pair.dequantize()[10:] == 0).all()

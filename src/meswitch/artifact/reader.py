@@ -18,21 +18,17 @@ from meswitch.codec import (
     Delta,
     ExactDelta,
     LowRankDelta,
-    PackedDelta,
     coded_by,
     packed_shape,
     restore_coded,
-    unfold,
 )
-from meswitch.codec.delta import SALIENT_DTYPE
+from meswitch.codec.delta import packed_from
 from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
-from meswitch.codec.rows import expand_rows
+from meswitch.codec.rows import with_all_rows
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
-
-BY_ROW = frozenset({"weight_packed", "weight_scale", "salient_weight", "weight_left"})  # `row_index` may thin these out
 
 
 @dataclass(frozen=True)
@@ -330,28 +326,12 @@ def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta | ExactDel
     """A delta over the parts of a packed, low-rank or exact entry, wherever they lie."""
     if entry.kind == "exact":
         return ExactDelta(parts["weight_exact"], parts["weight_blocks"], entry.shape, DTYPES[entry.dtype or ""])
-    if "row_index" in parts:
-        by_row = BY_ROW & parts.keys()
-        parts = parts | {suffix: expand_rows(parts[suffix], parts["row_index"], entry.base_rows) for suffix in by_row}
+    parts = with_all_rows(parts, entry.base_rows)
     if entry.kind == "lowrank":
         if entry.scale is None:
             raise ArtifactError("a low-rank tensor needs its scale")
         return LowRankDelta(parts["weight_left"], parts["weight_right"], entry.scale, parts.get("weight_extra"))
     if entry.bits is None:
         raise ArtifactError("a packed tensor needs its bits")
-    packed = parts["weight_packed"]
-    if entry.block is not None:
-        packed = unfold(packed, entry.matrix[1], entry.block)
-    no_index = torch.empty(0, dtype=torch.int32, device=packed.device)
-    no_weight = torch.empty(len(packed), 0, dtype=SALIENT_DTYPE, device=packed.device)
-    return PackedDelta(
-        packed=packed,
-        scale=parts["weight_scale"],
-        salient_index=parts.get("salient_index", no_index),
-        salient_weight=parts.get("salient_weight", no_weight),
-        bits=entry.bits,
-        group_size=entry.group_size,
-        in_features=entry.matrix[1],
-        extra=parts.get("weight_extra"),
-        block=entry.block,
-    )
+    width = entry.matrix[1]
+    return packed_from(parts, width, bits=entry.bits, group_size=entry.group_size, block=entry.block)

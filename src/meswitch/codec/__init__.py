@@ -9,7 +9,7 @@ from meswitch.codec.packing import pack, unpack
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
 from meswitch.codec.registry import BPW, Codec, Parameter, Request, Sharing, codec_names, find_codec, nbytes, register
 from meswitch.codec.salient import reconstruction_error, select_salient
-from meswitch.codec.words import fits, unfold
+from meswitch.codec.words import unfold
 
 # What an op computes with: the delta of one matrix, in a form that is never restored whole.
 Delta = PackedDelta | LowRankDelta
@@ -44,7 +44,6 @@ __all__ = [
     "encode_exact",
     "encode_pair",
     "find_codec",
-    "fits",
     "joined",
     "mse_scales",
     "nbytes",

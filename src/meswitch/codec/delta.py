@@ -30,6 +30,7 @@ from meswitch.codec.words import (
     fold,
     nearest_words,
     signs_of,
+    unfold,
     word_scales,
     words_shape,
 )
@@ -274,6 +275,36 @@ def _lengthened(
     longer = (scale.float() * torch.where(power > 0, 2 / (1 + share), 1.0)[:, None]).to(scale.dtype)
     step, before = (expand_scale(s.float(), delta.shape[1], spec.group_size)[:, columns] for s in (longer, scale))
     return longer, missing + levels(codes[:, columns], spec.bits) * (before - step)
+
+
+def packed_from(
+    parts: Mapping[str, Tensor], in_features: int, *, bits: int, group_size: int | None, block: int | None = None
+) -> PackedDelta:
+    """The delta over its stored parts, wherever they lie.
+
+    Args:
+        parts: by suffix, with all rows (`rows.with_all_rows`).
+        in_features: of the matrix.
+        bits: of its codes.
+        group_size: see `Spec`.
+        block: see `Spec`.
+    """
+    packed = parts["weight_packed"]
+    if block is not None:
+        packed = unfold(packed, in_features, block)
+    no_index = torch.empty(0, dtype=torch.int32, device=packed.device)
+    no_weight = torch.empty(len(packed), 0, dtype=SALIENT_DTYPE, device=packed.device)
+    return PackedDelta(
+        packed=packed,
+        scale=parts["weight_scale"],
+        salient_index=parts.get("salient_index", no_index),
+        salient_weight=parts.get("salient_weight", no_weight),
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        extra=parts.get("weight_extra"),
+        block=block,
+    )
 
 
 def joined(parts: Sequence[tuple[Tensor, PackedDelta]]) -> PackedDelta:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meswitch.codec.delta import check_finite
 from meswitch.codec.feedback import damped
 from meswitch.codec.rows import without_negligible
 
@@ -165,16 +166,21 @@ def pair_shapes(rows: int, in_features: int, rank: int) -> dict[str, tuple[tuple
 
 
 def encode_pair(
-    delta: Tensor, spec: Rank, *, second_moment: Tensor | None = None, extra: Tensor | None = None
+    delta: Tensor, spec: Rank, *, name: str, second_moment: Tensor | None = None, extra: Tensor | None = None
 ) -> LowRankDelta:
     """The pair of a rank that is nearest to a delta, in bfloat16.
 
     Args:
         delta: [rows, in_features] float32.
         spec: its rank is cut to the smaller side of the matrix.
+        name: of the tensor, for messages.
         second_moment: see `best_pair`.
         extra: [extra_rows, in_features], stored as it is.
+
+    Raises:
+        MeswitchError: the delta has NaN or infinite values.
     """
+    check_finite(delta, name)
     if spec.row_floor:
         delta = without_negligible(delta, spec.row_floor)
     left, right = best_pair(delta, min(spec.rank, *delta.shape), second_moment)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from meswitch.codec.coded import CodedDelta, Trainable
-from meswitch.codec.delta import SALIENT_DTYPE, PackedDelta, Spec, encode, stored_shapes
+from meswitch.codec.delta import Spec, encode, packed_from, stored_shapes
 from meswitch.codec.registry import Meta, Parameter, Request, Shapes, Sharing, register
-from meswitch.codec.rows import expand_rows
+from meswitch.codec.rows import with_all_rows
 
 
 def _as_asked(spec: Spec) -> Spec:
@@ -51,12 +51,8 @@ class PackedCodec:
         return parts, meta | {"live": len(parts["weight_packed"])}
 
     def decode(self, parts: Mapping[str, Tensor], rows: int, width: int, meta: Meta) -> Tensor:
-        packed, scale = parts["weight_packed"], parts["weight_scale"]
-        salient = parts.get("salient_weight", torch.empty(len(packed), 0, dtype=SALIENT_DTYPE))
-        if "row_index" in parts:
-            packed, scale, salient = (expand_rows(part, parts["row_index"], rows) for part in (packed, scale, salient))
-        index = parts.get("salient_index", torch.empty(0, dtype=torch.int32))
-        return PackedDelta(packed, scale, index, salient, meta["bits"], meta["group_size"] or None, width).dequantize()
+        whole = with_all_rows(parts, rows)
+        return packed_from(whole, width, bits=meta["bits"], group_size=meta["group_size"] or None).dequantize()
 
     def shapes(self, rows: int, width: int, meta: Meta) -> Shapes:
         spec = Spec(meta["bits"], meta["group_size"] or None, meta["salient"])

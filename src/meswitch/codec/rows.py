@@ -3,8 +3,12 @@
 In memory such a row has scale 0 and salient weights 0. Stored, it is left out, and `row_index` lists the others.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+BY_ROW = frozenset({"weight_packed", "weight_scale", "salient_weight", "weight_left"})  # parts that leave rows out
 
 
 def without_negligible(delta: Tensor, floor: float) -> Tensor:
@@ -32,6 +36,14 @@ def live_rows(packed: Tensor, scale: Tensor, salient_weight: Tensor) -> Tensor |
     count = int(live.sum())
     saved = (len(live) - count) * row_bytes
     return live.nonzero().squeeze(1).to(torch.int32) if saved > count * torch.int32.itemsize else None
+
+
+def with_all_rows(parts: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Stored parts of a delta, by suffix, with the rows that were left out. rows: of the delta."""
+    index = parts.get("row_index")
+    if index is None:
+        return dict(parts)
+    return {suffix: expand_rows(part, index, rows) if suffix in BY_ROW else part for suffix, part in parts.items()}
 
 
 def expand_rows(part: Tensor, index: Tensor, rows: int) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.architecture import EMBEDDING, HEAD, STACKS, Conversion, as_matrix, from_matrix
+from meswitch.architecture import EMBEDDING, HEAD, STACKS, Conversion, from_matrix
 from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
@@ -46,9 +46,9 @@ from meswitch.codec.quantize import expand_scale
 from meswitch.codec.rows import without_negligible
 from meswitch.codec.salient import reconstruction_error
 from meswitch.codec.words import LENGTHS, fits, nearest_words, signs_of, word_scales
-from meswitch.compression.convert import roles_of
+from meswitch.compression.convert import difference, roles_of
 from meswitch.compression.distill.student import Outputs, frozen, read_batch
-from meswitch.compression.distill.training import divergence
+from meswitch.compression.distill.training import Sample, divergence, in_batches, mean, weights
 from meswitch.compression.inputs import Walk
 from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
@@ -63,7 +63,6 @@ _CUT = 10.0  # harm of a squared unit that is cut off, against 1 that is a round
 _PROBE = Spec(bits=2, salient=0)
 _PROBE_TOKENS = 4096
 _QUESTION = 0.1  # what a token that is not the assistant's counts, as in training
-_BATCH = 16
 _HEADER = 85  # bytes that a stored part takes in the file's header, beside its module's name; at most
 
 
@@ -248,15 +247,14 @@ def _all_offers(
         ours, before = info.read(), base.read(name)
         if same_bits(ours, before):  # as `convert` decides it: what equals the base's costs nothing
             continue
-        ours, before = as_matrix(ours, role), as_matrix(before, role)
-        rows = min(len(ours), len(before))
-        delta = ours[:rows].to(device, torch.float32) - before[:rows].to(device, torch.float32)
+        changed = difference(ours, before, role, device)
+        delta = changed.delta
         spec = options.spec(role, delta.shape[1])
         if spec.row_floor:
             delta = without_negligible(delta, spec.row_floor)
             delta = delta[(delta != 0).any(1)]
             fixed += delta.shape[0] * torch.int32.itemsize + len(name) + _HEADER
-        fixed += (len(ours) - rows) * ours.shape[1] * ours.element_size()
+        fixed += 0 if changed.extra is None else changed.extra.nbytes
         found[name] = offers(
             delta,
             spec,
@@ -287,11 +285,11 @@ class _Probe:
         self._base, self._expert, self._device = base, expert, device
         self._model = frozen(expert, device, compute_dtype(device, expert.parameters))
         self.rules, self._roles = expert.load_plan.by_source, roles_of(expert)
-        self._batches = _batches(sequences, starts)
-        self._wanted = [self._read(batch) for batch in self._batches]
+        self._samples = _first(sequences, starts)
+        self._wanted = {batch[0].number: self._read(batch) for batch in in_batches(self._samples)}
 
-    def _read(self, batch: list[tuple[list[int], int]]) -> Outputs:
-        return read_batch(self._model, [ids for ids, _ in batch], self._device)
+    def _read(self, batch: list[Sample]) -> Outputs:
+        return read_batch(self._model, [sample.ids for sample in batch], self._device)
 
     @torch.no_grad()
     def harm(self, ways: Mapping[str, Spec | Rank]) -> float:
@@ -303,13 +301,13 @@ class _Probe:
             for sources, tensors in together.items():
                 rule = self.rules[sources[0]]
                 replaced.enter_context(_replaced(self._model, self._expert, rule, tensors))
-            lost = mass = 0.0
-            for batch, full in zip(self._batches, self._wanted, strict=True):
-                said = self._read(batch)
-                weight = torch.tensor([w for ids, start in batch for w in _weights(ids, start)], device=self._device)
-                lost += float((divergence(full.logits, said.logits)[said.real] * weight).sum())
-                mass += float(weight.sum())
-        return lost / mass
+            return mean(self._samples, _QUESTION, self._lost)
+
+    def _lost(self, batch: list[Sample]) -> float:
+        """Divergence from the full expert on a batch, in nats a token."""
+        full, said = self._wanted[batch[0].number], self._read(batch)
+        weight = weights(batch, _QUESTION, self._device)
+        return float((divergence(full.logits, said.logits)[said.real] * weight).sum())
 
     def units(
         self, found: Mapping[str, list[Candidate]], groups: list[list[str]], progress: Progress
@@ -326,12 +324,14 @@ class _Probe:
     def _rounded(self, name: str, way: Spec | Rank) -> Tensor:
         """A tensor of the expert, its delta stored in a way without calibration."""
         full, role = self._expert.read(name), self._roles[name]
-        ours = as_matrix(full, role).to(self._device)
-        before = as_matrix(self._base.read(name), role).to(self._device, torch.float32)
-        rows = min(len(ours), len(before))
-        delta = ours[:rows].float() - before[:rows]
-        made = encode_pair(delta, way) if isinstance(way, Rank) else encode(delta, way, name=name, lengthen=True)
-        rounded = torch.cat([before[:rows] + made.dequantize(), ours[rows:].float()])
+        changed = difference(full, self._base.read(name), role, self._device)
+        if isinstance(way, Rank):
+            made = encode_pair(changed.delta, way, name=name).dequantize()
+        else:
+            made = encode(changed.delta, way, name=name, lengthen=True).dequantize()
+        rounded = made.add_(changed.base)
+        if changed.extra is not None:
+            rounded = torch.cat([rounded, changed.extra.to(rounded)])
         return from_matrix(rounded, tuple(full.shape), role).to(full.dtype).cpu()
 
 
@@ -339,23 +339,16 @@ def _is_probe(way: Spec | Rank) -> bool:
     return isinstance(way, Spec) and (way.bits, way.salient, way.block) == (_PROBE.bits, _PROBE.salient, None)
 
 
-def _weights(ids: list[int], start: int) -> list[float]:
-    """What each position of a sequence counts: position `i` predicts token `i + 1`."""
-    asked = min(max(0, start - 1), len(ids))
-    return [_QUESTION] * asked + [1.0] * (len(ids) - asked)
-
-
-def _batches(sequences: list[list[int]], starts: Sequence[int]) -> list[list[tuple[list[int], int]]]:
-    """The first sequences, up to the tokens that a probe reads, in batches of similar lengths."""
-    chosen: list[tuple[list[int], int]] = []
+def _first(sequences: list[list[int]], starts: Sequence[int]) -> list[Sample]:
+    """The first sequences, up to the tokens that a probe reads."""
+    chosen: list[Sample] = []
     total = 0
     for ids, start in zip(sequences, starts, strict=True):
         if total and total + len(ids) > _PROBE_TOKENS:
             break
-        chosen.append((ids, start))
+        chosen.append(Sample(ids, start, len(chosen)))
         total += len(ids)
-    chosen.sort(key=lambda sample: len(sample[0]))
-    return [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
+    return chosen
 
 
 @contextlib.contextmanager

@@ -41,7 +41,6 @@ from meswitch.codec import (
     joined,
     same_bits,
 )
-from meswitch.codec.delta import check_finite
 from meswitch.compression.inputs import Inputs, Walk
 from meswitch.compression.large_delta import SMALL, LargeDeltas
 from meswitch.compression.lazy_model import compute_dtype
@@ -129,9 +128,7 @@ class Converter:
                 continue
             ours, base = info.read(), theirs.read()
             if not same_bits(base, ours):
-                ours, base = as_matrix(ours, role), as_matrix(base, role)
-                rows = min(len(ours), len(base))
-                delta = ours[:rows].to(self.device, torch.float32) - base[:rows].to(self.device, torch.float32)
+                delta = difference(ours, base, role, self.device).delta
                 measured[name] = sharing.measure(delta), delta.numel()
         return sharing.allocate(measured, self.options.parameters)
 
@@ -194,14 +191,10 @@ class Converter:
     def _encode(
         self, name: str, role: str, ours: Tensor, base: Tensor, inputs: Sequence[tuple[Tensor, Inputs]]
     ) -> PackedDelta | LowRankDelta | CodedDelta:
-        ours, base = as_matrix(ours, role), as_matrix(base, role)
-        rows = min(len(ours), len(base))
-        # moved in their own dtype: half the bytes, and the device converts faster
-        theirs = base[:rows].to(self.device, non_blocking=True)
-        delta = ours[:rows].to(self.device, non_blocking=True).to(torch.float32).sub_(theirs.to(torch.float32))
-        self.large.see(name, delta, theirs)
-        del theirs
-        extra = ours[rows:].contiguous() if len(ours) > rows else None
+        changed = difference(ours, base, role, self.device)
+        delta, extra, rows = changed.delta, changed.extra, len(changed.delta)
+        self.large.see(name, delta, changed.base)
+        del changed
         options = self.options
         known = [(rows, own) for rows, own in inputs if own.tokens >= LEAST_TOKENS]
         if not options.makes_packed:
@@ -211,23 +204,23 @@ class Converter:
             return encode_coded(options.method, delta, request, name=name, second_moment=moment, extra=extra)
         spec = self.specs.get(name) or options.spec(role, delta.shape[1])
         if isinstance(spec, Rank):
-            check_finite(delta, name)
-            return encode_pair(delta, spec, second_moment=mean_moment(known), extra=extra)
+            return encode_pair(delta, spec, name=name, second_moment=mean_moment(known), extra=extra)
         # what error feedback has made good of a large delta is lost by a longer one
-        lengthen = self.moments is None or self.large.norms[name] < SMALL
+        small = self.large.norms[name] < SMALL
         if role not in STACKS:
             moment = mean_moment(known)
+            lengthen = small or moment is None
             return encode(delta, spec, name=name, second_moment=moment, lengthen=lengthen, extra=extra)
         rest = torch.ones(rows, dtype=torch.bool)
         parts = []
         for own_rows, own in known:
             rest[own_rows] = False
             own_rows = own_rows.to(self.device)
-            found = encode(delta[own_rows], spec, name=name, second_moment=own.moment, lengthen=lengthen)
+            found = encode(delta[own_rows], spec, name=name, second_moment=own.moment, lengthen=small)
             parts.append((own_rows, found))
         if bool(rest.any()):
             own_rows = rest.nonzero().view(-1).to(self.device)
-            parts.append((own_rows, encode(delta[own_rows], spec, name=name, lengthen=lengthen)))
+            parts.append((own_rows, encode(delta[own_rows], spec, name=name, lengthen=True)))
         return joined(parts)
 
     def _method(self) -> Method:
@@ -253,6 +246,31 @@ class Converter:
                 datetime.now(UTC).isoformat(timespec="seconds"),
             ),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a fine-tune changed of one matrix.
+
+    Args:
+        delta: [rows, in_features] float32, of the rows that both have.
+        base: [rows, in_features], the base's values, in their own dtype.
+        extra: [extra_rows, in_features], rows that the base does not have, where they were; None if there are none.
+    """
+
+    delta: Tensor
+    base: Tensor
+    extra: Tensor | None
+
+
+def difference(ours: Tensor, base: Tensor, role: str, device: torch.device) -> Difference:
+    """Take the difference of an expert's tensor and the base's, as matrices, on a device. role: of both."""
+    ours, base = as_matrix(ours, role), as_matrix(base, role)
+    rows = min(len(ours), len(base))
+    # moved in their own dtype: half the bytes, and the device converts faster
+    theirs = base[:rows].to(device, non_blocking=True)
+    delta = ours[:rows].to(device, non_blocking=True).to(torch.float32).sub_(theirs.to(torch.float32))
+    return Difference(delta, theirs, ours[rows:].contiguous() if len(ours) > rows else None)
 
 
 def roles_of(checkpoint: Checkpoint) -> dict[str, str]:

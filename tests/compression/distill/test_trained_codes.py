@@ -95,7 +95,7 @@ def test_trained_words_stay_words():
 def test_both_sides_of_a_pair_are_trained_and_its_empty_rows_are_not():
     base, full = pair()
     full[3] = base[3]
-    matrix = TrainablePair(base, encode_pair(full - base, Rank(4)), torch.device("cpu"), torch.float32)
+    matrix = TrainablePair(base, encode_pair(full - base, Rank(4), name="w"), torch.device("cpu"), torch.float32)
     assert torch.allclose(matrix.matrix(), base + matrix.delta.dequantize(), atol=1e-6)
     goal = base + 0.05 * torch.randn(24, 4) @ torch.randn(4, 96)
     start, end = adam(matrix, goal, 200)

@@ -12,7 +12,7 @@ from meswitch.compression.distill.training import fast_products, training_dtype
 from meswitch.units import format_bytes
 
 END_TO_END_PARAMETERS = 2_000_000_000  # above, a step end to end takes seconds, and blocks need fewer of them
-_TOKENS = 2048  # of a step that are in memory at once (`end_to_end`)
+STEP_TOKENS = 2048  # of a step that are in memory at once
 # For every parameter: expert, base, matrices as they are restored, latent weights, their gradients and AdamW's two
 # moments in 4 bytes each, the gradients of the matrices, levels.
 _BYTES_A_PARAMETER = 40
@@ -41,7 +41,7 @@ def end_to_end_bytes(expert: Checkpoint) -> int:
     """About how much memory a training end to end takes on the device."""
     config = expert.config.get_text_config()
     for_tokens = config.vocab_size * _LOGITS + config.num_hidden_layers * config.hidden_size * _STATES
-    return int(expert.parameters * _BYTES_A_PARAMETER + _TOKENS * for_tokens * 4)
+    return int(expert.parameters * _BYTES_A_PARAMETER + STEP_TOKENS * for_tokens * 4)
 
 
 def scope_for(expert: Checkpoint, device: torch.device) -> Scope:

@@ -18,6 +18,7 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
+from meswitch.compression.distill.cost import STEP_TOKENS
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Outputs, build, frozen, read_batch
 from meswitch.compression.distill.training import (
@@ -38,7 +39,6 @@ from meswitch.compression.text import CalibrationSet
 from meswitch.progress import Progress, silent
 
 _REMEMBERED = 1 << 28  # bytes of logits
-_TOKENS = 2048  # of a step that are worked on at once
 
 
 def train(
@@ -92,7 +92,7 @@ def train(
 def _learn(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> None:
     """Leave a batch's gradients in the student's parameters: a few sequences at a time, which bounds the memory."""
     longest = max(len(sample.ids) for sample in batch)
-    few = max(1, _TOKENS // longest)
+    few = max(1, STEP_TOKENS // longest)
     parts = [batch[start : start + few] for start in range(0, len(batch), few)]
     mass = [sum(sum(sample.weights(recipe.question_weight)) for sample in part) for part in parts]
     with cached():  # the matrices are made once for all parts
