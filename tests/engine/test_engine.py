@@ -84,9 +84,9 @@ def test_cancelling_frees_the_slot_and_the_queue(engine):
 def test_cancelling_at_the_moment_of_admission_leaks_nothing(engine, monkeypatch):
     submit = engine._batch.submit
 
-    def slowly(*arguments):
+    def slowly(*arguments, **options):
         time.sleep(0.3)
-        submit(*arguments)
+        submit(*arguments, **options)
 
     monkeypatch.setattr(engine._batch, "submit", slowly)
     request = engine.submit(QUESTION, model="code", params=SamplingParams(max_new_tokens=400))
@@ -199,7 +199,7 @@ def test_closing_fails_what_has_not_finished(family, deltas):
 def test_device_memory_is_the_base_the_slots_and_the_cache(engine):
     memory = engine.memory()
     tokens = 32768 * 6 * 2 * 2 * 32 * 4  # tokens, layers, keys and values, heads, width, float32
-    assert tokens <= memory["kv_cache"] <= 1.01 * tokens  # transformers adds a page
+    assert memory["kv_cache"] == tokens
     assert memory["merged"] == 0
     assert memory["base"] == 2_000_512 * 4
     assert memory["slots"] == engine.store.slot_count * engine.store.slot_bytes

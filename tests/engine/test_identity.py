@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.engine.batching import PAGE
+from meswitch.engine.pages import PAGE
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 LONG = [{"role": "user", "content": "Write these words in capital letters: " + "river stone cloud table " * 12}]

@@ -1,4 +1,4 @@
-"""The embedded engine: a base model with switchable layers on transformers' continuous batching."""
+"""The embedded engine: a base model with switchable layers in one running batch."""
 
 from meswitch.engine.engine import Engine
 from meswitch.engine.request import Chunk, Completion, Request

@@ -1,237 +1,255 @@
-"""The running batch: transformers' continuous batching, told before each step which expert owns which tokens.
+"""The running batch: one thread that computes steps of requests of all experts, and one that hands their tokens on.
 
-Block sharing stays off: it finds equal prefixes by their tokens alone and would answer one expert's request from
-another's KV blocks.
+A step takes tokens of many requests at once (`scheduler`), each with its own expert's weights (`context`, `layers`) and
+its own keys and values (`attention`). What a step raises, or a row without a finite logit, ends the requests that
+caused it and no other.
 """
 
-import dataclasses
-import itertools
+import inspect
 import logging
+import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
-from transformers.generation import ContinuousBatchingConfig
+from torch import Tensor
 
-from meswitch.cpu import deserves_one
-from meswitch.engine.context import BASE_SLOT, StepContext, Switch
-from meswitch.engine.faults import FaultIsolation, Step
-from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
-from meswitch.errors import MeswitchError
+from meswitch.cpu import fitting_threads
+from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces
+from meswitch.engine.context import StepContext, Switch
+from meswitch.engine.pages import PAGE, Pages
+from meswitch.engine.sampling import SamplingParams, StepSampler
+from meswitch.engine.scheduler import Job, Listener, Scheduler
+from meswitch.errors import IncompatibleError, MeswitchError
 
-PAGE = 64  # tokens of a block of the KV cache
-# (all tokens so far, finished, error text or None)
-Listener = Callable[[list[int], bool, str | None], None]
+logger = logging.getLogger("meswitch.engine")
+
+_MAX_REQUESTS = 256
+_Told = tuple[Listener, list[int], bool, str | None]
 
 
 class Batch:
     """Runs requests; each belongs to a slot of the expert store, or to the base.
 
     Args:
-        model: the base with switchable layers. kv_tokens: tokens that the KV cache holds, in pages of `PAGE`.
+        model: the base with switchable layers; its attention becomes ours.
+        switch: is told before each step whose tokens are where.
+        max_batch_tokens: of a step.
+        kv_tokens: tokens that the KV cache holds, in pages of `PAGE`.
+        attention: the model's own: `sdpa` or `eager`.
+
+    Raises:
+        IncompatibleError: the model has layers that a step cannot mix.
     """
 
     merged_bytes = 0  # no merged weights are ever made
 
-    def __init__(self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
+    def __init__(
+        self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int, attention: str = "sdpa"
+    ) -> None:
         self.kv_tokens = kv_tokens
-        pages = max(1, -(-kv_tokens // PAGE))
-        self._switch = switch
-        self._device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
-        self._narrow = deserves_one(self._device, model.config.get_text_config().hidden_size)
-        self._slots: dict[str, int] = {}
-        self._listeners: dict[str, Listener] = {}
-        self._cancelled: set[str] = set()
-        self._begun: set[str] = set()  # requests that some step has held
-        self._errors: dict[str, str] = {}  # of requests that failed within a step
-        self._lock = threading.Lock()
-        self._sampler = StepSampler(model.dtype, self._fail)
-        config = _config(
-            page_size=PAGE,
-            num_blocks=pages,
-            max_batch_tokens=max_batch_tokens,
-            max_requests_per_batch=min(256, max_batch_tokens),
-            allow_block_sharing=False,
-            use_async_batching=False,
-            use_cuda_graph=False,
-            max_blocks_per_request=0,
-            auto_switch_to_flash=False,
-        )
-        generation = GenerationConfig(do_sample=False, max_new_tokens=16, eos_token_id=-1, pad_token_id=0)
-        self._hook = model.register_forward_pre_hook(self._before_step, with_kwargs=True)
-        self._faults = FaultIsolation(model, self._fail)
-        self._manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
-        self.watch = Watch()
-        processors = self._manager.logit_processor
-        processors.logits_processor.extend([self.watch, self._sampler])
-        processors.do_processing = True
-        self._manager.start()
-        self._reader = threading.Thread(target=self._read, name="meswitch-results", daemon=True)
-        self._stopping = False
-        self._reader.start()
+        self.failure: str | None = None
+        """Why the thread that computes has ended, if it has."""
+        self.see: Callable[[tuple[str, ...], Tensor], None] | None = None
+        """Is shown each step's requests and their logits, [rows, vocabulary], if somebody wants to look."""
+        self._model, self._switch = model, switch
+        self._device = next(model.parameters()).device
+        config = model.config.get_text_config()
+        self._hidden_size = config.hidden_size
+        self._cuts_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        count = max(1, -(-kv_tokens // PAGE))
+        self._cache = KVCache(config, count, attention, self._device)
+        if not model._can_set_attn_implementation():
+            raise IncompatibleError("its attention is its own, not one of transformers' interface")
+        model.set_attn_implementation(NAME)
+        self._scheduler = Scheduler(Pages(count), max_batch_tokens, min(_MAX_REQUESTS, max_batch_tokens))
+        self._sampler = StepSampler(model.dtype, self._cannot_go_on)
+        self._jobs: dict[str, Job] = {}  # of the computing thread, like all below
+        self._errors: dict[str, str] = {}  # of requests that failed within the step
+        self._commands: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
+        self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._computing = threading.Thread(target=self._run, name="meswitch-batch", daemon=True)
+        self._telling = threading.Thread(target=self._tell_forever, name="meswitch-results", daemon=True)
+        self._computing.start()
+        self._telling.start()
 
     def submit(
-        self, request: str, tokens: list[int], slot: int, params: SamplingParams, eos: list[int], listener: Listener
+        self,
+        request: str,
+        tokens: list[int],
+        slot: int,
+        params: SamplingParams,
+        eos: list[int],
+        listener: Listener,
+        owner: str = "",
     ) -> None:
-        """Start a request. The listener is called from the engine's thread, with all tokens so far each time."""
-        with self._lock:
-            self._slots[request] = slot
-            self._listeners[request] = listener
-            if params.temperature > 0:
-                self._sampler.samplers[request] = Sampler(params)
-        accepted = self._manager.add_request(
-            tokens,
-            request_id=request,
-            max_new_tokens=params.max_new_tokens,
-            streaming=True,
-            eos_token_id=eos or -1,
-        )
-        if accepted is None:
-            with self._lock:
-                self._drop(request)
+        """Start a request.
+
+        Args:
+            request: its id.
+            tokens: of the prompt.
+            slot: of the expert store, or the base's.
+            params: how it is continued.
+            eos: tokens that end the answer.
+            listener: is called from a thread of the batch, with all new tokens so far each time.
+            owner: the expert and its version. Requests of one owner share the keys and values of equal beginnings; ""
+                shares with nobody.
+
+        Raises:
+            MeswitchError: the batch has ended.
+        """
+        if self._closing.is_set() or self.failure is not None:
             raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+        owner = f"expert {owner}" if owner else f"request {request}"
+        self._commands.put(Job(request, list(tokens), slot, owner, params, frozenset(eos), listener))
 
     def cancel(self, request: str) -> None:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
-        with self._lock:
-            if request in self._listeners:
-                self._cancelled.add(request)
-        self._manager.cancel_request(request)
+        self._commands.put(request)
 
     def close(self) -> None:
-        self._stopping = True
-        if self._manager.batch_processor is None:  # nothing was served yet: stopping is no cause for a warning
-            logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-        self._manager.stop(block=True, timeout=30, hard_stop=True)
-        self._reader.join(timeout=5)
-        self._hook.remove()
-        self._faults.close()
+        self._closing.set()
+        self._commands.put(None)
+        self._computing.join(timeout=30)
+        self._told.put(None)
+        self._telling.join(timeout=5)
 
     @property
     def kv_bytes(self) -> int:
         """Device memory of keys and values."""
-        processor = self._manager.batch_processor
-        if processor is None:
-            return 0
-        cache = processor.cache
-        # one tensor in newer versions of transformers, two a layer in older ones
-        tensors = [cache.cache_tensor] if hasattr(cache, "cache_tensor") else [*cache.key_cache, *cache.value_cache]
-        return sum(int(tensor.nbytes) for tensor in tensors)
+        return self._cache.nbytes
 
     @property
-    def failure(self) -> str | None:
-        """Why the generation loop died, if it did."""
-        status = getattr(self._manager, "background_thread_status", None)
-        error = getattr(status, "fatal_error", None) or getattr(self._manager, "fatal_error", None)
-        return None if error is None else str(error)
+    def reused_tokens(self) -> int:
+        """Tokens of prompts that were found in the cache."""
+        return self._scheduler.reused
 
-    def _before_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Map each token of the step to its expert's slot."""
-        if "cu_seq_lens_q" not in kwargs:
-            return
-        if self._narrow:  # of this thread alone; the loop has no other place where it could be said
-            torch.set_num_threads(1)
-        batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
-        requests = [future.state.request_id for future in batch]
-        with self._lock:
-            slots = [self._slots.get(request, BASE_SLOT) for request in requests]
-        bounds = kwargs["cu_seq_lens_q"][: len(requests) + 1].tolist()
-        lengths = [end - start for start, end in itertools.pairwise(bounds)]
-        rows = kwargs.get("logits_indices")
-        padding = kwargs["input_ids"].shape[1] - bounds[-1]
+    @property
+    def unmixed(self) -> list[int]:
+        """Layers that no step's attention has reached: what they do with a mixed step is not known."""
+        return self._cache.missing
 
-        def place(slots: Sequence[int]) -> None:
-            self._switch.step = StepContext.build(lengths, requests, slots, rows, padding, self._device)
+    def _run(self) -> None:
+        """Compute steps until the batch is closed."""
+        try:
+            with fitting_threads(self._device, self._hidden_size), torch.inference_mode():
+                while not self._closing.is_set():
+                    self._take_commands(wait=not (self._scheduler.running or self._scheduler.waiting))
+                    step = self._scheduler.plan()
+                    if step:
+                        self._step(step)
+        except BaseException as error:
+            logger.exception("the running batch has ended")
+            self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            reason = self.failure or "the engine was closed"
+            for job in list(self._jobs.values()):
+                self._tell(job, finished=True, error=reason)
 
-        place(slots)
-        self._sampler.rows = self.watch.rows = self._switch.step.row_request
-        started = any(length > 1 and request in self._begun for length, request in zip(lengths, requests, strict=True))
-        self._begun.update(requests)
-        self._faults.step = Step(requests, slots, lengths, started, place)
-
-    def _fail(self, request: str, error: str) -> None:
-        """End a request whose step went wrong. From the generation loop's thread."""
-        with self._lock:
-            if request in self._listeners:
-                self._errors[request] = error
-            self._sampler.samplers.pop(request, None)
-        self.cancel(request)
-
-    def _read(self) -> None:
-        """Hand results to their listeners."""
-        while not self._stopping:
-            output = self._manager.get_result(timeout=0.01 if self._cancelled else 0.2)
-            if output is not None:
-                finished = output.is_finished()
-                self._tell(output.request_id, list(output.generated_tokens), finished, output.error)
-            elif self.failure is not None:
-                self._fail_all(self.failure)
+    def _take_commands(self, *, wait: bool) -> None:
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
                 return
-            for request in [r for r in self._cancelled if self._is_gone(r)]:
-                self._tell(request, [], True, None)
+            wait = False
+            if isinstance(command, Job):
+                self._jobs[command.id] = command
+                self._scheduler.waiting.append(command)
+            elif command is not None and (job := self._jobs.get(command)) is not None:
+                self._end(job, None)
 
-    def _tell(self, request: str, tokens: list[int], finished: bool, error: str | None) -> None:
-        with self._lock:
-            listener = self._listeners.get(request)
-            error = self._errors.get(request, error)
-            if finished:
-                self._drop(request)
-        if listener is not None:
-            listener(tokens, finished, error)
-
-    def _is_gone(self, request: str) -> bool:
-        """Whether a cancelled request has left the scheduler: then no later step holds its tokens."""
-        processor = self._manager.batch_processor
-        if processor is None:  # the loop is still starting
-            return False
-        scheduler = processor.scheduler
-        queued = {state.request_id for state in list(self._manager.input_queue.queue)}
-        return request not in queued | scheduler.active_requests.keys() | scheduler.waiting_requests.keys()
-
-    def _fail_all(self, reason: str) -> None:
-        with self._lock:
-            listeners = dict(self._listeners)
-            for request in listeners:
-                self._drop(request)
-        for listener in listeners.values():
-            listener([], True, reason)
-
-    def _drop(self, request: str) -> None:
-        self._cancelled.discard(request)
-        self._begun.discard(request)
-        self._errors.pop(request, None)
-        self._listeners.pop(request, None)
-        self._slots.pop(request, None)
-        self._sampler.samplers.pop(request, None)
-
-
-class Watch:
-    """A logits processor that changes nothing and shows the logits to `see`, if somebody wants to look.
-
-    Args:
-        rows: the request of each row, filled before the step.
-        see: is given `rows` and [rows, vocabulary] logits.
-    """
-
-    supports_continuous_batching = True
-
-    def __init__(self) -> None:
-        self.rows: tuple[str, ...] = ()
-        self.see: Callable[[tuple[str, ...], Tensor], None] | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def _step(self, step: Sequence[tuple[Job, Piece]]) -> None:
+        """Compute one step and give every request its next token."""
+        began = time.perf_counter()
+        try:
+            logits = self._forward(step)
+        except Exception as error:  # noqa: BLE001  whatever the model raises
+            self._without_culprits(step, error)
+            return
+        self._scheduler.done(step, time.perf_counter() - began)
+        ready = [job for job, piece in step if piece.past + piece.length == len(job.tokens)]
+        if not ready:
+            return
+        names = tuple(job.id for job in ready)
         if self.see is not None:
-            self.see(self.rows, scores)
-        return scores
+            self.see(names, logits)
+        self._sampler.rows = names
+        self._sampler.samplers = {job.id: job.sampler for job in ready if job.sampler is not None}
+        self._sampler(logits, logits)
+        for job, token in zip(ready, logits.argmax(-1).tolist(), strict=True):
+            if job.id in self._errors:
+                self._end(job, self._errors.pop(job.id))
+                continue
+            self._scheduler.know(job)
+            job.tokens.append(token)
+            if job.is_complete:
+                self._end(job, None)
+            else:
+                self._tell(job)
 
+    def _forward(self, step: Sequence[tuple[Job, Piece]]) -> Tensor:
+        """[requests whose text is computed to its end, vocabulary] logits of their last tokens."""
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for job, piece in step:
+            end = piece.past + piece.length
+            ids += job.tokens[piece.past : end]
+            positions += range(piece.past, end)
+            if end == len(job.tokens):
+                rows.append(len(ids) - 1)
+        # a model may not take a step without a row of logits
+        wanted = torch.tensor(rows or [0])
+        kept = wanted if self._cuts_rows else None
+        jobs = [job for job, _ in step]
+        lengths, pieces = [piece.length for _, piece in step], [piece for _, piece in step]
+        self._switch.step = StepContext.build(
+            lengths, [job.id for job in jobs], [job.slot for job in jobs], kept, device=self._device
+        )
+        cut = {"logits_to_keep": wanted.to(self._device)} if self._cuts_rows else {}
+        output = self._model(
+            input_ids=torch.tensor([ids], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            paged=StepPlaces(self._cache, pieces, self._device),
+            **cut,
+        )
+        logits: Tensor = output.logits[0]
+        return logits if self._cuts_rows else logits[wanted.to(self._device)]
 
-def _config(**wanted: Any) -> ContinuousBatchingConfig:
-    """The batching configuration, in the spelling of the installed transformers."""
-    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-    if "page_size" not in known:
-        wanted["block_size"] = wanted["page_size"]
-    return ContinuousBatchingConfig(**{name: value for name, value in wanted.items() if name in known})
+    def _without_culprits(self, step: Sequence[tuple[Job, Piece]], error: Exception) -> None:
+        """Fail the requests whose tokens cannot be computed: each is tried alone, and the others go on."""
+        if len(step) > 1:
+            for job, piece in step:
+                self._step([(job, piece)])
+            return
+        logger.error("a step of the running batch failed", exc_info=error)
+        job, _ = step[0]
+        self._end(job, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+
+    def _cannot_go_on(self, request: str, reason: str) -> None:
+        self._errors[request] = reason
+
+    def _end(self, job: Job, error: str | None) -> None:
+        left = self._scheduler.remove(job, failed=error is not None)
+        if error is not None:
+            self._cache.clear(left)
+        del self._jobs[job.id]
+        self._tell(job, finished=True, error=error)
+
+    def _tell(self, job: Job, *, finished: bool = False, error: str | None = None) -> None:
+        self._told.put((job.listener, job.made, finished, error))
+
+    def _tell_forever(self) -> None:
+        """Hand tokens to their listeners."""
+        while (told := self._told.get()) is not None:
+            listener, tokens, finished, error = told
+            try:
+                listener(tokens, finished, error)
+            except Exception:
+                logger.exception("what a request was told could not be taken")

@@ -17,8 +17,8 @@ from meswitch.adapter import open_expert
 from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
-from meswitch.engine.batching import PAGE
 from meswitch.engine.context import BASE_SLOT
+from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
@@ -273,7 +273,9 @@ class Engine:
             self._on_tokens(request, slot, tokens, finished, error)
 
         try:
-            self._batch.submit(request.id, request.prompt, slot, request.params, request.tokenizer.ends, listen)
+            self._batch.submit(
+                request.id, request.prompt, slot, request.params, request.tokenizer.ends, listen, owner=request.model
+            )
         except Exception as error:  # this thread admits all others too
             if not isinstance(error, MeswitchError):
                 logger.exception("request %s cannot be started", request.id)

@@ -147,12 +147,12 @@ def batch_runs_base(batch: Batch, trial: Trial, watching: contextlib.AbstractCon
     def see(rows: tuple[str, ...], scores: Tensor) -> None:
         found.append(scores[rows.index(f"{name}-0")].float().clone())
 
-    batch.watch.see = see
+    batch.see = see
     try:
         with watching:
             run(batch, name, trial.prompts, [BASE_SLOT] * len(trial.prompts))
     finally:
-        batch.watch.see = None
+        batch.see = None
     fault = trial.fault(found)
     if fault is not None:
         raise MeswitchError(fault)

@@ -1,4 +1,4 @@
-"""What runs an engine's requests: transformers' running batch where it is proven right, else experts by turns."""
+"""What runs an engine's requests: the running batch where it is proven right, else experts by turns."""
 
 import contextlib
 import dataclasses
@@ -13,8 +13,9 @@ import torch
 from meswitch.artifact import Artifact
 from meswitch.codec import EXACT
 from meswitch.engine.attach import plan_attachment
-from meswitch.engine.batching import PAGE, Batch
+from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
+from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial, batch_runs_base, prove, without_weights
 from meswitch.engine.rotary import longest_unturned
@@ -51,6 +52,7 @@ class Runner(Protocol):
         params: SamplingParams,
         eos: list[int],
         listener: Callable[[list[int], bool, str | None], None],
+        owner: str = "",
     ) -> None: ...
 
     def cancel(self, request: str) -> None: ...
@@ -157,8 +159,10 @@ def _open_batch(
     switch = Switch()
     with _quiet():
         try:
-            batch = Batch(model, switch, max_batch_tokens=sizes.batch_tokens, kv_tokens=sizes.kv_tokens)
-        except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+            own = attention_for(type(model))
+            sizes_of = {"max_batch_tokens": sizes.batch_tokens, "kv_tokens": sizes.kv_tokens}
+            batch = Batch(model, switch, attention=own, **sizes_of)
+        except (MeswitchError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
             return (_batching_fails(error),)
         try:
             found = _proven(model, stored, artifacts, sizes, op_backend, batch, switch, trial, vocabulary)
@@ -188,6 +192,10 @@ def _proven(
         batch_runs_base(batch, trial, survey, "survey")
     except MeswitchError as error:
         return (_batching_fails(error),)
+    if batch.unmixed:
+        return (
+            f"layers {', '.join(map(str, batch.unmixed[:4]))}: have no attention that keeps a step's requests apart",
+        )
     attachment = plan_attachment(model, stored, survey, vocabulary)
     if attachment.idle:
         try:
@@ -219,13 +227,13 @@ def _proven(
 
 def _batching_fails(error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    return f"transformers' running batch cannot run this base: {reason}"
+    return f"the running batch cannot run this base: {reason}"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What fails while it is tried is told once, as a reason, not by transformers' loop as well."""
-    logger = logging.getLogger("ContinuousBatchingLogger")
+    """What fails while it is tried is told once, as a reason, not in the log as well."""
+    logger = logging.getLogger("meswitch.engine")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:

@@ -93,7 +93,7 @@ class Sampler:
 
 
 class StepSampler:
-    """A logits processor for continuous batching: leaves each row one candidate, so that argmax takes it.
+    """A logits processor: leaves each row one candidate, so that argmax takes it.
 
     Greedy rows pass untouched. `rows` and `samplers` are filled before the step. A row from which no token can be
     chosen fails its request, and no other.
@@ -102,8 +102,6 @@ class StepSampler:
         dtype: that the model computes in, for messages.
         fail: is told a request's id and why it cannot go on.
     """
-
-    supports_continuous_batching = True
 
     def __init__(self, dtype: torch.dtype, fail: Callable[[str, str], None]) -> None:
         self.rows: tuple[str, ...] = ()

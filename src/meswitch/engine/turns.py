@@ -99,9 +99,19 @@ class Turns:
         self._thread.start()
 
     def submit(
-        self, request: str, tokens: list[int], slot: int, params: SamplingParams, eos: list[int], listener: Listener
+        self,
+        request: str,
+        tokens: list[int],
+        slot: int,
+        params: SamplingParams,
+        eos: list[int],
+        listener: Listener,
+        owner: str = "",
     ) -> None:
-        """Start a request. The listener is called from the engine's thread, with all new tokens so far each time."""
+        """Start a request. The listener is called from the engine's thread, with all new tokens so far each time.
+
+        owner: not needed here, as no keys and values outlive a turn.
+        """
         with self._changed:
             if self._closed:
                 raise MeswitchError("the engine has stopped: it was closed; start it again")
