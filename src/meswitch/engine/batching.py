@@ -5,12 +5,13 @@ its own keys and values (`attention`). What a step raises, or a row without a fi
 caused it and no other.
 """
 
+import contextlib
 import inspect
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from meswitch.engine.context import StepContext, Switch
 from meswitch.engine.pages import PAGE, Pages
 from meswitch.engine.sampling import SamplingParams, StepSampler
 from meswitch.engine.scheduler import Job, Listener, Scheduler
-from meswitch.errors import IncompatibleError, MeswitchError
+from meswitch.errors import CapacityError, IncompatibleError, MeswitchError
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -60,18 +61,19 @@ class Batch:
         config = model.config.get_text_config()
         self._hidden_size = config.hidden_size
         self._cuts_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        count = max(1, -(-kv_tokens // PAGE))
-        self._cache = KVCache(config, count, attention, self._device)
+        self._pages = max(1, -(-kv_tokens // PAGE))
+        self._cache = KVCache(config, self._pages, attention, self._device)
         if not model._can_set_attn_implementation():
             raise IncompatibleError("its attention is its own, not one of transformers' interface")
         model.set_attn_implementation(NAME)
-        self._scheduler = Scheduler(Pages(count), max_batch_tokens, min(_MAX_REQUESTS, max_batch_tokens))
+        self._scheduler = Scheduler(Pages(self._pages), max_batch_tokens, min(_MAX_REQUESTS, max_batch_tokens))
         self._sampler = StepSampler(model.dtype, self._cannot_go_on)
         self._jobs: dict[str, Job] = {}  # of the computing thread, like all below
         self._errors: dict[str, str] = {}  # of requests that failed within the step
         self._commands: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
+        self._closing, self._open = threading.Event(), threading.Event()
+        self._open.set()
         self._computing = threading.Thread(target=self._run, name="meswitch-batch", daemon=True)
         self._telling = threading.Thread(target=self._tell_forever, name="meswitch-results", daemon=True)
         self._computing.start()
@@ -100,12 +102,24 @@ class Batch:
                 shares with nobody.
 
         Raises:
-            MeswitchError: the batch has ended.
+            CapacityError: it may become longer than the cache. MeswitchError: the batch has ended.
         """
+        longest = len(tokens) + params.max_new_tokens
+        if longest > self._pages * PAGE:
+            raise CapacityError(f"{longest} tokens are more than the KV cache has, {self._pages * PAGE}")
         if self._closing.is_set() or self.failure is not None:
             raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
         owner = f"expert {owner}" if owner else f"request {request}"
         self._commands.put(Job(request, list(tokens), slot, owner, params, frozenset(eos), listener))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Requests that are submitted inside start in the same step."""
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
 
     def cancel(self, request: str) -> None:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
@@ -113,6 +127,7 @@ class Batch:
 
     def close(self) -> None:
         self._closing.set()
+        self._open.set()
         self._commands.put(None)
         self._computing.join(timeout=30)
         self._told.put(None)
@@ -157,6 +172,7 @@ class Batch:
             except queue.Empty:
                 return
             wait = False
+            self._open.wait()  # what belongs together is in the queue then
             if isinstance(command, Job):
                 self._jobs[command.id] = command
                 self._scheduler.waiting.append(command)

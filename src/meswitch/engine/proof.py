@@ -119,13 +119,9 @@ def run(batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[i
         return told
 
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
-    for number, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
-        try:
+    with batch.together():
+        for number, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
             batch.submit(f"{name}-{number}", prompt, slot, params, [], listen(number))
-        except MeswitchError:  # the requests before it have stopped the loop
-            if batch.failure is None:
-                raise
-            raise MeswitchError(batch.failure.partition("\n")[0]) from None
     if not done.wait(_PATIENCE):
         raise MeswitchError(f"no answer within {_PATIENCE} s")
     if errors:
@@ -145,7 +141,8 @@ def batch_runs_base(batch: Batch, trial: Trial, watching: contextlib.AbstractCon
     found: list[Tensor] = []
 
     def see(rows: tuple[str, ...], scores: Tensor) -> None:
-        found.append(scores[rows.index(f"{name}-0")].float().clone())
+        if f"{name}-0" in rows:
+            found.append(scores[rows.index(f"{name}-0")].float().clone())
 
     batch.see = see
     try:

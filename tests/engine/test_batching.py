@@ -1,0 +1,113 @@
+"""The running batch: equal beginnings are computed once for an expert and never found by another; faults stay alone."""
+
+import random
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from meswitch import Engine, SamplingParams
+from meswitch.compression.merge import load_merged
+from meswitch.engine.pages import PAGE
+from meswitch.errors import CapacityError, MeswitchError
+
+SYSTEM = "Answer in few words. " + "The rules are these: river stone cloud table. " * 12
+QUESTIONS = ["Tom has 23 apples. How many now?", "Write river in capital letters.", "What is 3 + 4?"]
+
+
+@pytest.fixture(scope="module")
+def engine(family, deltas):
+    with Engine(family / "base", deltas, device="cpu", slots=3, kv_cache_tokens=8192) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def alone(family, deltas, engine):
+    """An answer of the merged model by itself."""
+    models = {}
+
+    def answer(name, prompt):
+        if name not in models:
+            base = family / "base"
+            models[name] = load_model(base) if name == "base" else load_merged(base, deltas[name])
+        tokenizer = engine.tokenizers[name]
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": tokenizer.ends, "pad_token_id": 1}
+        out = models[name].generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        return tuple(out[0, ids.shape[1] :].tolist())
+
+    return answer
+
+
+def load_model(base):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def test_a_shared_beginning_is_computed_once_for_each_expert_and_changes_no_answer(engine, alone):
+    asked = [(name, SYSTEM + question) for question in QUESTIONS for name in ("math", "base", "sql")]
+    wanted = [alone(*pair) for pair in asked]
+    before, found = engine._batch.reused_tokens, []
+    for name, prompt in asked:
+        found.append(engine.generate([prompt], model=name, max_new_tokens=16)[0].tokens)
+    assert found == wanted
+    prompt = len(engine.tokenizers["math"].encode(SYSTEM)) // PAGE * PAGE
+    assert prompt >= 2 * PAGE
+    assert engine._batch.reused_tokens - before == 6 * prompt  # the first of each expert is computed
+
+
+def test_many_at_once_with_shared_beginnings_in_a_small_cache_stay_themselves(family, deltas, alone):
+    draw = random.Random(3)
+    asked = [
+        (draw.choice(["math", "code", "instruct", "sql", "base"]), SYSTEM[: draw.choice([0, 120, 600])] + question)
+        for question in QUESTIONS * 8
+    ]
+    wanted = {pair: alone(*pair) for pair in set(asked)}
+    options = {"slots": 2, "kv_cache_tokens": 1024, "max_batch_tokens": 96}
+    with Engine(family / "base", deltas, device="cpu", **options) as engine:
+        requests = [engine.submit(text, model=name, params=SamplingParams(16)) for name, text in asked]
+        found = [request.result(120).tokens for request in requests]
+        assert engine._batch.reused_tokens > 0
+    assert found == [wanted[pair] for pair in asked]
+
+
+def test_what_a_step_raises_ends_the_request_that_caused_it_alone(engine):
+    def refuse(module, args, options):
+        if bool((options["input_ids"] == 2047).any()):
+            raise IndexError("no such token")
+
+    prompts = [[5, 6, 7] * 10, [5, 2047, 7], [9, 8, 7] * 10]
+    wanted = [engine.generate([prompt], model="math", max_new_tokens=8)[0].tokens for prompt in prompts[::2]]
+    hook = engine.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        together = [engine.submit(prompt, model="math", params=SamplingParams(8)) for prompt in prompts]
+        with pytest.raises(MeswitchError, match=r"model 'math': IndexError: no such token"):
+            together[1].result(60)
+        assert [request.result(60).tokens for request in together[::2]] == wanted
+    finally:
+        hook.remove()
+    assert engine.failure is None
+
+
+def test_a_listener_that_raises_ends_nothing(engine):
+    done = threading.Event()
+    engine._batch.submit("broken", [5, 6], -1, SamplingParams(3), [], lambda *told: 1 / 0)
+    engine._batch.submit("whole", [5, 6], -1, SamplingParams(3), [], lambda t, finished, e: finished and done.set())
+    assert done.wait(60)
+
+
+def test_a_request_that_may_outgrow_the_cache_is_refused(engine):
+    with pytest.raises(CapacityError, match="9000 tokens are more than the KV cache has, 8192"):
+        engine._batch.submit("long", [5] * 8000, -1, SamplingParams(1000), [], lambda *told: None)
+
+
+def test_an_expert_s_failed_numbers_are_not_left_in_the_cache(engine):
+    """Whatever a page held before: a mask hides it, but zero times NaN is NaN."""
+    wanted = engine.generate(["What is 3 + 4?"], model="math", max_new_tokens=8)[0].tokens
+    cache = engine._batch._cache
+    with torch.inference_mode():
+        for _, keys, values in cache._layers.values():
+            keys.fill_(torch.nan)
+            values.fill_(torch.nan)
+        cache.clear(range(8192 // PAGE))
+    assert engine.generate(["What is 3 + 4?"], model="math", max_new_tokens=8)[0].tokens == wanted

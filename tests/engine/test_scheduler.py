@@ -1,0 +1,120 @@
+"""Which tokens are in the next step."""
+
+import pytest
+
+from meswitch.engine import scheduler
+from meswitch.engine.pages import PAGE, Pages
+from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.scheduler import Job, Scheduler
+
+
+def job(name, tokens, owner=None, new=1000):
+    ids = list(tokens) if not isinstance(tokens, int) else [hash(name) % 1000 + i for i in range(tokens)]
+    return Job(name, ids, 0, owner or name, SamplingParams(max_new_tokens=new), frozenset(), lambda *told: None)
+
+
+def make(pages=20, tokens=256, requests=8, jobs=()):
+    made = Scheduler(Pages(pages), tokens, requests)
+    made.waiting.extend(jobs)
+    return made
+
+
+def advance(made, seconds=0.0):
+    """Run one step; who got a token says it."""
+    step = made.plan()
+    made.done(step, seconds)
+    for one, _ in step:
+        if one.computed == len(one.tokens):
+            made.know(one)
+            one.tokens.append(7)
+            if one.is_complete:
+                made.remove(one)
+    return [(one.id, piece.length) for one, piece in step]
+
+
+def test_a_prompt_is_computed_in_parts_beside_tokens_of_others():
+    made = make(tokens=100, jobs=[job("a", 10), job("b", 230)])
+    assert advance(made) == [("a", 10), ("b", 90)]
+    assert advance(made) == [("a", 1), ("b", 99)]
+    assert advance(made) == [("a", 1), ("b", 41)]
+    assert advance(made) == [("a", 1), ("b", 1)]
+
+
+def test_single_tokens_come_first_also_the_last_one_of_a_prompt():
+    made = make(tokens=20, jobs=[job("a", 21), job("b", 20), job("c", 40)])
+    assert advance(made) == [("a", 20)]
+    assert advance(made) == [("a", 1), ("b", 19)]
+    assert advance(made) == [("a", 1), ("b", 1), ("c", 18)]
+
+
+def test_beside_running_answers_prompts_get_what_takes_a_pause():
+    made = make(tokens=4096, pages=400, jobs=[job("a", 100)])
+    advance(made, seconds=100 * scheduler.PAUSE / 50)  # 50 tokens take one pause
+    made.waiting.extend([job("b", 500), job("c", 500)])
+    assert advance(made) == [("a", 1), ("b", 50)]
+
+
+def test_a_step_goes_on_however_slow_prompts_are():
+    made = make(jobs=[job("a", 100)])
+    advance(made, seconds=1000)
+    made.waiting.append(job("b", 50))
+    assert advance(made) == [("a", 1), ("b", 16)]
+
+
+def test_who_waits_is_not_passed_by_later_ones():
+    made = make(pages=4, jobs=[job("a", 2 * PAGE), job("long", 3 * PAGE), job("short", 3)])
+    assert [name for name, _ in advance(made)] == ["a"]
+    assert [one.id for one in made.waiting] == ["long", "short"]
+
+
+def test_without_a_free_page_the_last_one_gives_its_own_back_and_starts_again_later():
+    made = make(pages=3, tokens=1000, jobs=[job("a", PAGE - 2), job("b", PAGE - 2)])
+    for _ in range(3):
+        assert [name for name, _ in advance(made)] == ["a", "b"]
+    advance(made)  # a takes the third page
+    assert [advance(made) for _ in range(PAGE)] == [[("a", 1)]] * PAGE
+    made.remove(made.running[0])
+    (b,) = made.waiting
+    ((name, count),) = advance(made)
+    assert name == "b"
+    assert count + made.reused == len(b.tokens) - 1
+
+
+def test_every_request_ends_whatever_the_cache_holds():
+    jobs = [job(f"j{i}", 20 + 37 * i % 190, new=150) for i in range(30)]
+    made = make(pages=7, tokens=64, requests=5, jobs=jobs)
+    for _ in range(20000):
+        if not made.running and not made.waiting:
+            break
+        advance(made)
+    assert all(len(one.made) == 150 for one in jobs)
+    assert made.pages.available == 7
+
+
+def test_the_same_beginning_is_computed_once_for_an_owner_and_anew_for_another():
+    text = range(3 * PAGE)
+    made = make(jobs=[job("a", text, "math", new=1)], tokens=1000)
+    assert advance(made) == [("a", 3 * PAGE)]
+    made.waiting.extend([job("b", text, "math"), job("c", [*text, 1, 2], "math"), job("d", text, "code")])
+    assert advance(made) == [("b", PAGE), ("c", 2), ("d", 3 * PAGE)]
+    assert made.reused == 5 * PAGE
+
+
+def test_pages_of_one_that_failed_are_not_found_again():
+    text = range(2 * PAGE)
+    made = make(jobs=[job("a", text, "math")], tokens=1000)
+    advance(made)
+    assert len(made.remove(made.running[0], failed=True)) == 3
+    made.waiting.append(job("b", text, "math"))
+    assert advance(made) == [("b", 2 * PAGE)]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_answers_of_one_s_own_are_found_as_well(known):
+    made = make(jobs=[job("a", range(10), "math", new=2 * PAGE)], tokens=1000)
+    while made.running or made.waiting:
+        step = advance(made)
+    text = [*range(10), *[7] * (2 * PAGE - 1)]
+    made.waiting.append(job("b", [*text, 3], "math" if known else "code"))
+    step = advance(made)
+    assert step == [("b", len(text) + 1 - (2 * PAGE if known else 0))]
