@@ -5,8 +5,10 @@ and values into the cache, gathers each request's own, and lets the model's own 
 compute each request apart from all others: neither padding nor another request's numbers can reach it.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from meswitch.engine.pages import PAGE
 from meswitch.errors import IncompatibleError, MeswitchError
 
 NAME = "meswitch_paged"
+_running = threading.local()
 # What a layer may hand to its attention beside queries, keys and values: numbers, and tensors of its own weights. Any
 # other tensor has a value a token, and the step's tokens are not one text. Positions are for flash kernels alone.
 _OWN_TENSORS, _NOT_NEEDED = {"s_aux", "sinks"}, {"position_ids", "cache_position"}
@@ -252,11 +255,22 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls."""
+    paged = paged or getattr(_running, "step", None)  # some models do not hand on what they are given
     if paged is None:
-        raise MeswitchError(f"{type(module).__name__}: does not hand on what its attention is told of the step")
+        raise MeswitchError(f"{type(module).__name__}: is called outside of a step")
     if attention_mask is not None:
         raise MeswitchError(f"{type(module).__name__}: makes a mask of its own, which a step cannot have")
     return paged.attend(module, query, key, value, options)
+
+
+@contextlib.contextmanager
+def running(step: StepPlaces) -> Iterator[None]:
+    """The step that this thread computes, for attention that is not told of it."""
+    _running.step = step
+    try:
+        yield
+    finally:
+        _running.step = None
 
 
 AttentionInterface.register(NAME, _attend)

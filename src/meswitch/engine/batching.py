@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meswitch.cpu import fitting_threads
-from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces
+from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
 from meswitch.engine.context import StepContext, Switch
 from meswitch.engine.pages import PAGE, Pages
 from meswitch.engine.sampling import SamplingParams, StepSampler
@@ -228,13 +228,15 @@ class Batch:
             lengths, [job.id for job in jobs], [job.slot for job in jobs], kept, device=self._device
         )
         cut = {"logits_to_keep": wanted.to(self._device)} if self._cuts_rows else {}
-        output = self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            use_cache=False,
-            paged=StepPlaces(self._cache, pieces, self._device),
-            **cut,
-        )
+        places = StepPlaces(self._cache, pieces, self._device)
+        with running(places):
+            output = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                paged=places,  # says to `survey` that attention is no module of rows
+                **cut,
+            )
         logits: Tensor = output.logits[0]
         return logits if self._cuts_rows else logits[wanted.to(self._device)]
 

@@ -157,7 +157,7 @@ def batch_runs_base(batch: Batch, trial: Trial, watching: contextlib.AbstractCon
 
 @contextlib.contextmanager
 def without_weights(model: nn.Module, parts: Iterable[str]) -> Iterator[None]:
-    """Take the weights of parts of a model away for a while: whatever reads them then, fails."""
+    """Take the weights of parts of a model away for a while: whatever reads them then gives NaN, or fails."""
     taken: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for part in parts:
@@ -168,6 +168,9 @@ def without_weights(model: nn.Module, parts: Iterable[str]) -> Iterator[None]:
                         if value is not None:
                             taken.append((table, name, value))
                             empty = value.to("meta")
+                            if value.is_floating_point():
+                                nan = torch.full((), torch.nan, dtype=value.dtype, device=value.device)
+                                empty = nan.expand(value.shape)
                             is_parameter = isinstance(value, nn.Parameter)
                             table[name] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
         yield

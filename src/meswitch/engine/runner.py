@@ -200,8 +200,8 @@ def _proven(
     if attachment.idle:
         try:
             batch_runs_base(batch, trial, without_weights(model, attachment.idle), "idle")
-        except MeswitchError as error:
-            return (f"{attachment.idle[0]}: is not called, yet text cannot be computed without it: {error}",)
+        except MeswitchError:
+            return (f"{attachment.idle[0]}: is not called, yet text cannot be computed without it",)
     if attachment.reasons:
         return attachment.reasons
     kernel = uses_kernels(op_backend, device, model.dtype)

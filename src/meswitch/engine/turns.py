@@ -1,4 +1,4 @@
-"""Experts that take turns: for models that transformers' running batch cannot run.
+"""Experts that take turns: for models that the running batch cannot run.
 
 One expert's weights are in the model at a time, as `meswitch merge` would make them, and `generate` of transformers
 answers that expert's requests in a batch. Every model that can be merged can be asked this way. It is slower than the
