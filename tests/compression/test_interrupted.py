@@ -177,17 +177,17 @@ def test_a_directory_that_is_no_artifact_is_never_replaced(family, tmp_path):
     assert (tmp_path / "precious/thesis.txt").read_text() == "text"
 
 
-def compress_and_report(pair, out, said, fault):
+def compress_and_report(pair, out, said, **options):
     """A compression to which a fault happens; what it says on stderr goes to a file."""
     torch.set_num_threads(1)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
-    meswitch.compress(*pair, out, progress=fault)
+    meswitch.compress(*pair, out, **options)
 
 
 def compress_on_a_full_disk(pair, out, said):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    compress_and_report(pair, out, said, None)
+    compress_and_report(pair, out, said)
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing_loadable(family, tmp_path):
@@ -209,7 +209,7 @@ def compress_until_ctrl_c(pair, out, said):
         if len(seen) == 20:
             os.kill(os.getpid(), signal.SIGINT)
 
-    compress_and_report(pair, out, said, stop)
+    compress_and_report(pair, out, said, progress=stop)
 
 
 def test_ctrl_c_leaves_nothing_loadable(family, tmp_path):

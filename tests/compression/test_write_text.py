@@ -22,7 +22,7 @@ def tokenizer(family):
 
 @pytest.fixture(scope="module")
 def written(family):
-    return self_calibration(Checkpoint.open(family / "math"), 800)
+    return self_calibration(Checkpoint.open(family / "math"), 1500)
 
 
 def with_template(expert, template):
@@ -49,7 +49,7 @@ def always(expert, token):
 
 
 def test_it_writes_whole_conversations_up_to_the_wanted_tokens(written, tokenizer):
-    assert sum(map(len, written.sequences)) == written.info.tokens == 800
+    assert sum(map(len, written.sequences)) == written.info.tokens == 1500
     assert written.info.sequences == len(written.sequences) > 5
     assert (written.info.source, written.info.seed) == ("self", 0)
     for sequence in written.sequences[:-1]:
@@ -64,8 +64,8 @@ def test_it_writes_whole_conversations_up_to_the_wanted_tokens(written, tokenize
 
 def test_the_same_seed_writes_the_same_text_and_another_does_not(family, written):
     expert = Checkpoint.open(family / "math")
-    assert self_calibration(expert, 800) == written
-    other = self_calibration(expert, 800, seed=1)
+    assert self_calibration(expert, 1500) == written
+    other = self_calibration(expert, 1500, seed=1)
     assert other.info.sha256 != written.info.sha256
     assert other.info.seed == 1
 
@@ -101,9 +101,9 @@ def test_few_questions_are_asked_again_but_no_answer_is_kept_twice(family, tmp_p
     file = tmp_path / "asked.txt"
     file.write_text("Give the first letter of each word: cloud hammer")
     lines = []
-    found = self_calibration(Checkpoint.open(family / "instruct"), 1000, prompts=file, notice=lines.append)
+    found = self_calibration(Checkpoint.open(family / "instruct"), 2000, prompts=file, notice=lines.append)
     assert len({tuple(sequence) for sequence in found.sequences}) == len(found.sequences)
-    assert f"{found.info.tokens} tokens of 1000 wanted; dropped a copy (" in lines[-1]
+    assert f"{found.info.tokens} tokens of 2000 wanted; dropped a copy (" in lines[-1]
 
 
 def test_a_turn_that_ends_with_text_is_cut_there(pair, tokenizer):
@@ -150,12 +150,12 @@ def test_memory_and_progress_are_told(family):
 
 
 def test_an_artifact_says_that_the_expert_wrote_its_text(family, tmp_path):
-    options = {"calibration": "self", "calibration_tokens": 1000, "distill": 1}
+    options = {"calibration": "self", "calibration_tokens": 2500, "distill": 2}
     artifact = meswitch.compress(family / "base", family / "math", tmp_path / "delta", **options)
     again = meswitch.Artifact.open(tmp_path / "delta").manifest.method
     assert again == artifact.manifest.method
-    assert (again.calibration.source, again.calibration.tokens, again.calibration.seed) == ("self", 1000, 0)
-    assert again.distillation.steps == 1
+    assert (again.calibration.source, again.calibration.tokens, again.calibration.seed) == ("self", 2500, 0)
+    assert again.distillation.steps == 2
 
 
 def test_an_artifact_that_exists_is_noticed_before_the_expert_writes(family, tmp_path):

@@ -21,7 +21,7 @@ from meswitch.compression.text import load_calibration
 from meswitch.errors import ConfigError
 
 CPU = torch.device("cpu")
-SHORT = Recipe(steps=8, batch=8, scope="block")
+SHORT = Recipe(steps=12, batch=8, scope="block")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_divergence_falls_and_the_artifact_costs_no_more_bytes_and_is_served
     artifact.verify()
     artifact.check_base(Checkpoint.open(family / "base"), full=True)
     info = artifact.manifest.method.distillation
-    assert (info.scope, info.steps) == ("block", 8)
+    assert (info.scope, info.steps) == ("block", 12)
     assert info.held_out_after < 0.9 * info.held_out_before
     assert divergence(*pair, tmp_path / "delta", text) < 0.95 * divergence(*pair, tmp_path / "plain", text)
     assert artifact.nbytes == plain.nbytes
@@ -65,7 +65,7 @@ def test_the_divergence_falls_and_the_artifact_costs_no_more_bytes_and_is_served
         assert now.kind == entry.kind
         assert (now.stored != entry.stored) <= (name in trained), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "plain", "text.jsonl"]
-    assert lines[-1][:3] == ("training", 7 * 8, 7 * 8)
+    assert lines[-1][:3] == ("training", 7 * 12, 7 * 12)
     with meswitch.Engine(family / "base", {"math": tmp_path / "delta"}, device="cpu") as engine:
         (answer,) = engine.generate([[{"role": "user", "content": "How many? 2*3"}]], model="math", max_new_tokens=8)
         assert answer.tokens

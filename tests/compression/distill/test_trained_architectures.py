@@ -14,7 +14,7 @@ from meswitch.compression.merge import load_merged
 from meswitch.errors import IncompatibleError
 
 CPU = torch.device("cpu")
-SHORT = Recipe(steps=8, batch=8, check_every=2, question_weight=1.0)
+SHORT = Recipe(steps=12, batch=8, check_every=2, question_weight=1.0)
 # expert matrices one by one; Conv1D and a tied head; stacks that lie transposed; a scaled embedding; linear attention
 MODELS = ("mixtral", "gpt2", "gpt_oss", "gemma", "qwen3_next")
 
