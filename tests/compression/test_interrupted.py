@@ -57,7 +57,7 @@ def ended(work, *args):
     """The exit status of a process that does the work and ends."""
     process = PROCESSES.Process(target=work, args=args)
     process.start()
-    process.join(120)
+    process.join(600)
     return process.exitcode
 
 
@@ -83,7 +83,7 @@ WORK = {
     "data-free": ({}, "compressing", 50, 11),
     "calibrated": (TEXT, "compressing", 50, 11),
     "text": (TEXT | {"calibration": "self", "calibration_tokens": 400}, "writing calibration text", 1, 0),
-    "budget": (TEXT | {"target_bpw": 2.3, "calibration_tokens": 300}, "compressing", 26, 11),
+    "budget": (TEXT | {"target_bpw": 2.3, "calibration_tokens": 300}, "compressing", 26, 8),
     "training": (TEXT | {"distill": 6}, "training", 4, 3),
     "blocks": (TEXT | {"distill": 3, "distill_scope": "block"}, "training", 9, 3 + 4),
 }
