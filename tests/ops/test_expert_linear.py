@@ -74,7 +74,7 @@ def test_inputs_with_a_large_mean_do_not_cancel():
 
 
 def test_input_channels_are_split_among_programs():
-    deltas = [random_delta(40, 2048, bits, 128, salient=2, seed=bits) for bits in (2, 3)]
+    deltas = [random_delta(40, 4096, bits, 128, salient=2, seed=bits) for bits in (2, 3)]
     for _ in range(2):  # the counters are zero again after a launch
         assert run(deltas, [0, 1, 1]) < TOLERANCE[torch.bfloat16]
 

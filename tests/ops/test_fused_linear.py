@@ -57,11 +57,11 @@ def test_every_bucket_of_tokens(tokens):
 
 @pytest.mark.parametrize("tokens", [16, 32, 64])
 def test_many_tokens_of_one_expert(tokens):
-    assert run([random_delta(140, 512, 2, 128, salient=2)], [0] * tokens) < TOLERANCE[torch.bfloat16]
+    assert run([random_delta(140, 1024, 2, 128, salient=2)], [0] * tokens) < TOLERANCE[torch.bfloat16]
 
 
 def test_experts_of_different_bits_and_one_without_a_change_share_a_batch():
-    deltas = [*(random_delta(70, 2100, bits, salient=bits, seed=bits) for bits in (1, 2, 3, 4)), None]
+    deltas = [*(random_delta(70, 4200, bits, salient=bits, seed=bits) for bits in (1, 2, 3, 4)), None]
     assert run(deltas, [4, 3, -1, 2, 1, 0, 4, 3, -1]) < TOLERANCE[torch.bfloat16]
 
 
@@ -152,7 +152,7 @@ def test_the_operator_is_registered_with_its_schema_and_fake_kernel():
 @pytest.mark.parametrize("likely", [1, 2, 3])
 def test_a_routing_of_more_pieces_than_it_has_as_a_rule(likely):
     """Programs are as many as for the likely pieces; each takes several."""
-    deltas = [random_delta(130, 512, 2, salient=2, seed=seed) for seed in range(3)]
+    deltas = [random_delta(130, 1024, 2, salient=2, seed=seed) for seed in range(3)]
     token_slots = [0] * 17 + [1] * 3 + [-1] * 2 + [2] * 4
     layer = SlotLinear.build(deltas, DEVICE)
     x, weight = inputs(len(token_slots), layer, torch.bfloat16)
