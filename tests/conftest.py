@@ -1,5 +1,6 @@
 """Real models for all tests: the trained family, and small random pairs for the cases it does not have."""
 
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -22,6 +23,13 @@ FAMILY = ROOT / "examples" / "family"
 def pytest_configure(config):
     # the matrices are small: a second thread costs more in waiting than it computes
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_heap() -> None:
+    """What is there before a module's tests is not looked through by the collections that closing an engine makes."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

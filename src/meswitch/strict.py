@@ -1,6 +1,7 @@
 """JSON -> dataclasses, strictly: an unknown field, a missing one or a wrong type is an error that names it."""
 
 import dataclasses
+import functools
 import types
 import typing
 from pathlib import Path
@@ -46,7 +47,7 @@ class Decoder:
         return value
 
     def _dataclass(self, kind: Any, value: dict[str, Any], prefix: str) -> Any:
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         for key in value:
             if key not in hints:
                 raise self.error(f"{self.file}: {prefix}{key}: unknown field; it was written by another version")
@@ -65,3 +66,8 @@ class Decoder:
     def _expect(self, fits: bool, where: str, wanted: str, value: Any) -> None:
         if not fits:
             raise self.error(f"{self.file}: {where or 'the file'}: expected {wanted}, found {value!r:.80}")
+
+
+@functools.cache  # evaluating the annotations is most of the time that a large file takes
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)

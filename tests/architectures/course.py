@@ -72,8 +72,8 @@ def follow(model_type: str, root: Path, tokenizer: Path, device: str = "cpu", **
     outcome = Outcome(kind=model_class(config, text_only=True).__name__)
     base = tiny.write(config, root / "base", tokenizer)
     try:
-        _compress(outcome, root, base, device)
-        _serve(outcome, root, base, device)
+        models = _compress(outcome, root, base, device)
+        _serve(outcome, root, base, device, models)
     except MeswitchError as error:
         outcome.error = str(error)
     return outcome
@@ -95,8 +95,10 @@ def _logits(model: Any) -> torch.Tensor:
     return torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in PROMPTS])
 
 
-def _compress(outcome: Outcome, root: Path, base: Path, device: str) -> None:
-    plain = _logits(load(base))
+def _compress(outcome: Outcome, root: Path, base: Path, device: str) -> dict[str, Any]:
+    """Returns the base's model and both merged ones."""
+    models = {"base": load(base)}
+    plain = _logits(models["base"])
     for seed, name in enumerate(("a", "b"), start=1):
         full = tiny.tune(base, root / name, seed)
         if name == "a":
@@ -106,10 +108,12 @@ def _compress(outcome: Outcome, root: Path, base: Path, device: str) -> None:
         Artifact.open(root / f"delta-{name}").verify()
         merge(base, root / f"delta-{name}", root / f"merged-{name}")
         wanted = _logits(load(full))
-        found = _logits(load(root / f"merged-{name}"))
+        models[name] = load(root / f"merged-{name}")
+        found = _logits(models[name])
         distance = float((found - wanted).norm() / (wanted - plain).norm())
         outcome.distance = max(outcome.distance, distance)
     outcome.compressed = True
+    return models
 
 
 def _calibrate(outcome: Outcome, root: Path, base: Path, full: Path, device: str) -> None:
@@ -126,7 +130,7 @@ def _calibrate(outcome: Outcome, root: Path, base: Path, full: Path, device: str
         meswitch.compress(base, full, root / "delta-b", bits=4, device=device)
 
 
-def _serve(outcome: Outcome, root: Path, base: Path, device: str) -> None:
+def _serve(outcome: Outcome, root: Path, base: Path, device: str, models: dict[str, Any]) -> None:
     experts = {name: root / f"delta-{name}" for name in ("a", "b")}
     names = [name for _ in PROMPTS for name in ("a", "b", "base")]
     prompts = [list(ids) for ids in PROMPTS for _ in range(3)]
@@ -136,7 +140,6 @@ def _serve(outcome: Outcome, root: Path, base: Path, device: str) -> None:
         for tokenizer in engine.tokenizers.values():
             tokenizer.ends = []
         answers = engine.generate(prompts, model=names, max_new_tokens=NEW_TOKENS)
-    models = {"base": load(base)} | {name: load(root / f"merged-{name}") for name in experts}
     for name, prompt, answer in zip(names, prompts, answers, strict=True):
         fault = differs(models[name], prompt, list(answer.tokens))
         if fault is None:

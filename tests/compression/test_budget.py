@@ -33,7 +33,7 @@ def test_the_file_keeps_the_budget_and_uses_it(family, tmp_path, text):
         tmp_path / "delta",
         target_bpw=1.8,
         calibration=text,
-        calibration_tokens=6000,
+        calibration_tokens=1000,
         distill=0,
     )
     assert 1.65 < file_bpw(artifact) <= 1.8

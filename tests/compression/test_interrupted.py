@@ -1,17 +1,19 @@
 """Compression that is stopped half-way: nothing half-written is loadable, and the next run goes on."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 
 import pytest
+import torch
 
 import meswitch
 from meswitch import Artifact
 from meswitch.artifact import writer
+from meswitch.compression import saved_work
 from meswitch.errors import ArtifactError
 
 
@@ -46,58 +48,68 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(writer, "PIECE_SECONDS", 0.0)
 
 
-# A compression that keeps what it does at once, and kills itself once a phase has told so many times how far it is.
-KILLED = """
-import json, os, signal, sys
-import torch
-import meswitch
-from meswitch.artifact import writer
-from meswitch.compression import saved_work
-
-torch.set_num_threads(1)
-writer.PIECE_SECONDS = saved_work.SECONDS = 0.0
-saved_work.SHARE = float("inf")
-*paths, options, phase, count = sys.argv[1:]
-seen = []
+# Processes that are made to fail. A server forks them, so that torch and the model's classes are imported once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["meswitch.compression.pipeline", "transformers.models.mistral.modeling_mistral"])
 
 
-def progress(*told):
-    if "the next ones" not in told[3]:  # of calibration text: what is told within a batch is not saved yet
-        seen.append(told[0])
-    if seen.count(phase) == int(count):
-        os.kill(os.getpid(), signal.SIGKILL)
+def ended(work, *args):
+    """The exit status of a process that does the work and ends."""
+    process = PROCESSES.Process(target=work, args=args)
+    process.start()
+    process.join(600)
+    return process.exitcode
 
 
-meswitch.compress(*paths, progress=progress, **json.loads(options))
-"""
-TEXT = {"calibration_tokens": 3000, "distill": 0}
+def compress_until_killed(base, expert, out, options, phase, count):
+    """A compression that keeps what it does at once, and kills itself once a phase has told so often how far it is."""
+    torch.set_num_threads(1)
+    writer.PIECE_SECONDS = saved_work.SECONDS = 0.0
+    saved_work.SHARE = float("inf")
+    seen = []
+
+    def progress(*told):
+        if "the next ones" not in told[3]:  # of calibration text: what is told within a batch is not saved yet
+            seen.append(told[0])
+        if seen.count(phase) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    meswitch.compress(base, expert, out, progress=progress, **options)
+
+
+TEXT = {"calibration_tokens": 1000, "distill": 0}
 # phase, how often it has told, and how often it tells at most in the run that goes on
 WORK = {
     "data-free": ({}, "compressing", 50, 11),
     "calibrated": (TEXT, "compressing", 50, 11),
     "text": (TEXT | {"calibration": "self", "calibration_tokens": 400}, "writing calibration text", 1, 0),
-    "budget": (TEXT | {"target_bpw": 2.3, "calibration_tokens": 500}, "compressing", 50, 11),
-    "training": (TEXT | {"distill": 12}, "training", 9, 4),
-    "blocks": (TEXT | {"distill": 3, "distill_scope": "block"}, "training", 15, 4 + 7),
+    "budget": (TEXT | {"target_bpw": 2.3, "calibration_tokens": 300}, "compressing", 26, 8),
+    "training": (TEXT | {"distill": 6}, "training", 4, 3),
+    "blocks": (TEXT | {"distill": 3, "distill_scope": "block"}, "training", 9, 3 + 4),
 }
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_a_killed_process_loses_its_last_seconds_and_the_bytes_are_those_of_one_that_was_not(family, tmp_path, work):
+def test_a_killed_process_loses_its_last_seconds_and_the_bytes_are_those_of_one_that_was_not(
+    family, pair, tmp_path_factory, tmp_path, work
+):
     options, phase, count, most = WORK[work]
     if options and "calibration" not in options:
-        options = options | {"calibration": str(family / "calibration/math.jsonl")}
-    pair, out, told = (family / "base", family / "math"), tmp_path / "delta", []
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, (*pair, out)), json.dumps(options), phase, str(count)]
-    )
-    assert killed.returncode == -signal.SIGKILL
+        lines = (family / "calibration" / "math.jsonl").read_text().splitlines(keepends=True)[:40]
+        text = tmp_path_factory.mktemp("text") / "math.jsonl"
+        text.write_text("".join(lines))
+        options = options | {"calibration": str(text)}
+    small = work in ("budget", "training", "blocks")  # whose work grows with the model
+    checkpoints = pair(num_hidden_layers=3) if small else (family / "base", family / "math")
+    out, told = tmp_path / "made" / "delta", []
+    out.parent.mkdir()
+    assert ended(compress_until_killed, *checkpoints, out, options, phase, count) == -signal.SIGKILL
     with pytest.raises(ArtifactError, match="interrupted, run the same `meswitch compress` again"):
         Artifact.open(out)
-    meswitch.compress(*pair, out, progress=lambda *step: told.append(step[0]), **options)
+    meswitch.compress(*checkpoints, out, progress=lambda *step: told.append(step[0]), **options)
     assert told.count(phase) <= most
-    assert [path.name for path in tmp_path.iterdir()] == ["delta"]
-    meswitch.compress(*pair, tmp_path / "whole", **options)
+    assert [path.name for path in out.parent.iterdir()] == ["delta"]
+    meswitch.compress(*checkpoints, tmp_path / "whole", **options)
     assert files(out) == files(tmp_path / "whole")
 
 
@@ -165,38 +177,43 @@ def test_a_directory_that_is_no_artifact_is_never_replaced(family, tmp_path):
     assert (tmp_path / "precious/thesis.txt").read_text() == "text"
 
 
-def run(code, **options):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options)
+def compress_and_report(pair, out, said, **options):
+    """A compression to which a fault happens; what it says on stderr goes to a file."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    meswitch.compress(*pair, out, **options)
+
+
+def compress_on_a_full_disk(pair, out, said):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    compress_and_report(pair, out, said)
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing_loadable(family, tmp_path):
-    code = f"import meswitch; meswitch.compress({str(family / 'base')!r}, {str(family / 'math')!r}, 'delta')"
+    pair, out, said = (family / "base", family / "math"), tmp_path / "delta", tmp_path / "said"
+    assert ended(compress_on_a_full_disk, pair, out, said) == 1
+    assert "delta.partial: " in said.read_text()
+    assert "free some" in said.read_text()
+    assert "goes on where it stopped" in said.read_text()
+    assert not out.exists()
+    meswitch.compress(*pair, out).verify()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    result = run(code, cwd=tmp_path, preexec_fn=limit)
-    assert result.returncode != 0
-    assert "delta.partial: " in result.stderr
-    assert "free some" in result.stderr
-    assert "goes on where it stopped" in result.stderr
-    assert not (tmp_path / "delta").exists()
-    assert run(code, cwd=tmp_path).returncode == 0
-    Artifact.open(tmp_path / "delta").verify()
+def compress_until_ctrl_c(pair, out, said):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    seen = []
+
+    def stop(*told):
+        seen.append(told)
+        if len(seen) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    compress_and_report(pair, out, said, progress=stop)
 
 
 def test_ctrl_c_leaves_nothing_loadable(family, tmp_path):
-    code = (
-        "import os, signal, meswitch\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "seen = []\n"
-        "def stop(*told):\n"
-        "    seen.append(told)\n"
-        "    if len(seen) == 20: os.kill(os.getpid(), signal.SIGINT)\n"
-        f"meswitch.compress({str(family / 'base')!r}, {str(family / 'math')!r}, 'delta', progress=stop)"
-    )
-    result = run(code, cwd=tmp_path, env={**os.environ})
-    assert result.returncode != 0
-    assert "KeyboardInterrupt" in result.stderr
+    said = tmp_path / "said"
+    assert ended(compress_until_ctrl_c, (family / "base", family / "math"), tmp_path / "delta", said) != 0
+    assert "KeyboardInterrupt" in said.read_text()
     assert not (tmp_path / "delta").exists()

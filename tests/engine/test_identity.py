@@ -14,7 +14,7 @@ from meswitch.engine.pages import PAGE
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 LONG = [{"role": "user", "content": "Write these words in capital letters: " + "river stone cloud table " * 12}]
-NEW_TOKENS = 24
+NEW_TOKENS = 14
 
 
 def alone(model, tokenizer, prompt):

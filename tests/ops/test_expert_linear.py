@@ -34,10 +34,16 @@ def test_every_spread_of_tokens_over_experts(spread, backend):
     assert run(deltas, SPREADS[spread], backend=backend) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("rows", "in_features"), [(64, 512), (37, 100), (130, 1100)])
-def test_every_bit_width_and_odd_sizes(bits, rows, in_features, dtype):
+def test_every_bit_width_and_odd_sizes(bits, rows, in_features):
+    deltas = [random_delta(rows, in_features, bits, salient=bits, seed=seed) for seed in range(2)]
+    assert run(deltas, [0, 1, 0]) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("bits", "rows", "in_features"), [(1, 37, 100), (3, 64, 512)])
+def test_every_dtype(bits, rows, in_features, dtype):
     deltas = [random_delta(rows, in_features, bits, salient=bits, seed=seed) for seed in range(2)]
     assert run(deltas, [0, 1, 0], dtype=dtype) < TOLERANCE[dtype]
 
@@ -96,7 +102,7 @@ def test_a_launch_that_fills_the_chip_once_and_a_bit_splits_its_last_tiles():
 
 
 def test_a_token_gets_the_same_bits_whoever_shares_its_batch():
-    deltas = [random_delta(96, 2048, 2, 128, salient=2, seed=seed) for seed in range(4)]
+    deltas = [random_delta(40, 2048, 2, 128, salient=2, seed=seed) for seed in range(4)]
     layer = SlotLinear.build(deltas, DEVICE)
     x, y = inputs(8, layer, torch.bfloat16)
 
