@@ -16,10 +16,10 @@ from torch import Tensor
 from meswitch.artifact import Artifact
 from meswitch.codec import Delta, ExactDelta
 from meswitch.errors import CapacityError, UnknownExpertError
-from meswitch.experts.host import HostCache
-from meswitch.experts.layout import HEAD_TIED, Layout
-from meswitch.experts.tables import SlotTables
 from meswitch.pagelock import copy
+from meswitch.slots.host import HostCache
+from meswitch.slots.layout import HEAD_TIED, Layout
+from meswitch.slots.tables import SlotTables
 from meswitch.units import format_bytes
 
 

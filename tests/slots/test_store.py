@@ -8,8 +8,8 @@ import torch
 from meswitch import Artifact
 from meswitch.codec import PackedDelta
 from meswitch.errors import ArtifactError, CapacityError, UnknownExpertError
-from meswitch.experts import ExpertStore
-from meswitch.experts.layout import Layout
+from meswitch.slots import ExpertStore
+from meswitch.slots.layout import Layout
 
 
 @pytest.fixture

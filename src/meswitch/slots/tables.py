@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.experts.layout import Layout
 from meswitch.ops.layout import ABSENT, Shape
 from meswitch.ops.slots import SlotLinear, Variant
+from meswitch.slots.layout import Layout
 
 
 class SlotTables:

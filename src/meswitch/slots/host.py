@@ -9,8 +9,8 @@ from torch import Tensor
 
 from meswitch.artifact import Artifact
 from meswitch.errors import CapacityError
-from meswitch.experts.layout import Layout
 from meswitch.pagelock import page_locked
+from meswitch.slots.layout import Layout
 from meswitch.units import format_bytes
 
 
