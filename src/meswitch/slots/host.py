@@ -1,64 +1,131 @@
-"""Experts in host memory: least recently used out first, counted in bytes."""
+"""What is kept in host memory: read once for all who ask, least recently used out first, counted in bytes."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
-
-from meswitch.artifact import Artifact
 from meswitch.errors import CapacityError
-from meswitch.pagelock import page_locked
-from meswitch.slots.layout import Layout
+from meswitch.slots.loader import Loader
 from meswitch.units import format_bytes
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
-class HostCache:
-    """Buffers of experts in (pinned) host memory.
+
+@dataclass(slots=True)
+class _Kept(Generic[V]):
+    """One thing. pins: how many keep it from being thrown out."""
+
+    future: Future[V]
+    nbytes: int
+    pins: int = 0
+
+
+class HostTier(Generic[K, V]):
+    """Experts in host memory, on their way there, or about to be.
+
+    Both engines keep experts here: the embedded one every expert that fits, until its budget is full; vLLM's worker
+    those that were read ahead and not asked for yet (afterwards they are in vLLM's own cache, by vLLM's ids).
+
+    Never more than `budget` bytes are promised: room is taken before a read begins, and what is pinned or still being
+    read is not thrown out. A read that fails leaves nothing, so that the next one who asks tries again.
 
     Args:
-        budget: bytes; None is no limit. device: that of the slots; for a GPU the memory is page-locked.
+        budget: bytes; None is no limit.
+        loader: its threads read.
     """
 
-    def __init__(self, budget: int | None, device: torch.device) -> None:
+    def __init__(self, budget: int | None, loader: Loader) -> None:
         self.budget = budget
-        self._device = device
-        self._buffers: OrderedDict[str, Tensor] = OrderedDict()
+        self._loader = loader
+        self._kept: OrderedDict[K, _Kept[V]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, name: str, artifact: Artifact, layout: Layout) -> Tensor:
-        """The expert's buffer [layout.nbytes] uint8, read from disk if it is not here.
+    def load(self, key: K, nbytes: int, read: Callable[[], V], *, pin: bool = False) -> Future[V] | None:
+        """What is here already, is being read, or begins to be; never waits.
+
+        Args:
+            key: what it is.
+            nbytes: that it takes.
+            read: makes it, in a thread of the loader.
+            pin: keep it until `unpin`.
+
+        Returns:
+            None while what must stay leaves no room.
 
         Raises:
-            CapacityError: the expert alone is over the budget.
-            ArtifactError: its files are damaged.
+            CapacityError: it alone is over the budget.
         """
         with self._lock:
-            if name in self._buffers:
-                self._buffers.move_to_end(name)
-                return self._buffers[name]
-            if self.budget is not None and layout.nbytes > self.budget:
-                raise CapacityError(
-                    f"expert {name!r} needs {format_bytes(layout.nbytes)} of host memory, the budget is "
-                    f"{format_bytes(self.budget)}; raise engine.host_bytes"
-                )
-            while self.budget is not None and self.nbytes + layout.nbytes > self.budget:
-                self._buffers.popitem(last=False)
-            buffer = page_locked(layout.nbytes, self._device)
-            layout.fill(artifact, buffer, self._device)
-            self._buffers[name] = buffer
-            return buffer
+            kept = self._kept.get(key)
+            is_new = kept is None
+            if kept is None:
+                if self.budget is not None and nbytes > self.budget:
+                    raise CapacityError(
+                        f"{format_bytes(nbytes)} of host memory are needed, the budget is {format_bytes(self.budget)}; "
+                        "raise engine.host_bytes"
+                    )
+                if not self._make_room(nbytes):
+                    return None
+                kept = self._kept[key] = _Kept(self._loader.start(read), nbytes)
+            self._kept.move_to_end(key)
+            kept.pins += pin
+        if is_new:
+            kept.future.add_done_callback(lambda future: self._forget(key, future))
+        return kept.future
 
-    def discard(self, name: str) -> None:
+    def unpin(self, key: K) -> None:
+        """Undo one `load` with `pin`."""
         with self._lock:
-            self._buffers.pop(name, None)
+            if key in self._kept:
+                self._kept[key].pins -= 1
+
+    def take(self, key: K) -> Future[V] | None:
+        """Hand over what is here or being read, and keep it no longer; None if there is nothing."""
+        with self._lock:
+            kept = self._kept.pop(key, None)
+        return None if kept is None else kept.future
+
+    def discard(self, key: K) -> None:
+        """Throw out what nobody will ask for again, unless it is pinned."""
+        with self._lock:
+            if key in self._kept and not self._kept[key].pins:
+                del self._kept[key]
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.numel() for buffer in self._buffers.values())
-
-    def resident(self) -> Mapping[str, int]:
-        """Bytes by expert, least recently used first."""
+        """Of all that is here or has room promised."""
         with self._lock:
-            return {name: buffer.numel() for name, buffer in self._buffers.items()}
+            return sum(kept.nbytes for kept in self._kept.values())
+
+    def resident(self) -> Mapping[K, int]:
+        """Bytes of what is here, least recently used first."""
+        with self._lock:
+            return {key: kept.nbytes for key, kept in self._kept.items() if kept.future.done()}
+
+    def _make_room(self, nbytes: int) -> bool:
+        if self.budget is None:
+            return True
+        free = self.budget - sum(kept.nbytes for kept in self._kept.values())
+        going = []
+        for key, kept in self._kept.items():
+            if free >= nbytes:
+                break
+            if not kept.pins and kept.future.done():
+                going.append(key)
+                free += kept.nbytes
+        if free < nbytes:
+            return False
+        for key in going:
+            del self._kept[key]
+        return True
+
+    def _forget(self, key: K, future: Future[V]) -> None:
+        """After a read: one that failed, or was never begun, is not kept."""
+        if future.cancelled() or future.exception() is not None:
+            with self._lock:
+                if key in self._kept and self._kept[key].future is future:
+                    del self._kept[key]

@@ -1,47 +1,140 @@
-"""Residency: an expert's way from disk through host memory into a device slot.
+"""Residency: an expert's way from disk through host memory into a device slot, and who may go in when.
 
 A slot is a fixed place in device memory. A request pins its expert's slot from admission to its last token; a pinned
 slot is never overwritten, an unpinned one keeps its expert until another needs the place (least recently used first).
+While an expert is copied into a slot nobody has that slot, so no step reads it.
+
+Nobody waits for a load but those who need it. `request` gives a future at once; reading and copying are done by threads
+of their own, and no lock is held meanwhile. An expert is read into host memory first and gets a slot only then, so that
+a slow disk takes no slot from anybody. All who want one version of an expert share one load.
+
+What is bounded:
+
+- loads: `READERS` experts are read from disk at a time (each by a few threads, `artifact.ReadAhead`), one is copied at
+  a time, and `OPENERS` manifests are read at a time; the rest waits in the order in which it was asked for;
+- host memory: `host_bytes`, what is being read included. An expert that is about to be copied stays until it is;
+- the device: as many slots as were made at the start.
+
+Fairness: a request whose expert is in a slot goes in at once, past all that wait. When a waiting expert is in host
+memory, and `MAX_PASSES` later requests went past it or `MAX_WAIT` seconds have gone by, one slot is promised to it: the
+one with the fewest requests. That slot takes no new requests, its running ones end, and the waiting expert gets it.
+Promises are made in the order in which the experts were asked for.
 """
 
-import contextlib
+import logging
 import threading
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from meswitch.artifact import Artifact
 from meswitch.codec import Delta, ExactDelta
-from meswitch.errors import CapacityError, UnknownExpertError
-from meswitch.pagelock import copy
-from meswitch.slots.host import HostCache
+from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
+from meswitch.pagelock import copy, page_locked
+from meswitch.slots.host import HostTier
 from meswitch.slots.layout import HEAD_TIED, Layout
-from meswitch.slots.tables import SlotTables
+from meswitch.slots.loader import Loader, load_error
+from meswitch.slots.tables import SlotTables, table_layers
+from meswitch.slots.versions import Accept, Plan, Signature, Version, Versions, manifest_digest
 from meswitch.units import format_bytes
 
+logger = logging.getLogger("meswitch.slots")
 
-@dataclass(slots=True)
-class _Slot:
-    buffer: Tensor
-    expert: str | None = None
-    ready: bool = False
-    pins: int = 0
-    used: int = 0  # clock of the last acquire
-    tensors: Mapping[str, Delta | ExactDelta | Tensor] = field(default_factory=dict)
+READERS, OPENERS = 2, 2
+MAX_PASSES = 32
+MAX_WAIT = 5.0
+_MAX_TRIES = 3  # of a load whose files were replaced meanwhile
+
+Tensors = Mapping[str, Delta | ExactDelta | Tensor]
+_Todo = list[Callable[[], Any]]  # what is done once the lock is free
 
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Where one expert's bytes are: `device`, `host` or `disk`; pins counts the requests that use it now."""
+    """Where one expert's bytes are: `device`, `host` or `disk`.
+
+    Args:
+        expert: its name.
+        place: of its newest version.
+        bytes: that it takes in host memory and in a slot.
+        slot: which, if it is in one.
+        pins: requests that use it now, in any version.
+        version: the newest one's key.
+    """
 
     expert: str
     place: str
     bytes: int
     slot: int | None
     pins: int
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A slot that is pinned until `ExpertStore.release`, and what it holds."""
+
+    slot: int
+    version: Version
+
+
+@dataclass(eq=False, slots=True)
+class _Slot:
+    """A place on the device.
+
+    Args:
+        buffer: [slot_bytes] uint8.
+        version: what is there or is being copied there; None while it is empty.
+        ready: whether it is copied.
+        pins: requests that use it.
+        used: clock of the last request.
+        tensors: views of the buffer.
+        promised: to whom, once nobody uses it.
+    """
+
+    buffer: Tensor
+    version: Version | None = None
+    ready: bool = False
+    pins: int = 0
+    used: int = 0
+    tensors: Tensors = field(default_factory=dict)
+    promised: "_Load | None" = None
+
+    def clear(self) -> None:
+        self.version, self.ready, self.tensors = None, False, {}
+
+
+@dataclass(eq=False, slots=True)
+class _Load:
+    """One version of an expert on its way to a slot.
+
+    Args:
+        expert: its name.
+        order: when it was first asked for.
+        signature: of the manifest that was there then.
+        version: None until that manifest was opened.
+        waiters: who wants it; nobody, if it is only fetched ahead.
+        tries: how often its files were replaced on the way.
+        stage: what it waits for next, or is doing.
+        passed: requests that went past it, since when it has been ready for a slot.
+    """
+
+    expert: str
+    order: int
+    signature: Signature | None
+    version: Version | None
+    waiters: list[Future[Held]]
+    tries: int = 0
+    stage: Literal["new", "opening", "reading", "ready", "copying", "failing"] = "new"
+    in_host: bool = False
+    passed: int = 0
+    since: float | None = None
 
 
 class ExpertStore:
@@ -49,13 +142,16 @@ class ExpertStore:
 
     Args:
         artifacts: opened artifacts by name.
-        slots: fixed places on the device. host_bytes: budget of the host tier, None for no limit.
+        device: where the slots are.
+        slots: how many.
+        host_bytes: budget of the host tier, None for no limit.
         kernel: lay packed deltas out for the GPU kernels, which find them through `tables`: all, none, or those of
             these names.
         tied: names that share another tensor where an artifact does not store them.
 
     Raises:
-        CapacityError: less than one slot. ConfigError: a delta that no kernel reads.
+        CapacityError: less than one slot.
+        ConfigError: a delta that no kernel reads.
     """
 
     def __init__(
@@ -70,104 +166,149 @@ class ExpertStore:
     ) -> None:
         if slots < 1:
             raise CapacityError(f"slots: {slots}: an engine needs at least one slot")
-        self.artifacts = dict(artifacts)
-        self.layouts = {
-            name: Layout.of(artifact, kernel=kernel, tied=tied) for name, artifact in self.artifacts.items()
-        }
         self.device = device
-        self.host = HostCache(host_bytes, device)
-        self.slot_bytes = max((layout.nbytes for layout in self.layouts.values()), default=0)
-        count = min(slots, max(1, len(self.artifacts)))
+        self._lay = partial(Layout.of, kernel=kernel, tied=tied)
+        versions = [
+            Version(name, manifest_digest(artifact.manifest), artifact, self._lay(artifact))
+            for name, artifact in artifacts.items()
+        ]
+        self._versions = Versions(versions)
+        layouts = [version.layout for version in versions]
+        self.slot_bytes = max((layout.nbytes for layout in layouts), default=0)
+        count = min(slots, max(1, len(versions)))
         self._arena = torch.zeros(count, self.slot_bytes, dtype=torch.uint8, device=device)
         self._slots = [_Slot(self._arena[i]) for i in range(count)]
-        self.tables = SlotTables(self.layouts.values(), self._arena) if kernel is not False else None
-        self._changed = threading.Condition()
+        self.tables: SlotTables | None = None
+        if kernel is not False:
+            shapes = [(name, shape) for layout in layouts for name, (shape, _) in layout.kernel_places().items()]
+            self.tables = SlotTables(self._arena.view(-1), count, table_layers(shapes))
+        self._openers = Loader(OPENERS, "meswitch-open")
+        self._readers = Loader(READERS, "meswitch-read", device)
+        self._copier = Loader(1, "meswitch-copy", device)
+        self.host: HostTier[Version, Tensor] = HostTier(host_bytes, self._readers)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams write there from now on
+        self._lock = threading.Lock()
+        self._loads: list[_Load] = []
         self._clock = 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._closed = False
         self.loads = 0
+        self.failures = 0
         self.evictions = 0
         self.load_seconds = 0.0
 
-    def tensors(self, slot: int) -> Mapping[str, Delta | ExactDelta | Tensor]:
+    def watch(self, accept: Accept | None = None, made: Mapping[str, Any] | None = None) -> None:
+        """From now on notice when an expert's files are replaced: requests that come later get the new version.
+
+        Args:
+            accept: has the last word on a new version; what it gives becomes `Version.made`.
+            made: what it would have given for the versions that are here.
+        """
+        newest = self._versions.newest().values()
+        plan = Plan.of([version.artifact for version in newest], self.slot_bytes, self.tables)
+        self._versions.watch(plan, self._lay, accept, made or {})
+
+    @property
+    def artifacts(self) -> Mapping[str, Artifact]:
+        """The newest versions' artifacts by expert."""
+        return {name: version.artifact for name, version in self._versions.newest().items()}
+
+    def version(self, name: str) -> str:
+        """A key that stands for the newest version of an expert that is known, and for nothing else.
+
+        What was computed with a version may be used again only under its key: salt hashes of KV blocks with it. A
+        request's own version is `Held.version.key`.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        return self._versions.newest()[name].key
+
+    def tensors(self, slot: int) -> Tensors:
         """The tensors of the expert that a pinned slot holds."""
         return self._slots[slot].tensors
 
-    def try_acquire(self, name: str) -> int | None:
-        """Pin the expert in a slot, loading it if a slot is free; None while all slots are in use by others.
+    def request(self, name: str) -> Future[Held]:
+        """Ask for an expert; the future gets its slot, pinned. Cancel it, or release what it got.
+
+        The future's callbacks run in any thread, without a lock. It fails with a `LoadError`, whose text may be shown
+        to whoever asked; the next request tries again.
 
         Raises:
-            UnknownExpertError: no such expert. ArtifactError, CapacityError: it cannot be loaded.
+            UnknownExpertError: no such expert.
+            MeswitchError: the store is closed.
         """
-        if name not in self.artifacts:
-            raise UnknownExpertError(f"no expert {name!r}; there are {', '.join(self.artifacts) or 'none'}")
-        with self._changed:
+        self._check_known(name)
+        signature = self._versions.look(name)
+        wanted: Future[Held] = Future()
+        with self._lock:
+            if self._closed:
+                raise MeswitchError("the engine is closed")
             self._clock += 1
-            index = self._find(name)
-            if index is not None:
-                slot = self._slots[index]
-                slot.pins += 1
-                slot.used = self._clock
-                while not slot.ready and slot.expert == name:
-                    self._changed.wait()
-                if slot.expert != name:  # another thread's load of it failed
-                    return None
-                return index
-            free = [i for i, slot in enumerate(self._slots) if not slot.pins]
-            if not free:
-                return None
-            index = min(free, key=lambda i: (self._slots[i].expert is not None, self._slots[i].used))
-            slot = self._slots[index]
-            self.evictions += slot.expert is not None
-            slot.expert, slot.ready, slot.pins, slot.used, slot.tensors = name, False, 1, self._clock, {}
-        try:
-            tensors = self._load(name, index)
-        except BaseException:
-            with self._changed:
-                slot.expert, slot.ready, slot.pins = None, False, 0
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            slot.tensors, slot.ready = tensors, True
-            self._changed.notify_all()
-        return index
+            todo = self._enter(name, signature, [wanted], self._clock) + self._advance()
+        self._do(todo)
+        wanted.add_done_callback(self._after_cancel)
+        return wanted
+
+    def prefetch(self, name: str) -> None:
+        """Begin to bring an expert where it is needed soon: into host memory, and into a slot if one is unused.
+
+        Returns at once. Nothing is said if it fails: the request itself will say what is wrong.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        signature = self._versions.look(name)
+        with self._lock:
+            if self._closed:
+                return
+            self._clock += 1
+            todo = self._enter(name, signature, [], self._clock) + self._advance()
+        self._do(todo)
 
     def acquire(self, name: str, timeout: float | None = None) -> int:
-        """Like `try_acquire`, but wait for a slot.
+        """Wait for an expert's slot, pinned.
 
         Raises:
-            CapacityError: none became free within `timeout` seconds.
+            UnknownExpertError: no such expert.
+            CapacityError: it had none within `timeout` seconds.
+            MeswitchError: what its load raised, with file and field; an OSError as it is.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            index = self.try_acquire(name)
-            if index is not None:
-                return index
-            with self._changed:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise CapacityError(
-                        f"expert {name!r}: all {len(self._slots)} slots are in use; ask again or raise engine.slots"
-                    )
-                self._changed.wait(0.05 if left is None else min(left, 0.05))
+        wanted = self.request(name)
+        try:
+            return wanted.result(timeout).slot
+        except LoadError as error:
+            raise error.__cause__ or error from None
+        except TimeoutError:
+            if not wanted.cancel():  # it came at the last moment
+                return wanted.result().slot
+            with self._lock:
+                pinned = all(slot.pins for slot in self._slots)
+            why = f"all {len(self._slots)} slots are in use" if pinned else f"it is not loaded within {timeout} s"
+            raise CapacityError(f"expert {name!r}: {why}; ask again or raise engine.slots") from None
 
     def release(self, slot: int) -> None:
-        """Undo one acquire."""
-        with self._changed:
-            if self._slots[slot].pins < 1:
+        """Give back what a request or `acquire` got, once."""
+        with self._lock:
+            held = self._slots[slot]
+            if held.pins < 1:
                 raise AssertionError(f"slot {slot} is released more often than acquired")
-            self._slots[slot].pins -= 1
-            self._changed.notify_all()
+            held.pins -= 1
+            todo = [] if held.pins else self._advance()
+        self._do(todo)
 
     def residency(self) -> list[Residency]:
         """Every expert's place and bytes."""
         host = self.host.resident()
-        with self._changed:
+        with self._lock:
             rows = []
-            for name, layout in self.layouts.items():
-                index = self._find(name)
-                place = "device" if index is not None else "host" if name in host else "disk"
-                pins = self._slots[index].pins if index is not None else 0
-                rows.append(Residency(name, place, layout.nbytes, index, pins))
+            for name, version in self._versions.newest().items():
+                index = self._find(version)
+                place = "device" if index is not None else "host" if version in host else "disk"
+                pins = sum(s.pins for s in self._slots if s.version is not None and s.version.expert == name)
+                rows.append(Residency(name, place, version.layout.nbytes, index, pins, version.key))
             return rows
 
     @property
@@ -182,20 +323,302 @@ class ExpertStore:
     def describe(self) -> str:
         return f"{self.slot_count} slots of {format_bytes(self.slot_bytes)} for {len(self.artifacts)} experts"
 
-    def _find(self, name: str) -> int | None:
-        return next((i for i, slot in enumerate(self._slots) if slot.expert == name), None)
+    def close(self) -> None:
+        """Fail what waits, and load nothing more."""
+        with self._lock:
+            self._closed = True
+            waiters = [waiter for load in self._loads for waiter in load.waiters]
+            self._loads = []
+        for loader in (self._openers, self._readers, self._copier, self._versions):
+            loader.close()
+        for waiter in waiters:
+            _fail(waiter, MeswitchError("the engine was closed"))
 
-    def _load(self, name: str, index: int) -> Mapping[str, Delta | ExactDelta | Tensor]:
-        started = time.perf_counter()
-        layout, buffer = self.layouts[name], self._slots[index].buffer
-        # beside the computing stream: a step in flight does not use this slot
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            source = self.host.get(name, self.artifacts[name], layout)
-            copy(buffer[: layout.nbytes], source, non_blocking=True)
-            if self.tables is not None:
-                self.tables.point(index, layout)
-        if self._stream is not None:
-            self._stream.synchronize()
+    def _check_known(self, name: str) -> None:
+        known = self._versions.newest()
+        if name not in known:
+            raise UnknownExpertError(f"no expert {name!r}; there are {', '.join(known) or 'none'}")
+
+    # Below, `todo` collects what must wait until the lock is free: whatever may call back, block or take long.
+
+    def _do(self, todo: _Todo) -> None:
+        for action in todo:
+            try:
+                action()
+            except Exception:  # whoever asked last must not pay for another's fault
+                logger.exception("an expert's load")
+
+    def _enter(
+        self,
+        name: str,
+        signature: Signature | None,
+        waiters: list[Future[Held]],
+        order: int,
+        tries: int = 0,
+    ) -> _Todo:
+        """Let waiters in, or into the queue; the lock is held."""
+        version = self._versions.current(name, signature)
+        if version is not None:
+            index = self._find(version)
+            if index is not None and (not waiters or self._may_pass(index)):
+                return self._grant(index, waiters)
+            signature = self._versions.signature(name)
+        for load in self._loads:
+            same = load.version == version if version is not None else load.version is None
+            if load.expert == name and same and load.signature == signature:
+                load.waiters += waiters
+                return []
+        self._loads.append(_Load(name, order, signature, version, waiters, tries))
+        return []
+
+    def _find(self, version: Version) -> int | None:
+        """A slot that this version is in and that takes requests."""
+        for index, slot in enumerate(self._slots):
+            if slot.ready and slot.promised is None and slot.version == version:
+                return index
+        return None
+
+    def _may_pass(self, index: int) -> bool:
+        """Whether a request may go into a slot while others wait; promise a slot to who has waited long enough."""
+        now = time.monotonic()
+        for load in self._in_order():
+            if load.since is None or not load.waiters or any(slot.promised is load for slot in self._slots):
+                continue
+            load.passed += 1
+            if load.passed > MAX_PASSES or now - load.since > MAX_WAIT:
+                free = [slot for slot in self._slots if slot.ready and slot.promised is None]
+                if free:
+                    min(free, key=lambda slot: (slot.pins, slot.used)).promised = load
+        return self._slots[index].promised is None
+
+    def _grant(self, index: int, waiters: Sequence[Future[Held]]) -> _Todo:
+        slot = self._slots[index]
+        assert slot.ready
+        assert slot.version is not None
+        todo: _Todo = []
+        for waiter in waiters:
+            if waiter.set_running_or_notify_cancel():
+                slot.pins += 1
+                todo.append(partial(waiter.set_result, Held(index, slot.version)))
+        if todo:
+            self._clock += 1
+            slot.used = self._clock
+        return todo
+
+    def _in_order(self) -> list[_Load]:
+        """Those first for whom somebody waits, then in the order of asking."""
+        return sorted(self._loads, key=lambda load: (not load.waiters, load.order))
+
+    def _advance(self) -> _Todo:
+        """Take every load as far as it can go now; the lock is held."""
+        newest = self._versions.newest()
+        for slot in self._slots:  # of a version that was replaced, nothing is kept longer than its requests run
+            if (
+                slot.ready
+                and not slot.pins
+                and slot.version is not None
+                and slot.version != newest[slot.version.expert]
+            ):
+                slot.clear()
+        todo: _Todo = []
+        for load in self._in_order():
+            try:
+                todo += self._advance_one(load)
+            except Exception as error:  # noqa: BLE001 - it must reach those who wait for this one, and nobody else
+                todo.append(partial(self._failed, load, error))
+                load.stage = "failing"
+        return todo
+
+    def _advance_one(self, load: _Load) -> _Todo:
+        asked = bool(load.waiters)
+        load.waiters = [waiter for waiter in load.waiters if not waiter.cancelled()]
+        if asked and not load.waiters and load.stage in ("new", "ready"):
+            self._drop(load)
+        elif load.stage == "new" and load.version is None:
+            load.stage = "opening"
+            work = partial(self._versions.open, load.expert)
+            return [partial(self._start, load, self._openers, work, self._opened)]
+        elif load.stage == "new":
+            return self._to_host(load)
+        elif load.stage == "ready":
+            return self._to_slot(load)
+        return []
+
+    def _drop(self, load: _Load) -> None:
+        """Forget a load; what it kept for itself is others' again."""
+        if load in self._loads:
+            self._loads.remove(load)
+        for slot in self._slots:
+            if slot.promised is load:
+                slot.promised = None
+        if load.in_host and load.version is not None:
+            self.host.unpin(load.version)
+            load.in_host = False
+
+    def _to_host(self, load: _Load) -> _Todo:
+        version = load.version
+        assert version is not None
+        index = self._find(version)
+        if index is not None:  # somebody else brought it
+            self._drop(load)
+            return self._grant(index, load.waiters)
+        try:
+            reading = self.host.load(version, version.layout.nbytes, partial(self._read, version), pin=True)
+        except CapacityError as error:  # of the budget: everybody may read that
+            told = LoadError(f"expert {load.expert!r}: {error}")
+            raise told from CapacityError(str(told))
+        if reading is not None:
+            load.stage, load.in_host = "reading", True
+            return [partial(self._then, load, reading, self._was_read)]
+        return []
+
+    def _to_slot(self, load: _Load) -> _Todo:
+        version = load.version
+        assert version is not None
+        index = self._find(version)
+        if index is not None:
+            self._drop(load)
+            return self._grant(index, load.waiters)
+        if any(other.stage == "copying" and other.version == version for other in self._loads):
+            return []
+        usable = [
+            slot
+            for slot in self._slots
+            if not slot.pins and (slot.ready or slot.version is None) and slot.promised in (None, load)
+        ]
+        if not usable:
+            if not load.waiters:  # only fetched ahead: it is in host memory now
+                self._drop(load)
+            elif load.since is None:
+                load.since = time.monotonic()
+            return []
+        slot = min(usable, key=lambda slot: (slot.promised is not load, slot.version is not None, slot.used))
+        reading = self.host.load(version, version.layout.nbytes, partial(self._read, version))
+        assert reading is not None
+        self.evictions += slot.version is not None
+        for other in self._slots:
+            if other.promised is load:
+                other.promised = None
+        slot.clear()
+        self._clock += 1
+        slot.version, slot.used = version, self._clock
+        load.stage, load.since = "copying", None
+        index = self._slots.index(slot)
+        work = partial(self._copy, index, version, reading)
+        return [partial(self._start, load, self._copier, work, partial(self._was_copied, index))]
+
+    def _start(
+        self, load: _Load, loader: Loader, work: Callable[[], Any], then: Callable[[_Load, Future[Any]], _Todo]
+    ) -> None:
+        future: Future[Any]
+        try:
+            future = loader.start(work)
+        except RuntimeError as error:  # the interpreter ends
+            future = Future()
+            future.set_exception(error)
+        self._then(load, future, then)
+
+    def _then(self, load: _Load, future: Future[Any], then: Callable[[_Load, Future[Any]], _Todo]) -> None:
+        """Go on with a load once a part of its way is done. Whatever goes wrong fails this load."""
+
+        def done(future: Future[Any]) -> None:
+            try:
+                if future.cancelled():
+                    raise MeswitchError("the engine was closed")
+                with self._lock:
+                    todo = then(load, future)
+            except BaseException as error:  # noqa: BLE001 - it must reach those who wait
+                self._failed(load, error)
+            else:
+                with self._lock:
+                    todo += self._advance()
+                self._do(todo)
+
+        future.add_done_callback(done)
+
+    def _opened(self, load: _Load, future: Future[Version]) -> _Todo:
+        load.version, load.stage = future.result(), "new"
+        load.signature = self._versions.signature(load.expert)
+        for old in self.host.resident():
+            if old.expert == load.expert and old != load.version:
+                self.host.discard(old)
+        return []
+
+    def _was_read(self, load: _Load, future: Future[Tensor]) -> _Todo:
+        future.result()
+        load.stage = "ready"
+        return []
+
+    def _was_copied(self, index: int, load: _Load, future: Future[Tensors]) -> _Todo:
+        slot = self._slots[index]
+        try:
+            slot.tensors = future.result()
+        except BaseException:
+            slot.clear()
+            raise
+        slot.ready = True
         self.loads += 1
+        todo = self._grant(index, load.waiters)
+        self._drop(load)
+        return todo
+
+    def _failed(self, load: _Load, error: BaseException) -> None:
+        """End a load, in a thread that may look at the disk once more."""
+        load.stage = "failing"
+        try:
+            self._openers.start(partial(self._end, load, error))
+        except RuntimeError:  # closed
+            self._end(load, error)
+
+    def _end(self, load: _Load, error: BaseException) -> None:
+        """Tell those who wait what went wrong; or try again, if the files were replaced meanwhile."""
+        signature = None
+        try:
+            if load.tries < _MAX_TRIES and not self._closed:
+                signature = self._versions.settled(load.expert)
+        finally:
+            with self._lock:
+                self._drop(load)
+                waiters = [waiter for waiter in load.waiters if not waiter.cancelled()]
+                todo: _Todo = []
+                if signature is not None and signature != load.signature:
+                    todo += self._enter(load.expert, signature, waiters, load.order, load.tries + 1)
+                else:
+                    self.failures += 1
+                    told = load_error(load.expert, error)
+                    todo += [partial(_fail, waiter, told) for waiter in waiters]
+                    if not waiters:
+                        logger.debug("expert %s is not fetched ahead: %s", load.expert, error)
+                todo += self._advance()
+            self._do(todo)
+
+    def _after_cancel(self, wanted: Future[Held]) -> None:
+        if wanted.cancelled():
+            with self._lock:
+                todo = self._advance()
+            self._do(todo)
+
+    def _read(self, version: Version) -> Tensor:
+        """[layout.nbytes] uint8 in host memory. In a thread of the readers."""
+        buffer = page_locked(version.layout.nbytes, self.device)
+        version.layout.fill(version.artifact, buffer, self.device)
+        return buffer
+
+    def _copy(self, index: int, version: Version, read: Future[Tensor]) -> Tensors:
+        """Fill a slot that nobody has. In the copier's thread, beside the computing stream."""
+        started = time.perf_counter()
+        layout, buffer = version.layout, self._slots[index].buffer
+        copy(buffer[: layout.nbytes], read.result(), non_blocking=True)
+        if self.tables is not None:
+            first = index * self.slot_bytes
+            places = {name: (shape, first + offset) for name, (shape, offset) in layout.kernel_places().items()}
+            self.tables.point(index, places)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
         self.load_seconds += time.perf_counter() - started
         return layout.views(buffer)
+
+
+def _fail(waiter: Future[Held], error: Exception) -> None:
+    if waiter.set_running_or_notify_cancel():
+        waiter.set_exception(error)
