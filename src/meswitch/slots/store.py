@@ -207,6 +207,10 @@ class ExpertStore:
         newest = self._versions.newest().values()
         plan = Plan.of([version.artifact for version in newest], self.slot_bytes, self.tables)
         self._versions.watch(plan, self._lay, accept, made or {})
+        with self._lock:
+            for slot in self._slots:
+                if slot.version is not None:
+                    slot.version = self._versions.newest()[slot.version.expert]
 
     @property
     def artifacts(self) -> Mapping[str, Artifact]:

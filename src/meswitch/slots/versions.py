@@ -52,8 +52,8 @@ class Version:
         return f"{self.expert}:{self.digest}"
 
 
-# Told the expert's name and a new version of it: gives what the engine needs of it, or raises why it is not served.
-Accept = Callable[[str, Artifact], Any]
+# Told a version and what is in its place now: gives what the engine needs of that, or raises why it is not served.
+Accept = Callable[[Version, Artifact], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Versions:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_ASKING, "meswitch-look")
         self._lay: Callable[[Artifact], Layout] | None = None
-        self._accept: Accept = lambda name, artifact: None
+        self._accept: Accept = lambda before, artifact: None
         self._plan: Plan | None = None
 
     def watch(
@@ -237,13 +237,13 @@ class Versions:
         if digest == before.digest:  # written again, or brought back
             version = replace(before, artifact=artifact)
         else:
-            version = self._accepted(name, artifact, digest)
+            version = self._accepted(before, artifact, digest)
         if _signature(artifact) != signature:
             raise ArtifactError(f"{artifact.directory}: was replaced while it was opened; ask again")
         known.version, known.signature = version, signature
         return version
 
-    def _accepted(self, name: str, artifact: Artifact, digest: str) -> Version:
+    def _accepted(self, before: Version, artifact: Artifact, digest: str) -> Version:
         assert self._plan is not None
         assert self._lay is not None
         reason = "it does not fit this base and these slots"
@@ -254,13 +254,13 @@ class Versions:
             except IncompatibleError as error:
                 reason = str(error)
                 raise
-            made = self._accept(name, artifact)
+            made = self._accept(before, artifact)
         except (IncompatibleError, ConfigError) as error:
             raise LoadError(
-                f"expert {name!r} was replaced by a version that the running engine cannot serve ({reason}); restart "
-                "the server for it, or put the old one back"
+                f"expert {before.expert!r} was replaced by a version that the running engine cannot serve ({reason}); "
+                "restart the server for it, or put the old one back"
             ) from error
-        return Version(name, digest, artifact, layout, made)
+        return Version(before.expert, digest, artifact, layout, made)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
