@@ -1,6 +1,7 @@
 """One base model in memory, many experts beside it, one running batch."""
 
 import atexit
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -98,7 +99,8 @@ class Engine:
         self._running: dict[str, tuple[Request, int]] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # for the admission thread
+        # for the admission thread: a request, and what to do with it
+        self._events: queue.SimpleQueue[tuple[Request, Callable[[], None]] | None] = queue.SimpleQueue()
         self._admission = threading.Thread(target=self._admit_forever, name="meswitch-admission", daemon=True)
         self._admission.start()
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
@@ -141,7 +143,7 @@ class Engine:
                     f"the queue is full ({self.max_queue} requests); ask again later or raise engine.max_queue"
                 )
             self._waiting[request.id] = request, None
-        self._events.put(partial(self._ask, request))
+        self._events.put((request, partial(self._ask, request)))
         return request
 
     def generate(
@@ -260,10 +262,14 @@ class Engine:
 
     def _admit_forever(self) -> None:
         while (event := self._events.get()) is not None:
+            request, step = event
             try:
-                event()
-            except Exception:
-                logger.exception("admission")
+                step()
+            except Exception:  # of this engine's own code: it is reported, and ends no other request
+                logger.exception("request %s: admission", request.id)
+                with contextlib.suppress(Exception):
+                    request.fail(f"model {request.model!r}: the request cannot be admitted; see the log")
+                    self.cancel(request)
 
     def _ask(self, request: Request) -> None:
         """Ask for a request's slot."""
@@ -281,7 +287,7 @@ class Engine:
                 self._waiting[request.id] = request, held
         if not waits:
             held.cancel()
-        held.add_done_callback(lambda held: self._events.put(partial(self._arrived, request, held)))
+        held.add_done_callback(lambda held: self._events.put((request, partial(self._arrived, request, held))))
 
     def _arrived(self, request: Request, found: "Future[Held]") -> None:
         """Start a request whose slot is there, or end one that gets none."""
@@ -303,7 +309,9 @@ class Engine:
     def _refuse(self, request: Request, error: BaseException) -> None:
         """End a request that waits. The log says what the client must not see."""
         if isinstance(error, LoadError):
-            logger.error("request %s: %s (%r)", request.id, error, error.__cause__, exc_info=_if_unexpected(error))
+            cause = error.__cause__
+            said = error if cause is None else f"{error} ({type(cause).__name__}: {cause})"
+            logger.error("request %s: %s", request.id, said, exc_info=_if_unexpected(error))
         elif not isinstance(error, MeswitchError):
             logger.error("request %s cannot be admitted", request.id, exc_info=error)
         with self._lock:
