@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from meswitch.errors import ArtifactError, CapacityError, LoadError, MeswitchError
+from meswitch.slots import device as devices
 from meswitch.slots import layout as layouts
 from meswitch.slots import store as stores
 
@@ -24,6 +25,15 @@ def eventually(condition):
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return condition()
+
+
+def each_has_its_turn(store, futures, holds=lambda: True):
+    """Every slot is given back as soon as it is had."""
+    left, held = list(futures), []
+    for future in left:
+        future.add_done_callback(lambda done: (held.append(holds()), store.release(done.result().slot)))
+    assert eventually(lambda: len(held) == len(left))
+    assert all(held)
 
 
 def test_resident_experts_pass_those_whose_disk_hangs(own, disk, open_store):
@@ -51,8 +61,7 @@ def test_an_expert_in_host_memory_passes_those_whose_disk_hangs(own, disk, open_
         hanging = [store.request(name) for name in ("instruct", "sql")]  # all the readers there are
         store.release(store.acquire("math", timeout=SOON))
         assert not any(future.done() for future in hanging)
-    for future in hanging:
-        store.release(future.result(SOON).slot)
+    each_has_its_turn(store, hanging)
 
 
 def test_all_who_want_an_expert_share_one_load(own, disk, open_store):
@@ -86,9 +95,7 @@ def test_host_memory_is_bounded_while_experts_are_read_and_wait_for_a_slot(own, 
     assert eventually(lambda: place(store, "code") == "host")
     assert store.host.nbytes <= 2 * size
     store.release(first)
-    for future in waiting.values():  # in turn: each makes room for the next
-        store.release(future.result(SOON).slot)
-        assert store.host.nbytes <= 2 * size
+    each_has_its_turn(store, waiting.values(), lambda: store.host.nbytes <= 2 * size)
 
 
 def test_fetched_ahead_an_expert_is_in_a_free_slot_and_else_in_host_memory(own, open_store):
@@ -260,14 +267,14 @@ def test_without_file_handles_a_request_fails_and_later_ones_do_not(own, open_st
 def test_a_copy_that_fails_leaves_an_empty_slot_and_no_trace(own, open_store, monkeypatch):
     store = open_store(own, slots=1)
     store.release(store.acquire("code"))
-    copy = stores.copy
+    copy = devices.copy
 
     def half(target, source, **options):
         copy(target[: len(target) // 2], source[: len(target) // 2])
         raise RuntimeError("the device has gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "copy", half)
+        patch.setattr(devices, "copy", half)
         with pytest.raises(LoadError, match="unexpected error"):
             store.request("math").result(SOON)
     assert place(store, "code") == "host"  # its slot was given to the other
@@ -280,13 +287,13 @@ def test_a_copy_that_fails_leaves_an_empty_slot_and_no_trace(own, open_store, mo
 def test_a_slot_is_not_found_while_it_is_copied_to(own, open_store, monkeypatch):
     store = open_store(own, slots=1)
     store.release(store.acquire("code"))
-    gate, copy = threading.Event(), stores.copy
+    gate, copy = threading.Event(), devices.copy
 
     def slow(target, source, **options):
         assert gate.wait(SOON)
         copy(target, source)
 
-    monkeypatch.setattr(stores, "copy", slow)
+    monkeypatch.setattr(devices, "copy", slow)
     loading, evicted = store.request("math"), None
     assert eventually(lambda: any(load.stage == "copying" for load in store._loads))
     evicted = store.request("code")
@@ -334,7 +341,7 @@ def test_no_fault_in_reads_and_copies_harms_another_expert(own, disk, open_store
     """Threads that ask for five experts' worth of slots while reads and copies fail at random."""
     store = open_store(own, slots=2, host_bytes=2 * max(row.bytes for row in open_store(own).residency()))
     wanted = {name: store.artifacts[name].read("model.norm.weight") for name in own}
-    copy, fill, turn = stores.copy, layouts.Layout.fill, iter(range(10**6))
+    copy, fill, turn = devices.copy, layouts.Layout.fill, iter(range(10**6))
 
     def flaky(work, every):
         def call(*arguments, **options):
@@ -344,7 +351,7 @@ def test_no_fault_in_reads_and_copies_harms_another_expert(own, disk, open_store
 
         return call
 
-    monkeypatch.setattr(stores, "copy", flaky(copy, 5))
+    monkeypatch.setattr(devices, "copy", flaky(copy, 5))
     monkeypatch.setattr(layouts.Layout, "fill", flaky(fill, 4))
     wrong, failed = [], []
 

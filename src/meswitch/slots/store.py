@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -34,13 +34,13 @@ import torch
 from torch import Tensor
 
 from meswitch.artifact import Artifact
-from meswitch.codec import Delta, ExactDelta
 from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
-from meswitch.pagelock import copy, page_locked
+from meswitch.pagelock import page_locked
+from meswitch.slots.device import DeviceTier, Tensors
 from meswitch.slots.host import HostTier
 from meswitch.slots.layout import HEAD_TIED, Layout
 from meswitch.slots.loader import Loader, load_error
-from meswitch.slots.tables import SlotTables, table_layers
+from meswitch.slots.tables import SlotTables
 from meswitch.slots.versions import Accept, Plan, Signature, Version, Versions, manifest_digest
 from meswitch.units import format_bytes
 
@@ -51,7 +51,6 @@ MAX_PASSES = 32
 MAX_WAIT = 5.0
 _MAX_TRIES = 3  # of a load whose files were replaced meanwhile
 
-Tensors = Mapping[str, Delta | ExactDelta | Tensor]
 _Todo = list[Callable[[], Any]]  # what is done once the lock is free
 
 
@@ -82,32 +81,6 @@ class Held:
 
     slot: int
     version: Version
-
-
-@dataclass(eq=False, slots=True)
-class _Slot:
-    """A place on the device.
-
-    Args:
-        buffer: [slot_bytes] uint8.
-        version: what is there or is being copied there; None while it is empty.
-        ready: whether it is copied.
-        pins: requests that use it.
-        used: clock of the last request.
-        tensors: views of the buffer.
-        promised: to whom, once nobody uses it.
-    """
-
-    buffer: Tensor
-    version: Version | None = None
-    ready: bool = False
-    pins: int = 0
-    used: int = 0
-    tensors: Tensors = field(default_factory=dict)
-    promised: "_Load | None" = None
-
-    def clear(self) -> None:
-        self.version, self.ready, self.tensors = None, False, {}
 
 
 @dataclass(eq=False, slots=True)
@@ -166,28 +139,18 @@ class ExpertStore:
     ) -> None:
         if slots < 1:
             raise CapacityError(f"slots: {slots}: an engine needs at least one slot")
-        self.device = device
         self._lay = partial(Layout.of, kernel=kernel, tied=tied)
         versions = [
             Version(name, manifest_digest(artifact.manifest), artifact, self._lay(artifact))
             for name, artifact in artifacts.items()
         ]
         self._versions = Versions(versions)
-        layouts = [version.layout for version in versions]
-        self.slot_bytes = max((layout.nbytes for layout in layouts), default=0)
         count = min(slots, max(1, len(versions)))
-        self._arena = torch.zeros(count, self.slot_bytes, dtype=torch.uint8, device=device)
-        self._slots = [_Slot(self._arena[i]) for i in range(count)]
-        self.tables: SlotTables | None = None
-        if kernel is not False:
-            shapes = [(name, shape) for layout in layouts for name, (shape, _) in layout.kernel_places().items()]
-            self.tables = SlotTables(self._arena.view(-1), count, table_layers(shapes))
+        self._device = DeviceTier([version.layout for version in versions], device, count, kernel)
         self._openers = Loader(OPENERS, "meswitch-open")
         self._readers = Loader(READERS, "meswitch-read", device)
         self._copier = Loader(1, "meswitch-copy", device)
         self.host: HostTier[Version, Tensor] = HostTier(host_bytes, self._readers)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other streams write there from now on
         self._lock = threading.Lock()
         self._loads: list[_Load] = []
         self._clock = 0
@@ -208,7 +171,7 @@ class ExpertStore:
         plan = Plan.of([version.artifact for version in newest], self.slot_bytes, self.tables)
         self._versions.watch(plan, self._lay, accept, made or {})
         with self._lock:
-            for slot in self._slots:
+            for slot in self._device.slots:
                 if slot.version is not None:
                     slot.version = self._versions.newest()[slot.version.expert]
 
@@ -231,7 +194,7 @@ class ExpertStore:
 
     def tensors(self, slot: int) -> Tensors:
         """The tensors of the expert that a pinned slot holds."""
-        return self._slots[slot].tensors
+        return self._device.slots[slot].tensors
 
     def request(self, name: str) -> Future[Held]:
         """Ask for an expert; the future gets its slot, pinned. Cancel it, or release what it got.
@@ -289,14 +252,16 @@ class ExpertStore:
             if not wanted.cancel():  # it came at the last moment
                 return wanted.result().slot
             with self._lock:
-                pinned = all(slot.pins for slot in self._slots)
-            why = f"all {len(self._slots)} slots are in use" if pinned else f"it is not loaded within {timeout} s"
+                pinned = all(slot.pins for slot in self._device.slots)
+            why = (
+                f"all {len(self._device.slots)} slots are in use" if pinned else f"it is not loaded within {timeout} s"
+            )
             raise CapacityError(f"expert {name!r}: {why}; ask again or raise engine.slots") from None
 
     def release(self, slot: int) -> None:
         """Give back what a request or `acquire` got, once."""
         with self._lock:
-            held = self._slots[slot]
+            held = self._device.slots[slot]
             if held.pins < 1:
                 raise AssertionError(f"slot {slot} is released more often than acquired")
             held.pins -= 1
@@ -309,20 +274,30 @@ class ExpertStore:
         with self._lock:
             rows = []
             for name, version in self._versions.newest().items():
-                index = self._find(version)
+                index = self._device.find(version)
                 place = "device" if index is not None else "host" if version in host else "disk"
-                pins = sum(s.pins for s in self._slots if s.version is not None and s.version.expert == name)
+                pins = sum(s.pins for s in self._device.slots if s.version is not None and s.version.expert == name)
                 rows.append(Residency(name, place, version.layout.nbytes, index, pins, version.key))
             return rows
 
     @property
     def device_bytes(self) -> int:
         """Device memory of all slots, used or not, and of the tables that say where their deltas lie."""
-        return self._arena.numel() + (0 if self.tables is None else self.tables.nbytes)
+        return self._device.nbytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of the largest expert."""
+        return self._device.slot_bytes
+
+    @property
+    def tables(self) -> SlotTables | None:
+        """Where kernels find the deltas of all slots, if they lie as kernels read them."""
+        return self._device.tables
 
     @property
     def slot_count(self) -> int:
-        return len(self._slots)
+        return len(self._device.slots)
 
     def describe(self) -> str:
         return f"{self.slot_count} slots of {format_bytes(self.slot_bytes)} for {len(self.artifacts)} experts"
@@ -363,40 +338,31 @@ class ExpertStore:
         """Let waiters in, or into the queue; the lock is held."""
         version = self._versions.current(name, signature)
         if version is not None:
-            index = self._find(version)
+            index = self._device.find(version)
             if index is not None and (not waiters or self._may_pass(index)):
                 return self._grant(index, waiters)
             signature = self._versions.signature(name)
         for load in self._loads:
             same = load.version == version if version is not None else load.version is None
-            if load.expert == name and same and load.signature == signature:
+            if load.expert == name and same and load.signature == signature and load.stage != "failing":
                 load.waiters += waiters
                 return []
         self._loads.append(_Load(name, order, signature, version, waiters, tries))
         return []
 
-    def _find(self, version: Version) -> int | None:
-        """A slot that this version is in and that takes requests."""
-        for index, slot in enumerate(self._slots):
-            if slot.ready and slot.promised is None and slot.version == version:
-                return index
-        return None
-
     def _may_pass(self, index: int) -> bool:
         """Whether a request may go into a slot while others wait; promise a slot to who has waited long enough."""
         now = time.monotonic()
         for load in self._in_order():
-            if load.since is None or not load.waiters or any(slot.promised is load for slot in self._slots):
+            if load.since is None or not load.waiters or self._device.is_promised_to(load):
                 continue
             load.passed += 1
             if load.passed > MAX_PASSES or now - load.since > MAX_WAIT:
-                free = [slot for slot in self._slots if slot.ready and slot.promised is None]
-                if free:
-                    min(free, key=lambda slot: (slot.pins, slot.used)).promised = load
-        return self._slots[index].promised is None
+                self._device.promise(load)
+        return self._device.slots[index].promised is None
 
     def _grant(self, index: int, waiters: Sequence[Future[Held]]) -> _Todo:
-        slot = self._slots[index]
+        slot = self._device.slots[index]
         assert slot.ready
         assert slot.version is not None
         todo: _Todo = []
@@ -415,15 +381,7 @@ class ExpertStore:
 
     def _advance(self) -> _Todo:
         """Take every load as far as it can go now; the lock is held."""
-        newest = self._versions.newest()
-        for slot in self._slots:  # of a version that was replaced, nothing is kept longer than its requests run
-            if (
-                slot.ready
-                and not slot.pins
-                and slot.version is not None
-                and slot.version != newest[slot.version.expert]
-            ):
-                slot.clear()
+        self._device.drop_replaced(self._versions.newest())
         todo: _Todo = []
         for load in self._in_order():
             try:
@@ -452,9 +410,7 @@ class ExpertStore:
         """Forget a load; what it kept for itself is others' again."""
         if load in self._loads:
             self._loads.remove(load)
-        for slot in self._slots:
-            if slot.promised is load:
-                slot.promised = None
+        self._device.withdraw(load)
         if load.in_host and load.version is not None:
             self.host.unpin(load.version)
             load.in_host = False
@@ -462,7 +418,7 @@ class ExpertStore:
     def _to_host(self, load: _Load) -> _Todo:
         version = load.version
         assert version is not None
-        index = self._find(version)
+        index = self._device.find(version)
         if index is not None:  # somebody else brought it
             self._drop(load)
             return self._grant(index, load.waiters)
@@ -479,35 +435,28 @@ class ExpertStore:
     def _to_slot(self, load: _Load) -> _Todo:
         version = load.version
         assert version is not None
-        index = self._find(version)
+        index = self._device.find(version)
         if index is not None:
             self._drop(load)
             return self._grant(index, load.waiters)
         if any(other.stage == "copying" and other.version == version for other in self._loads):
             return []
-        usable = [
-            slot
-            for slot in self._slots
-            if not slot.pins and (slot.ready or slot.version is None) and slot.promised in (None, load)
-        ]
-        if not usable:
+        index = self._device.place_for(load)
+        if index is None:
             if not load.waiters:  # only fetched ahead: it is in host memory now
                 self._drop(load)
             elif load.since is None:
                 load.since = time.monotonic()
             return []
-        slot = min(usable, key=lambda slot: (slot.promised is not load, slot.version is not None, slot.used))
+        slot = self._device.slots[index]
         reading = self.host.load(version, version.layout.nbytes, partial(self._read, version))
         assert reading is not None
         self.evictions += slot.version is not None
-        for other in self._slots:
-            if other.promised is load:
-                other.promised = None
+        self._device.withdraw(load)
         slot.clear()
         self._clock += 1
         slot.version, slot.used = version, self._clock
         load.stage, load.since = "copying", None
-        index = self._slots.index(slot)
         work = partial(self._copy, index, version, reading)
         return [partial(self._start, load, self._copier, work, partial(self._was_copied, index))]
 
@@ -549,12 +498,14 @@ class ExpertStore:
         return []
 
     def _was_read(self, load: _Load, future: Future[Tensor]) -> _Todo:
+        if future.exception() is not None:
+            load.in_host = False  # what could not be read is not kept, so there is nothing to unpin
         future.result()
         load.stage = "ready"
         return []
 
     def _was_copied(self, index: int, load: _Load, future: Future[Tensors]) -> _Todo:
-        slot = self._slots[index]
+        slot = self._device.slots[index]
         try:
             slot.tensors = future.result()
         except BaseException:
@@ -569,9 +520,9 @@ class ExpertStore:
     def _failed(self, load: _Load, error: BaseException) -> None:
         """End a load, in a thread that may look at the disk once more."""
         load.stage = "failing"
-        try:
-            self._openers.start(partial(self._end, load, error))
-        except RuntimeError:  # closed
+        try:  # a thread of its own: those of the loaders may all be busy with a disk that does not answer
+            threading.Thread(target=self._end, args=(load, error), name="meswitch-failed", daemon=True).start()
+        except RuntimeError:  # there is none to be had
             self._end(load, error)
 
     def _end(self, load: _Load, error: BaseException) -> None:
@@ -604,23 +555,16 @@ class ExpertStore:
 
     def _read(self, version: Version) -> Tensor:
         """[layout.nbytes] uint8 in host memory. In a thread of the readers."""
-        buffer = page_locked(version.layout.nbytes, self.device)
-        version.layout.fill(version.artifact, buffer, self.device)
+        buffer = page_locked(version.layout.nbytes, self._device.device)
+        version.layout.fill(version.artifact, buffer, self._device.device)
         return buffer
 
     def _copy(self, index: int, version: Version, read: Future[Tensor]) -> Tensors:
-        """Fill a slot that nobody has. In the copier's thread, beside the computing stream."""
+        """Fill a slot that nobody has. In the copier's thread."""
         started = time.perf_counter()
-        layout, buffer = version.layout, self._slots[index].buffer
-        copy(buffer[: layout.nbytes], read.result(), non_blocking=True)
-        if self.tables is not None:
-            first = index * self.slot_bytes
-            places = {name: (shape, first + offset) for name, (shape, offset) in layout.kernel_places().items()}
-            self.tables.point(index, places)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        tensors = self._device.fill(index, version, read.result())
         self.load_seconds += time.perf_counter() - started
-        return layout.views(buffer)
+        return tensors
 
 
 def _fail(waiter: Future[Held], error: Exception) -> None:
