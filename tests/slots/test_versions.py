@@ -1,7 +1,11 @@
 """An artifact that is replaced while it is served: running requests keep the old version, new ones get the new."""
 
 import os
+import random
 import shutil
+import threading
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import torch
 import meswitch
 from meswitch.errors import ArtifactError, IncompatibleError, LoadError
 from meswitch.slots import versions
+from meswitch.slots.layout import Layout
 from models import make_pair
 
 SOON = 30
@@ -108,8 +113,6 @@ def test_a_load_that_meets_the_replacement_half_way_begins_again(own, deltas, no
 
 
 def test_a_directory_that_is_just_being_renamed_is_waited_for(own, norms, open_store):
-    import threading
-
     store = open_store(own)
     away = own["math"].with_name("away")
     own["math"].rename(away)
@@ -205,9 +208,6 @@ def test_a_damaged_replacement_is_an_error_until_it_is_whole(own, deltas, norms,
 
 
 def test_storage_that_does_not_answer_holds_up_nobody(own, open_store, monkeypatch):
-    import threading
-    import time
-
     store = open_store(own)
     for name in ("math", "code"):
         store.release(store.acquire(name))
@@ -229,3 +229,69 @@ def test_storage_that_does_not_answer_holds_up_nobody(own, open_store, monkeypat
         assert time.monotonic() - begun < 5
     finally:
         gate.set()
+
+
+def test_no_slot_ever_holds_anything_but_the_version_it_was_given_for(own, deltas, open_store):
+    """Random requests, cancelled or not, fetching ahead, and two experts that are replaced all the time."""
+    size = max(row.bytes for row in open_store(own).residency())
+    store = open_store(own, slots=2, host_bytes=3 * size)
+    bytes_of = {}
+    for path in deltas.values():
+        artifact = meswitch.Artifact.open(path)
+        layout = Layout.of(artifact)
+        bytes_of[versions.manifest_digest(artifact.manifest)] = buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        layout.fill(artifact, buffer)
+    wrong, answered, stop = [], Counter(), threading.Event()
+
+    def holds(held):
+        wanted = bytes_of[held.version.digest]
+        found = store._device.slots[held.slot].buffer[: len(wanted)]
+        # between tensors nothing is written
+        return all(
+            torch.equal(found[p.offset : p.offset + p.nbytes], wanted[p.offset : p.offset + p.nbytes])
+            for parts in held.version.layout.places.values()
+            for p in parts.values()
+        )
+
+    def client(seed):
+        draw = random.Random(seed)
+        while not stop.is_set():
+            name = draw.choice(list(own))
+            if draw.random() < 0.2:
+                store.prefetch(name)
+                continue
+            future = store.request(name)
+            if draw.random() < 0.2 and future.cancel():
+                continue
+            held = future.result(SOON)
+            for _ in range(2):
+                if not holds(held):
+                    wrong.append(name)
+                time.sleep(draw.random() * 0.01)
+            answered[name, held.version.digest] += 1
+            store.release(held.slot)
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for step in range(24):
+        time.sleep(0.1)
+        name = ("math", "sql")[step % 2]
+        put(deltas[("code", "instruct", "math", "sql")[step % 4]], own[name])
+    stop.set()
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive()
+    assert not wrong
+    assert len({digest for name, digest in answered if name == "math"}) > 1
+    assert eventually(lambda: not store._loads)
+    assert all(row.pins == 0 for row in store.residency())
+    assert not any(store._device.slots[i].promised for i in range(2))
+    assert not any(kept.pins for kept in store.host._kept.values())
+
+
+def eventually(condition):
+    deadline = time.monotonic() + SOON
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
