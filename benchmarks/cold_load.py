@@ -64,8 +64,8 @@ def longest_wait(work: Callable[[], object]) -> float:
 
 def measure(directory: Path, repeats: int) -> dict[str, dict[str, float]]:
     from meswitch.artifact import Artifact, ReadAhead
-    from meswitch.experts.layout import Layout
     from meswitch.pagelock import copy, page_locked
+    from meswitch.slots.layout import Layout
 
     artifact = Artifact.open(directory)
     names = list(artifact.manifest.tensors)

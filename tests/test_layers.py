@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "meswitch"
-# Each package may import those to its left: codec <- artifact <- adapter <- compression, codec <- ops <- experts
+# Each package may import those to its left: codec <- artifact <- adapter <- compression, codec <- ops <- slots
 # <- engine <- server.
 ALLOWED = {
     "codec": set(),
@@ -16,8 +16,8 @@ ALLOWED = {
     "adapter": {"codec", "artifact"},
     "compression": {"codec", "artifact", "adapter"},
     "ops": {"codec"},
-    "experts": {"codec", "artifact", "ops"},
-    "engine": {"codec", "artifact", "adapter", "ops", "experts"},
+    "slots": {"codec", "artifact", "ops"},
+    "engine": {"codec", "artifact", "adapter", "ops", "slots"},
     "router": {"artifact"},
     "evaluate": {"artifact", "adapter", "compression"},
     "server": {"engine", "router"},
@@ -41,7 +41,7 @@ ROOT = {
     "version",
 }
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
-CORE = ("codec", "artifact", "adapter", "compression", "ops", "experts", "engine")
+CORE = ("codec", "artifact", "adapter", "compression", "ops", "slots", "engine")
 
 
 def imports(file: Path) -> set[str]:

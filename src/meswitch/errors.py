@@ -31,6 +31,11 @@ class UnknownExpertError(MeswitchError):
     """A request named an expert that the family does not have."""
 
 
+class LoadError(MeswitchError):
+    """An expert cannot be loaded now. Its text is for whoever asked: the expert and the kind of fault, no path of this
+    machine. Its `__cause__` says where and what, for the log."""
+
+
 class CapacityError(MeswitchError):
     """A byte budget or a queue is full, or an expert does not fit the slots."""
 

@@ -28,7 +28,7 @@ def test_the_slot_is_the_one_that_the_store_reserves(cli, family, math_delta, ba
     import torch
 
     from meswitch import Artifact
-    from meswitch.experts import ExpertStore
+    from meswitch.slots import ExpertStore
 
     store = ExpertStore({"math": Artifact.open(math_delta)}, device=torch.device("cpu"), slots=1, kernel=kernel)
     found = cli.json(

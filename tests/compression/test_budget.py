@@ -14,7 +14,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Spec
 from meswitch.compression.budget import Candidate, allocate, hull, offers
 from meswitch.errors import ConfigError
-from meswitch.experts.layout import Layout
+from meswitch.slots.layout import Layout
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compression.options import Options
 from meswitch.compression.plan import Memory, kv_bytes, outline, predict
 from meswitch.errors import CheckpointError, ConfigError, IncompatibleError
-from meswitch.experts.layout import Layout
+from meswitch.slots.layout import Layout
 from models import edit_config
 
 WEIGHTS = "model.safetensors"

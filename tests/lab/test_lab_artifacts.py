@@ -17,7 +17,7 @@ from meswitch.cli.inspect import report
 from meswitch.codec import CodedDelta, PackedDelta, encode_coded, find_codec
 from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
-from meswitch.experts import ExpertStore
+from meswitch.slots import ExpertStore
 from meswitch_lab import CODED, METHODS
 from meswitch_lab import options as lab_options
 

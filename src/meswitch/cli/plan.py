@@ -113,8 +113,8 @@ def report(
 
     from meswitch.artifact import account
     from meswitch.compression.plan import Memory, kv_bytes, predict, widest_dtype
-    from meswitch.experts.layout import Layout
     from meswitch.ops import uses_kernels
+    from meswitch.slots.layout import Layout
 
     kernel = uses_kernels(None if backend == "auto" else backend, torch.device("cuda"), widest_dtype(base))
     planned = predict(base, expert, options)

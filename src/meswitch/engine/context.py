@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from meswitch.codec import Delta
-from meswitch.experts import ExpertStore
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
+from meswitch.slots import ExpertStore
 
 BASE_SLOT = -1
 # What a layer's rows are: all tokens of the step, or those whose logits are wanted.

@@ -1,12 +1,15 @@
 """One base model in memory, many experts beside it, one running batch."""
 
 import atexit
+import contextlib
 import dataclasses
 import itertools
 import logging
+import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import GenerationConfig
 
 from meswitch.adapter import open_expert
 from meswitch.architecture import Architecture, architecture_of
-from meswitch.artifact import fingerprint
+from meswitch.artifact import Artifact, fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
@@ -24,14 +27,12 @@ from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
-from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
+from meswitch.errors import CapacityError, ConfigError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.loaded import load_model
+from meswitch.slots import Held, Version
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 logger = logging.getLogger("meswitch.engine")
-
-# After so many later requests went first, a request whose expert found no slot closes the door behind it.
-_MAX_BYPASSES = 32
 
 
 class Engine:
@@ -75,9 +76,10 @@ class Engine:
         self.max_queue = max_queue
         checkpoint = Checkpoint.open(base)
         artifacts = {name: open_expert(path, checkpoint) for name, path in experts.items()}
-        known = fingerprint(checkpoint) if artifacts else None
+        self._checkpoint = checkpoint
+        self._fingerprint = fingerprint(checkpoint) if artifacts else None
         for artifact in artifacts.values():
-            artifact.check_base(checkpoint, known=known)
+            artifact.check_base(checkpoint, known=self._fingerprint)
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.tokenizers = {base_name: ChatTokenizer.open(base_name, checkpoint.directory)}
         self.tokenizers |= {name: ChatTokenizer.open(name, artifact.directory) for name, artifact in artifacts.items()}
@@ -87,15 +89,18 @@ class Engine:
         sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens)
         opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
         self.store, self._batch = opened.store, opened.runner
+        self.store.watch(self._accept, self.tokenizers)
         self.by_turns = opened.reasons
         """Why experts take turns instead of sharing a batch, a line each; empty where they share one."""
         self.proof_seconds = opened.seconds
         """What it took to prove what runs, with the experts that were loaded for it."""
         self._ids = itertools.count()
-        self._waiting: deque[Request] = deque()
+        self._waiting: dict[str, tuple[Request, Future[Held] | None]] = {}
         self._running: dict[str, tuple[Request, int]] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._closed = False
+        # for the admission thread: a request, and what to do with it
+        self._events: queue.SimpleQueue[tuple[Request, Callable[[], None]] | None] = queue.SimpleQueue()
         self._admission = threading.Thread(target=self._admit_forever, name="meswitch-admission", daemon=True)
         self._admission.start()
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
@@ -129,16 +134,16 @@ class Engine:
             raise UnknownExpertError(f"model {name!r} does not exist; there are {', '.join(self.names)}")
         tokens = tokenizer.encode(prompt)
         params = self._fit(tokenizer, len(tokens), params)
-        request = Request(f"r{next(self._ids)}", name, tokens, params, tokenizer, on_chunk)
-        with self._changed:
+        request = Request(f"r{next(self._ids)}", name, tokens, params, tokenizer, on_chunk, said=prompt)
+        with self._lock:
             if self._closed:
                 raise MeswitchError("the engine is closed")
             if len(self._waiting) + len(self._running) >= self.max_queue:
                 raise CapacityError(
                     f"the queue is full ({self.max_queue} requests); ask again later or raise engine.max_queue"
                 )
-            self._waiting.append(request)
-            self._changed.notify_all()
+            self._waiting[request.id] = request, None
+        self._events.put((request, partial(self._ask, request)))
         return request
 
     def generate(
@@ -168,13 +173,16 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request; without effect on one that is done."""
-        with self._changed:
-            if request in self._waiting:
-                self._waiting.remove(request)
-                request.fail("the request was cancelled")
-            elif request.id in self._running:
-                self._batch.cancel(request.id)
-                request.fail("the request was cancelled")
+        with self._lock:
+            waited = self._waiting.pop(request.id, None)
+            running = request.id in self._running
+        if waited is not None:
+            if waited[1] is not None:
+                waited[1].cancel()  # one that has its slot already gives it back in `_arrived`
+            request.fail("the request was cancelled")
+        elif running:
+            self._batch.cancel(request.id)
+            request.fail("the request was cancelled")
 
     @property
     def takes_turns(self) -> bool:
@@ -183,7 +191,7 @@ class Engine:
 
     def load(self) -> dict[str, int]:
         """Requests that wait and run now."""
-        with self._changed:
+        with self._lock:
             return {"waiting": len(self._waiting), "running": len(self._running)}
 
     @property
@@ -207,16 +215,17 @@ class Engine:
 
     def close(self) -> None:
         """Stop the batch; what has not finished fails."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._changed.notify_all()
+        self._events.put(None)
         atexit.unregister(self.close)
         self._admission.join(timeout=10)
+        self.store.close()
         self._batch.close()
-        with self._changed:
-            left = [*self._waiting, *(request for request, _ in self._running.values())]
+        with self._lock:
+            left = [request for request, _ in (*self._waiting.values(), *self._running.values())]
         for request in left:
             request.fail("the engine was closed")
 
@@ -234,66 +243,106 @@ class Engine:
             )
         return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, limit - prompt_tokens))
 
-    def _admit_forever(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed and not self._waiting:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                candidates = list(self._waiting)
-            admitted = False
-            for request in candidates:
-                admitted = self._try_admit(request) or admitted
-                if request.bypassed >= _MAX_BYPASSES and not request.done:
-                    break
-            if not admitted:
-                with self._changed:
-                    self._changed.wait(0.05)
+    def _accept(self, before: Version, artifact: Artifact) -> ChatTokenizer:
+        """A new version of an expert: of this base, with a tokenizer that can be used. From a loader's thread.
 
-    def _try_admit(self, request: Request) -> bool:
-        """Start one waiting request if its expert has, or gets, a slot."""
+        Raises:
+            MeswitchError: it is neither.
+        """
+        artifact.check_base(self._checkpoint, known=self._fingerprint)
+        tokenizer: ChatTokenizer = before.made
+        if artifact.manifest.companions != before.artifact.manifest.companions:
+            tokenizer = ChatTokenizer.open(before.expert, artifact.directory)
+        self.tokenizers[before.expert] = tokenizer
+        logger.info("expert %s was replaced; requests that come from now on get the new version", before.expert)
+        return tokenizer
+
+    # Admission: a thread that asks for slots and starts requests. It never waits for one of them: an expert's load is
+    # the store's business, and whatever goes wrong ends the request in question.
+
+    def _admit_forever(self) -> None:
+        while (event := self._events.get()) is not None:
+            request, step = event
+            try:
+                step()
+            except Exception:  # of this engine's own code: it is reported, and ends no other request
+                logger.exception("request %s: admission", request.id)
+                with contextlib.suppress(Exception):
+                    request.fail(f"model {request.model!r}: the request cannot be admitted; see the log")
+                    self.cancel(request)
+
+    def _ask(self, request: Request) -> None:
+        """Ask for a request's slot."""
         try:
-            slot: int | None = BASE_SLOT
-            if request.model != self.base_name:
-                slot = self.store.try_acquire(request.model)
-        except Exception as error:  # this thread admits all others too
-            if not isinstance(error, MeswitchError):
-                logger.exception("expert %s cannot be loaded", request.model)
-            self._leave_queue(request)
-            request.fail(str(error) or type(error).__name__)
-            return True
-        if slot is None:
-            return False
-        if not self._leave_queue(request, running_in=slot):  # cancelled meanwhile
+            if request.model == self.base_name:
+                self._start(request, BASE_SLOT, self.base_name)
+                return
+            held = self.store.request(request.model)
+        except Exception as error:  # noqa: BLE001 - whatever it is ends this request alone
+            self._refuse(request, error)
+            return
+        with self._lock:
+            waits = request.id in self._waiting
+            if waits:
+                self._waiting[request.id] = request, held
+        if not waits:
+            held.cancel()
+        held.add_done_callback(lambda held: self._events.put((request, partial(self._arrived, request, held))))
+
+    def _arrived(self, request: Request, found: "Future[Held]") -> None:
+        """Start a request whose slot is there, or end one that gets none."""
+        if found.cancelled():
+            return
+        reason = found.exception()
+        if reason is not None:
+            self._refuse(request, reason)
+            return
+        held = found.result()
+        try:
+            request.respell(held.version.made, self._fit)
+        except Exception as error:  # noqa: BLE001 - whatever it is ends this request alone
+            self._release(held.slot)
+            self._refuse(request, error)
+            return
+        self._start(request, held.slot, held.version.key)
+
+    def _refuse(self, request: Request, error: BaseException) -> None:
+        """End a request that waits. The log says what the client must not see."""
+        if isinstance(error, LoadError):
+            cause = error.__cause__
+            said = error if cause is None else f"{error} ({type(cause).__name__}: {cause})"
+            logger.error("request %s: %s", request.id, said, exc_info=_if_unexpected(error))
+        elif not isinstance(error, MeswitchError):
+            logger.error("request %s cannot be admitted", request.id, exc_info=error)
+        with self._lock:
+            self._waiting.pop(request.id, None)
+        known = isinstance(error, MeswitchError)
+        request.fail(str(error) if known else f"model {request.model!r}: the request cannot be admitted; see the log")
+
+    def _start(self, request: Request, slot: int, owner: str) -> None:
+        """Hand a request to the batch. owner: the expert and its version, or the base."""
+        with self._lock:
+            waits = self._waiting.pop(request.id, None) is not None
+            if waits:
+                self._running[request.id] = request, slot
+        if not waits:  # cancelled meanwhile
             self._release(slot)
-            return True
+            return
 
         def listen(tokens: list[int], finished: bool, error: str | None) -> None:
             self._on_tokens(request, slot, tokens, finished, error)
 
         try:
             self._batch.submit(
-                request.id, request.prompt, slot, request.params, request.tokenizer.ends, listen, owner=request.model
+                request.id, request.prompt, slot, request.params, request.tokenizer.ends, listen, owner=owner
             )
-        except Exception as error:  # this thread admits all others too
-            if not isinstance(error, MeswitchError):
+        except Exception as error:
+            known = isinstance(error, MeswitchError)
+            if not known:
                 logger.exception("request %s cannot be started", request.id)
-            self._on_tokens(request, slot, [], True, str(error) or type(error).__name__)
+            listen([], True, str(error) if known else "the request cannot be started; see the log")
         if request.done:  # cancelled between leaving the queue and joining the batch, which did not know it yet
             self._batch.cancel(request.id)
-        return True
-
-    def _leave_queue(self, request: Request, running_in: int | None = None) -> bool:
-        with self._changed:
-            if request not in self._waiting:
-                return False
-            for earlier in itertools.takewhile(lambda r: r is not request, self._waiting):
-                earlier.bypassed += 1
-            self._waiting.remove(request)
-            if running_in is not None:
-                self._running[request.id] = (request, running_in)
-            return True
 
     def _on_tokens(self, request: Request, slot: int, tokens: list[int], finished: bool, error: str | None) -> None:
         """From the batch's thread. The slot is given back only when the batch is done with the request."""
@@ -303,13 +352,18 @@ class Engine:
             self._batch.cancel(request.id)  # a stop text: the batch does not know it
         if finished:
             self._release(slot)
-            with self._changed:
+            with self._lock:
                 self._running.pop(request.id, None)
-                self._changed.notify_all()
 
     def _release(self, slot: int) -> None:
         if slot != BASE_SLOT:
             self.store.release(slot)
+
+
+def _if_unexpected(error: LoadError) -> BaseException | None:
+    """What a log needs the whole trace of: neither a disk's fault nor one that meswitch names."""
+    cause = error.__cause__
+    return None if cause is None or isinstance(cause, MeswitchError | OSError) else cause
 
 
 def _load_model(architecture: Architecture, checkpoint: Checkpoint, device: torch.device, dtype: str) -> Any:

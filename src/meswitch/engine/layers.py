@@ -19,8 +19,8 @@ from meswitch.engine.context import Owners, Rows, Switch
 from meswitch.engine.kernel import TRITON, product
 from meswitch.engine.parameters import ExpertParameters
 from meswitch.errors import MeswitchError
-from meswitch.experts.layout import extra_name
 from meswitch.ops import embedding_rows
+from meswitch.slots.layout import extra_name
 
 
 @dataclass(frozen=True, slots=True)

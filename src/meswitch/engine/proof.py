@@ -28,7 +28,7 @@ from meswitch.engine.parameters import ExpertParameters, StoredTensors
 from meswitch.engine.sampling import SamplingParams, not_finite
 from meswitch.engine.survey import Survey
 from meswitch.errors import MeswitchError
-from meswitch.experts import ExpertStore
+from meswitch.slots import ExpertStore
 
 LENGTHS = (7, 5, 9)  # tokens of the trial's requests; no two sums of them are alike
 NEW_TOKENS = 3

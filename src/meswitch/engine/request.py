@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from meswitch.engine.detokenizer import Detokenizer, is_mark
 from meswitch.engine.sampling import SamplingParams
 from meswitch.errors import MeswitchError
-from meswitch.tokenizer import ChatTokenizer
+from meswitch.tokenizer import ChatTokenizer, Prompt
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -41,7 +41,11 @@ class Completion:
 
 @dataclass(eq=False)
 class Request:
-    """A running request. Iterate for chunks as they come, or call `result`."""
+    """A running request. Iterate for chunks as they come, or call `result`.
+
+    Args:
+        said: what `prompt` was encoded from.
+    """
 
     id: str
     model: str
@@ -53,7 +57,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
-    bypassed: int = 0  # later requests that were admitted first
+    said: Prompt | None = None
     _first: float | None = None
     _ended: float | None = None
     _text: str = ""  # with marks where special tokens are that a stop text names
@@ -63,9 +67,34 @@ class Request:
     _done: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
+        self._listen()
+
+    def _listen(self) -> None:
         stops = (*self.params.stop, *self.tokenizer.stops)
         self._stops, marks = _marked(stops, self.tokenizer.hidden)
         self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
+
+    def respell(
+        self, tokenizer: ChatTokenizer, fit: Callable[[ChatTokenizer, int, SamplingParams], SamplingParams]
+    ) -> None:
+        """Before the first token: take the tokenizer of the version that answers, if it is not the one that encoded.
+
+        Args:
+            tokenizer: of that version.
+            fit: makes the answer's length fit to a prompt of so many tokens.
+
+        Raises:
+            MeswitchError: it does not encode this prompt, or the prompt was token ids, of which nobody knows what they
+                stand for now.
+        """
+        if tokenizer is self.tokenizer:
+            return
+        if not isinstance(self.said, str) and not (self.said and isinstance(self.said[0], Mapping)):
+            raise MeswitchError(f"expert {self.model!r} got another tokenizer while this request waited; ask again")
+        self.prompt = tokenizer.encode(self.said)
+        self.params = fit(tokenizer, len(self.prompt), self.params)
+        self.tokenizer = tokenizer
+        self._listen()
 
     def feed(self, tokens: Sequence[int], finished: bool) -> bool:
         """Take all tokens so far; True when the answer is complete (a stop text may come before the batch's end).

@@ -23,8 +23,8 @@ from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
-from meswitch.experts import ExpertStore
 from meswitch.ops import BACKENDS, backend, uses_kernels
+from meswitch.slots import ExpertStore
 
 RunnerName = Literal["auto", "batch", "turns"]
 RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")

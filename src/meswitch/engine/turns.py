@@ -24,7 +24,7 @@ from meswitch.engine.proof import Trial
 from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import IncompatibleError, MeswitchError
-from meswitch.experts import ExpertStore
+from meswitch.slots import ExpertStore
 
 # New tokens after which a turn ends if another expert's requests wait.
 SLICE = 128

@@ -179,14 +179,10 @@ class _Service:
         return "\n".join([*lines, ""])
 
     def _prefetch(self, name: str) -> None:
-        """Bring an expert's weights to its slot, or at least into host memory, before its request is admitted."""
-        store = self._engine.store
-        if name not in store.artifacts:
-            return
-        with contextlib.suppress(MeswitchError):  # the request itself will say what is wrong
-            slot = store.try_acquire(name)
-            if slot is not None:
-                store.release(slot)
+        """Begin to bring an expert's weights to its slot, or at least into host memory; its request is on its way."""
+        if name in self._engine.store.artifacts:
+            with contextlib.suppress(MeswitchError):  # the request itself will say what is wrong
+                self._engine.store.prefetch(name)
 
     def unknown(self, model: str) -> ApiError:
         if model == AUTO:

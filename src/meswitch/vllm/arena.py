@@ -1,4 +1,8 @@
-"""Device memory of all slots: one layout for every expert, one copy to load one, addresses that never change."""
+"""Device memory of all slots: one layout for every expert, one copy to load one, addresses that never change.
+
+The layout is vLLM's own, see `slots.layout` for why it is not the embedded engine's: a place of a fixed size for each
+of vLLM's layers, as this rank has it. Tables, host tier and loader are those of `meswitch.slots`.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,9 +14,10 @@ from torch import Tensor
 from meswitch.artifact import Artifact, Entry
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.ops.layout import ABSENT, Shape, padded_salient, salient_of_tiles
-from meswitch.ops.slots import SlotLinear, Variant
+from meswitch.ops.layout import Shape, padded_salient, salient_of_tiles
+from meswitch.ops.slots import SlotLinear
 from meswitch.pagelock import copy
+from meswitch.slots.tables import SlotTables, table_layers
 from meswitch.units import format_bytes
 from meswitch.vllm.norms import norm_vector
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place
@@ -101,9 +106,9 @@ class Arena:
         self.extra_rows = max([extra_rows, *beyond])
         shapes: list[Shape | None] = [_shape(place, known) for place in places]
         self.slot_bytes = sum(shape.nbytes for shape in shapes if shape is not None)
-        packed = sum(shape is not None for shape in shapes)
         self.memory = torch.zeros(slots * self.slot_bytes, dtype=torch.uint8, device=device)
-        self.tables = torch.tensor(ABSENT, device=device).expand(packed, slots, -1).contiguous()
+        named = [(place.name, shape) for place, shape in zip(places, shapes, strict=True) if shape is not None]
+        self.tables = SlotTables(self.memory, slots, table_layers(named))
         self.base_vectors = torch.cat([_base_vector(place) for place in places] or [torch.zeros(0)])
         self.vectors = self.base_vectors.to(device).expand(slots + 1, -1).contiguous()
         self.sizes = torch.full((slots + 1,), base_vocabulary, dtype=torch.int32, device=device)
@@ -112,9 +117,7 @@ class Arena:
         for place, shape in zip(places, shapes, strict=True):
             options: dict[str, Any] = {}
             if shape is not None:
-                variant = Variant.of([shape])
-                table = self.tables[index]
-                linear = SlotLinear.over(self.memory, table, shape.rows, shape.in_features, variant)
+                linear = self.tables.layers[place.name]
                 options = {"shape": shape, "slots": linear, "index": index, "offset": offset}
                 offset, index = offset + shape.nbytes, index + 1
             width = _base_vector(place).numel()
@@ -135,7 +138,9 @@ class Arena:
     def nbytes(self) -> int:
         """Device memory of all slots."""
         whole = [tensor for layer in self.layers for tensor in (layer.own, layer.extra) if tensor is not None]
-        return self.memory.nbytes + self.tables.nbytes + self.vectors.nbytes + sum(tensor.nbytes for tensor in whole)
+        return (
+            self.memory.nbytes + self.tables.rows.nbytes + self.vectors.nbytes + sum(tensor.nbytes for tensor in whole)
+        )
 
     def describe(self) -> str:
         return f"{self.count} slots of {format_bytes(self.nbytes // max(1, self.count))}"
@@ -149,7 +154,7 @@ class Arena:
     def put(self, slot: int, expert: Prepared | None) -> None:
         """Copy an expert into a slot, or empty it. In the order of the computing stream."""
         if expert is None:
-            self.tables[:, slot] = 0
+            self.tables.point(slot, {})
             self.vectors[slot].copy_(self.vectors[-1])
             self.sizes[slot] = self.base_vocabulary
             for layer in self.layers:
@@ -158,12 +163,12 @@ class Arena:
             return
         place = self.memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
         copy(place, expert.buffer, non_blocking=True)
-        rows = [ABSENT] * len(expert.present)
-        for layer in self.layers:
-            if layer.shape is not None and expert.present[layer.index]:
-                rows[layer.index] = layer.shape.table_row(slot * self.slot_bytes + layer.offset)
-        if rows:
-            self.tables[:, slot].copy_(torch.tensor(rows), non_blocking=True)
+        places = {
+            layer.place.name: (layer.shape, slot * self.slot_bytes + layer.offset)
+            for layer in self.layers
+            if layer.shape is not None and expert.present[layer.index]
+        }
+        self.tables.point(slot, places)
         self.vectors[slot].copy_(expert.vectors, non_blocking=True)
         self.sizes[slot] = expert.vocabulary
         for layer in self.layers:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops.routing import BASE
+from meswitch.slots import HostTier, Loader
 from meswitch.vllm import compat, delta_op, layers
 from meswitch.vllm.arena import Arena, Prepared
-from meswitch.vllm.background import READY, Background, Source
 from meswitch.vllm.base import Base
 from meswitch.vllm.dry_step import TOKENS, DryStep, Seen, look
 from meswitch.vllm.places import Place, Unserved, survey
+from meswitch.vllm.prefetch import FAILED, LOADING, READY
 from meswitch.vllm.prepare import Target, check_covered, prepare
 from meswitch.vllm.proof import FAULTS, in_short, prove, prove_step
 from meswitch.vllm.settings import KEY, Settings
@@ -34,6 +36,8 @@ from meswitch.vllm.warm import warm
 
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 NO_LORA = 0  # vLLM's id of the base
+_AHEAD = 2  # experts that were read ahead and not asked for yet: each is a slot's size of host memory
+Source = tuple[Path, str]  # where an artifact lies, and a digest of its manifest
 
 
 def _of_base(tokens: int, rows: int) -> LoRAMapping:
@@ -98,7 +102,11 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         self.step = Step(self.max_num_batched_tokens, self.lora_slots, self.device, specialized)
         delta_op.install(self.step)
         layers.install(model, self.arena, self.step, replace_submodule)
-        self.background = Background(self.read, self.device)
+        # for experts that nobody took yet; those that somebody did are in vLLM's cache, by vLLM's ids
+        self._slot_bytes = self.arena.nbytes // max(1, self.arena.count)
+        reader = Loader(1, "meswitch-read", self.device)
+        self.ahead: HostTier[Source, Prepared] = HostTier(_AHEAD * self._slot_bytes, reader)
+        self._failed: set[Source] = set()
         graphs = config.compilation_config.cudagraph_capture_sizes or []
         warm(self.arena, config.model_config.dtype, graphs, self.max_num_batched_tokens, specialized)
         self.target = self._prove(model, dry, seen)
@@ -159,8 +167,30 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         return prepared
 
     def prefetch(self, source: Source) -> str:
-        """Read an artifact in the background unless it is here; see `Background.start`."""
-        return self.background.start(source) if self.resident(source) is None else READY
+        """Read an artifact in the background unless it is here, or say how far that is.
+
+        One that failed is forgotten once that was said: loading it says why.
+        """
+        if self.resident(source) is not None:
+            return READY
+        if source in self._failed:
+            self._failed.discard(source)
+            return FAILED
+        reading = self.ahead.load(source, self._slot_bytes, partial(self._read_ahead, source))
+        return READY if reading is not None and reading.done() and reading.exception() is None else LOADING
+
+    def taken(self, source: Source) -> Prepared | None:
+        """What was read ahead, to keep; None if it was not. Raises what reading raised."""
+        reading = self.ahead.take(source)
+        self._failed.discard(source)
+        return None if reading is None else reading.result()
+
+    def _read_ahead(self, source: Source) -> Prepared:
+        try:
+            return self.read(source[0])
+        except BaseException:
+            self._failed.add(source)
+            raise
 
     def resident(self, source: Source) -> Prepared | None:
         """An artifact that is in host memory under some name."""
@@ -288,8 +318,8 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
             weights = _source(directory)
             try:
                 manager.check_name(name, weights)
-                prepared = manager.resident(weights) or manager.background.take(weights) or manager.read(directory)
-            except MeswitchError as error:
+                prepared = manager.resident(weights) or manager.taken(weights) or manager.read(directory)
+            except (MeswitchError, OSError) as error:
                 raise ValueError(str(error)) from error  # what vLLM's server answers a request with
             found: LoRAModel = DeltaModel(lora_request.lora_int_id, prepared)
             found.source = weights

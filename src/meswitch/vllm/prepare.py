@@ -146,7 +146,7 @@ def _prepare(artifact: Artifact, arena: Arena, reader: Reader) -> Prepared:
         )
     buffer = page_locked(arena.slot_bytes, arena.device)  # what is absent is never read
     vectors = arena.base_vectors.clone()
-    present = [False] * len(arena.tables)
+    present = [False] * len(arena.tables.rows)
     own: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
     for layer in arena.layers:

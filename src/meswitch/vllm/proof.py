@@ -265,7 +265,7 @@ class _Trial:
         write_by(device, delta, buffer, shape)
         at = slot * self._arena.slot_bytes + layer.offset
         self._arena.memory[at : at + shape.nbytes].copy_(buffer)
-        self._arena.tables[layer.index, slot] = torch.tensor(shape.table_row(at), device=device)
+        self._arena.tables.rows[layer.index, slot] = torch.tensor(shape.table_row(at), device=device)
         rows = rows.to(device)
         some = replace(
             delta, packed=delta.packed[rows], scale=delta.scale[rows], salient_weight=delta.salient_weight[rows]

@@ -35,7 +35,7 @@ class DeltaWorker(compat.worker_class()):  # type: ignore[misc]
         return loaded
 
     def prefetch_delta(self, directory: str) -> str:
-        """Read an artifact in the background, so that its first request finds it; see `background` for the answers."""
+        """Read an artifact in the background, so that its first request finds it; `prefetch` has the answers."""
         found: str = self.model_runner.lora_manager.prefetch(Path(directory))
         return found
 

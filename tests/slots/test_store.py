@@ -8,8 +8,8 @@ import torch
 from meswitch import Artifact
 from meswitch.codec import PackedDelta
 from meswitch.errors import ArtifactError, CapacityError, UnknownExpertError
-from meswitch.experts import ExpertStore
-from meswitch.experts.layout import Layout
+from meswitch.slots import ExpertStore
+from meswitch.slots.layout import Layout
 
 
 @pytest.fixture
@@ -51,7 +51,6 @@ def test_an_expert_in_use_is_never_evicted(artifacts):
     experts = store(artifacts)
     math, code = experts.acquire("math"), experts.acquire("code")
     before = experts.tensors(math)["lm_head.weight"].dequantize()
-    assert experts.try_acquire("sql") is None
     with pytest.raises(CapacityError, match="'sql': all 2 slots are in use"):
         experts.acquire("sql", timeout=0.05)
     experts.release(code)
@@ -64,9 +63,10 @@ def test_an_expert_needed_twice_shares_one_slot_until_both_are_done(artifacts):
     first, second = experts.acquire("math"), experts.acquire("math")
     assert first == second
     experts.release(first)
-    assert experts.try_acquire("code") is None
+    waiting = experts.request("code")
+    assert not waiting.done()
     experts.release(second)
-    assert experts.try_acquire("code") is not None
+    assert waiting.result(60).slot == first
 
 
 def test_addresses_of_a_slot_never_change(artifacts):
@@ -92,7 +92,7 @@ def test_the_host_tier_is_limited_in_bytes(artifacts):
 
 def test_a_budget_too_small_for_one_expert_says_so(artifacts):
     experts = store(artifacts, host_bytes=1000)
-    with pytest.raises(CapacityError, match=r"'math' needs .* budget is 1 KB; raise engine\.host_bytes"):
+    with pytest.raises(CapacityError, match=r"'math': .* are needed, the budget is 1 KB; raise engine\.host_bytes"):
         experts.acquire("math")
 
 

@@ -7,9 +7,9 @@ import meswitch
 from meswitch.artifact import Artifact
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError
-from meswitch.experts import ExpertStore
-from meswitch.experts.layout import Layout, extra_name
 from meswitch.ops.slots import read_slot
+from meswitch.slots import ExpertStore
+from meswitch.slots.layout import Layout, extra_name
 
 CPU = torch.device("cpu")
 

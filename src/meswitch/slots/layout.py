@@ -1,7 +1,13 @@
-"""One expert's tensors in one flat buffer.
+"""One expert's tensors in one flat buffer, for the embedded engine.
 
 Host memory and a device slot use the same layout, so that loading an expert is a single copy and a slot's addresses
 never change. Packed deltas lie there as the artifact stores them, or as the GPU kernels read them (`ops.layout`).
+
+Slots in vLLM are laid out in another way (`vllm.arena`), for three reasons. Here every expert is known at start, and
+each has offsets of its own: a slot is as large as the largest, whatever the tensors' order. There experts come later,
+so each layer has a fixed place of a fixed size. There a layer is what vLLM made of several tensors (q, k and v in one
+matrix, this rank's rows and columns only), here it is the stored tensor. And norms, biases and added tokens are read
+there by operators inside CUDA graphs, from tables over all slots; here by Python, from one expert's tensors.
 """
 
 import math

@@ -1,5 +1,0 @@
-"""Residency of compressed experts: disk, host memory, device slots."""
-
-from meswitch.experts.store import ExpertStore, Residency
-
-__all__ = ["ExpertStore", "Residency"]

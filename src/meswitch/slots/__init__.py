@@ -1,0 +1,9 @@
+"""Experts' way from disk through host memory into device slots. See `store` for the embedded engine's; `host`, `loader`
+and `tables` are both engines'."""
+
+from meswitch.slots.host import HostTier
+from meswitch.slots.loader import Loader
+from meswitch.slots.store import ExpertStore, Held, Residency
+from meswitch.slots.versions import Version
+
+__all__ = ["ExpertStore", "Held", "HostTier", "Loader", "Residency", "Version"]
