@@ -2,13 +2,20 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 NARROW = 512  # hidden size up to which one thread is faster than several
+# Files of a container's limit on memory and of what it uses: control groups of version 2, and of version 1.
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _LARGE = 1 << 27  # multiplications of a product that is worth converting its factors
 
 
@@ -30,6 +37,18 @@ def fitting_threads(device: torch.device, hidden_size: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def free_bytes() -> int:
+    """Memory that this process can still have: what the system has free, within its container's limit."""
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024]
+    for limit, used in _CONTAINER:
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, min(free))
 
 
 @functools.cache

@@ -34,8 +34,6 @@ class Batch:
         model: the base with switchable layers. kv_tokens: tokens that the KV cache holds, in pages of `PAGE`.
     """
 
-    merged_bytes = 0  # no merged weights are ever made
-
     def __init__(self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
         pages = max(1, -(-kv_tokens // PAGE))
@@ -123,6 +121,11 @@ class Batch:
         return sum(int(tensor.nbytes) for tensor in tensors)
 
     @property
+    def merged_bytes(self) -> int:
+        """Memory of the weights that experts have of their own."""
+        return 0 if self._switch.merged is None else self._switch.merged.nbytes
+
+    @property
     def failure(self) -> str | None:
         """Why the generation loop died, if it did."""
         status = getattr(self._manager, "background_thread_status", None)
@@ -145,7 +148,7 @@ class Batch:
         padding = kwargs["input_ids"].shape[1] - bounds[-1]
 
         def place(slots: Sequence[int]) -> None:
-            self._switch.step = StepContext.build(lengths, requests, slots, rows, padding, self._device)
+            self._switch.begin(StepContext.build(lengths, requests, slots, rows, padding, self._device))
 
         place(slots)
         self._sampler.rows = self.watch.rows = self._switch.step.row_request

@@ -1,6 +1,7 @@
 """What every switchable layer needs to know about the step that runs now."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, cast
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meswitch.codec import Delta
+from meswitch.engine.merged import MergedWeights
 from meswitch.experts import ExpertStore
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
 
@@ -65,6 +67,29 @@ class Owners:
             Segment(slot, (self._host == slot).nonzero().view(-1).to(self._device, non_blocking=True))
             for slot in self.present
         )
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...] | None:
+        """Slot, first row and row after the last of each owner, the base too; None if some owner's rows lie apart."""
+        edges = [0, *((self._host[1:] != self._host[:-1]).nonzero().view(-1) + 1).tolist(), len(self)]
+        runs = tuple((int(self._host[start]), start, end) for start, end in itertools.pairwise(edges) if start < end)
+        return runs if len({slot for slot, *_ in runs}) == len(runs) else None
+
+    def by_owner(self, x: Tensor, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Compute each owner's rows on their own.
+
+        Args:
+            x: [rows, ...].
+            compute: an owner's slot, `BASE_SLOT` for the base, and its rows of x -> as many rows, of one width for all.
+        """
+        if self.runs is not None:
+            if len(self.runs) == 1:
+                return compute(self.runs[0][0], x)
+            return torch.cat([compute(slot, x[start:end]) for slot, start, end in self.runs])
+        rows = {segment.slot: segment.rows for segment in self.segments}
+        rows[BASE_SLOT] = (self._host == BASE_SLOT).nonzero().view(-1).to(self._device)
+        parts = [compute(slot, x[own]) for slot, own in rows.items() if len(own)]
+        return torch.cat(parts)[torch.cat(list(rows.values())).argsort()]
 
     @cached_property
     def places(self) -> Tensor:
@@ -148,17 +173,25 @@ class Switch:
 
     def __init__(self) -> None:
         self.step = StepContext()
+        self.merged: MergedWeights | None = None
         self._store: ExpertStore | None = None
         self._backend: Backend | None = None
 
-    def connect(self, store: ExpertStore, backend: Backend) -> None:
+    def connect(self, store: ExpertStore, backend: Backend, merged: MergedWeights | None = None) -> None:
         """Say where the experts are.
 
         Args:
             store: holds their tensors in slots.
             backend: computes packed deltas expert by expert, where they do not lie as the kernels read them.
+            merged: keeps weights of their own for experts in slots; None computes every step from the deltas.
         """
-        self._store, self._backend = store, backend
+        self._store, self._backend, self.merged = store, backend, merged
+
+    def begin(self, step: StepContext) -> None:
+        """A step begins, or the same one again with other owners."""
+        self.step = step
+        if self.merged is not None:
+            self.merged.begin({slot: self.tensors(slot) for slot in step.owners.present})
 
     @property
     def backend(self) -> Backend:
@@ -169,6 +202,11 @@ class Switch:
         """All slots' packed deltas of a tensor, where they lie as the kernels read them."""
         assert self._store is not None
         return None if self._store.tables is None else self._store.tables.layers.get(name)
+
+    def own(self, slot: int, name: str, base: Tensor, *, transposed: bool = False) -> Tensor | None:
+        """An expert's merged tensor, as `MergedWeights.weight`; there have to be some."""
+        assert self.merged is not None
+        return self.merged.weight(slot, name, base, transposed=transposed)
 
     def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
         assert self._store is not None
