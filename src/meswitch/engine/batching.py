@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from meswitch.cpu import deserves_one
+from meswitch.engine.attention import BY_REQUEST, Spans, say
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.faults import FaultIsolation, Step
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
@@ -67,7 +68,14 @@ class Batch:
         processors = self._manager.logit_processor
         processors.logits_processor.extend([self.watch, self._sampler])
         processors.do_processing = True
-        self._manager.start()
+        self._window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+        self._attends = self._device.type == "cpu" and model.config._attn_implementation == "sdpa"
+        if self._attends:  # the manager has checked "sdpa", and leaves out its mask for any other
+            model.set_attn_implementation(BY_REQUEST)
+            self._attends = model.config._attn_implementation == BY_REQUEST
+        self._order_by_owner()
+        with torch.inference_mode():  # which the loop's thread takes over
+            self._manager.start()
         self._reader = threading.Thread(target=self._read, name="meswitch-results", daemon=True)
         self._stopping = False
         self._reader.start()
@@ -150,11 +158,35 @@ class Batch:
         def place(slots: Sequence[int]) -> None:
             self._switch.begin(StepContext.build(lengths, requests, slots, rows, padding, self._device))
 
+        if self._attends:
+            for kind, ends in kwargs["cu_seq_lens_k"].items():
+                keys = ends[: len(requests) + 1].tolist()
+                say(ends, Spans(bounds, keys, self._window if kind == "sliding_attention" else None))
         place(slots)
         self._sampler.rows = self.watch.rows = self._switch.step.row_request
         started = any(length > 1 and request in self._begun for length, request in zip(lengths, requests, strict=True))
         self._begun.update(requests)
         self._faults.step = Step(requests, slots, lengths, started, place)
+
+    def _order_by_owner(self) -> None:
+        """Let every step have the rows of one owner side by side: its products need no gathering then."""
+        create = self._manager._create_batch_processor
+
+        def created() -> Any:
+            processor = create()
+            inputs = processor.inputs_and_outputs
+            prepare = inputs.prepare_batch_tensors
+
+            def ordered(requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
+                with self._lock:
+                    slots = dict(self._slots)
+                requests_in_batch.sort(key=lambda future: slots.get(future.state.request_id, BASE_SLOT))
+                prepare(requests_in_batch, *args, **kwargs)
+
+            inputs.prepare_batch_tensors = ordered
+            return processor
+
+        self._manager._create_batch_processor = created
 
     def _fail(self, request: str, error: str) -> None:
         """End a request whose step went wrong. From the generation loop's thread."""

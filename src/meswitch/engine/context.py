@@ -37,9 +37,10 @@ class Owners:
 
     def __init__(self, slots: Tensor, device: torch.device | str = "cpu") -> None:
         self._host, self._device = slots, torch.device(device)
+        self._count = len(slots)
 
     def __len__(self) -> int:
-        return len(self._host)
+        return self._count
 
     def of_base(self) -> "Owners":
         """As many rows, all of them the base's."""
@@ -75,6 +76,11 @@ class Owners:
         runs = tuple((int(self._host[start]), start, end) for start, end in itertools.pairwise(edges) if start < end)
         return runs if len({slot for slot, *_ in runs}) == len(runs) else None
 
+    @cached_property
+    def sole(self) -> int | None:
+        """The slot that all rows belong to, `BASE_SLOT` for the base; None if several own some."""
+        return self.runs[0][0] if self.runs is not None and len(self.runs) == 1 else None
+
     def by_owner(self, x: Tensor, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Compute each owner's rows on their own.
 
@@ -83,8 +89,8 @@ class Owners:
             compute: an owner's slot, `BASE_SLOT` for the base, and its rows of x -> as many rows, of one width for all.
         """
         if self.runs is not None:
-            if len(self.runs) == 1:
-                return compute(self.runs[0][0], x)
+            if self.sole is not None:
+                return compute(self.sole, x)
             return torch.cat([compute(slot, x[start:end]) for slot, start, end in self.runs])
         rows = {segment.slot: segment.rows for segment in self.segments}
         rows[BASE_SLOT] = (self._host == BASE_SLOT).nonzero().view(-1).to(self._device)
@@ -206,7 +212,7 @@ class Switch:
     def own(self, slot: int, name: str, base: Tensor, *, transposed: bool = False) -> Tensor | None:
         """An expert's merged tensor, as `MergedWeights.weight`; there have to be some."""
         assert self.merged is not None
-        return self.merged.weight(slot, name, base, transposed=transposed)
+        return self.merged.weight(slot, name, base, transposed)
 
     def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
         assert self._store is not None

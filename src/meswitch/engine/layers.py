@@ -55,6 +55,7 @@ class Switchable(nn.Module):
     def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen) -> None:
         super().__init__()
         self.base = base
+        self.__dict__["base"] = base  # found there at once; a module's own look-up takes as long as a small product
         self.name = name
         self.switch = switch
         self.seen = seen
@@ -101,10 +102,12 @@ class SwitchableLinear(Switchable):
         self.weight_name, self.bias_name, self.transposed = weight, bias, transposed
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = x.reshape(-1, x.shape[-1])
-        owners = self.owners(len(inputs))
+        owners = self.owners(x.numel() // x.shape[-1])
         if self.switch.merged is not None:
-            return owners.by_owner(inputs, self._own).view(*x.shape[:-1], -1) if owners.any else self.base(x)
+            if owners.sole is not None:
+                return self._own(owners.sole, x)
+            return owners.by_owner(x.reshape(-1, x.shape[-1]), self._own).view(*x.shape[:-1], -1)
+        inputs = x.reshape(-1, x.shape[-1])
         layer = None if self.transposed else self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
             y = product(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
@@ -118,17 +121,18 @@ class SwitchableLinear(Switchable):
         return y
 
     def _own(self, slot: int, rows: Tensor) -> Tensor:
-        """An owner's rows by its own weights: [n, in_features] -> [n, out_features]."""
+        """An owner's rows by its own weights: [..., in_features] -> [..., out_features]."""
         if slot == BASE_SLOT:
             return self.base(rows)
-        weight = self.switch.own(slot, self.weight_name, self.base.weight, transposed=self.transposed)
-        bias = self.base.bias
-        if self.bias_name is not None:
-            bias = self.switch.own(slot, self.bias_name, bias)
-        if weight is None or (bias is None and self.bias_name is not None):
+        base, bias_name = self.base._parameters, self.bias_name
+        bias = base["bias"]
+        weight = self.switch.own(slot, self.weight_name, base["weight"], transposed=self.transposed)
+        if bias_name is not None:
+            bias = self.switch.own(slot, bias_name, bias)
+        if weight is None or (bias is None and bias_name is not None):
             y = self.base(rows)
-            added = self._added(rows, None, self.switch.tensors(slot))
-            return y if added is None else y.add_(added)
+            added = self._added(rows.reshape(-1, rows.shape[-1]), None, self.switch.tensors(slot))
+            return y if added is None else y + added.view(y.shape).to(y.dtype)
         return nn.functional.linear(rows, weight.T if self.transposed else weight, bias)
 
     def _added(self, inputs: Tensor, rows: Tensor | None, tensors: Mapping[str, Delta | Tensor]) -> Tensor | None:
@@ -343,7 +347,7 @@ class SwitchableNorm(Switchable):
         if not owners.any:
             return self.base(x)
         own = [self._own(slot, weight) for slot in owners.present]
-        if owners.runs is not None and len(owners.runs) == 1:
+        if owners.sole is not None:
             return _with_parameter(self.base, self.parameter, own[0], x)
         rows = torch.stack([weight, *own])[owners.places]
         return _with_parameter(self.base, self.parameter, by_row(rows, axis, x.dim()), x)
@@ -424,9 +428,8 @@ class SwitchableModule(Switchable):
         for place, axis in places.items():
             if axis is not None:
                 owners = self.owners(leaves[place].shape[axis])
-        if owners is not None and owners.runs is not None and len(owners.runs) == 1 and owners.any:
-            own = self._own(owners.present[0])
-            return torch.func.functional_call(self.base, own, args, kwargs)
+        if owners is not None and owners.sole is not None and owners.any:
+            return torch.func.functional_call(self.base, self._own(owners.sole), args, kwargs)
         given = self.base(*args, **kwargs)
         if owners is None or not owners.any:
             return given

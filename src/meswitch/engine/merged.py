@@ -78,7 +78,7 @@ class MergedWeights:
                 kept.modules = {name: own for name, own in kept.modules.items() if own is not None}
             kept.used = self._step
 
-    def weight(self, slot: int, name: str, base: Tensor, *, transposed: bool = False) -> Tensor | None:
+    def weight(self, slot: int, name: str, base: Tensor, transposed: bool = False) -> Tensor | None:
         """An expert's tensor in place of the base's: the base's own where the expert does not change it.
 
         Args:
@@ -90,9 +90,11 @@ class MergedWeights:
             None if there is no room for it.
         """
         kept = self._slots[slot]
-        if name not in kept.weights:
-            kept.weights[name] = self._made(kept, name, base, transposed)
-        return kept.weights[name]
+        try:
+            return kept.weights[name]
+        except KeyError:
+            weight = kept.weights[name] = self._made(kept, name, base, transposed)
+            return weight
 
     def parameters(
         self, slot: int, name: str, module: nn.Module, parameters: ExpertParameters
