@@ -50,6 +50,8 @@ class Spans:
 
     def __init__(self, queries: Sequence[int], keys: Sequence[int], window: int | None = None) -> None:
         self.groups: list[_Group] = []
+        self.alone = len(queries) == 2
+        """Whether one request has all rows and keys."""
         single: dict[int, list[tuple[int, int, int]]] = {}  # by the magnitude of their keys
         for number in range(len(queries) - 1):
             start, end = queries[number : number + 2]
@@ -118,6 +120,9 @@ def attention_by_request(
     if spans is None or attention_mask is not None or kwargs.get("position_bias") is not None:
         raise MeswitchError(f"{type(module).__name__}: attends in a way that is not known")
     kwargs.pop("is_causal", None)
+    if spans.alone:
+        (group,) = spans.groups
+        return sdpa_attention_forward(module, query, key, value, group.mask, is_causal=group.causal, **kwargs)
     found: Tensor | None = None
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [rows or keys, heads, width]
     for group in spans.groups:

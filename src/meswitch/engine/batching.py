@@ -5,6 +5,7 @@ another's KV blocks.
 """
 
 import dataclasses
+import inspect
 import itertools
 import logging
 import threading
@@ -184,6 +185,9 @@ class Batch:
                 prepare(requests_in_batch, *args, **kwargs)
 
             inputs.prepare_batch_tensors = ordered
+            if self._attends:  # nothing is compiled: no need to guard against it in every layer
+                cache = processor.cache
+                cache.update = inspect.unwrap(type(cache).update).__get__(cache)
             return processor
 
         self._manager._create_batch_processor = created

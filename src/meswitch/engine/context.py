@@ -31,25 +31,30 @@ class Owners:
     """The slot of each row of a step, as the ops take it; each form is made once a step, when a layer first needs it.
 
     Args:
-        slots: [rows] int64, on the host.
+        slots: of each row.
         device: where the forms are.
     """
 
-    def __init__(self, slots: Tensor, device: torch.device | str = "cpu") -> None:
-        self._host, self._device = slots, torch.device(device)
+    def __init__(self, slots: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self._rows, self._device = slots, torch.device(device)
         self._count = len(slots)
 
     def __len__(self) -> int:
         return self._count
 
+    @cached_property
+    def _host(self) -> Tensor:
+        """[rows] int64, on the host."""
+        return torch.tensor(self._rows, dtype=torch.int64)
+
     def of_base(self) -> "Owners":
         """As many rows, all of them the base's."""
-        return Owners(torch.full_like(self._host, BASE_SLOT), self._device)
+        return Owners([BASE_SLOT] * self._count, self._device)
 
     @cached_property
     def any(self) -> bool:
         """Whether some row is an expert's."""
-        return bool((self._host != BASE_SLOT).any())
+        return any(slot != BASE_SLOT for slot, *_ in self._stretches)
 
     @cached_property
     def slots(self) -> Tensor:
@@ -59,7 +64,7 @@ class Owners:
     @cached_property
     def present(self) -> list[int]:
         """The slots that own some row, ascending, without the base."""
-        return [int(slot) for slot in self._host.unique() if slot != BASE_SLOT]
+        return sorted({slot for slot, *_ in self._stretches} - {BASE_SLOT})
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -72,9 +77,18 @@ class Owners:
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...] | None:
         """Slot, first row and row after the last of each owner, the base too; None if some owner's rows lie apart."""
-        edges = [0, *((self._host[1:] != self._host[:-1]).nonzero().view(-1) + 1).tolist(), len(self)]
-        runs = tuple((int(self._host[start]), start, end) for start, end in itertools.pairwise(edges) if start < end)
-        return runs if len({slot for slot, *_ in runs}) == len(runs) else None
+        found = self._stretches
+        return found if len({slot for slot, *_ in found}) == len(found) else None
+
+    @cached_property
+    def _stretches(self) -> tuple[tuple[int, int, int], ...]:
+        """Rows of one slot side by side: the slot, the first row, and that after the last."""
+        found, start = [], 0
+        for slot, rows in itertools.groupby(self._rows):
+            end = start + sum(1 for _ in rows)
+            found.append((slot, start, end))
+            start = end
+        return tuple(found)
 
     @cached_property
     def sole(self) -> int | None:
@@ -105,15 +119,15 @@ class Owners:
 
     @cached_property
     def routing(self) -> Routing:
-        return Routing.build(self._host.tolist(), self._device)
+        return Routing.build(list(self._rows), self._device)
 
     @cached_property
     def prefill(self) -> PrefillRouting:
-        return PrefillRouting.build(self._host.tolist(), self._device)
+        return PrefillRouting.build(list(self._rows), self._device)
 
 
 def _nobody() -> Owners:
-    return Owners(torch.zeros(0, dtype=torch.int64))
+    return Owners([])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +163,14 @@ class StepContext:
             padding: tokens after the last request.
             device: where the layers compute.
         """
-        owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-        token_slot = torch.tensor([*slots, BASE_SLOT])[owners]
-        if padding:
-            token_slot = torch.cat([token_slot, torch.full((padding,), BASE_SLOT)])
-            owners = torch.cat([owners, torch.zeros(padding, dtype=torch.int64)])
-        positions = torch.arange(len(owners)) if rows is None else rows.cpu()
+        by_token = [number for number, length in enumerate(lengths) for _ in range(length)]
+        slot_by_token = [slots[number] for number in by_token] + [BASE_SLOT] * padding
+        by_token += [0] * padding
+        positions = range(len(by_token)) if rows is None else rows.tolist()
         return cls(
-            Owners(token_slot, device),
-            Owners(token_slot[positions], device),
-            tuple(requests[i] for i in owners[positions].tolist()),
+            Owners(slot_by_token, device),
+            Owners([slot_by_token[i] for i in positions], device),
+            tuple(requests[by_token[i]] for i in positions),
         )
 
     def rows(self, kind: Rows) -> Owners:
