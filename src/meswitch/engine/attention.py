@@ -6,7 +6,7 @@ step) x (tokens of the cache) numbers. Its interface for other attentions says w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,15 +52,39 @@ class Spans:
         self.groups: list[_Group] = []
         self.alone = len(queries) == 2
         """Whether one request has all rows and keys."""
-        single: dict[int, list[tuple[int, int, int]]] = {}  # by the magnitude of their keys
+        single: list[tuple[int, int, int]] = []
         for number in range(len(queries) - 1):
             start, end = queries[number : number + 2]
             first, last = keys[number : number + 2]
             if end - start == 1:
-                single.setdefault((last - first).bit_length(), []).append((start, first, last))
+                single.append((start, first, last))
             elif end > start:
                 self.groups.append(_several(start, end, first, last, window))
-        self.groups += [_singles(requests, rows=queries[-1], of=keys[-1]) for requests in single.values()]
+        single.sort(key=lambda request: request[1] - request[2])
+        while single:  # at most as many keys again are padding
+            _, first, last = single[0]
+            alike = [request for request in single if 2 * (request[2] - request[1]) >= last - first]
+            del single[: len(alike)]
+            alike.sort()
+            self.groups.append(_singles(alike, rows=queries[-1], of=keys[-1]))
+
+    def read(self, index: Tensor) -> Tensor:
+        """Read the keys of each group side by side, so that the attention need not gather them again.
+
+        Args:
+            index: [keys] int64, where each key lies in the cache.
+
+        Returns:
+            [keys, those of padding too] int64.
+        """
+        if all(isinstance(group.keys, slice) for group in self.groups):
+            return index
+        parts, start = [], 0
+        for place, group in enumerate(self.groups):
+            parts.append(index[group.keys])
+            self.groups[place] = replace(group, keys=slice(start, start + len(parts[-1])))
+            start += len(parts[-1])
+        return torch.cat(parts)
 
 
 def _several(start: int, end: int, first: int, last: int, window: int | None) -> _Group:

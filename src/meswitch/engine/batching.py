@@ -24,6 +24,8 @@ from meswitch.engine.faults import FaultIsolation, Step
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
 
+logger = logging.getLogger("meswitch.engine")
+
 PAGE = 64  # tokens of a block of the KV cache
 # (all tokens so far, finished, error text or None)
 Listener = Callable[[list[int], bool, str | None], None]
@@ -70,11 +72,13 @@ class Batch:
         processors.logits_processor.extend([self.watch, self._sampler])
         processors.do_processing = True
         self._window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
-        self._attends = self._device.type == "cpu" and model.config._attn_implementation == "sdpa"
-        if self._attends:  # the manager has checked "sdpa", and leaves out its mask for any other
+        self._attends = self._device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa"
+        if self._attends:  # the manager has checked "sdpa"; for any other its mask is left out
             model.set_attn_implementation(BY_REQUEST)
-            self._attends = model.config._attn_implementation == BY_REQUEST
+            self._attends = model.config.get_text_config()._attn_implementation == BY_REQUEST
         self._order_by_owner()
+        if self._device.type == "cpu":  # another thread would only take the steps' time, and wake up for each token
+            self._manager.output_router.deliver_batch = self._take
         with torch.inference_mode():  # which the loop's thread takes over
             self._manager.start()
         self._reader = threading.Thread(target=self._read, name="meswitch-results", daemon=True)
@@ -162,7 +166,11 @@ class Batch:
         if self._attends:
             for kind, ends in kwargs["cu_seq_lens_k"].items():
                 keys = ends[: len(requests) + 1].tolist()
-                say(ends, Spans(bounds, keys, self._window if kind == "sliding_attention" else None))
+                spans = Spans(bounds, keys, self._window if kind == "sliding_attention" else None)
+                index = self._manager.batch_processor.cache.cache_allocators[kind].index
+                if kind == "full_attention" and len(kwargs["read_index"][index]):
+                    kwargs["read_index"][index] = spans.read(kwargs["read_index"][index])
+                say(ends, spans)
         place(slots)
         self._sampler.rows = self.watch.rows = self._switch.step.row_request
         started = any(length > 1 and request in self._begun for length, request in zip(lengths, requests, strict=True))
@@ -205,13 +213,21 @@ class Batch:
         while not self._stopping:
             output = self._manager.get_result(timeout=0.01 if self._cancelled else 0.2)
             if output is not None:
-                finished = output.is_finished()
-                self._tell(output.request_id, list(output.generated_tokens), finished, output.error)
+                self._take([output])
             elif self.failure is not None:
                 self._fail_all(self.failure)
                 return
             for request in [r for r in self._cancelled if self._is_gone(r)]:
                 self._tell(request, [], True, None)
+
+    def _take(self, outputs: Sequence[Any]) -> None:
+        """Results of a step."""
+        for output in outputs:
+            try:
+                finished = output.is_finished()
+                self._tell(output.request_id, list(output.generated_tokens), finished, output.error)
+            except Exception:  # a listener's: the others' results come in the same thread
+                logger.exception("the result of request %s cannot be told", output.request_id)
 
     def _tell(self, request: str, tokens: list[int], finished: bool, error: str | None) -> None:
         with self._lock:

@@ -343,12 +343,12 @@ class SwitchableNorm(Switchable):
         axis = self.seen.inputs[0]
         assert axis is not None
         owners = self.owners(x.shape[axis])
-        weight = getattr(self.base, self.parameter)
-        if not owners.any:
+        if owners.sole == BASE_SLOT:
             return self.base(x)
-        own = [self._own(slot, weight) for slot in owners.present]
+        weight = self.base._parameters[self.parameter]
         if owners.sole is not None:
-            return _with_parameter(self.base, self.parameter, own[0], x)
+            return _with_parameter(self.base, self.parameter, self._own(owners.sole, weight), x)
+        own = [self._own(slot, weight) for slot in owners.present]
         rows = torch.stack([weight, *own])[owners.places]
         return _with_parameter(self.base, self.parameter, by_row(rows, axis, x.dim()), x)
 
