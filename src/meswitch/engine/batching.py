@@ -67,6 +67,8 @@ class Batch:
         self._hook = model.register_forward_pre_hook(self._before_step, with_kwargs=True)
         self._faults = FaultIsolation(model, self._fail)
         self._manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
+        self._layout: tuple[Any, ...] = ()
+        self._context = StepContext()
         self.watch = Watch()
         processors = self._manager.logit_processor
         processors.logits_processor.extend([self.watch, self._sampler])
@@ -160,8 +162,14 @@ class Batch:
         rows = kwargs.get("logits_indices")
         padding = kwargs["input_ids"].shape[1] - bounds[-1]
 
+        positions = range(bounds[-1] + padding) if rows is None else rows.tolist()
+
         def place(slots: Sequence[int]) -> None:
-            self._switch.begin(StepContext.build(lengths, requests, slots, rows, padding, self._device))
+            layout = (lengths, requests, slots, positions, padding)
+            if layout != self._layout:  # of most steps it is that of the step before
+                self._layout = layout
+                self._context = StepContext.build(lengths, requests, slots, positions, padding, self._device)
+            self._switch.step = self._context
 
         if self._attends:
             for kind, ends in kwargs["cu_seq_lens_k"].items():

@@ -149,7 +149,7 @@ class StepContext:
         lengths: Sequence[int],
         requests: Sequence[str],
         slots: Sequence[int],
-        rows: Tensor | None,
+        positions: Sequence[int],
         padding: int = 0,
         device: torch.device | str = "cpu",
     ) -> "StepContext":
@@ -159,14 +159,13 @@ class StepContext:
             lengths: tokens of each request, in the batch's order.
             requests: their ids.
             slots: their slots.
-            rows: [m] int64, token positions whose logits are wanted; None for all.
+            positions: of the tokens whose logits are wanted.
             padding: tokens after the last request.
             device: where the layers compute.
         """
         by_token = [number for number, length in enumerate(lengths) for _ in range(length)]
         slot_by_token = [slots[number] for number in by_token] + [BASE_SLOT] * padding
         by_token += [0] * padding
-        positions = range(len(by_token)) if rows is None else rows.tolist()
         return cls(
             Owners(slot_by_token, device),
             Owners([slot_by_token[i] for i in positions], device),
@@ -183,14 +182,12 @@ class StepContext:
 
 
 class Switch:
-    """Shared by all switchable layers of one model: the step that runs now, the experts' tensors, the op.
-
-    Args:
-        step: the step that runs now.
-    """
+    """Shared by all switchable layers of one model: the step that runs now, the experts' tensors, the op."""
 
     def __init__(self) -> None:
-        self.step = StepContext()
+        self.alone: Mapping[str, Tensor | None] | None = None
+        """Merged weights of the expert that owns all rows of the step, by stored name; those that are made already."""
+        self._step = StepContext()
         self.merged: MergedWeights | None = None
         self._store: ExpertStore | None = None
         self._backend: Backend | None = None
@@ -205,11 +202,18 @@ class Switch:
         """
         self._store, self._backend, self.merged = store, backend, merged
 
-    def begin(self, step: StepContext) -> None:
-        """A step begins, or the same one again with other owners."""
-        self.step = step
+    @property
+    def step(self) -> StepContext:
+        """The step that runs now."""
+        return self._step
+
+    @step.setter
+    def step(self, step: StepContext) -> None:
+        self._step, self.alone = step, None
         if self.merged is not None:
             self.merged.begin({slot: self.tensors(slot) for slot in step.owners.present})
+            if step.owners.sole not in (None, BASE_SLOT):
+                self.alone = self.merged.made(step.owners.sole)
 
     @property
     def backend(self) -> Backend:

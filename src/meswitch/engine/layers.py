@@ -67,6 +67,11 @@ class Switchable(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), attribute)
 
+    def alone(self, name: str) -> Tensor | None:
+        """The merged tensor if one expert owns the whole step: whose the rows are needs no looking then."""
+        made = self.switch.alone
+        return None if made is None else made.get(name)
+
     def owners(self, found: int) -> Owners:
         """Who owns the rows. found: how many the module was given.
 
@@ -100,8 +105,11 @@ class SwitchableLinear(Switchable):
     ) -> None:
         super().__init__(base, name, switch, seen)
         self.weight_name, self.bias_name, self.transposed = weight, bias, transposed
+        self._plain = bias is None and not transposed
 
     def forward(self, x: Tensor) -> Tensor:
+        if (weight := self.alone(self.weight_name)) is not None and self._plain:
+            return nn.functional.linear(x, weight, self.base._parameters["bias"])
         owners = self.owners(x.numel() // x.shape[-1])
         if self.switch.merged is not None:
             if owners.sole is not None:
@@ -170,8 +178,12 @@ class SwitchableHead(Switchable):
     ) -> None:
         super().__init__(base, name, switch, seen)
         self.weight_name, self.bias_name, self.vocabulary = weight, bias, vocabulary
+        self._plain = base.bias is None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.alone(self.weight_name)
+        if weight is not None and self._plain and len(weight) == self.vocabulary:
+            return nn.functional.linear(x, weight)
         inputs = x.reshape(-1, x.shape[-1])
         owners = self.owners(len(inputs))
         if self.switch.merged is not None:
@@ -269,6 +281,8 @@ class SwitchableEmbedding(Switchable):
         self._looks_up = type(base).forward is nn.Embedding.forward
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self._looks_up and (weight := self.alone(self.weight_name)) is not None:
+            return nn.functional.embedding(ids, weight)
         base_rows, flat = self.base.weight.shape[0], ids.reshape(-1)
         owners = self.owners(len(flat))
         if not owners.any:
@@ -340,6 +354,8 @@ class SwitchableNorm(Switchable):
         self.parameter, self.stored = parameter, stored
 
     def forward(self, x: Tensor) -> Tensor:
+        if (weight := self.alone(self.stored)) is not None:
+            return _with_parameter(self.base, self.parameter, weight, x)
         axis = self.seen.inputs[0]
         assert axis is not None
         owners = self.owners(x.shape[axis])

@@ -96,6 +96,10 @@ class MergedWeights:
             weight = kept.weights[name] = self._made(kept, name, base, transposed)
             return weight
 
+    def made(self, slot: int) -> Mapping[str, Tensor | None]:
+        """What `weight` has given so far for a slot of the running step; what it gives later is there too."""
+        return self._slots[slot].weights
+
     def parameters(
         self, slot: int, name: str, module: nn.Module, parameters: ExpertParameters
     ) -> dict[str, Tensor] | None:
