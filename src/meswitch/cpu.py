@@ -1,42 +1,21 @@
-"""What a CPU is good at: how many threads a model deserves, and whether to multiply in bfloat16."""
+"""What this machine has for computing on a CPU: free memory, and whether to multiply in bfloat16."""
 
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NARROW = 512  # hidden size up to which one thread is faster than several
 # Files of a container's limit on memory and of what it uses: control groups of version 2, and of version 1.
 _CONTAINER = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 _LARGE = 1 << 27  # multiplications of a product that is worth converting its factors
-
-
-def deserves_one(device: torch.device, hidden_size: int) -> bool:
-    """Whether a model's layers are so small on this device that sharing them costs more than it saves.
-
-    Its operations take microseconds: 1,000 questions to a model of hidden size 128 took 17.7 s on two threads and
-    9.0 s on one, and where something else is busy, threads that wait for each other cost a hundred times that.
-    """
-    return device.type == "cpu" and hidden_size <= NARROW
-
-
-@contextlib.contextmanager
-def fitting_threads(device: torch.device, hidden_size: int) -> Iterator[None]:
-    """One torch thread for a narrow model on the CPU, in the thread that calls; as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if deserves_one(device, hidden_size) else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def free_bytes() -> int:

@@ -44,7 +44,7 @@ class Spans:
     """Where the requests of a step have their queries and keys.
 
     Args:
-        queries: bounds of each request's rows, from 0 on. keys: the same of its keys, the last of which are its queries'.
+        queries: bounds of each request's rows, from 0 on. keys: those of its keys, of which the last are its queries'.
         window: keys that a query sees at most, None for all before it.
     """
 
@@ -90,13 +90,11 @@ class Spans:
 def _several(start: int, end: int, first: int, last: int, window: int | None) -> _Group:
     """One request with several queries."""
     length, width = end - start, last - first
-    narrow = window is not None and width > window
-    if length == width and not narrow:
+    within = width if window is None else window
+    if length == width <= within:
         return _Group(slice(start, end), slice(first, last), 1, width, None, True)
     places = torch.arange(width - length, width)[:, None] - torch.arange(width)
-    mask = places >= 0
-    if narrow:
-        mask &= places < window
+    mask = (places >= 0) & (places < within)
     return _Group(slice(start, end), slice(first, last), 1, width, mask[None, None], False)
 
 

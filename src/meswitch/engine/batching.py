@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from meswitch.cpu import deserves_one
 from meswitch.engine.attention import BY_REQUEST, Spans, say
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.faults import FaultIsolation, Step
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import MeswitchError
+from meswitch.threads import StepThreads
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -44,7 +44,7 @@ class Batch:
         self._switch = switch
         self._device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
-        self._narrow = deserves_one(self._device, model.config.get_text_config().hidden_size)
+        self._threads = StepThreads(self._device, model.config.get_text_config().hidden_size)
         self._slots: dict[str, int] = {}
         self._listeners: dict[str, Listener] = {}
         self._cancelled: set[str] = set()
@@ -151,8 +151,7 @@ class Batch:
         """Map each token of the step to its expert's slot."""
         if "cu_seq_lens_q" not in kwargs:
             return
-        if self._narrow:  # of this thread alone; the loop has no other place where it could be said
-            torch.set_num_threads(1)
+        self._threads.settle()  # the loop has no other place where it could be said
         batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         requests = [future.state.request_id for future in batch]
         with self._lock:

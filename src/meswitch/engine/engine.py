@@ -197,8 +197,8 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes by purpose: `base`, `slots`, `kv_cache` and `merged` on the device, and `host`.
 
-        `merged` is what experts' weights take beside the base's: of all that run on a CPU (`merged_bytes`), or of the one
-        that has its turn (`by_turns`).
+        `merged` is what experts' weights take beside the base's: of those in the batch on a CPU (`merged_bytes`), or of
+        the one that has its turn (`by_turns`).
         """
         seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
         return {

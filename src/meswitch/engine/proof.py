@@ -423,7 +423,7 @@ def _difference(found: Tensor, wanted: Tensor, base: Tensor, *, exact: bool) -> 
 
 
 def _copied(arguments: Any) -> Any:
-    """Arguments whose numbers a module may change without anybody else seeing it; indices and lengths stay themselves."""
+    """Arguments whose numbers a module may change without anybody else seeing it; indices and lengths stay theirs."""
 
     def copied(leaf: Any) -> Any:
         return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
