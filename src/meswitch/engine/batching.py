@@ -141,6 +141,11 @@ class Batch:
         return 0 if self._switch.merged is None else self._switch.merged.nbytes
 
     @property
+    def merged_budget(self) -> int:
+        """Bytes that they may take."""
+        return 0 if self._switch.merged is None else self._switch.merged.budget
+
+    @property
     def failure(self) -> str | None:
         """Why the generation loop died, if it did."""
         status = getattr(self._manager, "background_thread_status", None)
@@ -161,7 +166,7 @@ class Batch:
         rows = kwargs.get("logits_indices")
         padding = kwargs["input_ids"].shape[1] - bounds[-1]
 
-        positions = range(bounds[-1] + padding) if rows is None else rows.tolist()
+        positions = None if rows is None else rows.tolist()
 
         def place(slots: Sequence[int]) -> None:
             layout = (lengths, requests, slots, positions, padding)

@@ -149,7 +149,7 @@ class StepContext:
         lengths: Sequence[int],
         requests: Sequence[str],
         slots: Sequence[int],
-        positions: Sequence[int],
+        positions: Sequence[int] | None,
         padding: int = 0,
         device: torch.device | str = "cpu",
     ) -> "StepContext":
@@ -159,13 +159,14 @@ class StepContext:
             lengths: tokens of each request, in the batch's order.
             requests: their ids.
             slots: their slots.
-            positions: of the tokens whose logits are wanted.
+            positions: of the tokens whose logits are wanted; None for all.
             padding: tokens after the last request.
             device: where the layers compute.
         """
         by_token = [number for number, length in enumerate(lengths) for _ in range(length)]
         slot_by_token = [slots[number] for number in by_token] + [BASE_SLOT] * padding
         by_token += [0] * padding
+        positions = range(len(by_token)) if positions is None else positions
         return cls(
             Owners(slot_by_token, device),
             Owners([slot_by_token[i] for i in positions], device),

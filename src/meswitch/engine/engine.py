@@ -180,6 +180,11 @@ class Engine:
                 request.fail("the request was cancelled")
 
     @property
+    def merged_budget(self) -> int:
+        """Bytes that merged weights of experts in the batch may take."""
+        return self._batch.merged_budget
+
+    @property
     def takes_turns(self) -> bool:
         """Whether one expert runs at a time: slower than a batch of all, for any model."""
         return isinstance(self._batch, Turns)

@@ -43,6 +43,9 @@ class Runner(Protocol):
     def merged_bytes(self) -> int: ...
 
     @property
+    def merged_budget(self) -> int: ...
+
+    @property
     def failure(self) -> str | None: ...
 
     def submit(

@@ -78,6 +78,7 @@ class Turns:
         IncompatibleError: `generate` of transformers cannot run the base, or gives something else.
     """
 
+    merged_budget = 0  # one expert's, as it has its turn
     kv_bytes = 0  # keys and values are made and dropped by every turn
 
     def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, trial: Trial, *, kv_tokens: int) -> None:
