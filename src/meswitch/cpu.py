@@ -26,8 +26,8 @@ def free_bytes() -> int:
         free = [int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024]
     for limit, used in _CONTAINER:
         with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
-            lines = [line.split() for line in Path(used).with_name("memory.stat").read_text().splitlines()]
-            files = next((int(count) for name, count in lines if name == "inactive_file"), 0)  # given up when needed
+            counts = dict(line.split() for line in Path(used).with_name("memory.stat").read_text().splitlines())
+            files = int(counts.get("inactive_file", 0))  # given up when needed
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()) + files)
     return max(0, min(free))
 
