@@ -3,7 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from meswitch.threads import wait_passively
 from meswitch.version import __version__
+
+wait_passively()
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact

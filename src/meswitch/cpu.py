@@ -1,35 +1,35 @@
-"""What a CPU is good at: how many threads a model deserves, and whether to multiply in bfloat16."""
+"""What this machine has for computing on a CPU: free memory, and whether to multiply in bfloat16."""
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NARROW = 512  # hidden size up to which one thread is faster than several
+# Files of a container's limit on memory and of what it uses: control groups of version 2, and of version 1.
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _LARGE = 1 << 27  # multiplications of a product that is worth converting its factors
 
 
-def deserves_one(device: torch.device, hidden_size: int) -> bool:
-    """Whether a model's layers are so small on this device that sharing them costs more than it saves.
-
-    Its operations take microseconds: 1,000 questions to a model of hidden size 128 took 17.7 s on two threads and
-    9.0 s on one, and where something else is busy, threads that wait for each other cost a hundred times that.
-    """
-    return device.type == "cpu" and hidden_size <= NARROW
-
-
-@contextlib.contextmanager
-def fitting_threads(device: torch.device, hidden_size: int) -> Iterator[None]:
-    """One torch thread for a narrow model on the CPU, in the thread that calls; as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if deserves_one(device, hidden_size) else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def free_bytes() -> int:
+    """Memory that this process can still have: what the system has free, within its container's limit."""
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024]
+    for limit, used in _CONTAINER:
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            counts = dict(line.split() for line in Path(used).with_name("memory.stat").read_text().splitlines())
+            files = int(counts.get("inactive_file", 0))  # given up when needed
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()) + files)
+    return max(0, min(free))
 
 
 @functools.cache

@@ -101,6 +101,7 @@ class EngineSection(_Section):
     runner: Literal["auto", "batch", "turns"] = "auto"
     slots: int = Field(default=4, ge=1)
     host_bytes: Bytes | None = None  # budget for deltas in host memory; None: no limit
+    merged_bytes: Bytes | None = None  # budget for merged weights on a CPU; None: half of what is free
     max_batch_tokens: int = Field(default=2048, ge=1)
     kv_cache_tokens: int = Field(default=32768, ge=256)
     max_queue: int = Field(default=1024, ge=1)
@@ -108,9 +109,10 @@ class EngineSection(_Section):
     @model_validator(mode="before")
     @classmethod
     def _sizes(cls, data: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(data, dict) and isinstance(data.get("host_bytes"), str):
-            data = {**data, "host_bytes": parse_bytes(data["host_bytes"])}
-        return data
+        if not isinstance(data, dict):
+            return data
+        named = {name: data[name] for name in ("host_bytes", "merged_bytes") if isinstance(data.get(name), str)}
+        return data | {name: parse_bytes(size) for name, size in named.items()}
 
 
 class ServerSection(_Section):

@@ -37,6 +37,7 @@ def engine_from_family(family: Family) -> Engine:
         dtype=options.dtype,
         slots=options.slots,
         host_bytes=options.host_bytes,
+        merged_bytes=options.merged_bytes,
         max_batch_tokens=options.max_batch_tokens,
         kv_cache_tokens=options.kv_cache_tokens,
         max_queue=options.max_queue,

@@ -121,7 +121,7 @@ def test_requests_that_are_preempted_for_lack_of_cache_stay_themselves(family, d
             assert answer.tokens == expected[name, 1], name
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("backend", "merged_bytes"), [("reference", 0), ("cpu", 0), ("cpu", None)])
 @pytest.mark.parametrize(
     ("arch", "case", "options"),
     [
@@ -133,11 +133,12 @@ def test_requests_that_are_preempted_for_lack_of_cache_stay_themselves(family, d
     ],
     ids=["added", "added-exact", "llama-tied-added", "qwen2-biases", "qwen3-qk-norms"],
 )
-def test_other_architectures_and_added_tokens(pair, tmp_path, arch, case, options, backend):
+def test_other_architectures_and_added_tokens(pair, tmp_path, arch, case, options, backend, merged_bytes):
     base, expert = pair(arch, change=0.3, **case)
     meswitch.compress(base, expert, tmp_path / "delta", **options)
     merged = load_merged(base, tmp_path / "delta")
-    with Engine(base, {"expert": tmp_path / "delta"}, device="cpu", op_backend=backend) as engine:
+    how = {"op_backend": backend, "merged_bytes": merged_bytes}
+    with Engine(base, {"expert": tmp_path / "delta"}, device="cpu", **how) as engine:
         assert not engine.takes_turns
         tokens = list(range(5, 40)) + list(range(2048, 2048 + case.get("added_tokens", 0)))
         plain = list(range(5, 40))

@@ -19,7 +19,7 @@ LENGTHS = [3, 1, 2, 1]
 
 def switch(tensors):
     step = StepContext.build(LENGTHS, ["a", "b", "c", "d"], SLOTS, None, padding=2)
-    return SimpleNamespace(step=step, tensors=lambda slot: tensors.get(slot, {}))
+    return SimpleNamespace(step=step, tensors=lambda slot: tensors.get(slot, {}), alone=None, merged=None)
 
 
 @pytest.mark.parametrize("place", ["after", "before", "none"])
@@ -61,7 +61,8 @@ def test_every_row_has_its_own_expert_s_weights(norm, row_by_row, place):
 
 def test_a_step_of_the_base_alone_is_the_base():
     norm = LlamaRMSNorm(WIDTH)
-    alone = SimpleNamespace(step=StepContext.build([2], ["a"], [-1], None), tensors=lambda slot: {})
+    step = StepContext.build([2], ["a"], [-1], None)
+    alone = SimpleNamespace(step=step, tensors=lambda slot: {}, alone=None, merged=None)
     x = torch.randn(1, 2, WIDTH)
     seen = Seen("tokens", (1,), (1,), (tuple(x.shape), x.dtype))
     assert torch.equal(SwitchableNorm(norm, "n", alone, seen, parameter="weight", stored="n.weight")(x), norm(x))

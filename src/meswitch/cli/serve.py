@@ -143,6 +143,7 @@ def _summary(family: "Family", engine: "Engine", listener: socket.socket, proble
         "proof_seconds": round(engine.proof_seconds, 2),
         "slots": engine.store.slot_count,
         "memory": engine.memory(),
+        "merged_budget": engine.merged_budget,
         "auto": problem is None,
         "auto_problem": problem,
         "api_key": bool(os.environ.get("MESWITCH_API_KEY")),
@@ -165,6 +166,8 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     table.add_row("auto", "", "the router's choice" if summary["auto"] else f"off: {summary['auto_problem']}")
     slots = "1 slot" if summary["slots"] == 1 else f"{summary['slots']} slots"
     sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
+    if summary["merged_budget"]:
+        sizes += f", merged weights at most {format_bytes(summary['merged_budget'])}"
     console.show(table, f"Memory: base {base}, {sizes}")
     if summary["runner"] == "turns":
         console.note(

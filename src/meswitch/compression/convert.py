@@ -47,10 +47,10 @@ from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
 from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
-from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
 from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, TensorInfo, tensor_bytes
+from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free

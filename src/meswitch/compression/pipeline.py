@@ -29,9 +29,9 @@ from meswitch.compression.options import Options, check_none_given
 from meswitch.compression.partial_model import check_blocks
 from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
-from meswitch.cpu import fitting_threads
 from meswitch.errors import IncompatibleError
 from meswitch.progress import Progress, silent
+from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 DISTILL_SEQUENCES = 32  # of text; fewer train nothing unless steps are asked for
@@ -112,7 +112,8 @@ def compress(
             return artifact
         work.save("undistilled", converter.plan, True)
         by = train_blocks if recipe.scope == "block" else train
-        with fast_products():
+        hidden_size = target.config.get_text_config().hidden_size
+        with fast_products(), fitting_threads(where, hidden_size):
             changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress, work=work)
         distilled = dataclasses.replace(artifact.manifest.method, distillation=info)
         return rewrite(artifact, out, changed, distilled, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""The running batch: one thread that computes steps of requests of all experts, and one that hands their tokens on.
+"""The running batch: a thread that computes steps of requests of all experts.
 
 A step takes tokens of many requests at once (`scheduler`), each with its own expert's weights (`context`, `layers`) and
 its own keys and values (`attention`). What a step raises, or a row without a finite logit, ends the requests that
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.cpu import fitting_threads
 from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
 from meswitch.engine.context import StepContext, Switch
 from meswitch.engine.pages import PAGE, Pages
 from meswitch.engine.sampling import SamplingParams, StepSampler
 from meswitch.engine.scheduler import Job, Listener, Scheduler
 from meswitch.errors import CapacityError, IncompatibleError, MeswitchError
+from meswitch.threads import StepThreads
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -45,8 +45,6 @@ class Batch:
         IncompatibleError: the model has layers that a step cannot mix.
     """
 
-    merged_bytes = 0  # no merged weights are ever made
-
     def __init__(
         self, model: Any, switch: Switch, *, max_batch_tokens: int, kv_tokens: int, attention: str = "sdpa"
     ) -> None:
@@ -59,7 +57,7 @@ class Batch:
         self._model, self._switch = model, switch
         self._device = next(model.parameters()).device
         config = model.config.get_text_config()
-        self._hidden_size = config.hidden_size
+        self._threads = StepThreads(self._device, config.hidden_size)
         self._cuts_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._pages = max(1, -(-kv_tokens // PAGE))
         self._cache = KVCache(config, self._pages, attention, self._device)
@@ -72,6 +70,8 @@ class Batch:
         self._errors: dict[str, str] = {}  # of requests that failed within the step
         self._commands: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
+        self._layout: tuple[Any, ...] = ()
+        self._context = StepContext()
         self._closing, self._open = threading.Event(), threading.Event()
         self._open.set()
         self._computing = threading.Thread(target=self._run, name="meswitch-batch", daemon=True)
@@ -97,7 +97,7 @@ class Batch:
             slot: of the expert store, or the base's.
             params: how it is continued.
             eos: tokens that end the answer.
-            listener: is called from a thread of the batch, with all new tokens so far each time.
+            listener: is called from a thread of the batch and must not block, with all new tokens so far each time.
             owner: the expert and its version. Requests of one owner share the keys and values of equal beginnings; ""
                 shares with nobody.
 
@@ -139,6 +139,16 @@ class Batch:
         return self._cache.nbytes
 
     @property
+    def merged_bytes(self) -> int:
+        """Memory of the weights that experts have of their own."""
+        return 0 if self._switch.merged is None else self._switch.merged.nbytes
+
+    @property
+    def merged_budget(self) -> int:
+        """Bytes that they may take."""
+        return 0 if self._switch.merged is None else self._switch.merged.budget
+
+    @property
     def reused_tokens(self) -> int:
         """Tokens of prompts that were found in the cache."""
         return self._scheduler.reused
@@ -151,11 +161,12 @@ class Batch:
     def _run(self) -> None:
         """Compute steps until the batch is closed."""
         try:
-            with fitting_threads(self._device, self._hidden_size), torch.inference_mode():
+            with torch.inference_mode():
                 while not self._closing.is_set():
                     self._take_commands(wait=not (self._scheduler.running or self._scheduler.waiting))
                     step = self._scheduler.plan()
                     if step:
+                        self._threads.settle()
                         self._step(step)
         except BaseException as error:
             logger.exception("the running batch has ended")
@@ -219,15 +230,17 @@ class Batch:
             positions += range(piece.past, end)
             if end == len(job.tokens):
                 rows.append(len(ids) - 1)
-        # a model may not take a step without a row of logits
-        wanted = torch.tensor(rows or [0])
-        kept = wanted if self._cuts_rows else None
-        jobs = [job for job, _ in step]
+        rows = rows or [0]  # a model may not take a step without a row of logits
+        wanted = torch.tensor(rows, device=self._device)
         lengths, pieces = [piece.length for _, piece in step], [piece for _, piece in step]
-        self._switch.step = StepContext.build(
-            lengths, [job.id for job in jobs], [job.slot for job in jobs], kept, device=self._device
-        )
-        cut = {"logits_to_keep": wanted.to(self._device)} if self._cuts_rows else {}
+        names, slots = [job.id for job, _ in step], [job.slot for job, _ in step]
+        layout = lengths, names, slots, rows
+        if layout != self._layout:  # of most steps it is that of the step before
+            self._layout = layout
+            kept = rows if self._cuts_rows else None
+            self._context = StepContext.build(lengths, names, slots, kept, device=self._device)
+        self._switch.step = self._context
+        cut = {"logits_to_keep": wanted} if self._cuts_rows else {}
         places = StepPlaces(self._cache, pieces, self._device)
         with running(places):
             output = self._model(
@@ -238,7 +251,7 @@ class Batch:
                 **cut,
             )
         logits: Tensor = output.logits[0]
-        return logits if self._cuts_rows else logits[wanted.to(self._device)]
+        return logits if self._cuts_rows else logits[wanted]
 
     def _without_culprits(self, step: Sequence[tuple[Job, Piece]], error: Exception) -> None:
         """Fail the requests whose tokens cannot be computed: each is tried alone, and the others go on."""
@@ -261,13 +274,21 @@ class Batch:
         self._tell(job, finished=True, error=error)
 
     def _tell(self, job: Job, *, finished: bool = False, error: str | None = None) -> None:
-        self._told.put((job.listener, job.made, finished, error))
+        told = job.listener, job.made, finished, error
+        if self._device.type == "cpu":  # a thread that wakes up for each token would only take time from the steps
+            _hand_on(told)
+        else:
+            self._told.put(told)
 
     def _tell_forever(self) -> None:
-        """Hand tokens to their listeners."""
         while (told := self._told.get()) is not None:
-            listener, tokens, finished, error = told
-            try:
-                listener(tokens, finished, error)
-            except Exception:
-                logger.exception("what a request was told could not be taken")
+            _hand_on(told)
+
+
+def _hand_on(told: _Told) -> None:
+    """Give a listener its tokens; what it raises is its own."""
+    listener, tokens, finished, error = told
+    try:
+        listener(tokens, finished, error)
+    except Exception:
+        logger.exception("what a request was told could not be taken")

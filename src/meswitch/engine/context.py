@@ -1,6 +1,7 @@
 """What every switchable layer needs to know about the step that runs now."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, cast
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meswitch.codec import Delta
+from meswitch.engine.merged import MergedWeights
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
 from meswitch.slots import ExpertStore
 
@@ -29,24 +31,30 @@ class Owners:
     """The slot of each row of a step, as the ops take it; each form is made once a step, when a layer first needs it.
 
     Args:
-        slots: [rows] int64, on the host.
+        slots: of each row.
         device: where the forms are.
     """
 
-    def __init__(self, slots: Tensor, device: torch.device | str = "cpu") -> None:
-        self._host, self._device = slots, torch.device(device)
+    def __init__(self, slots: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self._rows, self._device = slots, torch.device(device)
+        self._count = len(slots)
 
     def __len__(self) -> int:
-        return len(self._host)
+        return self._count
+
+    @cached_property
+    def _host(self) -> Tensor:
+        """[rows] int64, on the host."""
+        return torch.tensor(self._rows, dtype=torch.int64)
 
     def of_base(self) -> "Owners":
         """As many rows, all of them the base's."""
-        return Owners(torch.full_like(self._host, BASE_SLOT), self._device)
+        return Owners([BASE_SLOT] * self._count, self._device)
 
     @cached_property
     def any(self) -> bool:
         """Whether some row is an expert's."""
-        return bool((self._host != BASE_SLOT).any())
+        return any(slot != BASE_SLOT for slot, *_ in self._stretches)
 
     @cached_property
     def slots(self) -> Tensor:
@@ -56,7 +64,7 @@ class Owners:
     @cached_property
     def present(self) -> list[int]:
         """The slots that own some row, ascending, without the base."""
-        return [int(slot) for slot in self._host.unique() if slot != BASE_SLOT]
+        return sorted({slot for slot, *_ in self._stretches} - {BASE_SLOT})
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -67,6 +75,43 @@ class Owners:
         )
 
     @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...] | None:
+        """Slot, first row and row after the last of each owner, the base too; None if some owner's rows lie apart."""
+        found = self._stretches
+        return found if len({slot for slot, *_ in found}) == len(found) else None
+
+    @cached_property
+    def _stretches(self) -> tuple[tuple[int, int, int], ...]:
+        """Rows of one slot side by side: the slot, the first row, and that after the last."""
+        found, start = [], 0
+        for slot, rows in itertools.groupby(self._rows):
+            end = start + sum(1 for _ in rows)
+            found.append((slot, start, end))
+            start = end
+        return tuple(found)
+
+    @cached_property
+    def sole(self) -> int | None:
+        """The slot that all rows belong to, `BASE_SLOT` for the base; None if several own some."""
+        return self.runs[0][0] if self.runs is not None and len(self.runs) == 1 else None
+
+    def by_owner(self, x: Tensor, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Compute each owner's rows on their own.
+
+        Args:
+            x: [rows, ...].
+            compute: an owner's slot, `BASE_SLOT` for the base, and its rows of x -> as many rows, of one width for all.
+        """
+        if self.runs is not None:
+            if self.sole is not None:
+                return compute(self.sole, x)
+            return torch.cat([compute(slot, x[start:end]) for slot, start, end in self.runs])
+        rows = {segment.slot: segment.rows for segment in self.segments}
+        rows[BASE_SLOT] = (self._host == BASE_SLOT).nonzero().view(-1).to(self._device)
+        parts = [compute(slot, x[own]) for slot, own in rows.items() if len(own)]
+        return torch.cat(parts)[torch.cat(list(rows.values())).argsort()]
+
+    @cached_property
     def places(self) -> Tensor:
         """[rows] int64, on the device: 0 for the base's rows, else 1 + the place of the row's slot in `present`."""
         bounds = torch.tensor([BASE_SLOT, *self.present])
@@ -74,15 +119,15 @@ class Owners:
 
     @cached_property
     def routing(self) -> Routing:
-        return Routing.build(self._host.tolist(), self._device)
+        return Routing.build(list(self._rows), self._device)
 
     @cached_property
     def prefill(self) -> PrefillRouting:
-        return PrefillRouting.build(self._host.tolist(), self._device)
+        return PrefillRouting.build(list(self._rows), self._device)
 
 
 def _nobody() -> Owners:
-    return Owners(torch.zeros(0, dtype=torch.int64))
+    return Owners([])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +149,7 @@ class StepContext:
         lengths: Sequence[int],
         requests: Sequence[str],
         slots: Sequence[int],
-        rows: Tensor | None,
+        positions: Sequence[int] | None,
         padding: int = 0,
         device: torch.device | str = "cpu",
     ) -> "StepContext":
@@ -114,20 +159,18 @@ class StepContext:
             lengths: tokens of each request, in the batch's order.
             requests: their ids.
             slots: their slots.
-            rows: [m] int64, token positions whose logits are wanted; None for all.
+            positions: of the tokens whose logits are wanted; None for all.
             padding: tokens after the last request.
             device: where the layers compute.
         """
-        owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-        token_slot = torch.tensor([*slots, BASE_SLOT])[owners]
-        if padding:
-            token_slot = torch.cat([token_slot, torch.full((padding,), BASE_SLOT)])
-            owners = torch.cat([owners, torch.zeros(padding, dtype=torch.int64)])
-        positions = torch.arange(len(owners)) if rows is None else rows.cpu()
+        by_token = [number for number, length in enumerate(lengths) for _ in range(length)]
+        slot_by_token = [slots[number] for number in by_token] + [BASE_SLOT] * padding
+        by_token += [0] * padding
+        positions = range(len(by_token)) if positions is None else positions
         return cls(
-            Owners(token_slot, device),
-            Owners(token_slot[positions], device),
-            tuple(requests[i] for i in owners[positions].tolist()),
+            Owners(slot_by_token, device),
+            Owners([slot_by_token[i] for i in positions], device),
+            tuple(requests[by_token[i]] for i in positions),
         )
 
     def rows(self, kind: Rows) -> Owners:
@@ -140,25 +183,38 @@ class StepContext:
 
 
 class Switch:
-    """Shared by all switchable layers of one model: the step that runs now, the experts' tensors, the op.
-
-    Args:
-        step: the step that runs now.
-    """
+    """Shared by all switchable layers of one model: the step that runs now, the experts' tensors, the op."""
 
     def __init__(self) -> None:
-        self.step = StepContext()
+        self.alone: Mapping[str, Tensor | None] | None = None
+        """Merged weights of the expert that owns all rows of the step, by stored name; those that are made already."""
+        self._step = StepContext()
+        self.merged: MergedWeights | None = None
         self._store: ExpertStore | None = None
         self._backend: Backend | None = None
 
-    def connect(self, store: ExpertStore, backend: Backend) -> None:
+    def connect(self, store: ExpertStore, backend: Backend, merged: MergedWeights | None = None) -> None:
         """Say where the experts are.
 
         Args:
             store: holds their tensors in slots.
             backend: computes packed deltas expert by expert, where they do not lie as the kernels read them.
+            merged: keeps weights of their own for experts in slots; None computes every step from the deltas.
         """
-        self._store, self._backend = store, backend
+        self._store, self._backend, self.merged = store, backend, merged
+
+    @property
+    def step(self) -> StepContext:
+        """The step that runs now."""
+        return self._step
+
+    @step.setter
+    def step(self, step: StepContext) -> None:
+        self._step, self.alone = step, None
+        if self.merged is not None:
+            self.merged.begin({slot: self.tensors(slot) for slot in step.owners.present})
+            if step.owners.sole not in (None, BASE_SLOT):
+                self.alone = self.merged.made(step.owners.sole)
 
     @property
     def backend(self) -> Backend:
@@ -169,6 +225,11 @@ class Switch:
         """All slots' packed deltas of a tensor, where they lie as the kernels read them."""
         assert self._store is not None
         return None if self._store.tables is None else self._store.tables.layers.get(name)
+
+    def own(self, slot: int, name: str, base: Tensor, *, transposed: bool = False) -> Tensor | None:
+        """An expert's merged tensor, as `MergedWeights.weight`; there have to be some."""
+        assert self.merged is not None
+        return self.merged.weight(slot, name, base, transposed)
 
     def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
         assert self._store is not None

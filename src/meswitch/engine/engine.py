@@ -43,6 +43,8 @@ class Engine:
         experts: directories of artifacts, or of PEFT adapters, by name.
         device: `auto`, `cpu` or `cuda`. dtype: `auto` (float32 on a CPU, the checkpoint's on a GPU) or a name.
         slots: experts on the device at a time. host_bytes: budget for experts in host memory, None for no limit.
+        merged_bytes: budget for experts' merged weights where no kernels run, which makes a CPU several times as fast;
+            None for half of the memory that is free in float32 on a CPU, 0 for none.
         max_batch_tokens: tokens of one step. kv_cache_tokens: tokens of all running requests together.
         max_queue: waiting and running requests; one more is refused.
         op_backend: what computes deltas: `triton` (bfloat16 or float16), `cpu` or `reference`; None is triton on a GPU,
@@ -64,6 +66,7 @@ class Engine:
         dtype: str = "auto",
         slots: int = 4,
         host_bytes: int | None = None,
+        merged_bytes: int | None = None,
         max_batch_tokens: int = 2048,
         kv_cache_tokens: int = 32768,
         max_queue: int = 1024,
@@ -86,7 +89,7 @@ class Engine:
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         self.model = _load_model(architecture, checkpoint, target, dtype)
-        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens)
+        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes)
         opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
         self.store, self._batch = opened.store, opened.runner
         self.store.watch(self._accept, self.tokenizers)
@@ -185,6 +188,11 @@ class Engine:
             request.fail("the request was cancelled")
 
     @property
+    def merged_budget(self) -> int:
+        """Bytes that merged weights of experts in the batch may take."""
+        return self._batch.merged_budget
+
+    @property
     def takes_turns(self) -> bool:
         """Whether one expert runs at a time: slower than a batch of all, for any model."""
         return isinstance(self._batch, Turns)
@@ -202,7 +210,8 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes by purpose: `base`, `slots`, `kv_cache` and `merged` on the device, and `host`.
 
-        `merged` is what an expert's weights take beside the base's while it has its turn (`by_turns`).
+        `merged` is what experts' weights take beside the base's: of those in the batch on a CPU (`merged_bytes`), or of
+        the one that has its turn (`by_turns`).
         """
         seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
         return {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meswitch.codec import Delta
-from meswitch.engine.context import Owners, Rows, Switch
+from meswitch.engine.context import BASE_SLOT, Owners, Rows, Switch
 from meswitch.engine.kernel import TRITON, product
 from meswitch.engine.parameters import ExpertParameters
 from meswitch.errors import MeswitchError
@@ -55,6 +55,7 @@ class Switchable(nn.Module):
     def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen) -> None:
         super().__init__()
         self.base = base
+        self.__dict__["base"] = base  # found there at once; a module's own look-up takes as long as a small product
         self.name = name
         self.switch = switch
         self.seen = seen
@@ -65,6 +66,11 @@ class Switchable(nn.Module):
             return super().__getattr__(attribute)
         except AttributeError:
             return getattr(super().__getattr__("base"), attribute)
+
+    def alone(self, name: str) -> Tensor | None:
+        """The merged tensor if one expert owns the whole step: whose the rows are needs no looking then."""
+        made = self.switch.alone
+        return None if made is None else made.get(name)
 
     def owners(self, found: int) -> Owners:
         """Who owns the rows. found: how many the module was given.
@@ -99,10 +105,17 @@ class SwitchableLinear(Switchable):
     ) -> None:
         super().__init__(base, name, switch, seen)
         self.weight_name, self.bias_name, self.transposed = weight, bias, transposed
+        self._plain = bias is None and not transposed
 
     def forward(self, x: Tensor) -> Tensor:
+        if (weight := self.alone(self.weight_name)) is not None and self._plain:
+            return nn.functional.linear(x, weight, self.base._parameters["bias"])
+        owners = self.owners(x.numel() // x.shape[-1])
+        if self.switch.merged is not None:
+            if owners.sole is not None:
+                return self._own(owners.sole, x)
+            return owners.by_owner(x.reshape(-1, x.shape[-1]), self._own).view(*x.shape[:-1], -1)
         inputs = x.reshape(-1, x.shape[-1])
-        owners = self.owners(len(inputs))
         layer = None if self.transposed else self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
             y = product(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
@@ -115,19 +128,40 @@ class SwitchableLinear(Switchable):
                 outputs.index_add_(0, segment.rows, added.to(y.dtype))
         return y
 
-    def _added(self, inputs: Tensor, rows: Tensor, tensors: Mapping[str, Delta | Tensor]) -> Tensor | None:
-        """What an expert adds to the base's output: [n, out_features] float32, None for nothing."""
+    def _own(self, slot: int, rows: Tensor) -> Tensor:
+        """An owner's rows by its own weights: [..., in_features] -> [..., out_features]."""
+        if slot == BASE_SLOT:
+            return self.base(rows)
+        base, bias_name = self.base._parameters, self.bias_name
+        bias = base["bias"]
+        weight = self.switch.own(slot, self.weight_name, base["weight"], transposed=self.transposed)
+        if bias_name is not None:
+            bias = self.switch.own(slot, bias_name, bias)
+        if weight is None or (bias is None and bias_name is not None):
+            y = self.base(rows)
+            added = self._added(rows.reshape(-1, rows.shape[-1]), None, self.switch.tensors(slot))
+            return y if added is None else y + added.view(y.shape).to(y.dtype)
+        return nn.functional.linear(rows, weight.T if self.transposed else weight, bias)
+
+    def _added(self, inputs: Tensor, rows: Tensor | None, tensors: Mapping[str, Delta | Tensor]) -> Tensor | None:
+        """What an expert adds to the base's output: [n, out_features] float32, None for nothing.
+
+        Args:
+            inputs: [rows, in_features]. rows: [n] int64, the expert's; None for all.
+        """
+        if rows is not None:
+            inputs = inputs[rows]
         delta = tensors.get(self.weight_name)
         bias = None if self.bias_name is None else tensors.get(self.bias_name)
         added = None
         if isinstance(delta, Delta):
-            added = self.switch.backend.expert_matmul(inputs[rows], delta)
+            added = self.switch.backend.expert_matmul(inputs, delta)
         elif delta is not None:
             change = delta.float() - self.base.weight.float()
-            added = inputs[rows].float() @ (change if self.transposed else change.T)
+            added = inputs.float() @ (change if self.transposed else change.T)
         if isinstance(bias, Tensor):
             shift = bias.float() - self.base.bias.float()
-            added = shift.expand(len(rows), -1) if added is None else added + shift
+            added = shift.expand(len(inputs), -1) if added is None else added + shift
         return added
 
 
@@ -144,10 +178,16 @@ class SwitchableHead(Switchable):
     ) -> None:
         super().__init__(base, name, switch, seen)
         self.weight_name, self.bias_name, self.vocabulary = weight, bias, vocabulary
+        self._plain = base.bias is None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.alone(self.weight_name)
+        if weight is not None and self._plain and len(weight) == self.vocabulary:
+            return nn.functional.linear(x, weight)
         inputs = x.reshape(-1, x.shape[-1])
         owners = self.owners(len(inputs))
+        if self.switch.merged is not None:
+            return owners.by_owner(inputs, self._own).view(*x.shape[:-1], self.vocabulary)
         layer = self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
             base = product(inputs, self.base.weight, self.base.bias, layer, owners)
@@ -158,34 +198,63 @@ class SwitchableHead(Switchable):
         logits[:, :known] = base.view(-1, known)
         for segment in owners.segments:
             tensors = self.switch.tensors(segment.slot)
-            delta, extra = tensors.get(self.weight_name), tensors.get(extra_name(self.weight_name))
-            bias = tensors.get(self.bias_name)
-            if delta is None and extra is None and bias is None:
-                continue
-            rows = inputs[segment.rows]
-            own = logits[segment.rows]
-            shift = self._shift(bias, known)
-            if isinstance(delta, Tensor):
-                whole = rows.float() @ delta.float().T
-                if self.base.bias is not None or bias is not None:
-                    given = bias if isinstance(bias, Tensor) else self.base.bias
-                    whole = whole + given.float()
-                own[:, : len(delta)] = whole.to(own.dtype)
-                own[:, len(delta) :] = -torch.inf
-            else:
-                if isinstance(delta, Delta):
-                    own[:, : delta.rows] += self.switch.backend.expert_matmul(rows, delta).to(own.dtype)
-                    own[:, delta.rows :] = -torch.inf
-                    extra = delta.extra
-                if shift is not None:
-                    own[:, : len(shift)] += shift.to(own.dtype)
-                if isinstance(extra, Tensor):
-                    added = rows.float() @ extra.float().T
-                    if isinstance(bias, Tensor):
-                        added = added + bias[known:].float()
-                    own[:, known : known + len(extra)] = added.to(own.dtype)
-            logits[segment.rows] = own
+            if any(name in tensors for name in (self.weight_name, extra_name(self.weight_name), self.bias_name)):
+                own = logits[segment.rows]
+                self._change(own, inputs[segment.rows], tensors, known)
+                logits[segment.rows] = own
         return logits.view(*x.shape[:-1], self.vocabulary)
+
+    def _own(self, slot: int, rows: Tensor) -> Tensor:
+        """An owner's rows by its own weights: [n, hidden] -> [n, vocabulary]."""
+        if slot == BASE_SLOT:
+            return self._filled(self.base(rows))
+        weight = self.switch.own(slot, self.weight_name, self.base.weight)
+        tensors = self.switch.tensors(slot)
+        if weight is None:
+            base = self.base(rows)
+            logits = self._filled(base)
+            self._change(logits, rows, tensors, base.shape[-1])
+            return logits
+        bias = tensors.get(self.bias_name)
+        if not isinstance(bias, Tensor):
+            bias = self.base.bias
+        if bias is not None:
+            bias = nn.functional.pad(bias.to(weight.dtype), (0, len(weight) - len(bias)))
+        return self._filled(nn.functional.linear(rows, weight, bias))
+
+    def _filled(self, logits: Tensor) -> Tensor:
+        """[n, own vocabulary] -> [n, vocabulary]."""
+        missing = self.vocabulary - logits.shape[-1]
+        return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+
+    def _change(self, own: Tensor, rows: Tensor, tensors: Mapping[str, Delta | Tensor], known: int) -> None:
+        """Turn the base's logits into an expert's, in place.
+
+        Args:
+            own: [n, vocabulary]. rows: [n, hidden]. known: tokens of the base.
+        """
+        delta, extra = tensors.get(self.weight_name), tensors.get(extra_name(self.weight_name))
+        bias = tensors.get(self.bias_name)
+        shift = self._shift(bias, known)
+        if isinstance(delta, Tensor):
+            whole = rows.float() @ delta.float().T
+            if self.base.bias is not None or bias is not None:
+                given = bias if isinstance(bias, Tensor) else self.base.bias
+                whole = whole + given.float()
+            own[:, : len(delta)] = whole.to(own.dtype)
+            own[:, len(delta) :] = -torch.inf
+            return
+        if isinstance(delta, Delta):
+            own[:, : delta.rows] += self.switch.backend.expert_matmul(rows, delta).to(own.dtype)
+            own[:, delta.rows :] = -torch.inf
+            extra = delta.extra
+        if shift is not None:
+            own[:, : len(shift)] += shift.to(own.dtype)
+        if isinstance(extra, Tensor):
+            added = rows.float() @ extra.float().T
+            if isinstance(bias, Tensor):
+                added = added + bias[known:].float()
+            own[:, known : known + len(extra)] = added.to(own.dtype)
 
     def _shift(self, bias: Delta | Tensor | None, known: int) -> Tensor | None:
         """What an expert's bias adds to the base's logits: [tokens that both have] float32."""
@@ -212,35 +281,64 @@ class SwitchableEmbedding(Switchable):
         self._looks_up = type(base).forward is nn.Embedding.forward
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self._looks_up and (weight := self.alone(self.weight_name)) is not None:
+            return nn.functional.embedding(ids, weight)
         base_rows, flat = self.base.weight.shape[0], ids.reshape(-1)
         owners = self.owners(len(flat))
         if not owners.any:
             return self.base(ids)
-        layer = self.switch.kernel_layer(self.weight_name)
-        if layer is not None:
-            out = embedding_rows(flat, self.base.weight, layer, owners.slots, backend=TRITON)
+        if self.switch.merged is not None:
+            out = owners.by_owner(flat, self._own)
         else:
-            out = nn.functional.embedding(flat.clamp(max=base_rows - 1), self.base.weight)
-        for segment in owners.segments:
-            tensors = self.switch.tensors(segment.slot)
-            delta, extra = tensors.get(self.weight_name), tensors.get(extra_name(self.weight_name))
-            if delta is None and extra is None:
-                continue
-            own = flat[segment.rows]
-            known = own < base_rows
-            values = out[segment.rows].float()
-            if isinstance(delta, Delta):
-                values[known] += self.switch.backend.expert_rows(own[known], delta)
-                extra = delta.extra
-            if isinstance(extra, Tensor) and not bool(known.all()):
-                values[~known] = extra[own[~known] - base_rows].float()
-            if isinstance(delta, Tensor):
-                values = delta[own]
-            out[segment.rows] = values.to(out.dtype)
+            layer = self.switch.kernel_layer(self.weight_name)
+            if layer is not None:
+                out = embedding_rows(flat, self.base.weight, layer, owners.slots, backend=TRITON)
+            else:
+                out = nn.functional.embedding(flat.clamp(max=base_rows - 1), self.base.weight)
+            for segment in owners.segments:
+                changed = self._changed(out, flat, segment.rows, self.switch.tensors(segment.slot))
+                if changed is not None:
+                    out[segment.rows] = changed
         if self._looks_up:
             return out.view(*ids.shape, -1)
         places = torch.arange(len(out), device=ids.device).view(ids.shape)
-        return torch.func.functional_call(self.base, {"weight": out}, (places,))
+        return _with_parameter(self.base, "weight", out, places)
+
+    def _own(self, slot: int, ids: Tensor) -> Tensor:
+        """An owner's rows of its own table: [n] int64 -> [n, width]."""
+        table = self.base.weight
+        if slot == BASE_SLOT:
+            return nn.functional.embedding(ids, table)
+        weight = self.switch.own(slot, self.weight_name, table)
+        if weight is not None:
+            return nn.functional.embedding(ids, weight)
+        out = nn.functional.embedding(ids.clamp(max=len(table) - 1), table)
+        changed = self._changed(out, ids, slice(None), self.switch.tensors(slot))
+        return out if changed is None else changed
+
+    def _changed(
+        self, out: Tensor, flat: Tensor, rows: Tensor | slice, tensors: Mapping[str, Delta | Tensor]
+    ) -> Tensor | None:
+        """An expert's rows of a step: [n, width], None if they are the base's.
+
+        Args:
+            out: [rows, width], the base's where it has them. flat: [rows] int64, ids. rows: which are the expert's.
+        """
+        delta, extra = tensors.get(self.weight_name), tensors.get(extra_name(self.weight_name))
+        if delta is None and extra is None:
+            return None
+        base_rows = self.base.weight.shape[0]
+        own = flat[rows]
+        if isinstance(delta, Tensor):
+            return delta[own].to(out.dtype)
+        known = own < base_rows
+        values = out[rows].float()
+        if isinstance(delta, Delta):
+            values[known] += self.switch.backend.expert_rows(own[known], delta)
+            extra = delta.extra
+        if isinstance(extra, Tensor) and not bool(known.all()):
+            values[~known] = extra[own[~known] - base_rows].float()
+        return values.to(out.dtype)
 
 
 class SwitchableNorm(Switchable):
@@ -256,15 +354,41 @@ class SwitchableNorm(Switchable):
         self.parameter, self.stored = parameter, stored
 
     def forward(self, x: Tensor) -> Tensor:
+        if (weight := self.alone(self.stored)) is not None:
+            return _with_parameter(self.base, self.parameter, weight, x)
         axis = self.seen.inputs[0]
         assert axis is not None
         owners = self.owners(x.shape[axis])
-        weight = getattr(self.base, self.parameter)
-        if not owners.any:
+        if owners.sole == BASE_SLOT:
             return self.base(x)
-        own = (self.switch.tensors(slot).get(self.stored, weight) for slot in owners.present)
-        rows = torch.stack([weight, *(w.to(weight.dtype) for w in own if isinstance(w, Tensor))])[owners.places]
-        return torch.func.functional_call(self.base, {self.parameter: by_row(rows, axis, x.dim())}, (x,))
+        weight = self.base._parameters[self.parameter]
+        if owners.sole is not None:
+            return _with_parameter(self.base, self.parameter, self._own(owners.sole, weight), x)
+        own = [self._own(slot, weight) for slot in owners.present]
+        rows = torch.stack([weight, *own])[owners.places]
+        return _with_parameter(self.base, self.parameter, by_row(rows, axis, x.dim()), x)
+
+    def _own(self, slot: int, weight: Tensor) -> Tensor:
+        """An expert's values, in the base's dtype."""
+        if self.switch.merged is not None:
+            kept = self.switch.own(slot, self.stored, weight)
+            if kept is not None:
+                return kept
+        own = self.switch.tensors(slot).get(self.stored)
+        return own.to(weight.dtype) if isinstance(own, Tensor) else weight
+
+
+def _with_parameter(module: nn.Module, name: str, value: Tensor, x: Tensor) -> Any:
+    """Call a module with another tensor in a parameter's place, in a tenth of `torch.func.functional_call`'s time.
+
+    Only the thread that runs the steps calls a wrapped module.
+    """
+    before = module._parameters[name]
+    module._parameters[name] = value  # type: ignore[assignment]
+    try:
+        return module(x)
+    finally:
+        module._parameters[name] = before
 
 
 def by_row(rows: Tensor, axis: int, dimensions: int) -> Tensor:
@@ -320,13 +444,15 @@ class SwitchableModule(Switchable):
         for place, axis in places.items():
             if axis is not None:
                 owners = self.owners(leaves[place].shape[axis])
+        if owners is not None and owners.sole is not None and owners.any:
+            return torch.func.functional_call(self.base, self._own(owners.sole), args, kwargs)
         given = self.base(*args, **kwargs)
         if owners is None or not owners.any:
             return given
         outputs, shape = pytree.tree_flatten(given)
         outputs = [output.clone() if isinstance(output, Tensor) else output for output in outputs]
         for segment in owners.segments:
-            own = self.parameters_of.own(self.base, self.switch.tensors(segment.slot))
+            own = self._own(segment.slot)
             if not own:
                 continue
             part = [
@@ -338,6 +464,13 @@ class SwitchableModule(Switchable):
             for output, value, axis in _tensors(outputs, made, self.seen.outputs):
                 output.index_copy_(axis, segment.rows, value.to(output.dtype))
         return pytree.tree_unflatten(outputs, shape)
+
+    def _own(self, slot: int) -> dict[str, Tensor]:
+        """What an expert has in place of the module's parameters."""
+        tensors, kept = self.switch.tensors(slot), None
+        if self.switch.merged is not None:
+            kept = self.switch.merged.parameters(slot, self.name, self.base, self.parameters_of)
+        return self.parameters_of.own(self.base, tensors) if kept is None else kept
 
 
 def _tensors(outputs: Sequence[Any], made: Sequence[Any], axes: Sequence[int]) -> Sequence[tuple[Tensor, Tensor, int]]:

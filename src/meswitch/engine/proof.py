@@ -423,8 +423,12 @@ def _difference(found: Tensor, wanted: Tensor, base: Tensor, *, exact: bool) -> 
 
 
 def _copied(arguments: Any) -> Any:
-    """Arguments whose tensors a module may change without anybody else seeing it."""
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
+    """Arguments whose numbers a module may change without anybody else seeing it; indices and lengths stay theirs."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(copied, arguments)
 
 
 def _clones(output: Any) -> list[Tensor]:

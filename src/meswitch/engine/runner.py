@@ -12,9 +12,11 @@ import torch
 
 from meswitch.artifact import Artifact
 from meswitch.codec import EXACT
+from meswitch.cpu import free_bytes
 from meswitch.engine.attach import plan_attachment
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
+from meswitch.engine.merged import SHARE, MergedWeights
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial, batch_runs_base, prove, without_weights
@@ -40,6 +42,9 @@ class Runner(Protocol):
 
     @property
     def merged_bytes(self) -> int: ...
+
+    @property
+    def merged_budget(self) -> int: ...
 
     @property
     def failure(self) -> str | None: ...
@@ -69,12 +74,14 @@ class Sizes:
         host_bytes: budget for experts in host memory, None for no limit.
         batch_tokens: tokens of one step.
         kv_tokens: tokens of all running requests together.
+        merged_bytes: budget for merged weights where no kernels run, None for what `merged_budget` says.
     """
 
     slots: int
     host_bytes: int | None
     batch_tokens: int
     kv_tokens: int
+    merged_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +220,9 @@ def _proven(
         kernel=attachment.kernel if kernel else False,
         tied=stored.tied,
     )
-    switch.connect(store, BACKENDS["reference"] if kernel else backend(device.type, op_backend))
+    budget = 0 if kernel else merged_budget(sizes.merged_bytes, device, model.dtype)
+    deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
+    switch.connect(store, deltas, MergedWeights(budget) if budget else None)
     attachment.apply(model, switch)
     try:
         faults = prove(model, batch, switch, attachment, stored, survey, store, artifacts, trial)
@@ -223,6 +232,20 @@ def _proven(
         attachment.undo(model)
         return tuple(faults)
     return Opened(batch, store, ())
+
+
+def merged_budget(wanted: int | None, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes for merged weights of experts in the running batch.
+
+    In 16 bit the sum of a weight and a small change is rounded to the weight's steps, which can lose as much as the
+    compression itself: there it is done only if a budget is set.
+
+    Args:
+        wanted: the setting; None for a share of the memory that is free, on a CPU in float32.
+    """
+    if wanted is not None:
+        return wanted
+    return int(SHARE * free_bytes()) if device.type == "cpu" and dtype == torch.float32 else 0
 
 
 def _batching_fails(error: Exception) -> str:

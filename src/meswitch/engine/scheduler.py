@@ -105,7 +105,8 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(job)
             left -= self._add_prompt(step, job, left)
-        step.sort(key=lambda item: item[1].length > 1)  # the last token of a prompt is one of one token, too
+        # rows of one owner lie side by side; the last token of a prompt is one of one token, too
+        step.sort(key=lambda item: (item[1].length > 1, item[0].slot))
         return step
 
     def _add_prompt(self, step: list[tuple[Job, Piece]], job: Job, left: int) -> int:

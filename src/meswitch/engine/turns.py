@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from meswitch.cpu import deserves_one
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
@@ -25,6 +24,7 @@ from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.slots import ExpertStore
+from meswitch.threads import StepThreads
 
 # New tokens after which a turn ends if another expert's requests wait.
 SLICE = 128
@@ -78,6 +78,7 @@ class Turns:
         IncompatibleError: `generate` of transformers cannot run the base, or gives something else.
     """
 
+    merged_budget = 0  # one expert's, as it has its turn
     kv_bytes = 0  # keys and values are made and dropped by every turn
 
     def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, trial: Trial, *, kv_tokens: int) -> None:
@@ -85,7 +86,7 @@ class Turns:
         self.failure: str | None = None
         self._model, self._stored, self._store = model, stored, store
         self._device = next(model.parameters()).device
-        self._narrow = deserves_one(self._device, model.config.get_text_config().hidden_size)
+        self._threads = StepThreads(self._device, model.config.get_text_config().hidden_size)
         self._parameters = stored.of_module("", lambda name: name)
         self._kept: dict[str, Tensor] = {}  # of the base, while an expert's are in their place
         self._expert = BASE_SLOT
@@ -140,9 +141,8 @@ class Turns:
         return sum(tensor.nbytes for tensor in self._kept.values())
 
     def _run(self) -> None:
-        if self._narrow:
-            torch.set_num_threads(1)
         while True:
+            self._threads.settle()
             with self._changed:
                 while not self._closed and not self._jobs:
                     self._changed.wait()

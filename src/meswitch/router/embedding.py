@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, Messages, Router, text_of
 from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.lexical import Bags, bags
 from meswitch.router.memory import Memory
 from meswitch.router.storage import KIND, BaseInfo, Calibration, Provenance, RouterFile, Settings, write_router
 from meswitch.router.style import style
+from meswitch.threads import fitting_threads
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
 from meswitch.router.memory import Memory
+from meswitch.threads import fitting_threads
 
 LEAST = 5  # different examples
 

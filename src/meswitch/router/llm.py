@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 from meswitch.router.base import OTHER, Messages, Router, text_of
 from meswitch.router.letters import LetterModel
 from meswitch.router.prompt import NONE_OF_THESE, Prompt
 from meswitch.router.records import Calibration, LlmFile, LlmSettings, ModelInfo, Provenance
 from meswitch.router.storage import write_router
+from meswitch.threads import fitting_threads
 
 
 class LlmRouter(Router):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from meswitch.cpu import fitting_threads
 from meswitch.router.average import Average
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
@@ -26,6 +25,7 @@ from meswitch.router.lora import add_adapters, merge_adapters, take_adapters
 from meswitch.router.questions import Asked, balanced, described, draw_options
 from meswitch.router.records import Calibration, LlmSettings, ModelInfo, Provenance
 from meswitch.router.split import hold_out
+from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
 COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by

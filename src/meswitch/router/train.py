@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 import torch
 from torch import Tensor
 
-from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
@@ -20,6 +19,7 @@ from meswitch.router.split import folds, plain
 from meswitch.router.storage import Calibration, Provenance, Settings
 from meswitch.router.targets import choose_threshold
 from meswitch.router.variants import in_lower_case, without_labels
+from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
 

@@ -12,6 +12,7 @@ from meswitch.artifact.manifest import Manifest
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.family import Family
 from meswitch.ops.linear import MAX_TOKENS
+from meswitch.threads import users_environment
 from meswitch.vllm.settings import KEY
 
 FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router
@@ -71,7 +72,7 @@ def environment(family: Family) -> dict[str, str]:
     added = {FAMILY_VARIABLE: str(family.directory / "family.toml")}
     if "MESWITCH_API_KEY" in os.environ:
         added["VLLM_API_KEY"] = os.environ["MESWITCH_API_KEY"]
-    return {**os.environ, **added}
+    return users_environment() | added
 
 
 def argv(arguments: list[str]) -> list[str]:

@@ -1,0 +1,56 @@
+"""Fill the table of docs/server.md from benchmarks/results/serving-cpu.json (`serving_cpu.py`).
+
+python benchmarks/serving_cpu_doc.py            rewrite what is out of date
+python benchmarks/serving_cpu_doc.py --check    say so instead, and exit 1
+"""
+
+from typing import Any
+
+from generated import Data, arguments_of, stored, update
+from markdown_tables import pipe
+
+LATER = "Not measured yet."
+
+
+def serving(found: Data) -> str:
+    """Both sides for each number of users, alone and beside busy processes."""
+    head = ["users", "experts", "busy processes", "engine, tokens/s", "merged, tokens/s", "by the clock", "by CPU time"]
+    rows: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for row in found["rows"]:
+        if row["what"] == "serving":
+            rows.setdefault((row["users"], row["experts"], row["busy"]), {})[row["engine"]] = row
+
+    def times(sides: dict[str, Any], key: str) -> str:
+        return f"{sides['embedded'][key] / sides['transformers'][key]:.2f}x"
+
+    table = [
+        [
+            *map(str, key),
+            *(f"{sides[name]['tokens_per_s']:.0f}" for name in ("embedded", "transformers")),
+            times(sides, "tokens_per_s"),
+            times(sides, "tokens_per_cpu_s"),
+        ]
+        for key, sides in rows.items()
+    ]
+    meta = found["meta"]
+    alone, *beside = [row["seconds"] for row in found["rows"] if row["what"] == "distillation"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    under = (
+        f"Merged weights took {meta['merged_bytes'] / 1e6:.0f} MB beside a base of {meta['base_bytes'] / 1e6:.0f} MB. "
+        f"A distillation of a few steps took {alone:.0f} s, and {beside[0]:.0f} s beside the busy processes. "
+        f"{meta['cores']} cores of an {meta['cpu']}, one thread for each side, best of {meta['repeats']}; the machine "
+        f"had a load of {meta['load']} from elsewhere or from this. {versions}, {meta['date']}."
+    )
+    return f"{pipe(head, *table)}\n\n{under}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = arguments_of(__doc__, "server.md", arguments)
+    found = stored("serving-cpu.json")
+    places = {"serving on a CPU": serving(found) if found else LATER}
+    command = "benchmarks/serving_cpu_doc.py"
+    update(options.doc, command, places, {}, check=options.check, redraw=options.redraw)
+
+
+if __name__ == "__main__":
+    main()
