@@ -8,7 +8,7 @@ from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged, restored
 from meswitch.engine.merged import _RESTS, MergedWeights
-from meswitch.experts import ExpertStore
+from meswitch.slots import ExpertStore
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 
