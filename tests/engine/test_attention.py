@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meswitch.engine.attention import Spans, attention_by_request, say
+import meswitch
+from meswitch import Engine
+from meswitch.compression.merge import load_merged
+from meswitch.engine.attention import BY_REQUEST, Spans, attention_by_request, say
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 STEPS = {
@@ -60,3 +63,29 @@ def test_padding_is_at_most_as_much_again():
     keys = [0, *itertools.accumulate([900, 30, 31, 450, 17, 8, 460])]
     spans = Spans(list(range(8)), keys)
     assert sum(group.requests * group.width for group in spans.groups) <= 2 * keys[-1]
+
+
+@pytest.mark.parametrize("arch", ["mistral", "qwen2"])
+def test_windows_shorter_than_the_prompt(pair, tmp_path, arch):
+    """Prompts longer than the window, whole and in parts, then tokens that leave it: each as its model alone."""
+    base, expert = pair(
+        arch, change=0.3, sliding_window=12, **({"use_sliding_window": True} if arch == "qwen2" else {})
+    )
+    meswitch.compress(base, expert, tmp_path / "delta", bits=4)
+    model = load_merged(base, tmp_path / "delta")
+    prompts = [list(range(5, 5 + count)) for count in (40, 7, 23)]
+    for batch_tokens in (2048, 16):
+        with Engine(base, {"e": tmp_path / "delta"}, device="cpu", max_batch_tokens=batch_tokens) as engine:
+            assert not engine.by_turns
+            assert model.config._attn_implementation != engine.model.config._attn_implementation == BY_REQUEST
+            answers = engine.generate(prompts, model="e", max_new_tokens=16)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = torch.tensor([prompt])
+            settings = {
+                "max_new_tokens": len(answer.tokens),
+                "do_sample": False,
+                "pad_token_id": 0,
+                "eos_token_id": None,
+            }
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+            assert out[0, len(prompt) :].tolist() == list(answer.tokens)

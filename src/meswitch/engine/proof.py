@@ -145,7 +145,8 @@ def batch_runs_base(batch: Batch, trial: Trial, watching: contextlib.AbstractCon
     found: list[Tensor] = []
 
     def see(rows: tuple[str, ...], scores: Tensor) -> None:
-        found.append(scores[rows.index(f"{name}-0")].float().clone())
+        if f"{name}-0" in rows:  # it may be done before the others, whose prompts took several steps
+            found.append(scores[rows.index(f"{name}-0")].float().clone())
 
     batch.watch.see = see
     try:
