@@ -109,6 +109,7 @@ def test_one_slot_serves_the_whole_family(family, deltas, expected):
 def test_a_prompt_split_over_several_steps(family, deltas, expected):
     """Chunked prefill: 16 tokens a step, experts mixed in every one of them."""
     with Engine(family / "base", deltas, device="cpu", max_batch_tokens=16) as engine:
+        assert not engine.by_turns
         answers = engine.generate([LONG] * 5, model=engine.names, max_new_tokens=NEW_TOKENS)
         assert [a.tokens for a in answers] == [expected[name, 1] for name in engine.names]
 

@@ -141,7 +141,7 @@ def batch_runs_base(batch: Batch, trial: Trial, watching: contextlib.AbstractCon
     found: list[Tensor] = []
 
     def see(rows: tuple[str, ...], scores: Tensor) -> None:
-        if f"{name}-0" in rows:
+        if f"{name}-0" in rows:  # it may be done before the others, whose prompts took several steps
             found.append(scores[rows.index(f"{name}-0")].float().clone())
 
     batch.see = see
