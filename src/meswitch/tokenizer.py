@@ -4,6 +4,7 @@
 is found when an expert is compressed.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ _PROBES = (
     "def f(x):\n    return x[0] + 12345.678e-9  # 100%\n",
     "<|user|>a</s> b",
 )
+_SHRINKS = 4  # times that a tokenizer may shorten a text before it takes it apart: spaces become one, letters join
 _WORDS = re.compile(r"\w+")
 _proven: set[bytes] = set()  # digests of tokenizer files that this process has compared already
 
@@ -110,6 +112,26 @@ class ChatTokenizer:
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
             raise ConfigError(f"prompt: token ids of {self.name!r} lie between 0 and {self.vocab_size - 1}")
         return tokens
+
+    def least_tokens(self, prompt: Prompt) -> int:
+        """A number of tokens that a prompt has at least, without reading it: most texts have many times more.
+
+        Args:
+            prompt: what `encode` takes.
+        """
+        if isinstance(prompt, str):
+            characters = len(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            contents = (message.get("content") for message in prompt if isinstance(message, Mapping))
+            characters = sum(len(content) for content in contents if isinstance(content, str))
+        else:
+            return len(prompt)
+        return characters // (_SHRINKS * self._longest)
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
         """A conversation in the chat template's form.

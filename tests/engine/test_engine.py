@@ -1,5 +1,6 @@
 """The engine's behaviour around one request: streaming, stops, sampling, limits, errors."""
 
+import random
 import threading
 import time
 
@@ -8,6 +9,7 @@ import pytest
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.engine import Request
+from meswitch.engine.request import StopText
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
 
 QUESTION = [{"role": "user", "content": "Ben shares 24 coins equally among 6 friends. How many does each friend get?"}]
@@ -256,3 +258,33 @@ def test_stop_texts_of_an_expert_s_own_generation_config_end_its_answers(family,
         whole, short = engine.generate([QUESTION] * 2, model=["math", "short"])
         assert short.text == whole.text.partition("####")[0]
         assert short.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stop_text_is_found_where_it_begins_first_and_its_beginning_is_held_back(seed):
+    draw = random.Random(seed)
+    for _ in range(200):
+        text, stop = ("".join(draw.choices("ab", k=length)) for length in (draw.randrange(40), draw.randrange(1, 6)))
+        finder, end, found = StopText(stop), 0, None
+        while end < len(text) and found is None:
+            end = min(len(text), end + draw.randrange(1, 5))
+            found = finder.find(text[:end])
+            if found is None:
+                assert finder.begun == max(n for n in range(len(stop)) if text[:end].endswith(stop[:n]))
+        assert (text[:end].find(stop) if found is None else found) == (-1 if found is None else text.find(stop))
+
+
+def test_long_stop_texts_take_time_in_proportion_to_the_answer():
+    finder, text = StopText("a" * 1023 + "b"), "a" * 20000
+    looks = 0
+    after = finder._after
+
+    def counted(begun, character):
+        nonlocal looks
+        looks += 1
+        return after(begun, character)
+
+    finder._after = counted
+    for end in range(0, len(text) + 1, 4):
+        assert finder.find(text[:end]) is None
+    assert looks == len(text)

@@ -113,7 +113,7 @@ def test_a_body_may_be_packed(url, encoding, pack, chunked):
         ("gzip", b"{}", 400, "the body is not gzip"),
         ("gzip", gzip.compress(b"x" * 999, mtime=0)[:-9], 400, "the body is not whole gzip data"),
         ("br", b"{}", 415, "Content-Encoding: 'br' is not read"),
-        ("gzip", gzip.compress(b" " * (MAX_BODY + 1), mtime=0), 413, "the body is larger than 64 MiB"),
+        ("gzip", gzip.compress(b" " * (MAX_BODY + 1), mtime=0), 413, "the body is larger than 8 MiB"),
     ],
 )
 def test_a_body_that_cannot_be_unpacked_is_refused_by_its_cause(url, encoding, data, status, message):

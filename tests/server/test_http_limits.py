@@ -189,3 +189,62 @@ def test_the_server_lets_running_answers_finish_and_closes_its_engine(family):
     assert answers[0].choices[0].finish_reason in ("length", "stop")
     with pytest.raises(Exception, match="closed"):
         engine.submit("a")
+
+
+def test_stop_texts_are_bounded(url):
+    body = {"model": "math", "prompt": "a", "max_tokens": 1}
+    answer = httpx.post(f"{url}/v1/completions", json=body | {"stop": "x" * 1025})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "stop[0]"
+    assert httpx.post(f"{url}/v1/completions", json=body | {"stop": "x" * 1024}).status_code == 200
+
+
+def test_a_body_whose_length_is_not_said_is_read_up_to_the_limit(url):
+    def pieces():
+        for _ in range(9):
+            yield b" " * (1 << 20)
+
+    answer = httpx.post(f"{url}/v1/completions", content=pieces(), timeout=30)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(url, engine, monkeypatch, field):
+    monkeypatch.setattr(engine.tokenizers["math"], "encode", None)
+    text = "word " * 1_000_000
+    path, body = ("completions", text) if field == "prompt" else ("chat/completions", user(text))
+    answer = httpx.post(f"{url}/v1/{path}", json={"model": "math", field: body}, timeout=30)
+    assert answer.status_code == 400
+    assert "at least" in answer.json()["error"]["message"]
+
+
+def test_streams_and_health_go_on_while_a_prompt_is_encoded(url, client, engine, monkeypatch):
+    encode, begun, go_on = engine.tokenizers["code"].encode, threading.Event(), threading.Event()
+
+    def slowly(prompt):
+        begun.set()
+        assert go_on.wait(20)
+        return encode(prompt)
+
+    monkeypatch.setattr(engine.tokenizers["code"], "encode", slowly)
+    found = []
+    ask = threading.Thread(
+        target=lambda: found.append(client.completions.create(model="code", prompt="a", max_tokens=2))
+    )
+    ask.start()
+    assert begun.wait(10)
+    assert httpx.get(f"{url}/health", timeout=10).json()["status"] == "ok"
+    assert client.completions.create(model="math", prompt="a", max_tokens=2).usage.completion_tokens == 2
+    go_on.set()
+    ask.join(20)
+    assert found[0].usage.completion_tokens == 2
+
+
+def test_a_client_that_leaves_while_its_prompt_is_encoded_leaves_nothing_behind(url, engine, monkeypatch):
+    encode, go_on = engine.tokenizers["code"].encode, threading.Event()
+    monkeypatch.setattr(engine.tokenizers["code"], "encode", lambda prompt: go_on.wait(20) and encode(prompt))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=LONG | {"model": "code"}, timeout=0.5)
+    go_on.set()
+    assert wait_until(lambda: is_idle(engine))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
-from meswitch.engine.context import StepContext, Switch
+from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.pages import PAGE, Pages
 from meswitch.engine.sampling import SamplingParams, StepSampler
 from meswitch.engine.scheduler import Job, Listener, Scheduler
@@ -262,6 +262,14 @@ class Batch:
         logger.error("a step of the running batch failed", exc_info=error)
         job, _ = step[0]
         self._end(job, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        self._run_base()
+
+    def _run_base(self) -> None:
+        """Compute one token of the base: what that raises, every step would raise, and the batch ends."""
+        page = self._scheduler.pages.take()
+        probe = Job("probe", [0], BASE_SLOT, "", SamplingParams(), frozenset(), lambda *told: None)
+        self._forward([(probe, Piece(1, 0, [page]))])
+        self._scheduler.pages.give_back([page])
 
     def _cannot_go_on(self, request: str, reason: str) -> None:
         self._errors[request] = reason

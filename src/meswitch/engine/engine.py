@@ -135,6 +135,9 @@ class Engine:
         tokenizer = self.tokenizers.get(name)
         if tokenizer is None:
             raise UnknownExpertError(f"model {name!r} does not exist; there are {', '.join(self.names)}")
+        least = tokenizer.least_tokens(prompt)
+        if least >= self._limit(tokenizer):
+            raise self._too_long(tokenizer, f"at least {least}")
         tokens = tokenizer.encode(prompt)
         params = self._fit(tokenizer, len(tokens), params)
         request = Request(f"r{next(self._ids)}", name, tokens, params, tokenizer, on_chunk, said=prompt)
@@ -244,12 +247,18 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _limit(self, tokenizer: ChatTokenizer) -> int:
+        """Tokens of a prompt and its answer together."""
+        return min(tokenizer.max_length, self._batch.kv_tokens - PAGE)
+
+    def _too_long(self, tokenizer: ChatTokenizer, tokens: str) -> ConfigError:
+        takes = f"{tokenizer.name!r} takes {self._limit(tokenizer)} in all"
+        return ConfigError(f"prompt: {tokens} tokens leave no room for an answer; {takes}")
+
     def _fit(self, tokenizer: ChatTokenizer, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        limit = min(tokenizer.max_length, self._batch.kv_tokens - PAGE)
+        limit = self._limit(tokenizer)
         if prompt_tokens >= limit:
-            raise ConfigError(
-                f"prompt: {prompt_tokens} tokens leave no room for an answer; {tokenizer.name!r} takes {limit} in all"
-            )
+            raise self._too_long(tokenizer, str(prompt_tokens))
         return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, limit - prompt_tokens))
 
     def _accept(self, before: Version, artifact: Artifact) -> ChatTokenizer:

@@ -71,7 +71,8 @@ class Request:
 
     def _listen(self) -> None:
         stops = (*self.params.stop, *self.tokenizer.stops)
-        self._stops, marks = _marked(stops, self.tokenizer.hidden)
+        texts, marks = _marked(stops, self.tokenizer.hidden)
+        self._stops = [StopText(text) for text in texts]
         self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
 
     def respell(
@@ -117,12 +118,13 @@ class Request:
         self.tokens = list(tokens)
         ended = bool(self.tokens) and self.tokens[-1] in self.tokenizer.ends
         self._text += self._detokenizer.feed(new[:-1] if ended and new else new, last=finished)
-        cut = self._stop_position()
+        cut = min((at for stop in self._stops if (at := stop.find(self._text)) is not None), default=None)
         if cut is not None:
             self._text = self._text[:cut]
             finished, ended = True, True
         # text that may turn out to be the beginning of a stop text is held back
-        upto = len(self._text) if finished else len(self._text) - self._held_back()
+        held = max((stop.begun for stop in self._stops), default=0)
+        upto = len(self._text) if finished else len(self._text) - held
         piece, self._sent = self._text[self._sent : upto], max(self._sent, upto)
         reason = ("stop" if ended else "length") if finished else None
         piece = _without_marks(piece)
@@ -179,18 +181,6 @@ class Request:
     def done(self) -> bool:
         return self._done.is_set()
 
-    def _stop_position(self) -> int | None:
-        found = [at for stop in self._stops if (at := self._text.find(stop, self._sent)) >= 0]
-        return min(found, default=None)
-
-    def _held_back(self) -> int:
-        longest = 0
-        for stop in self._stops:
-            for length in range(1, len(stop)):
-                if self._text.endswith(stop[:length]):
-                    longest = max(longest, length)
-        return longest
-
     def _emit(self, chunk: Chunk) -> None:
         self._chunks.put(chunk)
         if self.on_chunk is not None:
@@ -205,6 +195,39 @@ class Request:
         self.finish_reason = reason
         self._ended = time.perf_counter()
         self._done.set()
+
+
+class StopText:
+    """Looks for a text in another that grows, each character once (Knuth, Morris and Pratt).
+
+    Args:
+        text: what ends the answer; not empty.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._seen = 0
+        self.begun = 0
+        """How many characters at the end of what was seen may be the beginning of the text."""
+        self._back = [0] * len(text)  # of its first n characters, the longest proper beginning that is also their end
+        length = 0
+        for at in range(1, len(text)):
+            length = self._after(length, text[at])
+            self._back[at] = length
+
+    def _after(self, begun: int, character: str) -> int:
+        while begun and character != self._text[begun]:
+            begun = self._back[begun - 1]
+        return begun + (character == self._text[begun])
+
+    def find(self, text: str) -> int | None:
+        """Where it begins for the first time, None if it is not there yet. text: what was given before, and more."""
+        for at in range(self._seen, len(text)):
+            self.begun = self._after(self.begun, text[at])
+            if self.begun == len(self._text):
+                return at + 1 - self.begun
+        self._seen = len(text)
+        return None
 
 
 def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[tuple[str, ...], dict[int, str]]:

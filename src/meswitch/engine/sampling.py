@@ -2,6 +2,7 @@
 
 import logging
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from meswitch.errors import ConfigError
 
 logger = logging.getLogger("meswitch.engine")
 
+MAX_STOPS, MAX_STOP = 64, 1024  # texts, and characters of each
+_LIMITS = {"stop": f"; up to {MAX_STOPS} texts of 1 to {MAX_STOP} characters"}
 SEEDS = -(2**63), 2**64 - 1  # what torch's generators take
 
 
@@ -25,8 +28,8 @@ class SamplingParams:
         top_p: sample from the likeliest tokens that make up this share; 1.0 keeps all.
         top_k: sample from so many tokens; 0 keeps all.
         seed: makes the request repeatable whatever shares its batch.
-        stop: texts that end the answer and are not part of it. A special token's text, such as `<|end|>`, stands for
-            that token too.
+        stop: texts that end the answer and are not part of it, up to `MAX_STOPS` of up to `MAX_STOP` characters. A
+            special token's text, such as `<|end|>`, stands for that token too.
 
     Raises:
         ConfigError: a value is out of range or of another type; the error names the field.
@@ -48,11 +51,14 @@ class SamplingParams:
             "top_p": _is_number(self.top_p) and 0 < self.top_p <= 1,
             "top_k": _is_whole(self.top_k) and self.top_k >= 0,
             "seed": self.seed is None or (_is_whole(self.seed) and SEEDS[0] <= self.seed <= SEEDS[1]),
-            "stop": isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
+            "stop": isinstance(self.stop, tuple)
+            and len(self.stop) <= MAX_STOPS
+            and all(isinstance(text, str) and 0 < len(text) <= MAX_STOP for text in self.stop),
         }
         for field, fits in ranges.items():
             if not fits:
-                raise ConfigError(f"{field}: {getattr(self, field)!r} is out of range")
+                given = reprlib.repr(getattr(self, field))
+                raise ConfigError(f"{field}: {given} is out of range{_LIMITS.get(field, '')}")
 
 
 def _is_whole(value: object) -> bool:

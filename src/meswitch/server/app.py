@@ -108,7 +108,7 @@ def create_app(
         messages = body.conversation()
         asked = with_circumstances(messages, request.headers.items(), body.metadata)
         expert, headers = await service.choose(body.model, asked, request.headers.get(WANTED))
-        generation = Generation(engine, expert, [messages], body, "messages")
+        generation = await Generation.start(engine, expert, [messages], body, "messages")
         return await _respond(generation, ChatFormat(expert), body, request, headers)
 
     @app.post("/v1/completions", response_model=TextCompletion)
@@ -119,7 +119,7 @@ def create_app(
         routable = _routable(body) if body.model == AUTO and wanted is None else []
         asked = with_circumstances(routable, request.headers.items(), body.metadata)
         expert, headers = await service.choose(body.model, asked, wanted)
-        generation = Generation(engine, expert, prompts, body, "prompt")
+        generation = await Generation.start(engine, expert, prompts, body, "prompt")
         return await _respond(generation, TextFormat(expert), body, request, headers)
 
     return app

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from meswitch.engine import Chunk, Engine, Request
@@ -12,14 +14,13 @@ from meswitch.server.errors import ApiError
 from meswitch.server.schema import GenerationRequest
 from meswitch.tokenizer import Prompt
 
+_ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "meswitch-encode")
+
 
 class Generation:
     """The running answers, `request.n` for each prompt, in the order of the prompts.
 
-    Make it inside the event loop. Whoever makes it calls `cancel` in the end, whatever happened.
-
-    Raises:
-        ApiError: the engine refuses one of them; then none runs.
+    Make it with `start`. Whoever made it calls `cancel` in the end, whatever happened.
     """
 
     def __init__(
@@ -32,22 +33,53 @@ class Generation:
             field = "n" if len(prompts) == 1 else prompt_field
             message = f"{field}: {count} answers in one request, the queue holds {engine.max_queue}; ask for less"
             raise ApiError(400, message, param=field, code="invalid_value")
-        self._engine = engine
+        self._engine, self._model, self._prompts, self._request = engine, model, prompts, request
         self._choices = request.n
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
         self._requests: list[Request] = []
+
+    @classmethod
+    async def start(
+        cls, engine: Engine, model: str, prompts: Sequence[Prompt], request: GenerationRequest, prompt_field: str
+    ) -> "Generation":
+        """Encode the prompts beside the event loop, which a long one would stop for everybody, and start the answers.
+
+        Args:
+            engine: answers.
+            model: an expert's or the base's name.
+            prompts: of this request.
+            request: how they are continued.
+            prompt_field: its field that holds them, for messages.
+
+        Raises:
+            ApiError: the engine refuses one of them; then none runs.
+        """
+        made = cls(engine, model, prompts, request, prompt_field)
+        submitting = asyncio.get_running_loop().run_in_executor(_ENCODERS, made._submit)
         try:
-            for prompt in prompts:
-                tokens: Prompt = prompt
-                for choice in range(request.n):
-                    listen = partial(self._post, len(self._requests))
-                    started = engine.submit(tokens, model=model, params=request.params(choice), on_chunk=listen)
-                    self._requests.append(started)
-                    tokens = started.prompt  # encoded once
+            await asyncio.shield(submitting)
+        except asyncio.CancelledError:  # the client is gone; the thread may still submit
+            submitting.add_done_callback(made._abandoned)
+            raise
         except MeswitchError as error:
-            self.cancel()
+            made.cancel()
             raise ApiError.refused(error, prompt_field) from error
+        return made
+
+    def _abandoned(self, submitted: "asyncio.Future[None]") -> None:
+        submitted.exception()  # nobody waits for it
+        self.cancel()
+
+    def _submit(self) -> None:
+        for prompt in self._prompts:
+            tokens: Prompt = prompt
+            for choice in range(self._choices):
+                listen = partial(self._post, len(self._requests))
+                params = self._request.params(choice)
+                started = self._engine.submit(tokens, model=self._model, params=params, on_chunk=listen)
+                self._requests.append(started)
+                tokens = started.prompt  # encoded once
 
     async def pieces(self) -> AsyncIterator[tuple[int, Chunk]]:
         """(index of the answer, piece) until all answers are complete.

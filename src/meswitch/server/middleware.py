@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meswitch.server.errors import ApiError
 
-MAX_BODY = 64 << 20  # bytes of a request, unpacked
+MAX_BODY = 8 << 20  # bytes of a request, unpacked: a million tokens and more
 
 
 class NormalisingMiddleware:
@@ -56,7 +56,7 @@ async def _unpacked(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         raise _too_large()
     encoding = headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
-        return scope, receive
+        return scope, receive if length.isdigit() else await _limited(receive)
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise ApiError(415, f"Content-Encoding: {encoding!r} is not read; send the body gzipped or as it is")
     unpacker = zlib.decompressobj(wbits=47)  # gzip's header or zlib's
@@ -78,6 +78,24 @@ async def _unpacked(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
     kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
     scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
     return scope, _replayed(bytes(body), receive)
+
+
+async def _limited(receive: Receive) -> Receive:
+    """Read a body whose length nobody said.
+
+    Raises:
+        ApiError: it is too large.
+    """
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":  # the client is gone
+            break
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
+            raise _too_large()
+        more = message.get("more_body", False)
+    return _replayed(bytes(body), receive)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

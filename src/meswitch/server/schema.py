@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from meswitch.engine import SamplingParams
+from meswitch.engine.sampling import MAX_STOP
 
 MAX_CHOICES = 16
 MAX_PAIRS = 16  # of metadata, as OpenAI has it; so are the lengths
@@ -114,7 +115,7 @@ def _encodable(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-SomeText = Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
+SomeText = Annotated[str, Field(min_length=1, max_length=MAX_STOP), AfterValidator(_encodable)]
 
 
 def _texts(value: Any) -> Any:
