@@ -1,4 +1,4 @@
-"""Fill the table of docs/server.md from benchmarks/results/serving-cpu.json (`serving_cpu.py`).
+"""Fill the tables of docs/server.md from serving-cpu.json and residency-cpu.json (`serving_cpu.py`, `residency.py`).
 
 python benchmarks/serving_cpu_doc.py            rewrite what is out of date
 python benchmarks/serving_cpu_doc.py --check    say so instead, and exit 1
@@ -44,10 +44,43 @@ def serving(found: Data) -> str:
     return f"{pipe(head, *table)}\n\n{under}"
 
 
+def residency(found: Data) -> str:
+    """What requests waited for, in a row for each load."""
+    head = ["", "experts", "hits", "TTFT p50, p95, p99, ms", "of hits", "TPOT p50, p95, p99, ms", "failed", "MB moved"]
+
+    def three(row: Data, key: str) -> str:
+        return ", ".join(f"{row[key][p]:.0f}" for p in ("p50", "p95", "p99"))
+
+    table = [
+        [
+            row["what"] + (", in bursts" if row["arrivals"] == "bursts" else ""),
+            str(row["experts"]),
+            f"{row['hits']:.0%}",
+            three(row, "ttft_ms"),
+            three(row, "ttft_of_hits_ms"),
+            three(row, "tpot_ms"),
+            f"{row['failed']} of {row['requests']}",
+            f"{row['moved_mb']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    meta = found["meta"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    under = (
+        f"{meta['rate']:.0f} requests a second for {meta['seconds']:.0f} s, {meta['tokens']} new tokens each, by "
+        f"Zipf({meta['zipf']:g}); {meta['slots']} slots, room for {meta['host_experts']} experts in the host tier. "
+        f"{meta['cores']} cores, load {meta['load']}; {versions}, {meta['date']}."
+    )
+    return f"{pipe(head, *table)}\n\n{under}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "server.md", arguments)
-    found = stored("serving-cpu.json")
-    places = {"serving on a CPU": serving(found) if found else LATER}
+    found, many = stored("serving-cpu.json"), stored("residency-cpu.json")
+    places = {
+        "serving on a CPU": serving(found) if found else LATER,
+        "many experts on a CPU": residency(many) if many else LATER,
+    }
     command = "benchmarks/serving_cpu_doc.py"
     update(options.doc, command, places, {}, check=options.check, redraw=options.redraw)
 
