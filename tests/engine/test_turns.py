@@ -1,10 +1,13 @@
 """Exact experts: served by turns, each with its own weights bit for bit, and never in a batch."""
 
+import itertools
+import threading
+
 import pytest
 import torch
 
 import meswitch
-from meswitch import Engine
+from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import IncompatibleError
 
@@ -62,3 +65,34 @@ def test_added_tokens_of_an_exact_expert_are_served(pair, tmp_path):
     with Engine(base, {"one": tmp_path / "delta"}, device="cpu") as engine:
         answer = engine.generate([PROMPT], model="one", max_new_tokens=NEW_TOKENS)[0]
         assert answer.tokens == alone(load_merged(base, tmp_path / "delta"), engine.tokenizers["one"])
+
+
+def test_an_answer_that_is_whole_stays_as_it_is_when_its_turn_fails_later(family):
+    params = [SamplingParams(2), SamplingParams(8), SamplingParams(8)]
+    with Engine(family / "base", {}, device="cpu", runner="turns") as engine:
+        prompt, turns = engine.tokenizers["base"].encode(PROMPT), engine._batch
+        whole = engine.generate([prompt], max_new_tokens=8)[0].tokens
+        eos = [whole[2]]  # of the second: its third token is its end
+        steps = itertools.count()
+
+        def fail_once(*call):
+            if next(steps) == 4:
+                raise MemoryError("for a moment")
+
+        hook = engine.model.register_forward_pre_hook(fail_once)
+        found, over = {}, threading.Semaphore(0)
+
+        def listen(number):
+            def told(tokens, finished, error):
+                if finished:
+                    found[number] = tokens, error
+                    over.release()
+
+            return told
+
+        with turns._changed:  # in one turn
+            for number, one in enumerate(params):
+                turns.submit(f"t{number}", prompt, -1, one, eos if number == 1 else [], listen(number))
+        assert all(over.acquire(timeout=60) for _ in params)
+        hook.remove()
+    assert [found[n] for n in range(3)] == [(list(tokens), None) for tokens in (whole[:2], whole[:3], whole)]

@@ -183,17 +183,23 @@ class Turns:
         except Exception as error:  # noqa: BLE001  whatever a model raises fails these requests alone
             if len(turn) > 1:  # one of them may be the cause: each alone
                 for job in turn:
-                    self._take_turn([job])
+                    if not self._ended(job):
+                        self._take_turn([job])
                 return
             self._finish(turn[0], f"{type(error).__name__}: {error}")
             return
         for job in turn:
-            if job.cancelled or job.complete:
-                self._finish(job, job.error)
-            else:  # its turn is over: it waits behind the others
+            if not self._ended(job):  # its turn is over: it waits behind the others
                 with self._changed:
                     if job.id in self._jobs:
                         self._jobs.move_to_end(job.id)
+
+    def _ended(self, job: _Job) -> bool:
+        """Whether a job needs no more steps; it is told so then."""
+        if not (job.cancelled or job.complete):
+            return False
+        self._finish(job, job.error)
+        return True
 
     def _fail(self, request: str, error: str) -> None:
         """End a request whose step went wrong. The rows of complete ones are computed on, and do not count."""
