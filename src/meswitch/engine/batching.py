@@ -213,6 +213,9 @@ class Batch:
                 self._end(job, self._errors.pop(job.id))
                 continue
             self._scheduler.know(job)
+        if self._device.type == "cuda":
+            # Only now it took what it took, and a slot whose last request is cancelled next may be overwritten.
+            torch.cuda.current_stream(self._device).synchronize()
             job.tokens.append(token)
             if job.is_complete:
                 self._end(job, None)
