@@ -169,6 +169,8 @@ class Batch:
                         self._threads.settle()
                         self._step(step)
         except BaseException as error:
+                        self._cache.clear(self._scheduler.unsure)
+                        self._scheduler.unsure.clear()
             logger.exception("the running batch has ended")
             self.failure = f"{type(error).__name__}: {error}"
         finally:
@@ -270,9 +272,7 @@ class Batch:
         self._errors[request] = reason
 
     def _end(self, job: Job, error: str | None) -> None:
-        left = self._scheduler.remove(job, failed=error is not None)
-        if error is not None:
-            self._cache.clear(left)
+        self._scheduler.remove(job, failed=error is not None)
         del self._jobs[job.id]
         self._tell(job, finished=True, error=error)
 
