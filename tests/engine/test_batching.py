@@ -170,3 +170,22 @@ def test_numbers_that_nobody_has_seen_are_not_left_for_the_next_in_their_pages(l
             beside = [ask(batch, "long", [1] * (PAGE + 9)), ask(batch, "short", [2] * 9)]
         assert [one.wait().error for one in beside] == [None, None]
         assert ask(batch, "alone", [2] * 9).wait().tokens == beside[1].tokens
+
+
+@pytest.mark.parametrize("end", ["failed", "closed"])
+def test_a_request_that_comes_in_the_batch_s_last_step_is_told_so(llama, end):
+    late = []
+
+    def last_step(names, logits):
+        late.append(ask(batch, "late", [5, 6]))
+        if end == "failed":
+            raise OSError("no device any more")
+        batch._closing.set()
+
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        batch.see = last_step
+        running = ask(batch, "running", [5, 6]).wait()
+        reason = "OSError: no device any more" if end == "failed" else "the engine was closed"
+        assert [running.error, late[0].wait().error] == [reason, reason]
+        with pytest.raises(MeswitchError, match="the engine has stopped"):
+            ask(batch, "later", [5, 6])

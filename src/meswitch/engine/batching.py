@@ -69,6 +69,7 @@ class Batch:
         self._jobs: dict[str, Job] = {}  # of the computing thread, like all below
         self._errors: dict[str, str] = {}  # of requests that failed within the step
         self._commands: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
+        self._entry = threading.Lock()  # between the look whether the batch goes on and the queue
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
         self._layout: tuple[Any, ...] = ()
         self._context = StepContext()
@@ -110,7 +111,11 @@ class Batch:
         if self._closing.is_set() or self.failure is not None:
             raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
         owner = f"expert {owner}" if owner else f"request {request}"
-        self._commands.put(Job(request, list(tokens), slot, owner, params, frozenset(eos), listener))
+        job = Job(request, list(tokens), slot, owner, params, frozenset(eos), listener)
+        with self._entry:
+            if self._closing.is_set() or self.failure is not None:
+                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+            self._commands.put(job)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -175,7 +180,15 @@ class Batch:
             self.failure = f"{type(error).__name__}: {error}"
         finally:
             reason = self.failure or "the engine was closed"
-            for job in list(self._jobs.values()):
+            for job in [*self._jobs.values(), *self._left_in_queue()]:
+    def _left_in_queue(self) -> Iterator[Job]:
+        """Jobs that came too late for a step; after the batch's end no more come."""
+        with self._entry:
+            while not self._commands.empty():
+                command = self._commands.get()
+                if isinstance(command, Job):
+                    yield command
+
                 self._tell(job, finished=True, error=reason)
 
     def _take_commands(self, *, wait: bool) -> None:
