@@ -189,3 +189,12 @@ def test_a_request_that_comes_in_the_batch_s_last_step_is_told_so(llama, end):
         assert [running.error, late[0].wait().error] == [reason, reason]
         with pytest.raises(MeswitchError, match="the engine has stopped"):
             ask(batch, "later", [5, 6])
+
+
+def test_an_id_that_is_in_the_batch_already_is_refused(llama):
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        with batch.together():
+            first, second = ask(batch, "one", [5, 6]), ask(batch, "one", [5, 6, 7])
+        assert second.wait().error == "a request 'one' is in the batch already"
+        assert len(first.wait().tokens) == 4
+        assert len(ask(batch, "one", [5, 6, 7]).wait().tokens) == 4

@@ -108,8 +108,6 @@ class Batch:
         longest = len(tokens) + params.max_new_tokens
         if longest > self._pages * PAGE:
             raise CapacityError(f"{longest} tokens are more than the KV cache has, {self._pages * PAGE}")
-        if self._closing.is_set() or self.failure is not None:
-            raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
         owner = f"expert {owner}" if owner else f"request {request}"
         job = Job(request, list(tokens), slot, owner, params, frozenset(eos), listener)
         with self._entry:
@@ -171,16 +169,18 @@ class Batch:
                     self._take_commands(wait=not (self._scheduler.running or self._scheduler.waiting))
                     step = self._scheduler.plan()
                     if step:
+                        self._cache.clear(self._scheduler.unsure)
+                        self._scheduler.unsure.clear()
                         self._threads.settle()
                         self._step(step)
         except BaseException as error:
-                        self._cache.clear(self._scheduler.unsure)
-                        self._scheduler.unsure.clear()
             logger.exception("the running batch has ended")
             self.failure = f"{type(error).__name__}: {error}"
         finally:
             reason = self.failure or "the engine was closed"
             for job in [*self._jobs.values(), *self._left_in_queue()]:
+                self._tell(job, finished=True, error=reason)
+
     def _left_in_queue(self) -> Iterator[Job]:
         """Jobs that came too late for a step; after the batch's end no more come."""
         with self._entry:
@@ -188,8 +188,6 @@ class Batch:
                 command = self._commands.get()
                 if isinstance(command, Job):
                     yield command
-
-                self._tell(job, finished=True, error=reason)
 
     def _take_commands(self, *, wait: bool) -> None:
         while True:
@@ -199,7 +197,9 @@ class Batch:
                 return
             wait = False
             self._open.wait()  # what belongs together is in the queue then
-            if isinstance(command, Job):
+            if isinstance(command, Job) and command.id in self._jobs:
+                self._tell(command, finished=True, error=f"a request {command.id!r} is in the batch already")
+            elif isinstance(command, Job):
                 self._jobs[command.id] = command
                 self._scheduler.waiting.append(command)
             elif command is not None and (job := self._jobs.get(command)) is not None:
@@ -213,6 +213,9 @@ class Batch:
         except Exception as error:  # noqa: BLE001  whatever the model raises
             self._without_culprits(step, error)
             return
+        if self._device.type == "cuda":
+            # Only now it took what it took, and a slot whose last request is cancelled next may be overwritten.
+            torch.cuda.current_stream(self._device).synchronize()
         self._scheduler.done(step, time.perf_counter() - began)
         ready = [job for job, piece in step if piece.past + piece.length == len(job.tokens)]
         if not ready:
@@ -228,9 +231,6 @@ class Batch:
                 self._end(job, self._errors.pop(job.id))
                 continue
             self._scheduler.know(job)
-        if self._device.type == "cuda":
-            # Only now it took what it took, and a slot whose last request is cancelled next may be overwritten.
-            torch.cuda.current_stream(self._device).synchronize()
             job.tokens.append(token)
             if job.is_complete:
                 self._end(job, None)
