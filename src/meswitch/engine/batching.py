@@ -251,12 +251,12 @@ class Batch:
         rows = rows or [0]  # a model may not take a step without a row of logits
         wanted = torch.tensor(rows, device=self._device)
         lengths, pieces = [piece.length for _, piece in step], [piece for _, piece in step]
-        names, slots = [job.id for job, _ in step], [job.slot for job, _ in step]
-        layout = lengths, names, slots, rows
+        slots = [job.slot for job, _ in step]
+        layout = lengths, slots, rows
         if layout != self._layout:  # of most steps it is that of the step before
             self._layout = layout
             kept = rows if self._cuts_rows else None
-            self._context = StepContext.build(lengths, names, slots, kept, device=self._device)
+            self._context = StepContext.build(lengths, slots, kept, device=self._device)
         self._switch.step = self._context
         cut = {"logits_to_keep": wanted} if self._cuts_rows else {}
         places = StepPlaces(self._cache, pieces, self._device)

@@ -7,7 +7,7 @@ takes those of the one that came last, which is computed again later: some reque
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from meswitch.engine.attention import Piece
@@ -81,10 +81,6 @@ class Scheduler:
         self.unsure: list[int] = []
         """Free pages whose numbers nobody has seen to be finite: to be cleared before the next step."""
         self._seconds_a_token = 0.0  # of prompts, as they were measured last
-
-    def jobs(self) -> Iterator[Job]:
-        yield from self.running
-        yield from self.waiting
 
     def plan(self) -> list[tuple[Job, Piece]]:
         """The next step: requests of one token first. Empty if nothing can be done."""
