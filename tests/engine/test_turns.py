@@ -9,7 +9,7 @@ import torch
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.errors import IncompatibleError
+from meswitch.errors import IncompatibleError, MeswitchError
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 NEW_TOKENS = 16
@@ -96,3 +96,38 @@ def test_an_answer_that_is_whole_stays_as_it_is_when_its_turn_fails_later(family
         assert all(over.acquire(timeout=60) for _ in params)
         hook.remove()
     assert [found[n] for n in range(3)] == [(list(tokens), None) for tokens in (whole[:2], whole[:3], whole)]
+
+
+def test_a_listener_that_raises_ends_nothing(family):
+    over = threading.Event()
+    with Engine(family / "base", {}, device="cpu", runner="turns") as engine:
+        engine._batch.submit("broken", [5, 6], -1, SamplingParams(3), [], lambda *told: 1 / 0)
+        engine._batch.submit("whole", [5, 6, 7], -1, SamplingParams(3), [], lambda t, done, e: done and over.set())
+        assert over.wait(60)
+
+
+def test_who_waits_for_a_turn_when_the_engine_ends_is_told_so(family):
+    told, over = [], threading.Event()
+
+    def listen(tokens, finished, error):
+        if finished:
+            told.append(error)
+            over.set()
+
+    with Engine(family / "base", {}, device="cpu", runner="turns") as engine:
+        turns = engine._batch
+
+        def fail():
+            raise OSError("no device any more")
+
+        turns._threads.settle = fail
+        first_turn = engine.model.register_forward_pre_hook(
+            lambda *call: turns.submit("second", [5, 6, 7], -1, SamplingParams(3), [], listen)
+        )
+        turns.submit("first", [5, 6], -1, SamplingParams(1), [], lambda *told: None)
+        assert over.wait(60)
+        first_turn.remove()
+        assert told == ["OSError: no device any more"]
+        assert engine.failure == told[0]
+        with pytest.raises(MeswitchError, match="the engine has stopped: OSError"):
+            turns.submit("third", [5, 6], -1, SamplingParams(3), [], listen)
