@@ -1,5 +1,6 @@
 """The running batch: equal beginnings are computed once for an expert and never found by another; faults stay alone."""
 
+import contextlib
 import random
 import threading
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from architectures import tiny
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
+from meswitch.engine.batching import Batch
+from meswitch.engine.context import Switch
 from meswitch.engine.pages import PAGE
 from meswitch.errors import CapacityError, MeswitchError
 
@@ -111,3 +115,86 @@ def test_an_expert_s_failed_numbers_are_not_left_in_the_cache(engine):
             values.fill_(torch.nan)
         cache.clear(range(8192 // PAGE))
     assert engine.generate(["What is 3 + 4?"], model="math", max_new_tokens=8)[0].tokens == wanted
+
+
+class Told:
+    """A listener that can be waited for."""
+
+    def __init__(self):
+        self.tokens, self.error, self._finished = [], None, threading.Event()
+
+    def __call__(self, tokens, finished, error):
+        self.tokens, self.error = tokens, error
+        if finished:
+            self._finished.set()
+
+    def wait(self):
+        assert self._finished.wait(60), "never told that it is over"
+        return self
+
+
+@contextlib.contextmanager
+def batch_of(model, **sizes):
+    batch = Batch(model, Switch(), **sizes)
+    try:
+        yield batch
+    finally:
+        batch.close()
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny.config_of("llama")).eval()
+
+
+def ask(batch, name, tokens, new=4):
+    told = Told()
+    batch.submit(name, tokens, -1, SamplingParams(new), [], told)
+    return told
+
+
+def test_numbers_that_nobody_has_seen_are_not_left_for_the_next_in_their_pages(llama):
+    """A request is cancelled in the middle of its prompt, before a row of logits shows that it overflows."""
+    overflowing = 7
+
+    def overflow(module, args, out):
+        return out.masked_fill((args[0] == overflowing)[..., None], torch.nan)
+
+    llama.get_input_embeddings().register_forward_hook(overflow)
+    with batch_of(llama, max_batch_tokens=4 * PAGE, kv_tokens=5 * PAGE) as batch:
+        first_step = llama.register_forward_pre_hook(lambda *call: batch.cancel("cancelled"))
+        assert ask(batch, "cancelled", [overflowing] * (4 * PAGE + 9)).wait().tokens == []
+        first_step.remove()
+        with batch.together():  # the short one is padded to the long one, with what its page held before
+            beside = [ask(batch, "long", [1] * (PAGE + 9)), ask(batch, "short", [2] * 9)]
+        assert [one.wait().error for one in beside] == [None, None]
+        assert ask(batch, "alone", [2] * 9).wait().tokens == beside[1].tokens
+
+
+@pytest.mark.parametrize("end", ["failed", "closed"])
+def test_a_request_that_comes_in_the_batch_s_last_step_is_told_so(llama, end):
+    late = []
+
+    def last_step(names, logits):
+        late.append(ask(batch, "late", [5, 6]))
+        if end == "failed":
+            raise OSError("no device any more")
+        batch._closing.set()
+
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        batch.see = last_step
+        running = ask(batch, "running", [5, 6]).wait()
+        reason = "OSError: no device any more" if end == "failed" else "the engine was closed"
+        assert [running.error, late[0].wait().error] == [reason, reason]
+        with pytest.raises(MeswitchError, match="the engine has stopped"):
+            ask(batch, "later", [5, 6])
+
+
+def test_an_id_that_is_in_the_batch_already_is_refused(llama):
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        with batch.together():
+            first, second = ask(batch, "one", [5, 6]), ask(batch, "one", [5, 6, 7])
+        assert second.wait().error == "a request 'one' is in the batch already"
+        assert len(first.wait().tokens) == 4
+        assert len(ask(batch, "one", [5, 6, 7]).wait().tokens) == 4

@@ -13,12 +13,12 @@ from meswitch.engine.layers import Seen, SwitchableNorm, scales_row_by_row
 from meswitch.errors import MeswitchError
 
 WIDTH = 16
-SLOTS = [2, -1, 0, 2]  # of four requests; slot 1 has no row, slot 0's expert leaves this norm unchanged
-LENGTHS = [3, 1, 2, 1]
+SLOTS = [2, -1, 0, 2, -1]  # of five requests; slot 1 has no row, slot 0's expert leaves this norm unchanged
+LENGTHS = [3, 1, 2, 1, 2]
 
 
 def switch(tensors):
-    step = StepContext.build(LENGTHS, ["a", "b", "c", "d"], SLOTS, None, padding=2)
+    step = StepContext.build(LENGTHS, SLOTS, None)
     return SimpleNamespace(step=step, tensors=lambda slot: tensors.get(slot, {}), alone=None, merged=None)
 
 
@@ -35,7 +35,7 @@ def switch(tensors):
 def test_every_row_has_its_own_expert_s_weights(norm, row_by_row, place):
     """place: of the heads, which a model may have swapped with the tokens."""
     torch.manual_seed(0)
-    rows = sum(LENGTHS) + 2
+    rows = sum(LENGTHS)
     shape, axis = {
         "after": ((1, rows, 3, WIDTH), 1),
         "before": ((1, rows, rows, WIDTH), 2),  # as many heads as tokens
@@ -61,7 +61,7 @@ def test_every_row_has_its_own_expert_s_weights(norm, row_by_row, place):
 
 def test_a_step_of_the_base_alone_is_the_base():
     norm = LlamaRMSNorm(WIDTH)
-    step = StepContext.build([2], ["a"], [-1], None)
+    step = StepContext.build([2], [-1], None)
     alone = SimpleNamespace(step=step, tensors=lambda slot: {}, alone=None, merged=None)
     x = torch.randn(1, 2, WIDTH)
     seen = Seen("tokens", (1,), (1,), (tuple(x.shape), x.dtype))

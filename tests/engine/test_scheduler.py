@@ -104,9 +104,24 @@ def test_pages_of_one_that_failed_are_not_found_again():
     text = range(2 * PAGE)
     made = make(jobs=[job("a", text, "math")], tokens=1000)
     advance(made)
-    assert len(made.remove(made.running[0], failed=True)) == 3
+    made.remove(made.running[0], failed=True)
+    assert len(made.unsure) == 3
     made.waiting.append(job("b", text, "math"))
     assert advance(made) == [("b", 2 * PAGE)]
+
+
+def test_pages_of_a_prompt_that_is_not_seen_to_its_end_are_unsure_but_for_those_that_others_know():
+    made = make(jobs=[job("a", range(2 * PAGE), "math", new=1)], tokens=2 * PAGE)
+    advance(made)
+    made.waiting.append(job("b", range(5 * PAGE), "math"))
+    advance(made)
+    (b,) = made.running
+    assert (b.computed, b.known) == (4 * PAGE, 2)
+    own = b.pages[2:]
+    made.remove(b)
+    assert sorted(made.unsure) == sorted(own)
+    made.waiting.append(job("c", [*range(2 * PAGE), 1], "math"))
+    assert advance(made) == [("c", 1)]
 
 
 @pytest.mark.parametrize("known", [False, True])

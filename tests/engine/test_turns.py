@@ -1,12 +1,15 @@
 """Exact experts: served by turns, each with its own weights bit for bit, and never in a batch."""
 
+import itertools
+import threading
+
 import pytest
 import torch
 
 import meswitch
-from meswitch import Engine
+from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.errors import IncompatibleError
+from meswitch.errors import IncompatibleError, MeswitchError
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 NEW_TOKENS = 16
@@ -62,3 +65,69 @@ def test_added_tokens_of_an_exact_expert_are_served(pair, tmp_path):
     with Engine(base, {"one": tmp_path / "delta"}, device="cpu") as engine:
         answer = engine.generate([PROMPT], model="one", max_new_tokens=NEW_TOKENS)[0]
         assert answer.tokens == alone(load_merged(base, tmp_path / "delta"), engine.tokenizers["one"])
+
+
+def test_an_answer_that_is_whole_stays_as_it_is_when_its_turn_fails_later(family):
+    params = [SamplingParams(2), SamplingParams(8), SamplingParams(8)]
+    with Engine(family / "base", {}, device="cpu", runner="turns") as engine:
+        prompt, turns = engine.tokenizers["base"].encode(PROMPT), engine._batch
+        whole = engine.generate([prompt], max_new_tokens=8)[0].tokens
+        eos = [whole[2]]  # of the second: its third token is its end
+        steps = itertools.count()
+
+        def fail_once(*call):
+            if next(steps) == 4:
+                raise MemoryError("for a moment")
+
+        hook = engine.model.register_forward_pre_hook(fail_once)
+        found, over = {}, threading.Semaphore(0)
+
+        def listen(number):
+            def told(tokens, finished, error):
+                if finished:
+                    found[number] = tokens, error
+                    over.release()
+
+            return told
+
+        with turns._changed:  # in one turn
+            for number, one in enumerate(params):
+                turns.submit(f"t{number}", prompt, -1, one, eos if number == 1 else [], listen(number))
+        assert all(over.acquire(timeout=60) for _ in params)
+        hook.remove()
+    assert [found[n] for n in range(3)] == [(list(tokens), None) for tokens in (whole[:2], whole[:3], whole)]
+
+
+def test_a_listener_that_raises_ends_nothing(family):
+    over = threading.Event()
+    with Engine(family / "base", {}, device="cpu", runner="turns") as engine:
+        engine._batch.submit("broken", [5, 6], -1, SamplingParams(3), [], lambda *told: 1 / 0)
+        engine._batch.submit("whole", [5, 6, 7], -1, SamplingParams(3), [], lambda t, done, e: done and over.set())
+        assert over.wait(60)
+
+
+def test_who_waits_for_a_turn_when_the_engine_ends_is_told_so(family):
+    told, over = [], threading.Event()
+
+    def listen(tokens, finished, error):
+        if finished:
+            told.append(error)
+            over.set()
+
+    with Engine(family / "base", {}, device="cpu", runner="turns") as engine:
+        turns = engine._batch
+
+        def fail():
+            raise OSError("no device any more")
+
+        turns._threads.settle = fail
+        first_turn = engine.model.register_forward_pre_hook(
+            lambda *call: turns.submit("second", [5, 6, 7], -1, SamplingParams(3), [], listen)
+        )
+        turns.submit("first", [5, 6], -1, SamplingParams(1), [], lambda *told: None)
+        assert over.wait(60)
+        first_turn.remove()
+        assert told == ["OSError: no device any more"]
+        assert engine.failure == told[0]
+        with pytest.raises(MeswitchError, match="the engine has stopped: OSError"):
+            turns.submit("third", [5, 6], -1, SamplingParams(3), [], listen)

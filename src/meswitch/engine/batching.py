@@ -69,6 +69,7 @@ class Batch:
         self._jobs: dict[str, Job] = {}  # of the computing thread, like all below
         self._errors: dict[str, str] = {}  # of requests that failed within the step
         self._commands: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
+        self._entry = threading.Lock()  # between the look whether the batch goes on and the queue
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
         self._layout: tuple[Any, ...] = ()
         self._context = StepContext()
@@ -107,10 +108,12 @@ class Batch:
         longest = len(tokens) + params.max_new_tokens
         if longest > self._pages * PAGE:
             raise CapacityError(f"{longest} tokens are more than the KV cache has, {self._pages * PAGE}")
-        if self._closing.is_set() or self.failure is not None:
-            raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
         owner = f"expert {owner}" if owner else f"request {request}"
-        self._commands.put(Job(request, list(tokens), slot, owner, params, frozenset(eos), listener))
+        job = Job(request, list(tokens), slot, owner, params, frozenset(eos), listener)
+        with self._entry:
+            if self._closing.is_set() or self.failure is not None:
+                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+            self._commands.put(job)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -166,6 +169,8 @@ class Batch:
                     self._take_commands(wait=not (self._scheduler.running or self._scheduler.waiting))
                     step = self._scheduler.plan()
                     if step:
+                        self._cache.clear(self._scheduler.unsure)
+                        self._scheduler.unsure.clear()
                         self._threads.settle()
                         self._step(step)
         except BaseException as error:
@@ -173,8 +178,16 @@ class Batch:
             self.failure = f"{type(error).__name__}: {error}"
         finally:
             reason = self.failure or "the engine was closed"
-            for job in list(self._jobs.values()):
+            for job in [*self._jobs.values(), *self._left_in_queue()]:
                 self._tell(job, finished=True, error=reason)
+
+    def _left_in_queue(self) -> Iterator[Job]:
+        """Jobs that came too late for a step; after the batch's end no more come."""
+        with self._entry:
+            while not self._commands.empty():
+                command = self._commands.get()
+                if isinstance(command, Job):
+                    yield command
 
     def _take_commands(self, *, wait: bool) -> None:
         while True:
@@ -184,7 +197,9 @@ class Batch:
                 return
             wait = False
             self._open.wait()  # what belongs together is in the queue then
-            if isinstance(command, Job):
+            if isinstance(command, Job) and command.id in self._jobs:
+                self._tell(command, finished=True, error=f"a request {command.id!r} is in the batch already")
+            elif isinstance(command, Job):
                 self._jobs[command.id] = command
                 self._scheduler.waiting.append(command)
             elif command is not None and (job := self._jobs.get(command)) is not None:
@@ -198,6 +213,9 @@ class Batch:
         except Exception as error:  # noqa: BLE001  whatever the model raises
             self._without_culprits(step, error)
             return
+        if self._device.type == "cuda":
+            # Only now it took what it took, and a slot whose last request is cancelled next may be overwritten.
+            torch.cuda.current_stream(self._device).synchronize()
         self._scheduler.done(step, time.perf_counter() - began)
         ready = [job for job, piece in step if piece.past + piece.length == len(job.tokens)]
         if not ready:
@@ -233,12 +251,12 @@ class Batch:
         rows = rows or [0]  # a model may not take a step without a row of logits
         wanted = torch.tensor(rows, device=self._device)
         lengths, pieces = [piece.length for _, piece in step], [piece for _, piece in step]
-        names, slots = [job.id for job, _ in step], [job.slot for job, _ in step]
-        layout = lengths, names, slots, rows
+        slots = [job.slot for job, _ in step]
+        layout = lengths, slots, rows
         if layout != self._layout:  # of most steps it is that of the step before
             self._layout = layout
             kept = rows if self._cuts_rows else None
-            self._context = StepContext.build(lengths, names, slots, kept, device=self._device)
+            self._context = StepContext.build(lengths, slots, kept, device=self._device)
         self._switch.step = self._context
         cut = {"logits_to_keep": wanted} if self._cuts_rows else {}
         places = StepPlaces(self._cache, pieces, self._device)
@@ -275,9 +293,7 @@ class Batch:
         self._errors[request] = reason
 
     def _end(self, job: Job, error: str | None) -> None:
-        left = self._scheduler.remove(job, failed=error is not None)
-        if error is not None:
-            self._cache.clear(left)
+        self._scheduler.remove(job, failed=error is not None)
         del self._jobs[job.id]
         self._tell(job, finished=True, error=error)
 

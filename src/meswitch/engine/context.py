@@ -136,50 +136,37 @@ class StepContext:
 
     Args:
         owners: by token. logit_owners: by row that reaches the head.
-        row_request: the request of each of those rows.
     """
 
     owners: Owners = field(default_factory=_nobody)
     logit_owners: Owners = field(default_factory=_nobody)
-    row_request: tuple[str, ...] = ()
 
     @classmethod
     def build(
         cls,
         lengths: Sequence[int],
-        requests: Sequence[str],
         slots: Sequence[int],
         positions: Sequence[int] | None,
-        padding: int = 0,
         device: torch.device | str = "cpu",
     ) -> "StepContext":
         """Lay out a step.
 
         Args:
             lengths: tokens of each request, in the batch's order.
-            requests: their ids.
             slots: their slots.
             positions: of the tokens whose logits are wanted; None for all.
-            padding: tokens after the last request.
             device: where the layers compute.
         """
-        by_token = [number for number, length in enumerate(lengths) for _ in range(length)]
-        slot_by_token = [slots[number] for number in by_token] + [BASE_SLOT] * padding
-        by_token += [0] * padding
-        positions = range(len(by_token)) if positions is None else positions
-        return cls(
-            Owners(slot_by_token, device),
-            Owners([slot_by_token[i] for i in positions], device),
-            tuple(requests[by_token[i]] for i in positions),
-        )
+        by_token = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+        of_logits = by_token if positions is None else [by_token[i] for i in positions]
+        return cls(Owners(by_token, device), Owners(of_logits, device))
 
     def rows(self, kind: Rows) -> Owners:
         return self.owners if kind == "tokens" else self.logit_owners
 
     def of_base(self) -> "StepContext":
         """The same step, as if every row were the base's."""
-
-        return StepContext(self.owners.of_base(), self.logit_owners.of_base(), self.row_request)
+        return StepContext(self.owners.of_base(), self.logit_owners.of_base())
 
 
 class Switch:

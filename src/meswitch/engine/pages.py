@@ -86,7 +86,7 @@ class Pages:
             forget: what they hold is not to be found any more.
 
         Returns:
-            those that nobody uses now.
+            those that nobody uses now and nobody can find.
         """
         left = []
         for page in reversed(pages):
@@ -94,9 +94,9 @@ class Pages:
             if forget and page in self._key:
                 del self._page[self._key.pop(page)]
             if not self._users[page]:
-                left.append(page)
                 if page in self._key:
                     self._kept[page] = None
                 else:
+                    left.append(page)
                     self._empty.append(page)
         return left

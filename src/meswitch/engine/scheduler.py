@@ -7,7 +7,7 @@ takes those of the one that came last, which is computed again later: some reque
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from meswitch.engine.attention import Piece
@@ -45,6 +45,7 @@ class Job:
     sampler: Sampler | None = None
     prompt: int = 0  # tokens
     computed: int = 0  # tokens whose keys and values are in the cache
+    seen: int = 0  # of these, those whose numbers have been seen to be finite
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its full pages
     known: int = 0  # pages that the cache knows by key
@@ -77,11 +78,9 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []  # oldest first
         self.reused = 0  # tokens of prompts that were in the cache
+        self.unsure: list[int] = []
+        """Free pages whose numbers nobody has seen to be finite: to be cleared before the next step."""
         self._seconds_a_token = 0.0  # of prompts, as they were measured last
-
-    def jobs(self) -> Iterator[Job]:
-        yield from self.running
-        yield from self.waiting
 
     def plan(self) -> list[tuple[Job, Piece]]:
         """The next step: requests of one token first. Empty if nothing can be done."""
@@ -129,7 +128,8 @@ class Scheduler:
         if more > self.pages.available:
             self.pages.give_back(found)
             return False
-        job.known, job.computed = len(found), len(found) * PAGE
+        job.known = len(found)
+        job.computed = job.seen = len(found) * PAGE
         job.pages = found + [self.pages.take() for _ in range(more)]
         self.reused += job.computed
         return True
@@ -148,10 +148,11 @@ class Scheduler:
         self.waiting.appendleft(job)
         self._drop_pages(job)
 
-    def _drop_pages(self, job: Job, *, forget: bool = False) -> list[int]:
-        left = self.pages.give_back(job.pages, forget=forget)
-        job.pages, job.computed, job.known = [], 0, 0
-        return left
+    def _drop_pages(self, job: Job, *, failed: bool = False) -> None:
+        left = self.pages.give_back(job.pages, forget=failed)
+        if failed or job.computed > job.seen:
+            self.unsure += left
+        job.pages, job.computed, job.seen, job.known = [], 0, 0, 0
 
     def done(self, step: Sequence[tuple[Job, Piece]], seconds: float) -> None:
         """Say that a step's keys and values are in the cache. seconds: what it took."""
@@ -163,6 +164,7 @@ class Scheduler:
 
     def know(self, job: Job) -> None:
         """Let others find a job's full pages, whose numbers have been seen to be finite."""
+        job.seen = job.computed
         full = job.computed // PAGE
         if full > job.known:
             job.keys += page_keys(job.owner, job.tokens[: full * PAGE], job.keys)
@@ -170,20 +172,13 @@ class Scheduler:
                 self.pages.know(job.pages[number], job.keys[number])
             job.known = full
 
-    def remove(self, job: Job, *, failed: bool = False) -> list[int]:
-        """Take a job out.
-
-        Args:
-            failed: its numbers are not to be found again.
-
-        Returns:
-            pages that nobody uses any more.
-        """
+    def remove(self, job: Job, *, failed: bool = False) -> None:
+        """Take a job out. failed: its numbers are not to be found again."""
         if job in self.running:
             self.running.remove(job)
         elif job in self.waiting:
             self.waiting.remove(job)
-        return self._drop_pages(job, forget=failed)
+        self._drop_pages(job, failed=failed)
 
 
 def _pages_for(tokens: int) -> int:

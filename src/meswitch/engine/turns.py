@@ -6,6 +6,7 @@ running batch: a request waits for the experts before it, and weights are made a
 """
 
 import contextlib
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -25,6 +26,8 @@ from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.slots import ExpertStore
 from meswitch.threads import StepThreads
+
+logger = logging.getLogger("meswitch.engine")
 
 # New tokens after which a turn ends if another expert's requests wait.
 SLICE = 128
@@ -71,7 +74,6 @@ class Turns:
         stored: what the experts store.
         store: holds the experts.
         kv_tokens: tokens of all requests of a turn together, at most.
-
         trial: what the base alone gives.
 
     Raises:
@@ -114,8 +116,8 @@ class Turns:
         owner: not needed here, as no keys and values outlive a turn.
         """
         with self._changed:
-            if self._closed:
-                raise MeswitchError("the engine has stopped: it was closed; start it again")
+            if self._closed or self.failure is not None:
+                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
             self._jobs[request] = _Job(request, tokens, slot, params, frozenset(eos), listener)
             if params.temperature > 0:
                 self._sampler.samplers[request] = Sampler(params)
@@ -141,6 +143,18 @@ class Turns:
         return sum(tensor.nbytes for tensor in self._kept.values())
 
     def _run(self) -> None:
+        """Take turns until the engine is closed."""
+        try:
+            self._take_turns()
+        except BaseException as error:
+            logger.exception("the thread that takes turns has ended")
+            with self._changed:
+                self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            for job in list(self._jobs.values()):
+                self._finish(job, self.failure or "the engine was closed")
+
+    def _take_turns(self) -> None:
         while True:
             self._threads.settle()
             with self._changed:
@@ -183,17 +197,23 @@ class Turns:
         except Exception as error:  # noqa: BLE001  whatever a model raises fails these requests alone
             if len(turn) > 1:  # one of them may be the cause: each alone
                 for job in turn:
-                    self._take_turn([job])
+                    if not self._ended(job):
+                        self._take_turn([job])
                 return
             self._finish(turn[0], f"{type(error).__name__}: {error}")
             return
         for job in turn:
-            if job.cancelled or job.complete:
-                self._finish(job, job.error)
-            else:  # its turn is over: it waits behind the others
+            if not self._ended(job):  # its turn is over: it waits behind the others
                 with self._changed:
                     if job.id in self._jobs:
                         self._jobs.move_to_end(job.id)
+
+    def _ended(self, job: _Job) -> bool:
+        """Whether a job needs no more steps; it is told so then."""
+        if not (job.cancelled or job.complete):
+            return False
+        self._finish(job, job.error)
+        return True
 
     def _fail(self, request: str, error: str) -> None:
         """End a request whose step went wrong. The rows of complete ones are computed on, and do not count."""
@@ -206,7 +226,13 @@ class Turns:
             if self._jobs.pop(job.id, None) is None:
                 return
             self._sampler.samplers.pop(job.id, None)
-        job.listener(list(job.made), True, error)
+        self._tell(job, finished=True, error=error)
+
+    def _tell(self, job: _Job, *, finished: bool = False, error: str | None = None) -> None:
+        try:
+            job.listener(list(job.made), finished, error)
+        except Exception:  # its own fault, and no other request's
+            logger.exception("what request %s was told could not be taken", job.id)
 
     def _others_wait(self, slot: int) -> bool:
         return any(job.slot != slot and not job.cancelled for job in list(self._jobs.values()))
@@ -313,7 +339,7 @@ class _Listening(StoppingCriteria):
             finished = job.complete
             self._done[row] = finished or job.cancelled or ends
             if not finished and not job.cancelled:
-                job.listener(list(job.made), False, None)
+                self._turns._tell(job)
         return torch.tensor(self._done, device=input_ids.device)
 
 
