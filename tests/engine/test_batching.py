@@ -14,7 +14,7 @@ from meswitch.compression.merge import load_merged
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
 from meswitch.engine.pages import PAGE
-from meswitch.errors import CapacityError, MeswitchError
+from meswitch.errors import CapacityError, ConfigError, MeswitchError
 
 SYSTEM = "Answer in few words. " + "The rules are these: river stone cloud table. " * 12
 QUESTIONS = ["Tom has 23 apples. How many now?", "Write river in capital letters.", "What is 3 + 4?"]
@@ -98,6 +98,11 @@ def test_a_listener_that_raises_ends_nothing(engine):
     engine._batch.submit("broken", [5, 6], -1, SamplingParams(3), [], lambda *told: 1 / 0)
     engine._batch.submit("whole", [5, 6], -1, SamplingParams(3), [], lambda t, finished, e: finished and done.set())
     assert done.wait(60)
+
+
+def test_a_request_without_tokens_is_refused(engine):
+    with pytest.raises(ConfigError, match="it is empty"):
+        engine._batch.submit("empty", [], -1, SamplingParams(3), [], lambda *told: None)
 
 
 def test_a_request_that_may_outgrow_the_cache_is_refused(engine):

@@ -22,7 +22,7 @@ from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.pages import PAGE, Pages
 from meswitch.engine.sampling import SamplingParams, StepSampler
 from meswitch.engine.scheduler import Job, Listener, Scheduler
-from meswitch.errors import CapacityError, IncompatibleError, MeswitchError
+from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError
 from meswitch.threads import StepThreads
 
 logger = logging.getLogger("meswitch.engine")
@@ -103,8 +103,11 @@ class Batch:
                 shares with nobody.
 
         Raises:
-            CapacityError: it may become longer than the cache. MeswitchError: the batch has ended.
+            ConfigError: there are no tokens. CapacityError: it may become longer than the cache. MeswitchError: the
+                batch has ended.
         """
+        if not tokens:
+            raise ConfigError("prompt: it is empty")
         longest = len(tokens) + params.max_new_tokens
         if longest > self._pages * PAGE:
             raise CapacityError(f"{longest} tokens are more than the KV cache has, {self._pages * PAGE}")

@@ -240,7 +240,7 @@ class Turns:
     @torch.no_grad()
     def _become(self, slot: int) -> None:
         """Put an expert's weights in the place of those that are there."""
-        if slot == self._expert and slot == BASE_SLOT:
+        if slot == self._expert == BASE_SLOT and not self._kept:  # an exchange may have failed half-way
             return
         self._restore()
         if slot == BASE_SLOT:
