@@ -114,10 +114,10 @@ class ChatTokenizer:
         return tokens
 
     def least_tokens(self, prompt: Prompt) -> int:
-        """A number of tokens that a prompt has at least, without reading it: most texts have many times more.
+        """A number of tokens that a text has at least, without reading it: most have many times more.
 
         Args:
-            prompt: what `encode` takes.
+            prompt: what `encode` takes; of token ids, which are quickly counted, it says nothing.
         """
         if isinstance(prompt, str):
             characters = len(prompt)
@@ -125,7 +125,7 @@ class ChatTokenizer:
             contents = (message.get("content") for message in prompt if isinstance(message, Mapping))
             characters = sum(len(content) for content in contents if isinstance(content, str))
         else:
-            return len(prompt)
+            return 0
         return characters // (_SHRINKS * self._longest)
 
     @functools.cached_property
