@@ -113,3 +113,15 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(family_file):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port}: .*choose another"):
             serve(family_file, port=port)
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "says"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_a_faster_engine_is_named_where_it_is_there(monkeypatch, device, installed, says):
+    import importlib.util
+
+    from meswitch.cli.serve import _faster
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert bool(_faster(device)) == says

@@ -140,6 +140,7 @@ def _summary(family: "Family", engine: "Engine", listener: socket.socket, proble
         "experts": [{"name": e.name, "bytes": sizes[e.name], "description": e.description} for e in family.expert],
         "runner": "turns" if engine.takes_turns else "batch",
         "by_turns": list(engine.by_turns),
+        "faster_engine": _faster(engine.model.device.type),
         "proof_seconds": round(engine.proof_seconds, 2),
         "slots": engine.store.slot_count,
         "memory": engine.memory(),
@@ -148,6 +149,15 @@ def _summary(family: "Family", engine: "Engine", listener: socket.socket, proble
         "auto_problem": problem,
         "api_key": bool(os.environ.get("MESWITCH_API_KEY")),
     }
+
+
+def _faster(device_type: str) -> str | None:
+    """What serves many users faster here, if it is installed."""
+    import importlib.util
+
+    if device_type != "cuda" or importlib.util.find_spec("vllm") is None:
+        return None
+    return "vLLM is installed: --engine vllm answers many users at a time several times faster on a GPU"
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:
@@ -174,5 +184,7 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
             "experts take turns, which is slower than one batch for all"
             + "".join(f"\n  {reason}" for reason in summary["by_turns"])
         )
+    if summary["faster_engine"]:
+        console.note(f"{summary['faster_engine']} (docs/server.md, which engine when)")
     if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
         console.note("open to the network without a key; set MESWITCH_API_KEY to ask for one")

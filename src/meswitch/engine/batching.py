@@ -282,15 +282,17 @@ class Batch:
             return
         logger.error("a step of the running batch failed", exc_info=error)
         job, _ = step[0]
+        self._run_base(job.pages[-1])
         self._end(job, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-        self._run_base()
 
-    def _run_base(self) -> None:
-        """Compute one token of the base: what that raises, every step would raise, and the batch ends."""
-        page = self._scheduler.pages.take()
+    def _run_base(self, page: int) -> None:
+        """Compute one token of the base: what that raises, every step would raise, and the batch ends.
+
+        Args:
+            page: that nobody else reads; the last one of a job is not full, so it is its own.
+        """
         probe = Job("probe", [0], BASE_SLOT, "", SamplingParams(), frozenset(), lambda *told: None)
         self._forward([(probe, Piece(1, 0, [page]))])
-        self._scheduler.pages.give_back([page])
 
     def _cannot_go_on(self, request: str, reason: str) -> None:
         self._errors[request] = reason
