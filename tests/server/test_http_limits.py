@@ -60,8 +60,8 @@ def test_a_full_queue_asks_to_come_again(small):
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
 def test_a_client_that_leaves_a_stream_frees_the_engine(url, engine, path):
-    body = {"model": "math", "max_tokens": 400, "temperature": 2.0, "n": 3, "stream": True}
-    body |= {"messages": user("hello")} if path.startswith("chat") else {"prompt": "hello"}
+    body = {"model": "base", "max_tokens": 1500, "temperature": 1.0, "seed": 1, "n": 3, "stream": True}
+    body |= {"messages": user("The sea")} if path.startswith("chat") else {"prompt": "The sea"}
     with httpx.stream("POST", f"{url}/v1/{path}", json=body, timeout=20) as response:
         next(response.iter_lines())
         assert engine.load()["running"] > 0
