@@ -63,7 +63,8 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(url, engine, path):
     body = {"model": "base", "max_tokens": 1500, "temperature": 1.0, "seed": 1, "n": 3, "stream": True}
     body |= {"messages": user("The sea")} if path.startswith("chat") else {"prompt": "The sea"}
     with httpx.stream("POST", f"{url}/v1/{path}", json=body, timeout=20) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: httpx closes the connection with it
+        next(lines)
         assert engine.load()["running"] > 0
     assert wait_until(lambda: is_idle(engine))
 
