@@ -55,7 +55,7 @@ class KVCache:
     """
 
     def __init__(self, config: Any, pages: int, function: str, device: torch.device) -> None:
-        self._places, self._device, self._function = pages * PAGE, device, function
+        self._places, self._device, self.function = pages * PAGE, device, function
         self._windows = _windows(config)
         self._layers: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
 
@@ -98,13 +98,13 @@ class KVCache:
 
     def own(self, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
         """The attention that the model has without us."""
-        if self._function == "sdpa":
+        if self.function == "sdpa":
             return cast(Callable[..., tuple[Tensor, Any]], ALL_ATTENTION_FUNCTIONS["sdpa"])
         return cast(Callable[..., tuple[Tensor, Any]], sys.modules[type(module).__module__].eager_attention_forward)
 
     def allowed(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """A mask as the model's attention takes it. mask: bool, true where a key may be seen."""
-        if self._function == "sdpa":
+        if self.function == "sdpa":
             return mask
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
@@ -196,7 +196,7 @@ class StepPlaces:
     def _long_mask(self, long: "_Long", window: int | None, dtype: torch.dtype) -> Tensor | None:
         """[1, 1, tokens, keys]; None lets scaled dot product attention be causal by itself."""
         is_plain = not long.past and (window is None or long.length <= window)
-        if is_plain and self._cache._function == "sdpa":
+        if is_plain and self._cache.function == "sdpa":
             return None
         if window not in long.masks:
             at = torch.arange(long.past + long.length, device=self._device)

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
-from meswitch.engine.pages import PAGE, Pages
+from meswitch.engine.pages import PAGE, Pages, pages_for
+from meswitch.engine.request import Listener, tell
 from meswitch.engine.sampling import SamplingParams, StepSampler
-from meswitch.engine.scheduler import Job, Listener, Scheduler
+from meswitch.engine.scheduler import Job, Scheduler
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError
 from meswitch.threads import StepThreads
 
 logger = logging.getLogger("meswitch.engine")
 
 _MAX_REQUESTS = 256
-_Told = tuple[Listener, list[int], bool, str | None]
+_Told = tuple[str, Listener, list[int], bool, str | None]  # what `tell` takes
 
 
 class Batch:
@@ -59,7 +60,7 @@ class Batch:
         config = model.config.get_text_config()
         self._threads = StepThreads(self._device, config.hidden_size)
         self._cuts_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._pages = max(1, -(-kv_tokens // PAGE))
+        self._pages = max(1, pages_for(kv_tokens))
         self._cache = KVCache(config, self._pages, attention, self._device)
         if not model._can_set_attn_implementation():
             raise IncompatibleError("its attention is its own, not one of transformers' interface")
@@ -303,21 +304,12 @@ class Batch:
         self._tell(job, finished=True, error=error)
 
     def _tell(self, job: Job, *, finished: bool = False, error: str | None = None) -> None:
-        told = job.listener, job.made, finished, error
+        told = job.id, job.listener, job.made, finished, error
         if self._device.type == "cpu":  # a thread that wakes up for each token would only take time from the steps
-            _hand_on(told)
+            tell(*told)
         else:
             self._told.put(told)
 
     def _tell_forever(self) -> None:
         while (told := self._told.get()) is not None:
-            _hand_on(told)
-
-
-def _hand_on(told: _Told) -> None:
-    """Give a listener its tokens; what it raises is its own."""
-    listener, tokens, finished, error = told
-    try:
-        listener(tokens, finished, error)
-    except Exception:
-        logger.exception("what a request was told could not be taken")
+            tell(*told)

@@ -15,6 +15,11 @@ from meswitch.errors import CapacityError
 PAGE = 64  # tokens
 
 
+def pages_for(tokens: int) -> int:
+    """How many pages hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
 def page_keys(owner: str, tokens: Sequence[int], known: Sequence[bytes] = ()) -> Iterator[bytes]:
     """The key of each full page of a text that is not among those that are known.
 

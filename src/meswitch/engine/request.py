@@ -15,6 +15,17 @@ from meswitch.tokenizer import ChatTokenizer, Prompt
 
 logger = logging.getLogger("meswitch.engine")
 
+# (all new tokens so far, finished, error text or None)
+Listener = Callable[[list[int], bool, str | None], None]
+
+
+def tell(request: str, listener: Listener, tokens: list[int], finished: bool, error: str | None) -> None:
+    """Give a request's listener its tokens; what it raises is its own fault, and no other request's."""
+    try:
+        listener(tokens, finished, error)
+    except Exception:
+        logger.exception("what request %s was told could not be taken", request)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from meswitch.engine.merged import SHARE, MergedWeights
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial, batch_runs_base, prove, without_weights
+from meswitch.engine.request import Listener
 from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.survey import Survey
@@ -56,7 +57,7 @@ class Runner(Protocol):
         slot: int,
         params: SamplingParams,
         eos: list[int],
-        listener: Callable[[list[int], bool, str | None], None],
+        listener: Listener,
         owner: str = "",
     ) -> None: ...
 

@@ -7,18 +7,16 @@ takes those of the one that came last, which is computed again later: some reque
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meswitch.engine.attention import Piece
-from meswitch.engine.pages import PAGE, Pages, page_keys
+from meswitch.engine.pages import PAGE, Pages, page_keys, pages_for
+from meswitch.engine.request import Listener
 from meswitch.engine.sampling import Sampler, SamplingParams
 
 PAUSE = 0.1  # seconds of a step for prompts beside running answers
 _LEAST = 16  # tokens of prompts in a step, however slow it is
-
-# (all tokens so far, finished, error text or None)
-Listener = Callable[[list[int], bool, str | None], None]
 
 
 @dataclass(eq=False)
@@ -124,7 +122,7 @@ class Scheduler:
             if page is None:
                 break
             found.append(page)
-        more = _pages_for(len(job.tokens) + 1) - len(found)
+        more = pages_for(len(job.tokens) + 1) - len(found)
         if more > self.pages.available:
             self.pages.give_back(found)
             return False
@@ -136,7 +134,7 @@ class Scheduler:
 
     def _make_room(self, job: Job) -> None:
         """Give a running job a page for its next token, taken from the one that came last; that may be itself."""
-        while job in self.running and len(job.pages) < _pages_for(job.computed + 1):
+        while job in self.running and len(job.pages) < pages_for(job.computed + 1):
             if self.pages.available:
                 job.pages.append(self.pages.take())
             else:
@@ -179,7 +177,3 @@ class Scheduler:
         elif job in self.waiting:
             self.waiting.remove(job)
         self._drop_pages(job, failed=failed)
-
-
-def _pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE)

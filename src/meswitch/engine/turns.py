@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
+from meswitch.engine.request import Listener, tell
 from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
 from meswitch.errors import IncompatibleError, MeswitchError
@@ -35,8 +36,6 @@ MAX_BATCH = 16
 _TRIED = (29, 11)  # tokens of two prompts
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _CLOSE = 0.001  # of the largest logit: how far padding may move any
-
-Listener = Callable[[list[int], bool, str | None], None]
 
 
 @dataclass(eq=False)
@@ -229,10 +228,7 @@ class Turns:
         self._tell(job, finished=True, error=error)
 
     def _tell(self, job: _Job, *, finished: bool = False, error: str | None = None) -> None:
-        try:
-            job.listener(list(job.made), finished, error)
-        except Exception:  # its own fault, and no other request's
-            logger.exception("what request %s was told could not be taken", job.id)
+        tell(job.id, job.listener, list(job.made), finished, error)
 
     def _others_wait(self, slot: int) -> bool:
         return any(job.slot != slot and not job.cancelled for job in list(self._jobs.values()))

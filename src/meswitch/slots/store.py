@@ -394,15 +394,21 @@ class ExpertStore:
     def _advance_one(self, load: _Load) -> _Todo:
         asked = bool(load.waiters)
         load.waiters = [waiter for waiter in load.waiters if not waiter.cancelled()]
-        if asked and not load.waiters and load.stage in ("new", "ready"):
+        if load.stage not in ("new", "ready"):
+            return []
+        index = None if load.version is None else self._device.find(load.version)
+        if asked and not load.waiters:
             self._drop(load)
+        elif index is not None:  # somebody else brought it
+            self._drop(load)
+            return self._grant(index, load.waiters)
         elif load.stage == "new" and load.version is None:
             load.stage = "opening"
             work = partial(self._versions.open, load.expert)
             return [partial(self._start, load, self._openers, work, self._opened)]
         elif load.stage == "new":
             return self._to_host(load)
-        elif load.stage == "ready":
+        else:
             return self._to_slot(load)
         return []
 
@@ -418,10 +424,6 @@ class ExpertStore:
     def _to_host(self, load: _Load) -> _Todo:
         version = load.version
         assert version is not None
-        index = self._device.find(version)
-        if index is not None:  # somebody else brought it
-            self._drop(load)
-            return self._grant(index, load.waiters)
         try:
             reading = self.host.load(version, version.layout.nbytes, partial(self._read, version), pin=True)
         except CapacityError as error:  # of the budget: everybody may read that
@@ -435,10 +437,6 @@ class ExpertStore:
     def _to_slot(self, load: _Load) -> _Todo:
         version = load.version
         assert version is not None
-        index = self._device.find(version)
-        if index is not None:
-            self._drop(load)
-            return self._grant(index, load.waiters)
         if any(other.stage == "copying" and other.version == version for other in self._loads):
             return []
         index = self._device.place_for(load)
