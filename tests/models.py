@@ -26,6 +26,21 @@ TINY = {
 }
 
 
+def continued(model, tokens: list[int], ends, new_tokens: int) -> tuple[int, ...]:
+    """Greedy continuation of token ids by a model of transformers itself, one request. ends: tokens that end it."""
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=1,
+        )
+    return tuple(out[0, len(tokens) :].tolist())
+
+
 def edit_config(directory: Path, **fields: object) -> None:
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))

@@ -4,12 +4,12 @@ import random
 import time
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import MeswitchError
+from models import continued
 
 KINDS = ("math", "code", "instruct", "sql")
 RULES = "Answer in few words. The rules are these: river stone cloud table. " * 4
@@ -38,10 +38,7 @@ def wanted(family, deltas, engine):
         model = model.float()
         tokenizer = engine.tokenizers[kind if kind == "base" else f"{kind}0"]
         for text in TEXTS:
-            ids = torch.tensor([tokenizer.encode(text)])
-            options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": tokenizer.ends}
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=1, **options)
-            found[kind, text] = tuple(out[0, ids.shape[1] :].tolist())
+            found[kind, text] = continued(model, tokenizer.encode(text), tokenizer.ends, NEW_TOKENS)
     return found
 
 

@@ -15,6 +15,7 @@ from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
 from meswitch.engine.pages import PAGE
 from meswitch.errors import CapacityError, ConfigError, MeswitchError
+from models import continued
 
 SYSTEM = "Answer in few words. " + "The rules are these: river stone cloud table. " * 12
 QUESTIONS = ["Tom has 23 apples. How many now?", "Write river in capital letters.", "What is 3 + 4?"]
@@ -36,10 +37,7 @@ def alone(family, deltas, engine):
             base = family / "base"
             models[name] = load_model(base) if name == "base" else load_merged(base, deltas[name])
         tokenizer = engine.tokenizers[name]
-        ids = torch.tensor([tokenizer.encode(prompt)])
-        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": tokenizer.ends, "pad_token_id": 1}
-        out = models[name].generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-        return tuple(out[0, ids.shape[1] :].tolist())
+        return continued(models[name], tokenizer.encode(prompt), tokenizer.ends, 16)
 
     return answer
 

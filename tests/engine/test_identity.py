@@ -11,25 +11,11 @@ import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.engine.pages import PAGE
+from models import continued
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 LONG = [{"role": "user", "content": "Write these words in capital letters: " + "river stone cloud table " * 12}]
 NEW_TOKENS = 14
-
-
-def alone(model, tokenizer, prompt):
-    """Greedy continuation by the model itself, in float32, one request."""
-    ids = torch.tensor([tokenizer.encode(prompt)])
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=tokenizer.ends,
-            pad_token_id=1,
-        )
-    return tuple(out[0, ids.shape[1] :].tolist())
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +34,8 @@ def expected(family, deltas, engine):
         else:
             model = load_merged(family / "base", deltas[name])
         for number, prompt in enumerate((PROMPT, LONG)):
-            answers[name, number] = alone(model, engine.tokenizers[name], prompt)
+            tokenizer = engine.tokenizers[name]
+            answers[name, number] = continued(model, tokenizer.encode(prompt), tokenizer.ends, NEW_TOKENS)
     return answers
 
 
@@ -151,24 +138,11 @@ def test_other_architectures_and_added_tokens(pair, tmp_path, arch, case, option
         ]
         answers = [request.result(timeout=120).tokens for request in requests]
         tokenizer = engine.tokenizers["expert"]
-        assert answers[0] == continued(merged, tokens, tokenizer.ends)
-        assert answers[2] == continued(merged, plain, tokenizer.ends)
-        assert answers[1] == continued(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), plain, [3])
+        assert answers[0] == continued(merged, tokens, tokenizer.ends, NEW_TOKENS)
+        assert answers[2] == continued(merged, plain, tokenizer.ends, NEW_TOKENS)
+        plain_base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        assert answers[1] == continued(plain_base, plain, [3], NEW_TOKENS)
         assert answers[1] != answers[2]
-
-
-def continued(model, tokens, eos):
-    ids = torch.tensor([tokens])
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=1,
-        )
-    return tuple(out[0, len(tokens) :].tolist())
 
 
 def test_added_tokens_can_be_generated_by_their_expert_only(pair, tmp_path):
@@ -186,7 +160,7 @@ def test_added_tokens_can_be_generated_by_their_expert_only(pair, tmp_path):
         assert not engine.takes_turns
         prompts = [[7, 8, 9]] * 2
         theirs, ours = engine.generate(prompts, model=["base", "expert"], max_new_tokens=12)
-        assert ours.tokens == continued(merged, [7, 8, 9], engine.tokenizers["expert"].ends)[:12]
+        assert ours.tokens == continued(merged, [7, 8, 9], engine.tokenizers["expert"].ends, NEW_TOKENS)[:12]
         assert max(theirs.tokens) < 2048
         with pytest.raises(meswitch.MeswitchError, match="token ids of 'base' lie between 0 and 2047"):
             engine.submit([2049], model="base")

@@ -9,6 +9,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged, restored
 from meswitch.engine.merged import _RESTS, MergedWeights
 from meswitch.slots import ExpertStore
+from models import continued
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 
@@ -85,14 +86,6 @@ def test_answers_are_the_merged_models_with_any_budget(family, deltas, room):
     ids = engine.tokenizers["math"].encode(PROMPT)
     for name in experts:
         model = load_merged(family / "base", deltas[name])
-        out = model.generate(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=engine.tokenizers[name].ends,
-            pad_token_id=1,
-        )
-        expected = tuple(out[0, len(ids) :].tolist())
+        expected = continued(model, ids, engine.tokenizers[name].ends, 12)
         assert alone[name] == expected
         assert {answer.tokens for answer in answers if answer.model == name} == {expected}
