@@ -111,10 +111,16 @@ def draw_expert(base: torch.Tensor, shape: tuple[int, ...], relative: float) -> 
 
 
 def write_pair(
-    out: Path, config: dict, shard_bytes: int, relative: float = 0.03, tokenizer: Path | None = None
+    out: Path,
+    config: dict,
+    shard_bytes: int,
+    relative: float = 0.03,
+    tokenizer: Path | None = None,
+    device: str = "cpu",
 ) -> None:
     """Write `out/base` and `out/expert` as sharded checkpoints."""
-    write_family({out / "base": config, out / "expert": config}, shard_bytes, relative, tokenizer)
+    with torch.device(device):
+        write_family({out / "base": config, out / "expert": config}, shard_bytes, relative, tokenizer)
 
 
 def write_family(
@@ -176,11 +182,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the true model, for a quick try")
     parser.add_argument("--shard-gb", type=float, default=4.9)
     parser.add_argument("--tokenizer", type=Path, help="copy the tokenizer files of this directory")
+    parser.add_argument("--device", default="cpu", help="that draws the numbers")
     options = parser.parse_args()
     config = dict(MODELS[options.model])
     if options.layers:
         config["num_hidden_layers"] = options.layers
-    write_pair(options.out, config, int(options.shard_gb * 1e9), tokenizer=options.tokenizer)
+    write_pair(options.out, config, int(options.shard_gb * 1e9), tokenizer=options.tokenizer, device=options.device)
 
 
 if __name__ == "__main__":

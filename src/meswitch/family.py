@@ -102,6 +102,7 @@ class EngineSection(_Section):
     slots: int = Field(default=4, ge=1)
     host_bytes: Bytes | None = None  # budget for deltas in host memory; None: no limit
     merged_bytes: Bytes | None = None  # budget for merged weights on a CPU; None: half of what is free
+    cuda_graphs: bool = True  # record decode steps where the kernels run
     max_batch_tokens: int = Field(default=2048, ge=1)
     kv_cache_tokens: int = Field(default=32768, ge=256)
     max_queue: int = Field(default=1024, ge=1)

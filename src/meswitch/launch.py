@@ -42,6 +42,7 @@ def engine_from_family(family: Family) -> Engine:
         kv_cache_tokens=options.kv_cache_tokens,
         max_queue=options.max_queue,
         op_backend=None if options.backend == "auto" else options.backend,
+        cuda_graphs=options.cuda_graphs,
         runner=options.runner,
     )
 

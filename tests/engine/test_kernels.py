@@ -75,6 +75,7 @@ def test_mixed_batches_of_all_experts_and_the_base(experts, arch, case):
     best = {name: tuple(logits_alone(model, PROMPTS["short"]).argmax(-1).tolist()) for name, model in models.items()}
     assert len(set(best.values())) == 3  # a mix-up would show
     with Engine(base, artifacts, device=DEVICE, dtype="float16", op_backend="triton", slots=2) as engine:
+        assert engine.memory()["graphs"]  # decode steps run over static buffers
         check(engine, models, [("one", "short"), ("base", "short"), ("three", "short"), ("three", "long")])
 
 

@@ -154,7 +154,8 @@ def _simple(
         if not _takes_ids(seen):
             return None
         kernel.add(weight)
-        return _make(SwitchableEmbedding, module, path, seen, weight=weight)
+        added = vocabulary - len(module.weight) if path == architecture.embedding else 0
+        return _make(SwitchableEmbedding, module, path, seen, weight=weight, added=added)
     if len(names) == 1 and list(own_parameters(module)) == list(names):
         ((leaf, name),) = names.items()
         if leaf in dict(module.named_parameters()) and scales_row_by_row(module, leaf, seen):

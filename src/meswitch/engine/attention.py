@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class KVCache:
 
     Args:
         config: of the text model.
-        pages: how many.
+        pages: how many; there is one more, `spare`, whose numbers nobody reads.
         function: of the model's own attention: `sdpa` or `eager`.
 
     Raises:
@@ -55,8 +55,9 @@ class KVCache:
     """
 
     def __init__(self, config: Any, pages: int, function: str, device: torch.device) -> None:
-        self._places, self._device, self.function = pages * PAGE, device, function
-        self._windows = _windows(config)
+        self._places, self._device, self.function = (pages + 1) * PAGE, device, function
+        self.spare = pages
+        self.windows = _windows(config)
         self._layers: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
 
     @property
@@ -66,7 +67,7 @@ class KVCache:
     @property
     def missing(self) -> list[int]:
         """Layers whose attention was not called yet."""
-        return [number for number in range(len(self._windows)) if number not in self._layers]
+        return [number for number in range(len(self.windows)) if number not in self._layers]
 
     def layer(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[int | None, Tensor, Tensor]:
         """Its window, and all its keys and values: [places, heads, width].
@@ -75,7 +76,7 @@ class KVCache:
             key: [1, heads, tokens, width], of the step. value: likewise.
         """
         number = getattr(module, "layer_idx", None)
-        if not isinstance(number, int) or not 0 <= number < len(self._windows):
+        if not isinstance(number, int) or not 0 <= number < len(self.windows):
             raise MeswitchError(f"{type(module).__name__}: which layer it is is not known (layer_idx: {number!r})")
         if number not in self._layers:
             keys, values = (
@@ -86,7 +87,7 @@ class KVCache:
         owner, keys, values = self._layers[number]
         if owner is not module:
             raise MeswitchError(f"{type(module).__name__}: layer {number} has two attention modules")
-        return self._windows[number], keys, values
+        return self.windows[number], keys, values
 
     def clear(self, pages: Sequence[int]) -> None:
         """Write zeros over what is not finite: even where a mask hides it, zero times NaN is NaN."""
@@ -107,6 +108,14 @@ class KVCache:
         if self.function == "sdpa":
             return mask
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+class Places(Protocol):
+    """Where the tokens of a step are."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, None]: ...
 
 
 class StepPlaces:
@@ -251,7 +260,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: StepPlaces | None = None,
+    paged: Places | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls."""
@@ -264,7 +273,7 @@ def _attend(
 
 
 @contextlib.contextmanager
-def running(step: StepPlaces) -> Iterator[None]:
+def running(step: Places) -> Iterator[None]:
     """The step that this thread computes, for attention that is not told of it."""
     _running.step = step
     try:

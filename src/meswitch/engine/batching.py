@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
+from meswitch.engine.graphs import DecodeSteps, own_tables
 from meswitch.engine.pages import PAGE, Pages, pages_for
 from meswitch.engine.request import Listener, tell
 from meswitch.engine.sampling import SamplingParams, StepSampler
@@ -69,11 +71,12 @@ class Batch:
         self._sampler = StepSampler(model.dtype, self._cannot_go_on)
         self._jobs: dict[str, Job] = {}  # of the computing thread, like all below
         self._errors: dict[str, str] = {}  # of requests that failed within the step
-        self._commands: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Job | str | Callable[[], None] | None] = queue.SimpleQueue()
         self._entry = threading.Lock()  # between the look whether the batch goes on and the queue
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
         self._layout: tuple[Any, ...] = ()
         self._context = StepContext()
+        self._decode: DecodeSteps | None = None
         self._closing, self._open = threading.Event(), threading.Event()
         self._open.set()
         self._computing = threading.Thread(target=self._run, name="meswitch-batch", daemon=True)
@@ -131,6 +134,45 @@ class Batch:
     def cancel(self, request: str) -> None:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
         self._commands.put(request)
+
+    def decode_from_tables(self, slots: int, told: Callable[[int, int], None]) -> None:
+        """Compute steps of one token a request over static buffers from now on, on a GPU as CUDA graphs.
+
+        Args:
+            slots: of the expert store.
+            told: how many graphs are captured, of how many.
+
+        Raises:
+            Exception: why that cannot be done; steps are computed as before then.
+        """
+        done: Future[None] = Future()
+
+        def prepare() -> None:
+            try:
+                self._switch.tables = own_tables(self._model, slots)
+                assert self._switch.buffers is not None
+                sizes = {"rows": self._scheduler.max_requests, "longest": self._pages * PAGE}
+                steps = DecodeSteps(
+                    self._model, self._switch, self._cache, self._switch.buffers, self._switch.tables, **sizes
+                )
+                if self._device.type == "cuda":
+                    steps.capture(told)
+                self._decode = steps
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001  whatever the model raises
+                done.set_exception(error)
+
+        self._commands.put(prepare)
+        done.result()
+
+    def decode_eagerly(self) -> None:
+        """Compute all steps without static buffers from now on. Only while no request runs."""
+        self._decode = None
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory of the decode steps' graphs and tables."""
+        return 0 if self._decode is None else self._decode.nbytes
 
     def close(self) -> None:
         self._closing.set()
@@ -201,7 +243,10 @@ class Batch:
                 return
             wait = False
             self._open.wait()  # what belongs together is in the queue then
-            if isinstance(command, Job) and command.id in self._jobs:
+            if callable(command):
+                command()
+                wait = not (self._scheduler.running or self._scheduler.waiting)
+            elif isinstance(command, Job) and command.id in self._jobs:
                 self._tell(command, finished=True, error=f"a request {command.id!r} is in the batch already")
             elif isinstance(command, Job):
                 self._jobs[command.id] = command
@@ -243,6 +288,9 @@ class Batch:
 
     def _forward(self, step: Sequence[tuple[Job, Piece]]) -> Tensor:
         """[requests whose text is computed to its end, vocabulary] logits of their last tokens."""
+        if self._decode is not None and (logits := self._decode.run(step)) is not None:
+            self._layout = ()  # the buffers hold this step now
+            return logits
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -260,7 +308,7 @@ class Batch:
         if layout != self._layout:  # of most steps it is that of the step before
             self._layout = layout
             kept = rows if self._cuts_rows else None
-            self._context = StepContext.build(lengths, slots, kept, device=self._device)
+            self._context = StepContext.build(lengths, slots, kept, self._device, self._switch.buffers)
         self._switch.step = self._context
         cut = {"logits_to_keep": wanted} if self._cuts_rows else {}
         places = StepPlaces(self._cache, pieces, self._device)
@@ -272,7 +320,7 @@ class Batch:
                 paged=places,  # says to `survey` that attention is no module of rows
                 **cut,
             )
-        logits: Tensor = output.logits[0]
+        logits = output.logits[0]
         return logits if self._cuts_rows else logits[wanted]
 
     def _without_culprits(self, step: Sequence[tuple[Job, Piece]], error: Exception) -> None:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from meswitch.codec import Delta
 from meswitch.engine.merged import MergedWeights
+from meswitch.engine.tables import OwnTable, OwnTables
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
+from meswitch.ops.routing import MAX_TOKENS
+from meswitch.ops.step import HEAD, TOKENS, Side, Step
 from meswitch.slots import ExpertStore
 
 BASE_SLOT = -1
@@ -33,10 +36,15 @@ class Owners:
     Args:
         slots: of each row.
         device: where the forms are.
+        side: static buffers that hold these rows, for the kernels; they are of one size for many steps, so that few
+            kernels serve them all.
     """
 
-    def __init__(self, slots: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._rows, self._device = slots, torch.device(device)
+    in_tables = False
+    """Whether what experts have of their own is looked up in tables, slot by slot, and never in Python."""
+
+    def __init__(self, slots: Sequence[int], device: torch.device | str = "cpu", side: Side | None = None) -> None:
+        self._rows, self._device, self._side = slots, torch.device(device), side
         self._count = len(slots)
 
     def __len__(self) -> int:
@@ -119,11 +127,28 @@ class Owners:
 
     @cached_property
     def routing(self) -> Routing:
-        return Routing.build(list(self._rows), self._device)
+        found = self._side.routing(self._count) if self._side is not None and self._count <= MAX_TOKENS else None
+        return Routing.build(list(self._rows), self._device) if found is None else found
 
     @cached_property
     def prefill(self) -> PrefillRouting:
         return PrefillRouting.build(list(self._rows), self._device)
+
+
+class TableOwners(Owners):
+    """The slots of a step's rows in static buffers, which a captured graph reads again in every replay.
+
+    Args:
+        side: the buffers.
+        rows: of the step, with padding, which is the base's.
+    """
+
+    in_tables = True
+
+    def __init__(self, side: Side, rows: int) -> None:
+        super().__init__([BASE_SLOT] * rows, side.token_slots.device, side)
+        self.slots = side.token_slots[:rows]
+        self.any = side.active
 
 
 def _nobody() -> Owners:
@@ -148,6 +173,7 @@ class StepContext:
         slots: Sequence[int],
         positions: Sequence[int] | None,
         device: torch.device | str = "cpu",
+        step: Step | None = None,
     ) -> "StepContext":
         """Lay out a step.
 
@@ -156,10 +182,15 @@ class StepContext:
             slots: their slots.
             positions: of the tokens whose logits are wanted; None for all.
             device: where the layers compute.
+            step: the static buffers of the kernels, which are filled.
         """
         by_token = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
         of_logits = by_token if positions is None else [by_token[i] for i in positions]
-        return cls(Owners(by_token, device), Owners(of_logits, device))
+        if step is None:
+            return cls(Owners(by_token, device), Owners(of_logits, device))
+        step.tokens.fill(by_token)
+        step.head.fill(of_logits)
+        return cls(Owners(by_token, device, step.sides[TOKENS]), Owners(of_logits, device, step.sides[HEAD]))
 
     def rows(self, kind: Rows) -> Owners:
         return self.owners if kind == "tokens" else self.logit_owners
@@ -179,16 +210,24 @@ class Switch:
         self.merged: MergedWeights | None = None
         self._store: ExpertStore | None = None
         self._backend: Backend | None = None
+        self.tables: OwnTables | None = None
+        """What experts have of their own beside deltas, slot by slot, if every layer can look it up there."""
 
-    def connect(self, store: ExpertStore, backend: Backend, merged: MergedWeights | None = None) -> None:
+        self.buffers: Step | None = None
+        """Where the kernels read whose rows are where; None if they do not run."""
+
+    def connect(
+        self, store: ExpertStore, backend: Backend, merged: MergedWeights | None = None, buffers: Step | None = None
+    ) -> None:
         """Say where the experts are.
 
         Args:
             store: holds their tensors in slots.
+            buffers: for the kernels, if they compute.
             backend: computes packed deltas expert by expert, where they do not lie as the kernels read them.
             merged: keeps weights of their own for experts in slots; None computes every step from the deltas.
         """
-        self._store, self._backend, self.merged = store, backend, merged
+        self._store, self._backend, self.merged, self.buffers = store, backend, merged, buffers
 
     @property
     def step(self) -> StepContext:
@@ -198,7 +237,7 @@ class Switch:
     @step.setter
     def step(self, step: StepContext) -> None:
         self._step, self.alone = step, None
-        if self.merged is not None:
+        if self.merged is not None and not step.owners.in_tables:
             self.merged.begin({slot: self.tensors(slot) for slot in step.owners.present})
             if step.owners.sole not in (None, BASE_SLOT):
                 self.alone = self.merged.made(step.owners.sole)
@@ -217,6 +256,11 @@ class Switch:
         """An expert's merged tensor, as `MergedWeights.weight`; there have to be some."""
         assert self.merged is not None
         return self.merged.weight(slot, name, base, transposed)
+
+    def table(self, name: str | None) -> OwnTable | None:
+        """The table of a tensor, None where no expert has one."""
+        assert self.tables is not None
+        return None if name is None else self.tables.get(name)
 
     def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
         assert self._store is not None

@@ -49,6 +49,8 @@ class Engine:
         max_queue: waiting and running requests; one more is refused.
         op_backend: what computes deltas: `triton` (bfloat16 or float16), `cpu` or `reference`; None is triton on a GPU,
             cpu elsewhere.
+        cuda_graphs: record decode steps when the engine opens, where the kernels run: several times as fast, for some
+            seconds at the start.
         runner: `batch`, one running batch for all experts; `turns`, one expert at a time, for any model; `auto`, the
             batch if it is proven right for this base and these experts when the engine opens.
 
@@ -71,6 +73,7 @@ class Engine:
         kv_cache_tokens: int = 32768,
         max_queue: int = 1024,
         op_backend: str | None = None,
+        cuda_graphs: bool = True,
         runner: RunnerName = "auto",
     ) -> None:
         if base_name in experts or "auto" in (base_name, *experts):
@@ -89,7 +92,7 @@ class Engine:
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         self.model = _load_model(architecture, checkpoint, target, dtype)
-        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes)
+        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes, cuda_graphs)
         opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
         self.store, self._batch = opened.store, opened.runner
         self.store.watch(self._accept, self.tokenizers)
@@ -211,7 +214,7 @@ class Engine:
         return self._batch.failure
 
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose: `base`, `slots`, `kv_cache` and `merged` on the device, and `host`.
+        """Bytes by purpose: `base`, `slots`, `kv_cache`, `merged` and `graphs` on the device, and `host`.
 
         `merged` is what experts' weights take beside the base's: of those in the batch on a CPU (`merged_bytes`), or of
         the one that has its turn (`by_turns`).
@@ -222,6 +225,7 @@ class Engine:
             "slots": self.store.device_bytes,
             "kv_cache": self._batch.kv_bytes,
             "merged": self._batch.merged_bytes,
+            "graphs": self._batch.graph_bytes,
             "host": self.store.host.nbytes,
         }
 

@@ -1,12 +1,26 @@
 """Which of the GPU kernels computes a layer of a step, by the step's size alone: all of it is known on the host."""
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 from meswitch.engine.context import Owners
 from meswitch.ops import SlotLinear, expert_prefill, fused_linear
 from meswitch.ops.routing import MAX_TOKENS
 
 TRITON = "triton"
+
+
+def linear(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLinear | None, owners: Owners) -> Tensor:
+    """A linear layer, with packed deltas where there are some: [rows, in_features] -> [rows, out_features].
+
+    Args:
+        base: holds the base's weight.
+        layer: None if no expert changes it.
+    """
+    if layer is None or not owners.any:
+        return nn.functional.linear(x, base.weight, bias)
+    return product(x, base.weight, bias, layer, owners)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, owners: Owners) -> Tensor:

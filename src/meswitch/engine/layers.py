@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from meswitch.codec import Delta
 from meswitch.engine.context import BASE_SLOT, Owners, Rows, Switch
-from meswitch.engine.kernel import TRITON, product
+from meswitch.engine.kernel import TRITON, linear, product
 from meswitch.engine.parameters import ExpertParameters
+from meswitch.engine.tables import Own
 from meswitch.errors import MeswitchError
 from meswitch.ops import embedding_rows
 from meswitch.slots.layout import extra_name
@@ -67,6 +68,16 @@ class Switchable(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), attribute)
 
+    @property
+    def looked_up(self) -> "list[Own] | None":
+        """What it needs tables for, beside packed deltas; None if it cannot be computed from tables."""
+        return None
+
+    @property
+    def names(self) -> set[str]:
+        """Stored names of the tensors that it reads."""
+        return set()
+
     def alone(self, name: str) -> Tensor | None:
         """The merged tensor if one expert owns the whole step: whose the rows are needs no looking then."""
         made = self.switch.alone
@@ -107,10 +118,16 @@ class SwitchableLinear(Switchable):
         self.weight_name, self.bias_name, self.transposed = weight, bias, transposed
         self._plain = bias is None and not transposed
 
+    @property
+    def names(self) -> set[str]:
+        return {self.weight_name} if self.bias_name is None else {self.weight_name, self.bias_name}
+
     def forward(self, x: Tensor) -> Tensor:
         if (weight := self.alone(self.weight_name)) is not None and self._plain:
             return nn.functional.linear(x, weight, self.base._parameters["bias"])
         owners = self.owners(x.numel() // x.shape[-1])
+        if owners.in_tables:
+            return self._by_tables(x.reshape(-1, x.shape[-1]), owners).view(*x.shape[:-1], -1)
         if self.switch.merged is not None:
             if owners.sole is not None:
                 return self._own(owners.sole, x)
@@ -127,6 +144,20 @@ class SwitchableLinear(Switchable):
             if added is not None:
                 outputs.index_add_(0, segment.rows, added.to(y.dtype))
         return y
+
+    @property
+    def looked_up(self) -> list[Own] | None:
+        """As `Switchable.looked_up`."""
+        if self.transposed:
+            return None
+        return [] if self.bias_name is None else [Own(self.bias_name, self.base.bias)]
+
+    def _by_tables(self, inputs: Tensor, owners: Owners) -> Tensor:
+        """[rows, in_features] -> [rows, out_features]."""
+        layer, own = self.switch.kernel_layer(self.weight_name), self.switch.table(self.bias_name)
+        if own is None:
+            return linear(inputs, self.base, self.base.bias, layer, owners)
+        return linear(inputs, self.base, None, layer, owners) + own.values[owners.slots]
 
     def _own(self, slot: int, rows: Tensor) -> Tensor:
         """An owner's rows by its own weights: [..., in_features] -> [..., out_features]."""
@@ -180,12 +211,18 @@ class SwitchableHead(Switchable):
         self.weight_name, self.bias_name, self.vocabulary = weight, bias, vocabulary
         self._plain = base.bias is None
 
+    @property
+    def names(self) -> set[str]:
+        return {self.weight_name, extra_name(self.weight_name), self.bias_name}
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.alone(self.weight_name)
         if weight is not None and self._plain and len(weight) == self.vocabulary:
             return nn.functional.linear(x, weight)
         inputs = x.reshape(-1, x.shape[-1])
         owners = self.owners(len(inputs))
+        if owners.in_tables:
+            return self._by_tables(inputs, owners).view(*x.shape[:-1], self.vocabulary)
         if self.switch.merged is not None:
             return owners.by_owner(inputs, self._own).view(*x.shape[:-1], self.vocabulary)
         layer = self.switch.kernel_layer(self.weight_name)
@@ -203,6 +240,31 @@ class SwitchableHead(Switchable):
                 self._change(own, inputs[segment.rows], tensors, known)
                 logits[segment.rows] = own
         return logits.view(*x.shape[:-1], self.vocabulary)
+
+    @property
+    def looked_up(self) -> list[Own] | None:
+        """As `Switchable.looked_up`."""
+        bias = [] if self.base.bias is None else [Own(self.bias_name, self.base.bias)]
+        added = self.vocabulary - len(self.base.weight)
+        if bias and added:
+            return None
+        return [*bias, *([Own(extra_name(self.weight_name), self.base.weight, added)] if added else [])]
+
+    def _by_tables(self, inputs: Tensor, owners: Owners) -> Tensor:
+        """[rows, hidden] -> [rows, vocabulary]."""
+        layer, own = self.switch.kernel_layer(self.weight_name), self.switch.table(self.bias_name)
+        logits = linear(inputs, self.base, None, layer, owners)
+        if own is not None:
+            logits = logits + own.values[owners.slots]
+        extra = self.switch.table(extra_name(self.weight_name))
+        if extra is None:
+            return self._filled(logits)
+        _, added, width = extra.values.shape
+        slots = owners.slots
+        of_all = (inputs @ extra.values.view(-1, width).T).view(len(inputs), -1, added)
+        of_own = of_all[torch.arange(len(inputs), device=inputs.device), slots]
+        beyond = torch.arange(added, device=inputs.device) >= extra.counts[slots][:, None]
+        return torch.cat([logits, of_own.masked_fill(beyond, -torch.inf)], 1)
 
     def _own(self, slot: int, rows: Tensor) -> Tensor:
         """An owner's rows by its own weights: [n, hidden] -> [n, vocabulary]."""
@@ -272,13 +334,18 @@ class SwitchableEmbedding(Switchable):
 
     Args:
         weight: stored name of its weight.
+        added: tokens that the largest expert has after the base's.
     """
 
-    def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, weight: str) -> None:
+    def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, weight: str, added: int) -> None:
         super().__init__(base, name, switch, seen)
-        self.weight_name = weight
+        self.weight_name, self.added = weight, added
         base.padding_idx = None  # type: ignore[assignment]  # of gradients alone; a table of few rows may not have it
         self._looks_up = type(base).forward is nn.Embedding.forward
+
+    @property
+    def names(self) -> set[str]:
+        return {self.weight_name, extra_name(self.weight_name)}
 
     def forward(self, ids: Tensor) -> Tensor:
         if self._looks_up and (weight := self.alone(self.weight_name)) is not None:
@@ -287,7 +354,9 @@ class SwitchableEmbedding(Switchable):
         owners = self.owners(len(flat))
         if not owners.any:
             return self.base(ids)
-        if self.switch.merged is not None:
+        if owners.in_tables:
+            out = self._by_tables(flat, owners)
+        elif self.switch.merged is not None:
             out = owners.by_owner(flat, self._own)
         else:
             layer = self.switch.kernel_layer(self.weight_name)
@@ -303,6 +372,24 @@ class SwitchableEmbedding(Switchable):
             return out.view(*ids.shape, -1)
         places = torch.arange(len(out), device=ids.device).view(ids.shape)
         return _with_parameter(self.base, "weight", out, places)
+
+    @property
+    def looked_up(self) -> list[Own]:
+        """As `Switchable.looked_up`."""
+        return [Own(extra_name(self.weight_name), self.base.weight, self.added)] if self.added else []
+
+    def _by_tables(self, ids: Tensor, owners: Owners) -> Tensor:
+        """[rows] int64 -> [rows, width]."""
+        table, layer = self.base.weight, self.switch.kernel_layer(self.weight_name)
+        if layer is not None:
+            out = embedding_rows(ids, table, layer, owners.slots, backend=TRITON)
+        else:
+            out = nn.functional.embedding(ids.clamp(max=len(table) - 1), table)
+        extra = self.switch.table(extra_name(self.weight_name))
+        if extra is None:
+            return out
+        own = extra.values[owners.slots, (ids - len(table)).clamp(0, self.added - 1)]
+        return torch.where((ids >= len(table))[:, None], own, out)
 
     def _own(self, slot: int, ids: Tensor) -> Tensor:
         """An owner's rows of its own table: [n] int64 -> [n, width]."""
@@ -353,12 +440,25 @@ class SwitchableNorm(Switchable):
         super().__init__(base, name, switch, seen)
         self.parameter, self.stored = parameter, stored
 
+    @property
+    def names(self) -> set[str]:
+        return {self.stored}
+
+    @property
+    def looked_up(self) -> list[Own]:
+        """As `Switchable.looked_up`."""
+        return [Own(self.stored, self.base._parameters[self.parameter])]
+
     def forward(self, x: Tensor) -> Tensor:
         if (weight := self.alone(self.stored)) is not None:
             return _with_parameter(self.base, self.parameter, weight, x)
         axis = self.seen.inputs[0]
         assert axis is not None
         owners = self.owners(x.shape[axis])
+        if owners.in_tables:
+            table = self.switch.table(self.stored)
+            assert table is not None
+            return _with_parameter(self.base, self.parameter, by_row(table.values[owners.slots], axis, x.dim()), x)
         if owners.sole == BASE_SLOT:
             return self.base(x)
         weight = self.base._parameters[self.parameter]

@@ -85,6 +85,7 @@ class Trial:
         limit = 0.001 if self.exact else 0.1
         for ours, wanted, token in zip(found, self.wanted, self.tokens, strict=False):
             finite = wanted.isfinite()
+            ours = ours[: len(wanted)]  # a head may have tokens that experts added
             error = float((ours.float() - wanted)[finite].norm() / wanted[finite].norm().clamp_min(1e-30))
             if not error <= limit:
                 return f"its logits differ from those of the model alone by {error:.2g} of their norm"
@@ -93,11 +94,14 @@ class Trial:
         return None
 
 
-def run(batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[int]) -> None:
+def run(
+    batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[int], new_tokens: int = NEW_TOKENS
+) -> None:
     """Run a few steps of the batch with requests of these slots.
 
     Args:
         name: what the requests' ids begin with; their number follows.
+        new_tokens: of each request.
 
     Raises:
         MeswitchError: the batch could not run them.
@@ -118,7 +122,7 @@ def run(batch: Batch, name: str, prompts: Sequence[list[int]], slots: Sequence[i
 
         return told
 
-    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    params = SamplingParams(max_new_tokens=new_tokens)
     with batch.together():
         for number, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
             batch.submit(f"{name}-{number}", prompt, slot, params, [], listen(number))
@@ -225,6 +229,62 @@ def prove(
         if reasons:
             break
     return reasons
+
+
+def mixed_tokens(
+    batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial
+) -> dict[tuple[str, int], Tensor]:
+    """What the base and two experts give for some single tokens, all in one step.
+
+    Returns:
+        (expert's name, "" for the base; token) -> [vocabulary] logits.
+    """
+    found: dict[tuple[str, int], Tensor] = {}
+    names = sorted(
+        artifacts, key=lambda name: -sum(e.kind != "same" for e in artifacts[name].manifest.tensors.values())
+    )
+    slots = {name: store.acquire(name) for name in names[: min(2, store.slot_count)]}
+    owners = {"": BASE_SLOT, **slots}
+    asked = [(name, token) for token in trial.prompts[0][:2] for name in owners]
+
+    def see(rows: tuple[str, ...], scores: Tensor) -> None:
+        for row, logits in zip(rows, scores, strict=True):
+            found.setdefault(asked[int(row.rpartition("-")[2])], logits.float().clone())
+
+    batch.see = see
+    try:
+        run(batch, "tokens", [[token] for _, token in asked], [owners[name] for name, _ in asked], 1)
+    finally:
+        batch.see = None
+        for slot in slots.values():
+            store.release(slot)
+    return found
+
+
+def decodes_differ(
+    batch: Batch,
+    store: ExpertStore,
+    artifacts: Mapping[str, Artifact],
+    trial: Trial,
+    wanted: Mapping[tuple[str, int], Tensor],
+) -> str | None:
+    """How decode steps over static buffers differ from steps without, None if they do not.
+
+    Args:
+        wanted: what `mixed_tokens` gave without them.
+    """
+    try:
+        batch_runs_base(batch, trial, contextlib.nullcontext(), "decode")
+        found = mixed_tokens(batch, store, artifacts, trial)
+    except MeswitchError as error:
+        return str(error)
+    for (name, token), logits in wanted.items():
+        rows = (logits[None] for logits in (found[name, token], logits, wanted["", token]))
+        fault = _difference(*rows, exact=False)
+        if fault is not None:
+            who = f"expert {name!r}" if name else "the base"
+            return f"a decode step of {who}: {fault}".replace("merged weights", "a step without static buffers")
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,20 @@ from meswitch.engine.context import Switch
 from meswitch.engine.merged import SHARE, MergedWeights
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
-from meswitch.engine.proof import Trial, batch_runs_base, prove, without_weights
+from meswitch.engine.proof import Trial, batch_runs_base, decodes_differ, mixed_tokens, prove, without_weights
 from meswitch.engine.request import Listener
 from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
+from meswitch.engine.warm import compile_kernels
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels
+from meswitch.ops.routing import MAX_TOKENS
+from meswitch.ops.step import Step
 from meswitch.slots import ExpertStore
+
+logger = logging.getLogger("meswitch.engine")
 
 RunnerName = Literal["auto", "batch", "turns"]
 RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")
@@ -43,6 +48,9 @@ class Runner(Protocol):
 
     @property
     def merged_bytes(self) -> int: ...
+
+    @property
+    def graph_bytes(self) -> int: ...
 
     @property
     def merged_budget(self) -> int: ...
@@ -76,6 +84,7 @@ class Sizes:
         batch_tokens: tokens of one step.
         kv_tokens: tokens of all running requests together.
         merged_bytes: budget for merged weights where no kernels run, None for what `merged_budget` says.
+        cuda_graphs: record decode steps where the kernels run.
     """
 
     slots: int
@@ -83,6 +92,7 @@ class Sizes:
     batch_tokens: int
     kv_tokens: int
     merged_bytes: int | None = None
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +189,8 @@ def _open_batch(
             raise
         if not isinstance(found, Opened):
             batch.close()
+    if isinstance(found, Opened) and sizes.cuda_graphs and switch.buffers is not None:
+        _speed_up(batch, found.store, artifacts, trial)
     return found
 
 
@@ -223,8 +235,12 @@ def _proven(
     )
     budget = 0 if kernel else merged_budget(sizes.merged_bytes, device, model.dtype)
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
-    switch.connect(store, deltas, MergedWeights(budget) if budget else None)
+    buffers = Step(max(sizes.batch_tokens, MAX_TOKENS), sizes.slots, device) if kernel else None
+    switch.connect(store, deltas, MergedWeights(budget) if budget else None, buffers)
     attachment.apply(model, switch)
+    if kernel and device.type == "cuda":
+        with torch.cuda.device(device):
+            compile_kernels(model, switch, sizes.slots, sizes.batch_tokens)
     try:
         faults = prove(model, batch, switch, attachment, stored, survey, store, artifacts, trial)
     except MeswitchError as error:
@@ -233,6 +249,27 @@ def _proven(
         attachment.undo(model)
         return tuple(faults)
     return Opened(batch, store, ())
+
+
+def _speed_up(batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial) -> None:
+    """Let decode steps run over static buffers, once it is proven that they give what the other steps give."""
+    started = time.perf_counter()
+    wanted = mixed_tokens(batch, store, artifacts, trial)
+    reason = None
+    try:
+        batch.decode_from_tables(store.slot_count, _told)
+        reason = decodes_differ(batch, store, artifacts, trial, wanted)
+    except Exception as error:  # noqa: BLE001  whatever keeps a model from being captured
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    if reason is None:
+        logger.info("decode steps are ready in %.0f s", time.perf_counter() - started)
+    else:
+        batch.decode_eagerly()
+        logger.warning("decode steps run without CUDA graphs, which is slower: %s", reason)
+
+
+def _told(done: int, total: int) -> None:
+    logger.info("capturing CUDA graphs: %d of %d", done, total)
 
 
 def merged_budget(wanted: int | None, device: torch.device, dtype: torch.dtype) -> int:

@@ -72,7 +72,7 @@ class Scheduler:
     """
 
     def __init__(self, pages: Pages, max_tokens: int, max_requests: int) -> None:
-        self.pages, self._max_tokens, self._max_requests = pages, max_tokens, max_requests
+        self.pages, self._max_tokens, self.max_requests = pages, max_tokens, max_requests
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []  # oldest first
         self.reused = 0  # tokens of prompts that were in the cache
@@ -95,7 +95,7 @@ class Scheduler:
             left = min(left, max(_LEAST, int(PAUSE / self._seconds_a_token)))
         for job in [job for job in self.running if job not in singles]:
             left -= self._add_prompt(step, job, left)
-        while self.waiting and left > 0 and len(self.running) < self._max_requests and not is_full:
+        while self.waiting and left > 0 and len(self.running) < self.max_requests and not is_full:
             job = self.waiting[0]
             if not self._admit(job):
                 break
@@ -108,7 +108,7 @@ class Scheduler:
 
     def _add_prompt(self, step: list[tuple[Job, Piece]], job: Job, left: int) -> int:
         count = min(left, len(job.tokens) - job.computed)
-        if count <= 0 or len(step) >= self._max_requests:
+        if count <= 0 or len(step) >= self.max_requests:
             return 0
         step.append((job, Piece(count, job.computed, job.pages)))
         return count

@@ -137,6 +137,11 @@ class Turns:
         self._thread.join(timeout=30)
 
     @property
+    def graph_bytes(self) -> int:
+        """None: steps are not recorded."""
+        return 0
+
+    @property
     def merged_bytes(self) -> int:
         """Device memory of the base's own tensors that an expert's stand in for now."""
         return sum(tensor.nbytes for tensor in self._kept.values())

@@ -1,9 +1,9 @@
 """`y += x D^T` for the tokens of many experts, and `y = x W^T + x D^T`."""
 
-import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
+from meswitch.ops import operators
 from meswitch.ops.operators import KERNEL_DTYPES, chosen_backend, flat
 from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing
 from meswitch.ops.slots import SlotLinear
@@ -25,7 +25,7 @@ def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, bac
     backend = chosen_backend(backend, x.device, "expert_linear")
     if backend == "triton":
         _check(y, x, layer, routing)
-    torch.ops.meswitch.expert_linear(y, x, *flat(layer, routing), backend)
+    operators.expert_linear(y, x, *flat(layer, routing), backend)
     return y
 
 
@@ -52,8 +52,7 @@ def fused_linear(
     backend = chosen_backend(backend, x.device, "expert_linear")
     if backend == "triton":
         _check_fused(x, weight, layer, routing)
-    result: Tensor = torch.ops.meswitch.fused_linear(x, weight, bias, *flat(layer, routing), backend)
-    return result
+    return operators.fused_linear(x, weight, bias, *flat(layer, routing), backend)
 
 
 def _check_fused(x: Tensor, weight: Tensor, layer: SlotLinear, routing: Routing) -> None:

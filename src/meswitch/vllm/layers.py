@@ -16,13 +16,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.ops import embedding_rows, expert_linear
 from meswitch.ops.operators import KERNEL_DTYPES
+from meswitch.ops.step import HEAD as HEAD_SIDE
+from meswitch.ops.step import TOKENS, Step, is_idle, part
 from meswitch.vllm import compat
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.delta_op import add_delta, linear
 from meswitch.vllm.norms import DeltaNorm
 from meswitch.vllm.places import EMBEDDING, FUSED, HEAD, LINEAR, NORM
-from meswitch.vllm.step import HEAD as HEAD_SIDE
-from meswitch.vllm.step import TOKENS, Step, is_idle, part
 
 
 class DeltaMethod(QuantizeMethodBase):

@@ -21,6 +21,7 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops.routing import BASE
+from meswitch.ops.step import Step
 from meswitch.slots import HostTier, Loader
 from meswitch.vllm import compat, delta_op, layers
 from meswitch.vllm.arena import Arena, Prepared
@@ -31,7 +32,6 @@ from meswitch.vllm.prefetch import FAILED, LOADING, READY
 from meswitch.vllm.prepare import Target, check_covered, prepare
 from meswitch.vllm.proof import FAULTS, in_short, prove, prove_step
 from meswitch.vllm.settings import KEY, Settings
-from meswitch.vllm.step import Step
 from meswitch.vllm.warm import warm
 
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meswitch.vllm.step import Step, is_idle
+from meswitch.ops.step import Step, is_idle
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import torch
 from meswitch.ops.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.ops.operators import KERNEL_DTYPES
 from meswitch.ops.routing import MAX_TOKENS, most_pieces
+from meswitch.ops.step import step_sizes
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.layers import DeltaMethod
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR
-from meswitch.vllm.step import step_sizes
 
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 
@@ -22,7 +22,7 @@ def warm(arena: Arena, dtype: torch.dtype, rows: Sequence[int], most_tokens: int
 
     Args:
         dtype: of the activations. rows: of the steps that graphs hold, none if there are no graphs. most_tokens: of any
-            step. specialized: see `step.Side`.
+            step. specialized: see `ops.step.Side`.
     """
     if arena.device.type != "cuda":
         return

@@ -6,7 +6,7 @@ import torch
 from deltas import expected, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import SlotLinear, expert_linear
-from meswitch.vllm.step import Side, part
+from meswitch.ops.step import Side, part
 
 
 def products(side, tokens, deltas):

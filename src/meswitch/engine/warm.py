@@ -1,0 +1,48 @@
+"""Compiling the kernels of all steps when an engine opens, many at once, so that none is compiled while it serves."""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from meswitch.engine.context import Switch
+from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
+from meswitch.ops.ahead import Job, compile_ahead, embedding_job, fused_jobs, prefill_jobs
+from meswitch.ops.routing import MAX_TOKENS
+from meswitch.ops.step import step_sizes
+
+logger = logging.getLogger("meswitch.engine")
+
+
+def compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) -> None:
+    """Compile what the wrapped layers launch on the current GPU; what is in Triton's cache on disk costs little.
+
+    Args:
+        slots: of the expert store.
+        most_tokens: of a step.
+    """
+    started = time.perf_counter()
+    count = compile_ahead(_jobs(model, switch, slots, most_tokens))
+    logger.info("%d kernels are ready in %.0f s", count, time.perf_counter() - started)
+
+
+def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[Job]:
+    sizes = step_sizes(range(1, MAX_TOKENS + 1), slots)
+    seen: set[tuple[Any, ...]] = set()
+    for module in model.modules():
+        if not isinstance(module, SwitchableLinear | SwitchableHead | SwitchableEmbedding):
+            continue
+        layer = switch.kernel_layer(module.weight_name)
+        if layer is None:
+            continue
+        about = layer.rows, layer.in_features, layer.variant, module.base.weight.dtype
+        is_table = isinstance(module, SwitchableEmbedding)
+        biases = {False} if is_table else {False, module.base.bias is not None}
+        if (key := (*about, is_table, *biases)) in seen:
+            continue
+        seen.add(key)
+        if is_table:
+            yield embedding_job(*about, False)
+        for bias in biases if not is_table else ():
+            yield from fused_jobs(*about, bias, sizes)
+            yield from prefill_jobs(*about, bias, most_tokens)
