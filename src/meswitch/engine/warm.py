@@ -11,7 +11,7 @@ from meswitch.ops.ahead import Job, compile_ahead, embedding_job, fused_jobs, pr
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import step_sizes
 
-logger = logging.getLogger("meswitch.engine")
+logger = logging.getLogger("meswitch.opening")
 
 
 def compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) -> None:
