@@ -53,13 +53,15 @@ def main() -> None:
         "card": torch.cuda.get_device_name(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
-        "model": f"Mistral-7B's shapes, {options.layers} layers, random weights",
+        "model": "Mistral-7B's shapes, random weights",
+        "layers": options.layers,
         "copy_tb_per_s": bandwidth / 1e12,
         "prompt": PROMPT,
         "new_tokens": LONG,
     }
 
     def keep(row: Row) -> None:
+        row = {"engine": row.pop("engine"), "model": f"mistral-7b, {options.layers} layers"} | row
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
         if options.json:

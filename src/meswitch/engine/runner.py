@@ -26,7 +26,7 @@ from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
-from meswitch.engine.warm import compile_kernels
+from meswitch.engine.warm import PROMPTS, compile_kernels, run_prompts
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels
 from meswitch.ops.routing import MAX_TOKENS
@@ -248,6 +248,8 @@ def _proven(
     if faults:
         attachment.undo(model)
         return tuple(faults)
+    if kernel and device.type == "cuda":
+        run_prompts(batch, store, list(artifacts)[:2], PROMPTS)
     if kernel and sizes.cuda_graphs:
         started = time.perf_counter()
         reason = _speed_up(batch, store, artifacts, trial, proven)
