@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -192,7 +192,14 @@ class Batch:
             except Exception as error:  # noqa: BLE001  whatever it is, it is the caller's
                 done.set_exception(error)
 
-        self._commands.put(do)
+        with self._entry:
+            if self._closing.is_set() or self.failure is not None:
+                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+            self._commands.put(do)
+        while not done.done():
+            wait([done], timeout=1)
+            if not self._computing.is_alive() and not done.done():
+                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
         done.result()
 
     @property
@@ -314,9 +321,11 @@ class Batch:
 
     def _forward(self, step: Sequence[tuple[Job, Piece]]) -> Tensor:
         """[requests whose text is computed to its end, vocabulary] logits of their last tokens."""
-        if self._decode is not None and (logits := self._decode.run(step)) is not None:
-            self._layout = ()  # the buffers hold this step now
-            return logits
+        if self._decode is not None:
+            before, self._layout = self._layout, ()  # the buffers hold this step then, or a part of it
+            if (found := self._decode.run(step)) is not None:
+                return found
+            self._layout = before
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []

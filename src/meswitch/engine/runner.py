@@ -35,6 +35,8 @@ from meswitch.slots import ExpertStore
 
 logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried is quiet
 
+_REPLAYED = 0.002  # of the norm of logits: less than a step of bfloat16, in which a library may sum in another order
+
 RunnerName = Literal["auto", "batch", "turns"]
 RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")
 
@@ -270,7 +272,7 @@ def _speed_up(
 ) -> str | None:
     """Let decode steps run over static buffers, on a GPU as CUDA graphs; why not, None if they do.
 
-    The buffers are proven like any step. A graph records the same operations, so what it gives is the same, bit by bit.
+    The buffers are proven like any step. A graph records the same operations, so what it gives is the same.
     """
     try:
         batch.decode_from_tables(store.slot_count)
@@ -281,8 +283,11 @@ def _speed_up(
             wanted = mixed_tokens(batch, store, artifacts, trial)
             batch.capture_decode(_told)
             found = mixed_tokens(batch, store, artifacts, trial)
-            if not all(torch.equal(logits, found[who]) for who, logits in wanted.items()):
-                return "a replayed graph gives other numbers than what it recorded"
+            for who, logits in wanted.items():
+                finite = logits.isfinite()
+                error = float((found[who] - logits)[finite].norm() / logits[finite].norm())
+                if not error <= _REPLAYED:
+                    return f"a replayed graph's logits differ by {error:.2g} of their norm from what it recorded"
             batch_runs_base(batch, trial, contextlib.nullcontext(), "replay")
     except Exception as error:
         logger.debug("decode steps over static buffers", exc_info=error)
