@@ -261,9 +261,11 @@ class Engine:
 
     def _fit(self, tokenizer: ChatTokenizer, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         limit = self._limit(tokenizer)
-        if prompt_tokens >= limit:
+        if prompt_tokens > limit or (prompt_tokens == limit and params.max_new_tokens):
             raise self._too_long(tokenizer, str(prompt_tokens))
-        return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, limit - prompt_tokens))
+        longest = min(params.max_new_tokens, limit - prompt_tokens)
+        least = min(params.min_new_tokens, longest)
+        return dataclasses.replace(params, max_new_tokens=longest, min_new_tokens=least)
 
     def _accept(self, before: Version, artifact: Artifact) -> ChatTokenizer:
         """A new version of an expert: of this base, with a tokenizer that can be used. From a loader's thread.
@@ -356,7 +358,14 @@ class Engine:
 
         try:
             self._batch.submit(
-                request.id, request.prompt, slot, request.params, request.tokenizer.ends, listen, owner=owner
+                request.id,
+                request.prompt,
+                slot,
+                request.params,
+                sorted(request.ends),
+                listen,
+                owner=owner,
+                sampling=request.sampling,
             )
         except Exception as error:
             known = isinstance(error, MeswitchError)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meswitch.engine.detokenizer import Detokenizer, is_mark
-from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.grammar import GrammarMatcher
+from meswitch.engine.sampling import SamplingParams, SamplingState, TokenLogprobs
 from meswitch.errors import MeswitchError
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
@@ -29,17 +30,38 @@ def tell(request: str, listener: Listener, tokens: list[int], finished: bool, er
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. tokens: how many are new; finish_reason: `stop` or `length` on the last piece."""
+    """A piece of an answer.
+
+    Args:
+        text: new text.
+        tokens: how many are new. A piece may have tokens without text, or text of tokens that came earlier.
+        finish_reason: `stop` or `length` on the last piece, `error` if the request failed.
+        error: why it did.
+        logprobs: of the new tokens, if they were asked for.
+    """
 
     text: str
     tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. model: who gave it. tokens: generated ids, the end token included. Times in seconds."""
+    """A whole answer.
+
+    Args:
+        text: of it.
+        model: who gave it.
+        tokens: generated ids, the end token included.
+        prompt_tokens: how many the prompt has.
+        finish_reason: `stop` or `length`.
+        ttft: seconds to the first token.
+        duration: seconds to the last.
+        logprobs: of the tokens, if they were asked for.
+        prompt_logprobs: of the prompt's tokens, if they were asked for; the first has none.
+    """
 
     text: str
     model: str
@@ -48,6 +70,8 @@ class Completion:
     finish_reason: str
     ttft: float
     duration: float
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(eq=False)
@@ -56,6 +80,9 @@ class Request:
 
     Args:
         said: what `prompt` was encoded from.
+
+    Raises:
+        ConfigError: the parameters do not fit to the tokenizer.
     """
 
     id: str
@@ -81,7 +108,12 @@ class Request:
         self._listen()
 
     def _listen(self) -> None:
-        stops = (*self.params.stop, *self.tokenizer.stops)
+        params = self.params
+        params.check_tokens(self.tokenizer.vocab_size)
+        self.ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.tokenizer.ends)
+        matcher = None if params.grammar is None else GrammarMatcher(params.grammar, self.tokenizer)
+        self.sampling = SamplingState(params, self.prompt, self.ends, matcher)
+        stops = (*params.stop, *(() if params.ignore_eos else self.tokenizer.stops))
         texts, marks = _marked(stops, self.tokenizer.hidden)
         self._stops = [StopText(text) for text in texts]
         self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
@@ -127,8 +159,11 @@ class Request:
         if new and self._first is None:
             self._first = time.perf_counter()
         self.tokens = list(tokens)
-        ended = bool(self.tokens) and self.tokens[-1] in self.tokenizer.ends
+        ended = bool(self.tokens) and self.tokens[-1] in self.ends
         self._text += self._detokenizer.feed(new[:-1] if ended and new else new, last=finished)
+        if len(self.tokens) < self.params.min_new_tokens:
+            for stop in self._stops:
+                stop.skip(self._text)
         cut = min((at for stop in self._stops if (at := stop.find(self._text)) is not None), default=None)
         if cut is not None:
             self._text = self._text[:cut]
@@ -140,7 +175,8 @@ class Request:
         reason = ("stop" if ended else "length") if finished else None
         piece = _without_marks(piece)
         if piece or finished:
-            self._emit(Chunk(piece, len(self.tokens) - self._told, reason))
+            logprobs = tuple(self.sampling.logprobs[self._told : len(self.tokens)])
+            self._emit(Chunk(piece, len(self.tokens) - self._told, reason, logprobs=logprobs))
             self._told = len(self.tokens)
         if finished:
             self._end(reason)
@@ -186,6 +222,8 @@ class Request:
             finish_reason=self.finish_reason or "stop",
             ttft=(self._first or ended) - self.created,
             duration=ended - self.created,
+            logprobs=tuple(self.sampling.logprobs[: len(self.tokens)]),
+            prompt_logprobs=tuple(self.sampling.prompt_logprobs),
         )
 
     @property
@@ -230,6 +268,10 @@ class StopText:
         while begun and character != self._text[begun]:
             begun = self._back[begun - 1]
         return begun + (character == self._text[begun])
+
+    def skip(self, text: str) -> None:
+        """Look in what comes after this only."""
+        self._seen, self.begun = len(text), 0
 
     def find(self, text: str) -> int | None:
         """Where it begins for the first time, None if it is not there yet. text: what was given before, and more."""

@@ -22,7 +22,7 @@ from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial, batch_runs_base, decodes_differ, mixed_tokens, prove, without_weights
 from meswitch.engine.request import Listener
 from meswitch.engine.rotary import longest_unturned
-from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
 from meswitch.engine.warm import compile_kernels
@@ -67,6 +67,7 @@ class Runner(Protocol):
         eos: list[int],
         listener: Listener,
         owner: str = "",
+        sampling: SamplingState | None = None,
     ) -> None: ...
 
     def cancel(self, request: str) -> None: ...

@@ -1,0 +1,133 @@
+"""What an answer must be: JSON, JSON of a schema, a regular expression, a grammar. `llguidance` follows them.
+
+It is an extra (`pip install "meswitch[grammar]"`); only a request that has a grammar needs it.
+"""
+
+import importlib.util
+import json
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from meswitch.errors import ConfigError, MeswitchError
+from meswitch.tokenizer import ChatTokenizer
+
+Kind = Literal["json_schema", "regex", "lark", "choice"]
+KINDS: tuple[Kind, ...] = ("json_schema", "regex", "lark", "choice")
+MAX_GRAMMAR = 1 << 16  # characters
+_SPACE = r"[ \t\r\n]{0,16}"  # between the parts of JSON; without a limit small models write nothing else
+EXTRA = 'needs the package llguidance: pip install "meswitch[grammar]"'
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an answer must be.
+
+    Args:
+        kind: `json_schema`, `regex`, `lark` (a context-free grammar in Lark's form) or `choice`.
+        text: the schema as JSON, the expression, the grammar, or a JSON list of texts, one of which is the answer.
+
+    Raises:
+        ConfigError: no such kind, or a text that is too long.
+    """
+
+    kind: Kind
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"grammar: the kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if not isinstance(self.text, str) or len(self.text) > MAX_GRAMMAR:
+            raise ConfigError(f"grammar: expected a text of up to {MAX_GRAMMAR} characters")
+
+
+ANY_JSON = Grammar("json_schema", '{"type": "object"}')
+
+
+def is_available() -> bool:
+    return importlib.util.find_spec("llguidance") is not None
+
+
+_tokenizers: "weakref.WeakKeyDictionary[ChatTokenizer, Any]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class GrammarMatcher:
+    """Follows one answer through a grammar.
+
+    Args:
+        grammar: what the answer must be.
+        tokenizer: of the expert that answers.
+
+    Raises:
+        ConfigError: llguidance is not there, cannot read the grammar, or does not know such a tokenizer.
+    """
+
+    def __init__(self, grammar: Grammar, tokenizer: ChatTokenizer) -> None:
+        if not is_available():
+            raise ConfigError(f"grammar: {EXTRA}")
+        if not tokenizer.ends:
+            raise ConfigError(f"grammar: {tokenizer.name!r} has no end token, so that no grammar can end its answer")
+        from llguidance import LLMatcher
+
+        known = _known(tokenizer)
+        try:
+            self._matcher = LLMatcher(known, _compiled(grammar))
+            self._raise_failure()
+        except (ValueError, MeswitchError) as error:
+            raise ConfigError(f"grammar: the {grammar.kind.replace('_', ' ')} cannot be used: {error}") from error
+        self._words = (tokenizer.vocab_size + 31) // 32
+
+    def fill(self, mask: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """Write which tokens may come next. mask: [at least vocabulary / 32, rounded up] int32 in one piece."""
+        words = mask[: self._words]
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._raise_failure()
+
+    def accept(self, token: int) -> None:
+        """Take the next token.
+
+        Raises:
+            MeswitchError: it is not allowed, or the grammar takes too much to follow.
+        """
+        if not self._matcher.consume_token(token):
+            self._raise_failure()
+            raise MeswitchError(f"token {token} is not allowed here")
+
+    def _raise_failure(self) -> None:
+        if self._matcher.is_error():
+            raise MeswitchError(self._matcher.get_error().strip().splitlines()[0])
+
+
+def _compiled(grammar: Grammar) -> str:
+    """llguidance's form. Raises: ValueError: it is not what it says it is."""
+    from llguidance import LLMatcher
+
+    if grammar.kind == "json_schema":
+        return str(LLMatcher.grammar_from_json_schema(grammar.text, {"whitespace_pattern": _SPACE}))
+    if grammar.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(grammar.text))
+    if grammar.kind == "choice":
+        texts = json.loads(grammar.text)
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts)))
+    return str(LLMatcher.grammar_from_lark(grammar.text))
+
+
+def _known(tokenizer: ChatTokenizer) -> Any:
+    """llguidance's own form of a tokenizer, which takes up to a second to make: made once."""
+    from llguidance.hf import from_tokenizer
+
+    with _lock:
+        found = _tokenizers.get(tokenizer)
+        if found is None:
+            try:
+                found = from_tokenizer(tokenizer.tokenizer, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.ends)
+            except Exception as error:
+                raise ConfigError(
+                    f"grammar: llguidance cannot use the tokenizer of {tokenizer.name!r}: {error}"
+                ) from error
+            _tokenizers[tokenizer] = found
+        return found
