@@ -12,7 +12,7 @@ from meswitch.engine.detokenizer import Detokenizer, is_mark
 from meswitch.engine.grammar import GrammarMatcher
 from meswitch.engine.sampling import SamplingParams, SamplingState, TokenLogprobs
 from meswitch.errors import MeswitchError
-from meswitch.tokenizer import ChatTokenizer, Prompt
+from meswitch.tokenizer import ChatTokenizer, Prompt, conversation_of
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -133,7 +133,7 @@ class Request:
         """
         if tokenizer is self.tokenizer:
             return
-        if not isinstance(self.said, str) and not (self.said and isinstance(self.said[0], Mapping)):
+        if self.said is None or (not isinstance(self.said, str) and conversation_of(self.said) is None):
             raise MeswitchError(f"expert {self.model!r} got another tokenizer while this request waited; ask again")
         self.prompt = tokenizer.encode(self.said)
         self.params = fit(tokenizer, len(self.prompt), self.params)
