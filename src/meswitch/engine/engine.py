@@ -27,7 +27,7 @@ from meswitch.engine.request import Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
-from meswitch.errors import CapacityError, ConfigError, LoadError, MeswitchError, UnknownExpertError
+from meswitch.errors import CapacityError, ConfigError, ContextLengthError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.loaded import load_model
 from meswitch.slots import Held, Version
 from meswitch.tokenizer import ChatTokenizer, Prompt
@@ -255,9 +255,13 @@ class Engine:
         """Tokens of a prompt and its answer together."""
         return min(tokenizer.max_length, self._batch.kv_tokens - PAGE)
 
+    def max_length(self, model: str) -> int:
+        """Tokens of a prompt and its answer together, for a model of `names`."""
+        return self._limit(self.tokenizers[model])
+
     def _too_long(self, tokenizer: ChatTokenizer, tokens: str) -> ConfigError:
         takes = f"{tokenizer.name!r} takes {self._limit(tokenizer)} in all"
-        return ConfigError(f"prompt: {tokens} tokens leave no room for an answer; {takes}")
+        return ContextLengthError(f"prompt: {tokens} tokens leave no room for an answer; {takes}")
 
     def _fit(self, tokenizer: ChatTokenizer, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         limit = self._limit(tokenizer)

@@ -29,6 +29,7 @@ class Grammar:
     Args:
         kind: `json_schema`, `regex`, `lark` (a context-free grammar in Lark's form) or `choice`.
         text: the schema as JSON, the expression, the grammar, or a JSON list of texts, one of which is the answer.
+        after: a text, such as the end of a thought; what comes before and it are free. Empty for none.
 
     Raises:
         ConfigError: no such kind, or a text that is too long.
@@ -36,6 +37,7 @@ class Grammar:
 
     kind: Kind
     text: str
+    after: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -80,9 +82,14 @@ class GrammarMatcher:
         except (ValueError, MeswitchError) as error:
             raise ConfigError(f"grammar: the {grammar.kind.replace('_', ' ')} cannot be used: {error}") from error
         self._words = (tokenizer.vocab_size + 31) // 32
+        self._after = grammar.after.encode()
+        self._tokenizer, self._seen = tokenizer, b""
 
     def fill(self, mask: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         """Write which tokens may come next. mask: [at least vocabulary / 32, rounded up] int32 in one piece."""
+        if self._after:
+            mask[:] = -1
+            return
         words = mask[: self._words]
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         self._raise_failure()
@@ -93,6 +100,11 @@ class GrammarMatcher:
         Raises:
             MeswitchError: it is not allowed, or the grammar takes too much to follow.
         """
+        if self._after:
+            self._seen = (self._seen + self._tokenizer.token_bytes(token))[-4 * len(self._after) - 64 :]
+            if self._after in self._seen:
+                self._after = b""
+            return
         if not self._matcher.consume_token(token):
             self._raise_failure()
             raise MeswitchError(f"token {token} is not allowed here")

@@ -16,6 +16,8 @@ from meswitch.tokenizer import ChatTokenizer, Prompt, conversation_of
 
 logger = logging.getLogger("meswitch.engine")
 
+_FIRST_MARK = 0xD800
+
 # (all new tokens so far, finished, error text or None)
 Listener = Callable[[list[int], bool, str | None], None]
 
@@ -115,6 +117,11 @@ class Request:
         self.sampling = SamplingState(params, self.prompt, self.ends, matcher)
         stops = (*params.stop, *(() if params.ignore_eos else self.tokenizer.stops))
         texts, marks = _marked(stops, self.tokenizer.hidden)
+        for token, text in self.tokenizer.hidden.items():
+            if text in params.shown:
+                marks.setdefault(token, chr(_FIRST_MARK + len(marks)))
+        self._shown = {ord(mark): self.tokenizer.hidden[token] for token, mark in marks.items()}
+        self._shown = {mark: text for mark, text in self._shown.items() if text in params.shown}
         self._stops = [StopText(text) for text in texts]
         self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
 
@@ -173,7 +180,7 @@ class Request:
         upto = len(self._text) if finished else len(self._text) - held
         piece, self._sent = self._text[self._sent : upto], max(self._sent, upto)
         reason = ("stop" if ended else "length") if finished else None
-        piece = _without_marks(piece)
+        piece = self._written(piece)
         if piece or finished:
             logprobs = tuple(self.sampling.logprobs[self._told : len(self.tokens)])
             self._emit(Chunk(piece, len(self.tokens) - self._told, reason, logprobs=logprobs))
@@ -215,7 +222,7 @@ class Request:
             raise MeswitchError(self.error)
         ended = self._ended or self.created
         return Completion(
-            text=_without_marks(self._text),
+            text=self._written(self._text),
             model=self.model,
             tokens=tuple(self.tokens),
             prompt_tokens=len(self.prompt),
@@ -229,6 +236,10 @@ class Request:
     @property
     def done(self) -> bool:
         return self._done.is_set()
+
+    def _written(self, text: str) -> str:
+        """A text without its marks; special tokens that are shown are written."""
+        return _without_marks(text.translate(self._shown) if self._shown else text)
 
     def _emit(self, chunk: Chunk) -> None:
         self._chunks.put(chunk)
@@ -295,7 +306,7 @@ def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[tuple[str,
     marks: dict[int, str] = {}
 
     def mark(found: re.Match[str]) -> str:
-        return marks.setdefault(ids[found[0]], chr(0xD800 + len(marks)))
+        return marks.setdefault(ids[found[0]], chr(_FIRST_MARK + len(marks)))
 
     names = re.compile("|".join(re.escape(text) for text in sorted(ids, key=len, reverse=True)) or r"(?!)")
     return tuple(dict.fromkeys([*stops, *(names.sub(mark, stop) for stop in stops)])), marks

@@ -69,6 +69,7 @@ class SamplingParams:
             model's own, before all of the above.
         prompt_logprobs: the same for the prompt's tokens.
         grammar: what the answer's text must be.
+        shown: texts of special tokens that are part of the answer's text; others leave no trace in it.
 
     Raises:
         ConfigError: a value is out of range or of another type; the error names the field.
@@ -91,6 +92,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    shown: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str | list):
@@ -122,6 +124,7 @@ class SamplingParams:
             "prompt_logprobs": self.prompt_logprobs is None
             or (_is_whole(self.prompt_logprobs) and 0 <= self.prompt_logprobs <= MAX_LOGPROBS),
             "grammar": self.grammar is None or isinstance(self.grammar, Grammar),
+            "shown": isinstance(self.shown, tuple) and all(isinstance(text, str) and text for text in self.shown),
         }
         for name, fits in ranges.items():
             if not fits:
