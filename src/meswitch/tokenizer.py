@@ -159,17 +159,18 @@ class ChatTokenizer:
         """Characters of the longest token."""
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
-    def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+    def render(self, messages: Sequence[Message] | Conversation, *, answer: bool = True) -> str:
         """A conversation in the chat template's form.
 
         Args:
-            messages: each with `role` and a text as `content`.
+            messages: each with `role` and a text as `content`, or a conversation of such.
             answer: whether the text ends where the assistant begins to speak.
 
         Raises:
             ConfigError: there is no template; a message has no text; the template refuses one, or leaves one out.
         """
-        return self._render(Conversation(messages), answer=answer).replace(_BREAK, "")
+        conversation = messages if isinstance(messages, Conversation) else Conversation(messages)
+        return self._render(conversation, answer=answer).replace(_BREAK, "")
 
     def _render(self, conversation: Conversation, *, answer: bool = True) -> str:
         """As `render`; in a control token that somebody wrote in a message stands `_BREAK` after its first character.
@@ -202,6 +203,11 @@ class ChatTokenizer:
                 raise ConfigError(
                     f"messages[{index}]: the chat template of {self.name!r} leaves it out (role {message['role']!r})"
                 )
+            for call in message.get("tool_calls") or ():
+                if not _says(text.replace(_BREAK, ""), call["function"]["name"]):
+                    raise ConfigError(
+                        f"messages[{index}].tool_calls: the chat template of {self.name!r} leaves them out"
+                    )
         return text
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ from meswitch.errors import MeswitchError
 from meswitch.router import Router
 from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
 from meswitch.server.auth import ApiKeyMiddleware
+from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError, install_error_handlers
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation
@@ -29,6 +30,7 @@ from meswitch.version import __version__
 
 AUTO = "auto"
 EXPERT, ROUTE_REASON, ROUTE_SCORE = "x-meswitch-expert", "x-meswitch-route-reason", "x-meswitch-route-score"
+NOTE = "x-meswitch-note"  # what the expert cannot do of the request, and does without
 WANTED = EXPERT  # of a request to `auto`: who is to answer this one, whatever the router would say
 API_KEY_VARIABLE = "MESWITCH_API_KEY"
 
@@ -105,11 +107,9 @@ def create_app(
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        messages = body.conversation()
-        asked = with_circumstances(messages, request.headers.items(), body.metadata)
-        expert, headers = await service.choose(body.model, asked, request.headers.get(WANTED))
-        generation = await Generation.start(engine, expert, [messages], body, "messages")
-        return await _respond(generation, ChatFormat(expert), body, request, headers)
+        expert, headers, chat = await service.begin_chat(body, request)
+        generation = await Generation.start(engine, expert, [chat.prompt], body, "messages", chat)
+        return await _respond(generation, ChatFormat(expert, body, chat), body, request, headers)
 
     @app.post("/v1/completions", response_model=TextCompletion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -120,7 +120,7 @@ def create_app(
         asked = with_circumstances(routable, request.headers.items(), body.metadata)
         expert, headers = await service.choose(body.model, asked, wanted)
         generation = await Generation.start(engine, expert, prompts, body, "prompt")
-        return await _respond(generation, TextFormat(expert), body, request, headers)
+        return await _respond(generation, TextFormat(expert, body), body, request, headers)
 
     return app
 
@@ -129,7 +129,7 @@ async def _respond(
     generation: Generation, shape: Format, body: GenerationRequest, request: Request, headers: Mapping[str, str]
 ) -> Response:
     if body.stream:
-        return EventStream(generation, shape, body.include_usage, headers)
+        return EventStream(generation, shape, headers)
     return await answer(generation, shape, request, headers)
 
 
@@ -174,6 +174,18 @@ class _Service:
             headers[ROUTE_SCORE] = f"{decision.score:.4f}"
         return decision.expert, headers
 
+    async def begin_chat(self, body: ChatRequest, request: Request) -> tuple[str, dict[str, str], Chat]:
+        """Who answers a chat request, headers that say so, and what the request is for this expert."""
+        asked = with_circumstances(body.conversation(), request.headers.items(), body.metadata)
+        expert, headers = await self.choose(body.model, asked, request.headers.get(WANTED))
+        tokenizer = self._engine.tokenizers[expert]
+        if any(m.role in ("system", "developer") for m in body.messages) and not tokenizer.shows_system:
+            headers[NOTE] = "the expert's chat template leaves system messages out"
+        try:
+            return expert, headers, Chat(body, tokenizer)
+        except MeswitchError as error:
+            raise ApiError.refused(error, "messages") from error
+
     def metrics(self) -> str:
         lines = [] if self._desk is None else self._desk.metrics()
         return "\n".join([*lines, ""])
@@ -197,10 +209,10 @@ class _Service:
         for name in self._engine.names:
             description = self._descriptions.get(name, "")
             if name == base:
-                cards.append(ModelCard(id=name, created=self._created, kind="base", description=description))
+                card = ModelCard(id=name, created=self._created, kind="base", description=description)
             else:
                 card = ModelCard(id=name, created=self._created, kind="expert", description=description, parent=base)
-                cards.append(card)
+            cards.append(card.model_copy(update={"max_model_len": self._engine.max_length(name)}))
         if self._desk is not None:
             description = "The router chooses the expert for each request."
             cards.append(ModelCard(id=AUTO, created=self._created, kind="router", description=description))

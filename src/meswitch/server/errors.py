@@ -1,5 +1,6 @@
 """OpenAI error bodies: `{"error": {"message", "type", "param", "code"}}`, each naming the field and the fix."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
+from meswitch.errors import CapacityError, ConfigError, ContextLengthError, MeswitchError, UnknownExpertError
+
+# What the engine calls a field -> what it is called here.
+_ENGINE_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "grammar": "response_format"}
+_FIELD = re.compile(r"[a-z_]+(?:\[\d+\]|\.\w+)*")
 
 
 class ApiError(Exception):
@@ -47,10 +52,12 @@ class ApiError(Exception):
         if isinstance(error, CapacityError):
             return cls(429, str(error), code="queue_full", headers={"Retry-After": "1"})
         if isinstance(error, ConfigError):
-            text = str(error)
-            if text.startswith("prompt: "):
-                text = f"{prompt_field}: {text.removeprefix('prompt: ')}"
-            return cls(400, text, param=prompt_field, code="invalid_value")
+            code = "context_length_exceeded" if isinstance(error, ContextLengthError) else "invalid_value"
+            field, colon, text = str(error).partition(": ")
+            field = {**_ENGINE_FIELDS, "prompt": prompt_field}.get(field, field)
+            if colon and _FIELD.fullmatch(field):
+                return cls(400, f"{field}: {text}", param=field, code=code)
+            return cls(400, str(error), param=prompt_field, code=code)
         return cls(503, str(error), code="engine_unavailable")
 
     @classmethod
