@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from meswitch.errors import CapacityError, ConfigError, ContextLengthError, MeswitchError, UnknownExpertError
 
 # What the engine calls a field -> what it is called here.
-_ENGINE_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "grammar": "response_format"}
+_ENGINE_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _FIELD = re.compile(r"[a-z_]+(?:\[\d+\]|\.\w+)*")
 
 
@@ -45,8 +45,14 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
     @classmethod
-    def refused(cls, error: MeswitchError, prompt_field: str) -> "ApiError":
-        """From what `Engine.submit` raises. prompt_field: what the engine's `prompt` is called in this request."""
+    def refused(cls, error: MeswitchError, prompt_field: str, grammar_field: str = "structured_outputs") -> "ApiError":
+        """From what `Engine.submit` raises.
+
+        Args:
+            error: raised.
+            prompt_field: what the engine's `prompt` is called in this request.
+            grammar_field: what its `grammar` is called.
+        """
         if isinstance(error, UnknownExpertError):
             return cls(404, str(error), param="model", code="model_not_found")
         if isinstance(error, CapacityError):
@@ -54,7 +60,7 @@ class ApiError(Exception):
         if isinstance(error, ConfigError):
             code = "context_length_exceeded" if isinstance(error, ContextLengthError) else "invalid_value"
             field, colon, text = str(error).partition(": ")
-            field = {**_ENGINE_FIELDS, "prompt": prompt_field}.get(field, field)
+            field = {**_ENGINE_FIELDS, "prompt": prompt_field, "grammar": grammar_field}.get(field, field)
             if colon and _FIELD.fullmatch(field):
                 return cls(400, f"{field}: {text}", param=field, code=code)
             return cls(400, str(error), param=prompt_field, code=code)

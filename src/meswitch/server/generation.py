@@ -80,7 +80,7 @@ class Generation:
             raise
         except MeswitchError as error:
             made.cancel()
-            raise ApiError.refused(error, prompt_field) from error
+            raise ApiError.refused(error, prompt_field, request.grammar_field) from error
         return made
 
     def _abandoned(self, submitted: "asyncio.Future[None]") -> None:

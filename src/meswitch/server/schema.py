@@ -401,6 +401,11 @@ class GenerationRequest(_Strict):
         return False
 
     @property
+    def grammar_field(self) -> str:
+        """The field that says so."""
+        return "structured_outputs"
+
+    @property
     def grammar(self) -> Grammar | None:
         """What the answer must be."""
         return None if self.structured_outputs is None else self.structured_outputs.constraint()
@@ -506,6 +511,10 @@ class ChatRequest(GenerationRequest):
         if isinstance(self.tool_choice, NamedTool):
             return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
         return self.tools if self.tool_choice == "required" else []
+
+    @property
+    def grammar_field(self) -> str:
+        return "tools" if self.demanded else "response_format" if self.response_format else "structured_outputs"
 
     @property
     def grammar(self) -> Grammar | None:
