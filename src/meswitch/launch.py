@@ -9,9 +9,11 @@ from meswitch.errors import ArtifactError, MeswitchError
 from meswitch.family import Family
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastapi import FastAPI
 
-    from meswitch.router import Router
+    from meswitch.router import Encoder, Router
 
 
 def engine_from_family(family: Family) -> Engine:
@@ -83,10 +85,31 @@ def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | No
     except MeswitchError as error:
         problem = str(error)
     descriptions = {section.name: section.description for section in family.expert}
-    common: dict[str, Any] = {"descriptions": descriptions, "allow_origins": family.server.allow_origins}
+    common: dict[str, Any] = {
+        "descriptions": descriptions,
+        "allow_origins": family.server.allow_origins,
+        "open_encoder": _open_encoder(engine),
+    }
     if problem is None:
         return create_app(engine, router=router, fallback=family.router.fallback, **common), None
     return create_app(engine, no_router=problem, **common), problem
+
+
+def _open_encoder(engine: Engine) -> "Callable[[], Encoder] | None":
+    """What gives the base's hidden states, on the engine's weights; None where they are not the base's all the time."""
+    if not _has_base_beside(engine):
+        return None
+
+    def open_encoder() -> "Encoder":
+        from meswitch.router import Encoder
+
+        return Encoder(_base_beside(engine), engine.tokenizers[engine.base_name].tokenizer, "")
+
+    return open_encoder
+
+
+def _has_base_beside(engine: Engine) -> bool:
+    return not (engine.takes_turns or architecture_of(engine.model.config).is_multimodal)
 
 
 def _base_beside(engine: Engine) -> Any:
@@ -95,7 +118,7 @@ def _base_beside(engine: Engine) -> Any:
     The engine's layers work on the batch of the step that runs now, so nothing else may pass through them. Where
     experts take turns, the weights are not always the base's.
     """
-    if engine.takes_turns or architecture_of(engine.model.config).is_multimodal:
+    if not _has_base_beside(engine):
         return None
     import torch
     from accelerate import init_empty_weights

@@ -129,7 +129,7 @@ class ChatTokenizer:
         if conversation is not None:
             tokens = self._safe_ids(self._render(conversation))
         elif isinstance(prompt, str):
-            tokens = self._ids(prompt, special=True)
+            tokens = self.text_ids(prompt, special=True)
         else:
             tokens = [int(token) for token in prompt]  # type: ignore[arg-type, union-attr]
         if not tokens:
@@ -218,7 +218,8 @@ class ChatTokenizer:
         """Whether a token is part of a text: no special token, and no row of a padded vocabulary."""
         return token not in self.hidden and self.tokenizer.convert_ids_to_tokens(token) is not None
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
+    def text_ids(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text. special: with those that the tokenizer itself sets at its beginning or end."""
         try:
             return list(self.tokenizer(text, add_special_tokens=special).input_ids)
         except (TypeError, UnicodeError):
@@ -227,11 +228,11 @@ class ChatTokenizer:
     def _safe_ids(self, text: str) -> list[int]:
         """Token ids of a rendered conversation; control tokens that somebody wrote become ordinary text."""
         if _BREAK not in text:
-            return self._ids(text, special=False)
+            return self.text_ids(text, special=False)
         tokens: list[int] = []
         for index, part in enumerate(self._broken.split(text)):
             if index % 2 == 0:
-                tokens += self._ids(part.replace(_BREAK, ""), special=False) if part else []
+                tokens += self.text_ids(part.replace(_BREAK, ""), special=False) if part else []
             else:
                 tokens += self._plain.encode(part.replace(_BREAK, ""), add_special_tokens=False).ids
         return tokens
@@ -375,7 +376,7 @@ class ChatTokenizer:
         raise ConfigError(f"{file}: the chat template cannot show a user's message: {reason}; correct the template")
 
     def _check_ids(self, text: str, file: Path) -> None:
-        largest = max(self._ids(text, special=False), default=0)
+        largest = max(self.text_ids(text, special=False), default=0)
         if largest >= self.vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise ConfigError(
@@ -392,7 +393,7 @@ class ChatTokenizer:
             after = self._rendered(Conversation(turns), answer=False).partition(_ANSWER)[2].lstrip()
         except Exception:  # noqa: BLE001 - a template that shows no answers names no end
             return None
-        first = next(iter(self._ids(after, special=False)), None) if after else None
+        first = next(iter(self.text_ids(after, special=False)), None) if after else None
         return first if first in self.tokenizer.added_tokens_decoder else None
 
 

@@ -15,9 +15,13 @@ import numpy as np
 from meswitch.errors import ConfigError, MeswitchError
 from meswitch.tokenizer import ChatTokenizer
 
-Kind = Literal["json_schema", "regex", "lark", "choice"]
-KINDS: tuple[Kind, ...] = ("json_schema", "regex", "lark", "choice")
+Kind = Literal["json_schema", "one_line", "regex", "lark", "choice"]
+KINDS: tuple[Kind, ...] = ("json_schema", "one_line", "regex", "lark", "choice")
 MAX_GRAMMAR = 1 << 16  # characters
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # name -> schema
+# What says, or may say, that an object has other properties.
+_OTHERS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref"}
+_VALUES = {"enum", "const", "default", "examples", "allOf"}  # no schemas, or parts that only together are one
 _SPACE = r"[ \t\r\n]{0,16}"  # between the parts of JSON; without a limit small models write nothing else
 EXTRA = 'needs the package llguidance: pip install "meswitch[grammar]"'
 
@@ -27,7 +31,8 @@ class Grammar:
     """What the text of an answer must be.
 
     Args:
-        kind: `json_schema`, `regex`, `lark` (a context-free grammar in Lark's form) or `choice`.
+        kind: `json_schema`; `one_line`, the same without line breaks and spaces to choose; `regex`; `lark`, a
+            context-free grammar in Lark's form; `choice`.
         text: the schema as JSON, the expression, the grammar, or a JSON list of texts, one of which is the answer.
         after: a text, such as the end of a thought; what comes before and it are free. Empty for none.
 
@@ -79,7 +84,7 @@ class GrammarMatcher:
         try:
             self._matcher = LLMatcher(known, _compiled(grammar))
             self._raise_failure()
-        except (ValueError, MeswitchError) as error:
+        except (ValueError, RecursionError, MeswitchError) as error:
             raise ConfigError(f"grammar: the {grammar.kind.replace('_', ' ')} cannot be used: {error}") from error
         self._words = (tokenizer.vocab_size + 31) // 32
         self._after = grammar.after.encode()
@@ -118,14 +123,43 @@ def _compiled(grammar: Grammar) -> str:
     """llguidance's form. Raises: ValueError: it is not what it says it is."""
     from llguidance import LLMatcher
 
-    if grammar.kind == "json_schema":
-        return str(LLMatcher.grammar_from_json_schema(grammar.text, {"whitespace_pattern": _SPACE}))
+    if grammar.kind in ("json_schema", "one_line"):
+        schema = json.dumps(_closed(json.loads(grammar.text)))
+        spaces = {"whitespace_pattern": _SPACE} if grammar.kind == "json_schema" else {"whitespace_flexible": False}
+        return str(LLMatcher.grammar_from_json_schema(schema, spaces))
     if grammar.kind == "regex":
         return str(LLMatcher.grammar_from_regex(grammar.text))
     if grammar.kind == "choice":
         texts = json.loads(grammar.text)
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts)))
     return str(LLMatcher.grammar_from_lark(grammar.text))
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have the properties that it names, unless it says itself what others there may be.
+
+    A schema without `additionalProperties` allows any; nobody who asks for three fields wants to read of more.
+    """
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {key: value if key in _VALUES else _closed(value) for key, value in schema.items() if key not in _NAMED}
+    for key in _NAMED & schema.keys():
+        named = schema[key]
+        out[key] = {name: _closed(one) for name, one in named.items()} if isinstance(named, dict) else named
+    open_keys = {
+        "additionalProperties",
+        "patternProperties",
+        "unevaluatedProperties",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "$ref",
+    }
+    if isinstance(schema.get("properties"), dict) and not open_keys & schema.keys():
+        out["additionalProperties"] = False
+    return out
 
 
 def _known(tokenizer: ChatTokenizer) -> Any:

@@ -98,6 +98,8 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     said: Prompt | None = None
+    stopped_by: str | int | None = None
+    """The stop text or stop token of the request's parameters that ended the answer, if one did."""
     _first: float | None = None
     _ended: float | None = None
     _text: str = ""  # with marks where special tokens are that a stop text names
@@ -122,7 +124,7 @@ class Request:
                 marks.setdefault(token, chr(_FIRST_MARK + len(marks)))
         self._shown = {ord(mark): self.tokenizer.hidden[token] for token, mark in marks.items()}
         self._shown = {mark: text for mark, text in self._shown.items() if text in params.shown}
-        self._stops = [StopText(text) for text in texts]
+        self._stops = {StopText(text): plain for text, plain in texts.items()}
         self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
 
     def respell(
@@ -169,11 +171,15 @@ class Request:
         ended = bool(self.tokens) and self.tokens[-1] in self.ends
         self._text += self._detokenizer.feed(new[:-1] if ended and new else new, last=finished)
         if len(self.tokens) < self.params.min_new_tokens:
-            for stop in self._stops:
-                stop.skip(self._text)
-        cut = min((at for stop in self._stops if (at := stop.find(self._text)) is not None), default=None)
-        if cut is not None:
-            self._text = self._text[:cut]
+            for one in self._stops:
+                one.skip(self._text)
+        found = {plain: at for stop, plain in self._stops.items() if (at := stop.find(self._text)) is not None}
+        if ended and self.tokens[-1] in self.params.stop_token_ids:
+            self.stopped_by = self.tokens[-1]
+        if found:
+            stop = min(found, key=found.__getitem__)
+            self.stopped_by = stop if stop in self.params.stop else None  # the expert's own stop texts are its ends
+            self._text = self._text[: found[stop]]
             finished, ended = True, True
         # text that may turn out to be the beginning of a stop text is held back
         held = max((stop.begun for stop in self._stops), default=0)
@@ -294,14 +300,14 @@ class StopText:
         return None
 
 
-def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[tuple[str, ...], dict[int, str]]:
-    """What to look for in the text, and token id -> its mark.
+def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[dict[str, str], dict[int, str]]:
+    """What to look for in the text -> the stop text that it is of, and token id -> its mark.
 
     A special token leaves no text behind. In a stop text that names some, a mark stands for each; the same characters
     spelt by ordinary tokens count as well.
     """
     if not stops:
-        return (), {}
+        return {}, {}
     ids = {text: token for token, text in hidden.items()}
     marks: dict[int, str] = {}
 
@@ -309,7 +315,7 @@ def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[tuple[str,
         return marks.setdefault(ids[found[0]], chr(_FIRST_MARK + len(marks)))
 
     names = re.compile("|".join(re.escape(text) for text in sorted(ids, key=len, reverse=True)) or r"(?!)")
-    return tuple(dict.fromkeys([*stops, *(names.sub(mark, stop) for stop in stops)])), marks
+    return {names.sub(mark, stop): stop for stop in stops} | {stop: stop for stop in stops}, marks
 
 
 def _without_marks(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, RootModel, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Lean(BaseModel):
@@ -11,6 +11,10 @@ class _Lean(BaseModel):
     @model_serializer(mode="wrap")
     def _without_nulls(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if value is not None}
+
+
+class Event(RootModel[dict[str, Any]]):
+    """An object whose fields the protocols of `responses` and `messages` fix."""
 
 
 class Usage(BaseModel):
@@ -82,6 +86,7 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str
+    stop_reason: str | int | None = None  # vLLM's: the stop text or token of the request that ended the answer
 
 
 class ChatCompletion(BaseModel):
@@ -123,6 +128,7 @@ class TextChoice(BaseModel):
     text: str
     logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 class TextCompletion(_Lean):

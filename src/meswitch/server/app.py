@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import quote, unquote
 
@@ -15,12 +15,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
 from meswitch.router import Router
+from meswitch.server import embeddings, messages, responses, tokens
 from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
 from meswitch.server.auth import ApiKeyMiddleware
 from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError, install_error_handlers
 from meswitch.server.formats import ChatFormat, Format, TextFormat
-from meswitch.server.generation import Generation
+from meswitch.server.generation import Generation, encoded
 from meswitch.server.middleware import NormalisingMiddleware
 from meswitch.server.routing import ERROR, Desk, Messages, with_circumstances
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -45,6 +46,7 @@ def create_app(
     api_key: str | None = None,
     allow_origins: Sequence[str] = (),
     close_engine: bool = True,
+    open_encoder: embeddings.OpenEncoder | None = None,
 ) -> FastAPI:
     """The application: serve it with uvicorn or any ASGI server, in one process.
 
@@ -56,6 +58,7 @@ def create_app(
         api_key: what clients must send; None takes it from MESWITCH_API_KEY, empty asks for none.
         allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
         close_engine: whether the engine ends with the server.
+        open_encoder: gives a base on the engine's weights, for embeddings; None for none.
     """
     service = _Service(engine, router, fallback or engine.base_name, descriptions or {}, no_router)
 
@@ -104,12 +107,26 @@ def create_app(
                 return card
         raise service.unknown(name)
 
+    async def answer_chat(
+        body: ChatRequest, request: Request, shape: Callable[[str, Chat], Format], prompt_field: str
+    ) -> Response:
+        expert, headers, chat = await service.begin_chat(body, request)
+        generation = await Generation.start(engine, expert, [chat.prompt], body, prompt_field, chat)
+        return await _respond(generation, shape(expert, chat), body, request, headers)
+
+    async def count_tokens(body: ChatRequest, request: Request) -> int:
+        expert, _, chat = await service.begin_chat(body, request)
+        return len(await encoded(engine.tokenizers[expert], chat.prompt, "messages"))
+
+    app.include_router(responses.routes(answer_chat))
+    app.include_router(messages.routes(answer_chat, count_tokens))
+    app.include_router(tokens.routes(engine, service.unknown))
+    app.include_router(embeddings.routes(engine, open_encoder, service.unknown))
+
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        expert, headers, chat = await service.begin_chat(body, request)
-        generation = await Generation.start(engine, expert, [chat.prompt], body, "messages", chat)
-        return await _respond(generation, ChatFormat(expert, body, chat), body, request, headers)
+        return await answer_chat(body, request, lambda expert, chat: ChatFormat(expert, body, chat), "messages")
 
     @app.post("/v1/completions", response_model=TextCompletion)
     async def completions(body: CompletionRequest, request: Request) -> Response:

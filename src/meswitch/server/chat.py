@@ -1,13 +1,40 @@
 """A chat request, for the expert that answers it: what its template is given, and how its answer is read."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
 
 from meswitch.engine.grammar import EXTRA, Grammar, is_available
 from meswitch.errors import ConfigError
+from meswitch.server.errors import ApiError
 from meswitch.server.reader import THINK, THOUGHT, AnswerReader
 from meswitch.server.schema import ChatRequest
 from meswitch.server.tools import JSON, calls_grammar, tool_format
 from meswitch.tokenizer import ChatTokenizer, Conversation
+
+
+def chat_request(body: Mapping[str, Any], names: Mapping[str, str]) -> ChatRequest:
+    """The chat request that stands for one of another protocol.
+
+    Args:
+        body: of the chat request.
+        names: what its fields are called there, if not the same.
+
+    Raises:
+        ApiError: it is refused, with the field as it is called there.
+    """
+    try:
+        return ChatRequest.model_validate({key: value for key, value in body.items() if value is not None})
+    except ValidationError as error:
+        first: dict[str, Any] = dict(error.errors()[0])
+        where = list(first["loc"]) or [first.get("ctx", {}).get("field") or "messages"]
+        field = str(where[0])
+        # a message here is not always one there
+        rest = [] if field == "messages" or not first["loc"] else where[1:]
+        context = {key: value for key, value in first.get("ctx", {}).items() if key != "field"}
+        raise ApiError.invalid([first | {"loc": ("body", names.get(field, field), *rest), "ctx": context}]) from None
 
 
 class Chat:

@@ -13,6 +13,7 @@ from meswitch.errors import CapacityError, ConfigError, ContextLengthError, Mesw
 
 # What the engine calls a field -> what it is called here.
 _ENGINE_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+ANTHROPIC_PATH = "/v1/messages"
 _FIELD = re.compile(r"[a-z_]+(?:\[\d+\]|\.\w+)*")
 
 
@@ -41,8 +42,16 @@ class ApiError(Exception):
         param = None if self.param is None else _printable(self.param)
         return {"error": {"message": _printable(self.message), "type": kind, "param": param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same in the form of Anthropic's protocol."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+        kind = kinds.get(self.status) or ("api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": _printable(self.message)}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        """path: of the request; some protocols have a form of their own."""
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+        return JSONResponse(body, self.status, self.headers)
 
     @classmethod
     def refused(cls, error: MeswitchError, prompt_field: str, grammar_field: str = "structured_outputs") -> "ApiError":
@@ -104,13 +113,13 @@ def _dotted(where: tuple[Any, ...]) -> str:
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every failure in OpenAI's form."""
 
-    async def api(_: Request, error: Exception) -> JSONResponse:
+    async def api(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return error.response(request.url.path)
 
-    async def validation(_: Request, error: Exception) -> JSONResponse:
+    async def validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return ApiError.invalid(error.errors()).response()
+        return ApiError.invalid(error.errors()).response(request.url.path)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -4,9 +4,11 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
 from pydantic import BaseModel
 
 from meswitch.engine import Chunk, Request
@@ -64,7 +66,7 @@ class Format(ABC):
     def chunks(self, index: int, chunk: Chunk, request: Request) -> list[BaseModel]:
         """A piece of answer `index` -> what is streamed for it."""
 
-    def begin(self) -> list[BaseModel]:
+    def begin(self, request: Request) -> list[BaseModel]:
         """What is streamed before the first piece."""
         return []
 
@@ -79,6 +81,10 @@ class Format(ABC):
     def failure(self, error: ApiError) -> str:
         """The event that ends a stream which has begun."""
         return f"data: {json.dumps(error.body())}\n\n"
+
+
+AnswerChat = Callable[[ChatRequest, HttpRequest, Callable[[str, Chat], Format], str], Awaitable[Response]]
+"""Answers a chat request in the shape that is made for (who answers, the chat); the text names its prompt's field."""
 
 
 class ChatFormat(Format):
@@ -113,7 +119,8 @@ class ChatFormat(Format):
         if self._request.logprobs:
             logprobs = chat_logprobs(answer.logprobs, answer.request.tokenizer)
         reason = "tool_calls" if calls else answer.finish_reason
-        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=reason)
+        stopped = answer.request.stopped_by
+        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=reason, stop_reason=stopped)
 
     def chunks(self, index: int, chunk: Chunk, request: Request) -> list[BaseModel]:
         out: list[BaseModel] = []
@@ -176,7 +183,9 @@ class TextFormat(Format):
         for index, answer in enumerate(self._best(answers)):
             text = self._echoed(index, answer.request) + answer.text
             logprobs = self._logprobs(index, answer.logprobs, answer.request)
-            choices.append(TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason))
+            choice = TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason)
+            choice.stop_reason = answer.request.stopped_by
+            choices.append(choice)
         return self._completion(choices, usage)
 
     def _best(self, answers: Sequence[Answer]) -> list[Answer]:

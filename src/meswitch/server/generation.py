@@ -15,9 +15,33 @@ from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError
 from meswitch.server.formats import Answer
 from meswitch.server.schema import GenerationRequest
-from meswitch.tokenizer import Prompt
+from meswitch.tokenizer import ChatTokenizer, Prompt
 
 _ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "meswitch-encode")
+
+
+async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *, special: bool = True) -> list[int]:
+    """Token ids, beside the event loop.
+
+    Args:
+        tokenizer: of the expert.
+        prompt: a text or a conversation.
+        prompt_field: the request's field that holds it, for messages.
+        special: of a text, whether with the tokens that the tokenizer sets at its beginning or end.
+
+    Raises:
+        ApiError: it cannot be encoded.
+    """
+
+    def encode() -> list[int]:
+        if isinstance(prompt, str) and not special:
+            return tokenizer.text_ids(prompt, special=False)
+        return tokenizer.encode(prompt)
+
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_ENCODERS, encode)
+    except MeswitchError as error:
+        raise ApiError.refused(error, prompt_field) from error
 
 
 class Generation:

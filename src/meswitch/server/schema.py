@@ -1,7 +1,7 @@
 """What clients send. Whatever would change the answer and is not supported is refused by name, never ignored."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -77,7 +77,7 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 _IGNORED_IN_PART = {"cache_control"}  # hints for caches
 
 
-def _refuse(kind: Literal["unsupported", "bad_value"], field: str | tuple[str | int, ...], reason: str) -> Any:
+def refuse(kind: Literal["unsupported", "bad_value"], field: str | tuple[str | int, ...], reason: str) -> Any:
     """An error that says which field of the object it is about, or the way to it."""
     return PydanticCustomError(kind, "{reason}", {"field": field, "reason": reason})
 
@@ -93,7 +93,7 @@ def _supported(data: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) 
         if key not in neutral:
             kept[key] = value
         elif value is not None and not any(type(value) is type(no) and value == no for no in neutral[key]):
-            raise _refuse("unsupported", key, "not supported by this server; leave it out")
+            raise refuse("unsupported", key, "not supported by this server; leave it out")
     return kept
 
 
@@ -114,22 +114,27 @@ def _texts(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-def _content(value: Any) -> Any:
-    """A text, or a list of text parts joined by line breaks."""
+def content_text(value: Any, kinds: Collection[str] = ("text",)) -> Any:
+    """A text, or a list of text parts joined by line breaks.
+
+    Args:
+        value: of the field.
+        kinds: what text parts are called.
+    """
     if not isinstance(value, list):
         return value
     texts = []
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind is None:
-            raise _refuse("bad_value", (index,), 'a part is an object with a `type`: {"type": "text", "text": ...}')
-        if kind != "text":
-            raise _refuse("unsupported", (index,), f"{kind!r} is not supported: the experts read text only")
+            raise refuse("bad_value", (index,), 'a part is an object with a `type`: {"type": "text", "text": ...}')
+        if kind not in kinds:
+            raise refuse("unsupported", (index,), f"{kind!r} is not supported: the experts read text only")
         if not isinstance(part.get("text"), str):
-            raise _refuse("bad_value", (index, "text"), "a text part needs a text")
+            raise refuse("bad_value", (index, "text"), "a text part needs a text")
         extra = next((key for key in part.keys() - {"type", "text"} - _IGNORED_IN_PART), None)
-        if extra is not None and part[extra] is not None:
-            raise _refuse("unsupported", (index, extra), "not supported by this server; leave it out")
+        if extra is not None and part[extra] not in (None, []):
+            raise refuse("unsupported", (index, extra), "not supported by this server; leave it out")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -151,7 +156,14 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-class _Strict(BaseModel):
+def neutral_only(data: Any, ignored: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> Any:
+    """A body without what changes nothing. Raises: PydanticCustomError: a field of `neutral` asks for something."""
+    if not isinstance(data, dict):
+        return data
+    return _supported({key: value for key, value in data.items() if key not in ignored}, neutral)
+
+
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -161,7 +173,7 @@ class _Strict(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     name: Text
     arguments: Text = "{}"
 
@@ -176,11 +188,11 @@ class CalledFunction(_Strict):
         except (json.JSONDecodeError, RecursionError):
             is_object = False
         if not is_object:
-            raise _refuse("bad_value", "arguments", "a JSON object, as text")
+            raise refuse("bad_value", "arguments", "a JSON object, as text")
         return self
 
 
-class Called(_Strict):
+class Called(Strict):
     """A call that the assistant made."""
 
     id: Text
@@ -189,11 +201,11 @@ class Called(_Strict):
     index: int | None = None  # of a stream, which some clients leave there
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation. null for what the assistant said is an empty turn, as OpenAI writes it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text, BeforeValidator(_content)]
+    content: Annotated[Text, BeforeValidator(lambda value: content_text(value))]
     name: Text | None = None
     tool_calls: list[Called] = Field(default_factory=list)
     tool_call_id: Text | None = None
@@ -216,7 +228,7 @@ class Message(_Strict):
     def _of_its_role(self) -> "Message":
         for field, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
             if getattr(self, field) and self.role != role:
-                raise _refuse("bad_value", field, f"only in a message of the role {role!r}")
+                raise refuse("bad_value", field, f"only in a message of the role {role!r}")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -236,14 +248,14 @@ class Message(_Strict):
         return message
 
 
-class Function(_Strict):
+class Function(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: Text = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
     strict: bool = False
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
@@ -253,30 +265,30 @@ class Tool(_Strict):
         return {"type": "function", "function": function | {"parameters": parameters}}
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     name: Text
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     name: Text = "answer"
     description: Text = ""
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool = False  # it is always kept
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
     def _with_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise _refuse("bad_value", "json_schema", "together with the type json_schema, and only with it")
+            raise refuse("bad_value", "json_schema", "together with the type json_schema, and only with it")
         return self
 
     def grammar(self) -> Grammar | None:
@@ -287,7 +299,7 @@ class ResponseFormat(_Strict):
         return Grammar("json_schema", json.dumps(self.json_schema.schema_))
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's extension; one of its fields."""
 
     json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
@@ -299,7 +311,7 @@ class StructuredOutputs(_Strict):
     @model_validator(mode="after")
     def _one(self) -> "StructuredOutputs":
         if len(self.model_fields_set) != 1:
-            raise _refuse("bad_value", (), "give one of json, json_object, regex, choice and grammar")
+            raise refuse("bad_value", (), "give one of json, json_object, regex, choice and grammar")
         return self
 
     def constraint(self) -> Grammar | None:
@@ -319,7 +331,7 @@ Metadata = Annotated[
 ]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against traffic analysis: there is none to switch on
 
@@ -333,7 +345,7 @@ def _biases(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """What all endpoints that answer have in common."""
 
     model: str = Field(min_length=1)
@@ -366,15 +378,12 @@ class GenerationRequest(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {key: value for key, value in data.items() if key not in _IGNORED}
-        return _supported(kept, _NEUTRAL | cls.own_neutral)
+        return neutral_only(data, _IGNORED, _NEUTRAL | cls.own_neutral)
 
     @model_validator(mode="after")
     def _streaming(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise _refuse("bad_value", "stream_options", "only together with stream: true")
+            raise refuse("bad_value", "stream_options", "only together with stream: true")
         return self
 
     @property
@@ -459,32 +468,33 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _refuse("bad_value", "max_tokens", "differs from max_completion_tokens, its new name; give one")
+            raise refuse("bad_value", "max_tokens", "differs from max_completion_tokens, its new name; give one")
         return self
 
     @model_validator(mode="after")
     def _fitting(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise _refuse("bad_value", "top_logprobs", "only together with logprobs: true")
+            raise refuse("bad_value", "top_logprobs", "only together with logprobs: true")
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
-            raise _refuse("bad_value", "tools", "two of them have the same name")
+            raise refuse("bad_value", "tools", "two of them have the same name")
         chosen = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         if chosen is not None and chosen not in names:
-            raise _refuse("bad_value", "tool_choice", f"there is no tool {chosen!r}")
+            raise refuse("bad_value", "tool_choice", f"there is no tool {chosen!r}")
         if self.tool_choice == "required" and not names:
-            raise _refuse("bad_value", "tool_choice", "needs tools")
+            raise refuse("bad_value", "tool_choice", "needs tools")
         if self.structured_outputs is not None and self.response_format is not None:
-            raise _refuse("bad_value", "structured_outputs", "not together with response_format")
-        if self.offered and self.grammar is not None:
-            field = "response_format" if self.response_format is not None else "structured_outputs"
-            raise _refuse("unsupported", field, "not together with tools that may be called")
+            raise refuse("bad_value", "structured_outputs", "not together with response_format")
+        if self.offered and self.response_format is not None and self.response_format.type != "text":
+            raise refuse("unsupported", "response_format", "not together with tools that may be called")
+        if self.demanded and self.structured_outputs is not None:
+            raise refuse("unsupported", "structured_outputs", "not together with a call that is demanded")
         if any(message.prefix for message in self.messages[:-1]):
-            raise _refuse("bad_value", "messages", "prefix: only in the last message")
+            raise refuse("bad_value", "messages", "prefix: only in the last message")
         if self.continues and self.messages[-1].role != "assistant":
-            raise _refuse("bad_value", "continue_final_message", "the last message is not the assistant's")
+            raise refuse("bad_value", "continue_final_message", "the last message is not the assistant's")
         if not (self.add_generation_prompt or self.continues):
-            raise _refuse("unsupported", "add_generation_prompt", "false only together with continue_final_message")
+            raise refuse("unsupported", "add_generation_prompt", "false only together with continue_final_message")
         return self
 
     @property
@@ -539,9 +549,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _best(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of < self.n:
-            raise _refuse("bad_value", "best_of", "not less than n")
+            raise refuse("bad_value", "best_of", "not less than n")
         if self.stream and self.answers > self.n:
-            raise _refuse("bad_value", "best_of", "more than n cannot be streamed: which are best shows at the end")
+            raise refuse("bad_value", "best_of", "more than n cannot be streamed: which are best shows at the end")
         return self
 
     @property

@@ -67,7 +67,7 @@ class EventStream(StreamingResponse):
 async def _events(generation: Generation, shape: Format) -> AsyncIterator[str]:
     is_first = True
     async for index, piece in generation.pieces():
-        for chunk in shape.begin() if is_first else []:
+        for chunk in shape.begin(generation.request(index)) if is_first else []:
             yield shape.event(chunk)
         is_first = False
         for chunk in shape.chunks(index, piece, generation.request(index)):

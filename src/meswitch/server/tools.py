@@ -88,7 +88,7 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], after: str = "") -> Gramma
     schema = ways[0] if len(ways) == 1 else {"anyOf": ways}
     if definitions:
         schema = schema | {"$defs": definitions}
-    return Grammar("json_schema", json.dumps(schema), after)
+    return Grammar("one_line", json.dumps(schema), after)
 
 
 def _json(arguments: Any) -> str:
