@@ -148,16 +148,7 @@ def _closed(schema: Any) -> Any:
     for key in _NAMED & schema.keys():
         named = schema[key]
         out[key] = {name: _closed(one) for name, one in named.items()} if isinstance(named, dict) else named
-    open_keys = {
-        "additionalProperties",
-        "patternProperties",
-        "unevaluatedProperties",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "$ref",
-    }
-    if isinstance(schema.get("properties"), dict) and not open_keys & schema.keys():
+    if isinstance(schema.get("properties"), dict) and not _OTHERS & schema.keys():
         out["additionalProperties"] = False
     return out
 
