@@ -242,6 +242,19 @@ def test_a_sampled_answer_is_repeated_by_its_seed_among_others(client):
     assert all(math.isfinite(one.logprob) for choice in many.choices for one in choice.logprobs.content)
 
 
+def test_the_reference_names_every_endpoint_and_field_and_needs_nothing_from_elsewhere(url):
+    document = httpx.get(f"{url}/openapi.json").json()
+    page = httpx.get(f"{url}/docs").text
+    assert {"/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize"} <= set(
+        document["paths"]
+    )
+    for path in document["paths"]:
+        assert f"{path}</code></h2>" in page
+    for name in document["components"]["schemas"]["ChatRequest"]["properties"]:
+        assert f"<code>{name}</code>" in page
+    assert not re.search(r"https?://|<script|src=", page)
+
+
 def test_models_say_how_long_a_text_may_be(client, engine):
     lengths = {model.id: getattr(model, "max_model_len", None) for model in client.models.list()}
     assert lengths["math"] == engine.max_length("math") == 2048

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
 from meswitch.router import Router
-from meswitch.server import embeddings, messages, responses, tokens
+from meswitch.server import embeddings, messages, reference, responses, tokens
 from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
 from meswitch.server.auth import ApiKeyMiddleware
 from meswitch.server.chat import Chat
@@ -121,6 +121,7 @@ def create_app(
     app.include_router(responses.routes(answer_chat))
     app.include_router(messages.routes(answer_chat, count_tokens))
     app.include_router(tokens.routes(engine, service.unknown))
+    app.include_router(reference.routes(app))
     app.include_router(embeddings.routes(engine, open_encoder, service.unknown))
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
