@@ -4,6 +4,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from meswitch.architecture import architecture_of
+from meswitch.durable import recover_directory
 from meswitch.engine import Engine
 from meswitch.errors import ArtifactError, MeswitchError
 from meswitch.family import Family
@@ -23,6 +24,7 @@ def engine_from_family(family: Family) -> Engine:
     """
     for section in family.expert:
         directory = family.resolve(section.delta)
+        recover_directory(directory)
         if not directory.exists():
             raise ArtifactError(
                 f"expert {section.name!r}: {directory}: no such artifact; make it with "
