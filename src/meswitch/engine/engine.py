@@ -7,6 +7,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -23,10 +24,11 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
-from meswitch.engine.request import Chunk, Completion, Request
+from meswitch.engine.request import TRACE, Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
+from meswitch.engine.watchdog import Watchdog, Watched
 from meswitch.errors import CapacityError, ConfigError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.loaded import load_model
 from meswitch.slots import Held, Version
@@ -102,10 +104,14 @@ class Engine:
         self._running: dict[str, tuple[Request, int]] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self.observers: list[Callable[[Request], None]] = []
+        """Each is told of every request that has ended, from any thread; it must not block."""
         # for the admission thread: a request, and what to do with it
         self._events: queue.SimpleQueue[tuple[Request, Callable[[], None]] | None] = queue.SimpleQueue()
         self._admission = threading.Thread(target=self._admit_forever, name="meswitch-admission", daemon=True)
         self._admission.start()
+        self._admitted = 0
+        self._watchdog = Watchdog(self._watched(), self._fail_all)
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
 
     @property
@@ -140,10 +146,23 @@ class Engine:
             raise self._too_long(tokenizer, f"at least {least}")
         tokens = tokenizer.encode(prompt)
         params = self._fit(tokenizer, len(tokens), params)
-        request = Request(f"r{next(self._ids)}", name, tokens, params, tokenizer, on_chunk, said=prompt)
+        trace, number = TRACE.get(), next(self._ids)
+        request = Request(
+            f"{trace}-{number}" if trace else f"r{number}",
+            name,
+            tokens,
+            params,
+            tokenizer,
+            on_chunk,
+            said=prompt,
+            on_end=self._observe,
+            trace=trace,
+        )
         with self._lock:
             if self._closed:
                 raise MeswitchError("the engine is closed")
+            if self._watchdog.failure is not None:
+                raise MeswitchError(f"the engine has stopped: {self._watchdog.failure}; start it again")
             if len(self._waiting) + len(self._running) >= self.max_queue:
                 raise CapacityError(
                     f"the queue is full ({self.max_queue} requests); ask again later or raise engine.max_queue"
@@ -208,7 +227,7 @@ class Engine:
     @property
     def failure(self) -> str | None:
         """Why the engine cannot go on, or None while it can."""
-        return self._batch.failure
+        return self._batch.failure or self._watchdog.failure
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose: `base`, `slots`, `kv_cache` and `merged` on the device, and `host`.
@@ -231,6 +250,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+        self._watchdog.close()
         self._events.put(None)
         atexit.unregister(self.close)
         self._admission.join(timeout=10)
@@ -275,12 +295,40 @@ class Engine:
         logger.info("expert %s was replaced; requests that come from now on get the new version", before.expert)
         return tokenizer
 
+    def _watched(self) -> list[Watched]:
+        """The threads that every request needs. Those that load experts are not among them: a disk that does not answer
+        stops the requests of its own experts alone."""
+
+        def computes() -> bool:
+            return bool(self._running)
+
+        threads = [
+            Watched(what, thread, computes, lambda: self._batch.steps) for what, thread in self._batch.threads.items()
+        ]
+        return [
+            Watched("admits requests", self._admission, lambda: not self._events.empty(), lambda: self._admitted),
+            *threads,
+        ]
+
+    def _fail_all(self, reason: str) -> None:
+        """End what waits and runs: nothing more comes of it."""
+        with self._lock:
+            requests = [request for request, _ in (*self._waiting.values(), *self._running.values())]
+        for request in requests:
+            request.fail(f"the engine has stopped: {reason}")
+            self.cancel(request)
+
+    def _observe(self, request: Request) -> None:
+        for observer in self.observers:
+            observer(request)
+
     # Admission: a thread that asks for slots and starts requests. It never waits for one of them: an expert's load is
     # the store's business, and whatever goes wrong ends the request in question.
 
     def _admit_forever(self) -> None:
         while (event := self._events.get()) is not None:
             request, step = event
+            self._admitted += 1
             try:
                 step()
             except Exception:  # of this engine's own code: it is reported, and ends no other request
@@ -343,6 +391,7 @@ class Engine:
             waits = self._waiting.pop(request.id, None) is not None
             if waits:
                 self._running[request.id] = request, slot
+                request.started = time.perf_counter()
         if not waits:  # cancelled meanwhile
             self._release(slot)
             return

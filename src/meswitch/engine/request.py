@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from meswitch.engine.detokenizer import Detokenizer, is_mark
@@ -14,6 +15,9 @@ from meswitch.errors import MeswitchError
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 logger = logging.getLogger("meswitch.engine")
+
+TRACE: ContextVar[str] = ContextVar("meswitch_trace", default="")
+"""Who asks, in the words of whoever asks: ids of requests begin with it, and with them lines of the log."""
 
 # (all new tokens so far, finished, error text or None)
 Listener = Callable[[list[int], bool, str | None], None]
@@ -56,6 +60,11 @@ class Request:
 
     Args:
         said: what `prompt` was encoded from.
+        on_end: is called once, from any thread, when the answer is complete or has failed, before anybody reads its
+            last piece.
+        trace: what `TRACE` said when it was asked.
+        created, started, first, ended: seconds of `time.perf_counter` when it was asked, had its expert's slot, had its
+            first token, and was complete.
     """
 
     id: str
@@ -69,8 +78,11 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     said: Prompt | None = None
-    _first: float | None = None
-    _ended: float | None = None
+    on_end: "Callable[[Request], None] | None" = None
+    trace: str = ""
+    started: float | None = None
+    first: float | None = None
+    ended: float | None = None
     _text: str = ""  # with marks where special tokens are that a stop text names
     _sent: int = 0  # characters of it that are in chunks
     _told: int = 0  # tokens that chunks have counted
@@ -124,8 +136,8 @@ class Request:
 
     def _take(self, tokens: Sequence[int], finished: bool) -> bool:
         new = tokens[len(self.tokens) :]
-        if new and self._first is None:
-            self._first = time.perf_counter()
+        if new and self.first is None:
+            self.first = time.perf_counter()
         self.tokens = list(tokens)
         ended = bool(self.tokens) and self.tokens[-1] in self.tokenizer.ends
         self._text += self._detokenizer.feed(new[:-1] if ended and new else new, last=finished)
@@ -139,19 +151,22 @@ class Request:
         piece, self._sent = self._text[self._sent : upto], max(self._sent, upto)
         reason = ("stop" if ended else "length") if finished else None
         piece = _without_marks(piece)
+        if finished:
+            self._close(reason)
         if piece or finished:
             self._emit(Chunk(piece, len(self.tokens) - self._told, reason))
             self._told = len(self.tokens)
         if finished:
-            self._end(reason)
+            self._done.set()
         return finished or self._done.is_set()
 
     def fail(self, error: str) -> None:
         """End with an error."""
         if not self._done.is_set():
             self.error = error
+            self._close("error")
             self._emit(Chunk("", 0, "error", error))
-            self._end("error")
+            self._done.set()
 
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks until the last.
@@ -177,14 +192,14 @@ class Request:
             raise MeswitchError(f"request {self.id} is not done after {timeout} s")
         if self.error is not None:
             raise MeswitchError(self.error)
-        ended = self._ended or self.created
+        ended = self.ended or self.created
         return Completion(
             text=_without_marks(self._text),
             model=self.model,
             tokens=tuple(self.tokens),
             prompt_tokens=len(self.prompt),
             finish_reason=self.finish_reason or "stop",
-            ttft=(self._first or ended) - self.created,
+            ttft=(self.first or ended) - self.created,
             duration=ended - self.created,
         )
 
@@ -202,10 +217,15 @@ class Request:
                 self.on_chunk = None
                 self.fail(f"on_chunk: {type(error).__name__}: {error}")
 
-    def _end(self, reason: str | None) -> None:
+    def _close(self, reason: str | None) -> None:
         self.finish_reason = reason
-        self._ended = time.perf_counter()
-        self._done.set()
+        self.ended = time.perf_counter()
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            try:
+                on_end(self)
+            except Exception:  # who counts requests must not end them
+                logger.exception("the end of request %s", self.id)
 
 
 class StopText:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class Runner(Protocol):
 
     @property
     def failure(self) -> str | None: ...
+
+    @property
+    def steps(self) -> int: ...  # grows while it gets on with its requests
+
+    @property
+    def threads(self) -> Mapping[str, threading.Thread]: ...  # what each does -> a thread that lives until `close`
 
     def submit(
         self,
