@@ -121,6 +121,11 @@ class ServerSection(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     allow_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = ()
+    root_path: str = Field(default="", pattern=r"^(/[^\s?#]*[^\s?#/])?$")  # under which a proxy serves it
+    tls_cert: str | None = None  # PEM files, relative to the file
+    tls_key: str | None = None
+    connections: int = Field(default=1024, ge=8)
+    grace_seconds: float = Field(default=30.0, ge=0.0, le=3600.0)  # for running answers at the end
 
 
 class Family(_Section):

@@ -84,7 +84,11 @@ def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | No
     except MeswitchError as error:
         problem = str(error)
     descriptions = {section.name: section.description for section in family.expert}
-    common: dict[str, Any] = {"descriptions": descriptions, "allow_origins": family.server.allow_origins}
+    common: dict[str, Any] = {
+        "descriptions": descriptions,
+        "allow_origins": family.server.allow_origins,
+        "root_path": family.server.root_path,
+    }
     if problem is None:
         return create_app(engine, router=router, fallback=family.router.fallback, **common), None
     return create_app(engine, no_router=problem, **common), problem

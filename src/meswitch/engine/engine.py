@@ -104,6 +104,7 @@ class Engine:
         self._running: dict[str, tuple[Request, int]] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._stopped: str | None = None
         self.observers: list[Callable[[Request], None]] = []
         """Each is told of every request that has ended, from any thread; it must not block."""
         # for the admission thread: a request, and what to do with it
@@ -161,8 +162,8 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise MeswitchError("the engine is closed")
-            if self._watchdog.failure is not None:
-                raise MeswitchError(f"the engine has stopped: {self._watchdog.failure}; start it again")
+            if self.failure is not None:
+                raise MeswitchError(f"the engine has stopped: {self.failure}; start it again")
             if len(self._waiting) + len(self._running) >= self.max_queue:
                 raise CapacityError(
                     f"the queue is full ({self.max_queue} requests); ask again later or raise engine.max_queue"
@@ -227,7 +228,7 @@ class Engine:
     @property
     def failure(self) -> str | None:
         """Why the engine cannot go on, or None while it can."""
-        return self._batch.failure or self._watchdog.failure
+        return self._batch.failure or self._watchdog.failure or self._stopped
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose: `base`, `slots`, `kv_cache` and `merged` on the device, and `host`.
@@ -243,6 +244,11 @@ class Engine:
             "merged": self._batch.merged_bytes,
             "host": self.store.host.nbytes,
         }
+
+    def stop(self, reason: str) -> None:
+        """Take no more requests, and end those that wait or run with an error: `failure` is the reason from now on."""
+        self._stopped = self._stopped or reason
+        self._fail_all(reason)
 
     def close(self) -> None:
         """Stop the batch; what has not finished fails."""

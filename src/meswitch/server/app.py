@@ -17,9 +17,10 @@ from meswitch.errors import MeswitchError
 from meswitch.router import Router
 from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
 from meswitch.server.auth import ApiKeyMiddleware
-from meswitch.server.errors import ApiError, install_error_handlers
+from meswitch.server.errors import ApiError, install_error_handlers, without_paths
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation
+from meswitch.server.logs import REQUEST_ID, RequestLog
 from meswitch.server.middleware import NormalisingMiddleware
 from meswitch.server.routing import ERROR, Desk, Messages, with_circumstances
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -42,6 +43,7 @@ def create_app(
     no_router: str = "there is no router; make one with `meswitch router train` and start the server again",
     api_key: str | None = None,
     allow_origins: Sequence[str] = (),
+    root_path: str = "",
     close_engine: bool = True,
 ) -> FastAPI:
     """The application: serve it with uvicorn or any ASGI server, in one process.
@@ -53,9 +55,10 @@ def create_app(
         descriptions: what the experts are good at, by name, for the models page.
         api_key: what clients must send; None takes it from MESWITCH_API_KEY, empty asks for none.
         allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
+        root_path: under which a proxy serves it, such as `/llm`.
         close_engine: whether the engine ends with the server.
     """
-    service = _Service(engine, router, fallback or engine.base_name, descriptions or {}, no_router)
+    service = _Service(engine, router, fallback or engine.base_name, descriptions or {}, without_paths(no_router))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -64,18 +67,20 @@ def create_app(
             await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="meswitch", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.servers = [{"url": root_path}] if root_path else []
     install_error_handlers(app)
     key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
     if key:
         app.add_middleware(ApiKeyMiddleware, key=key)
-    app.add_middleware(NormalisingMiddleware)
+    app.add_middleware(NormalisingMiddleware, root_path=root_path)
+    app.add_middleware(RequestLog, engine=engine)
     if allow_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(allow_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[EXPERT, ROUTE_REASON, ROUTE_SCORE, "retry-after"],
+            expose_headers=[EXPERT, ROUTE_REASON, ROUTE_SCORE, REQUEST_ID, "retry-after"],
         )
 
     @app.get("/health", response_model=Health)
@@ -211,7 +216,7 @@ class _Service:
         load = self._engine.load()
         return Health(
             status="ok" if failure is None else "failed",
-            reason=failure,
+            reason=None if failure is None else without_paths(failure),
             waiting=load["waiting"],
             running=load["running"],
             auto=self._desk is not None,

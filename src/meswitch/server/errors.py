@@ -1,5 +1,6 @@
 """OpenAI error bodies: `{"error": {"message", "type", "param", "code"}}`, each naming the field and the fix."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
+
+# two parts and more, as /etc/passwd; not the paths of the API
+_PATH = re.compile(r"(?<![\w/.:])/(?!v1/)(?:[^\s/'\"`:,;()]+/)+[^\s/'\"`:,;()]*")
 
 
 class ApiError(Exception):
@@ -34,7 +38,8 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         param = None if self.param is None else _printable(self.param)
-        return {"error": {"message": _printable(self.message), "type": kind, "param": param, "code": self.code}}
+        message = without_paths(self.message) if self.status >= 500 else self.message
+        return {"error": {"message": _printable(message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
@@ -73,6 +78,11 @@ class ApiError(Exception):
         elif error["type"] == "unsupported":
             code = "unsupported_parameter"
         return cls(400, f"{field}: {message}", param=field, code=code)
+
+
+def without_paths(text: str) -> str:
+    """A text for clients, to whom files of this machine are no business; the log has them."""
+    return _PATH.sub("(a file of the server)", text)
 
 
 def _printable(text: str) -> str:
