@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from meswitch.router import Router
+    from meswitch.server.auto import AutoPolicy
 
 
 def engine_from_family(family: Family) -> Engine:
@@ -71,27 +72,49 @@ def router_from_family(family: Family, engine: Engine | None = None) -> "Router"
     )
 
 
-def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | None]:
-    """The HTTP application, and why `auto` will not work, or None if it will.
+def policy_from_family(family: Family, engine: Engine | None = None) -> tuple["AutoPolicy", str | None]:
+    """Who answers a request, and why `auto` will not work, or None if it will.
 
     A router that is missing or does not fit costs `auto` alone: the experts still answer by name.
+
+    Args:
+        family: its `[router]` is loaded.
+        engine: see `router_from_family`; experts that come and go there do so here.
     """
-    from meswitch.server import create_app
+    from meswitch.server.auto import AutoPolicy
 
     router, problem = None, None
     try:
         router = router_from_family(family, engine)
     except MeswitchError as error:
         problem = str(error)
-    descriptions = {section.name: section.description for section in family.expert}
-    common: dict[str, Any] = {
-        "descriptions": descriptions,
-        "allow_origins": family.server.allow_origins,
-        "root_path": family.server.root_path,
-    }
-    if problem is None:
-        return create_app(engine, router=router, fallback=family.router.fallback, **common), None
-    return create_app(engine, no_router=problem, **common), problem
+    named = [family.base.name, *family.names]
+    policy = AutoPolicy(
+        router,
+        (lambda: named) if engine is None else (lambda: engine.names),
+        base=family.base.name,
+        fallback=family.router.fallback,
+        no_router=problem or "",
+        prefetch=None if engine is None else engine.prefetch,
+    )
+    return policy, problem
+
+
+def app_from_family(family: Family, engine: Engine, auto: "AutoPolicy") -> "FastAPI":
+    """The HTTP application.
+
+    Args:
+        auto: see `policy_from_family`.
+    """
+    from meswitch.server import create_app
+
+    return create_app(
+        engine,
+        auto=auto,
+        descriptions={section.name: section.description for section in family.expert},
+        allow_origins=family.server.allow_origins,
+        root_path=family.server.root_path,
+    )
 
 
 def _base_beside(engine: Engine) -> Any:

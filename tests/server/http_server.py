@@ -10,6 +10,7 @@ import openai
 import uvicorn
 
 from meswitch import Engine
+from meswitch.server.auto import AutoPolicy
 
 EXPERTS = ("math", "code")
 QUESTIONS = {
@@ -17,6 +18,10 @@ QUESTIONS = {
     "code": "Write a Python function that returns the sum of a list.",
     "base": "Tell me about the sea.",
 }
+
+
+def policy(engine, router, fallback=None):
+    return AutoPolicy(router, lambda: engine.names, base=engine.base_name, fallback=fallback, prefetch=engine.prefetch)
 
 
 def user(text):

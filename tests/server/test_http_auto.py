@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from http_server import QUESTIONS, ask_with, serving, user
+from http_server import QUESTIONS, ask_with, policy, serving, user
 
 from meswitch.router import Router, Rule, RulesRouter
 from meswitch.server import create_app
@@ -31,7 +31,7 @@ class Fragile(Router):
 
 @pytest.fixture(scope="module")
 def fragile(engine):
-    with serving(create_app(engine, router=Fragile(), fallback="math", close_engine=False)) as url:
+    with serving(create_app(engine, auto=policy(engine, Fragile(), "math"), close_engine=False)) as url:
         yield ask_with(url)
 
 
@@ -104,7 +104,7 @@ def ruled(engine):
         Rule("math", "system", "You count"),
     ]
     router = RulesRouter(rules, names, Fragile(), fallback="base")
-    with serving(create_app(engine, router=router, close_engine=False)) as url:
+    with serving(create_app(engine, auto=policy(engine, router), close_engine=False)) as url:
         yield ask_with(url)
 
 

@@ -95,13 +95,14 @@ def serve(
 
     listening = _listening(config)
 
-    from meswitch.launch import app_from_family, engine_from_family
+    from meswitch.launch import app_from_family, engine_from_family, policy_from_family
     from meswitch.server.logs import set_up_logging
     from meswitch.server.process import Server
 
     set_up_logging(log_level, log_format)
     with engine_from_family(config) as engine:
-        app, problem = app_from_family(config, engine)
+        auto, problem = policy_from_family(config, engine)
+        app = app_from_family(config, engine, auto)
         server = Server(app, engine, listening)
         listener.listen(server.config.backlog)  # from here on clients may connect, so only now is the address printed
         _show(_summary(config, engine, listener, problem, listening), as_json)

@@ -10,14 +10,15 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from meswitch.deploy.asgi import Head
+from meswitch.deploy.replica import Refused, Routed
 from meswitch.family import Family
-from meswitch.server.app import API_KEY_VARIABLE, AUTO
+from meswitch.server.app import API_KEY_VARIABLE
 from meswitch.server.auth import refusal
+from meswitch.server.auto import AUTO, EXPERT
 from meswitch.server.errors import ApiError
-from meswitch.server.routing import with_circumstances
 
 logger = logging.getLogger("meswitch.deploy")
 
@@ -48,21 +49,18 @@ class Front:
         expert = str(asked.get("model", ""))
         said: dict[str, str] = {}
         if request.method == "POST" and expert == AUTO and (found := await self._route(asked, request)) is not None:
-            expert, said = found
+            if isinstance(found, Refused):
+                return JSONResponse(found.body, found.status, found.headers)
+            expert = found.expert
+            said = {name: value for name, value in found.headers.items() if name != EXPERT}  # the replica says that
             body = json.dumps({**asked, "model": expert}).encode()
         return await self._passed_on(request, expert if expert in self._experts else "", body, said)
 
-    async def _route(self, asked: dict[str, Any], request: Request) -> tuple[str, dict[str, str]] | None:
-        """Who answers `auto`, and headers that say why; None where a replica is to refuse the request."""
-        messages = asked.get("messages")
-        if isinstance(asked.get("prompt"), str):
-            messages = [{"role": "user", "content": asked["prompt"]}]
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            return None
-        question = with_circumstances(messages, request.headers.items(), asked.get("metadata"))
+    async def _route(self, asked: dict[str, Any], request: Request) -> Routed | Refused | None:
+        """Who answers `auto`; None where no replica could say."""
         for _ in range(ATTEMPTS):
             try:
-                found: tuple[str, dict[str, str]] | None = await self._replicas.choose.remote(question)
+                found: Routed | Refused = await self._replicas.choose.remote(asked, request.headers.items())
             except _LOST:
                 logger.warning("a replica was lost while it routed; another one is asked")
             else:

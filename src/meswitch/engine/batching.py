@@ -153,6 +153,11 @@ class Batch:
         return self._cache.nbytes
 
     @property
+    def kv_used_tokens(self) -> int:
+        """Tokens of the cache that running requests use, in whole pages."""
+        return (self._pages - self._scheduler.pages.available) * PAGE
+
+    @property
     def merged_bytes(self) -> int:
         """Memory of the weights that experts have of their own."""
         return 0 if self._switch.merged is None else self._switch.merged.nbytes

@@ -210,6 +210,15 @@ class Engine:
             self._batch.cancel(request.id)
             request.fail("the request was cancelled")
 
+    def prefetch(self, name: str) -> None:
+        """Begin to bring an expert's weights to its slot, or at least into host memory; a request is on its way.
+
+        Returns at once; what goes wrong is said to the request itself.
+        """
+        if name in self.store.artifacts:
+            with contextlib.suppress(MeswitchError):
+                self.store.prefetch(name)
+
     @property
     def merged_budget(self) -> int:
         """Bytes that merged weights of experts in the batch may take."""
@@ -219,6 +228,21 @@ class Engine:
     def takes_turns(self) -> bool:
         """Whether one expert runs at a time: slower than a batch of all, for any model."""
         return isinstance(self._batch, Turns)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of all running requests together, at most."""
+        return self._batch.kv_tokens
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Tokens of the KV cache that running requests use."""
+        return self._batch.kv_used_tokens
+
+    @property
+    def steps(self) -> int:
+        """Steps that were begun."""
+        return self._batch.steps
 
     def load(self) -> dict[str, int]:
         """Requests that wait and run now."""

@@ -43,6 +43,9 @@ class Runner(Protocol):
     def kv_bytes(self) -> int: ...
 
     @property
+    def kv_used_tokens(self) -> int: ...
+
+    @property
     def merged_bytes(self) -> int: ...
 
     @property

@@ -80,6 +80,7 @@ class Turns:
     """
 
     merged_budget = 0  # one expert's, as it has its turn
+    kv_used_tokens = 0
     kv_bytes = 0  # keys and values are made and dropped by every turn
 
     def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, trial: Trial, *, kv_tokens: int) -> None:

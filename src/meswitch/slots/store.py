@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -73,6 +73,22 @@ class Residency:
     slot: int | None
     pins: int
     version: str = ""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened to one expert so far.
+
+    Args:
+        requests: for its slot. hits: of them, when it was in one.
+        loads: copies into a slot. evictions: times that it had to leave one. failures: loads that failed.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +171,7 @@ class ExpertStore:
         self._loads: list[_Load] = []
         self._clock = 0
         self._closed = False
-        self.loads = 0
-        self.failures = 0
-        self.evictions = 0
+        self._counts: dict[str, Counts] = {name: Counts() for name in artifacts}
         self.load_seconds = 0.0
 
     def watch(self, accept: Accept | None = None, made: Mapping[str, Any] | None = None) -> None:
@@ -213,6 +227,10 @@ class ExpertStore:
             if self._closed:
                 raise MeswitchError("the engine is closed")
             self._clock += 1
+            counts = self._counts[name]
+            counts.requests += 1
+            version = self._versions.current(name, signature)
+            counts.hits += version is not None and self._device.find(version) is not None
             todo = self._enter(name, signature, [wanted], self._clock) + self._advance()
         self._do(todo)
         wanted.add_done_callback(self._after_cancel)
@@ -279,6 +297,26 @@ class ExpertStore:
                 pins = sum(s.pins for s in self._device.slots if s.version is not None and s.version.expert == name)
                 rows.append(Residency(name, place, version.layout.nbytes, index, pins, version.key))
             return rows
+
+    def counts(self) -> dict[str, Counts]:
+        """What happened to every expert so far."""
+        with self._lock:
+            return {name: replace(counts) for name, counts in self._counts.items()}
+
+    @property
+    def loads(self) -> int:
+        """Copies into slots so far."""
+        return sum(counts.loads for counts in self.counts().values())
+
+    @property
+    def evictions(self) -> int:
+        """Times so far that an expert had to leave its slot."""
+        return sum(counts.evictions for counts in self.counts().values())
+
+    @property
+    def failures(self) -> int:
+        """Loads so far that failed."""
+        return sum(counts.failures for counts in self.counts().values())
 
     @property
     def device_bytes(self) -> int:
@@ -449,7 +487,8 @@ class ExpertStore:
         slot = self._device.slots[index]
         reading = self.host.load(version, version.layout.nbytes, partial(self._read, version))
         assert reading is not None
-        self.evictions += slot.version is not None
+        if slot.version is not None:
+            self._counts[slot.version.expert].evictions += 1
         self._device.withdraw(load)
         slot.clear()
         self._clock += 1
@@ -510,7 +549,7 @@ class ExpertStore:
             slot.clear()
             raise
         slot.ready = True
-        self.loads += 1
+        self._counts[load.expert].loads += 1
         todo = self._grant(index, load.waiters)
         self._drop(load)
         return todo
@@ -537,7 +576,7 @@ class ExpertStore:
                 if signature is not None and signature != load.signature:
                     todo += self._enter(load.expert, signature, waiters, load.order, load.tries + 1)
                 else:
-                    self.failures += 1
+                    self._counts[load.expert].failures += 1
                     told = load_error(load.expert, error)
                     todo += [partial(_fail, waiter, told) for waiter in waiters]
                     if not waiters:
