@@ -53,6 +53,7 @@ class Engine:
             cpu elsewhere.
         runner: `batch`, one running batch for all experts; `turns`, one expert at a time, for any model; `auto`, the
             batch if it is proven right for this base and these experts when the engine opens.
+        grows: make all slots, also those that no expert needs yet, for experts that are added later.
 
     Raises:
         MeswitchError: see `meswitch.errors`: a damaged artifact, another base, a layer that cannot be switched.
@@ -74,6 +75,7 @@ class Engine:
         max_queue: int = 1024,
         op_backend: str | None = None,
         runner: RunnerName = "auto",
+        grows: bool = False,
     ) -> None:
         if base_name in experts or "auto" in (base_name, *experts):
             raise ConfigError(f"experts: the names {base_name!r} (the base's) and 'auto' are taken")
@@ -91,7 +93,7 @@ class Engine:
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         self.model = _load_model(architecture, checkpoint, target, dtype)
-        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes)
+        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes, grows)
         opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
         self.store, self._batch = opened.store, opened.runner
         self.store.watch(self._accept, self.tokenizers)
@@ -119,6 +121,42 @@ class Engine:
     def names(self) -> list[str]:
         """The base's name, then the experts'."""
         return list(self.tokenizers)
+
+    def add_expert(self, name: str, directory: str | Path) -> None:
+        """Serve one more expert from now on, or another one under a name that is known.
+
+        It must fit what the engine was opened with: tensors that some expert changed, stored in the same way, and not
+        larger. Requests that run keep the expert that they began with.
+
+        Args:
+            name: of the expert.
+            directory: of an artifact or a PEFT adapter.
+
+        Raises:
+            ConfigError: the name is taken by the base, or by `auto`.
+            IncompatibleError: it does not fit.
+            MeswitchError: see `Engine`.
+        """
+        if name in (self.base_name, "auto"):
+            raise ConfigError(f"name: {name!r} is taken")
+        artifact = open_expert(directory, self._checkpoint)
+        artifact.check_base(self._checkpoint, known=self._fingerprint)
+        tokenizer = ChatTokenizer.open(name, artifact.directory)
+        self.store.add(name, artifact, tokenizer)
+        with self._lock:
+            self.tokenizers = {**self.tokenizers, name: tokenizer}  # others read it without the lock
+        logger.info("expert %s is served", name)
+
+    def remove_expert(self, name: str) -> None:
+        """Serve an expert no more. Requests that wait for it fail; those that run go on.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self.store.remove(name)
+        with self._lock:
+            self.tokenizers = {known: one for known, one in self.tokenizers.items() if known != name}
+        logger.info("expert %s is not served any more", name)
 
     def submit(
         self,
@@ -321,7 +359,9 @@ class Engine:
         tokenizer: ChatTokenizer = before.made
         if artifact.manifest.companions != before.artifact.manifest.companions:
             tokenizer = ChatTokenizer.open(before.expert, artifact.directory)
-        self.tokenizers[before.expert] = tokenizer
+        with self._lock:
+            if before.expert in self.tokenizers:  # not unloaded meanwhile
+                self.tokenizers = {**self.tokenizers, before.expert: tokenizer}
         logger.info("expert %s was replaced; requests that come from now on get the new version", before.expert)
         return tokenizer
 

@@ -86,6 +86,7 @@ class Sizes:
         batch_tokens: tokens of one step.
         kv_tokens: tokens of all running requests together.
         merged_bytes: budget for merged weights where no kernels run, None for what `merged_budget` says.
+        grows: whether experts may be added.
     """
 
     slots: int
@@ -93,6 +94,7 @@ class Sizes:
     batch_tokens: int
     kv_tokens: int
     merged_bytes: int | None = None
+    grows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,14 @@ def open_runner(
         )
     model.set_attn_implementation(attention_for(type(model)))  # a batch that failed may leave its own
     device = next(model.parameters()).device
-    store = ExpertStore(artifacts, device=device, slots=sizes.slots, host_bytes=sizes.host_bytes, tied=stored.tied)
+    store = ExpertStore(
+        artifacts,
+        device=device,
+        slots=sizes.slots,
+        host_bytes=sizes.host_bytes,
+        tied=stored.tied,
+        grows=sizes.grows,
+    )
     turns = Turns(model, stored, store, trial, kv_tokens=sizes.kv_tokens)
     return Opened(turns, store, reasons, time.perf_counter() - started)
 
@@ -230,6 +239,7 @@ def _proven(
         host_bytes=sizes.host_bytes,
         kernel=attachment.kernel if kernel else False,
         tied=stored.tied,
+        grows=sizes.grows,
     )
     budget = 0 if kernel else merged_budget(sizes.merged_bytes, device, model.dtype)
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)

@@ -137,6 +137,7 @@ class ExpertStore:
         kernel: lay packed deltas out for the GPU kernels, which find them through `tables`: all, none, or those of
             these names.
         tied: names that share another tensor where an artifact does not store them.
+        grows: make all slots, also those that no expert needs yet.
 
     Raises:
         CapacityError: less than one slot.
@@ -152,6 +153,7 @@ class ExpertStore:
         host_bytes: int | None = None,
         kernel: bool | Container[str] = False,
         tied: Mapping[str, str] = HEAD_TIED,
+        grows: bool = False,
     ) -> None:
         if slots < 1:
             raise CapacityError(f"slots: {slots}: an engine needs at least one slot")
@@ -161,7 +163,7 @@ class ExpertStore:
             for name, artifact in artifacts.items()
         ]
         self._versions = Versions(versions)
-        count = min(slots, max(1, len(versions)))
+        count = slots if grows else min(slots, max(1, len(versions)))
         self._device = DeviceTier([version.layout for version in versions], device, count, kernel)
         self._openers = Loader(OPENERS, "meswitch-open")
         self._readers = Loader(READERS, "meswitch-read", device)
@@ -189,6 +191,89 @@ class ExpertStore:
                 if slot.version is not None:
                     slot.version = self._versions.newest()[slot.version.expert]
 
+    def add(self, name: str, artifact: Artifact, made: Any = None) -> None:
+        """One more expert, or another one under a name that is known: running requests keep the one they have.
+
+        Args:
+            name: of the expert.
+            artifact: of the engine's base.
+            made: see `Version`.
+
+        Raises:
+            IncompatibleError: it does not fit what slots and layers were made for when the engine opened.
+            MeswitchError: no kernel reads it; or its files are gone.
+        """
+        try:
+            self._versions.add(name, artifact, made)
+        except OSError as error:
+            raise load_error(name, error) from error
+        with self._lock:
+            self._counts.setdefault(name, Counts())
+            todo = self._advance()
+        self._do(todo)
+
+    def remove(self, name: str) -> None:
+        """An expert less: requests that wait for it fail, running ones go on, and it leaves its slot after them.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        self._versions.remove(name)
+        with self._lock:
+            self._device.kept -= {name}
+            waiters = [waiter for load in self._loads if load.expert == name for waiter in load.waiters]
+            for load in self._loads:
+                if load.expert == name:
+                    load.waiters = []
+            self._counts.pop(name, None)
+            error = UnknownExpertError(f"expert {name!r} was unloaded while this request waited for it")
+            todo = [partial(_fail, waiter, error) for waiter in waiters] + self._advance()
+        self._do(todo)
+        for version in self.host.resident():
+            if version.expert == name:
+                self.host.discard(version)
+
+    def keep(self, name: str) -> None:
+        """Bring an expert to a slot, which nobody else gets until `let_go`. Returns at once.
+
+        Raises:
+            UnknownExpertError: no such expert.
+            CapacityError: no slot would be left for the others.
+        """
+        self._check_known(name)
+        with self._lock:
+            kept = self._device.kept | {name}
+            if len(kept) >= len(self._device.slots):
+                raise CapacityError(
+                    f"expert {name!r} cannot be pinned: of {len(self._device.slots)} slots {len(kept) - 1} are pinned, "
+                    "and one must stay for the others; raise engine.slots"
+                )
+            self._device.kept = kept
+
+        def arrived(wanted: Future[Held]) -> None:
+            if not wanted.cancelled() and wanted.exception() is None:
+                self.release(wanted.result().slot)
+
+        self.request(name).add_done_callback(arrived)
+
+    def let_go(self, name: str) -> None:
+        """Undo `keep`.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        with self._lock:
+            self._device.kept -= {name}
+            todo = self._advance()
+        self._do(todo)
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Experts that keep their slots."""
+        return self._device.kept
+
     @property
     def artifacts(self) -> Mapping[str, Artifact]:
         """The newest versions' artifacts by expert."""
@@ -203,8 +288,7 @@ class ExpertStore:
         Raises:
             UnknownExpertError: no such expert.
         """
-        self._check_known(name)
-        return self._versions.newest()[name].key
+        return self._check_known(name).key
 
     def tensors(self, slot: int) -> Tensors:
         """The tensors of the expert that a pinned slot holds."""
@@ -227,7 +311,7 @@ class ExpertStore:
             if self._closed:
                 raise MeswitchError("the engine is closed")
             self._clock += 1
-            counts = self._counts[name]
+            counts = self._counts.setdefault(name, Counts())
             counts.requests += 1
             version = self._versions.current(name, signature)
             counts.hits += version is not None and self._device.find(version) is not None
@@ -351,10 +435,11 @@ class ExpertStore:
         for waiter in waiters:
             _fail(waiter, MeswitchError("the engine was closed"))
 
-    def _check_known(self, name: str) -> None:
+    def _check_known(self, name: str) -> Version:
         known = self._versions.newest()
         if name not in known:
             raise UnknownExpertError(f"no expert {name!r}; there are {', '.join(known) or 'none'}")
+        return known[name]
 
     # Below, `todo` collects what must wait until the lock is free: whatever may call back, block or take long.
 
@@ -387,6 +472,10 @@ class ExpertStore:
                 return []
         self._loads.append(_Load(name, order, signature, version, waiters, tries))
         return []
+
+    def _count(self, name: str) -> Counts:
+        """Of an expert; of one that was unloaded, nobody looks at it."""
+        return self._counts.get(name) or Counts()
 
     def _may_pass(self, index: int) -> bool:
         """Whether a request may go into a slot while others wait; promise a slot to who has waited long enough."""
@@ -430,6 +519,11 @@ class ExpertStore:
         return todo
 
     def _advance_one(self, load: _Load) -> _Todo:
+        if load.expert not in self._versions.newest() and load.stage in ("new", "ready"):
+            self._drop(load)
+            if load.version is not None:
+                self.host.discard(load.version)
+            return []
         asked = bool(load.waiters)
         load.waiters = [waiter for waiter in load.waiters if not waiter.cancelled()]
         if load.stage not in ("new", "ready"):
@@ -488,7 +582,7 @@ class ExpertStore:
         reading = self.host.load(version, version.layout.nbytes, partial(self._read, version))
         assert reading is not None
         if slot.version is not None:
-            self._counts[slot.version.expert].evictions += 1
+            self._count(slot.version.expert).evictions += 1
         self._device.withdraw(load)
         slot.clear()
         self._clock += 1
@@ -549,7 +643,7 @@ class ExpertStore:
             slot.clear()
             raise
         slot.ready = True
-        self._counts[load.expert].loads += 1
+        self._count(load.expert).loads += 1
         todo = self._grant(index, load.waiters)
         self._drop(load)
         return todo
@@ -576,7 +670,7 @@ class ExpertStore:
                 if signature is not None and signature != load.signature:
                     todo += self._enter(load.expert, signature, waiters, load.order, load.tries + 1)
                 else:
-                    self._counts[load.expert].failures += 1
+                    self._count(load.expert).failures += 1
                     told = load_error(load.expert, error)
                     todo += [partial(_fail, waiter, told) for waiter in waiters]
                     if not waiters:
