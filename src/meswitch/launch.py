@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from meswitch.router import Router
     from meswitch.server.auto import AutoPolicy
+    from meswitch.server.experts import Experts
+    from meswitch.server.keys import ApiKey, Keys
 
 
 def engine_from_family(family: Family) -> Engine:
@@ -46,6 +48,7 @@ def engine_from_family(family: Family) -> Engine:
         max_queue=options.max_queue,
         op_backend=None if options.backend == "auto" else options.backend,
         runner=options.runner,
+        grows=family.server.experts_dir is not None,
     )
 
 
@@ -100,13 +103,42 @@ def policy_from_family(family: Family, engine: Engine | None = None) -> tuple["A
     return policy, problem
 
 
-def app_from_family(family: Family, engine: Engine, auto: "AutoPolicy") -> "FastAPI":
+def keys_from_family(family: Family) -> "list[ApiKey]":
+    """The keys of `server.keys` and of the environment.
+
+    Raises:
+        ConfigError: the file is missing, or a field is wrong.
+    """
+    from meswitch.server.keys import read_keys
+
+    return read_keys(None if family.server.keys is None else family.resolve(family.server.keys))
+
+
+def experts_from_family(family: Family, engine: Engine) -> "Experts":
+    """What changes the experts of a running server."""
+    from meswitch.server.experts import Experts
+
+    directory = family.server.experts_dir
+    return Experts(
+        engine,
+        family.deltas(),
+        {section.name: section.description for section in family.expert},
+        directory=None if directory is None else family.resolve(directory),
+        family=family.directory / "family.toml",
+    )
+
+
+def app_from_family(
+    family: Family, engine: Engine, auto: "AutoPolicy", keys: "Keys | None" = None, experts: "Experts | None" = None
+) -> "FastAPI":
     """The HTTP application.
 
     Args:
-        auto: see `policy_from_family`.
+        auto: see `policy_from_family`. keys: of which clients must send one; None for the family's.
+        experts: see `experts_from_family`; None for experts that nobody changes.
     """
     from meswitch.server import create_app
+    from meswitch.server.keys import Keys
 
     return create_app(
         engine,
@@ -114,6 +146,9 @@ def app_from_family(family: Family, engine: Engine, auto: "AutoPolicy") -> "Fast
         descriptions={section.name: section.description for section in family.expert},
         allow_origins=family.server.allow_origins,
         root_path=family.server.root_path,
+        keys=Keys(keys_from_family(family)) if keys is None else keys,
+        experts=experts,
+        watch=family.server.watch_experts,
     )
 
 

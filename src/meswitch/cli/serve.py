@@ -95,17 +95,31 @@ def serve(
 
     listening = _listening(config)
 
-    from meswitch.launch import app_from_family, engine_from_family, policy_from_family
+    from meswitch.launch import (
+        app_from_family,
+        engine_from_family,
+        experts_from_family,
+        keys_from_family,
+        policy_from_family,
+    )
+    from meswitch.server.keys import Keys
     from meswitch.server.logs import set_up_logging
     from meswitch.server.process import Server
 
     set_up_logging(log_level, log_format)
+    keys = Keys(keys_from_family(config))
     with engine_from_family(config) as engine:
         auto, problem = policy_from_family(config, engine)
-        app = app_from_family(config, engine, auto)
-        server = Server(app, engine, listening)
+        experts = experts_from_family(config, engine)
+
+        def reload() -> None:
+            keys.replace(keys_from_family(Family.load(family)))
+            experts.reread()
+
+        app = app_from_family(config, engine, auto, keys, experts)
+        server = Server(app, engine, listening, reload=reload)
         listener.listen(server.config.backlog)  # from here on clients may connect, so only now is the address printed
-        _show(_summary(config, engine, listener, problem, listening), as_json)
+        _show(_summary(config, engine, listener, problem, listening, bool(keys)), as_json)
         server.run(sockets=[listener])
 
 
@@ -153,6 +167,8 @@ def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool
 
     from meswitch.vllm.command import argv, command, environment
 
+    if config.server.keys is not None:
+        raise ConfigError("server.keys: vLLM's server has one key, MESWITCH_API_KEY; leave the field out")
     where = host or config.server.host, config.server.port if port is None else port
     arguments = command(config, *where, config.engine.slots)
     if print_only:
@@ -180,7 +196,12 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _summary(
-    family: "Family", engine: "Engine", listener: socket.socket, problem: str | None, listening: "Listening"
+    family: "Family",
+    engine: "Engine",
+    listener: socket.socket,
+    problem: str | None,
+    listening: "Listening",
+    asks_key: bool,
 ) -> dict[str, Any]:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -200,7 +221,7 @@ def _summary(
         "merged_budget": engine.merged_budget,
         "auto": problem is None,
         "auto_problem": problem,
-        "api_key": bool(os.environ.get("MESWITCH_API_KEY")),
+        "api_key": asks_key,
     }
 
 

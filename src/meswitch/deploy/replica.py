@@ -12,6 +12,7 @@ from meswitch.deploy.asgi import Head, Headers, call
 from meswitch.family import Family
 from meswitch.launch import app_from_family, engine_from_family, policy_from_family
 from meswitch.server.errors import ApiError
+from meswitch.server.keys import Keys
 
 logger = logging.getLogger("meswitch.deploy")
 
@@ -50,7 +51,7 @@ class Replica:
         self._auto, problem = policy_from_family(config, self._engine)
         if problem is not None:
             logger.error("auto does not work: %s", problem)
-        self._app = app_from_family(config, self._engine, self._auto)
+        self._app = app_from_family(config, self._engine, self._auto, Keys())  # the front asks for them
 
     async def choose(self, asked: dict[str, Any], headers: list[tuple[str, str]]) -> Routed | Refused:
         """Who is to answer a request for `auto`.

@@ -114,6 +114,8 @@ class Engine:
         self._admission = threading.Thread(target=self._admit_forever, name="meswitch-admission", daemon=True)
         self._admission.start()
         self._admitted = 0
+        self.generated_tokens = 0
+        """Tokens of all answers so far."""
         self._watchdog = Watchdog(self._watched(), self._fail_all)
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
 
@@ -483,6 +485,7 @@ class Engine:
 
     def _on_tokens(self, request: Request, slot: int, tokens: list[int], finished: bool, error: str | None) -> None:
         """From the batch's thread. The slot is given back only when the batch is done with the request."""
+        self.generated_tokens += max(0, len(tokens) - len(request.tokens))  # this is one thread
         if error is not None:
             request.fail(f"model {request.model!r}: {error}")
         elif not request.done and request.feed(tokens, finished) and not finished:

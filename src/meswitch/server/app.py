@@ -1,7 +1,7 @@
 """The routes."""
 
 import asyncio
-import os
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse, Response
 
 from meswitch.engine import Engine
 from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
-from meswitch.server.auth import ApiKeyMiddleware
 from meswitch.server.auto import (
     AUTO,
     EXPERT,
@@ -25,8 +24,10 @@ from meswitch.server.auto import (
     with_circumstances,
 )
 from meswitch.server.errors import install_error_handlers, without_paths
+from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation
+from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, RequestLog
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
@@ -35,7 +36,7 @@ from meswitch.server.stream import EventStream, answer
 from meswitch.tokenizer import Prompt
 from meswitch.version import __version__
 
-API_KEY_VARIABLE = "MESWITCH_API_KEY"
+logger = logging.getLogger("meswitch.server")
 
 
 def create_app(
@@ -43,7 +44,9 @@ def create_app(
     *,
     auto: AutoPolicy | None = None,
     descriptions: Mapping[str, str] | None = None,
-    api_key: str | None = None,
+    keys: Keys | None = None,
+    experts: Experts | None = None,
+    watch: bool = False,
     allow_origins: Sequence[str] = (),
     root_path: str = "",
     close_engine: bool = True,
@@ -53,34 +56,38 @@ def create_app(
     Args:
         auto: says who answers; None for one without a router.
         descriptions: what the experts are good at, by name, for the models page.
-        api_key: what clients must send; None takes it from MESWITCH_API_KEY, empty asks for none.
+        keys: of which clients must send one; None for those of the environment.
+        experts: lets administrators change what is served; its descriptions then stand for `descriptions`.
+        watch: look every few seconds for experts that appear in its directory, or go.
         allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
         root_path: under which a proxy serves it, such as `/llm`.
         close_engine: whether the engine ends with the server.
     """
     auto = auto or AutoPolicy(None, lambda: engine.names, base=engine.base_name)
     measured = Metrics(engine, auto)
-    service = _Service(engine, auto, descriptions or {})
+    service = _Service(engine, auto, descriptions or {} if experts is None else experts.descriptions)
+    keys = Keys(read_keys(None)) if keys is None else keys
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(_watch(experts)) if watch and experts is not None else None
         yield
+        if watching is not None:
+            watching.cancel()
         if close_engine:
             await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="meswitch", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.servers = [{"url": root_path}] if root_path else []
     install_error_handlers(app)
-    key = os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key
-    if key:
-        app.add_middleware(ApiKeyMiddleware, key=key)
+    app.add_middleware(ApiKeyMiddleware, keys=keys)
     app.add_middleware(NormalisingMiddleware, root_path=root_path)
     app.add_middleware(RequestLog, engine=engine, counted=measured.count)
     if allow_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(allow_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[EXPERT, ROUTE_REASON, ROUTE_SCORE, ROUTE_SCORES, REQUEST_ID, "retry-after"],
         )
@@ -129,7 +136,19 @@ def create_app(
         generation = await Generation.start(engine, chosen.expert, prompts, body, "prompt")
         return await _respond(generation, TextFormat(chosen.expert), body, request, chosen.headers)
 
+    if experts is not None:
+        app.include_router(expert_routes(experts, engine, keys))
     return app
+
+
+async def _watch(experts: Experts) -> None:
+    """Look again and again which experts are there."""
+    while True:
+        try:
+            await asyncio.to_thread(experts.scan)
+        except Exception:  # of one look: the next one may find what this one did not
+            logger.exception("the directory of experts")
+        await asyncio.sleep(WATCH_SECONDS)
 
 
 async def _respond(
@@ -161,7 +180,8 @@ class _Service:
         if self._auto.has_router:
             description = "The router chooses the expert for each request."
             cards.append(ModelCard(id=AUTO, created=self._created, kind="router", description=description))
-        return cards
+        caller = CALLER.get()
+        return [card for card in cards if caller is None or caller.allows(card.id)]
 
     def health(self) -> Health:
         failure = self._engine.failure

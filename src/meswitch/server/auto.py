@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 from meswitch.router import Request, Route, Router
 from meswitch.router.conversation import Reason
 from meswitch.server.errors import ApiError, without_paths
+from meswitch.server.keys import CALLER
 from meswitch.server.logs import RECORD
 from meswitch.server.route_cache import RouteCache, key_of
 
@@ -134,9 +135,11 @@ class AutoPolicy:
         if model != AUTO:
             if model not in self._names():
                 raise self.unknown(model)
+            _check_allowed(model)
             return Choice(model, _served_by(model))
         if self._queue is None:
             raise self.unknown(model)
+        _check_allowed(model)
         decision = await self._queue.decide(asked)
         if record is not None:
             record.reason = decision.reason
@@ -293,6 +296,15 @@ class RouterQueue:
             return self._failed
         best = max(route.scores[name] for name in self._router.experts)
         return Decision(route.choice, best, route.reason, route.scores)
+
+
+def _check_allowed(model: str) -> None:
+    """Raises an ApiError (403) if the caller's key is not for this model."""
+    caller = CALLER.get()
+    if caller is not None and not caller.allows(model):
+        there = ", ".join(caller.models or ()) or "none"
+        message = f"key {caller.name!r} is not for model {model!r}; it is for {there}"
+        raise ApiError(403, message, param="model", code="model_not_allowed")
 
 
 def conversation_of(body: Mapping[str, Any]) -> Messages:
