@@ -1,6 +1,9 @@
 """What the server does around the router: remembers, counts, fetches ahead, lets clients decide."""
 
 import asyncio
+import json
+import re
+from pathlib import Path
 
 import httpx
 import openai
@@ -12,6 +15,8 @@ from meswitch.router import Router
 from meswitch.server import create_app
 from meswitch.server.auto import AutoPolicy, with_circumstances
 from meswitch.server.route_cache import ENTRY_BYTES, RouteCache, key_of
+
+DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "meswitch.json"
 
 
 class Counting(Router):
@@ -130,6 +135,23 @@ def test_metrics_count_answers_by_expert(address, engine):
     assert metric(address, 'meswitch_expert_resident{expert="math",place="device"}') == 1
     assert metric(address, 'meswitch_memory_bytes{purpose="slots"}') == engine.store.device_bytes
     assert metric(address, 'meswitch_http_responses_total{status="200"}') >= 1
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(address):
+    for text in ("add", "code"):
+        ask_with(address).completions.create(model="auto", prompt=text, max_tokens=3)
+    board = json.loads(DASHBOARD.read_text())
+    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
+    there = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    targets = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(targets) > 15
+    for expression in targets:
+        names = re.findall(r"meswitch_\w+", expression)
+        assert names
+        assert set(names) <= there.keys(), expression
+        labels = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
+        assert labels <= set().union(*(there[name] for name in names)), expression
+        assert expression.count("(") == expression.count(")")
 
 
 def metric(address, name):

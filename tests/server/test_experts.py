@@ -1,13 +1,17 @@
 """What is served is changed while it is: over HTTP, by the family's file, by a watched directory."""
 
+import json
+import re
 import shutil
 
 import httpx
 import openai
 import pytest
 from http_server import ask_with, serving, user, wait_until
+from typer.testing import CliRunner
 
 from meswitch import Family
+from meswitch.cli import app as command
 from meswitch.launch import app_from_family, engine_from_family, experts_from_family, policy_from_family
 from meswitch.server.keys import ApiKey, Keys
 
@@ -85,6 +89,21 @@ def test_an_expert_is_loaded_pinned_reloaded_and_unloaded(url, place):
     assert models(url) == ["base", "math"]
     with pytest.raises(openai.NotFoundError, match="'code' does not exist"):
         answer(url, "code")
+
+
+def test_top_shows_it_in_a_terminal(url, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    answer(url, "math")
+    shown = CliRunner().invoke(command, ["top", url, "--once"])
+    assert shown.exit_code == 0
+    assert re.search(r"base: \d running, \d waiting", shown.output)
+    assert re.search(r"math\b.*\bdevice\b", shown.output)
+    asked = json.loads(CliRunner().invoke(command, ["top", f"{url}/v1", "--json"]).output)
+    assert asked["engine"]["generated_tokens"] >= 4
+    for wrong in ("http://127.0.0.1:9", "nothing"):
+        failed = CliRunner().invoke(command, ["top", wrong, "--once"])
+        assert failed.exit_code == 1
+        assert "is `meswitch serve` running there?" in " ".join(failed.stderr.split())
 
 
 def test_vllms_names_do_the_same(url, place):

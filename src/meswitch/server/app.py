@@ -31,6 +31,7 @@ from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, RequestLog
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
+from meswitch.server.page import page_routes
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.server.stream import EventStream, answer
 from meswitch.tokenizer import Prompt
@@ -136,6 +137,7 @@ def create_app(
         generation = await Generation.start(engine, chosen.expert, prompts, body, "prompt")
         return await _respond(generation, TextFormat(chosen.expert), body, request, chosen.headers)
 
+    app.include_router(page_routes(root_path))
     if experts is not None:
         app.include_router(expert_routes(experts, engine, keys))
     return app

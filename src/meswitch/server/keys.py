@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from meswitch.errors import ConfigError
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import RECORD
+from meswitch.server.page import PATHS
 
 API_KEY_VARIABLE = "MESWITCH_API_KEY"
 ADMIN_KEY_VARIABLE = "MESWITCH_ADMIN_KEY"
-OPEN = frozenset({"/", "/health"})  # probes carry no key, and the page asks for one
+OPEN = frozenset({"/health", *PATHS})  # probes carry no key, and the page asks for one
 _RANDOM_BYTES = 32
 
 
