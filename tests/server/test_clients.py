@@ -21,6 +21,7 @@ import meswitch
 from meswitch import Engine
 from meswitch.engine.grammar import is_available
 from meswitch.server import create_app
+from meswitch.server.keys import ApiKey, Keys
 
 TEMPLATE = """{{ bos_token }}{% if tools %}<|user|>You may call
 {% for tool in tools %}{{ tool.function | tojson }}
@@ -66,7 +67,8 @@ def address(family, tmp_path_factory):
     with Engine(family / "base", {"tools": root / "delta"}, device="cpu") as engine:
         from meswitch.launch import _open_encoder
 
-        app = create_app(engine, api_key="secret", close_engine=False, open_encoder=_open_encoder(engine))
+        keys = Keys([ApiKey.of("all", "secret")])
+        app = create_app(engine, keys=keys, close_engine=False, open_encoder=_open_encoder(engine))
         with serving(app) as url:
             yield url, "tools"
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from meswitch.ops.step import Step
 from meswitch.vllm import norms
 from meswitch.vllm.arena import Arena
 from meswitch.vllm.dry_step import Call
 from meswitch.vllm.norms import DeltaNorm, Formula, norm_vector
 from meswitch.vllm.places import NORM, Place, Source
 from meswitch.vllm.proof import prove
-from meswitch.ops.step import Step
 
 WIDTH, TOKENS = 32, 7
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"

@@ -4,8 +4,8 @@ import torch
 
 from deltas import random_delta
 from meswitch.ops import SlotLinear, embedding_rows
-from meswitch.vllm import delta_op
 from meswitch.ops.step import TOKENS, Step
+from meswitch.vllm import delta_op
 
 
 def test_one_trace_serves_steps_of_all_sizes_with_and_without_experts():

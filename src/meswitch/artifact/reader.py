@@ -26,6 +26,7 @@ from meswitch.codec.delta import packed_from
 from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
 from meswitch.codec.rows import with_all_rows
+from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
@@ -47,6 +48,7 @@ class Artifact:
             ArtifactError: incomplete, damaged, foreign or newer.
         """
         directory = Path(directory)
+        recover_directory(directory)
         file = directory / MANIFEST_NAME
         if directory.name.endswith(".partial"):
             raise ArtifactError(f"{directory}: an unfinished compression; run the same `meswitch compress` again")

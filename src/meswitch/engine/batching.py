@@ -57,6 +57,8 @@ class Batch:
         """Why the thread that computes has ended, if it has."""
         self.see: Callable[[tuple[str, ...], Tensor], None] | None = None
         """Is shown each step's requests and their logits, [rows, vocabulary], if somebody wants to look."""
+        self.steps = 0
+        """Steps that were begun: whoever watches the thread that computes sees by it that it goes on."""
         self._model, self._switch = model, switch
         self._device = next(model.parameters()).device
         config = model.config.get_text_config()
@@ -184,9 +186,19 @@ class Batch:
         self._telling.join(timeout=5)
 
     @property
+    def threads(self) -> dict[str, threading.Thread]:
+        """What each thread does -> the thread. None of them ends before the batch is closed."""
+        return {"computes": self._computing, "delivers answers": self._telling}
+
+    @property
     def kv_bytes(self) -> int:
         """Device memory of keys and values."""
         return self._cache.nbytes
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Tokens of the cache that running requests use, in whole pages."""
+        return (self._pages - self._scheduler.pages.available) * PAGE
 
     @property
     def merged_bytes(self) -> int:
@@ -257,6 +269,7 @@ class Batch:
 
     def _step(self, step: Sequence[tuple[Job, Piece]]) -> None:
         """Compute one step and give every request its next token."""
+        self.steps += 1
         began = time.perf_counter()
         try:
             logits = self._forward(step)

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from meswitch.engine.detokenizer import Detokenizer, is_mark
@@ -17,6 +18,8 @@ from meswitch.tokenizer import ChatTokenizer, Prompt, conversation_of
 logger = logging.getLogger("meswitch.engine")
 
 _FIRST_MARK = 0xD800
+TRACE: ContextVar[str] = ContextVar("meswitch_trace", default="")
+"""Who asks, in the words of whoever asks: ids of requests begin with it, and with them lines of the log."""
 
 # (all new tokens so far, finished, error text or None)
 Listener = Callable[[list[int], bool, str | None], None]
@@ -82,6 +85,11 @@ class Request:
 
     Args:
         said: what `prompt` was encoded from.
+        on_end: is called once, from any thread, when the answer is complete or has failed, before anybody reads its
+            last piece.
+        trace: what `TRACE` said when it was asked.
+        created, started, first, ended: seconds of `time.perf_counter` when it was asked, had its expert's slot, had its
+            first token, and was complete.
 
     Raises:
         ConfigError: the parameters do not fit to the tokenizer.
@@ -100,8 +108,11 @@ class Request:
     said: Prompt | None = None
     stopped_by: str | int | None = None
     """The stop text or stop token of the request's parameters that ended the answer, if one did."""
-    _first: float | None = None
-    _ended: float | None = None
+    on_end: "Callable[[Request], None] | None" = None
+    trace: str = ""
+    started: float | None = None
+    first: float | None = None
+    ended: float | None = None
     _text: str = ""  # with marks where special tokens are that a stop text names
     _sent: int = 0  # characters of it that are in chunks
     _told: int = 0  # tokens that chunks have counted
@@ -165,8 +176,8 @@ class Request:
 
     def _take(self, tokens: Sequence[int], finished: bool) -> bool:
         new = tokens[len(self.tokens) :]
-        if new and self._first is None:
-            self._first = time.perf_counter()
+        if new and self.first is None:
+            self.first = time.perf_counter()
         self.tokens = list(tokens)
         ended = bool(self.tokens) and self.tokens[-1] in self.ends
         self._text += self._detokenizer.feed(new[:-1] if ended and new else new, last=finished)
@@ -187,20 +198,23 @@ class Request:
         piece, self._sent = self._text[self._sent : upto], max(self._sent, upto)
         reason = ("stop" if ended else "length") if finished else None
         piece = self._written(piece)
+        if finished:
+            self._close(reason)
         if piece or finished:
             logprobs = tuple(self.sampling.logprobs[self._told : len(self.tokens)])
             self._emit(Chunk(piece, len(self.tokens) - self._told, reason, logprobs=logprobs))
             self._told = len(self.tokens)
         if finished:
-            self._end(reason)
+            self._done.set()
         return finished or self._done.is_set()
 
     def fail(self, error: str) -> None:
         """End with an error."""
         if not self._done.is_set():
             self.error = error
+            self._close("error")
             self._emit(Chunk("", 0, "error", error))
-            self._end("error")
+            self._done.set()
 
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks until the last.
@@ -226,14 +240,14 @@ class Request:
             raise MeswitchError(f"request {self.id} is not done after {timeout} s")
         if self.error is not None:
             raise MeswitchError(self.error)
-        ended = self._ended or self.created
+        ended = self.ended or self.created
         return Completion(
             text=self._written(self._text),
             model=self.model,
             tokens=tuple(self.tokens),
             prompt_tokens=len(self.prompt),
             finish_reason=self.finish_reason or "stop",
-            ttft=(self._first or ended) - self.created,
+            ttft=(self.first or ended) - self.created,
             duration=ended - self.created,
             logprobs=tuple(self.sampling.logprobs[: len(self.tokens)]),
             prompt_logprobs=tuple(self.sampling.prompt_logprobs),
@@ -257,10 +271,15 @@ class Request:
                 self.on_chunk = None
                 self.fail(f"on_chunk: {type(error).__name__}: {error}")
 
-    def _end(self, reason: str | None) -> None:
+    def _close(self, reason: str | None) -> None:
         self.finish_reason = reason
-        self._ended = time.perf_counter()
-        self._done.set()
+        self.ended = time.perf_counter()
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            try:
+                on_end(self)
+            except Exception:  # who counts requests must not end them
+                logger.exception("the end of request %s", self.id)
 
 
 class StopText:

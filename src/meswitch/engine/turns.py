@@ -80,11 +80,14 @@ class Turns:
     """
 
     merged_budget = 0  # one expert's, as it has its turn
+    kv_used_tokens = 0
     kv_bytes = 0  # keys and values are made and dropped by every turn
 
     def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, trial: Trial, *, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
         self.failure: str | None = None
+        self.steps = 0
+        """Tokens of a turn's requests that were made, and turns that were taken."""
         self._model, self._stored, self._store = model, stored, store
         self._device = next(model.parameters()).device
         self._threads = StepThreads(self._device, model.config.get_text_config().hidden_size)
@@ -144,6 +147,11 @@ class Turns:
         return 0
 
     @property
+    def threads(self) -> dict[str, threading.Thread]:
+        """What each thread does -> the thread. None of them ends before this is closed."""
+        return {"computes": self._thread}
+
+    @property
     def merged_bytes(self) -> int:
         """Device memory of the base's own tensors that an expert's stand in for now."""
         return sum(tensor.nbytes for tensor in self._kept.values())
@@ -197,6 +205,7 @@ class Turns:
         return chosen
 
     def _take_turn(self, turn: list[_Job]) -> None:
+        self.steps += 1
         try:
             self._become(turn[0].slot)
             answered = self._score_prompts(turn)
@@ -349,6 +358,7 @@ class _Listening(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         step = input_ids.shape[1] - self._width
+        self._turns.steps += 1
         ends = self._turns._closed or (step >= SLICE and self._turns._others_wait(self._turn[0].slot))
         for row, (job, token) in enumerate(zip(self._turn, input_ids[:, -1].tolist(), strict=True)):
             if self._done[row]:

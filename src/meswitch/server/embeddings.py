@@ -93,13 +93,13 @@ class Embedder:
         return states / states.norm(dim=1, keepdim=True).clamp(min=1e-12), sum(counts)
 
 
-def routes(engine: Engine, open_encoder: OpenEncoder | None, unknown: Callable[[str], ApiError]) -> APIRouter:
+def routes(engine: Engine, open_encoder: OpenEncoder | None, check: Callable[[str], None]) -> APIRouter:
     """`/v1/embeddings`.
 
     Args:
         engine: whose base it is.
         open_encoder: gives a base on the engine's weights; None where there is no such thing.
-        unknown: the error of a model that is not there.
+        check: raises an ApiError for a model that may not be asked.
     """
     router = APIRouter()
     embedder = None if open_encoder is None else Embedder(engine, open_encoder)
@@ -107,9 +107,8 @@ def routes(engine: Engine, open_encoder: OpenEncoder | None, unknown: Callable[[
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> Embeddings:
         """Means of the base's last hidden states, each of length 1."""
+        check(body.model)
         if body.model != engine.base_name:
-            if body.model not in engine.names:
-                raise unknown(body.model)
             message = f"model: embeddings are the base's: ask for {engine.base_name!r}"
             raise ApiError(400, message, param="model", code="invalid_value")
         if embedder is None:

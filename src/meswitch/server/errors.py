@@ -16,6 +16,9 @@ _ENGINE_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"
 ANTHROPIC_PATH = "/v1/messages"
 _FIELD = re.compile(r"[a-z_]+(?:\[\d+\]|\.\w+)*")
 
+# two parts and more, as /etc/passwd; not the paths of the API
+_PATH = re.compile(r"(?<![\w/.:])/(?!v1/)(?:[^\s/'\"`:,;()]+/)+[^\s/'\"`:,;()]*")
+
 
 class ApiError(Exception):
     """An answer other than 200. param: the request's field that is wrong. code: for programs."""
@@ -40,7 +43,8 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         param = None if self.param is None else _printable(self.param)
-        return {"error": {"message": _printable(self.message), "type": kind, "param": param, "code": self.code}}
+        message = without_paths(self.message) if self.status >= 500 else self.message
+        return {"error": {"message": _printable(message), "type": kind, "param": param, "code": self.code}}
 
     def anthropic_body(self) -> dict[str, Any]:
         """The same in the form of Anthropic's protocol."""
@@ -95,6 +99,11 @@ class ApiError(Exception):
         elif error["type"] == "unsupported":
             code = "unsupported_parameter"
         return cls(400, f"{field}: {message}", param=field, code=code)
+
+
+def without_paths(text: str) -> str:
+    """A text for clients, to whom files of this machine are no business; the log has them."""
+    return _PATH.sub("(a file of the server)", text)
 
 
 def _printable(text: str) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 
 from meswitch.engine import Chunk, Engine, Request
@@ -96,7 +97,7 @@ class Generation:
             ApiError: the engine refuses one of them; then none runs.
         """
         made = cls(engine, model, prompts, request, prompt_field, chat)
-        submitting = asyncio.get_running_loop().run_in_executor(_ENCODERS, made._submit)
+        submitting = asyncio.get_running_loop().run_in_executor(_ENCODERS, copy_context().run, made._submit)
         try:
             await asyncio.shield(submitting)
         except asyncio.CancelledError:  # the client is gone; the thread may still submit

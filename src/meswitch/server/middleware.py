@@ -1,7 +1,6 @@
 """Requests as clients send them -> requests as the routes expect them."""
 
 import re
-import uuid
 import zlib
 from typing import Any
 
@@ -10,36 +9,34 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meswitch.server.errors import ApiError
 
-REQUEST_ID = b"x-request-id"
-_REQUEST_ID_FORM = re.compile(rb"[\x21-\x7e]{1,128}")
 MAX_BODY = 8 << 20  # bytes of a request, unpacked: a million tokens and more
 
 
 class NormalisingMiddleware:
-    """One slash between the parts of a path and none behind it, GET for HEAD, bodies unpacked, a request id.
+    """One slash between the parts of a path and none behind it, GET for HEAD, bodies unpacked.
 
     Base addresses end in a slash or not, load balancers ask with HEAD, some clients send long prompts gzipped, and
-    Anthropic's send their key as `x-api-key`. Each answer says the id of its request: the client's own `X-Request-Id`
-    if it is one, else a new one; routes find it in `request.state.request_id`.
+    Anthropic's send their key as `x-api-key`.
+
+    Args:
+        root_path: under which a proxy serves the application. Paths may have it in front: some proxies take it away.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
+        self._app, self._root_path = app, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
+        path = re.sub("/+", "/", scope["path"])
+        if self._root_path and (path + "/").startswith(self._root_path + "/"):
+            path = path[len(self._root_path) :]
+        path = path.rstrip("/") or "/"
+        scope = {**scope, "path": path}
         headers = dict(scope["headers"])
-        request_id = headers.get(REQUEST_ID, b"")
-        if not _REQUEST_ID_FORM.fullmatch(request_id):
-            request_id = f"req-{uuid.uuid4().hex}".encode()
-        state = {**scope.get("state", {}), "request_id": request_id.decode()}
-        scope = {**scope, "path": path, "state": state}
         if b"x-api-key" in headers and b"authorization" not in headers:
             scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + headers[b"x-api-key"])]
-        send = _with_id(send, request_id)
         if scope["method"] == "HEAD":
             scope["method"], send = "GET", _without_body(send)
         try:
@@ -48,15 +45,6 @@ class NormalisingMiddleware:
             await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-
-def _with_id(send: Send, request_id: bytes) -> Send:
-    async def named(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (REQUEST_ID, request_id)]}
-        await send(message)
-
-    return named
 
 
 def _without_body(send: Send) -> Send:

@@ -55,18 +55,17 @@ class Version(BaseModel):
     version: str
 
 
-def routes(engine: Engine, unknown: Callable[[str], ApiError]) -> APIRouter:
+def routes(engine: Engine, check: Callable[[str], None]) -> APIRouter:
     """The three.
 
     Args:
         engine: whose tokenizers they are.
-        unknown: the error of a model that is not there.
+        check: raises an ApiError for a model that may not be asked.
     """
     router = APIRouter()
 
     def tokenizer_of(model: str) -> ChatTokenizer:
-        if model not in engine.names:
-            raise unknown(model)
+        check(model)
         return engine.tokenizers[model]
 
     @router.post("/tokenize")

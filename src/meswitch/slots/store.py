@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -75,6 +75,22 @@ class Residency:
     version: str = ""
 
 
+@dataclass(slots=True)
+class Counts:
+    """What happened to one expert so far.
+
+    Args:
+        requests: for its slot. hits: of them, when it was in one.
+        loads: copies into a slot. evictions: times that it had to leave one. failures: loads that failed.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    failures: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A slot that is pinned until `ExpertStore.release`, and what it holds."""
@@ -121,6 +137,7 @@ class ExpertStore:
         kernel: lay packed deltas out for the GPU kernels, which find them through `tables`: all, none, or those of
             these names.
         tied: names that share another tensor where an artifact does not store them.
+        grows: make all slots, also those that no expert needs yet.
 
     Raises:
         CapacityError: less than one slot.
@@ -136,6 +153,7 @@ class ExpertStore:
         host_bytes: int | None = None,
         kernel: bool | Container[str] = False,
         tied: Mapping[str, str] = HEAD_TIED,
+        grows: bool = False,
     ) -> None:
         if slots < 1:
             raise CapacityError(f"slots: {slots}: an engine needs at least one slot")
@@ -145,7 +163,7 @@ class ExpertStore:
             for name, artifact in artifacts.items()
         ]
         self._versions = Versions(versions)
-        count = min(slots, max(1, len(versions)))
+        count = slots if grows else min(slots, max(1, len(versions)))
         self._device = DeviceTier([version.layout for version in versions], device, count, kernel)
         self._openers = Loader(OPENERS, "meswitch-open")
         self._readers = Loader(READERS, "meswitch-read", device)
@@ -155,9 +173,7 @@ class ExpertStore:
         self._loads: list[_Load] = []
         self._clock = 0
         self._closed = False
-        self.loads = 0
-        self.failures = 0
-        self.evictions = 0
+        self._counts: dict[str, Counts] = {name: Counts() for name in artifacts}
         self.load_seconds = 0.0
 
     def watch(self, accept: Accept | None = None, made: Mapping[str, Any] | None = None) -> None:
@@ -175,6 +191,89 @@ class ExpertStore:
                 if slot.version is not None:
                     slot.version = self._versions.newest()[slot.version.expert]
 
+    def add(self, name: str, artifact: Artifact, made: Any = None) -> None:
+        """One more expert, or another one under a name that is known: running requests keep the one they have.
+
+        Args:
+            name: of the expert.
+            artifact: of the engine's base.
+            made: see `Version`.
+
+        Raises:
+            IncompatibleError: it does not fit what slots and layers were made for when the engine opened.
+            MeswitchError: no kernel reads it; or its files are gone.
+        """
+        try:
+            self._versions.add(name, artifact, made)
+        except OSError as error:
+            raise load_error(name, error) from error
+        with self._lock:
+            self._counts.setdefault(name, Counts())
+            todo = self._advance()
+        self._do(todo)
+
+    def remove(self, name: str) -> None:
+        """An expert less: requests that wait for it fail, running ones go on, and it leaves its slot after them.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        self._versions.remove(name)
+        with self._lock:
+            self._device.kept -= {name}
+            waiters = [waiter for load in self._loads if load.expert == name for waiter in load.waiters]
+            for load in self._loads:
+                if load.expert == name:
+                    load.waiters = []
+            self._counts.pop(name, None)
+            error = UnknownExpertError(f"expert {name!r} was unloaded while this request waited for it")
+            todo = [partial(_fail, waiter, error) for waiter in waiters] + self._advance()
+        self._do(todo)
+        for version in self.host.resident():
+            if version.expert == name:
+                self.host.discard(version)
+
+    def keep(self, name: str) -> None:
+        """Bring an expert to a slot, which nobody else gets until `let_go`. Returns at once.
+
+        Raises:
+            UnknownExpertError: no such expert.
+            CapacityError: no slot would be left for the others.
+        """
+        self._check_known(name)
+        with self._lock:
+            kept = self._device.kept | {name}
+            if len(kept) >= len(self._device.slots):
+                raise CapacityError(
+                    f"expert {name!r} cannot be pinned: of {len(self._device.slots)} slots {len(kept) - 1} are pinned, "
+                    "and one must stay for the others; raise engine.slots"
+                )
+            self._device.kept = kept
+
+        def arrived(wanted: Future[Held]) -> None:
+            if not wanted.cancelled() and wanted.exception() is None:
+                self.release(wanted.result().slot)
+
+        self.request(name).add_done_callback(arrived)
+
+    def let_go(self, name: str) -> None:
+        """Undo `keep`.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        with self._lock:
+            self._device.kept -= {name}
+            todo = self._advance()
+        self._do(todo)
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Experts that keep their slots."""
+        return self._device.kept
+
     @property
     def artifacts(self) -> Mapping[str, Artifact]:
         """The newest versions' artifacts by expert."""
@@ -189,8 +288,7 @@ class ExpertStore:
         Raises:
             UnknownExpertError: no such expert.
         """
-        self._check_known(name)
-        return self._versions.newest()[name].key
+        return self._check_known(name).key
 
     def tensors(self, slot: int) -> Tensors:
         """The tensors of the expert that a pinned slot holds."""
@@ -213,6 +311,10 @@ class ExpertStore:
             if self._closed:
                 raise MeswitchError("the engine is closed")
             self._clock += 1
+            counts = self._counts.setdefault(name, Counts())
+            counts.requests += 1
+            version = self._versions.current(name, signature)
+            counts.hits += version is not None and self._device.find(version) is not None
             todo = self._enter(name, signature, [wanted], self._clock) + self._advance()
         self._do(todo)
         wanted.add_done_callback(self._after_cancel)
@@ -280,6 +382,26 @@ class ExpertStore:
                 rows.append(Residency(name, place, version.layout.nbytes, index, pins, version.key))
             return rows
 
+    def counts(self) -> dict[str, Counts]:
+        """What happened to every expert so far."""
+        with self._lock:
+            return {name: replace(counts) for name, counts in self._counts.items()}
+
+    @property
+    def loads(self) -> int:
+        """Copies into slots so far."""
+        return sum(counts.loads for counts in self.counts().values())
+
+    @property
+    def evictions(self) -> int:
+        """Times so far that an expert had to leave its slot."""
+        return sum(counts.evictions for counts in self.counts().values())
+
+    @property
+    def failures(self) -> int:
+        """Loads so far that failed."""
+        return sum(counts.failures for counts in self.counts().values())
+
     @property
     def device_bytes(self) -> int:
         """Device memory of all slots, used or not, and of the tables that say where their deltas lie."""
@@ -313,10 +435,11 @@ class ExpertStore:
         for waiter in waiters:
             _fail(waiter, MeswitchError("the engine was closed"))
 
-    def _check_known(self, name: str) -> None:
+    def _check_known(self, name: str) -> Version:
         known = self._versions.newest()
         if name not in known:
             raise UnknownExpertError(f"no expert {name!r}; there are {', '.join(known) or 'none'}")
+        return known[name]
 
     # Below, `todo` collects what must wait until the lock is free: whatever may call back, block or take long.
 
@@ -349,6 +472,10 @@ class ExpertStore:
                 return []
         self._loads.append(_Load(name, order, signature, version, waiters, tries))
         return []
+
+    def _count(self, name: str) -> Counts:
+        """Of an expert; of one that was unloaded, nobody looks at it."""
+        return self._counts.get(name) or Counts()
 
     def _may_pass(self, index: int) -> bool:
         """Whether a request may go into a slot while others wait; promise a slot to who has waited long enough."""
@@ -392,6 +519,11 @@ class ExpertStore:
         return todo
 
     def _advance_one(self, load: _Load) -> _Todo:
+        if load.expert not in self._versions.newest() and load.stage in ("new", "ready"):
+            self._drop(load)
+            if load.version is not None:
+                self.host.discard(load.version)
+            return []
         asked = bool(load.waiters)
         load.waiters = [waiter for waiter in load.waiters if not waiter.cancelled()]
         if load.stage not in ("new", "ready"):
@@ -449,7 +581,8 @@ class ExpertStore:
         slot = self._device.slots[index]
         reading = self.host.load(version, version.layout.nbytes, partial(self._read, version))
         assert reading is not None
-        self.evictions += slot.version is not None
+        if slot.version is not None:
+            self._count(slot.version.expert).evictions += 1
         self._device.withdraw(load)
         slot.clear()
         self._clock += 1
@@ -510,7 +643,7 @@ class ExpertStore:
             slot.clear()
             raise
         slot.ready = True
-        self.loads += 1
+        self._count(load.expert).loads += 1
         todo = self._grant(index, load.waiters)
         self._drop(load)
         return todo
@@ -537,7 +670,7 @@ class ExpertStore:
                 if signature is not None and signature != load.signature:
                     todo += self._enter(load.expert, signature, waiters, load.order, load.tries + 1)
                 else:
-                    self.failures += 1
+                    self._count(load.expert).failures += 1
                     told = load_error(load.expert, error)
                     todo += [partial(_fail, waiter, told) for waiter in waiters]
                     if not waiters:
