@@ -39,6 +39,7 @@ _LIMITS = {
 }
 _COLDEST = 1e-20  # in float32, differences of logits by this much are as good as infinite, and none overflows to NaN
 _IN_PROMPT = 1 << 30  # a bit above the number of times that a token was made
+_HEAD = 1024  # likeliest tokens of a row that are looked at first on a CPU
 _AT_ONCE = 512  # rows whose log probabilities are computed at once
 NOT_FINITE, NOTHING_LEFT, FAILED = -1, -2, -3
 """In the place of a token: its logits are not numbers; its parameters leave none; its state cannot be read."""
@@ -485,18 +486,63 @@ def _draw(scores: Tensor, table: _Table, uniform: Tensor) -> Tensor:
         least = table.min_p.log().float()[:, None]  # of the likeliest, whose x is 0; -inf cuts nothing
         x = x.masked_fill(x < least, -torch.inf)
     if table.cuts_ranks:
-        ranked, order = x.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(x.shape[1], device=x.device)[None]
-        ranked = ranked.masked_fill(rank >= table.top_k[:, None], -torch.inf)
-        shares = ranked.softmax(-1)
-        before = shares.cumsum(-1, dtype=torch.float64) - shares
-        top_p = table.top_p[:, None]
-        kept = (before < top_p) | (top_p >= 1) | (rank == 0)  # the token that crosses top_p stays
-        x = torch.full_like(x, -torch.inf).scatter(1, order, ranked.masked_fill(~kept, -torch.inf))
+        x = _cut(x, table.top_k[:, None], table.top_p[:, None])
     shares = x.softmax(-1).cumsum(-1, dtype=torch.float64)
     whole = shares[:, -1:]
     wanted = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
     return torch.searchsorted(shares, wanted, right=True)[:, 0].clamp(max=x.shape[1] - 1)
+
+
+def _cut(x: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Leave the likeliest tokens of each row: so many, and of these such a share; the others become -inf.
+
+    On a CPU, sorting a large vocabulary takes ten times as long as finding its head, which is enough for most rows.
+    Which way a row goes depends on it alone.
+
+    Args:
+        x: [rows, vocabulary] float32, the largest of a row 0.
+        top_k: [rows, 1], at least 1.
+        top_p: [rows, 1].
+    """
+    if x.device.type != "cpu" or x.shape[1] <= 2 * _HEAD:
+        ranked, order = x.sort(dim=-1, descending=True, stable=True)
+        return torch.full_like(x, -torch.inf).scatter(1, order, _limited(ranked, top_k, top_p, None)[0])
+    bits = x.contiguous().view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32  # in the order of the numbers that they are the bits of
+    places = torch.arange(x.shape[1] - 1, -1, -1)  # of equals the first comes first
+    order = x.shape[1] - 1 - ((keys + places).topk(_HEAD).values & 0xFFFFFFFF)
+    ranked, ends = _limited(x.gather(1, order), top_k, top_p, x.double().exp().sum(-1, keepdim=True))
+    cut = torch.full_like(x, -torch.inf).scatter(1, order, ranked)
+    rest = (~ends).nonzero()[:, 0]
+    if len(rest):
+        ranked, order = x[rest].sort(dim=-1, descending=True, stable=True)
+        ranked = _limited(ranked, top_k[rest], top_p[rest], None)[0]
+        cut[rest] = torch.full_like(ranked, -torch.inf).scatter(1, order, ranked)
+    return cut
+
+
+def _limited(ranked: Tensor, top_k: Tensor, top_p: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Leave the first of each row, and say whether that is all that is to be left.
+
+    Args:
+        ranked: [rows, places] descending.
+        top_k: see `_cut`. top_p: the same.
+        whole: [rows, 1] float64, what the weights of the whole vocabulary sum to; None if it is all in `ranked`.
+
+    Returns:
+        [rows, places], and [rows]: whether no token after these places is left.
+    """
+    rank = torch.arange(ranked.shape[1], device=ranked.device)
+    weights = ranked.double().exp().masked_fill(rank >= top_k, 0.0)
+    inside = top_k <= ranked.shape[1]
+    total = weights.sum(-1, keepdim=True)
+    total = total if whole is None else torch.where(inside, total, whole)
+    reached, wanted = weights.cumsum(-1), top_p * total
+    kept = (reached - weights < wanted) | (rank == 0) | (top_p >= 1)  # the token that crosses top_p stays
+    kept &= rank < top_k
+    # what part of the vocabulary a larger top_k leaves is not known here
+    ends = inside | ((reached[:, -1:] >= wanted) & (top_p < 1) & (top_k >= 1 << 31))
+    return ranked.masked_fill(~kept, -torch.inf), ends[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
