@@ -88,14 +88,14 @@ def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | No
     common: dict[str, Any] = {
         "descriptions": descriptions,
         "allow_origins": family.server.allow_origins,
-        "open_encoder": _open_encoder(engine),
+        "open_encoder": encoder_opener(engine),
     }
     if problem is None:
         return create_app(engine, router=router, fallback=family.router.fallback, **common), None
     return create_app(engine, no_router=problem, **common), problem
 
 
-def _open_encoder(engine: Engine) -> "Callable[[], Encoder] | None":
+def encoder_opener(engine: Engine) -> "Callable[[], Encoder] | None":
     """What gives the base's hidden states, on the engine's weights; None where they are not the base's all the time."""
     if not _has_base_beside(engine):
         return None

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from meswitch import Engine
 from meswitch.engine.grammar import Grammar, is_available
-from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState, StepSampler, _cut, token_logprobs
+from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState, StepSampler
+from meswitch.engine.scores import _cut, token_logprobs
 from meswitch.errors import ConfigError
 
 SIZE = 50

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from meswitch.engine import Chunk, Engine, Request
-from meswitch.engine.sampling import TokenLogprobs
+from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
 from meswitch.server.answers import Usage
 from meswitch.server.chat import Chat
