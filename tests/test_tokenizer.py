@@ -307,7 +307,7 @@ def test_variables_and_tools_reach_the_template_that_reads_them(directory):
 
     assert text(variables={"loud": "three"}).endswith("!three")
     assert text(variables={"quiet": False}) == text()
-    for name in ("quiet", "tokenize", "messages"):
+    for name in ("quiet", "tokenize", "messages", "raise_exception"):
         with pytest.raises(ConfigError, match=rf"^chat_template_kwargs\.{name}: .* reads loud"):
             text(variables={name: True})
     assert text(tools=[{"type": "function", "function": {"name": "four"}}]).endswith("four")

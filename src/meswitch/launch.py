@@ -152,11 +152,11 @@ def app_from_family(
         keys=Keys(keys_from_family(family)) if keys is None else keys,
         experts=experts,
         watch=family.server.watch_experts,
-        open_encoder=_open_encoder(engine),
+        open_encoder=encoder_opener(engine),
     )
 
 
-def _open_encoder(engine: Engine) -> "Callable[[], Encoder] | None":
+def encoder_opener(engine: Engine) -> "Callable[[], Encoder] | None":
     """What gives the base's hidden states, on the engine's weights; None where they are not the base's all the time."""
     if not _has_base_beside(engine):
         return None

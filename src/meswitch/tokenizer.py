@@ -52,7 +52,9 @@ _PROBES = (
     "<|user|>a</s> b",
 )
 _TOOL = "tool_question_7"
-_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}  # to templates by us
+# What templates are given by us, and what Jinja and transformers give them.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+_GIVEN |= {"namespace", "range", "dict", "cycler", "joiner", "lipsum", "raise_exception", "strftime_now"}
 # Nobody writes it (Unicode says so): it stands inside a control token that somebody wrote in a message.
 _BREAK = "\ufdd0"
 _SHRINKS = 4  # times that a tokenizer may shorten a text before it takes it apart: spaces become one, letters join

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from meswitch import Engine
 from meswitch.engine.grammar import Grammar, is_available
-from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState, StepSampler, token_logprobs
+from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState, StepSampler
+from meswitch.engine.scores import _cut, token_logprobs
 from meswitch.errors import ConfigError
 
 SIZE = 50
@@ -169,6 +170,29 @@ def test_tokens_come_as_often_as_their_probabilities_say():
     assert shares(top_k=2, top_p=0.6) == [1.0, 0, 0, 0]  # of what top_k keeps, the first has two thirds
     assert shares(min_p=0.25) == pytest.approx([0.5556, 0.2778, 0.1667, 0], abs=0.03)
     assert shares(logit_bias={3: 100}) == [0, 0, 0, 1.0]
+
+
+@pytest.mark.parametrize("size", [300, 5000])
+def test_a_large_vocabulary_is_cut_as_a_loop_cuts_it(size):
+    """On a CPU most rows of the larger one are cut by their head alone."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, size, generator=generator) * torch.tensor([0.01, 1.0, 8.0]).repeat(4)[:, None]
+    rows[3:6] = (rows[3:6] * 2).round() / 2  # many equals
+    rows -= rows.amax(-1, keepdim=True)
+    ks = [1, 7, 1024, 1025, 4000, 1 << 31, 1 << 31, 1 << 31, 50, 2000, 1 << 31, 3]
+    ps = [1.0, 0.5, 1.0, 0.9, 0.999, 0.3, 0.9, 1.0, 0.7, 1.0, 1e-300, 1.0]
+    cut = _cut(rows, torch.tensor(ks)[:, None], torch.tensor(ps, dtype=torch.float64)[:, None])
+    for row, k, p, found in zip(rows, ks, ps, cut, strict=True):
+        order = sorted(range(size), key=lambda token: (-float(row[token]), token))[:k]
+        weights = [math.exp(float(row[token])) for token in order]
+        kept, before = [], 0.0
+        for token, weight in zip(order, weights, strict=True):
+            if kept and before / sum(weights) >= p and p < 1:
+                break
+            kept.append(token)
+            before += weight
+        assert found.isfinite().nonzero()[:, 0].tolist() == sorted(kept)
+        assert torch.equal(found[sorted(kept)], row[sorted(kept)])
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 0, 1, 2**64 - 1])

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 import meswitch
 from meswitch import Engine
 from meswitch.engine.grammar import is_available
+from meswitch.launch import encoder_opener
 from meswitch.server import create_app
 from meswitch.server.keys import ApiKey, Keys
 
@@ -65,10 +66,8 @@ def address(family, tmp_path_factory):
     (root / "expert" / "chat_template.jinja").write_text(TEMPLATE)
     meswitch.compress(family / "base", root / "expert", root / "delta")
     with Engine(family / "base", {"tools": root / "delta"}, device="cpu") as engine:
-        from meswitch.launch import _open_encoder
-
         keys = Keys([ApiKey.of("all", "secret")])
-        app = create_app(engine, keys=keys, close_engine=False, open_encoder=_open_encoder(engine))
+        app = create_app(engine, keys=keys, close_engine=False, open_encoder=encoder_opener(engine))
         with serving(app) as url:
             yield url, "tools"
 

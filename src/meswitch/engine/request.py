@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from meswitch.engine.detokenizer import Detokenizer, is_mark
 from meswitch.engine.grammar import GrammarMatcher
-from meswitch.engine.sampling import SamplingParams, SamplingState, TokenLogprobs
+from meswitch.engine.sampling import SamplingParams, SamplingState
+from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
 from meswitch.tokenizer import ChatTokenizer, Prompt, conversation_of
 

@@ -20,6 +20,18 @@ import torch
 from torch import Tensor
 
 from meswitch.engine.grammar import Grammar
+from meswitch.engine.scores import (
+    IN_PROMPT,
+    TokenLogprobs,
+    TokenScores,
+    allow,
+    draw,
+    floats,
+    ints,
+    moved,
+    penalise,
+    token_logprobs,
+)
 from meswitch.errors import ConfigError
 
 logger = logging.getLogger("meswitch.engine")
@@ -38,8 +50,6 @@ _LIMITS = {
     "min_new_tokens": "; 0 to max_new_tokens",
 }
 _COLDEST = 1e-20  # in float32, differences of logits by this much are as good as infinite, and none overflows to NaN
-_IN_PROMPT = 1 << 30  # a bit above the number of times that a token was made
-_AT_ONCE = 512  # rows whose log probabilities are computed at once
 NOT_FINITE, NOTHING_LEFT, FAILED = -1, -2, -3
 """In the place of a token: its logits are not numbers; its parameters leave none; its state cannot be read."""
 
@@ -166,15 +176,6 @@ class Matcher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """A token's log probability, and (token, log probability) of the likeliest in its place, likeliest first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
 class SamplingState:
     """What sampling keeps of one request from step to step.
 
@@ -204,7 +205,7 @@ class SamplingState:
         self._random = random.Random(None if params.seed is None else params.seed % 2**64)
         self.uniform = self._random.random()
         """The random number, 0 to 1, that chooses the next token."""
-        self.history: Tensor | None = None  # [vocabulary] int32, see `_IN_PROMPT`
+        self.history: Tensor | None = None  # [vocabulary] int32, see `IN_PROMPT`
         self.penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
         self.is_plain = (
             not (params.temperature or self.penalised or params.logit_bias or params.min_new_tokens)
@@ -261,7 +262,7 @@ class Sampled:
     tokens: Tensor
     states: Sequence[SamplingState]
     explain: Mapping[int, str]
-    scored: "tuple[list[int], _Scores] | None" = None
+    scored: "tuple[list[int], TokenScores] | None" = None
 
     def read(self) -> tuple[list[int], dict[int, str]]:
         """Wait for the device, and let the requests go on by their tokens.
@@ -324,16 +325,16 @@ class Sampler:
             if len(rows) > 1:  # one of them may be the cause: each alone
                 for row in rows:
                     found = self(logits[row : row + 1], [states[row]]).tokens
-                    tokens = tokens.index_copy(0, _ints([row], device), found)
+                    tokens = tokens.index_copy(0, ints([row], device), found)
             else:
                 logger.exception("a token cannot be chosen")
-                tokens = tokens.index_fill(0, _ints(rows, device), FAILED)
+                tokens = tokens.index_fill(0, ints(rows, device), FAILED)
         wanted = [row for row in rows if states[row].params.logprobs is not None]
         if not wanted:
             return Sampled(tokens, states, self._explain)
-        index = _ints(wanted, device)
+        index = ints(wanted, device)
         top = max(states[row].params.logprobs or 0 for row in wanted)
-        scores = _Scores.of(_rows(logits, wanted, index), tokens[index].clamp(min=0), top)
+        scores = TokenScores.of(_rows(logits, wanted, index), tokens[index].clamp(min=0), top)
         return Sampled(tokens, states, self._explain, (wanted, scores))
 
     def _among(self, logits: Tensor, states: list[SamplingState], rows: list[int], tokens: Tensor) -> Tensor:
@@ -342,7 +343,7 @@ class Sampler:
         if self._table is None or not self._table.is_of(states, device):
             self._table = _Table(states, device)
         table = self._table
-        index = _ints(rows, device)
+        index = ints(rows, device)
         scores = _rows(logits, rows, index).float()
         if scores.data_ptr() == logits.data_ptr():
             scores = scores.clone()
@@ -352,19 +353,20 @@ class Sampler:
         history = None
         if table.penalised:
             history = self._history([states[i] for i in table.penalised], scores)
-            _penalise(scores, history, table)
+            penalise(scores, history, table.penalised_index, table.penalties)
         young = [(i, token) for i, s in enumerate(states) if s.made < s.params.min_new_tokens for token in s.ends]
         if young:
-            at = _ints(young, device)
+            at = ints(young, device)
             scores.index_put_((at[:, 0], at[:, 1]), torch.full((), -torch.inf, device=device))
         failed = _allow(scores, states)
         chosen = scores.argmax(-1)
         if table.samples:
-            drawn = _draw(scores, table, _floats([state.uniform for state in states], device))
+            uniform = floats([state.uniform for state in states], device)
+            drawn = draw(scores, uniform, table.temperature, table.limits, table.min_p)
             chosen = torch.where(table.temperature > 0, drawn, chosen)
         chosen = torch.where(scores.amax(-1) == -torch.inf, NOTHING_LEFT, chosen)
         if failed:
-            chosen = chosen.index_fill(0, _ints(failed, device), FAILED)
+            chosen = chosen.index_fill(0, ints(failed, device), FAILED)
         chosen = torch.where(tokens[index] < 0, tokens[index], chosen)
         if history is not None:
             made = chosen[table.penalised_index].clamp(min=0)[:, None]
@@ -382,7 +384,7 @@ class Sampler:
             if state.history is None:
                 state.history = torch.zeros(like.shape[1], dtype=torch.int32, device=like.device)
                 if state.params.repetition_penalty != 1:
-                    state.history.index_fill_(0, _ints(sorted(set(state.prompt)), like.device), _IN_PROMPT)
+                    state.history.index_fill_(0, ints(sorted(set(state.prompt)), like.device), IN_PROMPT)
         table = torch.stack([state.history for state in states if state.history is not None])
         for state, row in zip(states, table.unbind(0), strict=True):
             state.history = row
@@ -397,11 +399,9 @@ class _Table:
         self._states, self._device = states, device
         params = [state.params for state in states]
         self.penalised = [i for i, state in enumerate(states) if state.penalised]
-        self.penalised_index = _ints(self.penalised, device)
+        self.penalised_index = ints(self.penalised, device)
         self.samples = any(p.temperature > 0 for p in params)
-        self.cuts_least = any(p.min_p > 0 for p in params)
-        self.cuts_ranks = any(p.top_k > 0 or p.top_p < 1 for p in params)
-        columns = _floats(
+        columns = floats(
             [
                 (
                     max(p.temperature, _COLDEST) if p.temperature else 0.0,
@@ -416,12 +416,14 @@ class _Table:
             ],
             device,
         )
-        self.temperature, self.top_p, self.top_k, self.min_p = columns[:, :4].unbind(1)
+        self.temperature, top_p, top_k, min_p = columns[:, :4].unbind(1)
+        self.limits = (top_k, top_p) if any(p.top_k > 0 or p.top_p < 1 for p in params) else None
+        self.min_p = min_p if any(p.min_p > 0 for p in params) else None
         self.penalties = columns[self.penalised_index, 4:].float().unbind(1)
         biased = [(i, token, value) for i, p in enumerate(params) for token, value in p.logit_bias.items()]
         self.biased: tuple[Tensor, Tensor, Tensor] | None = None
         if biased:
-            at, values = _ints([(i, token) for i, token, _ in biased], device), _floats([v for *_, v in biased], device)
+            at, values = ints([(i, token) for i, token, _ in biased], device), floats([v for *_, v in biased], device)
             self.biased = at[:, 0], at[:, 1], values.float()
 
     def is_of(self, states: list[SamplingState], device: torch.device) -> bool:
@@ -432,31 +434,13 @@ def _same(first: Sequence[SamplingState], second: Sequence[SamplingState]) -> bo
     return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
-def _penalise(scores: Tensor, history: Tensor, table: _Table) -> None:
-    """Change the scores of tokens that were there.
-
-    Args:
-        scores: [rows, vocabulary].
-        history: [penalised rows, vocabulary].
-        table: of the rows.
-    """
-    repetition, presence, frequency = (column[:, None] for column in table.penalties)
-    index = table.penalised_index
-    x = scores[index]
-    x = torch.where(history > 0, torch.where(x > 0, x / repetition, x * repetition), x)
-    made = history & (_IN_PROMPT - 1)
-    x = x - frequency * made - presence * (made > 0)
-    scores.index_copy_(0, index, x)
-
-
 def _allow(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
     """Leave the tokens that the rows' grammars allow. scores: [rows, vocabulary]. Gives rows whose grammar fails."""
     bound = [i for i, state in enumerate(states) if state.matcher is not None]
     if not bound:
         return []
-    size = scores.shape[1]
     failed = []
-    masks = np.zeros((len(bound), (size + 31) // 32), dtype=np.int32)
+    masks = np.zeros((len(bound), (scores.shape[1] + 31) // 32), dtype=np.int32)
     for mask, i in zip(masks, bound, strict=True):
         matcher = states[i].matcher
         assert matcher is not None
@@ -465,95 +449,12 @@ def _allow(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
         except Exception:
             logger.exception("what a grammar allows is not known")
             failed.append(i)
-    bits = _moved(torch.from_numpy(masks), scores.device)
-    allowed = (bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=scores.device)) & 1
-    index = _ints(bound, scores.device)
-    kept = scores[index].masked_fill(allowed.flatten(1)[:, :size] == 0, -torch.inf)
-    scores.index_copy_(0, index, kept)
+    allow(scores, ints(bound, scores.device), moved(torch.from_numpy(masks), scores.device))
     return failed
-
-
-def _draw(scores: Tensor, table: _Table, uniform: Tensor) -> Tensor:
-    """[rows] tokens at random. scores: [rows, vocabulary] float32. uniform: [rows] float64, 0 to 1.
-
-    The token is found where the summed probabilities, in the order of the vocabulary, reach the random number. So it is
-    the same whether or not the scores are sorted for some other row.
-    """
-    temperature = torch.where(table.temperature > 0, table.temperature, 1.0).float()[:, None]
-    x = (scores - scores.amax(-1, keepdim=True)) / temperature
-    if table.cuts_least:
-        least = table.min_p.log().float()[:, None]  # of the likeliest, whose x is 0; -inf cuts nothing
-        x = x.masked_fill(x < least, -torch.inf)
-    if table.cuts_ranks:
-        ranked, order = x.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(x.shape[1], device=x.device)[None]
-        ranked = ranked.masked_fill(rank >= table.top_k[:, None], -torch.inf)
-        shares = ranked.softmax(-1)
-        before = shares.cumsum(-1, dtype=torch.float64) - shares
-        top_p = table.top_p[:, None]
-        kept = (before < top_p) | (top_p >= 1) | (rank == 0)  # the token that crosses top_p stays
-        x = torch.full_like(x, -torch.inf).scatter(1, order, ranked.masked_fill(~kept, -torch.inf))
-    shares = x.softmax(-1).cumsum(-1, dtype=torch.float64)
-    whole = shares[:, -1:]
-    wanted = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    return torch.searchsorted(shares, wanted, right=True)[:, 0].clamp(max=x.shape[1] - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """Log probabilities on a device: [rows] of the tokens, [rows, top] of the likeliest, and which these are."""
-
-    logprobs: Tensor
-    top: Tensor
-    top_tokens: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, tokens: Tensor, top: int) -> "_Scores":
-        """logits: [rows, vocabulary]. tokens: [rows]."""
-        found = logits.float().log_softmax(-1)
-        values, ids = found.topk(min(top, found.shape[1]), -1)
-        return cls(found.gather(1, tokens[:, None])[:, 0], values, ids)
-
-    def read(self, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-        """Wait for the device. counts: how many of the likeliest each row wants."""
-        rows = zip(tokens, self.logprobs.tolist(), self.top_tokens.tolist(), self.top.tolist(), counts, strict=True)
-        return [
-            TokenLogprobs(token, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
-            for token, logprob, ids, values, count in rows
-        ]
-
-
-def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Log probabilities of given tokens. Waits for the device.
-
-    Args:
-        logits: [rows, vocabulary].
-        tokens: one for each row.
-        top: how many of the likeliest to name beside each.
-    """
-    found: list[TokenLogprobs] = []
-    for start in range(0, len(tokens), _AT_ONCE):
-        some = list(tokens[start : start + _AT_ONCE])
-        scores = _Scores.of(logits[start : start + _AT_ONCE], _ints(some, logits.device), top)
-        found += scores.read(some, [top] * len(some))
-    return found
 
 
 def _rows(logits: Tensor, rows: Sequence[int], index: Tensor) -> Tensor:
     return logits if len(rows) == len(logits) else logits[index]
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _ints(values: Sequence[Any], device: torch.device) -> Tensor:
-    return _moved(torch.tensor(values, dtype=torch.int64), device)
-
-
-def _floats(values: Sequence[Any], device: torch.device) -> Tensor:
-    return _moved(torch.tensor(values, dtype=torch.float64), device)
 
 
 def not_finite(dtype: torch.dtype) -> str:
@@ -592,5 +493,5 @@ class StepSampler:
         tokens, failed = self._sampler(scores, [self.states[request] for request in self.rows]).read()
         for row, reason in failed.items():
             self._fail(self.rows[row], reason)
-        chosen = _ints(tokens, scores.device).clamp(min=0)[:, None]  # what a failed row gets is thrown away
+        chosen = ints(tokens, scores.device).clamp(min=0)[:, None]  # what a failed row gets is thrown away
         return scores.fill_(-torch.inf).scatter_(1, chosen, 0.0)

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from meswitch.engine import Chunk, Request
-from meswitch.engine.sampling import TokenLogprobs
+from meswitch.engine.scores import TokenLogprobs
 from meswitch.server.answers import (
     Call,
     CallDelta,

@@ -9,7 +9,7 @@ from contextvars import copy_context
 from functools import partial
 
 from meswitch.engine import Chunk, Engine, Request
-from meswitch.engine.sampling import TokenLogprobs
+from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
 from meswitch.server.answers import Usage
 from meswitch.server.chat import Chat

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from meswitch.engine.sampling import TokenLogprobs
+from meswitch.engine.scores import TokenLogprobs
 from meswitch.server.answers import ChatLogprobs, LogprobToken, TextLogprobs, TopLogprob
 from meswitch.tokenizer import ChatTokenizer
 
