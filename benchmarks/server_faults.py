@@ -178,7 +178,7 @@ def requests(client: httpx.Client, count: int, seed: int = 0) -> tuple[Counter, 
         }
         if choose.random() < 0.1:
             headers |= choose.choice(
-                ({"content-encoding": "gzip"}, {"x-meswitch-expert": "%ff"}, {"x-request-id": "a b"}, {"accept": "\t"})
+                ({"content-encoding": "gzip"}, {"x-meswitch-expert": "%ff"}, {"x-request-id": "a b"}, {"accept": "x" * 4000})
             )
         what = f"{number}: {method} {path} {headers} {content!r:.300}"
         try:

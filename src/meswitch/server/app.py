@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -28,7 +28,7 @@ from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
-from meswitch.server.logs import REQUEST_ID, RequestLog
+from meswitch.server.logs import REQUEST_ID, Record, RequestLog
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
 from meswitch.server.page import page_routes
@@ -48,6 +48,7 @@ def create_app(
     keys: Keys | None = None,
     experts: Experts | None = None,
     watch: bool = False,
+    trace: Callable[[Record], None] | None = None,
     allow_origins: Sequence[str] = (),
     root_path: str = "",
     close_engine: bool = True,
@@ -61,6 +62,7 @@ def create_app(
         experts: lets administrators change what is served; its descriptions then stand for `descriptions`.
         watch: look every few seconds for experts that appear in its directory, or go.
         allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
+        trace: is told of every request at its end: see `tracing`.
         root_path: under which a proxy serves it, such as `/llm`.
         close_engine: whether the engine ends with the server.
     """
@@ -83,7 +85,7 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(ApiKeyMiddleware, keys=keys)
     app.add_middleware(NormalisingMiddleware, root_path=root_path)
-    app.add_middleware(RequestLog, engine=engine, counted=measured.count)
+    app.add_middleware(RequestLog, engine=engine, told=[measured.count, *([] if trace is None else [trace])])
     if allow_origins:
         app.add_middleware(
             CORSMiddleware,
