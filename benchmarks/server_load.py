@@ -10,6 +10,7 @@ is 1 if an answer was wrong, something grew, or a limit was passed.
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +48,8 @@ class Seen:
 
     Args:
         right: answers as they were alone. wrong: the others. failed: errors, by text.
-        gaps: seconds, the longest without a piece of each stream. health: seconds of each look.
+        gaps: seconds, the longest without a piece of each stream.
+        first: seconds to the first piece of each.
     """
 
     right: int = 0
@@ -54,7 +57,6 @@ class Seen:
     failed: dict[str, int] = field(default_factory=dict)
     gaps: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-    health: list[float] = field(default_factory=list)
 
 
 def family_in(directory: Path, slots: int) -> Path:
@@ -128,18 +130,18 @@ async def ask_again_and_again(url: str, right: dict, until: float, seed: int, se
                 seen.wrong.append(f"{model} ({expert}): {question!r}: {text!r}")
 
 
-async def look(url: str, pid: int, until: float, every: float, seen: Seen) -> list[dict[str, float]]:
-    """Ask `/health` and the system while the others ask."""
-    found = []
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+def look(url: str, pid: int, seconds: float, every: float) -> tuple[list[float], list[dict[str, float]]]:
+    """(seconds of each look at `/health`, what the server took then); in a process that does nothing else."""
+    taken, found, until = [], [], time.monotonic() + seconds
+    with httpx.Client(base_url=url, timeout=60) as client:
         while time.monotonic() < until:
             began = time.perf_counter()
-            await client.get("/health")
-            seen.health.append(time.perf_counter() - began)
-            if len(seen.health) % 10 == 1:
+            client.get("/health")
+            taken.append(time.perf_counter() - began)
+            if len(taken) % 10 == 1:
                 found.append(resources(pid))
-            await asyncio.sleep(every)
-    return found
+            time.sleep(every)
+    return taken, found
 
 
 async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
@@ -152,7 +154,10 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
         before = resources(pid)
         until = time.monotonic() + seconds
         asking = [ask_again_and_again(url, right, until, seed, seen) for seed in range(clients)]
-        curve, *_ = await asyncio.gather(look(url, pid, until, 0.2, seen), *asking)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            looking = asyncio.get_running_loop().run_in_executor(pool, look, url, pid, seconds, 0.2)
+            await asyncio.gather(*asking)
+            health, curve = await looking
         await asyncio.sleep(7)  # connections that were kept alive are closed
         after = resources(pid)
         state = (await client.get("/v1/experts")).json()["engine"]
@@ -166,7 +171,7 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
         "tokens_per_second": round(state["generated_tokens"] / seconds, 1),
         "first_piece_p50_s": round(statistics.median(seen.first), 3),
         "longest_gap_s": round(max(seen.gaps), 3),
-        "health_p99_s": round(sorted(seen.health)[int(len(seen.health) * 0.99)], 4),
+        "health_p99_s": round(sorted(health)[int(len(health) * 0.99)], 4),
         "before": before,
         "middle": middle,
         "after": after,

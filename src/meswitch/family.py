@@ -173,10 +173,10 @@ class Family(_Section):
         if file.is_dir():
             file = file / "family.toml"
         try:
-            data = tomllib.loads(file.read_text())
+            data = tomllib.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{file}: no such file; give a family.toml or the directory that holds one") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}") from None
         try:
             return cls.model_validate({**data, "directory": file.resolve().parent})

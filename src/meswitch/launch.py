@@ -142,6 +142,7 @@ def app_from_family(
     """
     from meswitch.server import create_app
     from meswitch.server.keys import Keys
+    from meswitch.server.tracing import traced
 
     return create_app(
         engine,
@@ -151,6 +152,7 @@ def app_from_family(
         root_path=family.server.root_path,
         keys=Keys(keys_from_family(family)) if keys is None else keys,
         experts=experts,
+        trace=traced(),
         watch=family.server.watch_experts,
         open_encoder=encoder_opener(engine),
     )

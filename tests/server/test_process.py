@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -82,8 +84,13 @@ def test_an_idle_crowd_shuts_nobody_out_and_two_signals_end_all_in_order(process
         one.close()
 
 
-def test_answers_get_their_time_and_end_with_an_error(process):
+def test_a_hang_up_reads_the_family_again_and_answers_get_their_time_at_the_end(process, tmp_path):
     server, url = process
+    file = tmp_path / "family.toml"
+    before, code = file.read_text().split('[[expert]]\nname = "code"')
+    file.write_text(before + "[engine]" + code.partition("[engine]")[2])
+    server.send_signal(signal.SIGHUP)
+    assert wait_until(lambda: [card.id for card in ask_with(url).models.list()] == ["base", "math", "auto"])
     lines: list[str] = []
     thread = threading.Thread(target=streamed, args=(url, lines))
     thread.start()
@@ -97,6 +104,21 @@ def test_answers_get_their_time_and_end_with_an_error(process):
     thread.join(20)
     assert "the server was asked to stop" in lines[-2]
     assert "Traceback" not in server.stderr.read()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_with_a_certificate_it_speaks_https(engine, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    listening = Listening(tls_cert=cert, tls_key=key)
+    server = Server(create_app(engine, close_engine=False), engine, listening)
+    with serving(server.config.app, server) as url:
+        trusted = ssl.create_default_context(cafile=str(cert))
+        assert httpx.get(f"{url.replace('http', 'https')}/health", verify=trusted).json()["status"] == "ok"
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health")
 
 
 @pytest.fixture

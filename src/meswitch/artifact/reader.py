@@ -59,7 +59,11 @@ class Artifact:
             elif (directory / "config.json").is_file():
                 hint = "; this is a full checkpoint, compress it first"
             raise ArtifactError(f"{file}: no such file, so this is not a meswitch artifact{hint}")
-        manifest = Manifest.from_json(file.read_text(), file)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{file}: not valid UTF-8 ({error.reason}); the file is damaged") from None
+        manifest = Manifest.from_json(text, file)
         artifact = cls(directory, manifest, {})
         artifact._check_headers()
         artifact._check_companions()

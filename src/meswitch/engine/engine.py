@@ -119,7 +119,7 @@ class Engine:
         self._admitted = 0
         self.generated_tokens = 0
         """Tokens of all answers so far."""
-        self._watchdog = Watchdog(self._watched(), self._fail_all)
+        self._watchdog = Watchdog(self._watched(), self._fail_all, also=self.store.end_overdue)
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
 
     @property

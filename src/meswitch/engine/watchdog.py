@@ -49,15 +49,21 @@ class Watchdog:
     Args:
         watched: the threads.
         report: is told once of each problem, when it begins.
+        also: is called at every look, with the clock.
         limit: seconds that a thread may be busy without progress.
     """
 
     def __init__(
-        self, watched: Sequence[Watched], report: Callable[[str], None], *, limit: float = STALL_SECONDS
+        self,
+        watched: Sequence[Watched],
+        report: Callable[[str], None],
+        *,
+        also: Callable[[float], None] = lambda now: None,
+        limit: float = STALL_SECONDS,
     ) -> None:
         self.failure: str | None = None
         """What is wrong now. A thread that has ended stays so; one that goes on again is well again."""
-        self._watched, self._report, self._limit = watched, report, limit
+        self._watched, self._report, self._also, self._limit = watched, report, also, limit
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meswitch-watchdog", daemon=True)
         self._thread.start()
@@ -82,5 +88,6 @@ class Watchdog:
         while not self._closed.wait(_EVERY):
             try:
                 self.look(time.monotonic())
+                self._also(time.monotonic())
             except Exception:  # whatever `report` raises must not end the watch
                 logger.exception("the watchdog")

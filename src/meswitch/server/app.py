@@ -31,7 +31,7 @@ from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
 from meswitch.server.formats import ChatFormat, Format, TextFormat
 from meswitch.server.generation import Generation, encoded
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
-from meswitch.server.logs import REQUEST_ID, RequestLog
+from meswitch.server.logs import REQUEST_ID, Record, RequestLog
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
 from meswitch.server.page import page_routes
@@ -53,6 +53,7 @@ def create_app(
     keys: Keys | None = None,
     experts: Experts | None = None,
     watch: bool = False,
+    trace: Callable[[Record], None] | None = None,
     allow_origins: Sequence[str] = (),
     root_path: str = "",
     close_engine: bool = True,
@@ -67,6 +68,7 @@ def create_app(
         experts: lets administrators change what is served; its descriptions then stand for `descriptions`.
         watch: look every few seconds for experts that appear in its directory, or go.
         allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
+        trace: is told of every request at its end: see `tracing`.
         root_path: under which a proxy serves it, such as `/llm`.
         close_engine: whether the engine ends with the server.
         open_encoder: gives a base on the engine's weights, for embeddings; None for none.
@@ -90,7 +92,7 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(ApiKeyMiddleware, keys=keys)
     app.add_middleware(NormalisingMiddleware, root_path=root_path)
-    app.add_middleware(RequestLog, engine=engine, counted=measured.count)
+    app.add_middleware(RequestLog, engine=engine, told=[measured.count, *([] if trace is None else [trace])])
     if allow_origins:
         app.add_middleware(
             CORSMiddleware,

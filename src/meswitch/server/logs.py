@@ -6,7 +6,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +37,7 @@ class Record:
         model: that was asked for. expert: who answered.
         key: name of the API key. reason: of the router.
         prompt_tokens, completion_tokens: of all its answers.
+        parent: `traceparent` of the client's trace, if it sent one.
         ttft: seconds to the first token of the first answer that had one.
     """
 
@@ -53,10 +54,11 @@ class Record:
     completion_tokens: int = 0
     ttft: float | None = None
     error: str | None = None
+    parent: str = ""
     began: float = field(default_factory=time.perf_counter)
 
     def fields(self) -> dict[str, Any]:
-        named = {name: getattr(self, name) for name in self.__slots__ if name not in ("began", "id")}
+        named = {name: getattr(self, name) for name in self.__slots__ if name not in ("began", "id", "parent")}
         named = {"request_id": self.id} | named | {"seconds": round(time.perf_counter() - self.began, 4)}
         if self.ttft is not None:
             named["ttft"] = round(self.ttft, 4)
@@ -71,11 +73,11 @@ class RequestLog:
 
     Args:
         engine: is watched for what its requests' answers took.
-        counted: is told of every record at its end.
+        told: are told of every record at its end.
     """
 
-    def __init__(self, app: ASGIApp, engine: Engine, counted: Any = None) -> None:
-        self._app, self._counted = app, counted
+    def __init__(self, app: ASGIApp, engine: Engine, told: Sequence[Callable[[Record], None]] = ()) -> None:
+        self._app, self._told = app, told
         self._open: dict[str, Record] = {}
         engine.observers.append(self._ended)
 
@@ -83,10 +85,13 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
         name = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex[:16]}"
         client = scope.get("client")
-        record = Record(name, scope["method"], scope["path"], client[0] if client else "")
+        record = Record(
+            name, scope["method"], scope["path"], client[0] if client else "", parent=headers.get("traceparent", "")
+        )
         trace = name if name not in self._open else f"{name}:{uuid.uuid4().hex[:8]}"  # clients may repeat theirs
         self._open[trace] = record
         tokens = TRACE.set(trace), RECORD.set(record)
@@ -115,8 +120,8 @@ class RequestLog:
             self._log(record)
 
     def _log(self, record: Record) -> None:
-        if self._counted is not None:
-            self._counted(record)
+        for tell in self._told:
+            tell(record)
         level = logging.ERROR if record.status >= 500 else logging.DEBUG if record.path in _QUIET else logging.INFO
         if logger.isEnabledFor(level):
             fields = record.fields()

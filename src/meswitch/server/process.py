@@ -1,10 +1,11 @@
 """The server's process: signals, the time that answers get at its end, reloads, TLS."""
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from meswitch.server.connections import Connections, most_connections
 logger = logging.getLogger("meswitch.server")
 
 _LAST_WORDS = 2.0  # seconds for error events to reach their clients
+# The event loop gives up Python's lock with every piece that it sends, and the computing thread takes it: at Python's
+# own 5 ms the loop of 256 streams would wait for over a second to send a piece to each.
+_SWITCH_SECONDS = 0.0005
 _BACKLOG = 128  # connections that are accepted at one go, before `Connections` sees any of them
 
 
@@ -68,14 +72,15 @@ class Server(uvicorn.Server):
         )
         self._engine, self._grace, self._reload = engine, listening.grace_seconds, reload
         self._signals = 0
+        self._hung_up = False
+        if reload is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGHUP, self._hang_up)  # now: until there is a handler it would end the process
         self._work: set[asyncio.Future[Any]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        sys.setswitchinterval(_SWITCH_SECONDS)
         protocol = self.config.http_protocol_class
         self.config.http_protocol_class = self.bounds.protocol(protocol)
-        if self._reload is not None:
-            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -99,7 +104,16 @@ class Server(uvicorn.Server):
         await asyncio.sleep(_LAST_WORDS)
         self.bounds.abort_all()
 
-    def _hang_up(self) -> None:
+    async def on_tick(self, counter: int) -> bool:
+        if self._hung_up:
+            self._hung_up = False
+            self._read_again()
+        return await super().on_tick(counter)
+
+    def _hang_up(self, sig: int, frame: FrameType | None) -> None:
+        self._hung_up = True
+
+    def _read_again(self) -> None:
         assert self._reload is not None
         work = asyncio.get_running_loop().run_in_executor(None, self._reload)
         self._work.add(work)

@@ -49,6 +49,7 @@ logger = logging.getLogger("meswitch.slots")
 READERS, OPENERS = 2, 2
 MAX_PASSES = 32
 MAX_WAIT = 5.0
+LOAD_SECONDS = 300.0
 _MAX_TRIES = 3  # of a load whose files were replaced meanwhile
 
 _Todo = list[Callable[[], Any]]  # what is done once the lock is free
@@ -112,6 +113,7 @@ class _Load:
         tries: how often its files were replaced on the way.
         stage: what it waits for next, or is doing.
         passed: requests that went past it, since when it has been ready for a slot.
+        begun: when its files were first asked for something, None before that.
     """
 
     expert: str
@@ -124,6 +126,7 @@ class _Load:
     in_host: bool = False
     passed: int = 0
     since: float | None = None
+    begun: float | None = None
 
 
 class ExpertStore:
@@ -370,6 +373,26 @@ class ExpertStore:
             todo = [] if held.pins else self._advance()
         self._do(todo)
 
+    def end_overdue(self, now: float) -> None:
+        """Fail who waits for files that have not been read within `LOAD_SECONDS`: storage that hangs may never answer.
+
+        The read goes on, and whoever asks later fails too as long as it does.
+
+        Args:
+            now: of `time.monotonic`.
+        """
+        todo: _Todo = []
+        with self._lock:
+            for load in self._loads:
+                slow = load.stage in ("opening", "reading") and load.begun is not None
+                if slow and load.waiters and now - (load.begun or now) > LOAD_SECONDS:
+                    why = f"its files are not read within {LOAD_SECONDS / 60:.0f} minutes"
+                    error = LoadError(f"expert {load.expert!r} cannot be loaded: {why}")
+                    todo += [partial(_fail, waiter, error) for waiter in load.waiters]
+                    load.waiters = []
+                    self._count(load.expert).failures += 1
+        self._do(todo)
+
     def residency(self) -> list[Residency]:
         """Every expert's place and bytes."""
         host = self.host.resident()
@@ -535,7 +558,7 @@ class ExpertStore:
             self._drop(load)
             return self._grant(index, load.waiters)
         elif load.stage == "new" and load.version is None:
-            load.stage = "opening"
+            load.stage, load.begun = "opening", load.begun or time.monotonic()
             work = partial(self._versions.open, load.expert)
             return [partial(self._start, load, self._openers, work, self._opened)]
         elif load.stage == "new":
@@ -563,6 +586,7 @@ class ExpertStore:
             raise told from CapacityError(str(told))
         if reading is not None:
             load.stage, load.in_host = "reading", True
+            load.begun = load.begun or time.monotonic()
             return [partial(self._then, load, reading, self._was_read)]
         return []
 
