@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,12 +61,12 @@ class Batch:
         self.steps = 0
         """Steps that were begun: whoever watches the thread that computes sees by it that it goes on."""
         self._model, self._switch = model, switch
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         config = model.config.get_text_config()
-        self._threads = StepThreads(self._device, config.hidden_size)
+        self._threads = StepThreads(self.device, config.hidden_size)
         self._cuts_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._pages = max(1, pages_for(kv_tokens))
-        self._cache = KVCache(config, self._pages, attention, self._device)
+        self._cache = KVCache(config, self._pages, attention, self.device)
         if not model._can_set_attn_implementation():
             raise IncompatibleError("its attention is its own, not one of transformers' interface")
         model.set_attn_implementation(NAME)
@@ -138,39 +139,64 @@ class Batch:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
         self._commands.put(request)
 
-    def decode_from_tables(self, slots: int, told: Callable[[int, int], None]) -> None:
-        """Compute steps of one token a request over static buffers from now on, on a GPU as CUDA graphs.
+    def decode_from_tables(self, slots: int) -> None:
+        """Compute steps of one token a request over static buffers from now on.
 
         Args:
             slots: of the expert store.
+
+        Raises:
+            IncompatibleError: a layer of the model needs something else.
+        """
+
+        def prepare() -> None:
+            self._switch.tables = own_tables(self._model, slots)
+            assert self._switch.buffers is not None
+            self._decode = DecodeSteps(
+                self._model,
+                self._switch,
+                self._cache,
+                self._switch.buffers,
+                self._switch.tables,
+                rows=self._scheduler.max_requests,
+                longest=self._pages * PAGE,
+            )
+
+        self._between_steps(prepare)
+
+    def capture_decode(self, told: Callable[[int, int], None]) -> None:
+        """Record those steps as CUDA graphs, which replay them.
+
+        Args:
             told: how many graphs are captured, of how many.
 
         Raises:
-            Exception: why that cannot be done; steps are computed as before then.
+            Exception: whatever keeps the model from being recorded.
         """
-        done: Future[None] = Future()
-
-        def prepare() -> None:
-            try:
-                self._switch.tables = own_tables(self._model, slots)
-                assert self._switch.buffers is not None
-                sizes = {"rows": self._scheduler.max_requests, "longest": self._pages * PAGE}
-                steps = DecodeSteps(
-                    self._model, self._switch, self._cache, self._switch.buffers, self._switch.tables, **sizes
-                )
-                if self._device.type == "cuda":
-                    steps.capture(told)
-                self._decode = steps
-                done.set_result(None)
-            except Exception as error:  # noqa: BLE001  whatever the model raises
-                done.set_exception(error)
-
-        self._commands.put(prepare)
-        done.result()
+        assert self._decode is not None
+        self._between_steps(partial(self._decode.capture, told))
 
     def decode_eagerly(self) -> None:
-        """Compute all steps without static buffers from now on. Only while no request runs."""
-        self._decode = None
+        """Compute all steps without static buffers from now on."""
+
+        def drop() -> None:
+            self._decode = self._switch.tables = None
+
+        self._between_steps(drop)
+
+    def _between_steps(self, work: Callable[[], None]) -> None:
+        """Do something in the thread that computes, and wait for it."""
+        done: Future[None] = Future()
+
+        def do() -> None:
+            try:
+                work()
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001  whatever it is, it is the caller's
+                done.set_exception(error)
+
+        self._commands.put(do)
+        done.result()
 
     @property
     def graph_bytes(self) -> int:
@@ -276,9 +302,9 @@ class Batch:
         except Exception as error:  # noqa: BLE001  whatever the model raises
             self._without_culprits(step, error)
             return
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             # Only now it took what it took, and a slot whose last request is cancelled next may be overwritten.
-            torch.cuda.current_stream(self._device).synchronize()
+            torch.cuda.current_stream(self.device).synchronize()
         self._scheduler.done(step, time.perf_counter() - began)
         ready = [job for job, piece in step if piece.past + piece.length == len(job.tokens)]
         logits = self._score_prompts(step, logits)
@@ -333,21 +359,21 @@ class Batch:
             positions += range(piece.past, end)
             rows += range(len(ids) - _rows_kept(job, piece), len(ids))
         rows = rows or [0]  # a model may not take a step without a row of logits
-        wanted = torch.tensor(rows, device=self._device)
+        wanted = torch.tensor(rows, device=self.device)
         lengths, pieces = [piece.length for _, piece in step], [piece for _, piece in step]
         slots = [job.slot for job, _ in step]
         layout = lengths, slots, rows
         if layout != self._layout:  # of most steps it is that of the step before
             self._layout = layout
             kept = rows if self._cuts_rows else None
-            self._context = StepContext.build(lengths, slots, kept, self._device, self._switch.buffers)
+            self._context = StepContext.build(lengths, slots, kept, self.device, self._switch.buffers)
         self._switch.step = self._context
         cut = {"logits_to_keep": wanted} if self._cuts_rows else {}
-        places = StepPlaces(self._cache, pieces, self._device)
+        places = StepPlaces(self._cache, pieces, self.device)
         with running(places):
             output = self._model(
-                input_ids=torch.tensor([ids], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
+                input_ids=torch.tensor([ids], device=self.device),
+                position_ids=torch.tensor([positions], device=self.device),
                 use_cache=False,
                 paged=places,  # says to `survey` that attention is no module of rows
                 **cut,
@@ -382,7 +408,7 @@ class Batch:
 
     def _tell(self, job: Job, *, finished: bool = False, error: str | None = None) -> None:
         told = job.id, job.listener, job.made, finished, error
-        if self._device.type == "cpu":  # a thread that wakes up for each token would only take time from the steps
+        if self.device.type == "cpu":  # a thread that wakes up for each token would only take time from the steps
             tell(*told)
         else:
             self._told.put(told)

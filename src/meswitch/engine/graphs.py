@@ -65,10 +65,11 @@ class DecodeSteps:
     ) -> None:
         self._model, self._switch, self._tables = model, switch, tables
         self._side, self._device = step.tokens, step.tokens.token_slots.device
-        self.sizes = (*(size for size in SIZES if size < rows), min(rows, SIZES[-1]))
+        self.sizes = tuple(sorted({min(size, rows) for size in SIZES}))
         self._places = DecodePlaces(cache, self.sizes[-1], longest, self._device)
         self._spare = cache.spare
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._told: set[str] = set()  # owners of whom the log has been told
         self.nbytes = tables.nbytes
         """Device memory of the graphs, and of what the layers look up."""
 
@@ -77,8 +78,12 @@ class DecodeSteps:
         if len(step) > self.sizes[-1] or any(piece.length > 1 for _, piece in step):
             return None
         slots = [job.slot for job, _ in step]
-        if not all(self._tables.fill(slot, self._switch.tensors(slot)) for slot in {*slots} - {BASE_SLOT}):
-            return None
+        for job, _ in step:
+            if job.slot != BASE_SLOT and not self._tables.fill(job.slot, self._switch.tensors(job.slot)):
+                if job.owner not in self._told:
+                    self._told.add(job.owner)
+                    logger.warning("%s has tensors outside of tables: its steps are computed without graphs", job.owner)
+                return None
         self._places.fill([job.tokens[piece.past] for job, piece in step], [piece for _, piece in step])
         if self._side.host != slots:
             self._side.fill(slots)
@@ -98,7 +103,6 @@ class DecodeSteps:
         Raises:
             Exception: whatever keeps the model from being recorded.
         """
-        before = torch.cuda.memory_reserved(self._device)
         found: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         for done, size in enumerate(reversed(self.sizes)):  # the largest first: the others find room in its memory
@@ -120,11 +124,9 @@ class DecodeSteps:
         torch.cuda.synchronize(self._device)
         self._side.fill([])
         self._captured = found
-        self.nbytes = self._tables.nbytes + torch.cuda.memory_reserved(self._device) - before
-
-    def forget(self) -> None:
-        """Drop the graphs; steps are computed without them."""
-        self._captured = {}
+        segments = torch.cuda.memory.memory_snapshot()
+        own = (part["total_size"] for part in segments if part.get("segment_pool_id") == pool)
+        self.nbytes = self._tables.nbytes + sum(own)
 
     def _forward(self, rows: int) -> Tensor:
         owners = TableOwners(self._side, rows)

@@ -193,11 +193,14 @@ def prove(
     store: ExpertStore,
     artifacts: Mapping[str, Artifact],
     trial: Trial,
+    *,
+    decoding: bool = False,
 ) -> list[str]:
     """Compare every kind of wrapped block with itself under merged weights.
 
     Args:
         model: the base with its wrappers. batch, switch: that run it.
+        decoding: with steps of one token a request.
 
     Returns:
         what does not agree, a line each: module, class and reason; empty if all do.
@@ -212,13 +215,16 @@ def prove(
             witnesses = [_Witness(unit, switch, survey, slots, artifacts, stored) for unit in units.values()]
             order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
             prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
+            if decoding:
+                prompts = [[prompt[place]] for place, prompt in enumerate(prompts)]
             for prompt, slot in zip(prompts, order, strict=True):
                 if slot in slots:
                     _say_added(prompt, artifacts[slots[slot]], model)
             handles = [handle for witness in witnesses for handle in witness.watch(model)]
             try:
                 run(batch, f"proof-{number}", prompts, order)
-                run(batch, f"alone-{number}", prompts[:1], order[:1])  # steps of one row, too
+                if not decoding:  # steps of one row, too
+                    run(batch, f"alone-{number}", prompts[:1], order[:1])
             finally:
                 for handle in handles:
                     handle.remove()
@@ -259,32 +265,6 @@ def mixed_tokens(
         for slot in slots.values():
             store.release(slot)
     return found
-
-
-def decodes_differ(
-    batch: Batch,
-    store: ExpertStore,
-    artifacts: Mapping[str, Artifact],
-    trial: Trial,
-    wanted: Mapping[tuple[str, int], Tensor],
-) -> str | None:
-    """How decode steps over static buffers differ from steps without, None if they do not.
-
-    Args:
-        wanted: what `mixed_tokens` gave without them.
-    """
-    try:
-        batch_runs_base(batch, trial, contextlib.nullcontext(), "decode")
-        found = mixed_tokens(batch, store, artifacts, trial)
-    except MeswitchError as error:
-        return str(error)
-    for (name, token), logits in wanted.items():
-        rows = (logits[None] for logits in (found[name, token], logits, wanted["", token]))
-        fault = _difference(*rows, exact=False)
-        if fault is not None:
-            who = f"expert {name!r}" if name else "the base"
-            return f"a decode step of {who}: {fault}".replace("merged weights", "a step without static buffers")
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +326,7 @@ def _say_added(prompt: list[int], artifact: Artifact, model: Any) -> None:
     """Put a token of an expert's own vocabulary into its prompt."""
     rows, size = model.get_input_embeddings().weight.shape[0], artifact.manifest.expert.vocab_size
     if size > rows:
-        prompt[1] = size - 1
+        prompt[min(1, len(prompt) - 1)] = size - 1
 
 
 @dataclass

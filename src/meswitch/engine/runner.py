@@ -5,8 +5,9 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,20 +21,20 @@ from meswitch.engine.context import Switch
 from meswitch.engine.merged import SHARE, MergedWeights
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
-from meswitch.engine.proof import Trial, batch_runs_base, decodes_differ, mixed_tokens, prove, without_weights
+from meswitch.engine.proof import Trial, batch_runs_base, mixed_tokens, prove, without_weights
 from meswitch.engine.request import Listener
 from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
-from meswitch.engine.warm import compile_kernels
+from meswitch.engine.warm import PROMPTS, compile_kernels, run_prompts
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import Step
 from meswitch.slots import ExpertStore
 
-logger = logging.getLogger("meswitch.engine")
+logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried is quiet
 
 RunnerName = Literal["auto", "batch", "turns"]
 RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")
@@ -209,8 +210,6 @@ def _open_batch(
             raise
         if not isinstance(found, Opened):
             batch.close()
-    if isinstance(found, Opened) and sizes.cuda_graphs and switch.buffers is not None:
-        _speed_up(batch, found.store, artifacts, trial)
     return found
 
 
@@ -262,31 +261,54 @@ def _proven(
     if kernel and device.type == "cuda":
         with torch.cuda.device(device):
             compile_kernels(model, switch, sizes.slots, sizes.batch_tokens)
+    proven = partial(prove, model, batch, switch, attachment, stored, survey, store, artifacts, trial)
     try:
-        faults = prove(model, batch, switch, attachment, stored, survey, store, artifacts, trial)
+        faults = proven()
     except MeswitchError as error:
         faults = [f"a mixed step fails: {error}"]
     if faults:
         attachment.undo(model)
         return tuple(faults)
+    if kernel and device.type == "cuda":
+        run_prompts(batch, store, list(artifacts)[:2], PROMPTS)
+    if kernel and sizes.cuda_graphs:
+        started = time.perf_counter()
+        reason = _speed_up(batch, store, artifacts, trial, proven)
+        if reason is None:
+            logger.info("decode steps are ready in %.0f s", time.perf_counter() - started)
+        else:
+            batch.decode_eagerly()
+            logger.warning("decode steps run without CUDA graphs, which is slower: %s", reason)
     return Opened(batch, store, ())
 
 
-def _speed_up(batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial) -> None:
-    """Let decode steps run over static buffers, once it is proven that they give what the other steps give."""
-    started = time.perf_counter()
-    wanted = mixed_tokens(batch, store, artifacts, trial)
-    reason = None
+def _speed_up(
+    batch: Batch,
+    store: ExpertStore,
+    artifacts: Mapping[str, Artifact],
+    trial: Trial,
+    proven: Callable[..., list[str]],
+) -> str | None:
+    """Let decode steps run over static buffers, on a GPU as CUDA graphs; why not, None if they do.
+
+    The buffers are proven like any step. A graph records the same operations, so what it gives is the same, bit by bit.
+    """
     try:
-        batch.decode_from_tables(store.slot_count, _told)
-        reason = decodes_differ(batch, store, artifacts, trial, wanted)
-    except Exception as error:  # noqa: BLE001  whatever keeps a model from being captured
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    if reason is None:
-        logger.info("decode steps are ready in %.0f s", time.perf_counter() - started)
-    else:
-        batch.decode_eagerly()
-        logger.warning("decode steps run without CUDA graphs, which is slower: %s", reason)
+        batch.decode_from_tables(store.slot_count)
+        batch_runs_base(batch, trial, contextlib.nullcontext(), "decode")
+        if faults := proven(decoding=True):
+            return faults[0]
+        if batch.device.type == "cuda":
+            wanted = mixed_tokens(batch, store, artifacts, trial)
+            batch.capture_decode(_told)
+            found = mixed_tokens(batch, store, artifacts, trial)
+            if not all(torch.equal(logits, found[who]) for who, logits in wanted.items()):
+                return "a replayed graph gives other numbers than what it recorded"
+            batch_runs_base(batch, trial, contextlib.nullcontext(), "replay")
+    except Exception as error:
+        logger.debug("decode steps over static buffers", exc_info=error)
+        return (str(error).strip() or type(error).__name__).partition("\n")[0]
+    return None
 
 
 def _told(done: int, total: int) -> None:

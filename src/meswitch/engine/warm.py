@@ -2,16 +2,23 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from meswitch.engine.context import Switch
+from meswitch.engine.batching import Batch
+from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
+from meswitch.engine.pages import PAGE, pages_for
+from meswitch.engine.proof import run
 from meswitch.ops.ahead import Job, compile_ahead, embedding_job, fused_jobs, prefill_jobs
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import step_sizes
+from meswitch.slots import ExpertStore
 
-logger = logging.getLogger("meswitch.engine")
+# Requests and tokens of each, for steps of every kind: deltas in the product, weights of an expert's own, many pieces.
+PROMPTS = ((1, 24), (1, 100), (1, 512), (1, 2000), (3, 24), (8, 24), (32, 24), (8, 200))
+
+logger = logging.getLogger("meswitch.opening")
 
 
 def compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) -> None:
@@ -46,3 +53,23 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
         for bias in biases if not is_table else ():
             yield from fused_jobs(*about, bias, sizes)
             yield from prefill_jobs(*about, bias, most_tokens)
+
+
+def run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], kinds: Sequence[tuple[int, int]]) -> None:
+    """Run prompts of many lengths, so that libraries load their kernels now and not with the first request.
+
+    Args:
+        experts: some of the store's; they take turns with the base.
+        kinds: requests of a step, and tokens of each.
+    """
+    started = time.perf_counter()
+    slots = [store.acquire(name) for name in experts[: store.slot_count]]
+    try:
+        for number, (requests, tokens) in enumerate(kinds):
+            if requests * pages_for(tokens + 1) * PAGE <= batch.kv_tokens:
+                owners = [([*slots, BASE_SLOT] * requests)[place] for place in range(requests)]
+                run(batch, f"warm-{number}", [[place % 7] * tokens for place in range(requests)], owners, 1)
+    finally:
+        for slot in slots:
+            store.release(slot)
+    logger.info("prompts of all kinds were run in %.0f s", time.perf_counter() - started)

@@ -1,7 +1,7 @@
-"""Fill the tables of docs/server.md from serving-cpu.json and residency-cpu.json (`serving_cpu.py`, `residency.py`).
+"""Fill the tables of docs/server.md from what `serving_cpu.py`, `residency.py` and `engine.py` stored.
 
-python benchmarks/serving_cpu_doc.py            rewrite what is out of date
-python benchmarks/serving_cpu_doc.py --check    say so instead, and exit 1
+python benchmarks/serving_doc.py            rewrite what is out of date
+python benchmarks/serving_doc.py --check    say so instead, and exit 1
 """
 
 from typing import Any
@@ -74,14 +74,52 @@ def residency(found: Data) -> str:
     return f"{pipe(head, *table)}\n\n{under}"
 
 
+def on_gpu(found: Data) -> str:
+    """Tokens a second and milliseconds a step, beside what the memory allows; then where a step's time goes."""
+    head = ["", "graphs", "requests", "experts", "tokens/s", "ms a step", "floor, ms", "first time, s", "later, s"]
+    table, parts, prompts = [], [], []
+    for row in found["rows"]:
+        what = [row["model"] if row["engine"] == "embedded" else row["engine"], "yes" if row["graphs"] else "no"]
+        asked = [str(row["requests"]), str(row["experts"]) if row["experts"] else "base"]
+        if "parts_ms" in row:
+            shares = ", ".join(f"{name} {ms:.2f}" for name, ms in row["parts_ms"].items() if ms >= 0.01)
+            parts.append(f"{what[0]}, {' requests, '.join(asked)} experts: {shares}")
+        elif "ttft_ms" in row:
+            prompts.append(
+                f"{what[0]}: the first token of a prompt of {row['prompt']} tokens comes after {row['ttft_ms']} ms, "
+                f"the first time after {row['ttft_first_ms']:.0f} ms."
+            )
+        else:
+            numbers = (
+                row["tokens_per_s"],
+                row["ms_per_step"],
+                row.get("floor_ms", "-"),
+                row["first_s"],
+                row["seconds"],
+            )
+            table.append([*what, *asked, *map(str, numbers)])
+    meta = found["meta"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    under = (
+        f"{meta['model']}; prompts of {meta['prompt']} tokens, {meta['new_tokens']} new ones each. The floor is "
+        f"reading the base's matrices and the experts' deltas once at the bandwidth of a copy, "
+        f"{meta['copy_tb_per_s']:.1f} TB/s. {meta['card']}, {versions}, {meta['date']}."
+    )
+    return "\n\n".join(
+        [pipe(head, *table), under, *prompts, f"Milliseconds of the card in a step: {'; '.join(parts)}."]
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "server.md", arguments)
     found, many = stored("serving-cpu.json"), stored("residency-cpu.json")
+    gpu = stored("engine-h200.json")
     places = {
+        "the embedded engine on a GPU": on_gpu(gpu) if gpu else LATER,
         "serving on a CPU": serving(found) if found else LATER,
         "many experts on a CPU": residency(many) if many else LATER,
     }
-    command = "benchmarks/serving_cpu_doc.py"
+    command = "benchmarks/serving_doc.py"
     update(options.doc, command, places, {}, check=options.check, redraw=options.redraw)
 
 

@@ -1,0 +1,65 @@
+"""Attention over static buffers gives what attention over gathered keys gives, page by page and window by window."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from deltas import DEVICE
+from meswitch.engine.attention import KVCache, Piece, StepPlaces
+from meswitch.engine.decode import DecodePlaces
+from meswitch.engine.pages import PAGE
+from meswitch.errors import IncompatibleError
+
+CONFIG = SimpleNamespace(num_hidden_layers=2, sliding_window=100, layer_types=["full_attention", "sliding_attention"])
+PIECES = [
+    [Piece(1, 0, [3])],
+    [Piece(1, 5, [3]), Piece(1, PAGE, [7, 2]), Piece(1, 300, [9, 1, 30, 31, 5]), Piece(1, PAGE - 1, [12])],
+    [Piece(1, 301, [9, 1, 30, 31, 5]), Piece(1, 6, [3]), Piece(1, 2 * PAGE - 1, [7, 2])],
+    [Piece(1, 39 * PAGE, list(range(39, -1, -1))), Piece(1, 302, [9, 1, 30, 31, 5])],
+]
+
+
+def layer(number, groups):
+    module = nn.Module()
+    module.layer_idx, module.num_key_value_groups, module.is_causal = number, groups, True
+    return module
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (8, 1)])
+def test_steps_one_after_another(heads):
+    device, width = torch.device(DEVICE), 32
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    draw = torch.Generator(device).manual_seed(0)
+    cache = KVCache(CONFIG, 40, "sdpa", device)
+    places = DecodePlaces(cache, 8, 40 * PAGE, device)
+    for pieces in PIECES:
+        places.fill([1] * len(pieces), pieces)
+        gathered = StepPlaces(cache, pieces, device)
+        for number in range(2):
+            module = layer(number, heads[0] // heads[1])
+            module = cache._layers[number][0] if number in cache._layers else module
+            query, key, value = (
+                torch.randn(1, count, len(pieces), width, generator=draw, device=device, dtype=dtype)
+                for count in (heads[0], heads[1], heads[1])
+            )
+            _, keys, values = cache.layer(module, key, value)
+            if pieces is PIECES[0]:
+                keys.normal_(generator=draw), values.normal_(generator=draw)
+            found, _ = places.attend(module, query, key, value, {"scaling": 0.2})
+            kept = keys.clone(), values.clone()
+            wanted, _ = gathered.attend(module, query, key, value, {"scaling": 0.2})
+            assert all(map(torch.equal, kept, (keys, values)))  # the step's own are written where they belong
+            torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_what_is_more_than_scaled_dot_products_is_refused():
+    cache = KVCache(CONFIG, 4, "sdpa", torch.device("cpu"))
+    places = DecodePlaces(cache, 2, 4 * PAGE, torch.device("cpu"))
+    places.fill([1], [Piece(1, 0, [0])])
+    numbers = torch.zeros(1, 2, 1, 32)
+    with pytest.raises(IncompatibleError, match="softcap"):
+        places.attend(layer(0, 1), numbers, numbers, numbers, {"softcap": 30.0})
+    with pytest.raises(IncompatibleError, match="eager"):
+        DecodePlaces(KVCache(CONFIG, 4, "eager", torch.device("cpu")), 2, 4 * PAGE, torch.device("cpu"))
