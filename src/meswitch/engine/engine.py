@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from meswitch.adapter import open_expert
+from meswitch.adapter import is_adapter, open_expert
 from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import Artifact, fingerprint
+from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
@@ -515,6 +516,11 @@ class Engine:
     def _release(self, slot: int) -> None:
         if slot != BASE_SLOT:
             self.store.release(slot)
+
+
+def holds_expert(directory: str | Path) -> bool:
+    """Whether a directory holds an artifact or a PEFT adapter, by the names of its files."""
+    return is_adapter(directory) or (Path(directory) / MANIFEST_NAME).is_file()
 
 
 def _if_unexpected(error: LoadError) -> BaseException | None:

@@ -13,9 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from meswitch.adapter import is_adapter
-from meswitch.artifact.manifest import MANIFEST_NAME
-from meswitch.engine import Engine
+from meswitch.engine import Engine, holds_expert
 from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.family import Family
 from meswitch.server.errors import ApiError, without_paths
@@ -164,7 +162,7 @@ class Experts:
         for path in sorted(root.iterdir()) if root.is_dir() else ():
             if not re.match(NAME, path.name) or path.suffix == ".partial" or not path.resolve().is_relative_to(root):
                 continue
-            if (path / MANIFEST_NAME).is_file() or is_adapter(path):
+            if holds_expert(path):
                 there[path.name] = path
         for name in [name for name in self._found if name not in there]:
             del self._found[name]
