@@ -20,7 +20,7 @@ import torch
 import ops_check
 import ops_decode
 import ops_prefill
-from meswitch.ops.ahead import compile_ahead
+from meswitch.ops.triton.ahead import compile_ahead
 from ops_timing import copy_gb_s, measured_on, read_gb_s
 
 

@@ -7,10 +7,10 @@ import torch
 
 import ops_compare
 from meswitch.ops import Routing, expert_linear, fused_linear
-from meswitch.ops.ahead import Job, decode_job, fused_job
-from meswitch.ops.items import choose_fused
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
+from meswitch.ops.triton.ahead import Job, decode_job, fused_job
+from meswitch.ops.triton.items import choose_fused
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
 from ops_timing import graph_ms
 

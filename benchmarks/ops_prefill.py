@@ -14,10 +14,10 @@ import torch
 import ops_prefill_check
 import ops_prefill_paths as paths
 from meswitch.ops import merge
-from meswitch.ops.ahead import Job, compile_ahead, decode_job, merge_job, product_job
 from meswitch.ops.merge import Tile, launch
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.slots import Variant
+from meswitch.ops.triton.ahead import Job, compile_ahead, decode_job, merge_job, product_job
 from ops_models import DEVICE, MODELS, Layer, random_layer
 from ops_timing import copy_gb_s, graph_ms, graph_of, in_turn_ms
 

@@ -3,11 +3,11 @@
 import torch
 
 from meswitch.ops import SlotLinear
-from meswitch.ops.ahead import Job, decode_job, embedding_job, merge_job
 from meswitch.ops.prefill import SCRATCH, expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.rows import embedding_rows
 from meswitch.ops.slots import Variant
+from meswitch.ops.triton.ahead import Job, decode_job, embedding_job, merge_job
 from ops_check import judged
 from ops_models import DEVICE, random_delta
 

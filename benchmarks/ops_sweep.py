@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from meswitch.ops import Routing
-from meswitch.ops.ahead import Job, compile_ahead, fused_job
-from meswitch.ops.items import BROAD_ROWS, Config, FusedConfig, choose_fused
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
-from meswitch.ops.triton_launch import fused
+from meswitch.ops.triton.ahead import Job, compile_ahead, fused_job
+from meswitch.ops.triton.items import BROAD_ROWS, Config, FusedConfig, choose_fused
+from meswitch.ops.triton.launch import fused
 from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
 from ops_timing import copy_gb_s, graph_ms, measured_on
 

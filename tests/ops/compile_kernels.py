@@ -11,8 +11,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import mangle_type
 
-from meswitch.ops.ahead import Job, decode_jobs, embedding_job, fused_jobs, launched, prefill_jobs, product_job
 from meswitch.ops.slots import Variant
+from meswitch.ops.triton.ahead import Job, decode_jobs, embedding_job, fused_jobs, launched, prefill_jobs, product_job
 
 TYPES = {
     torch.bfloat16: "*bf16",

@@ -12,9 +12,9 @@ from meswitch.ops import (
     expert_linear,
     expert_prefill,
     fused_linear,
-    triton_launch,
 )
-from meswitch.ops.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
+from meswitch.ops.triton import launch as launch_module
+from meswitch.ops.triton.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 
 ROWS, WIDTH, DTYPE = 256, 1024, torch.bfloat16
 STEPS = [[0], [0, 1, 2, -1], [0] * 9 + [1] * 3, [t % 3 for t in range(40)]]
@@ -47,9 +47,9 @@ def run(layer):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 def test_a_step_compiles_nothing_more(layer, monkeypatch):
-    from meswitch.ops.triton_decode import decode_kernel
-    from meswitch.ops.triton_fused import fused_kernel
-    from meswitch.ops.triton_merge import merge_kernel, rows_kernel
+    from meswitch.ops.triton.decode import decode_kernel
+    from meswitch.ops.triton.fused import fused_kernel
+    from meswitch.ops.triton.merge import merge_kernel, rows_kernel
 
     kernels = decode_kernel, fused_kernel, merge_kernel, rows_kernel
     assert compile_ahead(jobs(layer)) > 5
@@ -80,8 +80,8 @@ def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
             return launch
 
     for name in ("fused", "decode"):
-        kernel = getattr(triton_launch, f"{name}_kernel")
-        monkeypatch.setattr(triton_launch, f"{name}_kernel", Recorder(name, kernel))
+        kernel = getattr(launch_module, f"{name}_kernel")
+        monkeypatch.setattr(launch_module, f"{name}_kernel", Recorder(name, kernel))
     run(layer)
     known = {job.key for job in jobs(layer)}
     assert {job.kernel for job in launched} == {"fused", "decode"}

@@ -9,8 +9,8 @@ from deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, expert_linear
 from meswitch.ops.cpu import slot_matrix
-from meswitch.ops.items import choose
 from meswitch.ops.slots import read_slot
+from meswitch.ops.triton.items import choose
 
 
 def inputs(tokens, layer, dtype, mean=0.0):
@@ -81,7 +81,7 @@ def test_input_channels_are_split_among_programs():
 
 @pytest.mark.parametrize("group", [None, 32, 64])
 def test_more_codes_in_a_dot_and_whole_tiles_give_the_same(group):
-    from meswitch.ops.triton_launch import decode
+    from meswitch.ops.triton.launch import decode
 
     deltas = [random_delta(150, 1024, bits, group, salient=2, seed=bits) for bits in (2, 3)]
     layer = SlotLinear.build(deltas, DEVICE)

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from meswitch.ops.items import choose_fused
 from meswitch.ops.routing import MAX_TOKENS, most_pieces
+from meswitch.ops.triton.items import choose_fused
 
 # rows, input channels: of large and of small models, of parts of one on several GPUs, and odd ones
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (7680, 5120)]

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from meswitch.ops.triton_unpack import merge_asm, restore_asm, unpack_asm
+from meswitch.ops.triton.unpack import merge_asm, restore_asm, unpack_asm
 
 
 def halves(word, dtype):

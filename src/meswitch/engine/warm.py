@@ -10,9 +10,9 @@ from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.proof import run
-from meswitch.ops.ahead import Job, compile_ahead, embedding_job, fused_jobs, prefill_jobs
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import step_sizes
+from meswitch.ops.triton.ahead import Job, compile_ahead, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 
 # Requests and tokens of each, for steps of every kind: deltas in the product, weights of an expert's own, many pieces.

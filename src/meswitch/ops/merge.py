@@ -70,9 +70,9 @@ def merge(
 
 
 def constants(variant: Variant) -> dict[str, Any]:
-    """What both kernels of `triton_merge` are compiled for."""
-    from meswitch.ops.triton_launch import INTERPRET
-    from meswitch.ops.triton_merge import BLOCK
+    """What both kernels of `triton.merge` are compiled for."""
+    from meswitch.ops.triton.launch import INTERPRET
+    from meswitch.ops.triton.merge import BLOCK
 
     block, group = BLOCK.value, variant.group
     return {
@@ -89,8 +89,8 @@ def merge_constants(
     experts: int, tile: Tile, rows: int, in_features: int, variant: Variant, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What `merge_kernel` is compiled for besides `constants`."""
-    from meswitch.ops.triton_launch import INTERPRET
-    from meswitch.ops.triton_merge import BLOCK
+    from meswitch.ops.triton.launch import INTERPRET
+    from meswitch.ops.triton.merge import BLOCK
 
     even = in_features % BLOCK.value == 0 and rows % tile.rows == 0
     limit = {} if tile.registers is None else {"maxnreg": tile.registers}
@@ -110,7 +110,7 @@ def launch(
     tile: Tile | None = None,
 ) -> None:
     """The Triton kernel, once for every `MOST` experts; shapes as for `merge`."""
-    from meswitch.ops.triton_merge import BLOCK, merge_kernel
+    from meswitch.ops.triton.merge import BLOCK, merge_kernel
 
     (rows, width), block = weight.shape, BLOCK.value
     for e in range(0, len(slots), MOST):

@@ -74,7 +74,7 @@ def _expert_linear(
     layer = SlotLinear(arena, table, arrived, y.shape[1], x.shape[1], Variant(two, one, group, salient))
     routing = Routing(slots, starts, order, piece, likely)
     if backend == "triton":
-        from meswitch.ops.triton_launch import decode
+        from meswitch.ops.triton.launch import decode
 
         decode(y, x, layer, routing)
         return
@@ -110,7 +110,7 @@ def _fused_linear(
     layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
     routing = Routing(slots, starts, order, piece, likely)
     if backend == "triton":
-        from meswitch.ops.triton_launch import fused
+        from meswitch.ops.triton.launch import fused
 
         y = x.new_empty(len(x), len(weight))
         fused(y, x, weight, bias, layer, routing)

@@ -1,4 +1,4 @@
-"""`x (W + D)^T` for segments of a prefill step without writing W + D anywhere: where and how `triton_product` runs."""
+"""`x (W + D)^T` for segments of a prefill step without writing W + D anywhere: where and how `triton.product` runs."""
 
 import functools
 import importlib.util
@@ -34,7 +34,7 @@ def on_hopper(device: torch.device) -> bool:
     there = device.type == "cuda" and torch.cuda.is_available()
     if not there or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    from meswitch.ops.triton_launch import INTERPRET  # only now: a CPU may have no Triton
+    from meswitch.ops.triton.launch import INTERPRET  # only now: a CPU may have no Triton
 
     return not INTERPRET and importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
 
@@ -61,7 +61,7 @@ def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Slo
         y: [tokens, rows] bf16, rows are contiguous. x: [tokens, in_features]. weight: [rows, in_features].
         bias: [rows]. tiles: [tiles, 4] int32, as `token_tiles` has them.
     """
-    from meswitch.ops.triton_product import product_kernel
+    from meswitch.ops.triton.product import product_kernel
 
     rows, width = weight.shape
     x = _reachable(x)

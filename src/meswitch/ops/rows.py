@@ -113,7 +113,7 @@ def _embedding_rows(
     rows, width = weight.shape
     out = weight.new_empty(len(ids), width)
     if backend == "triton":
-        from meswitch.ops.triton_merge import BLOCK, rows_kernel
+        from meswitch.ops.triton.merge import BLOCK, rows_kernel
 
         rows_kernel[(-(-width // BLOCK.value), len(ids))](
             *(ids, token_slots, weight, extra, out, arena.view(torch.int32), table),

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.ops.items import Config, FusedConfig, choose, choose_fused
 from meswitch.ops.routing import Routing, bucket
 from meswitch.ops.slots import SlotLinear, Variant
-from meswitch.ops.triton_decode import decode_kernel
-from meswitch.ops.triton_fused import fused_kernel
+from meswitch.ops.triton.decode import decode_kernel
+from meswitch.ops.triton.fused import fused_kernel
+from meswitch.ops.triton.items import Config, FusedConfig, choose, choose_fused
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # no inline assembly there
 

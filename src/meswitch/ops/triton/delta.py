@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from meswitch.ops import layout
-from meswitch.ops.triton_unpack import ONE_BF16, ONE_FP16, ONE_REGISTERS, TWO_BF16, TWO_FP16, TWO_REGISTERS
+from meswitch.ops.triton.unpack import ONE_BF16, ONE_FP16, ONE_REGISTERS, TWO_BF16, TWO_FP16, TWO_REGISTERS
 
 SALIENT_ROWS = tl.constexpr(layout.SALIENT_ROWS)
 

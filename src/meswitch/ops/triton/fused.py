@@ -13,7 +13,7 @@ Columns are not tokens but places in the routing's order, so that an expert's to
 import triton
 import triton.language as tl
 
-from meswitch.ops.triton_delta import bound, delta_tile
+from meswitch.ops.triton.delta import bound, delta_tile
 
 
 @triton.jit

@@ -10,8 +10,8 @@ bf16 and at 2 bits, tiles without a salient channel take six instructions for tw
 import triton
 import triton.language as tl
 
-from meswitch.ops.triton_delta import bound, salient_index
-from meswitch.ops.triton_unpack import MERGE_BF16
+from meswitch.ops.triton.delta import bound, salient_index
+from meswitch.ops.triton.unpack import MERGE_BF16
 
 BLOCK = tl.constexpr(256)  # channels of a tile; divides the blocks of both kinds of planes
 

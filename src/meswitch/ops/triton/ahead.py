@@ -13,7 +13,7 @@ from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
 from meswitch.ops.slots import Variant
 
 if TYPE_CHECKING:
-    from meswitch.ops.items import FusedConfig
+    from meswitch.ops.triton.items import FusedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def fused_job(
     bias: bool = False,
     again: bool = False,
 ) -> Job:
-    """What `triton_launch.fused` launches. again: of a routing of more pieces than likely ones."""
-    from meswitch.ops.triton_launch import fused_constants
+    """What `launch.fused` launches. again: of a routing of more pieces than likely ones."""
+    from meswitch.ops.triton.launch import fused_constants
 
     return Job("fused", dtype, rows, in_features, fused_constants(config, rows, in_features, variant, bias, again))
 
@@ -77,7 +77,7 @@ def fused_jobs(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int, int]]
 ) -> Iterator[Job]:
     """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces)."""
-    from meswitch.ops.items import choose_fused
+    from meswitch.ops.triton.items import choose_fused
 
     for tokens, pieces, likely in sizes:
         config = choose_fused(rows, in_features, likely, bucket(tokens, least=8), variant.planes)
@@ -88,8 +88,8 @@ def decode_job(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, likely: int, piece: int = PIECE
 ) -> Job:
     """What `expert_linear` launches in a step of so many likely pieces of at most `piece` tokens."""
-    from meswitch.ops.items import choose
-    from meswitch.ops.triton_launch import constants
+    from meswitch.ops.triton.items import choose
+    from meswitch.ops.triton.launch import constants
 
     config = choose(rows, in_features, likely, piece)
     fixed = constants(config, rows, in_features, variant)
@@ -140,9 +140,9 @@ def embedding_job(rows: int, in_features: int, variant: Variant, dtype: torch.dt
 
 def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
     """The kernel, and its arguments before the constants: a dtype for a pointer, numbers of the right divisors."""
-    from meswitch.ops.triton_decode import decode_kernel
-    from meswitch.ops.triton_fused import fused_kernel
-    from meswitch.ops.triton_merge import merge_kernel, rows_kernel
+    from meswitch.ops.triton.decode import decode_kernel
+    from meswitch.ops.triton.fused import fused_kernel
+    from meswitch.ops.triton.merge import merge_kernel, rows_kernel
 
     if job.kernel == "product":  # its language is not part of every Triton
         return _product(job)
@@ -159,7 +159,7 @@ def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _product(job: Job) -> tuple[Any, tuple[Any, ...]]:
-    from meswitch.ops.triton_product import product_kernel
+    from meswitch.ops.triton.product import product_kernel
 
     own, i32, i64, rows, width = job.dtype, torch.int32, torch.int64, job.rows, job.in_features
     x, weight = (torch.empty(n, width, dtype=own, device="meta") for n in (restored.TOKENS, rows))

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from meswitch.ops import layout, restored
-from meswitch.ops.triton_unpack import RESTORE_BF16, RESTORE_REGISTERS
+from meswitch.ops.triton.unpack import RESTORE_BF16, RESTORE_REGISTERS
 
 ROWS, TOKENS = gl.constexpr(restored.ROWS), gl.constexpr(restored.TOKENS)
 CHANNELS, BLOCK = gl.constexpr(restored.CHANNELS), gl.constexpr(restored.BLOCK)

@@ -7,7 +7,7 @@ A tile's programs share its input channels, and the last of them adds up. Where 
 import triton
 import triton.language as tl
 
-from meswitch.ops.triton_delta import delta_tile
+from meswitch.ops.triton.delta import delta_tile
 
 
 @triton.jit(do_not_specialize=["pieces", "whole"])
