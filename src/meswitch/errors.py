@@ -27,6 +27,10 @@ class ConfigError(MeswitchError):
     """A configuration file or an option has a value that cannot be used."""
 
 
+class ContextLengthError(ConfigError):
+    """A prompt leaves no room for an answer."""
+
+
 class UnknownExpertError(MeswitchError):
     """A request named an expert that the family does not have."""
 

@@ -122,6 +122,20 @@ class ServerSection(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     allow_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = ()
+    root_path: str = Field(default="", pattern=r"^(/[^\s?#]*[^\s?#/])?$")  # under which a proxy serves it
+    tls_cert: str | None = None  # PEM files, relative to the file
+    tls_key: str | None = None
+    keys: str | None = None  # a file of API keys, relative to this one
+    experts_dir: str | None = None  # from where experts may be loaded while the server runs
+    watch_experts: bool = False  # serve what appears there
+    connections: int = Field(default=1024, ge=8)
+    grace_seconds: float = Field(default=30.0, ge=0.0, le=3600.0)  # for running answers at the end
+
+    @model_validator(mode="after")
+    def _watched(self) -> "ServerSection":
+        if self.watch_experts and self.experts_dir is None:
+            raise ValueError("watch_experts: which directory? set experts_dir")
+        return self
 
 
 class Family(_Section):
@@ -159,10 +173,10 @@ class Family(_Section):
         if file.is_dir():
             file = file / "family.toml"
         try:
-            data = tomllib.loads(file.read_text())
+            data = tomllib.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{file}: no such file; give a family.toml or the directory that holds one") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}") from None
         try:
             return cls.model_validate({**data, "directory": file.resolve().parent})

@@ -4,14 +4,20 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from meswitch.architecture import architecture_of
+from meswitch.durable import recover_directory
 from meswitch.engine import Engine
 from meswitch.errors import ArtifactError, MeswitchError
 from meswitch.family import Family
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastapi import FastAPI
 
-    from meswitch.router import Router
+    from meswitch.router import Encoder, Router
+    from meswitch.server.auto import AutoPolicy
+    from meswitch.server.experts import Experts
+    from meswitch.server.keys import ApiKey, Keys
 
 
 def engine_from_family(family: Family) -> Engine:
@@ -23,6 +29,7 @@ def engine_from_family(family: Family) -> Engine:
     """
     for section in family.expert:
         directory = family.resolve(section.delta)
+        recover_directory(directory)
         if not directory.exists():
             raise ArtifactError(
                 f"expert {section.name!r}: {directory}: no such artifact; make it with "
@@ -44,6 +51,7 @@ def engine_from_family(family: Family) -> Engine:
         op_backend=None if options.backend == "auto" else options.backend,
         cuda_graphs=options.cuda_graphs,
         runner=options.runner,
+        grows=family.server.experts_dir is not None,
     )
 
 
@@ -70,23 +78,101 @@ def router_from_family(family: Family, engine: Engine | None = None) -> "Router"
     )
 
 
-def app_from_family(family: Family, engine: Engine) -> tuple["FastAPI", str | None]:
-    """The HTTP application, and why `auto` will not work, or None if it will.
+def policy_from_family(family: Family, engine: Engine | None = None) -> tuple["AutoPolicy", str | None]:
+    """Who answers a request, and why `auto` will not work, or None if it will.
 
     A router that is missing or does not fit costs `auto` alone: the experts still answer by name.
+
+    Args:
+        family: its `[router]` is loaded.
+        engine: see `router_from_family`; experts that come and go there do so here.
     """
-    from meswitch.server import create_app
+    from meswitch.server.auto import AutoPolicy
 
     router, problem = None, None
     try:
         router = router_from_family(family, engine)
     except MeswitchError as error:
         problem = str(error)
-    descriptions = {section.name: section.description for section in family.expert}
-    common: dict[str, Any] = {"descriptions": descriptions, "allow_origins": family.server.allow_origins}
-    if problem is None:
-        return create_app(engine, router=router, fallback=family.router.fallback, **common), None
-    return create_app(engine, no_router=problem, **common), problem
+    named = [family.base.name, *family.names]
+    policy = AutoPolicy(
+        router,
+        (lambda: named) if engine is None else (lambda: engine.names),
+        base=family.base.name,
+        fallback=family.router.fallback,
+        no_router=problem or "",
+        prefetch=None if engine is None else engine.prefetch,
+    )
+    return policy, problem
+
+
+def keys_from_family(family: Family) -> "list[ApiKey]":
+    """The keys of `server.keys` and of the environment.
+
+    Raises:
+        ConfigError: the file is missing, or a field is wrong.
+    """
+    from meswitch.server.keys import read_keys
+
+    return read_keys(None if family.server.keys is None else family.resolve(family.server.keys))
+
+
+def experts_from_family(family: Family, engine: Engine) -> "Experts":
+    """What changes the experts of a running server."""
+    from meswitch.server.experts import Experts
+
+    directory = family.server.experts_dir
+    return Experts(
+        engine,
+        family.deltas(),
+        {section.name: section.description for section in family.expert},
+        directory=None if directory is None else family.resolve(directory),
+        family=family.directory / "family.toml",
+    )
+
+
+def app_from_family(
+    family: Family, engine: Engine, auto: "AutoPolicy", keys: "Keys | None" = None, experts: "Experts | None" = None
+) -> "FastAPI":
+    """The HTTP application.
+
+    Args:
+        auto: see `policy_from_family`. keys: of which clients must send one; None for the family's.
+        experts: see `experts_from_family`; None for experts that nobody changes.
+    """
+    from meswitch.server import create_app
+    from meswitch.server.keys import Keys
+    from meswitch.server.tracing import traced
+
+    return create_app(
+        engine,
+        auto=auto,
+        descriptions={section.name: section.description for section in family.expert},
+        allow_origins=family.server.allow_origins,
+        root_path=family.server.root_path,
+        keys=Keys(keys_from_family(family)) if keys is None else keys,
+        experts=experts,
+        trace=traced(),
+        watch=family.server.watch_experts,
+        open_encoder=encoder_opener(engine),
+    )
+
+
+def encoder_opener(engine: Engine) -> "Callable[[], Encoder] | None":
+    """What gives the base's hidden states, on the engine's weights; None where they are not the base's all the time."""
+    if not _has_base_beside(engine):
+        return None
+
+    def open_encoder() -> "Encoder":
+        from meswitch.router import Encoder
+
+        return Encoder(_base_beside(engine), engine.tokenizers[engine.base_name].tokenizer, "")
+
+    return open_encoder
+
+
+def _has_base_beside(engine: Engine) -> bool:
+    return not (engine.takes_turns or architecture_of(engine.model.config).is_multimodal)
 
 
 def _base_beside(engine: Engine) -> Any:
@@ -95,7 +181,7 @@ def _base_beside(engine: Engine) -> Any:
     The engine's layers work on the batch of the step that runs now, so nothing else may pass through them. Where
     experts take turns, the weights are not always the base's.
     """
-    if engine.takes_turns or architecture_of(engine.model.config).is_multimodal:
+    if not _has_base_beside(engine):
         return None
     import torch
     from accelerate import init_empty_weights

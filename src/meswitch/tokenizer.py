@@ -7,7 +7,8 @@ is found when an expert is compressed.
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,26 @@ from meswitch.jsonfile import disguise, read_json
 from meswitch.textfile import json_kind
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, and what else a chat template is given.
+
+    Args:
+        messages: each with `role` and a text as `content`.
+        tools: functions that the model may call, in OpenAI's form.
+        variables: of the template, such as `enable_thinking`.
+        continues: whether the answer goes on with the last message, instead of beginning a new one.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
+
+
+Prompt = str | Sequence[Message] | Conversation | Sequence[int]
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
@@ -31,6 +51,12 @@ _PROBES = (
     "def f(x):\n    return x[0] + 12345.678e-9  # 100%\n",
     "<|user|>a</s> b",
 )
+_TOOL = "tool_question_7"
+# What templates are given by us, and what Jinja and transformers give them.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+_GIVEN |= {"namespace", "range", "dict", "cycler", "joiner", "lipsum", "raise_exception", "strftime_now"}
+# Nobody writes it (Unicode says so): it stands inside a control token that somebody wrote in a message.
+_BREAK = "\ufdd0"
 _SHRINKS = 4  # times that a tokenizer may shorten a text before it takes it apart: spaces become one, letters join
 _WORDS = re.compile(r"\w+")
 _proven: set[bytes] = set()  # digests of tokenizer files that this process has compared already
@@ -101,12 +127,13 @@ class ChatTokenizer:
             ConfigError: no chat template, messages that it refuses or leaves out, a token id outside the vocabulary,
                 or nothing at all.
         """
-        if isinstance(prompt, str):
-            tokens = self._ids(prompt, special=True)
-        elif prompt and isinstance(prompt[0], Mapping):
-            tokens = self._ids(self.render(prompt), special=False)  # type: ignore[arg-type]
+        conversation = conversation_of(prompt)
+        if conversation is not None:
+            tokens = self._safe_ids(self._render(conversation))
+        elif isinstance(prompt, str):
+            tokens = self.text_ids(prompt, special=True)
         else:
-            tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+            tokens = [int(token) for token in prompt]  # type: ignore[arg-type, union-attr]
         if not tokens:
             raise ConfigError("prompt: it is empty")
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
@@ -119,10 +146,11 @@ class ChatTokenizer:
         Args:
             prompt: what `encode` takes; of token ids, which are quickly counted, it says nothing.
         """
+        conversation = conversation_of(prompt)
         if isinstance(prompt, str):
             characters = len(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            contents = (message.get("content") for message in prompt if isinstance(message, Mapping))
+        elif conversation is not None:
+            contents = (message.get("content") for message in conversation.messages if isinstance(message, Mapping))
             characters = sum(len(content) for content in contents if isinstance(content, str))
         else:
             return 0
@@ -133,35 +161,55 @@ class ChatTokenizer:
         """Characters of the longest token."""
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
-    def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+    def render(self, messages: Sequence[Message] | Conversation, *, answer: bool = True) -> str:
         """A conversation in the chat template's form.
 
         Args:
-            messages: each with `role` and a text as `content`.
+            messages: each with `role` and a text as `content`, or a conversation of such.
             answer: whether the text ends where the assistant begins to speak.
 
         Raises:
             ConfigError: there is no template; a message has no text; the template refuses one, or leaves one out.
         """
+        conversation = messages if isinstance(messages, Conversation) else Conversation(messages)
+        return self._render(conversation, answer=answer).replace(_BREAK, "")
+
+    def _render(self, conversation: Conversation, *, answer: bool = True) -> str:
+        """As `render`; in a control token that somebody wrote in a message stands `_BREAK` after its first character.
+
+        So the template's own control tokens are told from those that would end the user's turn and begin another.
+        """
         if not self.has_template:
             raise ConfigError(f"{self.name!r} has no chat template: send text to the completions API instead")
+        messages = conversation.messages
         for index, message in enumerate(messages):
-            for field in ("role", "content"):
-                if not isinstance(message.get(field), str):
-                    found = json_kind(message[field]) if field in message else "nothing"
-                    raise ConfigError(f"messages[{index}].{field}: expected a text, found {found}")
+            for name in ("role", "content"):
+                if not isinstance(message.get(name), str):
+                    found = json_kind(message[name]) if name in message else "nothing"
+                    raise ConfigError(f"messages[{index}].{name}: expected a text, found {found}")
+        if conversation.tools and not self.shows_tools:
+            raise ConfigError(f"tools: the chat template of {self.name!r} shows no tools")
+        for name, value in conversation.variables.items():
+            if name not in self._variables and value not in (None, False):
+                known = ", ".join(sorted(self._variables)) or "none"
+                raise ConfigError(f"chat_template_kwargs.{name}: the chat template of {self.name!r} reads {known}")
         try:
-            text = self._rendered(messages, answer)
+            text = self._rendered(self._disarmed(conversation), answer and not conversation.continues)
         except Exception as error:  # templates raise what they like
             raise ConfigError(
                 f"messages: the chat template of {self.name!r} refuses them: {_first_line(error)}"
             ) from error
         for index, message in enumerate(messages):
             # a system message is another matter: models without one are asked by clients that always send one
-            if message["role"] != "system" and not _says(text, message["content"]):
+            if message["role"] != "system" and not _says(text.replace(_BREAK, ""), message["content"]):
                 raise ConfigError(
                     f"messages[{index}]: the chat template of {self.name!r} leaves it out (role {message['role']!r})"
                 )
+            for call in message.get("tool_calls") or ():
+                if not _says(text.replace(_BREAK, ""), call["function"]["name"]):
+                    raise ConfigError(
+                        f"messages[{index}].tool_calls: the chat template of {self.name!r} leaves them out"
+                    )
         return text
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -172,17 +220,131 @@ class ChatTokenizer:
         """Whether a token is part of a text: no special token, and no row of a padded vocabulary."""
         return token not in self.hidden and self.tokenizer.convert_ids_to_tokens(token) is not None
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
+    def text_ids(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text. special: with those that the tokenizer itself sets at its beginning or end."""
         try:
             return list(self.tokenizer(text, add_special_tokens=special).input_ids)
         except (TypeError, UnicodeError):
             raise ConfigError("prompt: not valid Unicode text (half of a surrogate pair)") from None
 
-    def _rendered(self, messages: Sequence[Message], answer: bool) -> str:
-        conversation = [dict(message) for message in messages]
+    def _safe_ids(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation; control tokens that somebody wrote become ordinary text."""
+        if _BREAK not in text:
+            return self.text_ids(text, special=False)
+        tokens: list[int] = []
+        for index, part in enumerate(self._broken.split(text)):
+            if index % 2 == 0:
+                tokens += self.text_ids(part.replace(_BREAK, ""), special=False) if part else []
+            else:
+                tokens += self._plain.encode(part.replace(_BREAK, ""), add_special_tokens=False).ids
+        return tokens
+
+    def _disarmed(self, conversation: Conversation) -> Conversation:
+        def disarm(text: str) -> str:
+            return self._control.sub(lambda found: found[0][0] + _BREAK + found[0][1:], text.replace(_BREAK, ""))
+
+        messages = [
+            {key: value if key == "role" else _each_text(value, disarm) for key, value in message.items()}
+            for message in conversation.messages
+        ]
+        variables = {name: value for name, value in conversation.variables.items() if name in self._variables}
+        tools = _each_text(list(conversation.tools), disarm)
+        return Conversation(messages, tools, _each_text(variables, disarm), conversation.continues)
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        """The texts of control tokens."""
+        return _any_of([text for text in self.hidden.values() if len(text) > 1])
+
+    @functools.cached_property
+    def _broken(self) -> re.Pattern[str]:
+        texts = [text for text in self.hidden.values() if len(text) > 1]
+        return re.compile(f"({_any_of([text[0] + _BREAK + text[1:] for text in texts]).pattern})")
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """The tokenizer of `tokenizers`, to which control tokens are text."""
+        from tokenizers import Tokenizer
+
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError(f"messages: the tokenizer of {self.name!r} cannot read control tokens as text")
+        plain = Tokenizer.from_str(backend.to_str())
+        plain.no_truncation()
+        plain.no_padding()
+        plain.encode_special_tokens = True
+        return plain
+
+    @functools.cached_property
+    def _variables(self) -> frozenset[str]:
+        """What the template may be told beside messages and tools."""
+        from jinja2 import Environment, meta
+
+        try:
+            parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(str(self.tokenizer.chat_template))
+            return frozenset(meta.find_undeclared_variables(parsed)) - _GIVEN - set(self.tokenizer.special_tokens_map)
+        except Exception:  # noqa: BLE001 - of a template with extensions of its own it is not known
+            return frozenset(re.findall(r"[a-z_]+", str(self.tokenizer.chat_template)))
+
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template tells the model which functions it may call."""
+        function = {"name": _TOOL, "description": "Asks.", "parameters": {"type": "object", "properties": {}}}
+        tools = ({"type": "function", "function": function},)
+        return self._shows(_TOOL, [{"role": "user", "content": _QUESTION}], tools)
+
+    @functools.cached_property
+    def shows_system(self) -> bool:
+        """Whether the template tells the model what a system message says."""
+        return self._shows(
+            _ANSWER, [{"role": "system", "content": _ANSWER}, {"role": "user", "content": _QUESTION}], ()
+        )
+
+    def _shows(self, text: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> bool:
+        if not self.has_template:
+            return False
+        try:
+            return text in self._rendered(Conversation(messages, tools), answer=True)
+        except Exception:  # noqa: BLE001 - a template that refuses does not show
+            return False
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text: a part of a character, perhaps. Of a special token, its name."""
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        if name is None:  # a row of a padded vocabulary
+            return b""
+        if token in self.tokenizer.added_tokens_decoder or token in self.hidden:
+            return str(name).encode()
+        if token in self.byte_tokens:
+            return bytes([int(name[3:5], 16)])
+        if self._byte_letters:
+            known = [self._byte_letters.get(letter) for letter in name]
+            return bytes(byte for byte in known if byte is not None)
+        return str(name).replace("\u2581", " ").encode(errors="replace")
+
+    @functools.cached_property
+    def _byte_letters(self) -> dict[str, int]:
+        """Of a byte-level tokenizer: the letters that its tokens' names spell bytes with."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
+        is_byte_level = "ByteLevel" in repr(decoder) or (decoder is None and hasattr(self.tokenizer, "byte_decoder"))
+        return {letter: byte for byte, letter in bytes_to_unicode().items()} if is_byte_level else {}
+
+    def _rendered(self, conversation: Conversation, answer: bool) -> str:
+        messages = [dict(message) for message in conversation.messages]
         if self._in_parts:
-            conversation = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in conversation]
-        return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer))
+            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                tools=[dict(tool) for tool in conversation.tools] or None,
+                tokenize=False,
+                add_generation_prompt=answer,
+                continue_final_message=conversation.continues,
+                **conversation.variables,
+            )
+        )
 
     def _check_template(self, file: Path) -> None:
         """Find the form of content that the template shows, by a user's turn.
@@ -202,7 +364,7 @@ class ChatTokenizer:
             for in_parts in (False, True):
                 self._in_parts = in_parts
                 try:
-                    text = self._rendered(turns, answer=True)
+                    text = self._rendered(Conversation(turns), answer=True)
                 except TemplateSyntaxError as error:
                     raise ConfigError(
                         f"{file}: line {error.lineno} of the chat template: {error.message}; correct the template"
@@ -216,7 +378,7 @@ class ChatTokenizer:
         raise ConfigError(f"{file}: the chat template cannot show a user's message: {reason}; correct the template")
 
     def _check_ids(self, text: str, file: Path) -> None:
-        largest = max(self._ids(text, special=False), default=0)
+        largest = max(self.text_ids(text, special=False), default=0)
         if largest >= self.vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise ConfigError(
@@ -230,11 +392,36 @@ class ChatTokenizer:
             return None
         turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
         try:
-            after = self._rendered(turns, answer=False).partition(_ANSWER)[2].lstrip()
+            after = self._rendered(Conversation(turns), answer=False).partition(_ANSWER)[2].lstrip()
         except Exception:  # noqa: BLE001 - a template that shows no answers names no end
             return None
-        first = next(iter(self._ids(after, special=False)), None) if after else None
+        first = next(iter(self.text_ids(after, special=False)), None) if after else None
         return first if first in self.tokenizer.added_tokens_decoder else None
+
+
+def conversation_of(prompt: Prompt) -> Conversation | None:
+    """A prompt of messages, None if it is a text or token ids."""
+    if isinstance(prompt, Conversation):
+        return prompt
+    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        return Conversation(prompt)  # type: ignore[arg-type]
+    return None
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with each text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key) if isinstance(key, str) else key: _each_text(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(one, change) for one in value]
+    return value
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of some texts, the longest first; nothing where there are none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -164,6 +164,7 @@ def test_a_tensor_that_the_manifest_does_not_know_is_refused(artifact):
         (lambda d: d["tensors"]["model.norm.weight"].update(kind="odd"), r"tensors\.model\.norm\.weight\.kind"),
         (lambda d: d["tensors"]["lm_head.weight"].update(bits=9), r"tensors\.lm_head\.weight\.bits"),
         (lambda d: d["tensors"]["lm_head.weight"].update(bits=4), r"tensors\.lm_head\.weight\.stored: shapes"),
+        (lambda d: d.update(tensors={}), "tensors: empty"),
         (lambda d: d["tensors"]["lm_head.weight"].update(shape=[2048, 64]), r"tensors\.lm_head\.weight\.stored"),
         (
             lambda d: d["tensors"]["model.norm.weight"]["stored"][""].update(file="../delta.safetensors"),

@@ -93,6 +93,16 @@ def test_auto_is_routed_first_and_then_placed(client, alone):
     assert headers["x-meswitch-replica"] == ask(client, "math", "2 + 2?")[1]["x-meswitch-replica"]
 
 
+def test_auto_is_answered_as_by_one_server(client, alone):
+    text, headers = ask(client, "auto", QUESTIONS["code"], extra_headers={"x-meswitch-expert": "code"})
+    assert (text, headers["x-meswitch-expert"]) == (alone["code"], "code")
+    assert "x-meswitch-route-reason" not in headers
+    with pytest.raises(openai.NotFoundError, match="'poetry' does not exist; there are base, math, code, auto"):
+        ask(client, "auto", "Roses", extra_headers={"x-meswitch-expert": "poetry"})
+    with pytest.raises(openai.BadRequestError, match="takes one text a request"):
+        client.completions.create(model="auto", prompt=["a", "b"])
+
+
 def test_bad_requests_are_refused_as_by_one_server(client):
     with pytest.raises(openai.NotFoundError, match="'poetry' does not exist; there are base, math, code"):
         ask(client, "poetry", "Roses")

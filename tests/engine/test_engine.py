@@ -128,7 +128,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_long_answers_are_cut_to
     assert len(request.result(60).tokens) <= 8
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"max_new_tokens": 0}, {"top_k": -1}])
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"max_new_tokens": -1}, {"top_k": -1}])
 def test_sampling_parameters_out_of_range_are_named(engine, options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))}: .* is out of range"):
         engine.generate([QUESTION], model="math", **options)

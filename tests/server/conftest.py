@@ -6,7 +6,7 @@ import pytest
 from http_server import EXPERTS, ask_with, serving
 
 from meswitch import Family
-from meswitch.launch import app_from_family, engine_from_family
+from meswitch.launch import app_from_family, engine_from_family, policy_from_family
 from meswitch.router import Encoder, Row, train_router
 
 
@@ -44,9 +44,10 @@ def engine(family_file):
 
 @pytest.fixture(scope="session")
 def url(family_file, engine):
-    app, problem = app_from_family(Family.load(family_file), engine)
+    config = Family.load(family_file)
+    auto, problem = policy_from_family(config, engine)
     assert problem is None
-    with serving(app) as url:
+    with serving(app_from_family(config, engine, auto)) as url:
         yield url
 
 

@@ -10,6 +10,7 @@ import openai
 import uvicorn
 
 from meswitch import Engine
+from meswitch.server.auto import AutoPolicy
 
 EXPERTS = ("math", "code")
 QUESTIONS = {
@@ -19,15 +20,19 @@ QUESTIONS = {
 }
 
 
+def policy(engine, router, fallback=None):
+    return AutoPolicy(router, lambda: engine.names, base=engine.base_name, fallback=fallback, prefetch=engine.prefetch)
+
+
 def user(text):
     return [{"role": "user", "content": text}]
 
 
 @contextmanager
-def serving(app) -> Iterator[str]:
-    """The address of a running server."""
+def serving(app, server: uvicorn.Server | None = None) -> Iterator[str]:
+    """The address of a running server, plain uvicorn's unless another is given."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    server = server or uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

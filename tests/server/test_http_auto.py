@@ -2,9 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
-from http_server import QUESTIONS, ask_with, serving, user
+from http_server import QUESTIONS, ask_with, policy, serving, user
 
 from meswitch.router import Router, Rule, RulesRouter
 from meswitch.server import create_app
@@ -31,7 +32,7 @@ class Fragile(Router):
 
 @pytest.fixture(scope="module")
 def fragile(engine):
-    with serving(create_app(engine, router=Fragile(), fallback="math", close_engine=False)) as url:
+    with serving(create_app(engine, auto=policy(engine, Fragile(), "math"), close_engine=False)) as url:
         yield ask_with(url)
 
 
@@ -104,7 +105,7 @@ def ruled(engine):
         Rule("math", "system", "You count"),
     ]
     router = RulesRouter(rules, names, Fragile(), fallback="base")
-    with serving(create_app(engine, router=router, close_engine=False)) as url:
+    with serving(create_app(engine, auto=policy(engine, router), close_engine=False)) as url:
         yield ask_with(url)
 
 
@@ -133,3 +134,18 @@ def test_rules_see_the_system_prompt_of_each_request(ruled):
 def test_metadata_of_another_form_than_openais_is_refused(ruled, metadata):
     with pytest.raises(openai.BadRequestError, match="metadata"):
         ask(ruled, "add", metadata=metadata)
+
+
+def test_what_the_router_says_is_told_without_an_answer(client, url):
+    def say(**body):
+        return httpx.post(f"{url}/v1/route", json=body)
+
+    for model in ("math", "code"):
+        said = say(input=QUESTIONS[model]).json()
+        assert (said["model"], said["reason"]) == (model, "scored")
+        assert said["scores"][model] == said["score"] == max(said["scores"].values())
+        assert sum(said["scores"].values()) == pytest.approx(1, abs=1e-3)
+        assert say(input=[{"role": "user", "content": QUESTIONS[model]}]).json() == said
+        asked = client.chat.completions.create(model="auto", messages=user(QUESTIONS[model]), max_tokens=1)
+        assert asked.model == said["model"]
+    assert say(input=[]).json()["error"]["param"] == "input"

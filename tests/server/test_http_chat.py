@@ -161,27 +161,59 @@ def test_text_parts_are_joined_and_fields_without_effect_are_accepted(client, en
         ("stop", 3),
         ("messages", []),
         ("messages", "hello"),
-        ("messages[0].role", [{"role": "tool", "content": "4"}]),
+        ("messages[0]", [{"role": "tool", "content": "4"}]),
+        ("messages[0].role", [{"role": "function", "content": "4"}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         ("messages[1].content", [{"role": "user", "content": "a"}, {"role": "assistant"}]),
-        ("messages[0].tool_calls", [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]),
+        (
+            "messages[0].tool_calls",
+            [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}],
+        ),
         ("stream_options", {"include_usage": True}),
         ("max_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),  # this template shows none
+        ("tools[0].function.name", [{"type": "function", "function": {"name": "f g"}}]),
+        ("tools[0].type", [{"type": "web_search", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("logprobs", True),
-        ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 10}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("logprobs", 2),
+        ("top_logprobs", 2),
+        ("response_format.type", {"type": "xml"}),
+        ("response_format.json_schema", {"type": "json_schema"}),
+        ("logit_bias", {"99999": 10}),
+        ("logit_bias", {"a": 10}),
+        ("logit_bias[5]", {"5": 101}),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0),
+        ("min_p", 1.5),
+        ("min_tokens", -1),
+        ("min_tokens", {"min_tokens": 5, "max_tokens": 3}),
+        ("stop_token_ids", [99999]),
+        ("stop_token_ids[0]", [-1]),
+        ("structured_outputs", {"regex": "a", "choice": ["b"]}),
+        ("structured_outputs.choice", {"choice": []}),
+        ("structured_outputs.pattern", {"pattern": "a"}),
+        ("chat_template_kwargs.enable_thinking", {"enable_thinking": True}),
+        ("continue_final_message", True),
+        ("add_generation_prompt", False),
+        ("echo", True),
+        ("best_of", 2),
+        ("functions", [{"name": "f"}]),
         ("reasoning_effort", "high"),
+        ("skip_special_tokens", False),
+        ("include_stop_str_in_output", True),
+        ("use_beam_search", True),
+        ("prompt_logprobs", 1),
+        ("bad_words", ["a"]),
         ("no_such_field", 1),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(client, field, value):
     name = field.partition("[")[0]
     body = {"model": "math", "messages": user("hello")}
-    body |= value if name == "max_tokens" and isinstance(value, dict) else {name: value}
+    name = name.partition(".")[0]
+    body |= value if isinstance(value, dict) and "max_tokens" in value else {name: value}
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/chat/completions", body=body, cast_to=object)
     error = caught.value

@@ -12,7 +12,7 @@ from http_server import QUESTIONS, ask_with, user
 
 from meswitch import Family
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.launch import app_from_family, engine_from_family, router_from_family
+from meswitch.launch import engine_from_family, policy_from_family, router_from_family
 from meswitch.router import RouterError
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
@@ -70,14 +70,18 @@ def test_a_missing_router_costs_auto_alone(family_file, router_directory, engine
     config = changed(family_file, tmp_path, (str(router_directory), "no-router"))
     with pytest.raises(RouterError, match="meswitch router train"):
         router_from_family(config)
-    app, problem = app_from_family(config, engine)
+    auto, problem = policy_from_family(config, engine)
     assert "meswitch router train" in problem
-    assert app.title == "meswitch"
+    assert str(tmp_path) in problem
+    assert not auto.has_router
+    told = auto.unknown("auto").message
+    assert "meswitch router train" in told
+    assert str(tmp_path) not in told
 
 
 def test_a_router_of_other_experts_costs_auto_alone(family_file, engine, tmp_path):
     config = changed(family_file, tmp_path, ('name = "code"', 'name = "python"'))
-    _, problem = app_from_family(config, engine)
+    _, problem = policy_from_family(config, engine)
     assert "does not know python" in problem
 
 

@@ -53,6 +53,26 @@ def test_resident_experts_pass_those_whose_disk_hangs(own, disk, open_store):
     assert slots[0] == slots[2] != slots[1]
 
 
+def test_who_waits_for_a_disk_that_never_answers_is_told_so_in_the_end(own, disk, open_store):
+    store = open_store(own, slots=2)
+    with disk.stopped(own["code"]):
+        waiting = store.request("code")
+        assert eventually(lambda: disk.reading)
+        now = time.monotonic()
+        store.end_overdue(now + stores.LOAD_SECONDS - 1)
+        assert not waiting.done()
+        store.end_overdue(now + stores.LOAD_SECONDS + 1)
+        with pytest.raises(LoadError, match="'code' cannot be loaded: its files are not read within 5 minutes"):
+            waiting.result(0)
+        store.release(store.request("math").result(SOON).slot)
+        again = store.request("code")
+        assert len(disk.reading) == 1
+        store.end_overdue(now + stores.LOAD_SECONDS + 2)
+        assert isinstance(again.exception(0), LoadError)
+    store.release(store.request("code").result(SOON).slot)
+    assert store.counts()["code"].failures == 2
+
+
 def test_an_expert_in_host_memory_passes_those_whose_disk_hangs(own, disk, open_store):
     store = open_store(own, slots=1)
     for name in ("math", "code"):

@@ -1,5 +1,7 @@
 """The middleware that answers `auto` in vLLM's server, before an application that says what reached it."""
 
+import asyncio
+
 import httpx
 import pytest
 from starlette.applications import Starlette
@@ -19,10 +21,14 @@ async def echo(request: Request) -> JSONResponse:
 
 
 @pytest.fixture
-def server(family, tmp_path, monkeypatch):
-    """A family whose router is rules alone."""
-    RulesRouter(RULES, ("math", "code")).save(tmp_path / "router")
-    text = f'[base]\npath = "{family / "base"}"\n[router]\npath = "router"\nfallback = "base"\n'
+def server(family, tmp_path, monkeypatch, request):
+    """A family whose router is rules alone; its fallback is the parameter."""
+    fallback = getattr(request, "param", "base")
+    if fallback != "no router":
+        RulesRouter(RULES, ("math", "code")).save(tmp_path / "router")
+    else:
+        fallback = "base"
+    text = f'[base]\npath = "{family / "base"}"\n[router]\npath = "router"\nfallback = "{fallback}"\n'
     text += "".join(f'[[expert]]\nname = "{name}"\ndelta = "{name}"\n' for name in ("math", "code"))
     (tmp_path / "family.toml").write_text(text)
     monkeypatch.setenv(FAMILY_VARIABLE, str(tmp_path / "family.toml"))
@@ -38,8 +44,6 @@ async def served(server, headers=None, text="hello", **more):
 
 
 def test_rules_see_headers_metadata_and_text(server):
-    import asyncio
-
     async def ask():
         return [
             await served(server),
@@ -49,3 +53,33 @@ def test_rules_see_headers_metadata_and_text(server):
         ]
 
     assert asyncio.run(ask()) == ["base", "math", "math", "code"]
+
+
+def refused(server, body, headers=None):
+    answer = asyncio.run(server.post("/v1/chat/completions", json={"model": "auto"} | body, headers=headers))
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def test_the_header_decides_as_in_our_own_server(server):
+    assert asyncio.run(served(server, {"x-meswitch-expert": "code"})) == "code"
+    assert refused(server, HELLO, {"x-meswitch-expert": "poetry"}) == (404, "model_not_found")
+
+
+def test_what_the_router_cannot_read_is_refused(server):
+    assert refused(server, {"messages": "hello"}) == (400, "invalid_value")
+    assert refused(server, {"prompt": ["a", "b"]}) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize("server", ["error"], indirect=True)
+def test_an_abstention_can_be_an_error(server):
+    assert refused(server, HELLO) == (422, "no_expert")
+
+
+@pytest.mark.parametrize("server", ["no router"], indirect=True)
+def test_without_a_router_auto_alone_fails(server, tmp_path):
+    assert refused(server, HELLO) == (404, "model_not_found")
+    by_name = asyncio.run(server.post("/v1/chat/completions", json={"model": "math"} | HELLO))
+    assert by_name.json() == "math"

@@ -10,6 +10,7 @@ from torch import Tensor
 from meswitch.adapter.config import AdapterConfig
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint
+from meswitch.durable import recover_directory
 from meswitch.errors import CheckpointError
 from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.tensorfile import INDEX, WEIGHT_DTYPES, WEIGHTS, TensorInfo, read_header
@@ -109,6 +110,7 @@ class Adapter:
 def is_adapter(directory: str | Path) -> bool:
     """Whether a directory holds a PEFT adapter and no weights of a whole model."""
     directory = Path(directory)
+    recover_directory(directory)
     has_model = any((directory / name).is_file() for name in (WEIGHTS, INDEX))
     return (directory / ADAPTER_CONFIG).is_file() and not has_model
 

@@ -242,6 +242,8 @@ class Manifest:
                 f"{file}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch"
             )
         manifest: Manifest = decoder(file).decode(cls, data)
+        if not manifest.tensors:  # it would be served as its base
+            raise ArtifactError(f"{file}: tensors: empty; the artifact is damaged, compress again")
         for name, entry in manifest.tensors.items():
             if entry.kind not in KINDS:
                 raise ArtifactError(f"{file}: tensors.{name}.kind: {entry.kind!r} is none of {', '.join(KINDS)}")

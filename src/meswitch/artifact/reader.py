@@ -26,6 +26,7 @@ from meswitch.codec.delta import packed_from
 from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
 from meswitch.codec.rows import with_all_rows
+from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
@@ -47,6 +48,7 @@ class Artifact:
             ArtifactError: incomplete, damaged, foreign or newer.
         """
         directory = Path(directory)
+        recover_directory(directory)
         file = directory / MANIFEST_NAME
         if directory.name.endswith(".partial"):
             raise ArtifactError(f"{directory}: an unfinished compression; run the same `meswitch compress` again")
@@ -57,7 +59,11 @@ class Artifact:
             elif (directory / "config.json").is_file():
                 hint = "; this is a full checkpoint, compress it first"
             raise ArtifactError(f"{file}: no such file, so this is not a meswitch artifact{hint}")
-        manifest = Manifest.from_json(file.read_text(), file)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{file}: not valid UTF-8 ({error.reason}); the file is damaged") from None
+        manifest = Manifest.from_json(text, file)
         artifact = cls(directory, manifest, {})
         artifact._check_headers()
         artifact._check_companions()

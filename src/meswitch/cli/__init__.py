@@ -16,11 +16,13 @@ from meswitch.cli import (
     extract_lora,
     generate,
     inspect,
+    key,
     merge,
     plan,
     route,
     router,
     serve,
+    top,
     verify,
 )
 from meswitch.cli.eval import evaluate
@@ -70,7 +72,7 @@ _MAKE: tuple[Callable[..., None], ...] = (
     extract_lora.extract_lora,
     plan.plan,
 )
-_ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route)
+_ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route, key.key, top.top)
 for _command in _MAKE:
     app.command(rich_help_panel="Make and measure experts")(_command)
 app.command("eval", rich_help_panel="Make and measure experts")(evaluate)

@@ -1,6 +1,5 @@
 """`meswitch serve`: the OpenAI-compatible server of a family."""
 
-import contextlib
 import json
 import os
 import re
@@ -16,8 +15,7 @@ from meswitch.errors import ConfigError
 if TYPE_CHECKING:
     from meswitch.engine import Engine
     from meswitch.family import Family
-
-_SECONDS_TO_FINISH = 30  # running answers get so long when the server is asked to stop
+    from meswitch.server.process import Listening
 
 
 def serve(
@@ -50,11 +48,24 @@ def serve(
     log_level: Annotated[
         str, typer.Option(metavar="LEVEL", help="warning, or info for a line per request.")
     ] = "warning",
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Of the log on stderr; json has one object a line.")
+    ] = "text",
+    root_path: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where a proxy serves it, such as /llm, instead of the family's.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of the certificate, instead of the family's.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of its key, instead of the family's.")
+    ] = None,
 ) -> None:
     """Serve the base and all experts of a family over HTTP, in OpenAI's protocol.
 
     `model` of a request is an expert's name, the base's, or `auto` for the router's choice. If the environment has
-    MESWITCH_API_KEY, clients must send it. Ctrl-C lets running answers finish.
+    MESWITCH_API_KEY, clients must send it. Ctrl-C lets running answers finish, a second one ends them. SIGHUP reads
+    the family again.
 
     Example:
 
@@ -66,12 +77,14 @@ def serve(
     from meswitch.family import ORIGIN, Family
 
     config = Family.load(family)
-    if allow_origin:
-        wrong = next((origin for origin in allow_origin if not re.match(ORIGIN, origin)), None)
-        if wrong is not None:
-            raise ConfigError(f"--allow-origin: {wrong!r} is no origin; give one such as https://chat.example, or `*`")
-        section = config.server.model_copy(update={"allow_origins": tuple(allow_origin)})
-        config = config.model_copy(update={"server": section})
+    wrong = next((origin for origin in allow_origin or () if not re.match(ORIGIN, origin)), None)
+    if wrong is not None:
+        raise ConfigError(f"--allow-origin: {wrong!r} is no origin; give one such as https://chat.example, or `*`")
+    files = {
+        name: None if file is None else str(file.absolute())
+        for name, file in (("tls_cert", tls_cert), ("tls_key", tls_key))
+    }
+    config = _with_server(config, {"allow_origins": allow_origin, "root_path": root_path, **files})
     if slots is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": slots})})
     if engine_name == "vllm":
@@ -80,19 +93,71 @@ def serve(
     # bound before anything is loaded: a taken port should not cost a minute
     listener = _bind(host or config.server.host, config.server.port if port is None else port)
 
-    import uvicorn
+    listening = _listening(config)
 
-    from meswitch.launch import app_from_family, engine_from_family
+    from meswitch.launch import (
+        app_from_family,
+        engine_from_family,
+        experts_from_family,
+        keys_from_family,
+        policy_from_family,
+    )
+    from meswitch.server.keys import Keys
+    from meswitch.server.logs import set_up_logging
+    from meswitch.server.process import Server
 
+    set_up_logging(log_level, log_format)
+    keys = Keys(keys_from_family(config))
     with engine_from_family(config) as engine:
-        app, problem = app_from_family(config, engine)
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_SECONDS_TO_FINISH, server_header=False)
-        )
-        listener.listen(2048)  # from here on clients may connect, so only now is the address printed
-        _show(_summary(config, engine, listener, problem), as_json)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped in good order
-            server.run(sockets=[listener])
+        auto, problem = policy_from_family(config, engine)
+        experts = experts_from_family(config, engine)
+
+        def reload() -> None:
+            keys.replace(keys_from_family(Family.load(family)))
+            experts.reread()
+
+        app = app_from_family(config, engine, auto, keys, experts)
+        server = Server(app, engine, listening, reload=reload)
+        listener.listen(server.config.backlog)  # from here on clients may connect, so only now is the address printed
+        _show(_summary(config, engine, listener, problem, listening, bool(keys)), as_json)
+        server.run(sockets=[listener])
+
+
+def _with_server(config: "Family", overrides: dict[str, Any]) -> "Family":
+    """The family with what the command line says about its server.
+
+    Raises:
+        ConfigError: a value that `[server]` does not take.
+    """
+    from pydantic import ValidationError
+
+    given = {name: value for name, value in overrides.items() if value not in (None, [])}
+    try:
+        section = type(config.server).model_validate(config.server.model_dump() | given)
+    except ValidationError as error:
+        field = str(error.errors()[0]["loc"][0])
+        flag = {"allow_origins": "--allow-origin"}.get(field, f"--{field.replace('_', '-')}")
+        raise ConfigError(f"{flag}: {given[field]!r}: {error.errors()[0]['msg']}; see docs/family.md") from None
+    return config.model_copy(update={"server": section})
+
+
+def _listening(config: "Family") -> "Listening":
+    """How the server listens.
+
+    Raises:
+        ConfigError: TLS files that are not there, or one without the other.
+    """
+    from meswitch.server.process import Listening
+
+    section = config.server
+    named = {"tls_cert": section.tls_cert, "tls_key": section.tls_key}
+    files = {name: config.resolve(file) for name, file in named.items() if file}
+    for name, file in files.items():
+        if not file.is_file():
+            raise ConfigError(f"server.{name}: {file}: no such file; give a PEM file")
+    if len(files) == 1:
+        raise ConfigError("server.tls_cert, server.tls_key: give both, or neither")
+    return Listening(section.connections, section.grace_seconds, files.get("tls_cert"), files.get("tls_key"))
 
 
 def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool) -> None:
@@ -102,6 +167,8 @@ def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool
 
     from meswitch.vllm.command import argv, command, environment
 
+    if config.server.keys is not None:
+        raise ConfigError("server.keys: vLLM's server has one key, MESWITCH_API_KEY; leave the field out")
     where = host or config.server.host, config.server.port if port is None else port
     arguments = command(config, *where, config.engine.slots)
     if print_only:
@@ -128,12 +195,19 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _summary(family: "Family", engine: "Engine", listener: socket.socket, problem: str | None) -> dict[str, Any]:
+def _summary(
+    family: "Family",
+    engine: "Engine",
+    listener: socket.socket,
+    problem: str | None,
+    listening: "Listening",
+    asks_key: bool,
+) -> dict[str, Any]:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     sizes = {row.expert: row.bytes for row in engine.store.residency()}
     return {
-        "url": f"http://{shown}:{port}/v1",
+        "url": f"{'https' if listening.tls_cert else 'http'}://{shown}:{port}{family.server.root_path}/v1",
         "host": host,
         "port": port,
         "base": {"name": engine.base_name, "path": family.resolve_model(family.base.path)},
@@ -147,7 +221,7 @@ def _summary(family: "Family", engine: "Engine", listener: socket.socket, proble
         "merged_budget": engine.merged_budget,
         "auto": problem is None,
         "auto_problem": problem,
-        "api_key": bool(os.environ.get("MESWITCH_API_KEY")),
+        "api_key": asks_key,
     }
 
 

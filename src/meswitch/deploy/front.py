@@ -2,22 +2,23 @@
 
 import json
 import logging
-import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from meswitch.deploy.asgi import Head
+from meswitch.deploy.replica import Refused, Routed
 from meswitch.family import Family
-from meswitch.server.app import API_KEY_VARIABLE, AUTO
-from meswitch.server.auth import refusal
+from meswitch.launch import keys_from_family
+from meswitch.server.auto import AUTO, EXPERT
 from meswitch.server.errors import ApiError
-from meswitch.server.routing import with_circumstances
+from meswitch.server.keys import Keys
+from meswitch.server.middleware import MAX_BODY
 
 logger = logging.getLogger("meswitch.deploy")
 
@@ -38,31 +39,45 @@ class Front:
 
     def __init__(self, replicas: DeploymentHandle, family: str) -> None:
         self._replicas = replicas
-        self._experts = frozenset(Family.load(family).names)
+        config = Family.load(family)
+        self._experts = frozenset(config.names)
+        self._keys = Keys(keys_from_family(config))
 
     async def __call__(self, request: Request) -> Response:
-        if (error := refusal(request.scope, os.environ.get(API_KEY_VARIABLE, ""))) is not None:
+        try:
+            key = self._keys.check(request.scope)
+            body = await _body(request)
+            asked = _json(body)
+            expert = str(asked.get("model", ""))
+            if key is not None and expert and not key.allows(expert):
+                message = f"key {key.name!r} is not for model {expert!r}"
+                raise ApiError(403, message, param="model", code="model_not_allowed")
+            if key is not None and request.method == "POST":
+                self._keys.begin(key)
+                try:
+                    return _ending(await self._answered(request, asked, expert, body), lambda: self._keys.end(key))
+                except BaseException:
+                    self._keys.end(key)
+                    raise
+        except ApiError as error:
             return error.response()
-        body = await request.body()
-        asked = _json(body)
-        expert = str(asked.get("model", ""))
+        return await self._answered(request, asked, expert, body)
+
+    async def _answered(self, request: Request, asked: dict[str, Any], expert: str, body: bytes) -> Response:
         said: dict[str, str] = {}
         if request.method == "POST" and expert == AUTO and (found := await self._route(asked, request)) is not None:
-            expert, said = found
+            if isinstance(found, Refused):
+                return JSONResponse(found.body, found.status, found.headers)
+            expert = found.expert
+            said = {name: value for name, value in found.headers.items() if name != EXPERT}  # the replica says that
             body = json.dumps({**asked, "model": expert}).encode()
         return await self._passed_on(request, expert if expert in self._experts else "", body, said)
 
-    async def _route(self, asked: dict[str, Any], request: Request) -> tuple[str, dict[str, str]] | None:
-        """Who answers `auto`, and headers that say why; None where a replica is to refuse the request."""
-        messages = asked.get("messages")
-        if isinstance(asked.get("prompt"), str):
-            messages = [{"role": "user", "content": asked["prompt"]}]
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            return None
-        question = with_circumstances(messages, request.headers.items(), asked.get("metadata"))
+    async def _route(self, asked: dict[str, Any], request: Request) -> Routed | Refused | None:
+        """Who answers `auto`; None where no replica could say."""
         for _ in range(ATTEMPTS):
             try:
-                found: tuple[str, dict[str, str]] | None = await self._replicas.choose.remote(question)
+                found: Routed | Refused = await self._replicas.choose.remote(asked, request.headers.items())
             except _LOST:
                 logger.warning("a replica was lost while it routed; another one is asked")
             else:
@@ -89,6 +104,33 @@ class Front:
             return response
         message = f"{ATTEMPTS} replicas were lost before one answered; ask again in a moment"
         return _lost(message, {"Retry-After": "5"}).response()
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY:
+            raise ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="request_too_large")
+    return bytes(body)
+
+
+def _ending(response: Response, end: Callable[[], None]) -> Response:
+    """A response after which `end` is called, however it ends."""
+    if not isinstance(response, StreamingResponse):
+        end()
+        return response
+    pieces = response.body_iterator
+
+    async def ended() -> AsyncIterator[Any]:
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            end()
+
+    response.body_iterator = ended()
+    return response
 
 
 async def _rest(stream: Any, events: bool) -> AsyncIterator[bytes]:

@@ -15,7 +15,7 @@ from meswitch.deploy.expert_aware import ExpertAware
 from meswitch.deploy.front import Front
 from meswitch.deploy.replica import Replica
 from meswitch.family import Family
-from meswitch.server.app import API_KEY_VARIABLE
+from meswitch.server.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
 _RESIDENCY_SECONDS = 1.0  # between two looks at what a replica holds
 
@@ -46,8 +46,8 @@ def build(arguments: Arguments) -> serve.Application:
     """
     file = str(Path(arguments.family).resolve())
     Family.load(file)  # a typing error shows before anything is started
-    key = os.environ.get(API_KEY_VARIABLE)
-    environment = {"env_vars": {API_KEY_VARIABLE: key}} if key else {}
+    given = {name: key for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE) if (key := os.environ.get(name))}
+    environment = {"env_vars": given} if given else {}
     router = RequestRouterConfig(request_router_class=ExpertAware, request_routing_stats_period_s=_RESIDENCY_SECONDS)
     replica = serve.deployment(
         Replica,

@@ -1,15 +1,37 @@
 """One replica: an engine with its experts, and the server's application on it."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 
 from meswitch.deploy.asgi import Head, Headers, call
 from meswitch.family import Family
-from meswitch.launch import app_from_family, engine_from_family, router_from_family
-from meswitch.server.routing import Desk, Messages
+from meswitch.launch import app_from_family, engine_from_family, policy_from_family
+from meswitch.server.errors import ApiError
+from meswitch.server.keys import Keys
+
+logger = logging.getLogger("meswitch.deploy")
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Who answers, and headers that say why."""
+
+    expert: str
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What a client is answered that asked for what there is not: an `ApiError` that can be sent between actors."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str]
 
 
 class Replica:
@@ -26,21 +48,23 @@ class Replica:
         config = Family.load(family)
         self._name = serve.get_replica_context().replica_id.unique_id.encode()
         self._engine = engine_from_family(config)
-        self._app, problem = app_from_family(config, self._engine)
-        self._desk = None
-        if problem is None:
-            router = router_from_family(config, self._engine)
-            self._desk = Desk(router, self._engine.names, config.router.fallback)
+        self._auto, problem = policy_from_family(config, self._engine)
+        if problem is not None:
+            logger.error("auto does not work: %s", problem)
+        self._app = app_from_family(config, self._engine, self._auto, Keys())  # the front asks for them
 
-    async def choose(self, question: Messages) -> tuple[str, dict[str, str]] | None:
-        """Who is to answer a conversation, and headers that say why; None without a router."""
-        if self._desk is None:
-            return None
-        decision = await self._desk.decide(question)
-        headers: dict[str, str] = {"x-meswitch-route-reason": decision.reason}
-        if decision.score is not None:
-            headers["x-meswitch-route-score"] = f"{decision.score:.4f}"
-        return decision.expert, headers
+    async def choose(self, asked: dict[str, Any], headers: list[tuple[str, str]]) -> Routed | Refused:
+        """Who is to answer a request for `auto`.
+
+        Args:
+            asked: the request's JSON object.
+            headers: of the request.
+        """
+        try:
+            choice = await self._auto.choose_for_body(asked, headers)
+        except ApiError as error:
+            return Refused(error.status, error.body(), error.headers)
+        return Routed(choice.expert, choice.headers)
 
     async def answer(self, method: str, path: str, headers: Headers, body: bytes) -> AsyncIterator[Head | bytes]:
         """The head, with this replica's name, then the pieces of the body."""

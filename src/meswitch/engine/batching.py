@@ -24,7 +24,7 @@ from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.graphs import DecodeSteps, own_tables
 from meswitch.engine.pages import PAGE, Pages, pages_for
 from meswitch.engine.request import Listener, tell
-from meswitch.engine.sampling import SamplingParams, StepSampler
+from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState
 from meswitch.engine.scheduler import Job, Scheduler
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError
 from meswitch.threads import StepThreads
@@ -58,6 +58,8 @@ class Batch:
         """Why the thread that computes has ended, if it has."""
         self.see: Callable[[tuple[str, ...], Tensor], None] | None = None
         """Is shown each step's requests and their logits, [rows, vocabulary], if somebody wants to look."""
+        self.steps = 0
+        """Steps that were begun: whoever watches the thread that computes sees by it that it goes on."""
         self._model, self._switch = model, switch
         self.device = next(model.parameters()).device
         config = model.config.get_text_config()
@@ -69,9 +71,8 @@ class Batch:
             raise IncompatibleError("its attention is its own, not one of transformers' interface")
         model.set_attn_implementation(NAME)
         self._scheduler = Scheduler(Pages(self._pages), max_batch_tokens, min(_MAX_REQUESTS, max_batch_tokens))
-        self._sampler = StepSampler(model.dtype, self._cannot_go_on)
+        self._sampler = Sampler(model.dtype)
         self._jobs: dict[str, Job] = {}  # of the computing thread, like all below
-        self._errors: dict[str, str] = {}  # of requests that failed within the step
         self._commands: queue.SimpleQueue[Job | str | Callable[[], None] | None] = queue.SimpleQueue()
         self._entry = threading.Lock()  # between the look whether the batch goes on and the queue
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
@@ -94,6 +95,7 @@ class Batch:
         eos: list[int],
         listener: Listener,
         owner: str = "",
+        sampling: SamplingState | None = None,
     ) -> None:
         """Start a request.
 
@@ -106,6 +108,7 @@ class Batch:
             listener: is called from a thread of the batch and must not block, with all new tokens so far each time.
             owner: the expert and its version. Requests of one owner share the keys and values of equal beginnings; ""
                 shares with nobody.
+            sampling: what chooses its tokens; made of `params` if it is not given.
 
         Raises:
             ConfigError: there are no tokens. CapacityError: it may become longer than the cache. MeswitchError: the
@@ -117,7 +120,7 @@ class Batch:
         if longest > self._pages * PAGE:
             raise CapacityError(f"{longest} tokens are more than the KV cache has, {self._pages * PAGE}")
         owner = f"expert {owner}" if owner else f"request {request}"
-        job = Job(request, list(tokens), slot, owner, params, frozenset(eos), listener)
+        job = Job(request, list(tokens), slot, owner, params, frozenset(eos), listener, sampling)
         with self._entry:
             if self._closing.is_set() or self.failure is not None:
                 raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
@@ -216,9 +219,19 @@ class Batch:
         self._telling.join(timeout=5)
 
     @property
+    def threads(self) -> dict[str, threading.Thread]:
+        """What each thread does -> the thread. None of them ends before the batch is closed."""
+        return {"computes": self._computing, "delivers answers": self._telling}
+
+    @property
     def kv_bytes(self) -> int:
         """Device memory of keys and values."""
         return self._cache.nbytes
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Tokens of the cache that running requests use, in whole pages."""
+        return (self._pages - self._scheduler.pages.available) * PAGE
 
     @property
     def merged_bytes(self) -> int:
@@ -289,6 +302,7 @@ class Batch:
 
     def _step(self, step: Sequence[tuple[Job, Piece]]) -> None:
         """Compute one step and give every request its next token."""
+        self.steps += 1
         began = time.perf_counter()
         try:
             logits = self._forward(step)
@@ -300,28 +314,46 @@ class Batch:
             torch.cuda.current_stream(self.device).synchronize()
         self._scheduler.done(step, time.perf_counter() - began)
         ready = [job for job, piece in step if piece.past + piece.length == len(job.tokens)]
+        logits = self._score_prompts(step, logits)
         if not ready:
             return
         names = tuple(job.id for job in ready)
         if self.see is not None:
             self.see(names, logits)
-        self._sampler.rows = names
-        self._sampler.samplers = {job.id: job.sampler for job in ready if job.sampler is not None}
-        self._sampler(logits, logits)
-        for job, token in zip(ready, logits.argmax(-1).tolist(), strict=True):
-            if job.id in self._errors:
-                self._end(job, self._errors.pop(job.id))
+        tokens, failed = self._sampler(logits, [job.state for job in ready]).read()
+        for row, (job, token) in enumerate(zip(ready, tokens, strict=True)):
+            if row in failed:
+                self._end(job, failed[row])
                 continue
             self._scheduler.know(job)
-            job.tokens.append(token)
+            if job.params.max_new_tokens:  # 0: only the prompt was scored
+                job.tokens.append(token)
             if job.is_complete:
                 self._end(job, None)
             else:
                 self._tell(job)
 
+    def _score_prompts(self, step: Sequence[tuple[Job, Piece]], logits: Tensor) -> Tensor:
+        """Give prompts that want it their log probabilities; the rows of last tokens, which are sampled, are left."""
+        if not any(job.state.scores_prompt for job, _ in step):
+            return logits
+        kept = [_rows_kept(job, piece) for job, piece in step]
+        sampled: list[int] = []
+        row = 0
+        for (job, piece), count in zip(step, kept, strict=True):
+            if job.state.scores_prompt:
+                job.state.score_prompt(piece.past, logits[row : row + count])
+            row += count
+            if piece.past + piece.length == len(job.tokens):
+                sampled.append(row - 1)
+        return logits[torch.tensor(sampled, dtype=torch.int64, device=logits.device)]
+
     def _forward(self, step: Sequence[tuple[Job, Piece]]) -> Tensor:
-        """[requests whose text is computed to its end, vocabulary] logits of their last tokens."""
-        if self._decode is not None:
+        """[rows, vocabulary] logits of the last tokens of requests whose text is computed to its end.
+
+        Of a prompt that is scored, those of all its tokens in the step.
+        """
+        if self._decode is not None and all(_rows_kept(job, piece) == 1 for job, piece in step):
             before, self._layout = self._layout, ()  # the buffers hold this step then, or a part of it
             if (found := self._decode.run(step)) is not None:
                 return found
@@ -333,8 +365,7 @@ class Batch:
             end = piece.past + piece.length
             ids += job.tokens[piece.past : end]
             positions += range(piece.past, end)
-            if end == len(job.tokens):
-                rows.append(len(ids) - 1)
+            rows += range(len(ids) - _rows_kept(job, piece), len(ids))
         rows = rows or [0]  # a model may not take a step without a row of logits
         wanted = torch.tensor(rows, device=self.device)
         lengths, pieces = [piece.length for _, piece in step], [piece for _, piece in step]
@@ -378,9 +409,6 @@ class Batch:
         probe = Job("probe", [0], BASE_SLOT, "", SamplingParams(), frozenset(), lambda *told: None)
         self._forward([(probe, Piece(1, 0, [page]))])
 
-    def _cannot_go_on(self, request: str, reason: str) -> None:
-        self._errors[request] = reason
-
     def _end(self, job: Job, error: str | None) -> None:
         self._scheduler.remove(job, failed=error is not None)
         del self._jobs[job.id]
@@ -396,3 +424,10 @@ class Batch:
     def _tell_forever(self) -> None:
         while (told := self._told.get()) is not None:
             tell(*told)
+
+
+def _rows_kept(job: Job, piece: Piece) -> int:
+    """How many rows of logits a piece of a request's text needs, from its end."""
+    if job.state.scores_prompt:
+        return piece.length
+    return int(piece.past + piece.length == len(job.tokens))

@@ -7,6 +7,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -16,18 +17,20 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from meswitch.adapter import open_expert
+from meswitch.adapter import is_adapter, open_expert
 from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import Artifact, fingerprint
+from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
-from meswitch.engine.request import Chunk, Completion, Request
+from meswitch.engine.request import TRACE, Chunk, Completion, Request
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
-from meswitch.errors import CapacityError, ConfigError, LoadError, MeswitchError, UnknownExpertError
+from meswitch.engine.watchdog import Watchdog, Watched
+from meswitch.errors import CapacityError, ConfigError, ContextLengthError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.loaded import load_model
 from meswitch.slots import Held, Version
 from meswitch.tokenizer import ChatTokenizer, Prompt
@@ -53,6 +56,7 @@ class Engine:
             seconds at the start.
         runner: `batch`, one running batch for all experts; `turns`, one expert at a time, for any model; `auto`, the
             batch if it is proven right for this base and these experts when the engine opens.
+        grows: make all slots, also those that no expert needs yet, for experts that are added later.
 
     Raises:
         MeswitchError: see `meswitch.errors`: a damaged artifact, another base, a layer that cannot be switched.
@@ -75,6 +79,7 @@ class Engine:
         op_backend: str | None = None,
         cuda_graphs: bool = True,
         runner: RunnerName = "auto",
+        grows: bool = False,
     ) -> None:
         if base_name in experts or "auto" in (base_name, *experts):
             raise ConfigError(f"experts: the names {base_name!r} (the base's) and 'auto' are taken")
@@ -92,7 +97,7 @@ class Engine:
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         self.model = _load_model(architecture, checkpoint, target, dtype)
-        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes, cuda_graphs)
+        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes, cuda_graphs, grows)
         opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
         self.store, self._batch = opened.store, opened.runner
         self.store.watch(self._accept, self.tokenizers)
@@ -105,16 +110,59 @@ class Engine:
         self._running: dict[str, tuple[Request, int]] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._stopped: str | None = None
+        self.observers: list[Callable[[Request], None]] = []
+        """Each is told of every request that has ended, from any thread; it must not block."""
         # for the admission thread: a request, and what to do with it
         self._events: queue.SimpleQueue[tuple[Request, Callable[[], None]] | None] = queue.SimpleQueue()
         self._admission = threading.Thread(target=self._admit_forever, name="meswitch-admission", daemon=True)
         self._admission.start()
+        self._admitted = 0
+        self.generated_tokens = 0
+        """Tokens of all answers so far."""
+        self._watchdog = Watchdog(self._watched(), self._fail_all, also=self.store.end_overdue)
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
 
     @property
     def names(self) -> list[str]:
         """The base's name, then the experts'."""
         return list(self.tokenizers)
+
+    def add_expert(self, name: str, directory: str | Path) -> None:
+        """Serve one more expert from now on, or another one under a name that is known.
+
+        It must fit what the engine was opened with: tensors that some expert changed, stored in the same way, and not
+        larger. Requests that run keep the expert that they began with.
+
+        Args:
+            name: of the expert.
+            directory: of an artifact or a PEFT adapter.
+
+        Raises:
+            ConfigError: the name is taken by the base, or by `auto`.
+            IncompatibleError: it does not fit.
+            MeswitchError: see `Engine`.
+        """
+        if name in (self.base_name, "auto"):
+            raise ConfigError(f"name: {name!r} is taken")
+        artifact = open_expert(directory, self._checkpoint)
+        artifact.check_base(self._checkpoint, known=self._fingerprint)
+        tokenizer = ChatTokenizer.open(name, artifact.directory)
+        self.store.add(name, artifact, tokenizer)
+        with self._lock:
+            self.tokenizers = {**self.tokenizers, name: tokenizer}  # others read it without the lock
+        logger.info("expert %s is served", name)
+
+    def remove_expert(self, name: str) -> None:
+        """Serve an expert no more. Requests that wait for it fail; those that run go on.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self.store.remove(name)
+        with self._lock:
+            self.tokenizers = {known: one for known, one in self.tokenizers.items() if known != name}
+        logger.info("expert %s is not served any more", name)
 
     def submit(
         self,
@@ -143,10 +191,23 @@ class Engine:
             raise self._too_long(tokenizer, f"at least {least}")
         tokens = tokenizer.encode(prompt)
         params = self._fit(tokenizer, len(tokens), params)
-        request = Request(f"r{next(self._ids)}", name, tokens, params, tokenizer, on_chunk, said=prompt)
+        trace, number = TRACE.get(), next(self._ids)
+        request = Request(
+            f"{trace}-{number}" if trace else f"r{number}",
+            name,
+            tokens,
+            params,
+            tokenizer,
+            on_chunk,
+            said=prompt,
+            on_end=self._observe,
+            trace=trace,
+        )
         with self._lock:
             if self._closed:
                 raise MeswitchError("the engine is closed")
+            if self.failure is not None:
+                raise MeswitchError(f"the engine has stopped: {self.failure}; start it again")
             if len(self._waiting) + len(self._running) >= self.max_queue:
                 raise CapacityError(
                     f"the queue is full ({self.max_queue} requests); ask again later or raise engine.max_queue"
@@ -193,6 +254,15 @@ class Engine:
             self._batch.cancel(request.id)
             request.fail("the request was cancelled")
 
+    def prefetch(self, name: str) -> None:
+        """Begin to bring an expert's weights to its slot, or at least into host memory; a request is on its way.
+
+        Returns at once; what goes wrong is said to the request itself.
+        """
+        if name in self.store.artifacts:
+            with contextlib.suppress(MeswitchError):
+                self.store.prefetch(name)
+
     @property
     def merged_budget(self) -> int:
         """Bytes that merged weights of experts in the batch may take."""
@@ -203,6 +273,21 @@ class Engine:
         """Whether one expert runs at a time: slower than a batch of all, for any model."""
         return isinstance(self._batch, Turns)
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of all running requests together, at most."""
+        return self._batch.kv_tokens
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Tokens of the KV cache that running requests use."""
+        return self._batch.kv_used_tokens
+
+    @property
+    def steps(self) -> int:
+        """Steps that were begun."""
+        return self._batch.steps
+
     def load(self) -> dict[str, int]:
         """Requests that wait and run now."""
         with self._lock:
@@ -211,7 +296,7 @@ class Engine:
     @property
     def failure(self) -> str | None:
         """Why the engine cannot go on, or None while it can."""
-        return self._batch.failure
+        return self._batch.failure or self._watchdog.failure or self._stopped
 
     def memory(self) -> dict[str, int]:
         """Bytes by purpose: `base`, `slots`, `kv_cache`, `merged` and `graphs` on the device, and `host`.
@@ -229,12 +314,18 @@ class Engine:
             "host": self.store.host.nbytes,
         }
 
+    def stop(self, reason: str) -> None:
+        """Take no more requests, and end those that wait or run with an error: `failure` is the reason from now on."""
+        self._stopped = self._stopped or reason
+        self._fail_all(reason)
+
     def close(self) -> None:
         """Stop the batch; what has not finished fails."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+        self._watchdog.close()
         self._events.put(None)
         atexit.unregister(self.close)
         self._admission.join(timeout=10)
@@ -255,15 +346,21 @@ class Engine:
         """Tokens of a prompt and its answer together."""
         return min(tokenizer.max_length, self._batch.kv_tokens - PAGE)
 
+    def max_length(self, model: str) -> int:
+        """Tokens of a prompt and its answer together, for a model of `names`."""
+        return self._limit(self.tokenizers[model])
+
     def _too_long(self, tokenizer: ChatTokenizer, tokens: str) -> ConfigError:
         takes = f"{tokenizer.name!r} takes {self._limit(tokenizer)} in all"
-        return ConfigError(f"prompt: {tokens} tokens leave no room for an answer; {takes}")
+        return ContextLengthError(f"prompt: {tokens} tokens leave no room for an answer; {takes}")
 
     def _fit(self, tokenizer: ChatTokenizer, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         limit = self._limit(tokenizer)
-        if prompt_tokens >= limit:
+        if prompt_tokens > limit or (prompt_tokens == limit and params.max_new_tokens):
             raise self._too_long(tokenizer, str(prompt_tokens))
-        return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, limit - prompt_tokens))
+        longest = min(params.max_new_tokens, limit - prompt_tokens)
+        least = min(params.min_new_tokens, longest)
+        return dataclasses.replace(params, max_new_tokens=longest, min_new_tokens=least)
 
     def _accept(self, before: Version, artifact: Artifact) -> ChatTokenizer:
         """A new version of an expert: of this base, with a tokenizer that can be used. From a loader's thread.
@@ -275,9 +372,38 @@ class Engine:
         tokenizer: ChatTokenizer = before.made
         if artifact.manifest.companions != before.artifact.manifest.companions:
             tokenizer = ChatTokenizer.open(before.expert, artifact.directory)
-        self.tokenizers[before.expert] = tokenizer
+        with self._lock:
+            if before.expert in self.tokenizers:  # not unloaded meanwhile
+                self.tokenizers = {**self.tokenizers, before.expert: tokenizer}
         logger.info("expert %s was replaced; requests that come from now on get the new version", before.expert)
         return tokenizer
+
+    def _watched(self) -> list[Watched]:
+        """The threads that every request needs. Those that load experts are not among them: a disk that does not answer
+        stops the requests of its own experts alone."""
+
+        def computes() -> bool:
+            return bool(self._running)
+
+        threads = [
+            Watched(what, thread, computes, lambda: self._batch.steps) for what, thread in self._batch.threads.items()
+        ]
+        return [
+            Watched("admits requests", self._admission, lambda: not self._events.empty(), lambda: self._admitted),
+            *threads,
+        ]
+
+    def _fail_all(self, reason: str) -> None:
+        """End what waits and runs: nothing more comes of it."""
+        with self._lock:
+            requests = [request for request, _ in (*self._waiting.values(), *self._running.values())]
+        for request in requests:
+            request.fail(f"the engine has stopped: {reason}")
+            self.cancel(request)
+
+    def _observe(self, request: Request) -> None:
+        for observer in self.observers:
+            observer(request)
 
     # Admission: a thread that asks for slots and starts requests. It never waits for one of them: an expert's load is
     # the store's business, and whatever goes wrong ends the request in question.
@@ -285,6 +411,7 @@ class Engine:
     def _admit_forever(self) -> None:
         while (event := self._events.get()) is not None:
             request, step = event
+            self._admitted += 1
             try:
                 step()
             except Exception:  # of this engine's own code: it is reported, and ends no other request
@@ -347,6 +474,7 @@ class Engine:
             waits = self._waiting.pop(request.id, None) is not None
             if waits:
                 self._running[request.id] = request, slot
+                request.started = time.perf_counter()
         if not waits:  # cancelled meanwhile
             self._release(slot)
             return
@@ -356,7 +484,14 @@ class Engine:
 
         try:
             self._batch.submit(
-                request.id, request.prompt, slot, request.params, request.tokenizer.ends, listen, owner=owner
+                request.id,
+                request.prompt,
+                slot,
+                request.params,
+                sorted(request.ends),
+                listen,
+                owner=owner,
+                sampling=request.sampling,
             )
         except Exception as error:
             known = isinstance(error, MeswitchError)
@@ -368,6 +503,7 @@ class Engine:
 
     def _on_tokens(self, request: Request, slot: int, tokens: list[int], finished: bool, error: str | None) -> None:
         """From the batch's thread. The slot is given back only when the batch is done with the request."""
+        self.generated_tokens += max(0, len(tokens) - len(request.tokens))  # this is one thread
         if error is not None:
             request.fail(f"model {request.model!r}: {error}")
         elif not request.done and request.feed(tokens, finished) and not finished:
@@ -380,6 +516,11 @@ class Engine:
     def _release(self, slot: int) -> None:
         if slot != BASE_SLOT:
             self.store.release(slot)
+
+
+def holds_expert(directory: str | Path) -> bool:
+    """Whether a directory holds an artifact or a PEFT adapter, by the names of its files."""
+    return is_adapter(directory) or (Path(directory) / MANIFEST_NAME).is_file()
 
 
 def _if_unexpected(error: LoadError) -> BaseException | None:

@@ -6,14 +6,21 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from meswitch.engine.detokenizer import Detokenizer, is_mark
-from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.grammar import GrammarMatcher
+from meswitch.engine.sampling import SamplingParams, SamplingState
+from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
-from meswitch.tokenizer import ChatTokenizer, Prompt
+from meswitch.tokenizer import ChatTokenizer, Prompt, conversation_of
 
 logger = logging.getLogger("meswitch.engine")
+
+_FIRST_MARK = 0xD800
+TRACE: ContextVar[str] = ContextVar("meswitch_trace", default="")
+"""Who asks, in the words of whoever asks: ids of requests begin with it, and with them lines of the log."""
 
 # (all new tokens so far, finished, error text or None)
 Listener = Callable[[list[int], bool, str | None], None]
@@ -29,17 +36,38 @@ def tell(request: str, listener: Listener, tokens: list[int], finished: bool, er
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. tokens: how many are new; finish_reason: `stop` or `length` on the last piece."""
+    """A piece of an answer.
+
+    Args:
+        text: new text.
+        tokens: how many are new. A piece may have tokens without text, or text of tokens that came earlier.
+        finish_reason: `stop` or `length` on the last piece, `error` if the request failed.
+        error: why it did.
+        logprobs: of the new tokens, if they were asked for.
+    """
 
     text: str
     tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. model: who gave it. tokens: generated ids, the end token included. Times in seconds."""
+    """A whole answer.
+
+    Args:
+        text: of it.
+        model: who gave it.
+        tokens: generated ids, the end token included.
+        prompt_tokens: how many the prompt has.
+        finish_reason: `stop` or `length`.
+        ttft: seconds to the first token.
+        duration: seconds to the last.
+        logprobs: of the tokens, if they were asked for.
+        prompt_logprobs: of the prompt's tokens, if they were asked for; the first has none.
+    """
 
     text: str
     model: str
@@ -48,6 +76,8 @@ class Completion:
     finish_reason: str
     ttft: float
     duration: float
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(eq=False)
@@ -56,6 +86,14 @@ class Request:
 
     Args:
         said: what `prompt` was encoded from.
+        on_end: is called once, from any thread, when the answer is complete or has failed, before anybody reads its
+            last piece.
+        trace: what `TRACE` said when it was asked.
+        created, started, first, ended: seconds of `time.perf_counter` when it was asked, had its expert's slot, had its
+            first token, and was complete.
+
+    Raises:
+        ConfigError: the parameters do not fit to the tokenizer.
     """
 
     id: str
@@ -69,8 +107,13 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     said: Prompt | None = None
-    _first: float | None = None
-    _ended: float | None = None
+    stopped_by: str | int | None = None
+    """The stop text or stop token of the request's parameters that ended the answer, if one did."""
+    on_end: "Callable[[Request], None] | None" = None
+    trace: str = ""
+    started: float | None = None
+    first: float | None = None
+    ended: float | None = None
     _text: str = ""  # with marks where special tokens are that a stop text names
     _sent: int = 0  # characters of it that are in chunks
     _told: int = 0  # tokens that chunks have counted
@@ -81,9 +124,19 @@ class Request:
         self._listen()
 
     def _listen(self) -> None:
-        stops = (*self.params.stop, *self.tokenizer.stops)
+        params = self.params
+        params.check_tokens(self.tokenizer.vocab_size)
+        self.ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.tokenizer.ends)
+        matcher = None if params.grammar is None else GrammarMatcher(params.grammar, self.tokenizer)
+        self.sampling = SamplingState(params, self.prompt, self.ends, matcher)
+        stops = (*params.stop, *(() if params.ignore_eos else self.tokenizer.stops))
         texts, marks = _marked(stops, self.tokenizer.hidden)
-        self._stops = [StopText(text) for text in texts]
+        for token, text in self.tokenizer.hidden.items():
+            if text in params.shown:
+                marks.setdefault(token, chr(_FIRST_MARK + len(marks)))
+        self._shown = {ord(mark): self.tokenizer.hidden[token] for token, mark in marks.items()}
+        self._shown = {mark: text for mark, text in self._shown.items() if text in params.shown}
+        self._stops = {StopText(text): plain for text, plain in texts.items()}
         self._detokenizer = Detokenizer(self.tokenizer, self.prompt, marks)
 
     def respell(
@@ -101,7 +154,7 @@ class Request:
         """
         if tokenizer is self.tokenizer:
             return
-        if not isinstance(self.said, str) and not (self.said and isinstance(self.said[0], Mapping)):
+        if self.said is None or (not isinstance(self.said, str) and conversation_of(self.said) is None):
             raise MeswitchError(f"expert {self.model!r} got another tokenizer while this request waited; ask again")
         self.prompt = tokenizer.encode(self.said)
         self.params = fit(tokenizer, len(self.prompt), self.params)
@@ -124,34 +177,45 @@ class Request:
 
     def _take(self, tokens: Sequence[int], finished: bool) -> bool:
         new = tokens[len(self.tokens) :]
-        if new and self._first is None:
-            self._first = time.perf_counter()
+        if new and self.first is None:
+            self.first = time.perf_counter()
         self.tokens = list(tokens)
-        ended = bool(self.tokens) and self.tokens[-1] in self.tokenizer.ends
+        ended = bool(self.tokens) and self.tokens[-1] in self.ends
         self._text += self._detokenizer.feed(new[:-1] if ended and new else new, last=finished)
-        cut = min((at for stop in self._stops if (at := stop.find(self._text)) is not None), default=None)
-        if cut is not None:
-            self._text = self._text[:cut]
+        if len(self.tokens) < self.params.min_new_tokens:
+            for one in self._stops:
+                one.skip(self._text)
+        found = {plain: at for stop, plain in self._stops.items() if (at := stop.find(self._text)) is not None}
+        if ended and self.tokens[-1] in self.params.stop_token_ids:
+            self.stopped_by = self.tokens[-1]
+        if found:
+            stop = min(found, key=found.__getitem__)
+            self.stopped_by = stop if stop in self.params.stop else None  # the expert's own stop texts are its ends
+            self._text = self._text[: found[stop]]
             finished, ended = True, True
         # text that may turn out to be the beginning of a stop text is held back
         held = max((stop.begun for stop in self._stops), default=0)
         upto = len(self._text) if finished else len(self._text) - held
         piece, self._sent = self._text[self._sent : upto], max(self._sent, upto)
         reason = ("stop" if ended else "length") if finished else None
-        piece = _without_marks(piece)
+        piece = self._written(piece)
+        if finished:
+            self._close(reason)
         if piece or finished:
-            self._emit(Chunk(piece, len(self.tokens) - self._told, reason))
+            logprobs = tuple(self.sampling.logprobs[self._told : len(self.tokens)])
+            self._emit(Chunk(piece, len(self.tokens) - self._told, reason, logprobs=logprobs))
             self._told = len(self.tokens)
         if finished:
-            self._end(reason)
+            self._done.set()
         return finished or self._done.is_set()
 
     def fail(self, error: str) -> None:
         """End with an error."""
         if not self._done.is_set():
             self.error = error
+            self._close("error")
             self._emit(Chunk("", 0, "error", error))
-            self._end("error")
+            self._done.set()
 
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks until the last.
@@ -177,20 +241,26 @@ class Request:
             raise MeswitchError(f"request {self.id} is not done after {timeout} s")
         if self.error is not None:
             raise MeswitchError(self.error)
-        ended = self._ended or self.created
+        ended = self.ended or self.created
         return Completion(
-            text=_without_marks(self._text),
+            text=self._written(self._text),
             model=self.model,
             tokens=tuple(self.tokens),
             prompt_tokens=len(self.prompt),
             finish_reason=self.finish_reason or "stop",
-            ttft=(self._first or ended) - self.created,
+            ttft=(self.first or ended) - self.created,
             duration=ended - self.created,
+            logprobs=tuple(self.sampling.logprobs[: len(self.tokens)]),
+            prompt_logprobs=tuple(self.sampling.prompt_logprobs),
         )
 
     @property
     def done(self) -> bool:
         return self._done.is_set()
+
+    def _written(self, text: str) -> str:
+        """A text without its marks; special tokens that are shown are written."""
+        return _without_marks(text.translate(self._shown) if self._shown else text)
 
     def _emit(self, chunk: Chunk) -> None:
         self._chunks.put(chunk)
@@ -202,10 +272,15 @@ class Request:
                 self.on_chunk = None
                 self.fail(f"on_chunk: {type(error).__name__}: {error}")
 
-    def _end(self, reason: str | None) -> None:
+    def _close(self, reason: str | None) -> None:
         self.finish_reason = reason
-        self._ended = time.perf_counter()
-        self._done.set()
+        self.ended = time.perf_counter()
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            try:
+                on_end(self)
+            except Exception:  # who counts requests must not end them
+                logger.exception("the end of request %s", self.id)
 
 
 class StopText:
@@ -231,6 +306,10 @@ class StopText:
             begun = self._back[begun - 1]
         return begun + (character == self._text[begun])
 
+    def skip(self, text: str) -> None:
+        """Look in what comes after this only."""
+        self._seen, self.begun = len(text), 0
+
     def find(self, text: str) -> int | None:
         """Where it begins for the first time, None if it is not there yet. text: what was given before, and more."""
         for at in range(self._seen, len(text)):
@@ -241,22 +320,22 @@ class StopText:
         return None
 
 
-def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[tuple[str, ...], dict[int, str]]:
-    """What to look for in the text, and token id -> its mark.
+def _marked(stops: Sequence[str], hidden: Mapping[int, str]) -> tuple[dict[str, str], dict[int, str]]:
+    """What to look for in the text -> the stop text that it is of, and token id -> its mark.
 
     A special token leaves no text behind. In a stop text that names some, a mark stands for each; the same characters
     spelt by ordinary tokens count as well.
     """
     if not stops:
-        return (), {}
+        return {}, {}
     ids = {text: token for token, text in hidden.items()}
     marks: dict[int, str] = {}
 
     def mark(found: re.Match[str]) -> str:
-        return marks.setdefault(ids[found[0]], chr(0xD800 + len(marks)))
+        return marks.setdefault(ids[found[0]], chr(_FIRST_MARK + len(marks)))
 
     names = re.compile("|".join(re.escape(text) for text in sorted(ids, key=len, reverse=True)) or r"(?!)")
-    return tuple(dict.fromkeys([*stops, *(names.sub(mark, stop) for stop in stops)])), marks
+    return {names.sub(mark, stop): stop for stop in stops} | {stop: stop for stop in stops}, marks
 
 
 def _without_marks(text: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial, batch_runs_base, mixed_tokens, prove, without_weights
 from meswitch.engine.request import Listener
 from meswitch.engine.rotary import longest_unturned
-from meswitch.engine.sampling import SamplingParams
+from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.survey import Survey
 from meswitch.engine.turns import Turns
 from meswitch.engine.warm import PROMPTS, compile_kernels, run_prompts
@@ -50,6 +51,9 @@ class Runner(Protocol):
     def kv_bytes(self) -> int: ...
 
     @property
+    def kv_used_tokens(self) -> int: ...
+
+    @property
     def merged_bytes(self) -> int: ...
 
     @property
@@ -61,6 +65,12 @@ class Runner(Protocol):
     @property
     def failure(self) -> str | None: ...
 
+    @property
+    def steps(self) -> int: ...  # grows while it gets on with its requests
+
+    @property
+    def threads(self) -> Mapping[str, threading.Thread]: ...  # what each does -> a thread that lives until `close`
+
     def submit(
         self,
         request: str,
@@ -70,6 +80,7 @@ class Runner(Protocol):
         eos: list[int],
         listener: Listener,
         owner: str = "",
+        sampling: SamplingState | None = None,
     ) -> None: ...
 
     def cancel(self, request: str) -> None: ...
@@ -88,6 +99,7 @@ class Sizes:
         kv_tokens: tokens of all running requests together.
         merged_bytes: budget for merged weights where no kernels run, None for what `merged_budget` says.
         cuda_graphs: record decode steps where the kernels run.
+        grows: whether experts may be added.
     """
 
     slots: int
@@ -96,6 +108,7 @@ class Sizes:
     kv_tokens: int
     merged_bytes: int | None = None
     cuda_graphs: bool = True
+    grows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +169,14 @@ def open_runner(
         )
     model.set_attn_implementation(attention_for(type(model)))  # a batch that failed may leave its own
     device = next(model.parameters()).device
-    store = ExpertStore(artifacts, device=device, slots=sizes.slots, host_bytes=sizes.host_bytes, tied=stored.tied)
+    store = ExpertStore(
+        artifacts,
+        device=device,
+        slots=sizes.slots,
+        host_bytes=sizes.host_bytes,
+        tied=stored.tied,
+        grows=sizes.grows,
+    )
     turns = Turns(model, stored, store, trial, kv_tokens=sizes.kv_tokens)
     return Opened(turns, store, reasons, time.perf_counter() - started)
 
@@ -233,6 +253,7 @@ def _proven(
         host_bytes=sizes.host_bytes,
         kernel=attachment.kernel if kernel else False,
         tied=stored.tied,
+        grows=sizes.grows,
     )
     budget = 0 if kernel else merged_budget(sizes.merged_bytes, device, model.dtype)
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)

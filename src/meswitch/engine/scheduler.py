@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from meswitch.engine.attention import Piece
 from meswitch.engine.pages import PAGE, Pages, page_keys, pages_for
 from meswitch.engine.request import Listener
-from meswitch.engine.sampling import Sampler, SamplingParams
+from meswitch.engine.sampling import SamplingParams, SamplingState
 
 PAUSE = 0.1  # seconds of a step for prompts beside running answers
 _LEAST = 16  # tokens of prompts in a step, however slow it is
@@ -31,6 +31,7 @@ class Job:
         params: how it is continued.
         ends: tokens that end the answer.
         listener: is told what was made.
+        sampling: what chooses its tokens; made of `params` if it is not given.
     """
 
     id: str
@@ -40,7 +41,7 @@ class Job:
     params: SamplingParams
     ends: frozenset[int]
     listener: Listener
-    sampler: Sampler | None = None
+    sampling: SamplingState | None = None
     prompt: int = 0  # tokens
     computed: int = 0  # tokens whose keys and values are in the cache
     seen: int = 0  # of these, those whose numbers have been seen to be finite
@@ -50,7 +51,14 @@ class Job:
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
-        self.sampler = Sampler(self.params) if self.params.temperature > 0 else None
+        if self.sampling is None:
+            self.sampling = SamplingState(self.params, list(self.tokens), self.ends)
+
+    @property
+    def state(self) -> SamplingState:
+        """Of its sampling."""
+        assert self.sampling is not None
+        return self.sampling
 
     @property
     def made(self) -> list[int]:
@@ -117,7 +125,8 @@ class Scheduler:
         """Give a waiting job pages for its text and one token, known ones first; False if there are not enough."""
         job.keys += page_keys(job.owner, job.tokens, job.keys)
         found: list[int] = []
-        for key in job.keys[: (len(job.tokens) - 1) // PAGE]:  # one token at least is computed, for its logits
+        known = (len(job.tokens) - 1) // PAGE  # one token at least is computed, for its logits
+        for key in () if job.state.scores_prompt else job.keys[:known]:
             page = self.pages.find(key)
             if page is None:
                 break

@@ -23,7 +23,7 @@ from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
 from meswitch.engine.request import Listener, tell
 from meswitch.engine.rotary import longest_unturned
-from meswitch.engine.sampling import Sampler, SamplingParams, StepSampler
+from meswitch.engine.sampling import SamplingParams, SamplingState, StepSampler, not_finite
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.slots import ExpertStore
 from meswitch.threads import StepThreads
@@ -80,11 +80,14 @@ class Turns:
     """
 
     merged_budget = 0  # one expert's, as it has its turn
+    kv_used_tokens = 0
     kv_bytes = 0  # keys and values are made and dropped by every turn
 
     def __init__(self, model: Any, stored: StoredTensors, store: ExpertStore, trial: Trial, *, kv_tokens: int) -> None:
         self.kv_tokens = kv_tokens
         self.failure: str | None = None
+        self.steps = 0
+        """Tokens of a turn's requests that were made, and turns that were taken."""
         self._model, self._stored, self._store = model, stored, store
         self._device = next(model.parameters()).device
         self._threads = StepThreads(self._device, model.config.get_text_config().hidden_size)
@@ -109,17 +112,19 @@ class Turns:
         eos: list[int],
         listener: Listener,
         owner: str = "",
+        sampling: SamplingState | None = None,
     ) -> None:
         """Start a request. The listener is called from the engine's thread, with all new tokens so far each time.
 
         owner: not needed here, as no keys and values outlive a turn.
+        sampling: what chooses its tokens; made of `params` if it is not given.
         """
         with self._changed:
             if self._closed or self.failure is not None:
                 raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
             self._jobs[request] = _Job(request, tokens, slot, params, frozenset(eos), listener)
-            if params.temperature > 0:
-                self._sampler.samplers[request] = Sampler(params)
+            state = sampling or SamplingState(params, tokens, frozenset(eos))
+            self._sampler.states[request] = state
             self._changed.notify_all()
 
     def cancel(self, request: str) -> None:
@@ -140,6 +145,11 @@ class Turns:
     def graph_bytes(self) -> int:
         """None: steps are not recorded."""
         return 0
+
+    @property
+    def threads(self) -> dict[str, threading.Thread]:
+        """What each thread does -> the thread. None of them ends before this is closed."""
+        return {"computes": self._thread}
 
     @property
     def merged_bytes(self) -> int:
@@ -195,9 +205,12 @@ class Turns:
         return chosen
 
     def _take_turn(self, turn: list[_Job]) -> None:
+        self.steps += 1
         try:
             self._become(turn[0].slot)
-            self._generate(turn)
+            answered = self._score_prompts(turn)
+            if answered:
+                self._generate(answered)
         except Exception as error:  # noqa: BLE001  whatever a model raises fails these requests alone
             if len(turn) > 1:  # one of them may be the cause: each alone
                 for job in turn:
@@ -229,7 +242,7 @@ class Turns:
         with self._changed:
             if self._jobs.pop(job.id, None) is None:
                 return
-            self._sampler.samplers.pop(job.id, None)
+            self._sampler.states.pop(job.id, None)
         self._tell(job, finished=True, error=error)
 
     def _tell(self, job: _Job, *, finished: bool = False, error: str | None = None) -> None:
@@ -260,6 +273,19 @@ class Turns:
         for name, value in self._kept.items():
             _exchange(self._model, name, value)
         self._kept, self._expert = {}, BASE_SLOT
+
+    @torch.inference_mode()
+    def _score_prompts(self, turn: list[_Job]) -> list[_Job]:
+        """Give prompts that want it their log probabilities; requests that want more than that are left."""
+        for job in turn:
+            state = self._sampler.states[job.id]
+            if state.scores_prompt:
+                ids = torch.tensor([job.prompt], device=self._device)
+                logits = self._model(input_ids=ids, use_cache=False).logits[0]
+                state.score_prompt(0, logits)
+                if state.is_damaged:
+                    job.error, job.cancelled = not_finite(self._model.dtype), True
+        return [job for job in turn if not (job.cancelled or job.complete)]
 
     @torch.inference_mode()
     def _generate(self, turn: list[_Job]) -> None:
@@ -332,6 +358,7 @@ class _Listening(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         step = input_ids.shape[1] - self._width
+        self._turns.steps += 1
         ends = self._turns._closed or (step >= SLICE and self._turns._others_wait(self._turn[0].slot))
         for row, (job, token) in enumerate(zip(self._turn, input_ids[:, -1].tolist(), strict=True)):
             if self._done[row]:

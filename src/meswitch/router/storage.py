@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.durable import fsync_path, replace_directory
+from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.router.base import RouterError
 from meswitch.router.records import Calibration, CascadeFile, LlmFile, Provenance, RulesFile
 from meswitch.strict import Decoder
@@ -139,6 +139,7 @@ def read_file(path: Path) -> AnyFile:
     Raises:
         RouterError: not a router, a newer version, or a field that is missing, unknown or of another type.
     """
+    recover_directory(path)
     name = path / JSON_NAME
     try:
         data = json.loads(name.read_text(encoding="utf-8"))

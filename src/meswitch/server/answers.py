@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, RootModel, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Lean(BaseModel):
@@ -13,6 +13,10 @@ class _Lean(BaseModel):
         return {key: value for key, value in write(self).items() if value is not None}
 
 
+class Event(RootModel[dict[str, Any]]):
+    """An object whose fields the protocols of `responses` and `messages` fix."""
+
+
 class Usage(BaseModel):
     """Tokens: the prompt's (once, however many answers), and all answers', end tokens included."""
 
@@ -21,17 +25,68 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class ChatMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
+class TopLogprob(BaseModel):
+    """A token that could have come. bytes: a part of a character has no text of its own."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class LogprobToken(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[LogprobToken]
     refusal: None = None
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class CallDelta(Call):
+    """A whole call: its arguments are not streamed in pieces."""
+
+    index: int
+
+
+class ChatMessage(BaseModel):
+    """content: null where there are calls only."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = ("reasoning_content", "tool_calls")
+        return {key: value for key, value in write(self).items() if value is not None or key not in optional}
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
+    stop_reason: str | int | None = None  # vLLM's: the stop text or token of the request that ended the answer
 
 
 class ChatCompletion(BaseModel):
@@ -48,12 +103,14 @@ class ChatCompletion(BaseModel):
 class Delta(_Lean):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -69,8 +126,9 @@ class ChatChunk(_Lean):
 class TextChoice(BaseModel):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 class TextCompletion(_Lean):
@@ -85,7 +143,10 @@ class TextCompletion(_Lean):
 
 
 class ModelCard(_Lean):
-    """One row of `/v1/models`. kind: `base`, `expert` or `router`. parent: the base of an expert."""
+    """One row of `/v1/models`.
+
+    kind: `base`, `expert` or `router`. parent: the base of an expert. max_model_len: tokens of a prompt and its answer.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -94,6 +155,7 @@ class ModelCard(_Lean):
     kind: Literal["base", "expert", "router"]
     description: str
     parent: str | None = None
+    max_model_len: int | None = None
 
 
 class ModelList(BaseModel):

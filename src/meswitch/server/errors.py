@@ -1,5 +1,6 @@
 """OpenAI error bodies: `{"error": {"message", "type", "param", "code"}}`, each naming the field and the fix."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from meswitch.errors import CapacityError, ConfigError, MeswitchError, UnknownExpertError
+from meswitch.errors import CapacityError, ConfigError, ContextLengthError, MeswitchError, UnknownExpertError
+
+# What the engine calls a field -> what it is called here.
+_ENGINE_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+ANTHROPIC_PATH = "/v1/messages"
+_FIELD = re.compile(r"[a-z_]+(?:\[\d+\]|\.\w+)*")
+
+# two parts and more, as /etc/passwd; not the paths of the API
+_PATH = re.compile(r"(?<![\w/.:])/(?!v1/)(?:[^\s/'\"`:,;()]+/)+[^\s/'\"`:,;()]*")
 
 
 class ApiError(Exception):
@@ -34,23 +43,40 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         param = None if self.param is None else _printable(self.param)
-        return {"error": {"message": _printable(self.message), "type": kind, "param": param, "code": self.code}}
+        message = without_paths(self.message) if self.status >= 500 else self.message
+        return {"error": {"message": _printable(message), "type": kind, "param": param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same in the form of Anthropic's protocol."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+        kind = kinds.get(self.status) or ("api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": _printable(self.message)}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        """path: of the request; some protocols have a form of their own."""
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+        return JSONResponse(body, self.status, self.headers)
 
     @classmethod
-    def refused(cls, error: MeswitchError, prompt_field: str) -> "ApiError":
-        """From what `Engine.submit` raises. prompt_field: what the engine's `prompt` is called in this request."""
+    def refused(cls, error: MeswitchError, prompt_field: str, grammar_field: str = "structured_outputs") -> "ApiError":
+        """From what `Engine.submit` raises.
+
+        Args:
+            error: raised.
+            prompt_field: what the engine's `prompt` is called in this request.
+            grammar_field: what its `grammar` is called.
+        """
         if isinstance(error, UnknownExpertError):
             return cls(404, str(error), param="model", code="model_not_found")
         if isinstance(error, CapacityError):
             return cls(429, str(error), code="queue_full", headers={"Retry-After": "1"})
         if isinstance(error, ConfigError):
-            text = str(error)
-            if text.startswith("prompt: "):
-                text = f"{prompt_field}: {text.removeprefix('prompt: ')}"
-            return cls(400, text, param=prompt_field, code="invalid_value")
+            code = "context_length_exceeded" if isinstance(error, ContextLengthError) else "invalid_value"
+            field, colon, text = str(error).partition(": ")
+            field = {**_ENGINE_FIELDS, "prompt": prompt_field, "grammar": grammar_field}.get(field, field)
+            if colon and _FIELD.fullmatch(field):
+                return cls(400, f"{field}: {text}", param=field, code=code)
+            return cls(400, str(error), param=prompt_field, code=code)
         return cls(503, str(error), code="engine_unavailable")
 
     @classmethod
@@ -75,6 +101,11 @@ class ApiError(Exception):
         return cls(400, f"{field}: {message}", param=field, code=code)
 
 
+def without_paths(text: str) -> str:
+    """A text for clients, to whom files of this machine are no business; the log has them."""
+    return _PATH.sub("(a file of the server)", text)
+
+
 def _printable(text: str) -> str:
     """JSON may smuggle in half a surrogate pair, which could not be sent back."""
     return text.encode(errors="replace").decode()
@@ -91,13 +122,13 @@ def _dotted(where: tuple[Any, ...]) -> str:
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every failure in OpenAI's form."""
 
-    async def api(_: Request, error: Exception) -> JSONResponse:
+    async def api(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return error.response(request.url.path)
 
-    async def validation(_: Request, error: Exception) -> JSONResponse:
+    async def validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return ApiError.invalid(error.errors()).response()
+        return ApiError.invalid(error.errors()).response(request.url.path)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -5,43 +5,83 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 
 from meswitch.engine import Chunk, Engine, Request
+from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
 from meswitch.server.answers import Usage
+from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError
+from meswitch.server.formats import Answer
 from meswitch.server.schema import GenerationRequest
-from meswitch.tokenizer import Prompt
+from meswitch.tokenizer import ChatTokenizer, Prompt
 
 _ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "meswitch-encode")
 
 
+async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *, special: bool = True) -> list[int]:
+    """Token ids, beside the event loop.
+
+    Args:
+        tokenizer: of the expert.
+        prompt: a text or a conversation.
+        prompt_field: the request's field that holds it, for messages.
+        special: of a text, whether with the tokens that the tokenizer sets at its beginning or end.
+
+    Raises:
+        ApiError: it cannot be encoded.
+    """
+
+    def encode() -> list[int]:
+        if isinstance(prompt, str) and not special:
+            return tokenizer.text_ids(prompt, special=False)
+        return tokenizer.encode(prompt)
+
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_ENCODERS, encode)
+    except MeswitchError as error:
+        raise ApiError.refused(error, prompt_field) from error
+
+
 class Generation:
-    """The running answers, `request.n` for each prompt, in the order of the prompts.
+    """The running answers, `request.answers` for each prompt, in the order of the prompts.
 
     Make it with `start`. Whoever made it calls `cancel` in the end, whatever happened.
     """
 
     def __init__(
-        self, engine: Engine, model: str, prompts: Sequence[Prompt], request: GenerationRequest, prompt_field: str
+        self,
+        engine: Engine,
+        model: str,
+        prompts: Sequence[Prompt],
+        request: GenerationRequest,
+        prompt_field: str,
+        chat: Chat | None,
     ) -> None:
         if engine.failure is not None:
             raise _dead(engine)
-        count = len(prompts) * request.n
+        count = len(prompts) * request.answers
         if count > engine.max_queue:
             field = "n" if len(prompts) == 1 else prompt_field
             message = f"{field}: {count} answers in one request, the queue holds {engine.max_queue}; ask for less"
             raise ApiError(400, message, param=field, code="invalid_value")
         self._engine, self._model, self._prompts, self._request = engine, model, prompts, request
-        self._choices = request.n
+        self._choices, self._chat = request.answers, chat
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
         self._requests: list[Request] = []
 
     @classmethod
     async def start(
-        cls, engine: Engine, model: str, prompts: Sequence[Prompt], request: GenerationRequest, prompt_field: str
+        cls,
+        engine: Engine,
+        model: str,
+        prompts: Sequence[Prompt],
+        request: GenerationRequest,
+        prompt_field: str,
+        chat: Chat | None = None,
     ) -> "Generation":
         """Encode the prompts beside the event loop, which a long one would stop for everybody, and start the answers.
 
@@ -51,12 +91,13 @@ class Generation:
             prompts: of this request.
             request: how they are continued.
             prompt_field: its field that holds them, for messages.
+            chat: what the expert makes of a chat request.
 
         Raises:
             ApiError: the engine refuses one of them; then none runs.
         """
-        made = cls(engine, model, prompts, request, prompt_field)
-        submitting = asyncio.get_running_loop().run_in_executor(_ENCODERS, made._submit)
+        made = cls(engine, model, prompts, request, prompt_field, chat)
+        submitting = asyncio.get_running_loop().run_in_executor(_ENCODERS, copy_context().run, made._submit)
         try:
             await asyncio.shield(submitting)
         except asyncio.CancelledError:  # the client is gone; the thread may still submit
@@ -64,7 +105,7 @@ class Generation:
             raise
         except MeswitchError as error:
             made.cancel()
-            raise ApiError.refused(error, prompt_field) from error
+            raise ApiError.refused(error, prompt_field, request.grammar_field) from error
         return made
 
     def _abandoned(self, submitted: "asyncio.Future[None]") -> None:
@@ -72,11 +113,13 @@ class Generation:
         self.cancel()
 
     def _submit(self) -> None:
+        grammar = self._request.grammar if self._chat is None else self._chat.grammar
+        shown = () if self._chat is None else self._chat.shown
         for prompt in self._prompts:
             tokens: Prompt = prompt
             for choice in range(self._choices):
                 listen = partial(self._post, len(self._requests))
-                params = self._request.params(choice)
+                params = self._request.params(choice, grammar, shown)
                 started = self._engine.submit(tokens, model=self._model, params=params, on_chunk=listen)
                 self._requests.append(started)
                 tokens = started.prompt  # encoded once
@@ -95,13 +138,20 @@ class Generation:
             running -= chunk.finish_reason is not None
             yield index, chunk
 
-    async def whole(self) -> list[tuple[str, str]]:
-        """(text, finish reason) of every answer."""
+    async def whole(self) -> list[Answer]:
+        """Every answer."""
         texts, reasons = [""] * len(self._requests), ["stop"] * len(self._requests)
+        logprobs: list[tuple[TokenLogprobs, ...]] = [()] * len(self._requests)
         async for index, chunk in self.pieces():
             texts[index] += chunk.text
+            logprobs[index] += chunk.logprobs
             reasons[index] = chunk.finish_reason or reasons[index]
-        return list(zip(texts, reasons, strict=True))
+        found = zip(texts, reasons, self._requests, logprobs, strict=True)
+        return [Answer(text, reason, request, some) for text, reason, request, some in found]
+
+    def request(self, index: int) -> Request:
+        """The engine's, of answer `index`."""
+        return self._requests[index]
 
     def usage(self) -> Usage:
         """Of complete answers."""

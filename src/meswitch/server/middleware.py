@@ -15,18 +15,28 @@ MAX_BODY = 8 << 20  # bytes of a request, unpacked: a million tokens and more
 class NormalisingMiddleware:
     """One slash between the parts of a path and none behind it, GET for HEAD, bodies unpacked.
 
-    Base addresses end in a slash or not, load balancers ask with HEAD, and some clients send long prompts gzipped.
+    Base addresses end in a slash or not, load balancers ask with HEAD, some clients send long prompts gzipped, and
+    Anthropic's send their key as `x-api-key`.
+
+    Args:
+        root_path: under which a proxy serves the application. Paths may have it in front: some proxies take it away.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
+        self._app, self._root_path = app, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
+        path = re.sub("/+", "/", scope["path"])
+        if self._root_path and (path + "/").startswith(self._root_path + "/"):
+            path = path[len(self._root_path) :]
+        path = path.rstrip("/") or "/"
         scope = {**scope, "path": path}
+        headers = dict(scope["headers"])
+        if b"x-api-key" in headers and b"authorization" not in headers:
+            scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + headers[b"x-api-key"])]
         if scope["method"] == "HEAD":
             scope["method"], send = "GET", _without_body(send)
         try:

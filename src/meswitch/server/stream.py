@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from meswitch.server.errors import ApiError
@@ -38,11 +36,11 @@ async def answer(generation: Generation, shape: Format, request: Request, header
 class EventStream(StreamingResponse):
     """The answer as server-sent events. Failures before the first piece still get their own status."""
 
-    def __init__(self, generation: Generation, shape: Format, include_usage: bool, headers: Mapping[str, str]) -> None:
+    def __init__(self, generation: Generation, shape: Format, headers: Mapping[str, str]) -> None:
         quick = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may collect the pieces
-        events = _events(generation, shape, include_usage)
+        events = _events(generation, shape)
         super().__init__(events, headers={**headers, **quick}, media_type="text/event-stream")
-        self._generation = generation
+        self._generation, self._shape = generation, shape
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,25 +59,23 @@ class EventStream(StreamingResponse):
             async for event in self._events:
                 await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         except ApiError as error:  # too late for a status
-            event = f"data: {json.dumps(error.body())}\n\n"
+            event = self._shape.failure(error)
             await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _events(generation: Generation, shape: Format, include_usage: bool) -> AsyncIterator[str]:
-    begun: set[int] = set()
+async def _events(generation: Generation, shape: Format) -> AsyncIterator[str]:
+    is_first = True
     async for index, piece in generation.pieces():
-        chunks = shape.chunks(index, piece.text, piece.finish_reason, first=index not in begun)
-        begun.add(index)
-        for chunk in chunks:
-            yield _event(chunk)
-    if include_usage:
-        yield _event(shape.usage(generation.usage()))
-    yield "data: [DONE]\n\n"
-
-
-def _event(chunk: BaseModel) -> str:
-    return f"data: {chunk.model_dump_json()}\n\n"
+        for chunk in shape.begin(generation.request(index)) if is_first else []:
+            yield shape.event(chunk)
+        is_first = False
+        for chunk in shape.chunks(index, piece, generation.request(index)):
+            yield shape.event(chunk)
+    for chunk in shape.end(generation.usage()):
+        yield shape.event(chunk)
+    if shape.last:
+        yield shape.last
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -65,6 +65,8 @@ class DeviceTier:
         self.slot_bytes = max((layout.nbytes for layout in layouts), default=0)
         self._arena = torch.zeros(count, self.slot_bytes, dtype=torch.uint8, device=device)
         self.slots = [Slot(self._arena[i]) for i in range(count)]
+        self.kept: frozenset[str] = frozenset()
+        """Experts whose slots nobody else gets."""
         self.tables: SlotTables | None = None
         if kernel is not False:
             shapes = [(name, shape) for layout in layouts for name, (shape, _) in layout.kernel_places().items()]
@@ -89,7 +91,10 @@ class DeviceTier:
         usable = [
             index
             for index, slot in enumerate(self.slots)
-            if not slot.pins and (slot.ready or slot.version is None) and slot.promised in (None, who)
+            if not slot.pins
+            and (slot.ready or slot.version is None)
+            and slot.promised in (None, who)
+            and not self._is_kept(slot)
         ]
         if not usable:
             return None
@@ -102,9 +107,12 @@ class DeviceTier:
 
     def promise(self, who: object) -> None:
         """Keep the slot with the fewest requests for somebody, unless one is kept already."""
-        free = [slot for slot in self.slots if slot.ready and slot.promised is None]
+        free = [slot for slot in self.slots if slot.ready and slot.promised is None and not self._is_kept(slot)]
         if free and not any(slot.promised is who for slot in self.slots):
             min(free, key=lambda slot: (slot.pins, slot.used)).promised = who
+
+    def _is_kept(self, slot: Slot) -> bool:
+        return slot.version is not None and slot.version.expert in self.kept
 
     def withdraw(self, who: object) -> None:
         """Give a promised slot back to all."""
@@ -116,10 +124,10 @@ class DeviceTier:
         return any(slot.promised is who for slot in self.slots)
 
     def drop_replaced(self, newest: Mapping[str, Version]) -> None:
-        """Empty the slots of versions that were replaced and that no request uses."""
+        """Empty the slots of versions that were replaced or unloaded and that no request uses."""
         for slot in self.slots:
             version = slot.version
-            if slot.ready and not slot.pins and version is not None and version != newest[version.expert]:
+            if slot.ready and not slot.pins and version is not None and version != newest.get(version.expert):
                 slot.clear()
 
     def fill(self, index: int, version: Version, source: Tensor) -> Tensors:

@@ -8,7 +8,14 @@ from typing import TypeVar
 
 import torch
 
-from meswitch.errors import ArtifactError, CapacityError, IncompatibleError, LoadError, MeswitchError
+from meswitch.errors import (
+    ArtifactError,
+    CapacityError,
+    IncompatibleError,
+    LoadError,
+    MeswitchError,
+    UnknownExpertError,
+)
 
 T = TypeVar("T")
 
@@ -75,6 +82,8 @@ def _kind(error: BaseException) -> str:
         return "there is not enough host memory for it"
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "there is not enough memory for it"
+    if isinstance(error, UnknownExpertError):
+        return "it was unloaded"
     if isinstance(error, IncompatibleError):
         return "it does not fit this base"
     if isinstance(error, ArtifactError):

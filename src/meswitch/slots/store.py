@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ logger = logging.getLogger("meswitch.slots")
 READERS, OPENERS = 2, 2
 MAX_PASSES = 32
 MAX_WAIT = 5.0
+LOAD_SECONDS = 300.0
 _MAX_TRIES = 3  # of a load whose files were replaced meanwhile
 
 _Todo = list[Callable[[], Any]]  # what is done once the lock is free
@@ -75,6 +76,22 @@ class Residency:
     version: str = ""
 
 
+@dataclass(slots=True)
+class Counts:
+    """What happened to one expert so far.
+
+    Args:
+        requests: for its slot. hits: of them, when it was in one.
+        loads: copies into a slot. evictions: times that it had to leave one. failures: loads that failed.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    failures: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A slot that is pinned until `ExpertStore.release`, and what it holds."""
@@ -96,6 +113,7 @@ class _Load:
         tries: how often its files were replaced on the way.
         stage: what it waits for next, or is doing.
         passed: requests that went past it, since when it has been ready for a slot.
+        begun: when its files were first asked for something, None before that.
     """
 
     expert: str
@@ -108,6 +126,7 @@ class _Load:
     in_host: bool = False
     passed: int = 0
     since: float | None = None
+    begun: float | None = None
 
 
 class ExpertStore:
@@ -121,6 +140,7 @@ class ExpertStore:
         kernel: lay packed deltas out for the GPU kernels, which find them through `tables`: all, none, or those of
             these names.
         tied: names that share another tensor where an artifact does not store them.
+        grows: make all slots, also those that no expert needs yet.
 
     Raises:
         CapacityError: less than one slot.
@@ -136,6 +156,7 @@ class ExpertStore:
         host_bytes: int | None = None,
         kernel: bool | Container[str] = False,
         tied: Mapping[str, str] = HEAD_TIED,
+        grows: bool = False,
     ) -> None:
         if slots < 1:
             raise CapacityError(f"slots: {slots}: an engine needs at least one slot")
@@ -145,7 +166,7 @@ class ExpertStore:
             for name, artifact in artifacts.items()
         ]
         self._versions = Versions(versions)
-        count = min(slots, max(1, len(versions)))
+        count = slots if grows else min(slots, max(1, len(versions)))
         self._device = DeviceTier([version.layout for version in versions], device, count, kernel)
         self._openers = Loader(OPENERS, "meswitch-open")
         self._readers = Loader(READERS, "meswitch-read", device)
@@ -155,9 +176,7 @@ class ExpertStore:
         self._loads: list[_Load] = []
         self._clock = 0
         self._closed = False
-        self.loads = 0
-        self.failures = 0
-        self.evictions = 0
+        self._counts: dict[str, Counts] = {name: Counts() for name in artifacts}
         self.load_seconds = 0.0
 
     def watch(self, accept: Accept | None = None, made: Mapping[str, Any] | None = None) -> None:
@@ -175,6 +194,89 @@ class ExpertStore:
                 if slot.version is not None:
                     slot.version = self._versions.newest()[slot.version.expert]
 
+    def add(self, name: str, artifact: Artifact, made: Any = None) -> None:
+        """One more expert, or another one under a name that is known: running requests keep the one they have.
+
+        Args:
+            name: of the expert.
+            artifact: of the engine's base.
+            made: see `Version`.
+
+        Raises:
+            IncompatibleError: it does not fit what slots and layers were made for when the engine opened.
+            MeswitchError: no kernel reads it; or its files are gone.
+        """
+        try:
+            self._versions.add(name, artifact, made)
+        except OSError as error:
+            raise load_error(name, error) from error
+        with self._lock:
+            self._counts.setdefault(name, Counts())
+            todo = self._advance()
+        self._do(todo)
+
+    def remove(self, name: str) -> None:
+        """An expert less: requests that wait for it fail, running ones go on, and it leaves its slot after them.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        self._versions.remove(name)
+        with self._lock:
+            self._device.kept -= {name}
+            waiters = [waiter for load in self._loads if load.expert == name for waiter in load.waiters]
+            for load in self._loads:
+                if load.expert == name:
+                    load.waiters = []
+            self._counts.pop(name, None)
+            error = UnknownExpertError(f"expert {name!r} was unloaded while this request waited for it")
+            todo = [partial(_fail, waiter, error) for waiter in waiters] + self._advance()
+        self._do(todo)
+        for version in self.host.resident():
+            if version.expert == name:
+                self.host.discard(version)
+
+    def keep(self, name: str) -> None:
+        """Bring an expert to a slot, which nobody else gets until `let_go`. Returns at once.
+
+        Raises:
+            UnknownExpertError: no such expert.
+            CapacityError: no slot would be left for the others.
+        """
+        self._check_known(name)
+        with self._lock:
+            kept = self._device.kept | {name}
+            if len(kept) >= len(self._device.slots):
+                raise CapacityError(
+                    f"expert {name!r} cannot be pinned: of {len(self._device.slots)} slots {len(kept) - 1} are pinned, "
+                    "and one must stay for the others; raise engine.slots"
+                )
+            self._device.kept = kept
+
+        def arrived(wanted: Future[Held]) -> None:
+            if not wanted.cancelled() and wanted.exception() is None:
+                self.release(wanted.result().slot)
+
+        self.request(name).add_done_callback(arrived)
+
+    def let_go(self, name: str) -> None:
+        """Undo `keep`.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        self._check_known(name)
+        with self._lock:
+            self._device.kept -= {name}
+            todo = self._advance()
+        self._do(todo)
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Experts that keep their slots."""
+        return self._device.kept
+
     @property
     def artifacts(self) -> Mapping[str, Artifact]:
         """The newest versions' artifacts by expert."""
@@ -189,8 +291,7 @@ class ExpertStore:
         Raises:
             UnknownExpertError: no such expert.
         """
-        self._check_known(name)
-        return self._versions.newest()[name].key
+        return self._check_known(name).key
 
     def tensors(self, slot: int) -> Tensors:
         """The tensors of the expert that a pinned slot holds."""
@@ -213,6 +314,10 @@ class ExpertStore:
             if self._closed:
                 raise MeswitchError("the engine is closed")
             self._clock += 1
+            counts = self._counts.setdefault(name, Counts())
+            counts.requests += 1
+            version = self._versions.current(name, signature)
+            counts.hits += version is not None and self._device.find(version) is not None
             todo = self._enter(name, signature, [wanted], self._clock) + self._advance()
         self._do(todo)
         wanted.add_done_callback(self._after_cancel)
@@ -268,6 +373,26 @@ class ExpertStore:
             todo = [] if held.pins else self._advance()
         self._do(todo)
 
+    def end_overdue(self, now: float) -> None:
+        """Fail who waits for files that have not been read within `LOAD_SECONDS`: storage that hangs may never answer.
+
+        The read goes on, and whoever asks later fails too as long as it does.
+
+        Args:
+            now: of `time.monotonic`.
+        """
+        todo: _Todo = []
+        with self._lock:
+            for load in self._loads:
+                slow = load.stage in ("opening", "reading") and load.begun is not None
+                if slow and load.waiters and now - (load.begun or now) > LOAD_SECONDS:
+                    why = f"its files are not read within {LOAD_SECONDS / 60:.0f} minutes"
+                    error = LoadError(f"expert {load.expert!r} cannot be loaded: {why}")
+                    todo += [partial(_fail, waiter, error) for waiter in load.waiters]
+                    load.waiters = []
+                    self._count(load.expert).failures += 1
+        self._do(todo)
+
     def residency(self) -> list[Residency]:
         """Every expert's place and bytes."""
         host = self.host.resident()
@@ -279,6 +404,26 @@ class ExpertStore:
                 pins = sum(s.pins for s in self._device.slots if s.version is not None and s.version.expert == name)
                 rows.append(Residency(name, place, version.layout.nbytes, index, pins, version.key))
             return rows
+
+    def counts(self) -> dict[str, Counts]:
+        """What happened to every expert so far."""
+        with self._lock:
+            return {name: replace(counts) for name, counts in self._counts.items()}
+
+    @property
+    def loads(self) -> int:
+        """Copies into slots so far."""
+        return sum(counts.loads for counts in self.counts().values())
+
+    @property
+    def evictions(self) -> int:
+        """Times so far that an expert had to leave its slot."""
+        return sum(counts.evictions for counts in self.counts().values())
+
+    @property
+    def failures(self) -> int:
+        """Loads so far that failed."""
+        return sum(counts.failures for counts in self.counts().values())
 
     @property
     def device_bytes(self) -> int:
@@ -313,10 +458,11 @@ class ExpertStore:
         for waiter in waiters:
             _fail(waiter, MeswitchError("the engine was closed"))
 
-    def _check_known(self, name: str) -> None:
+    def _check_known(self, name: str) -> Version:
         known = self._versions.newest()
         if name not in known:
             raise UnknownExpertError(f"no expert {name!r}; there are {', '.join(known) or 'none'}")
+        return known[name]
 
     # Below, `todo` collects what must wait until the lock is free: whatever may call back, block or take long.
 
@@ -349,6 +495,10 @@ class ExpertStore:
                 return []
         self._loads.append(_Load(name, order, signature, version, waiters, tries))
         return []
+
+    def _count(self, name: str) -> Counts:
+        """Of an expert; of one that was unloaded, nobody looks at it."""
+        return self._counts.get(name) or Counts()
 
     def _may_pass(self, index: int) -> bool:
         """Whether a request may go into a slot while others wait; promise a slot to who has waited long enough."""
@@ -392,6 +542,11 @@ class ExpertStore:
         return todo
 
     def _advance_one(self, load: _Load) -> _Todo:
+        if load.expert not in self._versions.newest() and load.stage in ("new", "ready"):
+            self._drop(load)
+            if load.version is not None:
+                self.host.discard(load.version)
+            return []
         asked = bool(load.waiters)
         load.waiters = [waiter for waiter in load.waiters if not waiter.cancelled()]
         if load.stage not in ("new", "ready"):
@@ -403,7 +558,7 @@ class ExpertStore:
             self._drop(load)
             return self._grant(index, load.waiters)
         elif load.stage == "new" and load.version is None:
-            load.stage = "opening"
+            load.stage, load.begun = "opening", load.begun or time.monotonic()
             work = partial(self._versions.open, load.expert)
             return [partial(self._start, load, self._openers, work, self._opened)]
         elif load.stage == "new":
@@ -431,6 +586,7 @@ class ExpertStore:
             raise told from CapacityError(str(told))
         if reading is not None:
             load.stage, load.in_host = "reading", True
+            load.begun = load.begun or time.monotonic()
             return [partial(self._then, load, reading, self._was_read)]
         return []
 
@@ -449,7 +605,8 @@ class ExpertStore:
         slot = self._device.slots[index]
         reading = self.host.load(version, version.layout.nbytes, partial(self._read, version))
         assert reading is not None
-        self.evictions += slot.version is not None
+        if slot.version is not None:
+            self._count(slot.version.expert).evictions += 1
         self._device.withdraw(load)
         slot.clear()
         self._clock += 1
@@ -510,7 +667,7 @@ class ExpertStore:
             slot.clear()
             raise
         slot.ready = True
-        self.loads += 1
+        self._count(load.expert).loads += 1
         todo = self._grant(index, load.waiters)
         self._drop(load)
         return todo
@@ -537,7 +694,7 @@ class ExpertStore:
                 if signature is not None and signature != load.signature:
                     todo += self._enter(load.expert, signature, waiters, load.order, load.tries + 1)
                 else:
-                    self.failures += 1
+                    self._count(load.expert).failures += 1
                     told = load_error(load.expert, error)
                     todo += [partial(_fail, waiter, told) for waiter in waiters]
                     if not waiters:

@@ -16,7 +16,7 @@ from typing import Any
 
 from meswitch.artifact import Artifact, Entry
 from meswitch.artifact.manifest import MANIFEST_NAME, Manifest
-from meswitch.errors import ArtifactError, ConfigError, IncompatibleError, LoadError
+from meswitch.errors import ArtifactError, ConfigError, IncompatibleError, LoadError, UnknownExpertError
 from meswitch.slots.layout import Layout
 from meswitch.slots.tables import SlotTables
 
@@ -168,6 +168,41 @@ class Versions:
                 if _file_digest(version.artifact) == version.digest:
                     known.signature = signature
 
+    def add(self, name: str, artifact: Artifact, made: Any) -> Version:
+        """Serve one more expert, or this instead of the one that has the name.
+
+        Args:
+            name: of the expert.
+            artifact: its files, checked against the base.
+            made: what `accept` would have given for it.
+
+        Raises:
+            IncompatibleError: it does not fit what slots and layers were made for.
+            ConfigError: no kernel reads it.
+            OSError: its manifest cannot be read any more.
+        """
+        assert self._plan is not None
+        assert self._lay is not None
+        layout = self._lay(artifact)
+        self._plan.check(artifact, layout)
+        signature = _signature(artifact)
+        version = Version(name, manifest_digest(artifact.manifest), artifact, layout, made)
+        known = _Known(version, signature if _file_digest(artifact) == version.digest else None)
+        with self._lock:
+            self._known = {**self._known, name: known}  # others read it without the lock
+        return version
+
+    def remove(self, name: str) -> None:
+        """Know an expert no more."""
+        with self._lock:
+            self._known = {known: one for known, one in self._known.items() if known != name}
+
+    def _get(self, name: str) -> _Known:
+        known = self._known.get(name)
+        if known is None:
+            raise UnknownExpertError(f"expert {name!r} was unloaded")
+        return known
+
     def newest(self) -> dict[str, Version]:
         return {name: known.version for name, known in self._known.items()}
 
@@ -178,7 +213,7 @@ class Versions:
         """
         if self._plan is None:
             return None
-        known = self._known[name]
+        known = self._get(name)
         with self._lock:
             if known.asked is None or known.asked.done():
                 try:
@@ -198,11 +233,11 @@ class Versions:
         deadline = time.monotonic() + _RENAMED_WITHIN
         while True:
             try:
-                return _signature(self._known[name].version.artifact)
+                return _signature(self._get(name).version.artifact)
             except FileNotFoundError:
                 if time.monotonic() > deadline:
                     return None
-            except OSError:
+            except (OSError, UnknownExpertError):
                 return None
             time.sleep(0.02)
 
@@ -213,12 +248,12 @@ class Versions:
             name: of the expert.
             signature: what `look` gave; None stands for the version known last, which may be in memory still.
         """
-        known = self._known[name]
+        known = self._get(name)
         return known.version if signature is None or signature == known.signature else None
 
     def signature(self, name: str) -> Signature | None:
         """Of the newest version's manifest."""
-        return self._known[name].signature
+        return self._get(name).signature
 
     def open(self, name: str) -> Version:
         """Take the files that are there now as the newest version, if they fit. Reads them, but no tensors.
@@ -229,7 +264,7 @@ class Versions:
             OSError: they cannot be read.
         """
         self.settled(name)
-        known = self._known[name]
+        known = self._get(name)
         before = known.version
         signature = _signature(before.artifact)
         artifact = Artifact.open(before.artifact.directory)

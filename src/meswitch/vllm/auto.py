@@ -5,31 +5,32 @@ environment is more than one family needs. It reads the family from the environm
 """
 
 import json
+import logging
 import os
-from collections.abc import Iterable
 from typing import Any
 
 from meswitch.errors import ConfigError
 from meswitch.family import Family
-from meswitch.launch import router_from_family
-from meswitch.server.routing import Desk, with_circumstances
+from meswitch.launch import policy_from_family
+from meswitch.server.auto import AUTO, Choice
+from meswitch.server.errors import ApiError
 from meswitch.vllm.asgi import COMPLETIONS, Message, Receive, Scope, Send, is_post, replayed, whole_body
 from meswitch.vllm.command import FAMILY_VARIABLE
 
-AUTO = "auto"
-HEADER = b"x-meswitch-expert"
+log = logging.getLogger("vllm.meswitch")
 
 
 class AutoRouting:
-    """ASGI middleware: the router's choice instead of `auto`; who it is comes back in `x-meswitch-expert`."""
+    """ASGI middleware: the choice of `AutoPolicy` instead of `auto`; the answer's headers say who it is and why."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
         path = os.environ.get(FAMILY_VARIABLE)
         if not path:
             raise ConfigError(f"{FAMILY_VARIABLE}: not set; give the family.toml whose router answers `auto`")
-        family = Family.load(path)
-        self.desk = Desk(router_from_family(family), [family.base.name, *family.names], family.router.fallback)
+        self.policy, problem = policy_from_family(Family.load(path))
+        if problem is not None:
+            log.error("auto does not work: %s", problem)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_post(scope, COMPLETIONS):
@@ -38,29 +39,38 @@ class AutoRouting:
         body = await whole_body(receive)
         if body is None:
             return
-        expert, body = await self._routed(body, scope["headers"])
-        if expert is not None:
-            kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-            scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
-
-        async def named(message: Message) -> None:
-            if expert is not None and message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), (HEADER, expert.encode())]}
-            await send(message)
-
-        await self.app(scope, replayed(body, receive), named)
-
-    async def _routed(self, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> tuple[str | None, bytes]:
-        """Who answers, and the request in its name; None and as it was where it names a model or is not understood."""
+        request = _asked_for_auto(body)
+        if request is None:
+            await self.app(scope, replayed(body, receive), send)
+            return
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         try:
-            request = json.loads(body)
-        except ValueError:
-            return None, body  # vLLM says what is wrong
-        if not isinstance(request, dict) or request.get("model") != AUTO:
-            return None, body
-        messages = request.get("messages")
-        if not isinstance(messages, list):
-            messages = [{"role": "user", "content": request.get("prompt", "")}]
-        named = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-        decision = await self.desk.decide(with_circumstances(messages, named, request.get("metadata")))
-        return decision.expert, json.dumps({**request, "model": decision.expert}).encode()
+            choice = await self.policy.choose_for_body(request, headers)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        body = json.dumps({**request, "model": choice.expert}).encode()
+        kept = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+        scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
+        await self.app(scope, replayed(body, receive), _naming(choice, send))
+
+
+def _asked_for_auto(body: bytes) -> dict[str, Any] | None:
+    """The request's object; None where it names a model or is not understood, which vLLM says."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return None
+    return request if isinstance(request, dict) and request.get("model") == AUTO else None
+
+
+def _naming(choice: Choice, send: Send) -> Send:
+    """`send` with headers that say who answers."""
+    added = [(name.encode(), value.encode()) for name, value in choice.headers.items()]
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *added]}
+        await send(message)
+
+    return named

@@ -9,6 +9,7 @@ from pathlib import Path
 from meswitch.adapter import Adapter, is_adapter
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Manifest
+from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.family import Family
 from meswitch.ops.linear import MAX_TOKENS
@@ -62,7 +63,9 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
     if family.server.allow_origins:  # without it vLLM allows all
         arguments += ["--allowed-origins", json.dumps(family.server.allow_origins)]
     arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
-    if experts and family.resolve(family.router.path).exists():
+    router = family.resolve(family.router.path)
+    recover_directory(router)
+    if experts and router.exists():
         arguments += ["--middleware", "meswitch.vllm.auto.AutoRouting"]  # around the one before, which sees its choice
     return arguments
 
@@ -110,6 +113,7 @@ def _check_served(adapter: Adapter) -> None:
 
 
 def _opened(family: Family, name: str, path: Path) -> Artifact:
+    recover_directory(path)
     if not path.exists():
         raise ArtifactError(
             f"expert {name!r}: {path}: no such artifact; make it with "

@@ -1,13 +1,22 @@
 """What the server does around the router: remembers, counts, fetches ahead, lets clients decide."""
 
+import asyncio
+import json
+import re
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
-from http_server import QUESTIONS, ask_with, serving, user, wait_until
+from http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
+from prometheus_client.parser import text_string_to_metric_families
 
 from meswitch.router import Router
 from meswitch.server import create_app
+from meswitch.server.auto import AutoPolicy, with_circumstances
 from meswitch.server.route_cache import ENTRY_BYTES, RouteCache, key_of
+
+DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "meswitch.json"
 
 
 class Counting(Router):
@@ -37,7 +46,7 @@ def counting():
 
 @pytest.fixture
 def address(engine, counting):
-    with serving(create_app(engine, router=counting, close_engine=False)) as url:
+    with serving(create_app(engine, auto=policy(engine, counting), close_engine=False)) as url:
         yield url
 
 
@@ -64,11 +73,11 @@ def test_metrics_count_decisions_hits_and_batches(address):
     for text in ("add", "add", "code", "nothing"):
         ask(address, user(text))
     lines = httpx.get(f"{address}/metrics").text.splitlines()
-    assert 'meswitch_route_decisions_total{expert="math",reason="scored"} 2' in lines
-    assert 'meswitch_route_decisions_total{expert="base",reason="abstained"} 1' in lines
-    assert "meswitch_route_cache_hits_total 1" in lines
-    assert "meswitch_route_scored_total 3" in lines
-    assert f"meswitch_route_cache_bytes {3 * ENTRY_BYTES}" in lines
+    assert 'meswitch_route_decisions_total{expert="math",reason="scored"} 2.0' in lines
+    assert 'meswitch_route_decisions_total{expert="base",reason="abstained"} 1.0' in lines
+    assert "meswitch_route_cache_hits_total 1.0" in lines
+    assert "meswitch_route_scored_total 3.0" in lines
+    assert f"meswitch_route_cache_bytes {float(3 * ENTRY_BYTES)}" in lines
 
 
 def test_a_header_decides_instead_of_the_router(address, counting):
@@ -86,11 +95,75 @@ def test_a_chosen_expert_is_brought_to_its_slot(address, engine):
 
 
 def test_an_abstention_can_be_an_error(engine):
-    with serving(create_app(engine, router=Counting("error"), fallback="error", close_engine=False)) as url:
+    with serving(create_app(engine, auto=policy(engine, Counting("error"), "error"), close_engine=False)) as url:
         assert ask(url, user("add")).parse().model == "math"
         with pytest.raises(openai.UnprocessableEntityError, match="no expert is for this") as refused:
             ask(url, user("nothing"))
         assert refused.value.code == "no_expert"
+
+
+def test_every_label_has_its_score_in_a_header(address):
+    told = ask(address, user("add")).headers["x-meswitch-route-scores"]
+    assert told == "math=0.9000,code=0.0500"
+
+
+def test_who_left_is_not_chosen_from_memory(engine, counting):
+    names = ["base", "math", "code"]
+    auto = AutoPolicy(counting, lambda: names, base="base")
+
+    async def chosen():
+        return (await auto.choose("auto", with_circumstances(user("code"), [], None))).expert
+
+    async def both():
+        first = await chosen()
+        names.remove("code")
+        return first, await chosen()
+
+    assert asyncio.run(both()) == ("code", "base")
+
+
+def test_metrics_count_answers_by_expert(address, engine):
+    before = metric(address, 'meswitch_requests_total{expert="math",finish_reason="length"}')
+    loads = metric(address, 'meswitch_expert_requests_total{expert="math"}')
+    answer = ask_with(address).completions.create(model="math", prompt="add", max_tokens=3)
+    assert metric(address, 'meswitch_requests_total{expert="math",finish_reason="length"}') == before + 1
+    assert metric(address, 'meswitch_expert_requests_total{expert="math"}') == loads + 1
+    assert metric(address, 'meswitch_prompt_tokens_total{expert="math"}') >= answer.usage.prompt_tokens
+    assert metric(address, 'meswitch_generation_tokens_total{expert="math"}') >= 3
+    for name in ("time_to_first_token", "time_per_output_token", "queue", "request"):
+        assert metric(address, f'meswitch_{name}_seconds_count{{expert="math"}}') >= 1
+    assert metric(address, 'meswitch_expert_resident{expert="math",place="device"}') == 1
+    assert metric(address, 'meswitch_memory_bytes{purpose="slots"}') == engine.store.device_bytes
+    assert metric(address, 'meswitch_http_responses_total{status="200"}') >= 1
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(address):
+    for text in ("add", "code"):
+        ask_with(address).completions.create(model="auto", prompt=text, max_tokens=3)
+    board = json.loads(DASHBOARD.read_text())
+    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
+    there = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    targets = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(targets) > 15
+    for expression in targets:
+        names = re.findall(r"meswitch_\w+", expression)
+        assert names
+        assert set(names) <= there.keys(), expression
+        labels = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
+        assert labels <= set().union(*(there[name] for name in names)), expression
+        assert expression.count("(") == expression.count(")")
+
+
+def metric(address, name):
+    """The value of one line, 0 where it is not there."""
+    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)  # as Prometheus reads it
+    samples = [sample for family in families for sample in family.samples]
+    assert samples
+    for sample in samples:
+        labels = ",".join(f'{label}="{value}"' for label, value in sample.labels.items())
+        if name == (f"{sample.name}{{{labels}}}" if labels else sample.name):
+            return sample.value
+    return 0
 
 
 def test_a_switch_reads_the_history_again_with_the_new_experts_template(client, engine):

@@ -1,0 +1,304 @@
+"""Experts come and go: what is served now, and how that is changed while it is."""
+
+import logging
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from meswitch.engine import Engine, holds_expert
+from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
+from meswitch.family import Family
+from meswitch.server.errors import ApiError, without_paths
+from meswitch.server.keys import ADMIN_KEY_VARIABLE, CALLER, Keys
+
+logger = logging.getLogger("meswitch.server")
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+WATCH_SECONDS = 2.0
+_RESERVED = ("auto", "other", "error")
+
+Action = Literal["load", "reload", "pin", "unpin"]
+
+
+class Experts:
+    """The experts of a running server. Its methods wait for disks: call them in a thread.
+
+    Args:
+        engine: serves them.
+        sources: name -> directory of those that are served.
+        descriptions: what they are good at, by name; kept up to date for the models page.
+        directory: those that clients with an admin key may load are in it; None: they may load none.
+        family: the file that `reread` reads again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sources: Mapping[str, Path],
+        descriptions: Mapping[str, str],
+        *,
+        directory: Path | None = None,
+        family: Path | None = None,
+    ) -> None:
+        self.descriptions = dict(descriptions)
+        self._engine, self._directory, self._family = engine, directory, family
+        self._sources, self._of_family = dict(sources), set(sources)
+        self._found: dict[str, Any] = {}  # by `scan`: name -> signature of what was tried last
+        self._lock = threading.Lock()  # one change at a time
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One expert a row: where it is, its bytes, version and counts."""
+        counts, kept = self._engine.store.counts(), self._engine.store.kept
+        rows = []
+        for row in self._engine.store.residency():
+            done = counts.get(row.expert)
+            rows.append(
+                {
+                    "id": row.expert,
+                    "object": "expert",
+                    "place": row.place,
+                    "slot": row.slot,
+                    "bytes": row.bytes,
+                    "running": row.pins,
+                    "pinned": row.expert in kept,
+                    "version": row.version.rpartition(":")[2][:16],
+                    "description": self.descriptions.get(row.expert, ""),
+                    **(asdict(done) if done is not None else {}),
+                }
+            )
+        return rows
+
+    def add(self, name: str, path: str, description: str = "") -> None:
+        """Serve what is in a directory below the allowed one.
+
+        Args:
+            name: of the expert.
+            path: of an artifact or an adapter, relative to the allowed directory, or absolute and inside it.
+            description: what it is good at.
+
+        Raises:
+            ApiError: nothing may be loaded, or not from there.
+            MeswitchError: see `Engine.add_expert`.
+        """
+        if name in _RESERVED:
+            raise ApiError(400, f"name: {name!r} is reserved for routing", param="name", code="invalid_value")
+        if self._directory is None:
+            raise ApiError(403, "no experts may be loaded: server.experts_dir is not set", code="not_allowed")
+        root = self._directory.resolve()
+        source = (root / path).resolve()
+        if not source.is_relative_to(root) or source == root:
+            raise ApiError(403, f"path: {path!r} is outside server.experts_dir", param="path", code="not_allowed")
+        if not source.is_dir():
+            raise ApiError(404, f"path: {path!r}: no such directory", param="path", code="not_found")
+        self._serve(name, source, description)
+
+    def remove(self, name: str) -> None:
+        """Serve an expert no more.
+
+        Raises:
+            UnknownExpertError: no such expert.
+        """
+        with self._lock:
+            self._engine.remove_expert(name)
+            self._sources.pop(name, None)
+            self.descriptions.pop(name, None)
+
+    def act(self, name: str, action: Action) -> None:
+        """`load` it to a slot, `reload` its files, `pin` it to a slot or `unpin` it.
+
+        Raises:
+            MeswitchError: no such expert, no slot may be pinned, or its files do not fit.
+        """
+        store = self._engine.store
+        if name not in store.artifacts:
+            raise UnknownExpertError(f"no expert {name!r}; there are {', '.join(store.artifacts) or 'none'}")
+        if action == "load":
+            store.prefetch(name)
+        elif action == "pin":
+            store.keep(name)
+        elif action == "unpin":
+            store.let_go(name)
+        else:
+            self._serve(name, self._sources[name], self.descriptions.get(name, ""))
+
+    def reread(self) -> None:
+        """Read the family again: experts that are new there are served, those that are gone are not any more.
+
+        Everything else of the file needs a restart. What fails leaves that expert as it is.
+
+        Raises:
+            ConfigError: the file is wrong; then nothing changes.
+        """
+        if self._family is None:
+            return
+        family = Family.load(self._family)
+        wanted = {section.name: section for section in family.expert}
+        logger.warning("%s is read again", self._family)
+        for name in self._of_family - wanted.keys():
+            self._of_family.discard(name)
+            if name in self._sources:
+                self.remove(name)
+        for name, section in wanted.items():
+            source = family.resolve(section.delta)
+            if self._sources.get(name) == source:
+                self.descriptions[name] = section.description
+            else:
+                self._try(name, source, section.description)
+            self._of_family.add(name)
+
+    def scan(self) -> None:
+        """Serve what has appeared in the allowed directory, under its directory's name, and no more what has gone."""
+        assert self._directory is not None
+        there = {}
+        root = self._directory.resolve()
+        for path in sorted(root.iterdir()) if root.is_dir() else ():
+            if not re.match(NAME, path.name) or path.suffix == ".partial" or not path.resolve().is_relative_to(root):
+                continue
+            if holds_expert(path):
+                there[path.name] = path
+        for name in [name for name in self._found if name not in there]:
+            del self._found[name]
+            if name in self._sources:
+                self.remove(name)
+        for name, path in there.items():
+            if name in self._sources and name not in self._found:
+                continue  # the family's, or loaded by hand
+            signature = max(file.stat().st_mtime_ns for file in path.iterdir())
+            if self._found.get(name) != signature:
+                known = name in self._found and name in self._sources
+                self._found[name] = signature
+                if not known:  # a new version of one that is served is noticed by its next request
+                    self._try(name, path.resolve(), self.descriptions.get(name, ""))
+
+    def _try(self, name: str, source: Path, description: str) -> None:
+        try:
+            self._serve(name, source, description)
+        except (MeswitchError, OSError) as error:
+            logger.error("expert %s is not served: %s", name, error)
+
+    def _serve(self, name: str, source: Path, description: str) -> None:
+        with self._lock:
+            self._engine.add_expert(name, source)
+            self._sources[name] = source
+            self.descriptions[name] = description
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewExpert(_Body):
+    """`POST /v1/experts`."""
+
+    name: str = Field(pattern=NAME, max_length=128)
+    path: str = Field(min_length=1)
+    description: str = Field(default="", max_length=1024)
+
+
+class LoadLora(BaseModel):
+    """vLLM's `POST /v1/load_lora_adapter`; its other fields say nothing here."""
+
+    lora_name: str = Field(pattern=NAME, max_length=128)
+    lora_path: str = Field(min_length=1)
+
+
+class UnloadLora(BaseModel):
+    """vLLM's `POST /v1/unload_lora_adapter`."""
+
+    lora_name: str
+
+
+def expert_routes(experts: Experts, engine: Engine, keys: Keys) -> APIRouter:
+    """The routes under `/v1/experts`, and vLLM's names for two of them."""
+    routes = APIRouter()
+
+    def check_admin() -> None:
+        caller = CALLER.get()
+        if caller is not None and caller.admin:
+            return
+        if not keys.has_admin:
+            message = (
+                f"experts cannot be changed: set {ADMIN_KEY_VARIABLE}, or give a key of server.keys `admin = true`"
+            )
+        else:
+            message = "this needs an admin key; send the header `Authorization: Bearer <key>`"
+        raise ApiError(403, message, code="not_allowed")
+
+    async def done(work: Any, *arguments: Any) -> None:
+        try:
+            await run_in_threadpool(work, *arguments)
+        except MeswitchError as error:
+            logger.warning("experts: %s", error)
+            raise _refused(error) from error
+
+    @routes.get("/v1/experts")
+    async def list_experts() -> dict[str, Any]:
+        """Every expert's place, bytes, version and counts, and the engine's memory and load."""
+        rows = [row for row in experts.rows() if (caller := CALLER.get()) is None or caller.allows(row["id"])]
+        state = {
+            "base": engine.base_name,
+            "slots": engine.store.slot_count,
+            "memory": engine.memory(),
+            "kv_tokens": engine.kv_tokens,
+            "kv_used_tokens": engine.kv_used_tokens,
+            "generated_tokens": engine.generated_tokens,
+            "host_budget": engine.store.host.budget,
+            **engine.load(),
+        }
+        return {"object": "list", "data": rows, "engine": state}
+
+    @routes.post("/v1/experts", status_code=201)
+    async def load_expert(body: NewExpert) -> dict[str, Any]:
+        """Serve one more expert."""
+        check_admin()
+        await done(experts.add, body.name, body.path, body.description)
+        return next(row for row in experts.rows() if row["id"] == body.name)
+
+    @routes.delete("/v1/experts/{name}")
+    async def unload_expert(name: str) -> dict[str, Any]:
+        """Serve an expert no more; running requests end on it."""
+        check_admin()
+        await done(experts.remove, name)
+        return {"id": name, "object": "expert", "deleted": True}
+
+    @routes.post("/v1/experts/{name}/{action}")
+    async def act_on_expert(name: str, action: Action) -> dict[str, Any]:
+        """Load, reload, pin or unpin an expert."""
+        check_admin()
+        await done(experts.act, name, action)
+        return next(row for row in experts.rows() if row["id"] == name)
+
+    @routes.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(body: LoadLora) -> Response:
+        """As vLLM has it: `POST /v1/experts`."""
+        check_admin()
+        await done(experts.add, body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @routes.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(body: UnloadLora) -> Response:
+        """As vLLM has it: `DELETE /v1/experts/{name}`."""
+        check_admin()
+        await done(experts.remove, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return routes
+
+
+def _refused(error: MeswitchError) -> ApiError:
+    text = without_paths(str(error))
+    if isinstance(error, UnknownExpertError):
+        return ApiError(404, text, param="name", code="model_not_found")
+    if isinstance(error, CapacityError):
+        return ApiError(409, text, code="no_room")
+    if isinstance(error, LoadError):
+        return ApiError(500, text, code="engine_error")
+    return ApiError(400, text, param="path", code="invalid_value")

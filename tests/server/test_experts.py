@@ -1,0 +1,187 @@
+"""What is served is changed while it is: over HTTP, by the family's file, by a watched directory."""
+
+import json
+import re
+import shutil
+
+import httpx
+import openai
+import pytest
+from http_server import ask_with, serving, user, wait_until
+from typer.testing import CliRunner
+
+from meswitch import Family
+from meswitch.cli import app as command
+from meswitch.launch import app_from_family, engine_from_family, experts_from_family, policy_from_family
+from meswitch.server.keys import ApiKey, Keys
+
+ADMIN = {"authorization": "Bearer admin's"}
+
+
+@pytest.fixture(scope="module")
+def place(family, deltas, tmp_path_factory):
+    """A directory with a family of math alone, and artifacts that may be loaded."""
+    root = tmp_path_factory.mktemp("come-and-go")
+    (root / "family.toml").write_text(text_of(family, {"math": deltas["math"]}))
+    shutil.copytree(deltas["code"], root / "more" / "code-v1")
+    shutil.copytree(deltas["sql"], root / "outside")
+    return root
+
+
+def text_of(family, experts):
+    text = f'[base]\npath = "{family / "base"}"\n[engine]\nslots = 2\n[server]\nexperts_dir = "more"\n'
+    for name, path in experts.items():
+        text += f'[[expert]]\nname = "{name}"\ndelta = "{path}"\ndescription = "all about {name}"\n'
+    return text
+
+
+@pytest.fixture(scope="module")
+def served(place):
+    """(its address, what changes its experts)"""
+    config = Family.load(place)
+    with engine_from_family(config) as engine:
+        experts = experts_from_family(config, engine)
+        auto, _ = policy_from_family(config, engine)
+        keys = Keys([ApiKey.of("admin", "admin's", admin=True)])
+        with serving(app_from_family(config, engine, auto, keys, experts)) as url:
+            yield url, experts
+
+
+@pytest.fixture
+def url(served):
+    return served[0]
+
+
+def post(url, where, /, **body):
+    return httpx.post(f"{url}/v1/{where}", json=body, headers=ADMIN, timeout=30)
+
+
+def answer(url, model):
+    client = ask_with(url)
+    return client.chat.completions.create(model=model, messages=user("add 1"), max_tokens=4).choices[0].message.content
+
+
+def rows(url):
+    return {row["id"]: row for row in httpx.get(f"{url}/v1/experts").json()["data"]}
+
+
+def models(url):
+    return [card.id for card in ask_with(url).models.list()]
+
+
+def test_an_expert_is_loaded_pinned_reloaded_and_unloaded(url, place):
+    made = post(url, "experts", name="code", path="code-v1", description="for code")
+    assert made.status_code == 201
+    assert (made.json()["id"], made.json()["pinned"], made.json()["requests"]) == ("code", False, 0)
+    assert ask_with(url).models.retrieve("code").description == "for code"
+    first = answer(url, "code")
+    row = rows(url)["code"]
+    assert (row["place"], row["requests"], row["loads"], row["running"]) == ("device", 1, 1, 0)
+    assert row["bytes"] > 100_000
+    assert post(url, "experts/code/pin").json()["pinned"]
+    assert post(url, "experts/math/pin").json()["error"]["code"] == "no_room"
+    assert not post(url, "experts/code/unpin").json()["pinned"]
+    shutil.copytree(place / "outside", place / "more" / "code-v1", dirs_exist_ok=True)
+    again = post(url, "experts/code/reload")
+    assert again.json()["version"] != row["version"]
+    assert answer(url, "code") != first
+    assert httpx.delete(f"{url}/v1/experts/code", headers=ADMIN).json()["deleted"]
+    assert models(url) == ["base", "math"]
+    with pytest.raises(openai.NotFoundError, match="'code' does not exist"):
+        answer(url, "code")
+
+
+def test_top_shows_it_in_a_terminal(url, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    answer(url, "math")
+    shown = CliRunner().invoke(command, ["top", url, "--once"])
+    assert shown.exit_code == 0
+    assert re.search(r"base: \d running, \d waiting", shown.output)
+    assert re.search(r"math\b.*\bdevice\b", shown.output)
+    asked = json.loads(CliRunner().invoke(command, ["top", f"{url}/v1", "--json"]).output)
+    assert asked["engine"]["generated_tokens"] >= 4
+    for wrong in ("http://127.0.0.1:9", "nothing"):
+        failed = CliRunner().invoke(command, ["top", wrong, "--once"])
+        assert failed.exit_code == 1
+        assert "is `meswitch serve` running there?" in " ".join(failed.stderr.split())
+
+
+def test_vllms_names_do_the_same(url, place):
+    path = str(place / "more" / "code-v1")  # absolute, as vLLM's clients give it
+    assert post(url, "load_lora_adapter", lora_name="lora", lora_path=path, load_inplace=True).status_code == 200
+    assert answer(url, "lora")
+    assert "removed successfully" in post(url, "unload_lora_adapter", lora_name="lora").text
+    assert models(url) == ["base", "math"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "status", "says"),
+    [
+        ("x", "../outside", 403, "outside server.experts_dir"),
+        ("x", "/etc", 403, "outside server.experts_dir"),
+        ("x", ".", 403, "outside server.experts_dir"),
+        ("x", "link", 403, "outside server.experts_dir"),
+        ("x", "nothing", 404, "no such directory"),
+        ("x", "empty", 400, "not a meswitch artifact"),
+        ("auto", "code-v1", 400, "reserved"),
+        ("base", "code-v1", 400, "is taken"),
+        ("../x", "code-v1", 400, "name"),
+    ],
+)
+def test_only_what_is_in_the_allowed_directory_is_loaded(url, place, name, path, status, says):
+    (place / "more" / "empty").mkdir(exist_ok=True)
+    if not (place / "more" / "link").is_symlink():
+        (place / "more" / "link").symlink_to(place / "outside")
+    refused = post(url, "experts", name=name, path=path)
+    assert refused.status_code == status
+    assert says in refused.json()["error"]["message"]
+    assert str(place) not in refused.text
+    assert models(url) == ["base", "math"]
+
+
+def test_who_is_no_administrator_only_looks(url):
+    for headers in ({}, {"authorization": "Bearer guess"}):
+        refused = httpx.post(f"{url}/v1/experts", json={"name": "x", "path": "code-v1"}, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_allowed")
+        assert httpx.delete(f"{url}/v1/experts/math", headers=headers).status_code == 403
+        assert httpx.get(f"{url}/v1/experts", headers=headers).json()["engine"]["slots"] == 2
+    assert models(url) == ["base", "math"]
+
+
+def test_the_family_is_read_again(served, place, family, deltas):
+    url, experts = served
+    assert post(url, "experts", name="by-hand", path="code-v1").status_code == 201
+    (place / "family.toml").write_text(text_of(family, {"math": deltas["math"], "sql": deltas["sql"]}))
+    experts.reread()
+    assert models(url) == ["base", "math", "by-hand", "sql"]
+    assert answer(url, "sql")
+    moved = text_of(family, {"math": deltas["instruct"]}).replace("all about", "new:")
+    before = rows(url)["math"]["version"]
+    (place / "family.toml").write_text(moved)
+    experts.reread()
+    assert models(url) == ["base", "math", "by-hand"]
+    assert rows(url)["math"]["version"] != before
+    assert rows(url)["math"]["description"] == "new: math"
+    (place / "family.toml").write_text("[base")
+    with pytest.raises(Exception, match="not valid TOML"):
+        experts.reread()
+    assert models(url) == ["base", "math", "by-hand"]
+    (place / "family.toml").write_text(text_of(family, {"math": deltas["math"]}))
+    experts.reread()
+    experts.remove("by-hand")
+
+
+def test_what_appears_in_the_directory_is_served(served, place, deltas):
+    url, experts = served
+    experts.scan()
+    assert models(url) == ["base", "math", "code-v1"]  # and neither `empty` nor what `link` leads to
+    half = place / "more" / "late.partial"
+    shutil.copytree(deltas["instruct"], half)
+    experts.scan()
+    half.rename(place / "more" / "late")
+    experts.scan()
+    assert answer(url, "late")
+    shutil.rmtree(place / "more" / "late")
+    experts.scan()
+    assert wait_until(lambda: models(url) == ["base", "math", "code-v1"])
+    experts.remove("code-v1")
