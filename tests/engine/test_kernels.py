@@ -82,7 +82,7 @@ def test_mixed_batches_of_all_experts_and_the_base(experts, arch, case):
         check(engine, models, [("one", "short"), ("base", "short"), ("three", "short"), ("three", "long")])
 
 
-def test_one_slot_for_a_delta_and_an_adapter(experts, tmp_path):
+def test_one_slot_for_a_delta_and_an_adapter(experts, tmp_path, caplog):
     """Pairs are not the kernels' business: they are added to what the kernels give."""
     base, artifacts = experts(**FEW_ROWS)
     targets = ("q_proj", "down_proj", "embed_tokens", "lm_head")
@@ -92,6 +92,8 @@ def test_one_slot_for_a_delta_and_an_adapter(experts, tmp_path):
     with Engine(base, experts, device=DEVICE, dtype="float16", op_backend="triton", slots=1) as engine:
         check(engine, models, [("adapter", "short"), ("three", "short")])
         assert engine.store.evictions >= 1
+        assert engine.memory()["graphs"] > 0
+    assert "tables" not in caplog.text  # the pairs of the adapter are in some, too
 
 
 def test_decode_steps_that_are_not_right_are_not_taken(experts, monkeypatch, caplog):

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
@@ -139,18 +139,19 @@ class Batch:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
         self._commands.put(request)
 
-    def decode_from_tables(self, slots: int) -> None:
+    def decode_from_tables(self, slots: int, ranks: Mapping[str, int]) -> None:
         """Compute steps of one token a request over static buffers from now on.
 
         Args:
             slots: of the expert store.
+            ranks: see `own_tables`.
 
         Raises:
             IncompatibleError: a layer of the model needs something else.
         """
 
         def prepare() -> None:
-            self._switch.tables = own_tables(self._model, slots)
+            self._switch.tables = own_tables(self._model, slots, ranks)
             assert self._switch.buffers is not None
             self._decode = DecodeSteps(
                 self._model,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meswitch.codec import Delta
 from meswitch.engine.merged import MergedWeights
-from meswitch.engine.tables import OwnTable, OwnTables
+from meswitch.engine.tables import LowRankTable, OwnTable, OwnTables
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import HEAD, TOKENS, Side, Step
@@ -261,6 +261,11 @@ class Switch:
         """The table of a tensor, None where no expert has one."""
         assert self.tables is not None
         return None if name is None else self.tables.get(name)
+
+    def low_rank(self, name: str) -> LowRankTable | None:
+        """The table of a matrix's low-rank deltas, None where no expert has one."""
+        assert self.tables is not None
+        return self.tables.get_low_rank(name)
 
     def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
         assert self._store is not None

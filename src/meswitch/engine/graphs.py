@@ -6,7 +6,7 @@ prompt in it, is computed without a graph.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from meswitch.engine.attention import KVCache, Piece, running
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch, TableOwners
 from meswitch.engine.decode import DecodePlaces
-from meswitch.engine.layers import Switchable
+from meswitch.engine.layers import Switchable, SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.scheduler import Job
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
@@ -26,13 +26,18 @@ logger = logging.getLogger("meswitch.engine")
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)  # rows; up to those of the fused kernel
 
 
-def own_tables(model: Any, slots: int) -> OwnTables:
+def own_tables(model: Any, slots: int, ranks: Mapping[str, int]) -> OwnTables:
     """The tables that a model's wrapped layers look up.
+
+    Args:
+        slots: of the expert store.
+        ranks: stored names of which some expert has a low-rank delta -> the highest rank.
 
     Raises:
         IncompatibleError: a layer that cannot be computed from tables.
     """
     wanted: dict[str, Own] = {}
+    low_rank: dict[str, tuple[Tensor, int]] = {}
     read: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Switchable):
@@ -41,7 +46,10 @@ def own_tables(model: Any, slots: int) -> OwnTables:
                 raise IncompatibleError(f"{name}: a {type(module.base).__name__} is computed for each expert apart")
             wanted |= {own.name: own for own in found}
             read |= module.names
-    return OwnTables(slots, list(wanted.values()), frozenset(read - wanted.keys()))
+            if isinstance(module, SwitchableLinear | SwitchableHead | SwitchableEmbedding):
+                weight = module.weight_name
+                low_rank |= {weight: (module.base.weight, ranks[weight])} if weight in ranks else {}
+    return OwnTables(slots, list(wanted.values()), low_rank, frozenset(read - wanted.keys() - low_rank.keys()))
 
 
 class DecodeSteps:

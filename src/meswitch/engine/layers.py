@@ -155,9 +155,11 @@ class SwitchableLinear(Switchable):
     def _by_tables(self, inputs: Tensor, owners: Owners) -> Tensor:
         """[rows, in_features] -> [rows, out_features]."""
         layer, own = self.switch.kernel_layer(self.weight_name), self.switch.table(self.bias_name)
-        if own is None:
-            return linear(inputs, self.base, self.base.bias, layer, owners)
-        return linear(inputs, self.base, None, layer, owners) + own.values[owners.slots]
+        low_rank = self.switch.low_rank(self.weight_name)
+        y = linear(inputs, self.base, self.base.bias if own is None else None, layer, owners)
+        if own is not None:
+            y = y + own.values[owners.slots]
+        return y if low_rank is None else y + low_rank.product(inputs, owners.slots)
 
     def _own(self, slot: int, rows: Tensor) -> Tensor:
         """An owner's rows by its own weights: [..., in_features] -> [..., out_features]."""
@@ -256,6 +258,8 @@ class SwitchableHead(Switchable):
         logits = linear(inputs, self.base, None, layer, owners)
         if own is not None:
             logits = logits + own.values[owners.slots]
+        if (low_rank := self.switch.low_rank(self.weight_name)) is not None:
+            logits = logits + low_rank.product(inputs, owners.slots)
         extra = self.switch.table(extra_name(self.weight_name))
         if extra is None:
             return self._filled(logits)
@@ -385,6 +389,8 @@ class SwitchableEmbedding(Switchable):
             out = embedding_rows(ids, table, layer, owners.slots, backend=TRITON)
         else:
             out = nn.functional.embedding(ids.clamp(max=len(table) - 1), table)
+        if (low_rank := self.switch.low_rank(self.weight_name)) is not None:
+            out = out + low_rank.rows(ids, owners.slots)
         extra = self.switch.table(extra_name(self.weight_name))
         if extra is None:
             return out

@@ -275,7 +275,7 @@ def _proven(
         run_prompts(batch, store, list(artifacts)[:2], PROMPTS)
     if kernel and sizes.cuda_graphs:
         started = time.perf_counter()
-        reason = _speed_up(batch, store, artifacts, trial, proven)
+        reason = _speed_up(batch, store, artifacts, trial, stored.tied, proven)
         if reason is None:
             logger.info("decode steps are ready in %.0f s", time.perf_counter() - started)
         else:
@@ -289,6 +289,7 @@ def _speed_up(
     store: ExpertStore,
     artifacts: Mapping[str, Artifact],
     trial: Trial,
+    tied: Mapping[str, str],
     proven: Callable[..., list[str]],
 ) -> str | None:
     """Let decode steps run over static buffers, on a GPU as CUDA graphs; why not, None if they do.
@@ -296,7 +297,7 @@ def _speed_up(
     The buffers are proven like any step. A graph records the same operations, so what it gives is the same.
     """
     try:
-        batch.decode_from_tables(store.slot_count)
+        batch.decode_from_tables(store.slot_count, _ranks(artifacts, tied))
         batch_runs_base(batch, trial, contextlib.nullcontext(), "decode")
         if faults := proven(decoding=True):
             return faults[0]
@@ -314,6 +315,16 @@ def _speed_up(
         logger.debug("decode steps over static buffers", exc_info=error)
         return (str(error).strip() or type(error).__name__).partition("\n")[0]
     return None
+
+
+def _ranks(artifacts: Mapping[str, Artifact], tied: Mapping[str, str]) -> dict[str, int]:
+    """Stored names of which some expert has a low-rank delta -> the highest rank. tied: see `StoredTensors`."""
+    ranks: dict[str, int] = {}
+    for artifact in artifacts.values():
+        for name, entry in artifact.manifest.tensors.items():
+            if entry.kind == "lowrank":
+                ranks[name] = max(ranks.get(name, 0), entry.stored["weight_left"].shape[1])
+    return ranks | {name: ranks[source] for name, source in tied.items() if source in ranks}
 
 
 def _told(done: int, total: int) -> None:

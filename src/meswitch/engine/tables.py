@@ -1,4 +1,4 @@
-"""What experts have of their own beside packed deltas: norms, biases, rows of added tokens, in tables by slot.
+"""What experts have of their own beside packed deltas: norms, biases, added tokens, low-rank pairs, in tables by slot.
 
 A captured graph reads the same addresses in every replay, so it cannot look an expert up. In a table, each row of a
 step finds its expert's values by the number of its slot; the base's lie last, where the base's number, -1, points to.
@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from meswitch.codec import Delta
+from meswitch.codec import Delta, LowRankDelta
+from meswitch.slots.layout import extra_name
 
 Tensors = Mapping[str, Delta | Tensor]
 
@@ -45,6 +46,54 @@ class OwnTable:
     added: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankTable:
+    """The low-rank deltas of one matrix in all slots; an expert of a lower rank has zeros, and so has the base.
+
+    Args:
+        left: [slots + 1, rank, rows]. right: [slots + 1, rank, in_features], with the deltas' factors.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, slots: int, rank: int, weight: Tensor) -> "LowRankTable":
+        rows, width = weight.shape
+        left, right = (weight.new_zeros(slots + 1, rank, size) for size in (rows, width))
+        return cls(left, right)
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def put(self, slot: int, own: LowRankDelta | None) -> bool:
+        """Copy an expert's delta, or none; whether it has room here."""
+        self.left[slot].zero_()
+        self.right[slot].zero_()
+        if own is None:
+            return True
+        rank = own.rank
+        shape = self.left.shape[2], self.right.shape[2]
+        if rank > self.left.shape[1] or own.matrices != 1 or (own.rows, own.in_features) != shape:
+            return False
+        self.left[slot, :rank].copy_(own.left.T)
+        self.right[slot, :rank].copy_(own.right.float() * own.scale)
+        return True
+
+    def product(self, x: Tensor, slots: Tensor) -> Tensor:
+        """What each row's expert adds: [n, in_features] -> [n, rows]. slots: [n] int32, -1 for the base."""
+        count, rank, width = self.right.shape
+        narrow = (x @ self.right.view(-1, width).T).view(len(x), count, rank)
+        others = torch.arange(count, device=x.device) != slots[:, None]
+        return narrow.masked_fill(others[..., None], 0).view(len(x), -1) @ self.left.view(count * rank, -1)
+
+    def rows(self, ids: Tensor, slots: Tensor) -> Tensor:
+        """What each token's expert adds to its embedding: [n] int64 -> [n, in_features]. Others' ids give anything."""
+        left = self.left[slots, :, ids.clamp(max=self.left.shape[2] - 1)]
+        return torch.bmm(left[:, None], self.right[slots])[:, 0]
+
+
 @dataclass(slots=True)
 class OwnTables:
     """The tables of one model's layers.
@@ -52,12 +101,15 @@ class OwnTables:
     Args:
         slots: how many there are.
         wanted: what the layers look up.
+        low_rank: matrices of which some expert has a low-rank delta -> the base's weight, and the highest rank.
         others: names that layers read, for which there is no table: a slot that has one cannot be served from tables.
     """
 
     slots: int
     wanted: Iterable[Own]
+    low_rank: Mapping[str, tuple[Tensor, int]]
     others: frozenset[str]
+    _low_rank: dict[str, LowRankTable] = field(default_factory=dict)
     _tables: dict[str, OwnTable] = field(default_factory=dict)
     _filled: dict[int, tuple[Tensors, bool]] = field(default_factory=dict)
 
@@ -69,14 +121,20 @@ class OwnTables:
             if not own.added:
                 values.copy_(own.base.detach().expand_as(values))
             self._tables[own.name] = OwnTable(values, counts, own.added > 0)
+        for name, (weight, rank) in self.low_rank.items():
+            self._low_rank[name] = LowRankTable.of(self.slots, rank, weight.detach())
 
     @property
     def nbytes(self) -> int:
         """Of device memory."""
-        return sum(table.values.nbytes + table.counts.nbytes for table in self._tables.values())
+        own = sum(table.values.nbytes + table.counts.nbytes for table in self._tables.values())
+        return own + sum(table.nbytes for table in self._low_rank.values())
 
     def get(self, name: str) -> OwnTable | None:
         return self._tables.get(name)
+
+    def get_low_rank(self, name: str) -> LowRankTable | None:
+        return self._low_rank.get(name)
 
     def fill(self, slot: int, tensors: Tensors) -> bool:
         """Copy what the expert in a slot has, unless it is there already. In the order of the current stream.
@@ -90,15 +148,20 @@ class OwnTables:
         known = self._filled.get(slot)
         if known is not None and known[0] is tensors:
             return known[1]
-        is_whole = all(
-            name not in self.others and isinstance(own, Tensor)
-            for name, own in tensors.items()
-            if name in self.others or name in self._tables
-        )
-        if is_whole:
-            is_whole = all(self._put(slot, name, table, tensors.get(name)) for name, table in self._tables.items())
-        self._filled[slot] = tensors, is_whole
-        return is_whole
+        self._filled[slot] = tensors, False  # until all of it is there
+        tensors_here = dict(tensors)
+        for name, low in self._low_rank.items():
+            own = tensors_here.pop(name, None)
+            if not (own is None or isinstance(own, LowRankDelta)) or not low.put(slot, own):
+                return False
+            if own is not None and own.extra is not None:
+                tensors_here[extra_name(name)] = own.extra
+        if not self.others.isdisjoint(tensors_here):
+            return False
+        if not all(self._put(slot, name, table, tensors_here.get(name)) for name, table in self._tables.items()):
+            return False
+        self._filled[slot] = tensors, True
+        return True
 
     def _put(self, slot: int, name: str, table: OwnTable, own: Delta | Tensor | None) -> bool:
         values = table.values
