@@ -3,6 +3,8 @@
 from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade
 from meswitch.router.data import Row, read_rows
+from meswitch.router.decide import Decider, Decision, parse_options, read_options
+from meswitch.router.described import DescribedRouter, RouteOption, Space
 from meswitch.router.embedding import EmbeddingRouter
 from meswitch.router.embedding_file import open_encoder
 from meswitch.router.encoder import Encoder, TextEncoder
@@ -11,7 +13,7 @@ from meswitch.router.few import add_experts
 from meswitch.router.leakage import Leakage, find_leakage
 from meswitch.router.llm import LlmRouter
 from meswitch.router.llm_train import train_llm_router
-from meswitch.router.loading import load_router, model_info, open_llm
+from meswitch.router.loading import load_router, model_info, open_llm, open_router
 from meswitch.router.records import LlmSettings, Rule
 from meswitch.router.rules import Request, RulesRouter, read_rules
 from meswitch.router.train import train_router
@@ -19,6 +21,9 @@ from meswitch.router.train import train_router
 __all__ = [
     "OTHER",
     "CascadeRouter",
+    "Decider",
+    "Decision",
+    "DescribedRouter",
     "EmbeddingRouter",
     "Encoder",
     "Evaluation",
@@ -27,11 +32,13 @@ __all__ = [
     "LlmSettings",
     "Request",
     "Route",
+    "RouteOption",
     "Router",
     "RouterError",
     "Row",
     "Rule",
     "RulesRouter",
+    "Space",
     "TextEncoder",
     "add_experts",
     "evaluate_router",
@@ -41,6 +48,9 @@ __all__ = [
     "model_info",
     "open_encoder",
     "open_llm",
+    "open_router",
+    "parse_options",
+    "read_options",
     "read_rows",
     "read_rules",
     "train_llm_router",

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, softplus
 
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
+from meswitch.router.described import RouteOption
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
 from meswitch.router.memory import Memory
 from meswitch.threads import fitting_threads
@@ -47,6 +48,16 @@ def add_experts(router: EmbeddingRouter, rows: Sequence[Row]) -> EmbeddingRouter
     for name, queries in examples.items():
         router = _with_expert(router, name, queries)
     return router
+
+
+def add_described(router: EmbeddingRouter, options: Sequence[RouteOption]) -> EmbeddingRouter:
+    """The router with experts of which there are a description and a few examples; see `add_experts`.
+
+    Raises:
+        RouterError: see `add_experts`.
+    """
+    rows = [Row(line, option.name) for option in options for line in (*option.examples, option.description) if line]
+    return add_experts(router, rows)
 
 
 def _with_expert(router: EmbeddingRouter, name: str, queries: Sequence[str]) -> EmbeddingRouter:

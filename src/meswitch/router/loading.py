@@ -12,12 +12,16 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError
 from meswitch.router.base import Router, RouterError
 from meswitch.router.cascade import CascadeRouter
-from meswitch.router.embedding_file import open_embedding
+from meswitch.router.described import DescribedRouter, RouteOption, Space, check_options
+from meswitch.router.embedding import EmbeddingRouter
+from meswitch.router.embedding_file import open_embedding, open_encoder
+from meswitch.router.encoder import Encoder
+from meswitch.router.few import add_described
 from meswitch.router.llm import LlmRouter
 from meswitch.router.lora import merge_adapters, replace_weights
 from meswitch.router.records import CascadeFile, LlmFile, ModelInfo, RulesFile
 from meswitch.router.rules import RulesRouter
-from meswitch.router.storage import AnyFile, RouterFile, check_members, read_all_tensors, read_file
+from meswitch.router.storage import JSON_NAME, AnyFile, RouterFile, check_members, read_all_tensors, read_file
 from meswitch.tokenizer import load_tokenizer
 
 
@@ -64,6 +68,76 @@ def load_router(
     if experts is not None:
         _check_experts(directory, file, experts)
     return _load(directory, file, _Given(base, fallback, threshold, model, tokenizer, device, llm))
+
+
+def open_router(
+    path: str | Path,
+    base: str | Path,
+    options: Sequence[RouteOption],
+    *,
+    encoder: str | Path | None = None,
+    bits: int = 32,
+    fallback: str = "base",
+    threshold: float | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    llm: str | Path | None = None,
+) -> Router:
+    """A family's router: the trained one if there is one, otherwise one by what the family says of its experts.
+
+    An expert that a trained embedding router does not know is added to it by its examples and description.
+
+    Args:
+        path: where a trained router would be. options: the family's experts. encoder, bits: of a router by
+            descriptions; None: the base. Others: see `load_router`.
+
+    Raises:
+        RouterError: no trained router and an expert of which nothing is said; or see `load_router`.
+    """
+    directory = Path(path)
+    names = [option.name for option in options]
+    given = _Given(base, fallback, threshold, model, tokenizer, device, llm)
+    if not is_trained(directory):
+        check_described(directory, options)
+        return DescribedRouter(options, Space(_encoder(encoder, bits, given)), fallback=fallback, threshold=threshold)
+    file = read_file(directory)
+    new = [option for option in options if option.name not in file.experts]
+    sayings = all(option.examples for option in new)
+    grows = isinstance(file, RouterFile) and new and sayings and {*file.experts} <= {*names}
+    if not grows:
+        _check_experts(directory, file, names)
+    router = _load(directory, file, given)
+    return add_described(router, new) if isinstance(router, EmbeddingRouter) and grows else router
+
+
+def is_trained(directory: Path) -> bool:
+    """Whether a router was written here, whole or damaged."""
+    return (directory / JSON_NAME).exists()
+
+
+def check_described(directory: Path, options: Sequence[RouteOption]) -> None:
+    """Can these experts be told apart without the trained router that `directory` has not?
+
+    Raises:
+        RouterError: says what is missing, and both ways to mend it.
+    """
+    bare = [option.name for option in options if not option.description.strip() and not option.examples]
+    if bare or not options:
+        missing = ", ".join(repr(name) for name in bare) or "any expert"
+        raise RouterError(
+            f"{directory}: no router here, and nothing is said of {missing}; give every [[expert]] of family.toml a "
+            "`description` and `examples`, or make a router with `meswitch router train --family F --data rows.jsonl`"
+        )
+    check_options(options)
+
+
+def _encoder(source: str | Path | None, bits: int, given: _Given) -> Any:
+    if source is not None:
+        return open_encoder(source, given.device, bits)
+    if given.model is not None:
+        return Encoder(given.model, given.tokenizer, fingerprint(Checkpoint.open(given.base)))
+    return Encoder.load(given.base, given.device)
 
 
 def _load(directory: Path, file: AnyFile, given: _Given) -> Router:
@@ -201,8 +275,12 @@ def _check_experts(directory: Path, file: AnyFile, experts: Sequence[str]) -> No
     if gone or new:
         parts = [f"knows {', '.join(gone)}, which the family has not"] if gone else []
         parts += [f"does not know {', '.join(new)}"] if new else []
-        llm = ", or take the family's descriptions as they are now with `meswitch router update`"
+        more = ""
+        if isinstance(file, LlmFile):
+            more = ", or take the family's descriptions as they are now with `meswitch router update`"
+        elif isinstance(file, RouterFile) and not gone:
+            more = ", or give each new [[expert]] of family.toml `examples`, five lines that are queries for it"
         raise RouterError(
             f"{directory}: experts: the router {' and '.join(parts)}; train it again with `meswitch router train`"
-            + (llm if isinstance(file, LlmFile) else "")
+            + more
         )
