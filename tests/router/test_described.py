@@ -1,6 +1,7 @@
 """Routes known by descriptions and example lines alone; a family without training; any list of routes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,12 +18,15 @@ from meswitch.router import (
     RouterError,
     Space,
     evaluate_router,
+    load_router,
     open_router,
     parse_options,
     read_options,
+    train_router,
 )
 from meswitch.router import described as module
 from meswitch.router.described import fit_prototypes
+from meswitch.router.few import add_described
 
 SAID = {
     "math": "Arithmetic word problems: how many, how much.",
@@ -178,6 +182,39 @@ def test_a_trained_router_takes_a_described_expert_in(saved, base, options, unse
     assert evaluate_router(grown, [row for row in unseen if row.domain != OTHER]).accuracy > 0.9
     with pytest.raises(RouterError, match="does not know law"):
         open_router(saved, base, [*known, RouteOption("law", "Contracts and clauses.")])
+
+
+def test_training_starts_from_what_is_said_and_keeps_it(all_rows, encoder, options, unseen, base, tmp_path):
+    rows = [row for row in all_rows[::8] if row.domain != "instruct" or row.query < "K"]  # one half of its forms
+    plain = train_router(rows, tuple(SAID), encoder)
+    said = train_router(rows, tuple(SAID), encoder, options=options)
+    assert plain.prior is None
+    assert evaluate_router(said, unseen).accuracy >= evaluate_router(plain, unseen).accuracy
+    said.save(tmp_path / "router")
+    loaded = load_router(tmp_path / "router", base, experts=tuple(SAID))
+    query = unseen[0].query
+    assert loaded.route(query).scores == pytest.approx(said.route(query).scores, abs=1e-5)
+    law = RouteOption("law", "Contracts and clauses.", tuple(f"Is clause {i} of the contract void?" for i in range(5)))
+    grown = add_described(loaded, [law])
+    assert grown.route("Is clause 77 of the contract void?").choice == "law"
+    assert grown.prior.options[-1] == law
+
+
+def test_descriptions_alone_are_no_place_to_start_from(all_rows, encoder):
+    bare = [RouteOption(name, said) for name, said in SAID.items()]
+    assert train_router(all_rows[::16], tuple(SAID), encoder, options=bare).prior is None
+    lined = [RouteOption(name, said, ("one", "two", "three")) for name, said in reversed(SAID.items())]
+    with pytest.raises(RouterError, match=r"options: of sql, .* not of math"):
+        train_router(all_rows[::16], tuple(SAID), encoder, options=lined)
+
+
+def test_a_router_of_the_version_before_is_read(saved, base, tmp_path):
+    copy = tmp_path / "router"
+    shutil.copytree(saved, copy)
+    data = json.loads((copy / "router.json").read_text())
+    del data["routes"], data["settings"]["prior"], data["settings"]["own"]
+    (copy / "router.json").write_text(json.dumps(data | {"version": 1}))
+    assert load_router(copy, base).route("hello").scores == load_router(saved, base).route("hello").scores
 
 
 def test_the_command_decides_over_a_family_and_over_a_file(project, family, options, tmp_path):

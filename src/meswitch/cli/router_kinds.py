@@ -41,6 +41,7 @@ def embedding(
     job: Job, source: str | None, bits: int, target_precision: float | None, target_coverage: float | None
 ) -> Trained:
     from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.launch import route_options
     from meswitch.router import Encoder, TextEncoder, open_encoder, train_router
     from meswitch.router.train import default_settings
 
@@ -60,6 +61,7 @@ def embedding(
             config.names,
             encoder,
             settings=settings,
+            options=route_options(config),
             data_sha256=sha256_file(job.data),
             fallback=config.router.fallback,
             progress=lambda done, total: progress("reading queries", done, total, ""),

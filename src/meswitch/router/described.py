@@ -21,9 +21,11 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from meswitch.router.background import LINES
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
 from meswitch.router.encoder import Encoder, TextEncoder
+from meswitch.router.records import RouteOption
 from meswitch.router.targets import choose_threshold
 from meswitch.threads import fitting_threads
 
+ENOUGH = 3  # example lines of each route, from which they help a trained router
 _MAX_TOKENS = 64  # of a text: the beginning and the end
 _DESCRIBED = 2.0  # how many examples a description weighs; 1 and 3 were little different
 _SHRINK = 4.0  # of the metric towards plain distance; 1 to 4 were little different
@@ -33,19 +35,6 @@ _MOST_BARE = 0.4  # the highest threshold of routes without examples
 _KNOWN = 2 / 3  # share of traffic that is taken to be for some route
 _DOUBT = 0.5  # how far, as a standard deviation of its logarithm, the temperature may lie from that
 _KEPT_LINES = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class RouteOption:
-    """One route to choose from.
-
-    name: what is answered. description: what it is for, in a sentence or two. examples: queries for it; five different
-    ones do much.
-    """
-
-    name: str
-    description: str = ""
-    examples: tuple[str, ...] = ()
 
 
 def check_options(options: Sequence[RouteOption]) -> None:
@@ -288,6 +277,36 @@ def _uncalibrated(weight: Tensor, bias: Tensor, space: Space, examples: bool) ->
     fitted = Prototypes(weight, bias, _TEMPERATURE if examples else _TEMPERATURE_BARE, slope, cut, 0.0)
     taken = fitted.log_scores(space.background)[:, :-1].amax(1).exp()
     return replace(fitted, threshold=min(_MOST_BARE, float(taken.quantile(0.75))))
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """What is said of the experts, as the place that a trained router starts from."""
+
+    options: tuple[RouteOption, ...]
+    space: Space
+    prototypes: Prototypes
+
+    @classmethod
+    def of(cls, options: Sequence[RouteOption], space: Space) -> "Prior":
+        """
+        Raises:
+            RouterError: see `check_options`.
+        """
+        return cls(tuple(options), space, fit_prototypes(options, space))
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[n, experts + 1] float32: log-odds of each expert among them, and that any is for the text.
+
+        states: [n, layers x hidden_size], of `space.layers`.
+        """
+        x = self.space.of_states(states)
+        return torch.cat([self.prototypes.logits(x) / self.prototypes.temperature, self.prototypes.odds(x)[:, None]], 1)
+
+
+def says_enough(options: Sequence[RouteOption]) -> bool:
+    """Whether every route has lines enough for a prior; with descriptions alone it made routers worse."""
+    return all(len(set(option.examples)) >= ENOUGH for option in options)
 
 
 class DescribedRouter(Router):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from meswitch.router.base import OTHER, Messages, Router, text_of
+from meswitch.router.described import Prior
 from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.lexical import Bags, bags
 from meswitch.router.memory import Memory
@@ -29,14 +30,17 @@ class Features:
     """What the heads see of `n` texts.
 
     words: of the texts. states: [n, width] float32, to choose the expert. known: [n, width] float32, to tell others.
+    prior: [n, experts + 1] float32, see `Prior`; None without one.
     """
 
     words: Bags
     states: Tensor
     known: Tensor
+    prior: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Features":
-        return Features(self.words.select(rows), self.states[rows], self.known[rows])
+        prior = None if self.prior is None else self.prior[rows]
+        return Features(self.words.select(rows), self.states[rows], self.known[rows], prior)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +84,27 @@ class Heads:
             return None
         return (self.known(features.known) + features.words.weighted(self.known_words)).logsumexp(1)
 
-    def scores(self, features: Features, words: float, temperature: float) -> Tensor:
+    def scores(self, features: Features, settings: Settings, temperature: float) -> Tensor:
         """[n, experts (+ 1 for other)] float64: log-probabilities."""
-        which = (self.logits(features, words).double() / temperature).log_softmax(1)
+        logits = self.logits(features, settings.words).double() / temperature
+        which = with_prior(logits, features, settings).log_softmax(1)
         odds = self.odds(features)
         if odds is None:
             return which
-        known = odds.double()[:, None].clamp(-30, 30)  # never so sure that a threshold of 1 would let it answer
+        known = odds_with_prior(odds.double(), features, settings)[:, None].clamp(
+            -30, 30
+        )  # never so sure that a threshold of 1 would let it answer
         return torch.cat([which + logsigmoid(known), logsigmoid(-known)], 1)
+
+
+def with_prior(logits: Tensor, features: Features, settings: Settings) -> Tensor:
+    """[n, experts] float64, of logits after their temperature."""
+    return logits if features.prior is None else logits + settings.prior * features.prior[:, :-1].double()
+
+
+def odds_with_prior(odds: Tensor, features: Features, settings: Settings) -> Tensor:
+    """[n] float64, of calibrated log-odds that some expert is for the text."""
+    return odds if features.prior is None else settings.own * odds + features.prior[:, -1].double()
 
 
 class EmbeddingRouter(Router):
@@ -103,6 +120,7 @@ class EmbeddingRouter(Router):
         provenance: Provenance,
         *,
         memory: Memory,
+        prior: Prior | None = None,
         added: int = 0,
         fallback: str = "base",
         threshold: float | None = None,
@@ -116,6 +134,7 @@ class EmbeddingRouter(Router):
         self.calibration = calibration
         self.provenance = provenance
         self.memory = memory
+        self.prior = prior
         self.added = added  # experts, by examples: see `meswitch.router.few`
         self.labels = self.experts if heads.known is None else (*self.experts, OTHER)
 
@@ -123,8 +142,9 @@ class EmbeddingRouter(Router):
         if not messages_batch:
             return []
         with fitting_threads(self.encoder.device, self.encoder.hidden_size):
-            features = extract(self.encoder, [text_of(messages) for messages in messages_batch], self.settings)
-            logs = self.heads.scores(features, self.settings.words, self.calibration.temperature)
+            texts = [text_of(messages) for messages in messages_batch]
+            features = extract(self.encoder, texts, self.settings, self.prior)
+            logs = self.heads.scores(features, self.settings, self.calibration.temperature)
             rows = logs.exp().tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in rows]
 
@@ -149,6 +169,7 @@ class EmbeddingRouter(Router):
             settings=self.settings,
             calibration=self.calibration,
             provenance=self.provenance,
+            routes=() if self.prior is None else self.prior.options,
         )
         write_router(Path(path), file, tensors_of(self.heads, self.memory))
 
@@ -166,13 +187,19 @@ def tensors_of(heads: Heads, memory: Memory) -> dict[str, Tensor]:
 
 
 def extract(
-    encoder: TextEncoder, texts: Sequence[str], settings: Settings, progress: Progress | None = None
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    settings: Settings,
+    prior: Prior | None = None,
+    progress: Progress | None = None,
 ) -> Features:
     """Everything that the heads see of some texts."""
-    layers = sorted({*settings.layers, *settings.known_layers})
+    said = () if prior is None else prior.space.layers
+    layers = sorted({*settings.layers, *settings.known_layers, *said})
     states = encoder.encode(texts, layers, settings.max_tokens, progress)
     with torch.inference_mode(False):  # plain tensors, so that training may differentiate through them
         parts = dict(zip(layers, states.clone().split(encoder.hidden_size, 1), strict=True))
         known = [parts[layer] for layer in settings.known_layers] + ([style(texts)] if settings.style else [])
         chosen = torch.cat([parts[layer] for layer in settings.layers], 1)
-        return Features(bags(texts, settings.buckets), chosen, torch.cat(known, 1) if known else chosen[:, :0])
+        before = None if prior is None else prior(torch.cat([parts[layer] for layer in said], 1))
+        return Features(bags(texts, settings.buckets), chosen, torch.cat(known, 1) if known else chosen[:, :0], before)

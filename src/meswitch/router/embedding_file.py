@@ -6,6 +6,7 @@ from typing import Any
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.router.base import RouterError
+from meswitch.router.described import Prior, Space
 from meswitch.router.embedding import EmbeddingRouter, Heads, Linear
 from meswitch.router.encoder import Encoder, TextEncoder
 from meswitch.router.memory import ROWS, Memory
@@ -74,7 +75,7 @@ def open_embedding(
     if own and model is not None:
         encoder = Encoder(model, tokenizer, found)
     else:
-        last = max(*settings.layers, *settings.known_layers, 0)
+        last = None if file.routes else max(*settings.layers, *settings.known_layers, 0)
         encoder = Encoder.load(base, device, last) if own else open_encoder(source, device, settings.bits)
         encoder.source = settings.encoder
     for name in ("hidden_size", "vocab_size"):
@@ -96,6 +97,7 @@ def open_embedding(
         settings,
         file.calibration,
         file.provenance,
+        prior=Prior.of(file.routes, Space(encoder)) if file.routes else None,
         memory=Memory(*(tensors[f"memory.{part}"] for part in ("states", "known", "words"))),
         added=file.added,
         fallback=fallback,

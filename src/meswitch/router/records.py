@@ -4,6 +4,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class RouteOption:
+    """One route to choose from.
+
+    name: what is answered. description: what it is for, in a sentence or two. examples: queries for it; five different
+    ones do much.
+    """
+
+    name: str
+    description: str = ""
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """Fitted on held-out predictions, which also gave the figures (auroc is None without rows of `other`)."""
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.durable import fsync_path, replace_directory
 from meswitch.router.base import RouterError
-from meswitch.router.records import Calibration, CascadeFile, LlmFile, Provenance, RulesFile
+from meswitch.router.records import Calibration, CascadeFile, LlmFile, Provenance, RouteOption, RulesFile
 from meswitch.strict import Decoder
 
 FORMAT = "meswitch-router"
-VERSION = 1
+VERSION = 2  # 2: an embedding router's `routes`, and `prior` and `own` of its settings
 KIND = "embedding"
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
@@ -49,7 +49,9 @@ class Settings:
     head. words: the word head's weight beside the states'. l2: on the state head's weights. folds: of the held-out
     calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
     whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
-    case, for encoders that see the case. target_precision, target_coverage: what the threshold
+    case, for encoders that see the case. prior, own: where there is one, the weights of the prior's log-odds beside the
+    heads' and of the heads' odds beside the prior's (measured on 15 sources: `benchmarks/routing_prior.py`).
+    target_precision, target_coverage: what the threshold
     was chosen for; neither: to tell experts' queries from others.
     """
 
@@ -64,6 +66,8 @@ class Settings:
     bits: int = 32
     style: bool = False
     lower: bool = True
+    prior: float = 1.5
+    own: float = 0.3
     target_precision: float | None = None
     target_coverage: float | None = None
     folds: int = 5
@@ -75,7 +79,7 @@ class RouterFile:
     """`router.json` without its head (format, version) and the checksum of the tensors.
 
     other: whether the router knows queries that no expert is for. added: how many of the experts, the last ones, were
-    added by examples.
+    added by examples. routes: what is said of the experts, if that is where the router starts from.
     """
 
     kind: str
@@ -86,6 +90,7 @@ class RouterFile:
     settings: Settings
     calibration: Calibration
     provenance: Provenance
+    routes: tuple[RouteOption, ...]
     tensors_sha256: str = ""
 
 
@@ -155,6 +160,8 @@ def read_file(path: Path) -> AnyFile:
         raise RouterError(f"{name}: version: {version!r} is not a version number; train the router again")
     if version > VERSION:
         raise RouterError(f"{name}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch")
+    if version < 2 and data.get("kind") == KIND and isinstance(data.get("settings"), dict):
+        data = {"routes": []} | data | {"settings": {"prior": 0.0, "own": 1.0} | data["settings"]}
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
-from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
+from meswitch.router.described import Prior, RouteOption, Space, says_enough
+from meswitch.router.embedding import (
+    EmbeddingRouter,
+    Features,
+    Heads,
+    Linear,
+    extract,
+    odds_with_prior,
+    with_prior,
+)
 from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.heads import auroc, calibration_error, line, logistic, naive_bayes, temperature
 from meswitch.router.memory import Memory
@@ -51,6 +60,7 @@ def train_router(
     encoder: TextEncoder,
     *,
     settings: Settings | None = None,
+    options: Sequence[RouteOption] = (),
     data_sha256: str = "",
     fallback: str = "base",
     progress: Progress | None = None,
@@ -62,11 +72,16 @@ def train_router(
     `calibration` come from predictions for rows that the heads did not see (`settings.folds` folds; equal queries are
     always in the same fold). The router itself is then fitted on all rows.
 
+    Args:
+        options: what is said of the experts, in their order. If each has some examples, they are what the router
+            starts from (`Prior`): rows of a few sources teach habits, lines of a person say what is meant.
+
     Raises:
         RouterError: a domain that is no expert, an expert without enough rows, or fewer than two labels.
         ConfigError: a target that no threshold reaches.
     """
     settings = settings or default_settings(encoder)
+    prior = _prior(options, experts, encoder)
     labels = _labels(rows, experts, settings.folds)
     with fitting_threads(encoder.device, encoder.hidden_size):
         copies = without_labels(rows)
@@ -75,13 +90,25 @@ def train_router(
         origin = torch.tensor([*range(len(rows)), *(i for i, _ in copies)])
         origin = torch.cat([origin, origin[torch.tensor([i for i, _ in lower], dtype=torch.int64)]])
         texts = [row.query for row in (*both, *(row for _, row in lower))]
-        features = extract(encoder, texts, settings, progress)
+        features = extract(encoder, texts, settings, prior, progress)
         targets = torch.tensor([labels.index(row.domain) for row in rows])
         data = _Data(features, targets[origin], origin, len(both), len(experts))
         heads, calibration = _train(rows, data, settings)
         memory = _memory(data, heads, len(labels), settings)
     provenance = _provenance(rows, data_sha256)
-    return EmbeddingRouter(encoder, heads, experts, settings, calibration, provenance, memory=memory, fallback=fallback)
+    return EmbeddingRouter(
+        encoder, heads, experts, settings, calibration, provenance, memory=memory, prior=prior, fallback=fallback
+    )
+
+
+def _prior(options: Sequence[RouteOption], experts: Sequence[str], encoder: TextEncoder) -> Prior | None:
+    if not options or not says_enough(options):
+        return None
+    if [option.name for option in options] != list(experts):
+        raise RouterError(
+            f"options: of {', '.join(o.name for o in options)}, not of {', '.join(experts)} in this order"
+        )
+    return Prior.of(options, Space(encoder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +143,13 @@ def _train(rows: Sequence[Row], data: _Data, settings: Settings) -> tuple[Heads,
     ahead = _offsets(rows, data, which[known], settings)
     heads, which = replace(heads, states=heads.states.scaled(1.0, ahead)), which + ahead
     divisor = temperature(which[known], targets[known]) if experts > 1 else 1.0
-    best = (which.double() / divisor).softmax(1).max(1)
+    seen = data.features.select(torch.arange(count))
+    best = with_prior(which.double() / divisor, seen, settings).softmax(1).max(1)
     confidence = best.values
     if heads.known is not None and heads.known_words is not None:  # its calibration goes into its weights
         slope, shift = line(odds, known)
         heads = Heads(heads.words, heads.states, heads.known.scaled(slope, shift), heads.known_words * slope)
-        confidence = confidence * torch.sigmoid(slope * odds.double() + shift)
+        confidence = confidence * torch.sigmoid(odds_with_prior(slope * odds.double() + shift, seen, settings))
     return heads, _calibrate(divisor, confidence, best.indices == targets, known, settings)
 
 
