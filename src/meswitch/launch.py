@@ -76,7 +76,7 @@ def router_from_family(
     """
     from meswitch.router import open_router
     from meswitch.router.loading import is_trained
-    from meswitch.router.storage import read_file
+    from meswitch.router.store import read_file
 
     encoder = family.router.encoder
     directory = path or family.resolve(family.router.path)
@@ -113,7 +113,7 @@ def check_router(family: Family) -> None:
         RouterError: a damaged router, or none and too little said of an expert.
     """
     from meswitch.router.loading import check_described, is_trained
-    from meswitch.router.storage import read_file
+    from meswitch.router.store import read_file
 
     directory = family.resolve(family.router.path)
     if is_trained(directory):

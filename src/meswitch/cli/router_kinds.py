@@ -13,7 +13,7 @@ from meswitch.errors import ConfigError
 if TYPE_CHECKING:
     from meswitch.family import Family
     from meswitch.router import LlmSettings, Row
-    from meswitch.router.storage import Keepable
+    from meswitch.router.store import Keepable
 
 
 @dataclass(frozen=True)

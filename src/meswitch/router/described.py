@@ -21,7 +21,6 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from meswitch.router.background import LINES
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
 from meswitch.router.encoder import Encoder, TextEncoder
-from meswitch.router.records import RouteOption
 from meswitch.router.targets import choose_threshold
 from meswitch.threads import fitting_threads
 
@@ -35,6 +34,19 @@ _MOST_BARE = 0.4  # the highest threshold of routes without examples
 _KNOWN = 2 / 3  # share of traffic that is taken to be for some route
 _DOUBT = 0.5  # how far, as a standard deviation of its logarithm, the temperature may lie from that
 _KEPT_LINES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RouteOption:
+    """One route to choose from.
+
+    name: what is answered. description: what it is for, in a sentence or two. examples: queries for it; five different
+    ones do much.
+    """
+
+    name: str
+    description: str = ""
+    examples: tuple[str, ...] = ()
 
 
 def check_options(options: Sequence[RouteOption]) -> None:

@@ -10,19 +10,88 @@ a little worse); for the base that made no clear difference.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from meswitch.router.base import OTHER, Messages, Router, text_of
-from meswitch.router.described import Prior
-from meswitch.router.encoder import Progress, TextEncoder
+from meswitch.artifact import fingerprint
+from meswitch.checkpoint import Checkpoint
+from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
+from meswitch.router.described import Prior, RouteOption, Space
+from meswitch.router.encoder import Encoder, Progress, TextEncoder, open_encoder
 from meswitch.router.lexical import Bags, bags
-from meswitch.router.memory import Memory
-from meswitch.router.storage import KIND, BaseInfo, Calibration, Provenance, RouterFile, Settings, write_router
-from meswitch.router.style import style
+from meswitch.router.memory import ROWS, Memory
+from meswitch.router.store import Calibration, Given, Provenance, read_tensors, register, write_router
+from meswitch.router.style import WIDTH, style
 from meswitch.threads import fitting_threads
+
+KIND = "embedding"
+BASE = "base"  # the encoder is the family's base
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The model whose hidden states the router reads; `fingerprint` identifies it by content."""
+
+    fingerprint: str
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the heads see and how they are fitted.
+
+    layers: which hidden states are averaged (0: embeddings) to choose the expert. known_layers: to tell queries for
+    some expert from others. max_tokens: of a query. buckets: of hashed words. smoothing: counts added by the word
+    head. words: the word head's weight beside the states'. l2: on the state head's weights. folds: of the held-out
+    calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
+    whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
+    case, for encoders that see the case. prior, own: where there is one, the weights of the prior's log-odds beside the
+    heads' and of the heads' odds beside the prior's (measured on 15 sources: `benchmarks/routing_prior.py`).
+    target_precision, target_coverage: what the threshold
+    was chosen for; neither: to tell experts' queries from others.
+    """
+
+    layers: tuple[int, ...]
+    known_layers: tuple[int, ...]
+    max_tokens: int = 64
+    buckets: int = 1 << 15
+    smoothing: float = 0.7
+    words: float = 1.0
+    l2: float = 2e-5
+    encoder: str = "base"
+    bits: int = 32
+    style: bool = False
+    lower: bool = True
+    prior: float = 1.5
+    own: float = 0.3
+    target_precision: float | None = None
+    target_coverage: float | None = None
+    folds: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFile:
+    """`router.json` without its head (format, version) and the checksum of the tensors.
+
+    other: whether the router knows queries that no expert is for. added: how many of the experts, the last ones, were
+    added by examples. routes: what is said of the experts, if that is where the router starts from.
+    """
+
+    kind: str
+    experts: tuple[str, ...]
+    other: bool
+    added: int
+    base: BaseInfo
+    settings: Settings
+    calibration: Calibration
+    provenance: Provenance
+    routes: tuple[RouteOption, ...]
+    tensors_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +176,12 @@ def odds_with_prior(odds: Tensor, features: Features, settings: Settings) -> Ten
     return odds if features.prior is None else settings.own * odds + features.prior[:, -1].double()
 
 
+@register(KIND)
 class EmbeddingRouter(Router):
     """See the module's docstring; `meswitch.router.train.train_router` makes one, `save` and `load_router` keep it."""
+
+    file = RouterFile
+    unknown = ", or give each new [[expert]] of family.toml `examples`, five lines that are queries for it"
 
     def __init__(
         self,
@@ -173,6 +246,77 @@ class EmbeddingRouter(Router):
         )
         write_router(Path(path), file, tensors_of(self.heads, self.memory))
 
+    @classmethod
+    def open(cls, directory: Path, file: RouterFile, given: Given) -> "EmbeddingRouter":
+        """
+        Raises:
+            RouterError: damaged, or trained with another encoder. CheckpointError: the encoder is gone.
+        """
+        settings = file.settings
+        own = settings.encoder == BASE
+        near = directory / settings.encoder  # a path is also looked for beside router.json
+        source = given.base if own else near if near.is_dir() else settings.encoder
+        found = fingerprint(Checkpoint.open(source))
+        if found != file.base.fingerprint:
+            raise RouterError(
+                f"{directory}: base.fingerprint: trained on the hidden states of another base than {source} "
+                f"({file.base.fingerprint:.24}..., this is {found:.24}...); train it again with `meswitch router train`"
+            )
+        experts, width = len(file.experts), file.base.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"words.weight": (settings.buckets, experts)}
+        shapes |= _shapes("states", len(settings.layers) * width, experts)
+        known, columns = len(settings.known_layers) * width + WIDTH * settings.style, 1 + file.added
+        if file.other:
+            shapes |= _shapes("known", known, columns)
+            shapes["known.words"] = (settings.buckets, columns)
+        rows = (experts + file.other) * ROWS
+        shapes |= {"memory.states": (rows, len(settings.layers) * width), "memory.words": (rows, experts)}
+        shapes["memory.known"] = (rows, known)
+        tensors = read_tensors(directory, file, shapes)
+        encoder: TextEncoder
+        if own and given.model is not None:
+            encoder = Encoder(given.model, given.tokenizer, found)
+        else:
+            last = None if file.routes else max(*settings.layers, *settings.known_layers, 0)
+            encoder = (
+                Encoder.load(given.base, given.device, last)
+                if own
+                else open_encoder(source, given.device, settings.bits)
+            )
+            encoder.source = settings.encoder
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(encoder, name) != getattr(file.base, name):
+                raise RouterError(
+                    f"{directory}: base.{name}: {getattr(file.base, name)}, but the model has {getattr(encoder, name)}"
+                )
+
+        def head(name: str) -> Linear:
+            return Linear(*(tensors[f"{name}.{part}"] for part in ("mean", "scale", "weight", "bias")))
+
+        heads = Heads(
+            tensors["words.weight"], head("states"), head("known") if file.other else None, tensors.get("known.words")
+        )
+        return cls(
+            encoder,
+            heads,
+            file.experts,
+            settings,
+            file.calibration,
+            file.provenance,
+            prior=Prior.of(file.routes, Space(encoder)) if file.routes else None,
+            memory=Memory(*(tensors[f"memory.{part}"] for part in ("states", "known", "words"))),
+            added=file.added,
+            fallback=given.fallback,
+            threshold=given.threshold,
+        )
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
+        settings = data.get("settings")
+        if version < 2 and isinstance(settings, dict):
+            return {"routes": []} | data | {"settings": {"prior": 0.0, "own": 1.0} | settings}
+        return data
+
 
 def tensors_of(heads: Heads, memory: Memory) -> dict[str, Tensor]:
     """Heads and memory by the names they have on disk."""
@@ -203,3 +347,12 @@ def extract(
         chosen = torch.cat([parts[layer] for layer in settings.layers], 1)
         before = None if prior is None else prior(torch.cat([parts[layer] for layer in said], 1))
         return Features(bags(texts, settings.buckets), chosen, torch.cat(known, 1) if known else chosen[:, :0], before)
+
+
+def _shapes(name: str, width: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.mean": (width,),
+        f"{name}.scale": (width,),
+        f"{name}.weight": (width, outputs),
+        f"{name}.bias": (outputs,),
+    }

@@ -153,6 +153,25 @@ class Encoder:
         return hidden_states(short, layers, self.depth, inputs)
 
 
+def open_encoder(source: str | Path, device: str = "cpu", bits: int = 32) -> TextEncoder:
+    """An encoder from a directory or hub id: static embeddings, a causal LM, or any other transformers encoder.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    from meswitch.router.sentence import SentenceEncoder
+    from meswitch.router.static import StaticEncoder, is_static
+
+    if is_static(source):
+        return StaticEncoder.load(source)
+    names = Checkpoint.open(source).config.architectures or []
+    if any(name.endswith("ForCausalLM") for name in names):
+        encoder = Encoder.load(source, device)
+        encoder.source = str(source)
+        return encoder
+    return SentenceEncoder.load(source, device, bits)
+
+
 def _cut(config: Any, last: int | None) -> int:
     """Leave a model's layers up to the one above `last`; how many it had.
 

@@ -19,12 +19,12 @@ from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
 from meswitch.router.heads import auroc, calibration_error, temperature, threshold
 from meswitch.router.letters import LetterModel
-from meswitch.router.llm import LlmRouter, check_descriptions
+from meswitch.router.llm import LlmRouter, LlmSettings, ModelInfo, check_descriptions
 from meswitch.router.llm_checkpoint import load_checkpoint, save_checkpoint
 from meswitch.router.lora import add_adapters, merge_adapters, take_adapters
 from meswitch.router.questions import Asked, balanced, described, draw_options
-from meswitch.router.records import Calibration, LlmSettings, ModelInfo, Provenance
 from meswitch.router.split import hold_out
+from meswitch.router.store import Calibration, Provenance
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from meswitch.router.base import OTHER
 from meswitch.router.data import Row
+from meswitch.router.llm import LlmSettings
 from meswitch.router.prompt import NONE_OF_THESE, Prompt
-from meswitch.router.records import LlmSettings
 from meswitch.router.variants import disguises
 
 _EXAMPLE = 120  # characters of a request that stands for a description

@@ -16,6 +16,7 @@ from meswitch.router.embedding import (
     Features,
     Heads,
     Linear,
+    Settings,
     extract,
     odds_with_prior,
     with_prior,
@@ -25,7 +26,7 @@ from meswitch.router.heads import auroc, calibration_error, line, logistic, naiv
 from meswitch.router.memory import Memory
 from meswitch.router.shift import offsets, sources_of
 from meswitch.router.split import folds, plain
-from meswitch.router.storage import Calibration, Provenance, Settings
+from meswitch.router.store import Calibration, Provenance
 from meswitch.router.targets import choose_threshold
 from meswitch.router.variants import in_lower_case, without_labels
 from meswitch.threads import fitting_threads

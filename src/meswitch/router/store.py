@@ -1,4 +1,4 @@
-"""A router on disk: `router.json`, checked strictly, and `router.safetensors`.
+"""Routers on disk, of whichever kind: `router.json`, checked strictly, and `router.safetensors`.
 
 Unknown, missing and mistyped fields are errors that name the file and the field; so are tensors whose shape, dtype or
 checksum differ from what `router.json` says. Nothing is unpickled.
@@ -8,10 +8,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,82 +20,91 @@ from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.durable import fsync_path, replace_directory
-from meswitch.router.base import RouterError
-from meswitch.router.records import Calibration, CascadeFile, LlmFile, Provenance, RouteOption, RulesFile
+from meswitch.router.base import Router, RouterError
 from meswitch.strict import Decoder
 
 FORMAT = "meswitch-router"
 VERSION = 2  # 2: an embedding router's `routes`, and `prior` and `own` of its settings
-KIND = "embedding"
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class BaseInfo:
-    """The model whose hidden states the router reads; `fingerprint` identifies it by content."""
+class Calibration:
+    """Fitted on held-out predictions, which also gave the figures (auroc is None without rows of `other`)."""
 
-    fingerprint: str
-    hidden_size: int
-    vocab_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the heads see and how they are fitted.
-
-    layers: which hidden states are averaged (0: embeddings) to choose the expert. known_layers: to tell queries for
-    some expert from others. max_tokens: of a query. buckets: of hashed words. smoothing: counts added by the word
-    head. words: the word head's weight beside the states'. l2: on the state head's weights. folds: of the held-out
-    calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
-    whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
-    case, for encoders that see the case. prior, own: where there is one, the weights of the prior's log-odds beside the
-    heads' and of the heads' odds beside the prior's (measured on 15 sources: `benchmarks/routing_prior.py`).
-    target_precision, target_coverage: what the threshold
-    was chosen for; neither: to tell experts' queries from others.
-    """
-
-    layers: tuple[int, ...]
-    known_layers: tuple[int, ...]
-    max_tokens: int = 64
-    buckets: int = 1 << 15
-    smoothing: float = 0.7
-    words: float = 1.0
-    l2: float = 2e-5
-    encoder: str = "base"
-    bits: int = 32
-    style: bool = False
-    lower: bool = True
-    prior: float = 1.5
-    own: float = 0.3
-    target_precision: float | None = None
-    target_coverage: float | None = None
-    folds: int = 5
-    seed: int = 0
+    temperature: float
+    threshold: float
+    accuracy: float
+    ece: float
+    auroc: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class RouterFile:
-    """`router.json` without its head (format, version) and the checksum of the tensors.
+class Provenance:
+    """What it was trained on (SHA-256 of the data file, rows of every domain), with what, and when (UTC)."""
 
-    other: whether the router knows queries that no expert is for. added: how many of the experts, the last ones, were
-    added by examples. routes: what is said of the experts, if that is where the router starts from.
+    data_sha256: str
+    rows: dict[str, int]
+    meswitch: str
+    torch: str
+    transformers: str
+    created: str
+
+
+class File(Protocol):
+    """What `router.json` holds of one kind, without its head (format, version): a frozen dataclass.
+
+    A kind made of other routers has a field `members`, SHA-256 of each one's `router.json`.
     """
 
     kind: str
     experts: tuple[str, ...]
-    other: bool
-    added: int
-    base: BaseInfo
-    settings: Settings
-    calibration: Calibration
-    provenance: Provenance
-    routes: tuple[RouteOption, ...]
-    tensors_sha256: str = ""
+    tensors_sha256: str
 
 
-AnyFile = RouterFile | LlmFile | CascadeFile | RulesFile
-_KINDS: dict[str, type[AnyFile]] = {KIND: RouterFile, "llm": LlmFile, "cascade": CascadeFile, "rules": RulesFile}
+@dataclass(frozen=True)
+class Given:
+    """What the caller of `load_router` said; see there."""
+
+    base: str | Path
+    fallback: str
+    threshold: float | None
+    model: Any
+    tokenizer: Any
+    device: str
+    llm: str | Path | None
+
+
+class Kind(Protocol):
+    """A class of routers that can be written and read: one file of this package, imported by its `__init__`.
+
+    file: its part of `router.json`. unknown: what to do about experts that it does not know, beside training again.
+    """
+
+    file: ClassVar[type[Any]]
+    unknown: ClassVar[str]
+
+    @classmethod
+    def open(cls, directory: Path, file: Any, given: Given) -> Router: ...
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
+        """`router.json` of an older version as this one would have written it."""
+
+
+_KINDS: dict[str, Any] = {}
+_R = TypeVar("_R", bound=Router)
+
+
+def register(name: str) -> Callable[[type[_R]], type[_R]]:
+    """A class decorator: routers whose `router.json` says this kind are opened by the class. See `Kind`."""
+
+    def add(router: type[_R]) -> type[_R]:
+        _KINDS[name] = router
+        return router
+
+    return add
 
 
 class Keepable(Protocol):
@@ -105,7 +114,7 @@ class Keepable(Protocol):
 
 
 def write_router(
-    path: Path, file: AnyFile, tensors: Mapping[str, Tensor], members: Mapping[str, Keepable] | None = None
+    path: Path, file: Any, tensors: Mapping[str, Tensor], members: Mapping[str, Keepable] | None = None
 ) -> None:
     """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router.
 
@@ -124,10 +133,10 @@ def write_router(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if isinstance(file, CascadeFile | RulesFile):
-            for name, member in (members or {}).items():
+        if members is not None:
+            for name, member in members.items():
                 member.save(partial / name)
-            checksums = {name: sha256_file(partial / name / JSON_NAME) for name in members or {}}
+            checksums = {name: sha256_file(partial / name / JSON_NAME) for name in members}
             file = dataclasses.replace(file, members=checksums)
         (partial / TENSORS_NAME).write_bytes(raw)
         (partial / JSON_NAME).write_text(json.dumps(head | dataclasses.asdict(file), indent=2) + "\n")
@@ -138,7 +147,7 @@ def write_router(
         raise RouterError(f"{path}: cannot be written: {error}") from error
 
 
-def read_file(path: Path) -> AnyFile:
+def read_file(path: Path) -> Any:
     """`router.json` of a router directory, of whichever kind it is.
 
     Raises:
@@ -160,20 +169,19 @@ def read_file(path: Path) -> AnyFile:
         raise RouterError(f"{name}: version: {version!r} is not a version number; train the router again")
     if version > VERSION:
         raise RouterError(f"{name}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch")
-    if version < 2 and data.get("kind") == KIND and isinstance(data.get("settings"), dict):
-        data = {"routes": []} | data | {"settings": {"prior": 0.0, "own": 1.0} | data["settings"]}
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))
         raise RouterError(f"{name}: kind: {kind!r} is not known to this meswitch (it has {known})")
+    router = _KINDS[kind]
     decoder = Decoder(name, RouterError, "train the router again", complete=True)
-    file: AnyFile = decoder.decode(_KINDS[kind], data)
+    file: Any = decoder.decode(router.file, router.upgraded(data, version) if version < VERSION else data)
     if not file.experts:
         raise RouterError(f"{name}: experts: empty; train the router again")
     return file
 
 
-def read_tensors(path: Path, file: RouterFile, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def read_tensors(path: Path, file: Any, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors, float32, of exactly the `expected` names and shapes.
 
     Raises:
@@ -190,7 +198,7 @@ def read_tensors(path: Path, file: RouterFile, expected: dict[str, tuple[int, ..
     return tensors
 
 
-def read_all_tensors(path: Path, file: AnyFile) -> dict[str, Tensor]:
+def read_all_tensors(path: Path, file: Any) -> dict[str, Tensor]:
     """The tensors as they are, once their checksum is right.
 
     Raises:
@@ -210,7 +218,7 @@ def read_all_tensors(path: Path, file: AnyFile) -> dict[str, Tensor]:
     return tensors
 
 
-def check_members(path: Path, file: CascadeFile | RulesFile, names: Collection[str]) -> None:
+def check_members(path: Path, file: Any, names: Collection[str]) -> None:
     """Are the routers that this one is made of there, and the ones it was saved with?
 
     names: which there must be; others are refused.
@@ -226,3 +234,80 @@ def check_members(path: Path, file: CascadeFile | RulesFile, names: Collection[s
             raise RouterError(f"{inner}: no such file; the router is incomplete, copy or train it again")
         if sha256_file(inner) != checksum:
             raise RouterError(f"{path / JSON_NAME}: members.{name}: does not match {inner}; train the router again")
+
+
+def load_router(
+    path: str | Path,
+    base: str | Path,
+    *,
+    experts: Sequence[str] | None = None,
+    fallback: str = "base",
+    threshold: float | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    llm: str | Path | None = None,
+) -> Router:
+    """Load a router directory for a base.
+
+    Args:
+        path: what `meswitch router train` wrote. base: the base's checkpoint directory or hub id.
+        experts: the family's; the router's must be the same ones. None: do not compare.
+        fallback: who answers when the router abstains. threshold: instead of the calibrated one.
+        model, tokenizer: the base, if it is loaded already; give both. device: where to load models otherwise.
+        llm: where an LLM router's model is now, if it is not where it was.
+
+    Raises:
+        RouterError: no router, damaged or newer, of other experts, or trained on another base or model.
+        CheckpointError: no base.
+    """
+    directory = Path(path)
+    file = read_file(directory)
+    if experts is not None:
+        check_experts(directory, file, experts)
+    return open_kind(directory, file, Given(base, fallback, threshold, model, tokenizer, device, llm))
+
+
+def open_kind(directory: Path, file: Any, given: Given) -> Router:
+    """The router of a directory whose `router.json` was read."""
+    router: Router = _KINDS[file.kind].open(directory, file, given)
+    return router
+
+
+def open_member(directory: Path, given: Given) -> Router:
+    """A router inside another one; it decides by its own threshold, if at all.
+
+    Raises:
+        RouterError: see `load_router`; or one that is itself a member and made of routers.
+    """
+    file = read_file(directory)
+    if hasattr(file, "members") and directory.parent.name in ("first", "second", "router"):
+        raise RouterError(f"{directory}: kind: routers of routers of routers are not read")
+    return open_kind(directory, file, replace(given, threshold=None))
+
+
+def check_no_tensors(directory: Path, file: Any) -> None:
+    """
+    Raises:
+        RouterError: a router of a kind that has no tensors of its own has some.
+    """
+    tensors = read_all_tensors(directory, file)
+    if tensors:
+        raise RouterError(f"{directory}: {min(tensors)}: a {file.kind} router has no tensors of its own")
+
+
+def check_experts(directory: Path, file: Any, experts: Sequence[str]) -> None:
+    """Does the router know these experts and no others?
+
+    Raises:
+        RouterError: names them, and what to do.
+    """
+    gone = [name for name in file.experts if name not in experts]
+    new = [name for name in experts if name not in file.experts]
+    if gone or new:
+        parts = [f"knows {', '.join(gone)}, which the family has not"] if gone else []
+        parts += [f"does not know {', '.join(new)}"] if new else []
+        raise RouterError(
+            f"{directory}: experts: the router {' and '.join(parts)}; train it again with `meswitch router train`"
+            + ("" if gone else _KINDS[file.kind].unknown)
+        )
