@@ -2,14 +2,13 @@
 
 from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade
-from meswitch.router.data import Row, read_rows
+from meswitch.router.data import Leakage, Row, find_leakage, read_rows
 from meswitch.router.decide import Decider, Decision, parse_options, read_options
 from meswitch.router.described import DescribedRouter, RouteOption, Space
 from meswitch.router.embedding import EmbeddingRouter
 from meswitch.router.encoder import Encoder, TextEncoder, open_encoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
 from meswitch.router.few import add_experts
-from meswitch.router.leakage import Leakage, find_leakage
 from meswitch.router.llm import LlmRouter, LlmSettings, model_info, open_llm
 from meswitch.router.llm_train import train_llm_router
 from meswitch.router.loading import open_router

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from meswitch.router.base import OTHER, Messages, Router, RouterError
+from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
 from meswitch.router.data import Row
-from meswitch.router.heads import auroc, calibration_error, temperature, threshold
 from meswitch.router.store import (
     Calibration,
     Given,

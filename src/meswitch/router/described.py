@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from meswitch.router.background import LINES
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
+from meswitch.router.calibrate import choose_threshold
 from meswitch.router.encoder import Encoder, TextEncoder
-from meswitch.router.targets import choose_threshold
 from meswitch.threads import fitting_threads
 
 ENOUGH = 3  # example lines of each route, from which they help a trained router

@@ -16,8 +16,7 @@ from torch.nn.functional import cross_entropy, softplus
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
 from meswitch.router.described import Prior, RouteOption
-from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
-from meswitch.router.memory import Memory
+from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, Memory, extract
 from meswitch.threads import fitting_threads
 
 LEAST = 5  # different examples

@@ -16,9 +16,8 @@ from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
-from meswitch.router.letters import LetterModel
+from meswitch.router.letters import NONE_OF_THESE, LetterModel, Prompt
 from meswitch.router.lora import merge_adapters, replace_weights
-from meswitch.router.prompt import NONE_OF_THESE, Prompt
 from meswitch.router.store import Calibration, Given, Provenance, read_all_tensors, register, write_router
 from meswitch.threads import fitting_threads
 from meswitch.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, text_of
-from meswitch.router.lexical import clip
+from meswitch.router.features import clip
 from meswitch.router.store import Given, check_members, check_no_tensors, open_member, register, write_router
 from meswitch.strict import Decoder
 
