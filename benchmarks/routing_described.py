@@ -33,6 +33,7 @@ from meswitch.router import (
     read_rows,
     train_router,
 )
+from meswitch.router.few import add_described
 from routing import Remembering, cpu_ms
 
 HERE = Path(__file__).parent
@@ -91,6 +92,24 @@ def trained(encoder, train: list[Row], data: dict[str, list[Row]]) -> dict:
         found[name] = {key: figures(router, rows) for key, rows in data.items()}
         found[name]["held out"] = figures(train_router(seen, EXPERTS, encoder, options=options), held_out)
         print("trained from", name, {key: round(value["accuracy"], 3) for key, value in found[name].items()})
+    return found
+
+
+def fifth(encoder, train: list[Row], name: str) -> dict:
+    """One expert comes by its lines to a router that was trained from the lines of the three others."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(7)).tolist()
+    held_out, seen = [train[i] for i in order[: len(train) // 10]], [train[i] for i in order[len(train) // 10 :]]
+    known = [row for row in held_out if row.domain != OTHER]
+    options, found = read_options(ROUTES / f"{name}.toml"), {}
+    for new in options:
+        old = [option for option in options if option.name != new.name]
+        names = [option.name for option in old]
+        router = train_router([r for r in seen if r.domain != new.name], names, encoder, options=old)
+        before = evaluate_router(router, [row for row in known if row.domain != new.name]).per_domain
+        after = evaluate_router(add_described(router, [new]), known).per_domain
+        others = [statistics.mean(shares[other] for other in names) for shares in (before, after)]
+        found[new.name] = {"others_before": others[0], "others_after": others[1], "new": after[new.name]}
+    print("fifth", name, found)
     return found
 
 
@@ -166,6 +185,9 @@ def main() -> None:
         parts["described"] = lambda: described(space, data)
     if data and options.train:
         parts["trained"] = lambda: trained(space.encoder, read_rows(options.train, EXPERTS), data)
+    if options.train:
+        rows = read_rows(options.train, EXPERTS)
+        parts["fifth"] = lambda: {name: fifth(space.encoder, rows, name) for name in ("four-1", "four-2")}
     if options.clinc:
         parts["clinc150"] = lambda: board(space, "clinc150", *clinc(options.clinc))
     if options.banking:

@@ -266,6 +266,17 @@ def by_lines(found: dict[str, Any]) -> str:
     return pipe(head, *rows)
 
 
+def fifth_by_lines(found: dict[str, Any]) -> str:
+    """An expert that comes by its lines to a trained router."""
+    head = ["new expert", "lines", "others before", "others after", "new"]
+    rows = [
+        [expert, name.removeprefix("four-"), *(share(data[key]) for key in ("others_before", "others_after", "new"))]
+        for name, entry in found.get("fifth", {}).items()
+        for expert, data in entry.items()
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
 def boards(found: dict[str, Any]) -> str:
     """CLINC150 and BANKING77."""
     head = ["board", "given", "accuracy", "macro-F1", "ECE", "OOS recall", "AUROC"]
@@ -285,7 +296,11 @@ def main(arguments: list[str] | None = None) -> None:
     llm_found = stored("routing-llm.json", options.results) or {}
     command = "benchmarks/routing_doc.py"
     said = stored("routing-described.json", options.results) or {}
-    filled = places(found, llm_found) | {"by lines": by_lines(said), "boards": boards(said)}
+    filled = (
+        places(found, llm_found)
+        | {"by lines": by_lines(said), "boards": boards(said)}
+        | {"fifth by lines": fifth_by_lines(said)}
+    )
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)
 
 

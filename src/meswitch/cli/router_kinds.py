@@ -53,7 +53,9 @@ def embedding(
     else:
         encoder = open_encoder(source, job.device, bits)
     settings = dataclasses.replace(
-        default_settings(encoder, job.seed), target_precision=target_precision, target_coverage=target_coverage
+        default_settings(encoder, job.seed, len(config.names)),
+        target_precision=target_precision,
+        target_coverage=target_coverage,
     )
     with console.progress("router") as progress:
         router = train_router(

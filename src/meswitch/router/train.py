@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.calibrate import auroc, calibration_error, choose_threshold, line, temperature
 from meswitch.router.data import Row, folds, in_lower_case, plain, without_labels
-from meswitch.router.described import Prior, RouteOption, Space, says_enough
+from meswitch.router.described import Prior, RouteOption, Space, layers_of, says_enough
 from meswitch.router.embedding import (
     EmbeddingRouter,
     Features,
@@ -137,16 +137,20 @@ def _even(domains: Tensor, groups: Tensor) -> Tensor:
     )
 
 
-def default_settings(encoder: TextEncoder, seed: int = 0) -> Settings:
+MANY = 16  # experts, from which they are taken to be intents of one application rather than domains
+
+
+def default_settings(encoder: TextEncoder, seed: int = 0, experts: int = 0) -> Settings:
     """Two thirds up the model, where states say most about meaning; a third up to tell others.
 
     Layers and penalties were compared by leaving sources out; the words' weight beside a sentence encoder lies between
-    two that were (0 and 0.5).
+    two that were (0 and 0.5). Of many experts the fine differences count, and a sentence encoder's are higher up:
+    there it is the upper half and next to no penalty (CLINC150's validation part: 0.91 with the former, 0.97).
     """
     depth = encoder.depth
     small = encoder.source == "base"
     middle = max(1, round(depth * 2 / 3)) if depth else 0
-    return Settings(
+    settings = Settings(
         layers=(middle,),
         known_layers=(max(1, round(depth / 3)),) if small and depth else (middle,),
         words=1.0 if small else 0.25,
@@ -157,6 +161,10 @@ def default_settings(encoder: TextEncoder, seed: int = 0) -> Settings:
         bits=getattr(encoder, "bits", 32),
         seed=seed,
     )
+    if small or experts < MANY:
+        return settings
+    upper = layers_of(encoder)
+    return replace(settings, layers=upper, known_layers=upper, l2=2e-6)
 
 
 def train_router(
@@ -185,7 +193,7 @@ def train_router(
         RouterError: a domain that is no expert, an expert without enough rows, or fewer than two labels.
         ConfigError: a target that no threshold reaches.
     """
-    settings = settings or default_settings(encoder)
+    settings = settings or default_settings(encoder, experts=len(experts))
     prior = _prior(options, experts, encoder)
     labels = _labels(rows, experts, settings.folds)
     with fitting_threads(encoder.device, encoder.hidden_size):
