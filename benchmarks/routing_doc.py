@@ -296,11 +296,8 @@ def main(arguments: list[str] | None = None) -> None:
     llm_found = stored("routing-llm.json", options.results) or {}
     command = "benchmarks/routing_doc.py"
     said = stored("routing-described.json", options.results) or {}
-    filled = (
-        places(found, llm_found)
-        | {"by lines": by_lines(said), "boards": boards(said)}
-        | {"fifth by lines": fifth_by_lines(said)}
-    )
+    filled = places(found, llm_found)
+    filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)
 
 
