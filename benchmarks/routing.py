@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 from meswitch.router import OTHER, Encoder, Row, add_experts, evaluate_router, open_encoder, read_rows, train_router
-from meswitch.router.shift import sources_of
-from meswitch.router.train import default_settings
-from meswitch.router.variants import without_labels
+from meswitch.router.data import without_labels
+from meswitch.router.train import default_settings, sources_of
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
 EXPERTS = ["math", "code", "instruct", "sql"]

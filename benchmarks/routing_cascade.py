@@ -16,8 +16,8 @@ import torch
 from meswitch.router import Router, evaluate_router, fit_cascade, load_router, open_encoder, read_rows, train_router
 from meswitch.router.base import user_turns
 from meswitch.router.cascade import CascadeRouter, log_scores, unsure
+from meswitch.router.data import hold_out
 from meswitch.router.evaluate import latency
-from meswitch.router.split import hold_out
 from meswitch.router.train import default_settings
 from routing_llm import descriptions, measured_on, nbytes, rounded, store, test_split
 

@@ -3,8 +3,8 @@
     python benchmarks/routing_doc.py            rewrite what is out of date
     python benchmarks/routing_doc.py --check    say so instead, and exit 1
 
-Reads benchmarks/results/routing.json (`routing.py`) and, if it is there, benchmarks/results/routing-llm.json, which
-`routing_llm.py` and `routing_cascade.py` write.
+Reads benchmarks/results/routing.json (`routing.py`) and, if they are there, benchmarks/results/routing-llm.json, which
+`routing_llm.py` and `routing_cascade.py` write, and routing-described.json (`routing_described.py`).
 """
 
 from collections.abc import Callable
@@ -243,13 +243,61 @@ def places(found: dict[str, Any], llm_found: dict[str, Any]) -> dict[str, str]:
     }
 
 
+SETS = {"dev": "shift", "choice": "15 sources", "final": "14 sources"}
+
+
+def by_lines(found: dict[str, Any]) -> str:
+    """Without training and with it, by each set of lines and data set."""
+    if not found:
+        return LATER
+    head = ["router", "lines", "data", "accuracy", *EXPERTS, "AUROC", "accepted", "ECE", "last layer, cosine"]
+    rows = []
+    for kind, part in (("untrained", found["described"]), ("trained", found.get("trained", {}))):
+        for name, entry in part.items():
+            for key, label in {**SETS, "held out": "held out"}.items():
+                if key in entry:
+                    data = entry[key]
+                    shares = [share(data["per_domain"].get(expert)) for expert in EXPERTS]
+                    rest = [share(data[field]) for field in ("auroc", "accepted_other", "ece")]
+                    naive = share(data.get("naive"))
+                    rows.append(
+                        [kind, name.removeprefix("four-"), label, share(data["accuracy"]), *shares, *rest, naive]
+                    )
+    return pipe(head, *rows)
+
+
+def fifth_by_lines(found: dict[str, Any]) -> str:
+    """An expert that comes by its lines to a trained router."""
+    head = ["new expert", "lines", "others before", "others after", "new"]
+    rows = [
+        [expert, name.removeprefix("four-"), *(share(data[key]) for key in ("others_before", "others_after", "new"))]
+        for name, entry in found.get("fifth", {}).items()
+        for expert, data in entry.items()
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def boards(found: dict[str, Any]) -> str:
+    """CLINC150 and BANKING77."""
+    head = ["board", "given", "accuracy", "macro-F1", "ECE", "OOS recall", "AUROC"]
+    fields = ("accuracy", "macro_f1", "ece", "oos_recall", "auroc")
+    rows = [
+        [board.upper(), given, *(share(data.get(field)) for field in fields)]
+        for board in ("clinc150", "banking77")
+        for given, data in found.get(board, {}).items()
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
 def main(arguments: list[str] | None = None) -> None:
     results = {"type": Path, "default": RESULTS, "help": "directory of routing.json and routing-llm.json"}
     options = arguments_of(__doc__, "routing.md", arguments, results=results)
     found = (stored("routing.json", options.results) or {}).get("encoders", {})
     llm_found = stored("routing-llm.json", options.results) or {}
     command = "benchmarks/routing_doc.py"
+    said = stored("routing-described.json", options.results) or {}
     filled = places(found, llm_found)
+    filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)
 
 

@@ -26,11 +26,10 @@ import transformers
 
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.router import evaluate_router, load_router, model_info, open_llm, read_rows
+from meswitch.router.data import hold_out
 from meswitch.router.evaluate import latency
-from meswitch.router.llm import LlmRouter
+from meswitch.router.llm import LlmRouter, LlmSettings
 from meswitch.router.llm_train import calibrate, train_llm_router
-from meswitch.router.records import LlmSettings
-from meswitch.router.split import hold_out
 from meswitch.version import __version__
 
 FAMILY = Path(__file__).parent.parent / "examples" / "family" / "family.toml"

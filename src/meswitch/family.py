@@ -81,12 +81,15 @@ class ExpertSection(_Section):
     source: str | None = None  # the full fine-tune: a directory or hub id; needed only to compress
     calibration: str | None = None  # text for calibration; needed only to compress
     description: str = ""  # what it is good at: the router's label and the models page
+    examples: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # queries for it, for the router; five do much
 
 
 class RouterSection(_Section):
     """`[router]`: what `model: "auto"` does."""
 
     path: str = "router"
+    encoder: str | None = None  # of a router by descriptions: a directory or hub id; None: the base
+    bits: Literal[8, 32] = 32  # of that encoder's linear layers; 8 on a CPU only
     fallback: str = "base"  # an expert's or the base's name: who answers when the router abstains; or "error"
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)  # None: the router's own, calibrated
 

@@ -1,11 +1,12 @@
 """From a `family.toml` to something that runs."""
 
 import copy
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meswitch.architecture import architecture_of
 from meswitch.durable import recover_directory
-from meswitch.engine import Engine
 from meswitch.errors import ArtifactError, MeswitchError
 from meswitch.family import Family
 
@@ -14,19 +15,24 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-    from meswitch.router import Encoder, Router
+    from meswitch.engine import Engine
+    from meswitch.router import Encoder, RouteOption, Router
     from meswitch.server.auto import AutoPolicy
     from meswitch.server.experts import Experts
     from meswitch.server.keys import ApiKey, Keys
 
+logger = logging.getLogger("meswitch")
 
-def engine_from_family(family: Family) -> Engine:
+
+def engine_from_family(family: Family) -> "Engine":
     """The engine that `[base]`, `[[expert]]` and `[engine]` describe.
 
     Raises:
         ArtifactError: an expert has not been compressed yet, or its artifact is damaged.
         MeswitchError: see `Engine`.
     """
+    from meswitch.engine import Engine
+
     for section in family.expert:
         directory = family.resolve(section.delta)
         recover_directory(directory)
@@ -55,30 +61,77 @@ def engine_from_family(family: Family) -> Engine:
     )
 
 
-def router_from_family(family: Family, engine: Engine | None = None) -> "Router":
-    """The router that `[router]` describes.
+def router_from_family(
+    family: Family,
+    engine: "Engine | None" = None,
+    *,
+    path: Path | None = None,
+    threshold: float | None = None,
+    device: str = "cpu",
+    llm: str | None = None,
+) -> "Router":
+    """The router that `[router]` describes; without a trained one, that by what is said of each `[[expert]]`.
 
     Args:
         engine: a running engine of the same family; the router then reads hidden states with the engine's weights
             instead of loading the base a second time.
+        path, threshold: in place of the family's; at a `path` there must be a router. device: where to load models
+            otherwise.
+        llm: where an LLM router's model is now, if it is not where it was.
 
     Raises:
-        RouterError: there is none yet (the message says how to train it), or it does not fit the family.
+        RouterError: no router and too little said of an expert (the message says how to mend it), or a router that
+            does not fit the family.
     """
-    from meswitch.router import load_router
+    from meswitch.router import open_router
+    from meswitch.router.loading import is_trained
+    from meswitch.router.store import read_file
 
-    return load_router(
-        family.resolve(family.router.path),
+    encoder = family.router.encoder
+    directory = path or family.resolve(family.router.path)
+    if path is not None:
+        read_file(path)
+    elif not is_trained(directory):
+        logger.warning("%s: no router here; experts are told apart by what family.toml says of them", directory)
+    return open_router(
+        directory,
         family.resolve_model(family.base.path),
-        experts=family.names,
+        route_options(family),
+        encoder=None if encoder is None else family.resolve_model(encoder),
+        bits=family.router.bits,
         fallback=family.router.fallback,
-        threshold=family.router.threshold,
+        threshold=family.router.threshold if threshold is None else threshold,
         model=None if engine is None else _base_beside(engine),
         tokenizer=None if engine is None else engine.tokenizers[engine.base_name].tokenizer,
+        device=device,
+        llm=llm,
     )
 
 
-def policy_from_family(family: Family, engine: Engine | None = None) -> tuple["AutoPolicy", str | None]:
+def route_options(family: Family) -> "list[RouteOption]":
+    """What `family.toml` says of its experts, for a router."""
+    from meswitch.router import RouteOption
+
+    return [RouteOption(section.name, section.description, section.examples) for section in family.expert]
+
+
+def check_router(family: Family) -> None:
+    """Refuse a family that cannot route at once, instead of after its models are loaded.
+
+    Raises:
+        RouterError: a damaged router, or none and too little said of an expert.
+    """
+    from meswitch.router.loading import check_described, is_trained
+    from meswitch.router.store import read_file
+
+    directory = family.resolve(family.router.path)
+    if is_trained(directory):
+        read_file(directory)
+    else:
+        check_described(directory, route_options(family))
+
+
+def policy_from_family(family: Family, engine: "Engine | None" = None) -> tuple["AutoPolicy", str | None]:
     """Who answers a request, and why `auto` will not work, or None if it will.
 
     A router that is missing or does not fit costs `auto` alone: the experts still answer by name.
@@ -117,7 +170,7 @@ def keys_from_family(family: Family) -> "list[ApiKey]":
     return read_keys(None if family.server.keys is None else family.resolve(family.server.keys))
 
 
-def experts_from_family(family: Family, engine: Engine) -> "Experts":
+def experts_from_family(family: Family, engine: "Engine") -> "Experts":
     """What changes the experts of a running server."""
     from meswitch.server.experts import Experts
 
@@ -132,7 +185,7 @@ def experts_from_family(family: Family, engine: Engine) -> "Experts":
 
 
 def app_from_family(
-    family: Family, engine: Engine, auto: "AutoPolicy", keys: "Keys | None" = None, experts: "Experts | None" = None
+    family: Family, engine: "Engine", auto: "AutoPolicy", keys: "Keys | None" = None, experts: "Experts | None" = None
 ) -> "FastAPI":
     """The HTTP application.
 
@@ -158,7 +211,7 @@ def app_from_family(
     )
 
 
-def encoder_opener(engine: Engine) -> "Callable[[], Encoder] | None":
+def encoder_opener(engine: "Engine") -> "Callable[[], Encoder] | None":
     """What gives the base's hidden states, on the engine's weights; None where they are not the base's all the time."""
     if not _has_base_beside(engine):
         return None
@@ -171,11 +224,11 @@ def encoder_opener(engine: Engine) -> "Callable[[], Encoder] | None":
     return open_encoder
 
 
-def _has_base_beside(engine: Engine) -> bool:
+def _has_base_beside(engine: "Engine") -> bool:
     return not (engine.takes_turns or architecture_of(engine.model.config).is_multimodal)
 
 
-def _base_beside(engine: Engine) -> Any:
+def _base_beside(engine: "Engine") -> Any:
     """A plain base model on the engine's own weights, without its head; None if the router has to load its own.
 
     The engine's layers work on the batch of the step that runs now, so nothing else may pass through them. Where

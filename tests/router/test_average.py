@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from meswitch.router.average import Average
+from meswitch.router.llm_train import Average
 
 
 def run(steps, share, resume_at=None):

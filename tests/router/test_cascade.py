@@ -7,7 +7,7 @@ import torch
 from meswitch.router import OTHER, CascadeRouter, RouterError, fit_cascade, load_router
 from meswitch.router.base import as_messages
 from meswitch.router.cascade import leads, log_scores, unsure
-from meswitch.router.records import Calibration
+from meswitch.router.store import Calibration
 
 QUERIES = ["What is 17 + 25?", "Write f(x) that doubles x.", "How many users are there?", "book a table for two"]
 LABELS = ("math", "code", "instruct", "sql", OTHER)

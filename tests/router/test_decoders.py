@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
 from meswitch.router import Encoder
-from meswitch.router.decoder import DecoderLayers, is_plain
+from meswitch.router.layers import DecoderLayers, is_plain
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA3 = {

@@ -8,8 +8,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from meswitch.errors import ConfigError
 from meswitch.router import Encoder, RouterError, load_router, open_encoder, train_router
-from meswitch.router.sentence import SentenceEncoder
-from meswitch.router.static import StaticEncoder
+from meswitch.router.encoder import SentenceEncoder, StaticEncoder
 
 EXPERTS = ("math", "code", "instruct", "sql")
 TEXTS = ["How many apples?", "Write a function.", "", "word " * 500]

@@ -4,9 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meswitch.router.graphs import WIDTHS
-from meswitch.router.letters import LetterModel
-from meswitch.router.prompt import NONE_OF_THESE, Prompt
+from meswitch.router.letters import NONE_OF_THESE, WIDTHS, LetterModel, Prompt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 OPTIONS = ["Arithmetic word problems", "Programming", "Questions about a database", NONE_OF_THESE]

@@ -1,8 +1,7 @@
 import pytest
 
 from meswitch.router import RouterError, Row, find_leakage
-from meswitch.router.leakage import drop_duplicates, normal, shingles
-from meswitch.router.split import hold_out
+from meswitch.router.data import drop_duplicates, hold_out, normal, shingles
 
 TRAIN = [
     Row("What is the capital of France?", "instruct"),

@@ -3,8 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.errors import ConfigError
-from meswitch.router.letters import LetterModel
-from meswitch.router.prompt import NONE_OF_THESE, Prompt, one_line
+from meswitch.router.letters import NONE_OF_THESE, LetterModel, Prompt, one_line
 
 OPTIONS = ["Arithmetic word problems", "Programming", "Questions about a database", NONE_OF_THESE]
 QUERIES = ["What is 17 + 25?", "Write a Python function that sorts words by their length.", "", "word " * 500, "¿Qué?"]

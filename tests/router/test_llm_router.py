@@ -7,11 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.errors import ConfigError
 from meswitch.router import OTHER, LlmSettings, RouterError, Row, load_router, model_info, open_llm, train_llm_router
-from meswitch.router.letters import LetterModel
+from meswitch.router.letters import NONE_OF_THESE, LetterModel
 from meswitch.router.llm import rotations
-from meswitch.router.llm_train import rate
-from meswitch.router.prompt import NONE_OF_THESE
-from meswitch.router.questions import balanced
+from meswitch.router.llm_train import balanced, rate
 
 DESCRIPTIONS = {
     "math": "Arithmetic word problems.",
@@ -233,7 +231,7 @@ def test_another_model_is_refused(copy, base, pair):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "newer"),
+        (lambda d: d.update(version=3), "newer"),
         (lambda d: d.update(colour="red"), "colour: unknown field"),
         (lambda d: d.pop("descriptions"), "descriptions: missing"),
         (lambda d: d["descriptions"].update(law="x"), "descriptions: not of the router's experts"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meswitch.router import OTHER, Row, train_router
-from meswitch.router.shift import offsets, sources_of
+from meswitch.router.train import offsets, sources_of
 
 
 def rows_of(domain, source, count):

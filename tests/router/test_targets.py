@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from meswitch.errors import ConfigError
-from meswitch.router.targets import choose_threshold
+from meswitch.router.calibrate import choose_threshold
 
 CONFIDENCE = torch.tensor([0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
 RIGHT = torch.tensor([True, True, True, False, True, False, False])

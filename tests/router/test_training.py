@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from meswitch.router import OTHER, RouterError, Row, evaluate_router, train_router
+from meswitch.router.data import folds
 from meswitch.router.embedding import tensors_of
-from meswitch.router.split import folds
 
 EXPERTS = ("math", "code", "instruct", "sql")
 

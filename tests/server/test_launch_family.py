@@ -67,7 +67,8 @@ def test_the_family_decides_threshold_and_fallback(family_file, tmp_path):
 
 
 def test_a_missing_router_costs_auto_alone(family_file, router_directory, engine, tmp_path):
-    config = changed(family_file, tmp_path, (str(router_directory), "no-router"))
+    unsaid = ('description = "all about math"\n', "")
+    config = changed(family_file, tmp_path, (str(router_directory), "no-router"), unsaid)
     with pytest.raises(RouterError, match="meswitch router train"):
         router_from_family(config)
     auto, problem = policy_from_family(config, engine)
@@ -77,6 +78,13 @@ def test_a_missing_router_costs_auto_alone(family_file, router_directory, engine
     told = auto.unknown("auto").message
     assert "meswitch router train" in told
     assert str(tmp_path) not in told
+
+
+def test_a_family_without_a_router_serves_auto_by_its_descriptions(family_file, router_directory, engine, tmp_path):
+    config = changed(family_file, tmp_path, (str(router_directory), "no-router"))
+    _, problem = policy_from_family(config, engine)
+    assert problem is None
+    assert set(router_from_family(config, engine).route("hello").scores) == {"math", "code", "other"}
 
 
 def test_a_router_of_other_experts_costs_auto_alone(family_file, engine, tmp_path):

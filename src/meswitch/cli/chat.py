@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.generate import check_router, explain
+from meswitch.cli.generate import explain
 from meswitch.errors import MeswitchError, UnknownExpertError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def chat(
     console.quiet()
     from meswitch.engine import SamplingParams
     from meswitch.family import Family
-    from meswitch.launch import engine_from_family
+    from meswitch.launch import check_router, engine_from_family
 
     params = SamplingParams(max_new_tokens=max_tokens, temperature=temperature)
     config = Family.load(family)

@@ -88,21 +88,12 @@ def needed(family: "Family", model: str) -> "Family":
         UnknownExpertError: no such model. RouterError: `auto`, and there is no router.
     """
     if model == "auto":
+        from meswitch.launch import check_router
+
         check_router(family)
         return family
     wanted = () if model == family.base.name else (family.get(model),)
     return family.model_copy(update={"expert": wanted})
-
-
-def check_router(family: "Family") -> None:
-    """Refuse a family without a router at once, instead of after its models are loaded.
-
-    Raises:
-        RouterError: none there, or a damaged one.
-    """
-    from meswitch.router.storage import read_file
-
-    read_file(family.resolve(family.router.path))
 
 
 def explain(route: "Route") -> str:

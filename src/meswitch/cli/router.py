@@ -165,7 +165,7 @@ def check(
     """
     from meswitch.family import Family
     from meswitch.router import find_leakage, read_rows
-    from meswitch.router.leakage import drop_duplicates
+    from meswitch.router.data import drop_duplicates
 
     names = Family.load(family).names
     rows, held_out = read_rows(data, names), read_rows(eval_data, names)

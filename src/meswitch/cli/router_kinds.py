@@ -13,7 +13,7 @@ from meswitch.errors import ConfigError
 if TYPE_CHECKING:
     from meswitch.family import Family
     from meswitch.router import LlmSettings, Row
-    from meswitch.router.storage import Keepable
+    from meswitch.router.store import Keepable
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def embedding(
     job: Job, source: str | None, bits: int, target_precision: float | None, target_coverage: float | None
 ) -> Trained:
     from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.launch import route_options
     from meswitch.router import Encoder, TextEncoder, open_encoder, train_router
     from meswitch.router.train import default_settings
 
@@ -52,7 +53,9 @@ def embedding(
     else:
         encoder = open_encoder(source, job.device, bits)
     settings = dataclasses.replace(
-        default_settings(encoder, job.seed), target_precision=target_precision, target_coverage=target_coverage
+        default_settings(encoder, job.seed, len(config.names)),
+        target_precision=target_precision,
+        target_coverage=target_coverage,
     )
     with console.progress("router") as progress:
         router = train_router(
@@ -60,6 +63,7 @@ def embedding(
             config.names,
             encoder,
             settings=settings,
+            options=route_options(config),
             data_sha256=sha256_file(job.data),
             fallback=config.router.fallback,
             progress=lambda done, total: progress("reading queries", done, total, ""),

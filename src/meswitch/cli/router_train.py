@@ -186,7 +186,7 @@ def train(
     console.quiet()
     from meswitch.family import Family
     from meswitch.router import LlmSettings, read_rows
-    from meswitch.router.leakage import drop_duplicates
+    from meswitch.router.data import drop_duplicates
 
     config = Family.load(family)
     if data is None and kind is not Kind.rules:

@@ -2,23 +2,26 @@
 
 from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade
-from meswitch.router.data import Row, read_rows
+from meswitch.router.data import Leakage, Row, find_leakage, read_rows
+from meswitch.router.decide import Decider, Decision, parse_options, read_options
+from meswitch.router.described import DescribedRouter, RouteOption, Space
 from meswitch.router.embedding import EmbeddingRouter
-from meswitch.router.embedding_file import open_encoder
-from meswitch.router.encoder import Encoder, TextEncoder
+from meswitch.router.encoder import Encoder, TextEncoder, open_encoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
 from meswitch.router.few import add_experts
-from meswitch.router.leakage import Leakage, find_leakage
-from meswitch.router.llm import LlmRouter
+from meswitch.router.llm import LlmRouter, LlmSettings, model_info, open_llm
 from meswitch.router.llm_train import train_llm_router
-from meswitch.router.loading import load_router, model_info, open_llm
-from meswitch.router.records import LlmSettings, Rule
-from meswitch.router.rules import Request, RulesRouter, read_rules
+from meswitch.router.loading import open_router
+from meswitch.router.rules import Request, Rule, RulesRouter, read_rules
+from meswitch.router.store import load_router
 from meswitch.router.train import train_router
 
 __all__ = [
     "OTHER",
     "CascadeRouter",
+    "Decider",
+    "Decision",
+    "DescribedRouter",
     "EmbeddingRouter",
     "Encoder",
     "Evaluation",
@@ -27,11 +30,13 @@ __all__ = [
     "LlmSettings",
     "Request",
     "Route",
+    "RouteOption",
     "Router",
     "RouterError",
     "Row",
     "Rule",
     "RulesRouter",
+    "Space",
     "TextEncoder",
     "add_experts",
     "evaluate_router",
@@ -41,6 +46,9 @@ __all__ = [
     "model_info",
     "open_encoder",
     "open_llm",
+    "open_router",
+    "parse_options",
+    "read_options",
     "read_rows",
     "read_rules",
     "train_llm_router",

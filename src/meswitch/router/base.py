@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from meswitch.errors import ConfigError, MeswitchError
 from meswitch.router.conversation import TURNS, Reason, settle
@@ -46,6 +46,12 @@ class Router(ABC):
     experts: tuple[str, ...]
     threshold: float
     fallback: str
+    unknown: ClassVar[str] = ""  # what to do about experts that a router on disk does not know, but to train it again
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
+        """What `router.json` of an older version says, as this version says it."""
+        return data
 
     @abstractmethod
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:

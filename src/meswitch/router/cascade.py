@@ -1,6 +1,7 @@
 """Two routers as one: a cheap one first, a better one where the first is unsure (a cascade), or both always."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,15 +9,40 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from meswitch.router.base import OTHER, Messages, Router, RouterError
+from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
 from meswitch.router.data import Row
-from meswitch.router.heads import auroc, calibration_error, temperature, threshold
-from meswitch.router.records import Calibration, CascadeFile
-from meswitch.router.storage import write_router
+from meswitch.router.store import (
+    Calibration,
+    Given,
+    check_members,
+    check_no_tensors,
+    open_member,
+    register,
+    write_router,
+)
 
 COVERAGE = 0.99
 _LEAST = 1e-6  # a probability of zero, and of a label that one of the two does not know
 
 
+@dataclass(frozen=True, slots=True)
+class CascadeFile:
+    """`router.json` of a cascade; its two routers are the directories `first` and `second`.
+
+    margin: below which lead of the first router's best label the second is asked too; None asks both always. weight:
+    of the second router's log-probabilities, 0 to 1. members: SHA-256 of each router's `router.json`.
+    """
+
+    kind: str
+    experts: tuple[str, ...]
+    margin: float | None
+    weight: float
+    calibration: Calibration
+    members: dict[str, str]
+    tensors_sha256: str = ""
+
+
+@register("cascade")
 class CascadeRouter(Router):
     """See the module's docstring; `fit_cascade` chooses margin, weight and threshold, `save` and `load_router` keep it.
 
@@ -27,6 +53,8 @@ class CascadeRouter(Router):
     Raises:
         RouterError: the two do not know the same experts.
     """
+
+    file = CascadeFile
 
     def __init__(
         self,
@@ -71,6 +99,24 @@ class CascadeRouter(Router):
         """
         file = CascadeFile("cascade", self.experts, self.margin, self.weight, self.calibration, {})
         write_router(Path(path), file, {}, {"first": self.first, "second": self.second})  # type: ignore[dict-item]
+
+    @classmethod
+    def open(cls, directory: Path, file: CascadeFile, given: Given) -> "CascadeRouter":
+        """
+        Raises:
+            RouterError: one of the two is missing, damaged or not the one that it was saved with.
+        """
+        check_no_tensors(directory, file)
+        check_members(directory, file, ("first", "second"))
+        return cls(
+            open_member(directory / "first", given),
+            open_member(directory / "second", given),
+            file.calibration,
+            margin=file.margin,
+            weight=file.weight,
+            fallback=given.fallback,
+            threshold=given.threshold,
+        )
 
 
 def log_scores(router: Router, messages_batch: Sequence[Messages], labels: Sequence[str]) -> Tensor:

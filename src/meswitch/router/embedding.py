@@ -10,18 +10,130 @@ a little worse); for the base that made no clear difference.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from meswitch.router.base import OTHER, Messages, Router, text_of
-from meswitch.router.encoder import Progress, TextEncoder
-from meswitch.router.lexical import Bags, bags
-from meswitch.router.memory import Memory
-from meswitch.router.storage import KIND, BaseInfo, Calibration, Provenance, RouterFile, Settings, write_router
-from meswitch.router.style import style
+from meswitch.artifact import fingerprint
+from meswitch.checkpoint import Checkpoint
+from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
+from meswitch.router.described import Prior, RouteOption, Space
+from meswitch.router.encoder import Encoder, Progress, TextEncoder, open_encoder
+from meswitch.router.features import WIDTH, Bags, bags, style
+from meswitch.router.store import Calibration, Given, Provenance, read_tensors, register, write_router
 from meswitch.threads import fitting_threads
+
+# What an embedding router keeps of its training rows, so that experts can be added to it without them.
+
+
+ROWS = 16  # of every label; measured: 64 change little
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Features of ROWS training rows of every label, in the order of the router's labels; float32.
+
+    states: [labels x ROWS, width]. known: [labels x ROWS, known width]. words: [labels x ROWS, experts], what the word
+    head adds to the logits.
+    """
+
+    states: Tensor
+    known: Tensor
+    words: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, known: Tensor, words: Tensor, targets: Tensor, labels: int) -> "Memory":
+        """Rows spread evenly over those of each label; of a label that has fewer, some more than once."""
+        chosen = torch.cat([spread((targets == label).nonzero()[:, 0]) for label in range(labels)])
+        return cls(states[chosen], known[chosen], words[chosen])
+
+    def targets(self) -> Tensor:
+        """[labels x ROWS] int64."""
+        return torch.arange(len(self.states) // ROWS).repeat_interleave(ROWS)
+
+    def with_expert(self, states: Tensor, known: Tensor) -> "Memory":
+        """With rows of one more expert, behind those of the others, whose words count for nothing."""
+        chosen, at = spread(torch.arange(len(states))), self.words.shape[1] * ROWS
+        words = torch.cat([self.words[:at], torch.zeros(ROWS, self.words.shape[1]), self.words[at:]])
+        return Memory(
+            torch.cat([self.states[:at], states[chosen], self.states[at:]]),
+            torch.cat([self.known[:at], known[chosen], self.known[at:]]),
+            torch.cat([words, torch.zeros(len(words), 1)], 1),
+        )
+
+
+def spread(members: Tensor) -> Tensor:
+    """[ROWS] of `members` [n], at even distances."""
+    return members[(torch.arange(ROWS) * len(members)) // ROWS]
+
+
+KIND = "embedding"
+BASE = "base"  # the encoder is the family's base
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The model whose hidden states the router reads; `fingerprint` identifies it by content."""
+
+    fingerprint: str
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the heads see and how they are fitted.
+
+    layers: which hidden states are averaged (0: embeddings) to choose the expert. known_layers: to tell queries for
+    some expert from others. max_tokens: of a query. buckets: of hashed words. smoothing: counts added by the word
+    head. words: the word head's weight beside the states'. l2: on the state head's weights. folds: of the held-out
+    calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
+    whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
+    case, for encoders that see the case. prior, own: where there is one, the weights of the prior's log-odds beside the
+    heads' and of the heads' odds beside the prior's (measured on 15 sources: `benchmarks/routing_prior.py`).
+    target_precision, target_coverage: what the threshold
+    was chosen for; neither: to tell experts' queries from others.
+    """
+
+    layers: tuple[int, ...]
+    known_layers: tuple[int, ...]
+    max_tokens: int = 64
+    buckets: int = 1 << 15
+    smoothing: float = 0.7
+    words: float = 1.0
+    l2: float = 2e-5
+    encoder: str = "base"
+    bits: int = 32
+    style: bool = False
+    lower: bool = True
+    prior: float = 1.5
+    own: float = 0.3
+    target_precision: float | None = None
+    target_coverage: float | None = None
+    folds: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFile:
+    """`router.json` without its head (format, version) and the checksum of the tensors.
+
+    other: whether the router knows queries that no expert is for. added: how many of the experts, the last ones, were
+    added by examples. routes: what is said of the experts, if that is where the router starts from.
+    """
+
+    kind: str
+    experts: tuple[str, ...]
+    other: bool
+    added: int
+    base: BaseInfo
+    settings: Settings
+    calibration: Calibration
+    provenance: Provenance
+    routes: tuple[RouteOption, ...]
+    tensors_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +141,17 @@ class Features:
     """What the heads see of `n` texts.
 
     words: of the texts. states: [n, width] float32, to choose the expert. known: [n, width] float32, to tell others.
+    prior: [n, experts + 1] float32, see `Prior`; None without one.
     """
 
     words: Bags
     states: Tensor
     known: Tensor
+    prior: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Features":
-        return Features(self.words.select(rows), self.states[rows], self.known[rows])
+        prior = None if self.prior is None else self.prior[rows]
+        return Features(self.words.select(rows), self.states[rows], self.known[rows], prior)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +195,35 @@ class Heads:
             return None
         return (self.known(features.known) + features.words.weighted(self.known_words)).logsumexp(1)
 
-    def scores(self, features: Features, words: float, temperature: float) -> Tensor:
+    def scores(self, features: Features, settings: Settings, temperature: float) -> Tensor:
         """[n, experts (+ 1 for other)] float64: log-probabilities."""
-        which = (self.logits(features, words).double() / temperature).log_softmax(1)
+        logits = self.logits(features, settings.words).double() / temperature
+        which = with_prior(logits, features, settings).log_softmax(1)
         odds = self.odds(features)
         if odds is None:
             return which
-        known = odds.double()[:, None].clamp(-30, 30)  # never so sure that a threshold of 1 would let it answer
+        known = odds_with_prior(odds.double(), features, settings)[:, None].clamp(
+            -30, 30
+        )  # never so sure that a threshold of 1 would let it answer
         return torch.cat([which + logsigmoid(known), logsigmoid(-known)], 1)
 
 
+def with_prior(logits: Tensor, features: Features, settings: Settings) -> Tensor:
+    """[n, experts] float64, of logits after their temperature."""
+    return logits if features.prior is None else logits + settings.prior * features.prior[:, :-1].double()
+
+
+def odds_with_prior(odds: Tensor, features: Features, settings: Settings) -> Tensor:
+    """[n] float64, of calibrated log-odds that some expert is for the text."""
+    return odds if features.prior is None else settings.own * odds + features.prior[:, -1].double()
+
+
+@register(KIND)
 class EmbeddingRouter(Router):
     """See the module's docstring; `meswitch.router.train.train_router` makes one, `save` and `load_router` keep it."""
+
+    file = RouterFile
+    unknown = ", or give each new [[expert]] of family.toml `examples`, five lines that are queries for it"
 
     def __init__(
         self,
@@ -103,6 +235,7 @@ class EmbeddingRouter(Router):
         provenance: Provenance,
         *,
         memory: Memory,
+        prior: Prior | None = None,
         added: int = 0,
         fallback: str = "base",
         threshold: float | None = None,
@@ -116,6 +249,7 @@ class EmbeddingRouter(Router):
         self.calibration = calibration
         self.provenance = provenance
         self.memory = memory
+        self.prior = prior
         self.added = added  # experts, by examples: see `meswitch.router.few`
         self.labels = self.experts if heads.known is None else (*self.experts, OTHER)
 
@@ -123,8 +257,9 @@ class EmbeddingRouter(Router):
         if not messages_batch:
             return []
         with fitting_threads(self.encoder.device, self.encoder.hidden_size):
-            features = extract(self.encoder, [text_of(messages) for messages in messages_batch], self.settings)
-            logs = self.heads.scores(features, self.settings.words, self.calibration.temperature)
+            texts = [text_of(messages) for messages in messages_batch]
+            features = extract(self.encoder, texts, self.settings, self.prior)
+            logs = self.heads.scores(features, self.settings, self.calibration.temperature)
             rows = logs.exp().tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in rows]
 
@@ -149,8 +284,80 @@ class EmbeddingRouter(Router):
             settings=self.settings,
             calibration=self.calibration,
             provenance=self.provenance,
+            routes=() if self.prior is None else self.prior.options,
         )
         write_router(Path(path), file, tensors_of(self.heads, self.memory))
+
+    @classmethod
+    def open(cls, directory: Path, file: RouterFile, given: Given) -> "EmbeddingRouter":
+        """
+        Raises:
+            RouterError: damaged, or trained with another encoder. CheckpointError: the encoder is gone.
+        """
+        settings = file.settings
+        own = settings.encoder == BASE
+        near = directory / settings.encoder  # a path is also looked for beside router.json
+        source = given.base if own else near if near.is_dir() else settings.encoder
+        found = fingerprint(Checkpoint.open(source))
+        if found != file.base.fingerprint:
+            raise RouterError(
+                f"{directory}: base.fingerprint: trained on the hidden states of another base than {source} "
+                f"({file.base.fingerprint:.24}..., this is {found:.24}...); train it again with `meswitch router train`"
+            )
+        experts, width = len(file.experts), file.base.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"words.weight": (settings.buckets, experts)}
+        shapes |= _shapes("states", len(settings.layers) * width, experts)
+        known, columns = len(settings.known_layers) * width + WIDTH * settings.style, 1 + file.added
+        if file.other:
+            shapes |= _shapes("known", known, columns)
+            shapes["known.words"] = (settings.buckets, columns)
+        rows = (experts + file.other) * ROWS
+        shapes |= {"memory.states": (rows, len(settings.layers) * width), "memory.words": (rows, experts)}
+        shapes["memory.known"] = (rows, known)
+        tensors = read_tensors(directory, file, shapes)
+        encoder: TextEncoder
+        if own and given.model is not None:
+            encoder = Encoder(given.model, given.tokenizer, found)
+        else:
+            last = None if file.routes else max(*settings.layers, *settings.known_layers, 0)
+            encoder = (
+                Encoder.load(given.base, given.device, last)
+                if own
+                else open_encoder(source, given.device, settings.bits)
+            )
+            encoder.source = settings.encoder
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(encoder, name) != getattr(file.base, name):
+                raise RouterError(
+                    f"{directory}: base.{name}: {getattr(file.base, name)}, but the model has {getattr(encoder, name)}"
+                )
+
+        def head(name: str) -> Linear:
+            return Linear(*(tensors[f"{name}.{part}"] for part in ("mean", "scale", "weight", "bias")))
+
+        heads = Heads(
+            tensors["words.weight"], head("states"), head("known") if file.other else None, tensors.get("known.words")
+        )
+        return cls(
+            encoder,
+            heads,
+            file.experts,
+            settings,
+            file.calibration,
+            file.provenance,
+            prior=Prior.of(file.routes, Space(encoder)) if file.routes else None,
+            memory=Memory(*(tensors[f"memory.{part}"] for part in ("states", "known", "words"))),
+            added=file.added,
+            fallback=given.fallback,
+            threshold=given.threshold,
+        )
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
+        settings = data.get("settings")
+        if version < 2 and isinstance(settings, dict):
+            return {"routes": []} | data | {"settings": {"prior": 0.0, "own": 1.0} | settings}
+        return data
 
 
 def tensors_of(heads: Heads, memory: Memory) -> dict[str, Tensor]:
@@ -166,13 +373,28 @@ def tensors_of(heads: Heads, memory: Memory) -> dict[str, Tensor]:
 
 
 def extract(
-    encoder: TextEncoder, texts: Sequence[str], settings: Settings, progress: Progress | None = None
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    settings: Settings,
+    prior: Prior | None = None,
+    progress: Progress | None = None,
 ) -> Features:
     """Everything that the heads see of some texts."""
-    layers = sorted({*settings.layers, *settings.known_layers})
+    said = () if prior is None else prior.space.layers
+    layers = sorted({*settings.layers, *settings.known_layers, *said})
     states = encoder.encode(texts, layers, settings.max_tokens, progress)
     with torch.inference_mode(False):  # plain tensors, so that training may differentiate through them
         parts = dict(zip(layers, states.clone().split(encoder.hidden_size, 1), strict=True))
         known = [parts[layer] for layer in settings.known_layers] + ([style(texts)] if settings.style else [])
         chosen = torch.cat([parts[layer] for layer in settings.layers], 1)
-        return Features(bags(texts, settings.buckets), chosen, torch.cat(known, 1) if known else chosen[:, :0])
+        before = None if prior is None else prior(torch.cat([parts[layer] for layer in said], 1))
+        return Features(bags(texts, settings.buckets), chosen, torch.cat(known, 1) if known else chosen[:, :0], before)
+
+
+def _shapes(name: str, width: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.mean": (width,),
+        f"{name}.scale": (width,),
+        f"{name}.weight": (width, outputs),
+        f"{name}.bias": (outputs,),
+    }

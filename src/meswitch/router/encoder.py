@@ -1,20 +1,27 @@
-"""A causal language model as an encoder: mean hidden states of a query's tokens. The family's base is the usual one."""
+"""Encoders, texts -> vectors: a causal LM (the family's base is the usual one), a sentence encoder, static embeddings.
+
+All give mean hidden states of a query's tokens.
+"""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import read_config
-from meswitch.router.decoder import DecoderLayers, is_plain
-from meswitch.router.hidden import first_layers, hidden_states
-from meswitch.router.lexical import clip
+from meswitch.errors import CheckpointError, ConfigError
+from meswitch.router.features import clip
+from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_plain
 from meswitch.tokenizer import load_tokenizer
+
+# A causal language model as an encoder: mean hidden states of a query's tokens. The family's base is the usual one.
+
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -153,6 +160,24 @@ class Encoder:
         return hidden_states(short, layers, self.depth, inputs)
 
 
+def open_encoder(source: str | Path, device: str = "cpu", bits: int = 32) -> TextEncoder:
+    """An encoder from a directory or hub id: static embeddings, a causal LM, or any other transformers encoder.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    from meswitch.router.encoder import SentenceEncoder, StaticEncoder, is_static
+
+    if is_static(source):
+        return StaticEncoder.load(source)
+    names = Checkpoint.open(source).config.architectures or []
+    if any(name.endswith("ForCausalLM") for name in names):
+        encoder = Encoder.load(source, device)
+        encoder.source = str(source)
+        return encoder
+    return SentenceEncoder.load(source, device, bits)
+
+
 def _cut(config: Any, last: int | None) -> int:
     """Leave a model's layers up to the one above `last`; how many it had.
 
@@ -206,3 +231,183 @@ def quiet_loading(*, report: bool = True) -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+# A sentence encoder from transformers (BERT and its like): mean states of all tokens.
+
+
+class SentenceEncoder:
+    """Texts -> mean hidden states of some layers of a bidirectional encoder.
+
+    Args:
+        model: in eval mode. tokenizer: its own. bits: 8 keeps the linear layers as int8, on the CPU.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, fingerprint: str, source: str, bits: int = 32) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.source = source
+        self.bits = bits
+        config = model.config
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.depth: int = config.num_hidden_layers
+        self._kept = self.depth
+        self._limit = int(getattr(config, "max_position_embeddings", 512)) - 4
+        self._before, self._after = _special(tokenizer)
+        self._packed = bits != 8
+        self._bert: BertLayers | None = None
+
+    @classmethod
+    def load(cls, source: str | Path, device: str = "cpu", bits: int = 32) -> "SentenceEncoder":
+        """Load a checkpoint directory or hub id.
+
+        Raises:
+            CheckpointError: nothing there. ConfigError: no tokenizer, or 8 bits elsewhere than on the CPU.
+        """
+        from transformers import AutoModel
+
+        if bits == 8 and device != "cpu":
+            raise ConfigError(f"encoder bits 8: only on the CPU, not on {device}; use 32")
+        checkpoint = Checkpoint.open(source)
+        with quiet_loading():
+            model = AutoModel.from_pretrained(checkpoint.directory, dtype=torch.float32, trust_remote_code=False)
+            tokenizer = load_tokenizer(checkpoint.directory)
+        return cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint), str(source), bits)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device if self._bert is None else self._bert.device
+        return device
+
+    def nbytes(self) -> int:
+        if self._bert is not None:
+            return self._bert.nbytes()
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+        packed = [m.weight() for m in self.model.modules() if type(m).__name__ == "Linear" and callable(m.weight)]
+        return kept + sum(weight.numel() for weight in packed)
+
+    @torch.inference_mode()
+    def encode(
+        self, texts: Sequence[str], layers: Sequence[int], max_tokens: int, progress: Progress | None = None
+    ) -> Tensor:
+        """See `TextEncoder.encode`. The layers above the highest of `layers` are dropped for good."""
+        self._prepare(max(layers))
+        tokens = [self._tokens(text, min(max_tokens, self._limit)) for text in texts]
+        out = torch.zeros(len(texts), len(layers) * self.hidden_size)
+        for batch in batches(tokens, self.device, progress):
+            out[batch] = self._pooled([tokens[i] for i in batch], layers)
+        return out
+
+    def _prepare(self, last: int) -> None:
+        """Drop layers above `last`; a layer that is gone cannot be asked for again."""
+        if last > self._kept:
+            raise ConfigError(f"layers: {last} is above layer {self._kept}, the last that this encoder still has")
+        if self._bert is None and is_bert(self.model):
+            self._bert, self._kept = BertLayers(self.model, max(1, last), self.bits), max(1, last)
+            self.model = None  # its other layers are not needed any more
+        if self._bert is not None:
+            return
+        if last < self._kept:
+            self.model, self._kept = first_layers(self.model, last, self._kept), max(1, last)
+        if not self._packed:
+            self.model, self._packed = _int8(self.model), True
+
+    def _tokens(self, text: str, max_tokens: int) -> list[int]:
+        ids = shortened(self.tokenizer(clip(text), add_special_tokens=False)["input_ids"], max_tokens)
+        return [*self._before, *ids, *self._after] or [0]
+
+    def _pooled(self, tokens: list[list[int]], layers: Sequence[int]) -> Tensor:
+        """[batch, len(layers) x hidden_size] float32: means over the tokens, the special ones too."""
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        width = int(lengths.max())
+        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in tokens], device=self.device)
+        real = (torch.arange(width) < lengths[:, None]).to(self.device)
+        mask = real.long() if int(lengths.min()) < width else None
+        if self._bert is not None:
+            states = self._bert(padded, None if mask is None else real, layers)
+        else:
+            inputs = {"input_ids": padded, "attention_mask": mask}
+            states = hidden_states(self.model, layers, self.depth, inputs)
+        share = (real.float() / lengths.to(self.device)[:, None])[:, None]  # [batch, 1, width]
+        return torch.cat([torch.bmm(share, state.float())[:, 0] for state in states], 1).cpu()
+
+
+def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
+    whole = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def _int8(model: Any) -> Any:
+    """The model with int8 linear layers, quantised a row, inputs a tensor at run time."""
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+# Static embeddings: one vector a token, averaged. A table and a tokenizer, no model; microseconds a query.
+
+
+class StaticEncoder:
+    """Texts -> mean of their tokens' rows of `table` [vocab, width]; it has one layer, 0."""
+
+    depth = 0
+
+    def __init__(self, table: Tensor, tokenizer_file: str | Path, fingerprint: str, source: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.table = table
+        self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.fingerprint = fingerprint
+        self.source = source
+        self.vocab_size, self.hidden_size = table.shape
+
+    @classmethod
+    def load(cls, source: str | Path) -> "StaticEncoder":
+        """Load a directory with tokenizer.json and a safetensors file of one matrix.
+
+        Raises:
+            CheckpointError: nothing there, no tokenizer.json, or not exactly one matrix.
+        """
+        checkpoint = Checkpoint.open(source)
+        if not is_static(source):
+            raise CheckpointError(f"{source}: static embeddings are one safetensors matrix and a tokenizer.json")
+        (info,) = checkpoint.tensors.values()
+        table = info.read()
+        return cls(table, checkpoint.directory / "tokenizer.json", fingerprint(checkpoint), str(source))
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def nbytes(self) -> int:
+        return self.table.numel() * self.table.element_size()
+
+    def encode(
+        self, texts: Sequence[str], layers: Sequence[int], max_tokens: int, progress: Progress | None = None
+    ) -> Tensor:
+        """See `TextEncoder.encode`; all tokens count, and `layers` can only be (0,)."""
+        out = torch.zeros(len(texts), self.hidden_size)
+        for i, found in enumerate(
+            self.tokenizer.encode_batch([clip(text) for text in texts], add_special_tokens=False)
+        ):
+            if found.ids:
+                out[i] = self.table[torch.tensor(found.ids)].float().mean(0)
+        if progress is not None:
+            progress(len(texts), len(texts))
+        return out
+
+
+def is_static(source: str | Path) -> bool:
+    """Whether this directory holds static embeddings."""
+    checkpoint = Checkpoint.open(source)
+    shapes = [info.shape for info in checkpoint.tensors.values()]
+    return len(shapes) == 1 and len(shapes[0]) == 2 and (checkpoint.directory / "tokenizer.json").is_file()

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from meswitch.router.base import OTHER, Router, as_messages
-from meswitch.router.data import Row
-from meswitch.router.heads import auroc, calibration_error, reliability
-from meswitch.router.variants import without_labels
+from meswitch.router.calibrate import auroc, calibration_error, reliability
+from meswitch.router.data import Row, without_labels
 
 _BATCH = 256
 _TIMED = 100  # queries timed one at a time

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy, softplus
 
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.data import Row
-from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, extract
-from meswitch.router.memory import Memory
+from meswitch.router.described import Prior, RouteOption
+from meswitch.router.embedding import EmbeddingRouter, Features, Heads, Linear, Memory, extract
 from meswitch.threads import fitting_threads
 
 LEAST = 5  # different examples
@@ -37,23 +37,36 @@ def add_experts(router: EmbeddingRouter, rows: Sequence[Row]) -> EmbeddingRouter
         examples.setdefault(row.domain, []).append(row.query)
     if not examples:
         raise RouterError("examples: none; give rows of the new experts")
-    for name, queries in examples.items():
-        if name in (*router.experts, OTHER):
-            raise RouterError(f"domain: {name!r} is known to the router; examples can only add experts")
-        if len(set(queries)) < LEAST:
+    return add_described(router, [RouteOption(name, "", tuple(queries)) for name, queries in examples.items()])
+
+
+def add_described(router: EmbeddingRouter, options: Sequence[RouteOption]) -> EmbeddingRouter:
+    """The router with experts of which there are a few examples, and perhaps a description; see `add_experts`.
+
+    Raises:
+        RouterError: see `add_experts`.
+    """
+    for option in options:
+        lines = {line for line in (*option.examples, option.description) if line}
+        if option.name in (*router.experts, OTHER):
+            raise RouterError(f"domain: {option.name!r} is known to the router; examples can only add experts")
+        if len(lines) < LEAST:
             raise RouterError(
-                f"domain: {name!r} has {len(set(queries))} distinct examples; at least {LEAST} are needed"
+                f"domain: {option.name!r} has {len(lines)} distinct examples; at least {LEAST} are needed"
             )
-    for name, queries in examples.items():
-        router = _with_expert(router, name, queries)
+    for option in options:
+        router = _with_expert(router, option)
     return router
 
 
-def _with_expert(router: EmbeddingRouter, name: str, queries: Sequence[str]) -> EmbeddingRouter:
-    settings = router.settings
+def _with_expert(router: EmbeddingRouter, option: RouteOption) -> EmbeddingRouter:
+    settings, prior = router.settings, router.prior
+    name, queries = option.name, [line for line in (*option.examples, option.description) if line]
     with fitting_threads(router.encoder.device, router.encoder.hidden_size):
         seen = extract(router.encoder, queries, settings)
         heads = _heads(router.heads, router.memory, seen, settings.words, _FIRMNESS * settings.l2)
+    if prior is not None:
+        prior = Prior.of([*prior.options, option], prior.space)
     rows = Counter(router.provenance.rows)
     rows[name] += len(queries)
     return EmbeddingRouter(
@@ -64,6 +77,7 @@ def _with_expert(router: EmbeddingRouter, name: str, queries: Sequence[str]) -> 
         router.calibration,
         replace(router.provenance, rows=dict(sorted(rows.items()))),
         memory=router.memory.with_expert(seen.states, seen.known),
+        prior=prior,
         added=router.added + 1,
         fallback=router.fallback,
         threshold=router.threshold,

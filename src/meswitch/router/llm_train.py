@@ -4,29 +4,241 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections import Counter
+import re
+import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from meswitch.router.average import Average
+from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.router.base import OTHER, RouterError
-from meswitch.router.data import Row
-from meswitch.router.heads import auroc, calibration_error, temperature, threshold
-from meswitch.router.letters import LetterModel
-from meswitch.router.llm import LlmRouter, check_descriptions
-from meswitch.router.llm_checkpoint import load_checkpoint, save_checkpoint
+from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
+from meswitch.router.data import Row, disguises, hold_out
+from meswitch.router.letters import NONE_OF_THESE, LetterModel, Prompt
+from meswitch.router.llm import LlmRouter, LlmSettings, ModelInfo, check_descriptions
 from meswitch.router.lora import add_adapters, merge_adapters, take_adapters
-from meswitch.router.questions import Asked, balanced, described, draw_options
-from meswitch.router.records import Calibration, LlmSettings, ModelInfo, Provenance
-from meswitch.router.split import hold_out
+from meswitch.router.store import Calibration, Provenance
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
+
+# Which questions a batch of the LLM router's training asks: its rows, the options they show, the words of both.
+
+
+_EXAMPLE = 120  # characters of a request that stands for a description
+
+
+class Asked:
+    """The rows to train on, each with its copies without habits; and by expert, for examples."""
+
+    def __init__(self, rows: Sequence[Row], prompt: Prompt) -> None:
+        self._prompt = prompt
+        self.domains = [row.domain for row in rows]
+        self.texts = [row.query for row in rows]
+        self.disguised = [[row.query for row in copies] for copies in disguises(rows)]
+        self.of = {name: [i for i, row in enumerate(rows) if row.domain == name] for name in {*self.domains}}
+
+    def query(self, i: int, disguise: float, generator: torch.Generator) -> list[int]:
+        """The tokens of row `i`, or of one of its copies."""
+        copies = self.disguised[i]
+        disguised = copies and _chance(disguise, generator)
+        return self._prompt.query(copies[_draw(len(copies), generator)] if disguised else self.texts[i])
+
+
+def balanced(rows: Sequence[Row], balance: float) -> Tensor:
+    """[n] float64, how likely each row is drawn: between "as they come" (0) and all domains, and all sources of a
+    domain, alike (1)."""
+    domains = Counter(row.domain for row in rows)
+    sources = Counter((row.domain, row.source) for row in rows)
+    within: defaultdict[str, float] = defaultdict(float)
+    for (domain, _), count in sources.items():
+        within[domain] += count ** (1 - balance)
+    return torch.tensor(
+        [
+            domains[row.domain] ** (1 - balance) * sources[row.domain, row.source] ** -balance / within[row.domain]
+            for row in rows
+        ],
+        dtype=torch.float64,
+    )
+
+
+def described(
+    name: str, descriptions: Mapping[str, str], rows: Asked, reword: float, generator: torch.Generator
+) -> str:
+    """What a question says of a label: its description or, for the share `reword`, a part of it or a request."""
+    if name == OTHER:
+        return NONE_OF_THESE
+    text = descriptions[name]
+    if not _chance(reword, generator):
+        return text
+    if rows.of.get(name) and _chance(0.5, generator):
+        example = " ".join(rows.texts[rows.of[name][_draw(len(rows.of[name]), generator)]].split())
+        return f'Requests such as "{example[:_EXAMPLE]}"'
+    parts = [part for part in re.split(r"[:;,.]\s+", text.strip().rstrip(".")) if part]
+    some = [part for part in parts if _chance(0.5, generator)]
+    return ", ".join(some or [parts[_draw(len(parts), generator)]]) if parts else text
+
+
+def _chance(share: float, generator: torch.Generator) -> bool:
+    return float(torch.rand(1, generator=generator)) < share
+
+
+def _draw(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (1,), generator=generator))
+
+
+def draw_options(experts: list[str], settings: LlmSettings, step: int, generator: torch.Generator) -> list[str]:
+    """Which labels a question shows, in which order."""
+    settled = step / max(1.0, settings.settle * settings.steps)
+    if not _chance(settled, generator) and len(experts) < settings.max_options:
+        return [*experts, OTHER]
+    shuffled = [experts[i] for i in torch.randperm(len(experts), generator=generator).tolist()]
+    shown = shuffled[: settings.max_options - 1]
+    if len(shown) > 1 and _chance(settings.drop, generator):
+        shown = shown[: 1 + _draw(len(shown) - 1, generator)]
+    labels = [*shown, OTHER]
+    return [labels[i] for i in torch.randperm(len(labels), generator=generator).tolist()]
+
+
+# Checkpoints of a training run: weights and optimizer as safetensors, the rest as JSON; replaced in one step.
+#
+# Steps draw their rows and their dropout from (seed, step), so a step number is all the random state there is, and
+# a resumed run goes on with the very bits of one that was never interrupted.
+
+
+_STATE = "state.json"
+_TENSORS = "state.safetensors"
+_FORMAT = "meswitch-router-training"
+
+
+def save_checkpoint(
+    path: Path,
+    step: int,
+    run: str,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    mean: Mapping[str, Tensor],
+) -> None:
+    """Replace the checkpoint at `path`. run: identifies data and settings. weights: name -> trained parameter.
+
+    mean: of the last steps' weights, or empty.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {f"weight.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    tensors |= {f"mean.{name}": value.detach().cpu().contiguous() for name, value in mean.items()}
+    for name, value in weights.items():
+        for key, item in optimizer.state.get(value, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = item.detach().cpu().contiguous()
+    save_file(tensors, partial / _TENSORS)
+    (partial / _STATE).write_text(json.dumps({"format": _FORMAT, "step": step, "run": run}) + "\n")
+    for part in (partial / _TENSORS, partial / _STATE):
+        fsync_path(part)
+    replace_directory(partial, path)
+
+
+def load_checkpoint(
+    path: Path,
+    run: str,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    mean: dict[str, Tensor],
+) -> int:
+    """Put a checkpoint's state into `weights`, `optimizer` and `mean`; the steps that are done, 0 without a checkpoint.
+
+    Raises:
+        RouterError: a checkpoint of another run, or a damaged one.
+    """
+    recover_directory(path)
+    if not path.exists():
+        return 0
+    state = _state(path)
+    if state["run"] != run:
+        raise RouterError(
+            f"{path}: run: a checkpoint of other data, settings or another model; remove the directory to start anew"
+        )
+    try:
+        tensors: dict[str, Tensor] = load_file(path / _TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise RouterError(f"{path / _TENSORS}: cannot be read ({error}); remove the directory to start anew") from None
+    averaged = any(name.startswith("mean.") for name in tensors)
+    for name, value in weights.items():
+        with torch.no_grad():
+            value.copy_(_taken(tensors, f"weight.{name}", value, path))
+        if averaged:
+            mean[name] = _taken(tensors, f"mean.{name}", value, path).to(value.device)
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        found = {key: tensors.pop(f"optimizer.{key}.{name}", None) for key in keys}
+        if any(item is not None for item in found.values()):
+            if any(item is None for item in found.values()):
+                raise RouterError(f"{path / _TENSORS}: optimizer.{name}: incomplete; remove the directory")
+            optimizer.state[value] = {
+                key: item if key == "step" else item.to(value.device) for key, item in found.items() if item is not None
+            }
+    if tensors:
+        raise RouterError(f"{path / _TENSORS}: {min(tensors)}: unknown tensor; remove the directory to start anew")
+    return int(state["step"])
+
+
+def _taken(tensors: dict[str, Tensor], name: str, like: Tensor, path: Path) -> Tensor:
+    """A tensor out of a checkpoint's, of another's shape."""
+    saved = tensors.pop(name, None)
+    if saved is None or saved.shape != like.shape:
+        raise RouterError(f"{path / _TENSORS}: {name}: missing or of another shape; remove the directory")
+    return saved
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RouterError(f"{path / _STATE}: cannot be read ({error}); remove the directory to start anew") from None
+    fits = isinstance(state, dict) and state.get("format") == _FORMAT
+    if not fits or type(state.get("step")) is not int or not isinstance(state.get("run"), str):
+        raise RouterError(f"{path / _STATE}: not a checkpoint of router training; choose another place")
+    return dict(state)
+
+
+# The mean of a training run's weights over its last steps: flatter than any one of them, and better on what is new.
+#
+# Averaging along the way is stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407, section 3).
+
+
+class Average:
+    """mean: name -> the mean so far, of float32 weights; empty before the first step that counts."""
+
+    def __init__(self, weights: Mapping[str, Tensor], steps: int, share: float) -> None:
+        """share: of the steps, the last ones; 0 averages nothing."""
+        self._weights = weights
+        self._first = steps - round(share * steps)
+        self.mean: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, done: int) -> None:
+        """Take the weights after `done` steps in, if these are some of the last."""
+        count = done - self._first
+        if count < 1:
+            return
+        for name, value in self._weights.items():
+            if count == 1:
+                self.mean[name] = value.detach().clone()
+            else:
+                self.mean[name].lerp_(value, 1 / count)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Make the mean the weights, in place."""
+        for name, value in self.mean.items():
+            self._weights[name].copy_(value)
+
 
 COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, text_of
-from meswitch.router.lexical import clip
-from meswitch.router.records import Rule, RulesFile
-from meswitch.router.storage import write_router
+from meswitch.router.features import clip
+from meswitch.router.store import Given, check_members, check_no_tensors, open_member, register, write_router
 from meswitch.strict import Decoder
 
 
@@ -41,12 +40,39 @@ class Request(Sequence[Mapping[str, Any]]):
         return iter(self.messages)
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. choose: an expert's name, or `other` for the fallback.
+
+    field: `text` (what the user asks), `system` (the system message), `header:NAME` or `metadata:NAME` of the request.
+    pattern: a regular expression that is searched there.
+    """
+
+    choose: str
+    field: str
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class RulesFile:
+    """`router.json` of rules; the router for what no rule decides, if there is one, is the directory `router`."""
+
+    kind: str
+    experts: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    members: dict[str, str]
+    tensors_sha256: str = ""
+
+
+@register("rules")
 class RulesRouter(Router):
     """The first rule that matches decides; what none matches goes to `router`, or abstains if there is none.
 
     Raises:
         RouterError: no rules, a pattern that is not valid, an unknown field, or a choice that is no expert.
     """
+
+    file = RulesFile
 
     def __init__(
         self,
@@ -116,6 +142,21 @@ class RulesRouter(Router):
         """
         members = {} if self.router is None else {"router": self.router}
         write_router(Path(path), RulesFile("rules", self.experts, self.rules, {}), {}, members)  # type: ignore[arg-type]
+
+    @classmethod
+    def open(cls, directory: Path, file: RulesFile, given: Given) -> "RulesRouter":
+        """
+        Raises:
+            RouterError: damaged, or the router behind is not the one that it was saved with.
+        """
+        check_no_tensors(directory, file)
+        names = ("router",) if file.members else ()
+        check_members(directory, file, names)
+        behind = open_member(directory / "router", given) if names else None
+        try:
+            return cls(file.rules, file.experts, behind, fallback=given.fallback, threshold=given.threshold)
+        except RouterError as error:
+            raise RouterError(f"{directory}: {error}") from None
 
 
 def read_rules(path: str | Path) -> list[Rule]:

@@ -1,10 +1,6 @@
-"""The words of a query as a bag of hashed features: needs no model, takes microseconds.
+"""What the heads see of a text beside an encoder's states: its words, hashed, and how it is written."""
 
-Word uni- and bigrams say what a query is about; its first and last words say what kind of request it is ("How many",
-"Write a", "?"). The opening is also taken with content words replaced by their shape, because that survives a change
-of topic: "which actors starred in Alien" and "which rivers run through Peru" both open with `which x x in`.
-"""
-
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -13,6 +9,14 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+# The words of a query as a bag of hashed features: needs no model, takes microseconds.
+#
+# Word uni- and bigrams say what a query is about; its first and last words say what kind of request it is ("How
+# many", "Write a", "?"). The opening is also taken with content words replaced by their shape, because that
+# survives a change of topic: "which actors starred in Alien" and "which rivers run through Peru" both open with
+# `which x x in`.
+
 
 TEXT_LIMIT = 4096  # characters; keeps the time of a query bounded
 
@@ -110,3 +114,44 @@ def _shape(word: str) -> str:
     if len(word) > 1 and word.isupper():
         return "XX"
     return "Xx" if word[0].isupper() else "x"
+
+
+# How a query is written, apart from what it says: 16 numbers that tell a request to an expert from other traffic.
+#
+# A shortcut to be used with care. Leaving sources out, these numbers alone reach an AUROC of 0.94 and 0.90 on the
+# two sources of `other`, but those are all in lower case: with capitals and final marks put in, it falls to 0.53
+# and 0.41. They are used beside states and words, and only with encoders that do not see the case.
+
+
+WIDTH = 16
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_PERSON = re.compile(r"\b(?:i|my|me|you|your)\b")
+
+
+def style(texts: Sequence[str]) -> Tensor:
+    """[len(texts), WIDTH] float32."""
+    return torch.tensor([_style(clip(text)) for text in texts], dtype=torch.float32).reshape(len(texts), WIDTH)
+
+
+def _style(text: str) -> list[float]:
+    words = text.split()
+    characters = max(1, len(text))
+    end = text.rstrip()[-1:]
+    return [
+        float(text[:1].isupper()),
+        float(end == "?"),
+        float(end == "."),
+        float(end.isalnum()),
+        sum(map(str.isupper, text)) / characters * 10,
+        float(any(word[:1].isupper() for word in words[1:])),
+        float(any(word.isupper() and len(word) > 1 for word in words)),
+        float(any(map(str.isdigit, text))),
+        sum(map(str.isdigit, text)) / characters * 10,
+        float("\n" in text),
+        math.log(max(1, len(words))),
+        len(_SENTENCE_END.findall(text)) ** 0.5,
+        float("," in text),
+        float("'" in text),
+        float(any(mark in text for mark in "([=_")),
+        float(_PERSON.search(text.lower()) is not None),
+    ]

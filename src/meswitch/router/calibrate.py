@@ -1,48 +1,10 @@
-"""The mathematics of the linear heads and their calibration: tensors in, tensors out."""
+"""How sure a score is, and from which one on to answer: temperature, threshold and the figures of both."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from meswitch.router.lexical import Bags
-
-
-def naive_bayes(bags: Bags, labels: Tensor, classes: int, buckets: int, smoothing: float) -> Tensor:
-    """Log-odds of each feature in each class, uniform prior: [buckets, classes] float32.
-
-    labels: [n] int64. A generative head, because it spreads its trust over all features of a class; a discriminative
-    one leans on the few that separate the training data best, and those change with the source of the queries.
-    """
-    counts = torch.zeros(buckets, classes)
-    of_feature = torch.repeat_interleave(labels, bags.lengths())
-    counts.index_put_((bags.indices, of_feature), torch.ones(len(of_feature)), accumulate=True)
-    counts += smoothing
-    log = torch.log(counts / counts.sum(0))
-    return log - log.mean(1, keepdim=True)
-
-
-def logistic(x: Tensor, labels: Tensor, classes: int, l2: float, evenness: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression by L-BFGS from zero: weight [features, classes], bias [classes], float32.
-
-    x: [n, features] float32, standardised. A row weighs by its class's size to the power -evenness: 0 takes classes
-    as they come, 1 makes all alike; the loss is the weighted mean cross-entropy + l2 x the sum of squared weights.
-    """
-    weight = torch.zeros(x.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    sizes = torch.bincount(labels, minlength=classes).clamp_min(1)
-    importance = sizes[labels].float().pow(-evenness)
-    importance /= importance.mean()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = (importance * cross_entropy(x @ weight + bias, labels, reduction="none")).mean()
-        value = value + l2 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weight.detach(), bias.detach()
+from meswitch.errors import ConfigError
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
@@ -128,3 +90,55 @@ def auroc(positive: Tensor, negative: Tensor) -> float | None:
     values = positive.double().contiguous()
     below = torch.searchsorted(ranked, values, side="left") + torch.searchsorted(ranked, values, side="right")
     return float(below.double().mean() / 2 / len(ranked))
+
+
+# The threshold that a target asks for, chosen on held-out predictions.
+
+
+COVERAGE = 0.99  # of known queries to answer, where neither a target nor rows of `other` say more
+
+
+def choose_threshold(
+    confidence: Tensor, right: Tensor, known: Tensor, *, precision: float | None = None, coverage: float | None = None
+) -> float:
+    """The confidence below which to abstain.
+
+    Args:
+        confidence: [n] of the best expert. right: [n] bool, whether that expert is the row's (of `other` rows: False).
+        known: [n] bool, whether the row is some expert's.
+        precision: the lowest threshold at which at least this share of the answered rows goes to the right expert;
+            an `other` row that is answered counts as wrong. What it means for traffic depends on how much of it no
+            expert is for: the share in the data is taken as it is.
+        coverage: the highest threshold that answers at least this share of the known rows. With both, the precision
+            comes first.
+
+    Raises:
+        ConfigError: a target outside 0..1, or a precision that no threshold reaches.
+    """
+    for name, value in (("precision", precision), ("coverage", coverage)):
+        if value is not None and not 0 < value <= 1:
+            raise ConfigError(f"target {name}: {value} is not a share; give a number above 0 and up to 1")
+    if precision is not None:
+        return _for_precision(confidence, right & known, precision)
+    if coverage is not None:
+        return _for_coverage(confidence[known], coverage)
+    return threshold(confidence[known], confidence[~known], COVERAGE)
+
+
+def _for_precision(confidence: Tensor, right: Tensor, wanted: float) -> float:
+    values, order = confidence.double().sort(descending=True)
+    reached = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    ends = torch.cat([values[1:] < values[:-1], torch.tensor([True])])  # rows of equal confidence go together
+    good = ((reached >= wanted) & ends).nonzero()[:, 0]
+    if not len(good):
+        best = float(reached[ends].max())
+        raise ConfigError(f"target precision: {wanted} is never reached on held-out rows, {best:.4f} at best; ask less")
+    last = int(good[-1])
+    below = float(values[last + 1]) if last + 1 < len(values) else 0.0
+    return (float(values[last]) + below) / 2
+
+
+def _for_coverage(known: Tensor, wanted: float) -> float:
+    values = known.double().sort(descending=True).values
+    needed = min(len(values), -(-int(wanted * len(values) * 1e6) // 1_000_000))  # ceil, safe against 0.95 * 20
+    return float(values[max(0, needed - 1)])
