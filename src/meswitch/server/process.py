@@ -4,7 +4,6 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +20,6 @@ from meswitch.server.connections import Connections, most_connections
 logger = logging.getLogger("meswitch.server")
 
 _LAST_WORDS = 2.0  # seconds for error events to reach their clients
-# The event loop gives up Python's lock with every piece that it sends, and the computing thread takes it: at Python's
-# own 5 ms the loop of 256 streams would wait for over a second to send a piece to each.
-_SWITCH_SECONDS = 0.0005
 _BACKLOG = 128  # connections that are accepted at one go, before `Connections` sees any of them
 
 
@@ -78,7 +74,6 @@ class Server(uvicorn.Server):
         self._work: set[asyncio.Future[Any]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        sys.setswitchinterval(_SWITCH_SECONDS)
         protocol = self.config.http_protocol_class
         self.config.http_protocol_class = self.bounds.protocol(protocol)
         await super().startup(sockets)
