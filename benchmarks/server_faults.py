@@ -224,7 +224,7 @@ def main() -> None:
         elif options.what == "families":
             seen, wrong = families((FAMILY / "family.toml").read_text(), room, options.count, options.seed)
         else:
-            with httpx.Client(base_url=options.url, timeout=60) as client:
+            with httpx.Client(base_url=options.url, timeout=300) as client:
                 seen, wrong = requests(client, options.count, options.seed)
     print(json.dumps({"what": options.what, "count": options.count, "seen": seen, "wrong": wrong[:20]}, indent=1))
     sys.exit(bool(wrong))

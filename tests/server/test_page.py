@@ -8,7 +8,8 @@ from chromium import PROGRAM, Page
 from http_server import QUESTIONS, ask_with, serving, user
 
 from meswitch import Family
-from meswitch.launch import app_from_family, experts_from_family, policy_from_family
+from meswitch.launch import experts_from_family, policy_from_family
+from meswitch.server import create_app
 from meswitch.server.keys import ApiKey, Keys
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium")
@@ -20,10 +21,11 @@ def url(family_file, engine):
     """A server that asks for a key, behind a path."""
     pytest.importorskip("websockets")
     config = Family.load(family_file)
-    config = config.model_copy(update={"server": config.server.model_copy(update={"root_path": "/llm"})})
     auto, _ = policy_from_family(config, engine)
     keys = Keys([ApiKey.of("one", "secret")])
-    with serving(app_from_family(config, engine, auto, keys, experts_from_family(config, engine))) as url:
+    experts = experts_from_family(config, engine)
+    app = create_app(engine, auto=auto, keys=keys, experts=experts, root_path="/llm", close_engine=False)
+    with serving(app) as url:
         yield f"{url}/llm"
 
 

@@ -74,6 +74,11 @@ class Connections:
     def leave(self, connection: "_Bounded") -> None:
         self._open.discard(connection)
 
+    def abort_idle(self) -> None:
+        """Cut every connection that has no request."""
+        for connection in [one for one in self._open if one.is_idle]:
+            connection.transport.abort()
+
     def abort_all(self) -> None:
         """Cut every connection that is left."""
         for connection in list(self._open):

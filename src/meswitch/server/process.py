@@ -4,7 +4,6 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +20,7 @@ from meswitch.server.connections import Connections, most_connections
 logger = logging.getLogger("meswitch.server")
 
 _LAST_WORDS = 2.0  # seconds for error events to reach their clients
-# The event loop gives up Python's lock with every piece that it sends, and the computing thread takes it: at Python's
-# own 5 ms the loop of 256 streams would wait for over a second to send a piece to each.
-_SWITCH_SECONDS = 0.0005
+_IDLE_SECONDS = 1.0  # for connections without a request to close by themselves at the end
 _BACKLOG = 128  # connections that are accepted at one go, before `Connections` sees any of them
 
 
@@ -78,7 +75,6 @@ class Server(uvicorn.Server):
         self._work: set[asyncio.Future[Any]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        sys.setswitchinterval(_SWITCH_SECONDS)
         protocol = self.config.http_protocol_class
         self.config.http_protocol_class = self.bounds.protocol(protocol)
         await super().startup(sockets)
@@ -97,11 +93,14 @@ class Server(uvicorn.Server):
 
     async def _end_answers(self) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._grace
-        while self._signals < 2 and loop.time() < deadline:
+        began = loop.time()
+        while self._signals < 2 and loop.time() < began + self._grace:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(self._engine.stop, "the server was asked to stop")
-        await asyncio.sleep(_LAST_WORDS)
+            if loop.time() > began + _IDLE_SECONDS:
+                self.bounds.abort_idle()
+        if self.server_state.tasks:
+            await asyncio.to_thread(self._engine.stop, "the server was asked to stop")
+            await asyncio.sleep(_LAST_WORDS)
         self.bounds.abort_all()
 
     async def on_tick(self, counter: int) -> bool:
