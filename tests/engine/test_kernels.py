@@ -11,6 +11,7 @@ from adapters import pairs, write_adapter
 from deltas import DEVICE
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
+from meswitch.engine import decode
 from meswitch.engine.tables import OwnTables
 from meswitch.errors import ConfigError
 
@@ -96,20 +97,30 @@ def test_one_slot_for_a_delta_and_an_adapter(experts, tmp_path, caplog):
     assert "tables" not in caplog.text  # the pairs of the adapter are in some, too
 
 
-def test_decode_steps_that_are_not_right_are_not_taken(experts, monkeypatch, caplog):
+def lost_norms(self, slot, name, table, own):
+    table.values[slot].zero_()
+    return True
+
+
+def no_kernel(*_):
+    raise NotImplementedError("no kernel for heads of this width")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "fault", "said"),
+    [(OwnTables, "_put", lost_norms, "norm"), (decode, "reference", no_kernel, "no kernel for heads of this width")],
+    ids=["wrong", "impossible"],
+)
+def test_decode_steps_that_are_not_right_are_not_taken(experts, monkeypatch, caplog, part, name, fault, said):
     base, artifacts = experts("mistral", **FEW_ROWS)
-
-    def lose(self, slot, name, table, own):
-        table.values[slot].zero_()
-        return True
-
-    monkeypatch.setattr(OwnTables, "_put", lose)
+    monkeypatch.setattr(part, name, fault)
     with caplog.at_level("WARNING"):
-        engine = Engine(base, artifacts, device=DEVICE, dtype="float16", op_backend="triton", slots=2)
+        engine = Engine(base, {"one": artifacts["one"]}, device=DEVICE, dtype="float16", op_backend="triton", slots=1)
     with engine:
         assert engine.memory()["graphs"] == 0
+        assert not engine.takes_turns
     assert "without CUDA graphs" in caplog.text
-    assert "layernorm" in caplog.text or "DecoderLayer" in caplog.text
+    assert said in caplog.text
 
 
 def test_a_dtype_that_the_kernels_do_not_take_names_another_backend(experts):

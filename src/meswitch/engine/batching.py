@@ -177,6 +177,27 @@ class Batch:
         assert self._decode is not None
         self._between_steps(partial(self._decode.capture, told))
 
+    @property
+    def decode_sizes(self) -> tuple[int, ...]:
+        """Rows of the graphs."""
+        return () if self._decode is None else self._decode.sizes
+
+    @property
+    def table_steps(self) -> int:
+        """Steps with rows of experts that were computed from tables so far."""
+        return 0 if self._decode is None else self._decode.expert_steps
+
+    def in_tables(self, slot: int) -> bool:
+        """Whether all that the expert in a slot has is in tables, or where the kernels read it."""
+        found: list[bool] = []
+
+        def look() -> None:
+            assert self._switch.tables is not None
+            found.append(self._switch.tables.fill(slot, self._switch.tensors(slot)))
+
+        self._between_steps(look)
+        return found[0]
+
     def decode_eagerly(self) -> None:
         """Compute all steps without static buffers from now on."""
 
@@ -408,7 +429,11 @@ class Batch:
             page: that nobody else reads; the last one of a job is not full, so it is its own.
         """
         probe = Job("probe", [0], BASE_SLOT, "", SamplingParams(), frozenset(), lambda *told: None)
-        self._forward([(probe, Piece(1, 0, [page]))])
+        decode, self._decode = self._decode, None  # where only those steps fail, the others can go on
+        try:
+            self._forward([(probe, Piece(1, 0, [page]))])
+        finally:
+            self._decode = decode
 
     def _end(self, job: Job, error: str | None) -> None:
         self._scheduler.remove(job, failed=error is not None)

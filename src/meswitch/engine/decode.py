@@ -54,7 +54,8 @@ class _Table:
     def fill(self, pieces: Sequence[Piece]) -> Tensor:
         """Lay a step out; gives the numbers, on the host."""
         numbers: list[list[int]] = [[], [], [], [], []]
-        changed = False
+        before, self.filled[:] = list(self.filled), [()] * len(self.filled)  # if something fails, nothing is known
+        filled, changed = list(before), False
         for row, piece in enumerate(pieces):
             end = piece.past + 1
             start = 0 if self.window is None else max(0, end - self.window)
@@ -63,14 +64,16 @@ class _Table:
                 numbers, (len(seen), seen[0], start % PAGE, seen[-1], (end - 1) % PAGE + 1), strict=True
             ):
                 column.append(value)
-            if self.filled[row] != (known := tuple(seen)):
-                self.filled[row] = known
+            if filled[row] != (known := tuple(seen)):
+                filled[row] = known
                 self.host_pages[row, : len(seen)] = torch.tensor(seen, dtype=torch.int32)
                 changed = True
         if changed:
             self.pages.copy_(self.host_pages, non_blocking=True)
         missing = [0] * (self.numbers.shape[1] - len(pieces))
-        return torch.tensor([column + missing for column in numbers], dtype=torch.int32)
+        found = torch.tensor([column + missing for column in numbers], dtype=torch.int32)
+        self.filled[:] = filled
+        return found
 
 
 class DecodePlaces:
@@ -99,7 +102,7 @@ class DecodePlaces:
     def _table(self, window: int | None, pages: int) -> _Table:
         host = torch.zeros(self._rows, pages, dtype=torch.int32, pin_memory=self._is_flex)
         numbers = torch.zeros(5, self._rows, dtype=torch.int32, device=self._device)
-        return _Table(window, numbers, host.to(self._device), host, [()] * self._rows)
+        return _Table(window, numbers, host.to(self._device, copy=True), host, [()] * self._rows)
 
     def fill(self, ids: Sequence[int], pieces: Sequence[Piece]) -> None:
         """Lay a step out: [rows] token ids, and where each is. Rows after these write to a page of nobody."""
@@ -178,9 +181,12 @@ def reference(
         query: [requests, heads, queries, width]. keys: [places, heads, width]. values: [places, heads, width].
         numbers: see `_Table`. pages: [requests, pages] int32.
     """
-    count, _, since, _, until = numbers.long()
-    number = torch.arange(int(count.max()) * PAGE, device=query.device)
-    places = pages[:, : int(count.max())].long()[..., None] * PAGE + torch.arange(PAGE, device=query.device)
+    count, _, since, last, until = numbers.long()
+    most = int(count.max())
+    number = torch.arange(most * PAGE, device=query.device)
+    # what is beyond a text's pages is masked, but a number that is none would get through the mask
+    own = torch.where(torch.arange(most, device=query.device) < count[:, None], pages[:, :most].long(), last[:, None])
+    places = own[..., None] * PAGE + torch.arange(PAGE, device=query.device)
     ends = (count - 1) * PAGE + until
     mask = (number >= since[:, None]) & (number < ends[:, None])
     mine, theirs = (t[places.flatten(1)].transpose(1, 2) for t in (keys, values))
@@ -189,4 +195,4 @@ def reference(
 
 @functools.cache
 def _flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

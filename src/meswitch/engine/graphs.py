@@ -77,6 +77,7 @@ class DecodeSteps:
         self._places = DecodePlaces(cache, self.sizes[-1], longest, self._device)
         self._spare = cache.spare
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.expert_steps = 0
         self._told: set[str] = set()  # owners of whom the log has been told
         self.nbytes = tables.nbytes
         """Device memory of the graphs, and of what the layers look up."""
@@ -90,11 +91,12 @@ class DecodeSteps:
             if job.slot != BASE_SLOT and not self._tables.fill(job.slot, self._switch.tensors(job.slot)):
                 if job.owner not in self._told:
                     self._told.add(job.owner)
-                    logger.warning("%s has tensors outside of tables: its steps are computed without graphs", job.owner)
+                    logger.warning("%s has tensors outside of tables: steps with it run without graphs", job.owner)
                 return None
         self._places.fill([job.tokens[piece.past] for job, piece in step], [piece for _, piece in step])
         if self._side.host != slots:
             self._side.fill(slots)
+        self.expert_steps += self._side.active
         size = next(size for size in self.sizes if size >= len(step))
         if size not in self._captured:
             return self._forward(size)[: len(step)]

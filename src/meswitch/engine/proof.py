@@ -24,6 +24,7 @@ from meswitch.engine.attach import Attachment
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import BASE_SLOT, Rows, Switch
 from meswitch.engine.layers import Switchable, SwitchableEmbedding
+from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import ExpertParameters, StoredTensors
 from meswitch.engine.sampling import SamplingParams, not_finite
 from meswitch.engine.survey import Survey
@@ -32,6 +33,7 @@ from meswitch.slots import ExpertStore
 
 LENGTHS = (7, 5, 9)  # tokens of the trial's requests; no two sums of them are alike
 NEW_TOKENS = 3
+TEXT = PAGE + 9  # tokens of a text of more than one page, with its continuation
 _PATIENCE = 600  # seconds for a step of a large model on a slow machine
 # In float32 nothing but the order of sums differs. In 16 bit what is lost in rounding is as large as a small delta:
 # there the part of the difference that points the expert's way must be the expert's.
@@ -210,9 +212,11 @@ def prove(
         return []
     reasons: list[str] = []
     for number, names in enumerate(_rounds(units, artifacts, store.slot_count)):
-        slots = {store.acquire(name): name for name in names}
+        slots: dict[int, str] = {}
         try:
-            witnesses = [_Witness(unit, switch, survey, slots, artifacts, stored) for unit in units.values()]
+            for name in names:
+                slots[store.acquire(name)] = name
+            witnesses = [_Witness(unit, switch, survey, slots, artifacts, stored, decoding) for unit in units.values()]
             order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
             prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
             if decoding:
@@ -228,7 +232,7 @@ def prove(
             finally:
                 for handle in handles:
                     handle.remove()
-            reasons += [line for witness in witnesses for line in witness.reasons]
+            reasons += [line for witness in witnesses for line in witness.found()]
         finally:
             for slot in slots:
                 store.release(slot)
@@ -237,34 +241,67 @@ def prove(
     return reasons
 
 
+def most_changed(artifacts: Mapping[str, Artifact]) -> list[str]:
+    """Experts' names, those that change the most tensors first."""
+    changes = {name: sum(e.kind != "same" for e in one.manifest.tensors.values()) for name, one in artifacts.items()}
+    return sorted(changes, key=lambda name: -changes[name])
+
+
 def mixed_tokens(
-    batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial
-) -> dict[tuple[str, int], Tensor]:
-    """What the base and two experts give for some single tokens, all in one step.
+    batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial, rows: int
+) -> list[tuple[str, int, Tensor]]:
+    """What the base and two experts give for single tokens, so many in one step.
 
     Returns:
-        (expert's name, "" for the base; token) -> [vocabulary] logits.
+        expert's name, "" for the base; token; [vocabulary] logits. Of each row that was computed.
     """
-    found: dict[tuple[str, int], Tensor] = {}
-    names = sorted(
-        artifacts, key=lambda name: -sum(e.kind != "same" for e in artifacts[name].manifest.tensors.values())
-    )
-    slots = {name: store.acquire(name) for name in names[: min(2, store.slot_count)]}
-    owners = {"": BASE_SLOT, **slots}
-    asked = [(name, token) for token in trial.prompts[0][:2] for name in owners]
-
-    def see(rows: tuple[str, ...], scores: Tensor) -> None:
-        for row, logits in zip(rows, scores, strict=True):
-            found.setdefault(asked[int(row.rpartition("-")[2])], logits.float().clone())
-
-    batch.see = see
+    found: dict[int, Tensor] = {}
+    slots: dict[str, int] = {}
     try:
+        for name in most_changed(artifacts)[: min(2, store.slot_count)]:
+            slots[name] = store.acquire(name)
+        owners = {"": BASE_SLOT, **slots}
+        pairs = [(name, token) for token in trial.prompts[0][:2] for name in owners]
+        asked = [pairs[row % len(pairs)] for row in range(rows)] if rows > 1 else pairs[len(slots) :][:1]
+
+        def see(names: tuple[str, ...], scores: Tensor) -> None:
+            for row, logits in zip(names, scores, strict=True):
+                found[int(row.rpartition("-")[2])] = logits.float().clone()
+
+        batch.see = see
         run(batch, "tokens", [[token] for _, token in asked], [owners[name] for name, _ in asked], 1)
     finally:
         batch.see = None
         for slot in slots.values():
             store.release(slot)
+    return [(*asked[row], found[row]) for row in sorted(found)]
+
+
+def base_text(batch: Batch) -> list[Tensor]:
+    """The base's logits of a few tokens after a text of more than one page."""
+    found: list[Tensor] = []
+
+    def see(names: tuple[str, ...], scores: Tensor) -> None:
+        found.append(scores[0].float().clone())
+
+    batch.see = see
+    try:
+        run(batch, "pages", [[5 + place % 7 for place in range(TEXT - NEW_TOKENS)]], [BASE_SLOT])
+    finally:
+        batch.see = None
     return found
+
+
+def text_fault(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
+    """How logits of one text, greedily continued, differ; None if they do not. In 16 bit."""
+    for theirs, ours in zip(wanted, found, strict=True):
+        finite = theirs.isfinite()
+        error = float((ours - theirs)[finite].norm() / theirs[finite].norm().clamp_min(1e-30))
+        if not error <= 0.1:
+            return f"logits after a text of several pages differ by {error:.2g} of their norm"
+        if int(ours.argmax()) != int(theirs.argmax()):
+            break  # a near tie went the other way: what follows is another text
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,9 +376,15 @@ class _Witness:
     slots: Mapping[int, str]
     artifacts: Mapping[str, Artifact]
     stored: StoredTensors
+    decoding: bool = False
     reasons: list[str] = field(default_factory=list)
     _seen: bool = False
     _inputs: Any = None
+
+    def found(self) -> list[str]:
+        """What does not agree; of a decode step also that there was none."""
+        unseen = self.decoding and not self._seen
+        return [self._reason("no step from tables has reached it")] if unseen else self.reasons
 
     def watch(self, model: Any) -> list[Any]:
         module = model.get_submodule(self.unit.name)
@@ -351,7 +394,8 @@ class _Witness:
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._seen and self.switch.step.owners.any:
+        owners = self.switch.step.owners
+        if not self._seen and owners.any and owners.in_tables == self.decoding:
             self._inputs = _copied((args, kwargs))
 
     @torch.no_grad()

@@ -119,6 +119,8 @@ class Request:
     _told: int = 0  # tokens that chunks have counted
     _chunks: "queue.SimpleQueue[Chunk]" = field(default_factory=queue.SimpleQueue)
     _done: threading.Event = field(default_factory=threading.Event)
+    _ending: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _is_ended: bool = False
 
     def __post_init__(self) -> None:
         self._listen()
@@ -200,6 +202,8 @@ class Request:
         reason = ("stop" if ended else "length") if finished else None
         piece = self._written(piece)
         if finished:
+            if not self._claims_end():
+                return True
             self._close(reason)
         if piece or finished:
             logprobs = tuple(self.sampling.logprobs[self._told : len(self.tokens)])
@@ -210,12 +214,19 @@ class Request:
         return finished or self._done.is_set()
 
     def fail(self, error: str) -> None:
-        """End with an error."""
-        if not self._done.is_set():
+        """End with an error, unless it has ended."""
+        if self._claims_end():
             self.error = error
             self._close("error")
             self._emit(Chunk("", 0, "error", error))
             self._done.set()
+
+    def _claims_end(self) -> bool:
+        """Whether the caller is the one who ends it: whoever reads the last chunk may cancel at the same moment."""
+        with self._ending:
+            is_first = not self._is_ended
+            self._is_ended = True
+            return is_first
 
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks until the last.

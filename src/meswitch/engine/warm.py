@@ -10,6 +10,7 @@ from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.proof import run
+from meswitch.errors import MeswitchError
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import step_sizes
 from meswitch.ops.triton.ahead import Job, compile_ahead, embedding_job, fused_jobs, prefill_jobs
@@ -55,20 +56,27 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
             yield from prefill_jobs(*about, bias, most_tokens)
 
 
-def run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], kinds: Sequence[tuple[int, int]]) -> None:
+def run_prompts(
+    batch: Batch, store: ExpertStore, experts: Sequence[str], kinds: Sequence[tuple[int, int]], longest: int
+) -> None:
     """Run prompts of many lengths, so that libraries load their kernels now and not with the first request.
 
     Args:
+        longest: text that the model takes, in tokens.
         experts: some of the store's; they take turns with the base.
         kinds: requests of a step, and tokens of each.
     """
     started = time.perf_counter()
-    slots = [store.acquire(name) for name in experts[: store.slot_count]]
+    slots: list[int] = []
     try:
+        for name in experts[: store.slot_count]:
+            slots.append(store.acquire(name))
         for number, (requests, tokens) in enumerate(kinds):
-            if requests * pages_for(tokens + 1) * PAGE <= batch.kv_tokens:
+            if tokens < longest and requests * pages_for(tokens + 1) * PAGE <= batch.kv_tokens:
                 owners = [([*slots, BASE_SLOT] * requests)[place] for place in range(requests)]
                 run(batch, f"warm-{number}", [[place % 7] * tokens for place in range(requests)], owners, 1)
+    except MeswitchError as error:  # such as too little memory for the largest: requests will say so by name
+        logger.warning("prompts that were run to be ready: %s", error)
     finally:
         for slot in slots:
             store.release(slot)

@@ -41,6 +41,14 @@ class Side:
     def fill(self, token_slots: Sequence[int]) -> None:
         """Set the slots of the step's rows; the rest is the base's."""
         before, now = len(self.host), len(token_slots)
+        try:
+            self._fill(token_slots, before, now)
+        except BaseException:
+            self.host = []  # what the buffers hold is not known
+            self.token_slots.fill_(BASE)
+            raise
+
+    def _fill(self, token_slots: Sequence[int], before: int, now: int) -> None:
         if now > len(self.token_slots):
             raise ConfigError(f"{now} rows in a step that was announced with at most {len(self.token_slots)}")
         self.host = list(token_slots)
