@@ -3,7 +3,7 @@
 from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade
 from meswitch.router.data import Leakage, Row, find_leakage, read_rows
-from meswitch.router.decide import Decider, Decision, parse_options, read_options
+from meswitch.router.decide import Decider, Selection, parse_options, read_options
 from meswitch.router.described import DescribedRouter, RouteOption, Space
 from meswitch.router.embedding import EmbeddingRouter
 from meswitch.router.encoder import Encoder, TextEncoder, open_encoder
@@ -20,7 +20,6 @@ __all__ = [
     "OTHER",
     "CascadeRouter",
     "Decider",
-    "Decision",
     "DescribedRouter",
     "EmbeddingRouter",
     "Encoder",
@@ -36,6 +35,7 @@ __all__ = [
     "Row",
     "Rule",
     "RulesRouter",
+    "Selection",
     "Space",
     "TextEncoder",
     "add_experts",

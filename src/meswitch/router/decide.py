@@ -27,7 +27,7 @@ _KEPT = 32  # lists of routes
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class Selection:
     """One decision over named routes.
 
     choice: a route's name; None: none is likely enough. confidence: the best route's probability. scores: name ->
@@ -57,7 +57,7 @@ class Decider:
 
     def decide(
         self, query: str | Messages, options: Sequence[RouteOption], *, threshold: float | None = None
-    ) -> Decision:
+    ) -> Selection:
         """Which route is this query (a text, or chat messages) for?
 
         Args:
@@ -71,7 +71,7 @@ class Decider:
         best = max(router.experts, key=lambda name: route.scores[name])
         least = router.threshold if threshold is None else threshold
         sure = route.scores[best]
-        return Decision(best if sure >= least else None, sure, least, route.scores)
+        return Selection(best if sure >= least else None, sure, least, route.scores)
 
     def _router(self, options: tuple[RouteOption, ...]) -> DescribedRouter:
         with self._lock:

@@ -76,7 +76,7 @@ class Given:
     llm: str | Path | None
 
 
-class Kind(Protocol):
+class StoredKind(Protocol):
     """A class of routers that can be written and read: one file of this package, imported by its `__init__`.
 
     file: its part of `router.json`. unknown: what to do about experts that it does not know, beside training again.
@@ -98,7 +98,7 @@ _R = TypeVar("_R", bound=Router)
 
 
 def register(name: str) -> Callable[[type[_R]], type[_R]]:
-    """A class decorator: routers whose `router.json` says this kind are opened by the class. See `Kind`."""
+    """A class decorator: routers whose `router.json` says this kind are opened by the class. See `StoredKind`."""
 
     def add(router: type[_R]) -> type[_R]:
         _KINDS[name] = router
