@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from generated import RESULTS, ROOT, where_measured
 from markdown_tables import fill, has_place, pipe
+from quality_smollm2 import OURS, budgets, divergence, gain, note, percent
 
 
 def load(name: str) -> dict:
@@ -20,34 +21,23 @@ def load(name: str) -> dict:
 
 
 def quality() -> str:
-    """Accuracy and gain retained under each budget, by expert."""
-    data = load("quality-family.json")
-    labels = {json.dumps(row["keywords"], sort_keys=True): row["label"] for row in data["settings"]}
+    """What the default settings leave of fine-tunes of a pretrained model, under each budget."""
+    data = load("smollm2.json")
     head = ["budget", "bits/weight", "expert", "base", "full", "compressed", "gain retained", "KL, nats/token"]
-    rows, order = [], list(labels)
-    experts = list(data["references"])
-
-    def place(job: dict) -> tuple[int, int]:
-        return order.index(json.dumps(job["keywords"], sort_keys=True)), experts.index(job["expert"])
-
-    for job in sorted(data["jobs"], key=place):
-        if "failed" in job or "distill" in job["keywords"]:  # the default settings only
-            continue
-        counts = ["-", "-", "-", "-"]
-        reference = data["references"][job["expert"]]
-        if job.get("gain") is not None:
-            low, high = job["interval"]
-            counts = [str(reference[kind]["correct"]) for kind in ("base", "expert")] + [str(job["correct"])]
-            counts.append(f"{job['gain']:.1%} [{low:.1%}, {high:.1%}]")
-        label = labels[json.dumps(job["keywords"], sort_keys=True)]
-        rows.append([label, f"{job['bits_per_weight']:.2f}", job["expert"], *counts, f"{job['kl']:.5f}"])
-    run = data["runs"][data["jobs"][-1]["run"]]
-    note = (
-        f"Right answers of {data['meta']['questions']}; gain retained = (compressed - base) / (full - base) with a "
-        f"95 % interval. sql has no exact check. torch {run['torch']}, transformers {run['transformers']}, "
-        f"{run['date'][:10]}."
-    )
-    return f"{pipe(head, *rows)}\n\n{note}"
+    rows = [
+        [
+            f"{row['budget']:.1f} bpw",
+            f"{row['bpw']:.2f}",
+            row["expert"],
+            *(percent(row[name]) for name in ("base", "full", "accuracy")),
+            gain(row),
+            divergence(row["kl"]),
+        ]
+        for budget in budgets(data)
+        for row in data["rows"]
+        if row["method"] == OURS and row["budget"] == budget
+    ]
+    return f"{pipe(head, *rows)}\n\n{note(data)}"
 
 
 def demo() -> str:
