@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from meswitch.engine import Engine
-    from meswitch.router import Encoder, RouteOption, Router
+    from meswitch.router import Decider, Encoder, RouteOption, Router
     from meswitch.server.auto import AutoPolicy
     from meswitch.server.experts import Experts
     from meswitch.server.keys import ApiKey, Keys
@@ -208,6 +208,7 @@ def app_from_family(
         trace=traced(),
         watch=family.server.watch_experts,
         open_encoder=encoder_opener(engine),
+        open_decider=decider_opener(family, engine),
     )
 
 
@@ -222,6 +223,24 @@ def encoder_opener(engine: "Engine") -> "Callable[[], Encoder] | None":
         return Encoder(_base_beside(engine), engine.tokenizers[engine.base_name].tokenizer, "")
 
     return open_encoder
+
+
+def decider_opener(family: Family, engine: "Engine") -> "Callable[[], Decider] | None":
+    """What gives a router over routes that a request brings: by the encoder of `[router]`, else by the base."""
+    source, base = family.router.encoder, encoder_opener(engine)
+    if source is None and base is None:
+        return None
+
+    def open_decider() -> "Decider":
+        from meswitch.router import Decider, Space
+        from meswitch.router.encoder import open_encoder
+
+        if source is not None:
+            return Decider(Space(open_encoder(family.resolve_model(source), "cpu", family.router.bits)))
+        assert base is not None
+        return Decider(Space(base()))
+
+    return open_decider
 
 
 def _has_base_beside(engine: "Engine") -> bool:

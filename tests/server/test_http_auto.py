@@ -149,3 +149,24 @@ def test_what_the_router_says_is_told_without_an_answer(client, url):
         asked = client.chat.completions.create(model="auto", messages=user(QUESTIONS[model]), max_tokens=1)
         assert asked.model == said["model"]
     assert say(input=[]).json()["error"]["param"] == "input"
+    assert say(input="hello", threshold=0.5).json()["error"]["param"] == "threshold"
+
+
+def test_a_request_may_bring_routes_of_its_own(url):
+    counting = {"name": "counting", "examples": ["Tom has 3 apples and buys 4. How many has he?", "Add 5 and 9."]}
+    letters = {"name": "letters", "description": "writing letters", "examples": ["Write to my aunt.", "A thank-you."]}
+
+    def say(routes, **body):
+        return httpx.post(f"{url}/v1/route", json={"input": "Rosa has 6 pens. How many?", "routes": routes, **body})
+
+    said = say([counting, letters], threshold=0.0).json()
+    assert said["model"] in ("counting", "letters")
+    assert said["scores"].keys() == {"counting", "letters", "other"}
+    assert say([counting, letters], threshold=1.0).json()["model"] == "error"
+    for routes, field in (
+        ([counting, counting], "counting"),
+        ([{"name": "x", "color": 1}, letters], "routes[0].color"),
+    ):
+        refused = say(routes)
+        assert refused.status_code == 400
+        assert field in refused.json()["error"]["message"]

@@ -58,6 +58,7 @@ def create_app(
     root_path: str = "",
     close_engine: bool = True,
     open_encoder: embeddings.OpenEncoder | None = None,
+    open_decider: route.OpenDecider | None = None,
 ) -> FastAPI:
     """The application: serve it with uvicorn or any ASGI server, in one process.
 
@@ -72,6 +73,7 @@ def create_app(
         root_path: under which a proxy serves it, such as `/llm`.
         close_engine: whether the engine ends with the server.
         open_encoder: gives a base on the engine's weights, for embeddings; None for none.
+        open_decider: gives a router over routes that a request brings; None for none.
     """
     auto = auto or AutoPolicy(None, lambda: engine.names, base=engine.base_name)
     measured = Metrics(engine, auto)
@@ -142,7 +144,7 @@ def create_app(
     app.include_router(tokens.routes(engine, auto.check))
     app.include_router(reference.routes(app))
     app.include_router(embeddings.routes(engine, open_encoder, auto.check))
-    app.include_router(route.routes(auto))
+    app.include_router(route.routes(auto, open_decider))
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat(body: ChatRequest, request: Request) -> Response:
