@@ -38,6 +38,9 @@ _PATIENCE = 600  # seconds for a step of a large model on a slow machine
 # In float32 nothing but the order of sums differs. In 16 bit what is lost in rounding is as large as a small delta:
 # there the part of the difference that points the expert's way must be the expert's.
 _EXACT, _ALONG = 0.01, 0.15
+# Of the norm of logits, in 16 bit: two ways to sum attention differ by so much after many layers of random weights. A
+# wrong page makes another text of it.
+_OTHER_SUMS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +300,7 @@ def text_fault(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
     for theirs, ours in zip(wanted, found, strict=True):
         finite = theirs.isfinite()
         error = float((ours - theirs)[finite].norm() / theirs[finite].norm().clamp_min(1e-30))
-        if not error <= 0.1:
+        if not error <= _OTHER_SUMS:
             return f"logits after a text of several pages differ by {error:.2g} of their norm"
         if int(ours.argmax()) != int(theirs.argmax()):
             break  # a near tie went the other way: what follows is another text
