@@ -87,16 +87,8 @@ class Trial:
         Args:
             found: [vocabulary] for each token.
         """
-        limit = 0.001 if self.exact else 0.1
-        for ours, wanted, token in zip(found, self.wanted, self.tokens, strict=False):
-            finite = wanted.isfinite()
-            ours = ours[: len(wanted)]  # a head may have tokens that experts added
-            error = float((ours.float() - wanted)[finite].norm() / wanted[finite].norm().clamp_min(1e-30))
-            if not error <= limit:
-                return f"its logits differ from those of the model alone by {error:.2g} of their norm"
-            if int(ours.argmax()) != token:
-                break  # a near tie went the other way: what follows is another text
-        return None
+        error = _too_far(zip(self.wanted, found, strict=False), 0.001 if self.exact else 0.1)
+        return error and f"its logits differ from those of the model alone by {error} of their norm"
 
 
 def run(
@@ -147,19 +139,9 @@ def batch_runs_base(batch: Batch, trial: Trial, watching: contextlib.AbstractCon
     Raises:
         MeswitchError: it cannot, or gives something else.
     """
-    found: list[Tensor] = []
-
-    def see(rows: tuple[str, ...], scores: Tensor) -> None:
-        if f"{name}-0" in rows:  # it may be done before the others, whose prompts took several steps
-            found.append(scores[rows.index(f"{name}-0")].float().clone())
-
-    batch.see = see
-    try:
-        with watching:
-            run(batch, name, trial.prompts, [BASE_SLOT] * len(trial.prompts))
-    finally:
-        batch.see = None
-    fault = trial.fault(found)
+    with _seen(batch) as found, watching:
+        run(batch, name, trial.prompts, [BASE_SLOT] * len(trial.prompts))
+    fault = trial.fault(found.get(0, []))
     if fault is not None:
         raise MeswitchError(fault)
 
@@ -258,7 +240,6 @@ def mixed_tokens(
     Returns:
         expert's name, "" for the base; token; [vocabulary] logits. Of each row that was computed.
     """
-    found: dict[int, Tensor] = {}
     slots: dict[str, int] = {}
     try:
         for name in most_changed(artifacts)[: min(2, store.slot_count)]:
@@ -266,43 +247,56 @@ def mixed_tokens(
         owners = {"": BASE_SLOT, **slots}
         pairs = [(name, token) for token in trial.prompts[0][:2] for name in owners]
         asked = [pairs[row % len(pairs)] for row in range(rows)] if rows > 1 else pairs[len(slots) :][:1]
-
-        def see(names: tuple[str, ...], scores: Tensor) -> None:
-            for row, logits in zip(names, scores, strict=True):
-                found[int(row.rpartition("-")[2])] = logits.float().clone()
-
-        batch.see = see
-        run(batch, "tokens", [[token] for _, token in asked], [owners[name] for name, _ in asked], 1)
+        with _seen(batch) as found:
+            run(batch, "tokens", [[token] for _, token in asked], [owners[name] for name, _ in asked], 1)
     finally:
-        batch.see = None
         for slot in slots.values():
             store.release(slot)
-    return [(*asked[row], found[row]) for row in sorted(found)]
+    return [(*asked[row], found[row][0]) for row in sorted(found)]
 
 
 def base_text(batch: Batch) -> list[Tensor]:
     """The base's logits of a few tokens after a text of more than one page."""
-    found: list[Tensor] = []
-
-    def see(names: tuple[str, ...], scores: Tensor) -> None:
-        found.append(scores[0].float().clone())
-
-    batch.see = see
-    try:
+    with _seen(batch) as found:
         run(batch, "pages", [[5 + place % 7 for place in range(TEXT - NEW_TOKENS)]], [BASE_SLOT])
-    finally:
-        batch.see = None
-    return found
+    return found.get(0, [])
 
 
 def text_fault(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
     """How logits of one text, greedily continued, differ; None if they do not. In 16 bit."""
-    for theirs, ours in zip(wanted, found, strict=True):
-        finite = theirs.isfinite()
-        error = float((ours - theirs)[finite].norm() / theirs[finite].norm().clamp_min(1e-30))
-        if not error <= _OTHER_SUMS:
-            return f"logits after a text of several pages differ by {error:.2g} of their norm"
-        if int(ours.argmax()) != int(theirs.argmax()):
+    error = _too_far(zip(wanted, found, strict=True), _OTHER_SUMS)
+    return error and f"logits after a text of several pages differ by {error} of their norm"
+
+
+@contextlib.contextmanager
+def _seen(batch: Batch) -> Iterator[dict[int, list[Tensor]]]:
+    """The logits of what `run` runs meanwhile: number of the request -> [vocabulary] of each step."""
+    found: dict[int, list[Tensor]] = {}
+
+    def see(names: tuple[str, ...], scores: Tensor) -> None:
+        for name, logits in zip(names, scores, strict=True):
+            found.setdefault(int(name.rpartition("-")[2]), []).append(logits.float().clone())
+
+    batch.see = see
+    try:
+        yield found
+    finally:
+        batch.see = None
+
+
+def _too_far(pairs: Iterable[tuple[Tensor, Tensor]], limit: float) -> str | None:
+    """By how much of their norm logits of a greedily continued text differ; None if by no more than the limit.
+
+    Args:
+        pairs: wanted and found, [vocabulary] each, of one token after the other.
+    """
+    for wanted, ours in pairs:
+        finite = wanted.isfinite()
+        ours = ours[: len(wanted)]  # a head may have tokens that experts added
+        error = float((ours - wanted)[finite].norm() / wanted[finite].norm().clamp_min(1e-30))
+        if not error <= limit:
+            return f"{error:.2g}"
+        if int(ours.argmax()) != int(wanted.argmax()):
             break  # a near tie went the other way: what follows is another text
     return None
 
