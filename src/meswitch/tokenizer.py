@@ -62,6 +62,13 @@ _WORDS = re.compile(r"\w+")
 _proven: set[bytes] = set()  # digests of tokenizer files that this process has compared already
 
 
+def max_length(config: Any) -> int:
+    """Tokens of the longest text that a model takes, by its configuration."""
+    config = config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's own name
+    return next(filter(None, lengths), 1 << 20)
+
+
 class ChatTokenizer:
     """Made by `open`.
 
@@ -83,10 +90,8 @@ class ChatTokenizer:
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
-        config = config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's own name
-        self.max_length: int = next(filter(None, lengths), 1 << 20)
+        self.vocab_size: int = config.get_text_config().vocab_size
+        self.max_length = max_length(config)
         self.hidden = _hidden(tokenizer)
         self.byte_tokens = _byte_tokens(tokenizer)
         self.cleans_spaces = _cleans_spaces(tokenizer)

@@ -44,6 +44,7 @@ from meswitch.ops import BACKENDS, backend, uses_kernels
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import Step
 from meswitch.slots import ExpertStore
+from meswitch.tokenizer import max_length
 
 logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried is quiet
 
@@ -283,7 +284,7 @@ def _proven(
     if faults:
         attachment.undo(model)
         return tuple(faults)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sizes.kv_tokens
+    longest = max_length(model.config)
     if kernel and device.type == "cuda":
         run_prompts(batch, store, list(artifacts)[:2], PROMPTS, longest)
     if kernel and sizes.cuda_graphs:
