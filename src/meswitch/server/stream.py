@@ -12,10 +12,9 @@ from starlette.types import Receive, Scope, Send
 from meswitch.server.errors import ApiError
 from meswitch.server.formats import Format
 from meswitch.server.generation import Generation
+from meswitch.server.logs import GONE
 
 T = TypeVar("T")
-
-_GONE = 499  # nobody reads it; the number is for logs (nginx's)
 
 
 class ClientGoneError(Exception):
@@ -28,7 +27,7 @@ async def answer(generation: Generation, shape: Format, request: Request, header
         answers = await _while_connected(request.receive, generation.whole())
         return JSONResponse(shape.whole(answers, generation.usage()).model_dump(mode="json"), headers=dict(headers))
     except ClientGoneError:
-        return Response(status_code=_GONE)
+        return Response(status_code=GONE)
     finally:
         generation.cancel()
 
