@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.graphs import DecodeSteps, own_tables
 from meswitch.engine.pages import PAGE, Pages, pages_for
-from meswitch.engine.request import Listener, tell
+from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState
 from meswitch.engine.scheduler import Job, Scheduler
-from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError
+from meswitch.errors import CapacityError, ConfigError, IncompatibleError
 from meswitch.threads import StepThreads
 
 logger = logging.getLogger("meswitch.engine")
+
+T = TypeVar("T")
 
 _MAX_REQUESTS = 256
 _Told = tuple[str, Listener, list[int], bool, str | None]  # what `tell` takes
@@ -123,7 +125,7 @@ class Batch:
         job = Job(request, list(tokens), slot, owner, params, frozenset(eos), listener, sampling)
         with self._entry:
             if self._closing.is_set() or self.failure is not None:
-                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+                raise stopped(self.failure)
             self._commands.put(job)
 
     @contextlib.contextmanager
@@ -189,14 +191,12 @@ class Batch:
 
     def in_tables(self, slot: int) -> bool:
         """Whether all that the expert in a slot has is in tables, or where the kernels read it."""
-        found: list[bool] = []
 
-        def look() -> None:
+        def look() -> bool:
             assert self._switch.tables is not None
-            found.append(self._switch.tables.fill(slot, self._switch.tensors(slot)))
+            return self._switch.tables.fill(slot, self._switch.tensors(slot))
 
-        self._between_steps(look)
-        return found[0]
+        return self._between_steps(look)
 
     def decode_eagerly(self) -> None:
         """Compute all steps without static buffers from now on."""
@@ -206,26 +206,25 @@ class Batch:
 
         self._between_steps(drop)
 
-    def _between_steps(self, work: Callable[[], None]) -> None:
-        """Do something in the thread that computes, and wait for it."""
-        done: Future[None] = Future()
+    def _between_steps(self, work: Callable[[], T]) -> T:
+        """Do something in the thread that computes, and wait for what it gives."""
+        done: Future[T] = Future()
 
         def do() -> None:
             try:
-                work()
-                done.set_result(None)
+                done.set_result(work())
             except Exception as error:  # noqa: BLE001  whatever it is, it is the caller's
                 done.set_exception(error)
 
         with self._entry:
             if self._closing.is_set() or self.failure is not None:
-                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+                raise stopped(self.failure)
             self._commands.put(do)
         while not done.done():
             wait([done], timeout=1)
             if not self._computing.is_alive() and not done.done():
-                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
-        done.result()
+                raise stopped(self.failure)
+        return done.result()
 
     @property
     def graph_bytes(self) -> int:

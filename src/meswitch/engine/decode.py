@@ -53,25 +53,22 @@ class _Table:
 
     def fill(self, pieces: Sequence[Piece]) -> Tensor:
         """Lay a step out; gives the numbers, on the host."""
-        numbers: list[list[int]] = [[], [], [], [], []]
-        before, self.filled[:] = list(self.filled), [()] * len(self.filled)  # if something fails, nothing is known
-        filled, changed = list(before), False
+        numbers: list[tuple[int, ...]] = []
+        filled, self.filled[:] = list(self.filled), [()] * len(self.filled)  # if something fails, nothing is known
+        changed = False
         for row, piece in enumerate(pieces):
             end = piece.past + 1
             start = 0 if self.window is None else max(0, end - self.window)
             seen = piece.pages[start // PAGE : pages_for(end)]
-            for column, value in zip(
-                numbers, (len(seen), seen[0], start % PAGE, seen[-1], (end - 1) % PAGE + 1), strict=True
-            ):
-                column.append(value)
+            numbers.append((len(seen), seen[0], start % PAGE, seen[-1], (end - 1) % PAGE + 1))
             if filled[row] != (known := tuple(seen)):
                 filled[row] = known
                 self.host_pages[row, : len(seen)] = torch.tensor(seen, dtype=torch.int32)
                 changed = True
         if changed:
             self.pages.copy_(self.host_pages, non_blocking=True)
-        missing = [0] * (self.numbers.shape[1] - len(pieces))
-        found = torch.tensor([column + missing for column in numbers], dtype=torch.int32)
+        found = torch.zeros(self.numbers.shape, dtype=torch.int32)
+        found[:, : len(pieces)] = torch.tensor(numbers, dtype=torch.int32).T
         self.filled[:] = filled
         return found
 

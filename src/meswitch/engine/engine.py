@@ -25,7 +25,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
-from meswitch.engine.request import TRACE, Chunk, Completion, Request
+from meswitch.engine.request import TRACE, Chunk, Completion, Request, stopped
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
@@ -207,7 +207,7 @@ class Engine:
             if self._closed:
                 raise MeswitchError("the engine is closed")
             if self.failure is not None:
-                raise MeswitchError(f"the engine has stopped: {self.failure}; start it again")
+                raise stopped(self.failure)
             if len(self._waiting) + len(self._running) >= self.max_queue:
                 raise CapacityError(
                     f"the queue is full ({self.max_queue} requests); ask again later or raise engine.max_queue"

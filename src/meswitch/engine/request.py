@@ -26,6 +26,11 @@ TRACE: ContextVar[str] = ContextVar("meswitch_trace", default="")
 Listener = Callable[[list[int], bool, str | None], None]
 
 
+def stopped(reason: str | None) -> MeswitchError:
+    """What somebody is told who asks an engine that answers no more. reason: None if it was closed."""
+    return MeswitchError(f"the engine has stopped: {reason or 'it was closed'}; start it again")
+
+
 def tell(request: str, listener: Listener, tokens: list[int], finished: bool, error: str | None) -> None:
     """Give a request's listener its tokens; what it raises is its own fault, and no other request's."""
     try:

@@ -21,10 +21,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
-from meswitch.engine.request import Listener, tell
+from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams, SamplingState, StepSampler, not_finite
-from meswitch.errors import IncompatibleError, MeswitchError
+from meswitch.errors import IncompatibleError
 from meswitch.slots import ExpertStore
 from meswitch.threads import StepThreads
 
@@ -121,7 +121,7 @@ class Turns:
         """
         with self._changed:
             if self._closed or self.failure is not None:
-                raise MeswitchError(f"the engine has stopped: {self.failure or 'it was closed'}; start it again")
+                raise stopped(self.failure)
             self._jobs[request] = _Job(request, tokens, slot, params, frozenset(eos), listener)
             state = sampling or SamplingState(params, tokens, frozenset(eos))
             self._sampler.states[request] = state

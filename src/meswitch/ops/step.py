@@ -40,17 +40,18 @@ class Side:
 
     def fill(self, token_slots: Sequence[int]) -> None:
         """Set the slots of the step's rows; the rest is the base's."""
-        before, now = len(self.host), len(token_slots)
+        if len(token_slots) > len(self.token_slots):
+            rows, most = len(token_slots), len(self.token_slots)
+            raise ConfigError(f"{rows} rows in a step that was announced with at most {most}")
         try:
-            self._fill(token_slots, before, now)
+            self._fill(token_slots)
         except BaseException:
             self.host = []  # what the buffers hold is not known
             self.token_slots.fill_(BASE)
             raise
 
-    def _fill(self, token_slots: Sequence[int], before: int, now: int) -> None:
-        if now > len(self.token_slots):
-            raise ConfigError(f"{now} rows in a step that was announced with at most {len(self.token_slots)}")
+    def _fill(self, token_slots: Sequence[int]) -> None:
+        before, now = len(self.host), len(token_slots)
         self.host = list(token_slots)
         self.active = any(slot != BASE for slot in token_slots)
         self._large, self._prefill = {}, {}
