@@ -83,7 +83,7 @@ def router_from_family(
         RouterError: no router and too little said of an expert (the message says how to mend it), or a router that
             does not fit the family.
     """
-    from meswitch.router import open_router
+    from meswitch.router import OpenOptions, open_router
     from meswitch.router.loading import is_trained
     from meswitch.router.store import read_file
 
@@ -93,12 +93,8 @@ def router_from_family(
         read_file(path)
     elif not is_trained(directory):
         logger.warning("%s: no router here; experts are told apart by what family.toml says of them", directory)
-    return open_router(
-        directory,
+    given = OpenOptions(
         family.resolve_model(family.base.path),
-        route_options(family),
-        encoder=None if encoder is None else family.resolve_model(encoder),
-        bits=family.router.bits,
         fallback=family.router.fallback,
         threshold=family.router.threshold if threshold is None else threshold,
         model=None if engine is None else _base_beside(engine),
@@ -106,6 +102,8 @@ def router_from_family(
         device=device,
         llm=llm,
     )
+    source = None if encoder is None else family.resolve_model(encoder)
+    return open_router(directory, route_options(family), given, encoder=source, bits=family.router.bits)
 
 
 def route_options(family: Family) -> "list[RouteOption]":

@@ -12,8 +12,8 @@ from meswitch.router.base import OTHER, Messages, Router, RouterError
 from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
 from meswitch.router.data import Row
 from meswitch.router.store import (
-    Calibration,
-    Given,
+    OpenOptions,
+    ScoreCalibration,
     check_members,
     check_no_tensors,
     open_member,
@@ -37,7 +37,7 @@ class CascadeFile:
     experts: tuple[str, ...]
     margin: float | None
     weight: float
-    calibration: Calibration
+    calibration: ScoreCalibration
     members: dict[str, str]
     tensors_sha256: str = ""
 
@@ -60,7 +60,7 @@ class CascadeRouter(Router):
         self,
         first: Router,
         second: Router,
-        calibration: Calibration,
+        calibration: ScoreCalibration,
         *,
         margin: float | None,
         weight: float,
@@ -101,7 +101,7 @@ class CascadeRouter(Router):
         write_router(Path(path), file, {}, {"first": self.first, "second": self.second})  # type: ignore[dict-item]
 
     @classmethod
-    def open(cls, directory: Path, file: CascadeFile, given: Given) -> "CascadeRouter":
+    def open(cls, directory: Path, file: CascadeFile, given: OpenOptions) -> "CascadeRouter":
         """
         Raises:
             RouterError: one of the two is missing, damaged or not the one that it was saved with.
@@ -150,7 +150,9 @@ def fit_cascade(
     Raises:
         RouterError: the two do not know the same experts, or the rows have a domain that is none of them.
     """
-    router = CascadeRouter(first, second, Calibration(1.0, 0.0, 0.0, 0.0), margin=None, weight=0.5, fallback=fallback)
+    router = CascadeRouter(
+        first, second, ScoreCalibration(1.0, 0.0, 0.0, 0.0), margin=None, weight=0.5, fallback=fallback
+    )
     labels = list(router.labels)
     for row in rows:
         if row.domain not in labels:
@@ -170,7 +172,7 @@ def fit_cascade(
     known = targets < experts
     right = (best == targets)[known]
     router.margin, router.weight = margin, weight
-    router.calibration = Calibration(
+    router.calibration = ScoreCalibration(
         temperature=divisor,
         threshold=threshold(confidence[known], confidence[~known], COVERAGE) if len(right) else 0.0,
         accuracy=float(right.double().mean()) if len(right) else 0.0,

@@ -22,7 +22,7 @@ from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
 from meswitch.router.described import Prior, RouteOption, Space
 from meswitch.router.encoder import Encoder, Progress, TextEncoder, open_encoder
 from meswitch.router.features import WIDTH, Bags, bags, style
-from meswitch.router.store import Calibration, Given, Provenance, read_tensors, register, write_router
+from meswitch.router.store import OpenOptions, RouterProvenance, ScoreCalibration, read_tensors, register, write_router
 from meswitch.threads import fitting_threads
 
 # What an embedding router keeps of its training rows, so that experts can be added to it without them.
@@ -32,7 +32,7 @@ ROWS = 16  # of every label; measured: 64 change little
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class KeptRows:
     """Features of ROWS training rows of every label, in the order of the router's labels; float32.
 
     states: [labels x ROWS, width]. known: [labels x ROWS, known width]. words: [labels x ROWS, experts], what the word
@@ -44,7 +44,7 @@ class Memory:
     words: Tensor
 
     @classmethod
-    def of(cls, states: Tensor, known: Tensor, words: Tensor, targets: Tensor, labels: int) -> "Memory":
+    def of(cls, states: Tensor, known: Tensor, words: Tensor, targets: Tensor, labels: int) -> "KeptRows":
         """Rows spread evenly over those of each label; of a label that has fewer, some more than once."""
         chosen = torch.cat([spread((targets == label).nonzero()[:, 0]) for label in range(labels)])
         return cls(states[chosen], known[chosen], words[chosen])
@@ -53,11 +53,11 @@ class Memory:
         """[labels x ROWS] int64."""
         return torch.arange(len(self.states) // ROWS).repeat_interleave(ROWS)
 
-    def with_expert(self, states: Tensor, known: Tensor) -> "Memory":
+    def with_expert(self, states: Tensor, known: Tensor) -> "KeptRows":
         """With rows of one more expert, behind those of the others, whose words count for nothing."""
         chosen, at = spread(torch.arange(len(states))), self.words.shape[1] * ROWS
         words = torch.cat([self.words[:at], torch.zeros(ROWS, self.words.shape[1]), self.words[at:]])
-        return Memory(
+        return KeptRows(
             torch.cat([self.states[:at], states[chosen], self.states[at:]]),
             torch.cat([self.known[:at], known[chosen], self.known[at:]]),
             torch.cat([words, torch.zeros(len(words), 1)], 1),
@@ -74,7 +74,7 @@ BASE = "base"  # the encoder is the family's base
 
 
 @dataclass(frozen=True, slots=True)
-class BaseInfo:
+class EncoderInfo:
     """The model whose hidden states the router reads; `fingerprint` identifies it by content."""
 
     fingerprint: str
@@ -83,7 +83,7 @@ class BaseInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class EmbeddingSettings:
     """What the heads see and how they are fitted.
 
     layers: which hidden states are averaged (0: embeddings) to choose the expert. known_layers: to tell queries for
@@ -128,10 +128,10 @@ class RouterFile:
     experts: tuple[str, ...]
     other: bool
     added: int
-    base: BaseInfo
-    settings: Settings
-    calibration: Calibration
-    provenance: Provenance
+    base: EncoderInfo
+    settings: EmbeddingSettings
+    calibration: ScoreCalibration
+    provenance: RouterProvenance
     routes: tuple[RouteOption, ...]
     tensors_sha256: str = ""
 
@@ -195,7 +195,7 @@ class Heads:
             return None
         return (self.known(features.known) + features.words.weighted(self.known_words)).logsumexp(1)
 
-    def scores(self, features: Features, settings: Settings, temperature: float) -> Tensor:
+    def scores(self, features: Features, settings: EmbeddingSettings, temperature: float) -> Tensor:
         """[n, experts (+ 1 for other)] float64: log-probabilities."""
         logits = self.logits(features, settings.words).double() / temperature
         which = with_prior(logits, features, settings).log_softmax(1)
@@ -208,12 +208,26 @@ class Heads:
         return torch.cat([which + logsigmoid(known), logsigmoid(-known)], 1)
 
 
-def with_prior(logits: Tensor, features: Features, settings: Settings) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What training made of an encoder's states.
+
+    heads: of both questions. rows: of the training rows, those that are kept. prior: where the router started from.
+    added: how many of the experts, the last ones, were added by examples (`meswitch.router.loading`).
+    """
+
+    heads: Heads
+    rows: KeptRows
+    prior: Prior | None = None
+    added: int = 0
+
+
+def with_prior(logits: Tensor, features: Features, settings: EmbeddingSettings) -> Tensor:
     """[n, experts] float64, of logits after their temperature."""
     return logits if features.prior is None else logits + settings.prior * features.prior[:, :-1].double()
 
 
-def odds_with_prior(odds: Tensor, features: Features, settings: Settings) -> Tensor:
+def odds_with_prior(odds: Tensor, features: Features, settings: EmbeddingSettings) -> Tensor:
     """[n] float64, of calibrated log-odds that some expert is for the text."""
     return odds if features.prior is None else settings.own * odds + features.prior[:, -1].double()
 
@@ -228,15 +242,12 @@ class EmbeddingRouter(Router):
     def __init__(
         self,
         encoder: TextEncoder,
-        heads: Heads,
+        learnt: Learnt,
         experts: Sequence[str],
-        settings: Settings,
-        calibration: Calibration,
-        provenance: Provenance,
+        settings: EmbeddingSettings,
+        calibration: ScoreCalibration,
+        provenance: RouterProvenance,
         *,
-        memory: Memory,
-        prior: Prior | None = None,
-        added: int = 0,
         fallback: str = "base",
         threshold: float | None = None,
     ) -> None:
@@ -244,14 +255,13 @@ class EmbeddingRouter(Router):
         self.fallback = fallback
         self.threshold = calibration.threshold if threshold is None else threshold
         self.encoder = encoder
-        self.heads = heads
+        self.learnt = learnt
+        self.heads = learnt.heads
+        self.prior = learnt.prior
         self.settings = settings
         self.calibration = calibration
         self.provenance = provenance
-        self.memory = memory
-        self.prior = prior
-        self.added = added  # experts, by examples: see `meswitch.router.few`
-        self.labels = self.experts if heads.known is None else (*self.experts, OTHER)
+        self.labels = self.experts if learnt.heads.known is None else (*self.experts, OTHER)
 
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
         if not messages_batch:
@@ -265,7 +275,7 @@ class EmbeddingRouter(Router):
 
     def nbytes(self) -> int:
         """Of the encoder and the heads in memory."""
-        tensors = tensors_of(self.heads, self.memory).values()
+        tensors = tensors_of(self.heads, self.learnt.rows).values()
         return self.encoder.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def save(self, path: str | Path) -> None:
@@ -279,17 +289,17 @@ class EmbeddingRouter(Router):
             kind=KIND,
             experts=self.experts,
             other=self.labels != self.experts,
-            added=self.added,
-            base=BaseInfo(encoder.fingerprint, encoder.hidden_size, encoder.vocab_size),
+            added=self.learnt.added,
+            base=EncoderInfo(encoder.fingerprint, encoder.hidden_size, encoder.vocab_size),
             settings=self.settings,
             calibration=self.calibration,
             provenance=self.provenance,
             routes=() if self.prior is None else self.prior.options,
         )
-        write_router(Path(path), file, tensors_of(self.heads, self.memory))
+        write_router(Path(path), file, tensors_of(self.heads, self.learnt.rows))
 
     @classmethod
-    def open(cls, directory: Path, file: RouterFile, given: Given) -> "EmbeddingRouter":
+    def open(cls, directory: Path, file: RouterFile, given: OpenOptions) -> "EmbeddingRouter":
         """
         Raises:
             RouterError: damaged, or trained with another encoder. CheckpointError: the encoder is gone.
@@ -338,16 +348,15 @@ class EmbeddingRouter(Router):
         heads = Heads(
             tensors["words.weight"], head("states"), head("known") if file.other else None, tensors.get("known.words")
         )
+        kept = KeptRows(*(tensors[f"memory.{part}"] for part in ("states", "known", "words")))
+        prior = Prior.of(file.routes, Space(encoder)) if file.routes else None
         return cls(
             encoder,
-            heads,
+            Learnt(heads, kept, prior, file.added),
             file.experts,
             settings,
             file.calibration,
             file.provenance,
-            prior=Prior.of(file.routes, Space(encoder)) if file.routes else None,
-            memory=Memory(*(tensors[f"memory.{part}"] for part in ("states", "known", "words"))),
-            added=file.added,
             fallback=given.fallback,
             threshold=given.threshold,
         )
@@ -360,10 +369,10 @@ class EmbeddingRouter(Router):
         return data
 
 
-def tensors_of(heads: Heads, memory: Memory) -> dict[str, Tensor]:
-    """Heads and memory by the names they have on disk."""
+def tensors_of(heads: Heads, kept: KeptRows) -> dict[str, Tensor]:
+    """Heads and kept rows by the names they have on disk."""
     tensors = {"words.weight": heads.words}
-    tensors |= {f"memory.{part}": getattr(memory, part) for part in ("states", "known", "words")}
+    tensors |= {f"memory.{part}": getattr(kept, part) for part in ("states", "known", "words")}
     for name, head in (("states", heads.states), ("known", heads.known)):
         if head is not None:
             tensors |= {f"{name}.{part}": getattr(head, part) for part in ("mean", "scale", "weight", "bias")}
@@ -375,7 +384,7 @@ def tensors_of(heads: Heads, memory: Memory) -> dict[str, Tensor]:
 def extract(
     encoder: TextEncoder,
     texts: Sequence[str],
-    settings: Settings,
+    settings: EmbeddingSettings,
     prior: Prior | None = None,
     progress: Progress | None = None,
 ) -> Features:

@@ -17,7 +17,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.router.features import clip
-from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_plain
+from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_llama_like
 from meswitch.tokenizer import load_tokenizer
 
 # A causal language model as an encoder: mean hidden states of a query's tokens. The family's base is the usual one.
@@ -25,7 +25,7 @@ from meswitch.tokenizer import load_tokenizer
 
 Progress = Callable[[int, int], None]  # (done, total)
 
-_CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches are slower
+_CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger padded_batches are slower
 _GPU_BATCH_TOKENS = 8192
 
 
@@ -117,7 +117,7 @@ class Encoder:
         """
         tokens = [self._tokens(text, max_tokens) for text in texts]
         out = torch.zeros(len(texts), len(layers) * self.hidden_size)
-        for batch in batches(tokens, self.device, progress):
+        for batch in padded_batches(tokens, self.device, progress):
             out[batch] = self._pooled([tokens[i] for i in batch], layers)
         return out
 
@@ -150,7 +150,9 @@ class Encoder:
         last = max(layers)
         if last not in self._short:
             whole = self.model
-            self._short[last] = DecoderLayers(whole, last) if is_plain(whole) else first_layers(whole, last, self.depth)
+            self._short[last] = (
+                DecoderLayers(whole, last) if is_llama_like(whole) else first_layers(whole, last, self.depth)
+            )
         short = self._short[last]
         if isinstance(short, DecoderLayers):
             if short.window is None or padded.shape[1] <= short.window:
@@ -197,7 +199,7 @@ def shortened(ids: list[int], limit: int) -> list[int]:
     return ids if len(ids) <= limit else ids[:head] + ids[head - limit :]
 
 
-def batches(tokens: list[list[int]], device: torch.device, progress: Progress | None) -> Iterator[list[int]]:
+def padded_batches(tokens: list[list[int]], device: torch.device, progress: Progress | None) -> Iterator[list[int]]:
     """Indices of texts, shortest first, in batches that suit the device with their padding; reports those done."""
     limit = _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
     batch: list[int] = []
@@ -296,7 +298,7 @@ class SentenceEncoder:
         self._prepare(max(layers))
         tokens = [self._tokens(text, min(max_tokens, self._limit)) for text in texts]
         out = torch.zeros(len(texts), len(layers) * self.hidden_size)
-        for batch in batches(tokens, self.device, progress):
+        for batch in padded_batches(tokens, self.device, progress):
             out[batch] = self._pooled([tokens[i] for i in batch], layers)
         return out
 

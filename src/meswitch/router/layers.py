@@ -178,7 +178,7 @@ _TYPES = ("llama", "mistral")
 _ROPES = ("default", "linear", "llama3")  # whose angles depend on the position alone
 
 
-def is_plain(model: Any) -> bool:
+def is_llama_like(model: Any) -> bool:
     """Whether `DecoderLayers` computes what this model does; elsewhere than in float32 on the CPU it need not."""
     config = model.config
     rope = getattr(getattr(model, "rotary_emb", None), "rope_type", None)
@@ -196,7 +196,7 @@ class DecoderLayers:
     """Token ids -> hidden states.
 
     Args:
-        model: the decoder without its head; `is_plain` holds. count: how many of its layers are wanted.
+        model: the decoder without its head; `is_llama_like` holds. count: how many of its layers are wanted.
     """
 
     def __init__(self, model: Any, count: int) -> None:

@@ -10,12 +10,12 @@ from typing import Any, overload
 
 from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, text_of
 from meswitch.router.features import clip
-from meswitch.router.store import Given, check_members, check_no_tensors, open_member, register, write_router
+from meswitch.router.store import OpenOptions, check_members, check_no_tensors, open_member, register, write_router
 from meswitch.strict import Decoder
 
 
 @dataclass(frozen=True)
-class Request(Sequence[Mapping[str, Any]]):
+class RoutingRequest(Sequence[Mapping[str, Any]]):
     """A conversation with what came along with it: pass it to a router in place of the messages.
 
     headers: names in any case. metadata: OpenAI's `metadata` field, a flat object. Routers without rules see only the
@@ -144,7 +144,7 @@ class RulesRouter(Router):
         write_router(Path(path), RulesFile("rules", self.experts, self.rules, {}), {}, members)  # type: ignore[arg-type]
 
     @classmethod
-    def open(cls, directory: Path, file: RulesFile, given: Given) -> "RulesRouter":
+    def open(cls, directory: Path, file: RulesFile, given: OpenOptions) -> "RulesRouter":
         """
         Raises:
             RouterError: damaged, or the router behind is not the one that it was saved with.
@@ -201,7 +201,7 @@ def _value(field_name: str, messages: Messages) -> str | None:
     if kind == "system":
         system = [message for message in messages if message.get("role") in ("system", "developer")]
         return clip(text_of(system)) if system else None
-    if not isinstance(messages, Request):
+    if not isinstance(messages, RoutingRequest):
         return None
     if kind == "header":
         return next((value for key, value in messages.headers.items() if key.lower() == name.lower()), None)

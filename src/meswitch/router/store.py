@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -27,10 +28,11 @@ FORMAT = "meswitch-router"
 VERSION = 2  # 2: an embedding router's `routes`, and `prior` and `own` of its settings
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
+ENTRY_POINTS = "meswitch.routers"
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class ScoreCalibration:
     """Fitted on held-out predictions, which also gave the figures (auroc is None without rows of `other`)."""
 
     temperature: float
@@ -41,7 +43,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
+class RouterProvenance:
     """What it was trained on (SHA-256 of the data file, rows of every domain), with what, and when (UTC)."""
 
     data_sha256: str
@@ -64,20 +66,22 @@ class File(Protocol):
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the caller of `load_router` said; see there."""
+class OpenOptions:
+    """How a router on disk is opened; the fields are the arguments of `load_router`."""
 
     base: str | Path
-    fallback: str
-    threshold: float | None
-    model: Any
-    tokenizer: Any
-    device: str
-    llm: str | Path | None
+    fallback: str = "base"
+    threshold: float | None = None
+    model: Any = None
+    tokenizer: Any = None
+    device: str = "cpu"
+    llm: str | Path | None = None
 
 
 class StoredKind(Protocol):
     """A class of routers that can be written and read: one file of this package, imported by its `__init__`.
+
+    Another package's is found by an entry point of the group `meswitch.routers`: the kind, and the module to import.
 
     file: its part of `router.json`. unknown: what to do about experts that it does not know, beside training again.
     """
@@ -86,7 +90,7 @@ class StoredKind(Protocol):
     unknown: ClassVar[str]
 
     @classmethod
-    def open(cls, directory: Path, file: Any, given: Given) -> Router: ...
+    def open(cls, directory: Path, file: Any, given: OpenOptions) -> Router: ...
 
     @classmethod
     def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
@@ -171,6 +175,9 @@ def read_file(path: Path) -> Any:
     if version > VERSION:
         raise RouterError(f"{name}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch")
     kind = data.get("kind")
+    if isinstance(kind, str) and kind not in _KINDS:
+        for point in entry_points(group=ENTRY_POINTS, name=kind):
+            point.load()
     if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))
         raise RouterError(f"{name}: kind: {kind!r} is not known to this meswitch (it has {known})")
@@ -266,16 +273,16 @@ def load_router(
     file = read_file(directory)
     if experts is not None:
         check_experts(directory, file, experts)
-    return open_kind(directory, file, Given(base, fallback, threshold, model, tokenizer, device, llm))
+    return open_kind(directory, file, OpenOptions(base, fallback, threshold, model, tokenizer, device, llm))
 
 
-def open_kind(directory: Path, file: Any, given: Given) -> Router:
+def open_kind(directory: Path, file: Any, given: OpenOptions) -> Router:
     """The router of a directory whose `router.json` was read."""
     router: Router = _KINDS[file.kind].open(directory, file, given)
     return router
 
 
-def open_member(directory: Path, given: Given) -> Router:
+def open_member(directory: Path, given: OpenOptions) -> Router:
     """A router inside another one; it decides by its own threshold, if at all.
 
     Raises:

@@ -15,18 +15,19 @@ from meswitch.router.data import Row, folds, in_lower_case, plain, without_label
 from meswitch.router.described import Prior, RouteOption, Space, layers_of, says_enough
 from meswitch.router.embedding import (
     EmbeddingRouter,
+    EmbeddingSettings,
     Features,
     Heads,
+    KeptRows,
+    Learnt,
     Linear,
-    Memory,
-    Settings,
     extract,
     odds_with_prior,
     with_prior,
 )
 from meswitch.router.encoder import Progress, TextEncoder
 from meswitch.router.features import Bags
-from meswitch.router.store import Calibration, Provenance
+from meswitch.router.store import RouterProvenance, ScoreCalibration
 from meswitch.threads import fitting_threads
 from meswitch.version import __version__
 
@@ -140,7 +141,7 @@ def _even(domains: Tensor, groups: Tensor) -> Tensor:
 MANY = 16  # experts, from which they are taken to be intents of one application rather than domains
 
 
-def default_settings(encoder: TextEncoder, seed: int = 0, experts: int = 0) -> Settings:
+def default_settings(encoder: TextEncoder, seed: int = 0, experts: int = 0) -> EmbeddingSettings:
     """Two thirds up the model, where states say most about meaning; a third up to tell others.
 
     Layers and penalties were compared by leaving sources out; the words' weight beside a sentence encoder lies between
@@ -150,7 +151,7 @@ def default_settings(encoder: TextEncoder, seed: int = 0, experts: int = 0) -> S
     depth = encoder.depth
     small = encoder.source == "base"
     middle = max(1, round(depth * 2 / 3)) if depth else 0
-    settings = Settings(
+    settings = EmbeddingSettings(
         layers=(middle,),
         known_layers=(max(1, round(depth / 3)),) if small and depth else (middle,),
         words=1.0 if small else 0.25,
@@ -172,7 +173,7 @@ def train_router(
     experts: Sequence[str],
     encoder: TextEncoder,
     *,
-    settings: Settings | None = None,
+    settings: EmbeddingSettings | None = None,
     options: Sequence[RouteOption] = (),
     data_sha256: str = "",
     fallback: str = "base",
@@ -181,7 +182,7 @@ def train_router(
     """Train on labelled queries; the same rows, settings and machine give the same router.
 
     Rows of domain `other` train the head that tells them and set the threshold, unless the settings name a target;
-    without either the threshold answers 99 % of the known queries. Calibration, threshold and the figures in
+    without either the threshold answers 99 % of the known queries. ScoreCalibration, threshold and the figures in
     `calibration` come from predictions for rows that the heads did not see (`settings.folds` folds; equal queries are
     always in the same fold). The router itself is then fitted on all rows.
 
@@ -207,11 +208,9 @@ def train_router(
         targets = torch.tensor([labels.index(row.domain) for row in rows])
         data = _Data(features, targets[origin], origin, len(both), len(experts))
         heads, calibration = _train(rows, data, settings)
-        memory = _memory(data, heads, len(labels), settings)
+        learnt = Learnt(heads, _kept(data, heads, len(labels), settings), prior)
     provenance = _provenance(rows, data_sha256)
-    return EmbeddingRouter(
-        encoder, heads, experts, settings, calibration, provenance, memory=memory, prior=prior, fallback=fallback
-    )
+    return EmbeddingRouter(encoder, learnt, experts, settings, calibration, provenance, fallback=fallback)
 
 
 def _prior(options: Sequence[RouteOption], experts: Sequence[str], encoder: TextEncoder) -> Prior | None:
@@ -238,8 +237,8 @@ class _Data:
     experts: int
 
 
-def _train(rows: Sequence[Row], data: _Data, settings: Settings) -> tuple[Heads, Calibration]:
-    """Calibration from held-out predictions, then heads from all rows."""
+def _train(rows: Sequence[Row], data: _Data, settings: EmbeddingSettings) -> tuple[Heads, ScoreCalibration]:
+    """ScoreCalibration from held-out predictions, then heads from all rows."""
     count, experts = len(rows), data.experts
     fold, targets = folds(rows, settings.folds, settings.seed), data.targets[: len(rows)]
     which, odds = torch.zeros(count, experts), torch.zeros(count)
@@ -266,11 +265,11 @@ def _train(rows: Sequence[Row], data: _Data, settings: Settings) -> tuple[Heads,
     return heads, _calibrate(divisor, confidence, best.indices == targets, known, settings)
 
 
-def _memory(data: _Data, heads: Heads, labels: int, settings: Settings) -> Memory:
+def _kept(data: _Data, heads: Heads, labels: int, settings: EmbeddingSettings) -> KeptRows:
     """Of rows and their copies without labels: what a query looks like, whoever wrote it."""
     features, first = data.features, slice(data.both)
     words = settings.words * features.words.weighted(heads.words)
-    return Memory.of(features.states[first], features.known[first], words[first], data.targets[first], labels)
+    return KeptRows.of(features.states[first], features.known[first], words[first], data.targets[first], labels)
 
 
 def _labels(rows: Sequence[Row], experts: Sequence[str], folds: int) -> list[str]:
@@ -291,7 +290,7 @@ def _labels(rows: Sequence[Row], experts: Sequence[str], folds: int) -> list[str
     return labels
 
 
-def _offsets(rows: Sequence[Row], data: _Data, near: Tensor, settings: Settings) -> Tensor:
+def _offsets(rows: Sequence[Row], data: _Data, near: Tensor, settings: EmbeddingSettings) -> Tensor:
     """[experts] float32, see `meswitch.router.train`; near: held-out logits of the experts' rows."""
     targets = data.targets[: len(rows)]
     numbers = {row.domain: int(target) for row, target in zip(rows, targets, strict=True)}
@@ -315,7 +314,7 @@ def _offsets(rows: Sequence[Row], data: _Data, near: Tensor, settings: Settings)
     return offsets(near, targets[targets < data.experts], torch.cat(far), torch.tensor(order)[group], group, free)
 
 
-def _fit(data: _Data, chosen: Tensor, settings: Settings) -> Heads:
+def _fit(data: _Data, chosen: Tensor, settings: EmbeddingSettings) -> Heads:
     """Heads from the rows `chosen` [n] bool and the copies among them."""
     experts = data.experts
     words, states = _which(data, chosen, settings)
@@ -330,7 +329,7 @@ def _fit(data: _Data, chosen: Tensor, settings: Settings) -> Heads:
     return Heads(words, states, Linear(both.mean, both.scale, weight, bias), counted[:, 1:] - counted[:, :1])
 
 
-def _which(data: _Data, chosen: Tensor, settings: Settings) -> tuple[Tensor, Linear]:
+def _which(data: _Data, chosen: Tensor, settings: EmbeddingSettings) -> tuple[Tensor, Linear]:
     """The heads that choose the expert: of words and of states."""
     some = (chosen & (data.targets < data.experts)).nonzero()[:, 0]
     own, mine = data.features.select(some), data.targets[some]
@@ -345,10 +344,12 @@ def _linear(x: Tensor, targets: Tensor, classes: int, l2: float, evenness: float
     return Linear(mean, scale, *logistic((x - mean) * scale, targets, classes, l2, evenness))
 
 
-def _calibrate(divisor: float, confidence: Tensor, right: Tensor, known: Tensor, settings: Settings) -> Calibration:
+def _calibrate(
+    divisor: float, confidence: Tensor, right: Tensor, known: Tensor, settings: EmbeddingSettings
+) -> ScoreCalibration:
     """Threshold and figures from held-out confidences [n]; right: whether the best expert is the row's."""
     correct = right[known]
-    return Calibration(
+    return ScoreCalibration(
         temperature=divisor,
         threshold=choose_threshold(
             confidence, right, known, precision=settings.target_precision, coverage=settings.target_coverage
@@ -359,10 +360,10 @@ def _calibrate(divisor: float, confidence: Tensor, right: Tensor, known: Tensor,
     )
 
 
-def _provenance(rows: Sequence[Row], data_sha256: str) -> Provenance:
+def _provenance(rows: Sequence[Row], data_sha256: str) -> RouterProvenance:
     import transformers
 
-    return Provenance(
+    return RouterProvenance(
         data_sha256=data_sha256,
         rows=dict(sorted(Counter(row.domain for row in rows).items())),
         meswitch=__version__,

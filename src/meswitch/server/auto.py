@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import quote, unquote
 
-from meswitch.router import Request, Route, Router
-from meswitch.router.conversation import Reason
+from meswitch.router import Route, Router, RoutingRequest
+from meswitch.router.base import Reason
 from meswitch.server.errors import ApiError, without_paths
 from meswitch.server.keys import CALLER
 from meswitch.server.logs import RECORD
@@ -116,7 +116,7 @@ class AutoPolicy:
     def has_router(self) -> bool:
         return self._queue is not None
 
-    async def choose(self, model: str, asked: Request, wanted: str | None = None) -> Choice:
+    async def choose(self, model: str, asked: RoutingRequest, wanted: str | None = None) -> Choice:
         """Who answers.
 
         Args:
@@ -161,7 +161,7 @@ class AutoPolicy:
             raise self.unknown(model)
         _check_allowed(model)
 
-    async def decide(self, asked: Request) -> Decision:
+    async def decide(self, asked: RoutingRequest) -> Decision:
         """What the router says, without an answer.
 
         Raises:
@@ -345,10 +345,10 @@ def conversation_of(body: Mapping[str, Any]) -> Messages:
     return [{"role": "user", "content": prompt}]
 
 
-def with_circumstances(messages: Messages, headers: Iterable[tuple[str, str]], metadata: Any) -> Request:
+def with_circumstances(messages: Messages, headers: Iterable[tuple[str, str]], metadata: Any) -> RoutingRequest:
     """The conversation with what rules may look at: headers that begin with `x-`, never a key or a cookie."""
     named = {name.lower(): value for name, value in headers if name.lower().startswith("x-")}
-    return Request(messages, named, metadata if isinstance(metadata, Mapping) else {})
+    return RoutingRequest(messages, named, metadata if isinstance(metadata, Mapping) else {})
 
 
 def _served_by(expert: str) -> dict[str, str]:
