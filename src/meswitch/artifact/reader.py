@@ -22,10 +22,9 @@ from meswitch.codec import (
     packed_shape,
     restore_coded,
 )
-from meswitch.codec.delta import packed_from
+from meswitch.codec.delta import packed_from, with_all_rows
 from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
-from meswitch.codec.rows import with_all_rows
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
 from meswitch.progress import Progress, silent

@@ -42,10 +42,9 @@ from meswitch.codec import (
     spectrum,
     stored_shapes,
 )
+from meswitch.codec.delta import reconstruction_error, without_negligible
 from meswitch.codec.quantize import expand_scale
-from meswitch.codec.rows import without_negligible
-from meswitch.codec.salient import reconstruction_error
-from meswitch.codec.words import LENGTHS, fits, nearest_words, signs_of, word_scales
+from meswitch.codec.words import LENGTHS, nearest_words, signs_of, word_scales, words_fit
 from meswitch.compression.convert import difference, roles_of
 from meswitch.compression.distill.student import Outputs, frozen, read_batch
 from meswitch.compression.distill.training import Sample, divergence, in_batches, mean, weights
@@ -150,7 +149,7 @@ def offers(
                 way = replace(spec, bits=bits, salient=count, group_size=group_size)
                 shapes = stored_shapes(rows, width, way, 0, torch.float32)
                 add(way, shapes, float(falling[count:].sum()) * sampled)
-        for length in (length for length in LENGTHS if fits(width, group_size, length)):
+        for length in (length for length in LENGTHS if words_fit(width, group_size, length)):
             way = replace(spec, bits=1, salient=0, group_size=group_size, block=length)
             lost = float(_word_error(sample, length, group_size, energy).sum()) * sampled
             add(way, stored_shapes(rows, width, way, 0, torch.float32), lost)

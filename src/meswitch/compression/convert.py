@@ -117,7 +117,7 @@ class Converter:
         return Artifact.open(self.writer.out)
 
     def _shares(self) -> dict[str, float]:
-        """What a codec that compares the matrices found for each: name -> `Request.share`."""
+        """What a codec that compares the matrices found for each: name -> `CodecRequest.share`."""
         sharing = None if self.options.is_exact else self.options.codec.sharing
         if sharing is None:
             return {}

@@ -15,7 +15,7 @@ from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
     from meswitch.artifact.manifest import Calibration, Method
-    from meswitch.codec import Codec, Request, Spec
+    from meswitch.codec import Codec, CodecRequest, Spec
     from meswitch.compression.text import Source
 
 ROW_FLOOR = 0.1  # rows of an embedding that changed less than this share of the average are taken as unchanged
@@ -328,7 +328,7 @@ class Options:
         codec = self.codec
         return codec.adapt(spec) if isinstance(codec, PackedCodec) else spec
 
-    def request(self, role: str, rows: int, in_features: int, seed: int, share: float | None = None) -> "Request":
+    def request(self, role: str, rows: int, in_features: int, seed: int, share: float | None = None) -> "CodecRequest":
         """What a codec is asked for.
 
         The budget is what the default method would store for this matrix, or `bpw` bits a weight if that is given.
@@ -342,14 +342,14 @@ class Options:
         """
         import torch
 
-        from meswitch.codec import BPW, Request, nbytes, stored_shapes
+        from meswitch.codec import BPW, CodecRequest, nbytes, stored_shapes
 
         spec = self.spec(role, in_features)
         if BPW.name in self.parameters:
             budget = int(self.parameters[BPW.name] * rows * in_features / 8)
         else:
             budget = nbytes(stored_shapes(rows, in_features, spec, 0, torch.float32))
-        return Request(spec, budget, seed + int(self.parameters.get("seed", 0)), self.parameters, share)
+        return CodecRequest(spec, budget, seed + int(self.parameters.get("seed", 0)), self.parameters, share)
 
     # What the manifest says.
 

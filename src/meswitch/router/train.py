@@ -238,7 +238,7 @@ class _Data:
 
 
 def _train(rows: Sequence[Row], data: _Data, settings: EmbeddingSettings) -> tuple[Heads, ScoreCalibration]:
-    """ScoreCalibration from held-out predictions, then heads from all rows."""
+    """Calibration from held-out predictions, then heads from all rows."""
     count, experts = len(rows), data.experts
     fold, targets = folds(rows, settings.folds, settings.seed), data.targets[: len(rows)]
     which, odds = torch.zeros(count, experts), torch.zeros(count)

@@ -18,9 +18,9 @@ from meswitch.architecture import NORM, architecture_of, as_matrix
 from meswitch.artifact import Artifact, Manifest
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, Trainable, pack, unpack
-from meswitch.codec.coded import Group
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
+from meswitch.codec.registry import Group
 from meswitch.codec.words import nearest_words, signs_of
 from meswitch.compression.distill.recipe import Recipe, Scope
 from meswitch.compression.lazy_model import LazyModel, compute_dtype
