@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import meswitch
-from meswitch.compression.distill.recipe import recipe_for
+from meswitch.compression.options import recipe_for
 from meswitch.evaluate import (
     CHECKABLE,
     DOMAINS,

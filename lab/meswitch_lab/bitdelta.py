@@ -18,7 +18,7 @@ from torch import Tensor
 from meswitch.codec import CodecRequest, register
 from meswitch.codec.quantize import pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
-from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.options import Recipe
 from meswitch_lab.method import Encoded, Method
 from meswitch_lab.signs import TrainableSigns
 

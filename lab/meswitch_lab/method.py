@@ -20,7 +20,7 @@ from meswitch.codec.quantize import (
     unpack,
 )
 from meswitch.codec.registry import Meta, Shapes
-from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.options import Recipe
 
 Encoded = tuple[dict[str, Tensor], dict[str, int]]
 

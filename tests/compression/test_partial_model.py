@@ -10,8 +10,7 @@ from architectures import tiny
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.convert import LEAST_TOKENS
 from meswitch.compression.inputs import Walk
-from meswitch.compression.lazy_model import LazyModel
-from meswitch.compression.partial_model import PartialModel
+from meswitch.compression.partial_model import LazyModel, PartialModel
 from meswitch.compression.text import load_calibration
 from meswitch.errors import CheckpointError, IncompatibleError
 

@@ -5,7 +5,7 @@ import torch
 
 from architectures import tiny
 from meswitch.architecture import architecture_of, as_matrix
-from meswitch.compression.placement import assembly, places_of
+from meswitch.compression.inputs import assembly, places_of
 
 
 @pytest.mark.parametrize(

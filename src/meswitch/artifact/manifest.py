@@ -128,7 +128,7 @@ class Calibration:
 class Distillation:
     """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
     expert, nats a token) on its held-out tenth before and after. steps: for each part where the scope is `block`. The
-    rest as in `compression.distill.recipe`."""
+    rest as in `compression.options`."""
 
     steps: int
     learning_rate: float

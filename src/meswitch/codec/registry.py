@@ -150,7 +150,7 @@ class Codec(Protocol):
 
     @property
     def recipe(self) -> Any:
-        """The `Recipe` it was published with (`compression.distill.recipe`); None trains by the default one."""
+        """The `Recipe` it was published with (`compression.options`); None trains by the default one."""
 
     @property
     def sharing(self) -> Sharing | None:

@@ -49,8 +49,8 @@ from meswitch.compression.convert import difference, roles_of
 from meswitch.compression.distill.student import Outputs, frozen, read_batch
 from meswitch.compression.distill.training import Sample, divergence, in_batches, mean, weights
 from meswitch.compression.inputs import Walk
-from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
+from meswitch.compression.partial_model import working_dtype
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
 
@@ -282,7 +282,7 @@ class _Probe:
         device: torch.device,
     ) -> None:
         self._base, self._expert, self._device = base, expert, device
-        self._model = frozen(expert, device, compute_dtype(device, expert.parameters))
+        self._model = frozen(expert, device, working_dtype(device, expert.parameters))
         self.rules, self._roles = expert.load_plan.by_source, roles_of(expert)
         self._samples = _first(sequences, starts)
         self._wanted = {batch[0].number: self._read(batch) for batch in in_batches(self._samples)}
@@ -371,7 +371,7 @@ def _replaced(model: Any, expert: Checkpoint, rule: Conversion, tensors: Mapping
 def _input_energies(expert: Checkpoint, moments: list[list[int]], device: torch.device) -> Mapping[str, Tensor]:
     """Mean square of every linear layer's inputs: tensor name -> [in_features] float32."""
     energies: dict[str, Tensor] = {}
-    for _, seen in Walk(expert, moments, device, compute_dtype(device, expert.parameters), pairs=False).steps():
+    for _, seen in Walk(expert, moments, device, working_dtype(device, expert.parameters), pairs=False).steps():
         for name, inputs in seen.items():
             different = {id(own): own for _, own in inputs}.values()
             if tokens := sum(own.tokens for own in different):

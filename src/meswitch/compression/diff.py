@@ -12,8 +12,7 @@ from meswitch.adapter import find_adapter, open_expert
 from meswitch.architecture import architecture_of
 from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.compatibility import matched
-from meswitch.compression.large_delta import ANOTHER_BASE, LARGE, another_base
+from meswitch.compression.compatibility import ANOTHER_BASE, LARGE, another_base, matched
 from meswitch.compression.merge import as_checkpoint
 from meswitch.config_fields import FieldDifference, config_differences
 from meswitch.errors import CheckpointError, ConfigError, MeswitchError
@@ -27,7 +26,7 @@ _NOT_A_CHANGE = {"_from_model_config", "_name_or_path", "transformers_version"}
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WeightChange:
     """How far weights moved: one tensor's, or several tensors' together.
 
     base_norm, delta_norm: Frobenius norms. largest: of |delta|. unchanged: weights that are exactly equal.
@@ -53,7 +52,7 @@ class Change:
         return self.unchanged / self.weights if self.weights else 1.0
 
     @classmethod
-    def together(cls, parts: Iterable["Change"]) -> "Change":
+    def together(cls, parts: Iterable["WeightChange"]) -> "WeightChange":
         """Norms and counts add up; the kurtosis is the parts' mean, weighted by their size."""
         parts = list(parts)
         tailed = [(part.kurtosis, part.weights) for part in parts if part.kurtosis is not None]
@@ -79,7 +78,7 @@ class TensorChange:
     name: str
     layer: int | None
     type: str
-    change: Change
+    change: WeightChange
     rows: int = 0
     unchanged_rows: int = 0
     added_rows: int = 0
@@ -128,23 +127,23 @@ class Diff:
     hints: tuple[str, ...] = ()
 
     @property
-    def total(self) -> Change:
-        return Change.together(item.change for item in self.tensors)
+    def total(self) -> WeightChange:
+        return WeightChange.together(item.change for item in self.tensors)
 
-    def by_type(self) -> dict[str, Change]:
+    def by_type(self) -> dict[str, WeightChange]:
         """Layer type -> its tensors of all layers together."""
         return self._grouped(lambda item: item.type)
 
-    def by_layer(self) -> dict[tuple[int, str], Change]:
+    def by_layer(self) -> dict[tuple[int, str], WeightChange]:
         """(layer, layer type) -> change, for what lies in a block."""
         return self._grouped(lambda item: None if item.layer is None else (item.layer, item.type))
 
-    def _grouped(self, key: Callable[[TensorChange], Any]) -> dict[Any, Change]:
-        groups: dict[Any, list[Change]] = {}
+    def _grouped(self, key: Callable[[TensorChange], Any]) -> dict[Any, WeightChange]:
+        groups: dict[Any, list[WeightChange]] = {}
         for item in self.tensors:
             if key(item) is not None:
                 groups.setdefault(key(item), []).append(item.change)
-        return {name: Change.together(parts) for name, parts in groups.items()}
+        return {name: WeightChange.together(parts) for name, parts in groups.items()}
 
 
 def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -> Diff:
@@ -188,7 +187,7 @@ def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -
     return replace(found, hints=tuple(_hints(found, ours, theirs)))
 
 
-def measure(base: Tensor, expert: Tensor) -> tuple[Change, int]:
+def measure(base: Tensor, expert: Tensor) -> tuple[WeightChange, int]:
     """Compare two tensors of one shape [rows, ...]; also the number of exactly equal rows."""
     rows = base.shape[0] if base.dim() > 1 else 1
     ours, theirs = base.reshape(rows, -1), expert.reshape(rows, -1)
@@ -211,7 +210,7 @@ def measure(base: Tensor, expert: Tensor) -> tuple[Change, int]:
         square = delta.square()
         powers += torch.stack([delta.sum(), square.sum(), (square * delta).sum(), square.square().sum()])
     count = base.numel()
-    change = Change(
+    change = WeightChange(
         weights=count,
         base_norm=base_square**0.5,
         delta_norm=float(powers[1]) ** 0.5,

@@ -16,7 +16,7 @@ from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import EXACT, ExactDelta
-from meswitch.compression.lazy_model import LazyModel
+from meswitch.compression.partial_model import LazyModel
 from meswitch.configuration import read_config
 from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError

@@ -20,7 +20,6 @@ from meswitch.artifact import Artifact, Manifest, delta_from_parts
 from meswitch.artifact.manifest import Distillation, stored_name
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, restore_coded
-from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Student, attach
 from meswitch.compression.distill.training import (
     Sample,
@@ -36,6 +35,7 @@ from meswitch.compression.distill.training import (
     training_plan,
     weights,
 )
+from meswitch.compression.options import Recipe
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet

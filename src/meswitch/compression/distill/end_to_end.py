@@ -18,10 +18,9 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
-from meswitch.compression.distill.cost import STEP_TOKENS
-from meswitch.compression.distill.recipe import Recipe
-from meswitch.compression.distill.student import Outputs, build, frozen, read_batch
+from meswitch.compression.distill.student import Outputs, build_student, frozen, read_batch
 from meswitch.compression.distill.training import (
+    STEP_TOKENS,
     Sample,
     batches,
     check_text,
@@ -34,6 +33,7 @@ from meswitch.compression.distill.training import (
     training_plan,
     weights,
 )
+from meswitch.compression.options import Recipe
 from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet
 from meswitch.progress import Progress, silent
@@ -41,7 +41,7 @@ from meswitch.progress import Progress, silent
 _REMEMBERED = 1 << 28  # bytes of logits
 
 
-def train(
+def train_end_to_end(
     base: Checkpoint,
     expert: Checkpoint,
     artifact: Artifact,
@@ -68,7 +68,7 @@ def train(
     check_text(text.sequences)
     dtype, question = training_dtype(expert, device), recipe.question_weight
     teacher = frozen(expert, device, dtype)
-    student = build(base, expert, artifact, recipe, device, dtype)
+    student = build_student(base, expert, artifact, recipe, device, dtype)
     generator = torch.Generator().manual_seed(recipe.seed)
     held, rest = split(text, recipe, generator)
 

@@ -22,10 +22,9 @@ from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
 from meswitch.codec.registry import Group
 from meswitch.codec.words import nearest_words, signs_of
-from meswitch.compression.distill.recipe import Recipe, Scope
-from meswitch.compression.lazy_model import LazyModel, compute_dtype
-from meswitch.compression.partial_model import Call, PartialModel
-from meswitch.compression.placement import assembly, places_of
+from meswitch.compression.inputs import assembly, places_of
+from meswitch.compression.options import Recipe, Scope
+from meswitch.compression.partial_model import BlockCall, LazyModel, PartialModel, working_dtype
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.tensorfile import DTYPES
 
@@ -297,7 +296,7 @@ def read_batch(model: Any, batch: list[list[int]], device: torch.device, *, hidd
     return Outputs(found.logits.float(), tuple(s for s in states if s.dim() == 3 and s.shape[:2] == ids.shape), real)
 
 
-def build(
+def build_student(
     base: Checkpoint,
     expert: Checkpoint,
     artifact: Artifact,
@@ -386,7 +385,7 @@ def check_trainable(expert: Checkpoint, scope: Scope, device: torch.device) -> N
     Raises:
         IncompatibleError: naming the reason.
     """
-    parts = PartialModel(expert, device, compute_dtype(device, expert.parameters))
+    parts = PartialModel(expert, device, working_dtype(device, expert.parameters))
     architecture, plan = parts.weights.architecture, parts.weights.plan
     shapes = {name: info.shape for name, info in expert.tensors.items()}
     roles = architecture.roles(shapes)
@@ -417,7 +416,7 @@ def check_trainable(expert: Checkpoint, scope: Scope, device: torch.device) -> N
             _try_gradient(parts, block.requires_grad_(), call, hidden)
 
 
-def _try_gradient(parts: PartialModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
+def _try_gradient(parts: PartialModel, block: nn.Module, call: BlockCall, hidden: Tensor) -> None:
     leaving = hidden.detach().clone().requires_grad_()
     try:
         with torch.enable_grad():
