@@ -179,6 +179,7 @@ def experts_from_family(family: Family, engine: "Engine") -> "Experts":
         {section.name: section.description for section in family.expert},
         directory=None if directory is None else family.resolve(directory),
         family=family.directory / "family.toml",
+        is_watched=family.server.watch_experts,
     )
 
 
@@ -191,22 +192,19 @@ def app_from_family(
         auto: see `policy_from_family`. keys: of which clients must send one; None for the family's.
         experts: see `experts_from_family`; None for experts that nobody changes.
     """
-    from meswitch.server import create_app
+    from meswitch.server import OnDemandModels, Web, create_app
     from meswitch.server.keys import Keys
-    from meswitch.server.tracing import traced
+    from meswitch.server.logs import traced
 
     return create_app(
         engine,
         auto=auto,
         descriptions={section.name: section.description for section in family.expert},
-        allow_origins=family.server.allow_origins,
-        root_path=family.server.root_path,
         keys=Keys(keys_from_family(family)) if keys is None else keys,
         experts=experts,
+        on_demand=OnDemandModels(encoder_opener(engine), decider_opener(family, engine)),
         trace=traced(),
-        watch=family.server.watch_experts,
-        open_encoder=encoder_opener(engine),
-        open_decider=decider_opener(family, engine),
+        web=Web(family.server.allow_origins, family.server.root_path),
     )
 
 

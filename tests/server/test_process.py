@@ -17,7 +17,8 @@ import httpx
 import pytest
 from http_server import ask_with, serving, user, wait_until
 
-from meswitch.server import connections, create_app
+from meswitch.server import create_app
+from meswitch.server import process as server_process
 from meswitch.server.process import Listening, Server
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
@@ -125,7 +126,7 @@ def test_with_a_certificate_it_speaks_https(engine, tmp_path):
 def bounded(engine, monkeypatch):
     """(address, its bounds) of a server with room for 8, and little patience."""
     for name, seconds in (("HEAD_SECONDS", 0.5), ("BODY_SECONDS", 1.0), ("_LOOK_EVERY", 0.1)):
-        monkeypatch.setattr(connections, name, seconds)
+        monkeypatch.setattr(server_process, name, seconds)
     server = Server(create_app(engine, close_engine=False), engine, Listening(connections=8))
     with serving(server.config.app, server) as url:
         yield url, server.bounds

@@ -7,7 +7,7 @@ from test_auto import Counting
 
 from meswitch.errors import ConfigError
 from meswitch.server import create_app
-from meswitch.server.tracing import spans, traced
+from meswitch.server.logs import spans, traced
 
 
 def test_a_request_is_a_span_below_the_clients(engine):

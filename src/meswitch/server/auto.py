@@ -1,14 +1,17 @@
 """`model: "auto"`: one answer to who answers, for the server, vLLM's middleware and the front of several replicas.
 
-The router runs beside the event loop. Whatever happens to it, somebody answers.
+The router runs beside the event loop, and what it decided is remembered by what was asked. Whatever happens to it,
+somebody answers.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, unquote
 
 from meswitch.router import Route, Router, RoutingRequest
@@ -16,7 +19,45 @@ from meswitch.router.base import Reason
 from meswitch.server.errors import ApiError, without_paths
 from meswitch.server.keys import CALLER
 from meswitch.server.logs import RECORD
-from meswitch.server.route_cache import RouteCache, key_of
+
+T = TypeVar("T")
+
+ENTRY_BYTES = 512  # of a key, a decision and their places; 273 by tracemalloc, the rest is reserve
+
+
+class RouteCache(Generic[T]):
+    """At most `budget` bytes, counting ENTRY_BYTES an entry. For one thread."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._entries: OrderedDict[bytes, T] = OrderedDict()
+
+    def get(self, key: bytes) -> T | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, key: bytes, value: T) -> None:
+        self._entries[key] = value
+        self._entries.move_to_end(key)
+        while self.nbytes > self.budget:
+            self._entries.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._entries) * ENTRY_BYTES
+
+
+def key_of(turns: Sequence[str]) -> bytes:
+    """32 bytes that stand for these texts in this order; nobody can make two conversations share them."""
+    digest = hashlib.sha256()
+    for turn in turns:
+        raw = turn.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "big"))
+        digest.update(raw)
+    return digest.digest()
+
 
 logger = logging.getLogger("meswitch.server")
 
@@ -121,7 +162,7 @@ class AutoPolicy:
 
         Args:
             model: of the request: a name, or `auto`.
-            asked: see `with_circumstances`. Nobody reads it where the router does not choose.
+            asked: see `routing_request`. Nobody reads it where the router does not choose.
             wanted: the header `x-meswitch-expert` of the request; instead of the router's choice.
 
         Raises:
@@ -181,8 +222,8 @@ class AutoPolicy:
         named = [(name.lower(), value) for name, value in headers]
         wanted = dict(named).get(WANTED)
         model = str(body.get("model"))
-        messages = [] if wanted is not None or model != AUTO else conversation_of(body)
-        return await self.choose(model, with_circumstances(messages, named, body.get("metadata")), wanted)
+        messages = [] if wanted is not None or model != AUTO else routable_messages(body)
+        return await self.choose(model, routing_request(messages, named, body.get("metadata")), wanted)
 
     def unknown(self, model: str) -> ApiError:
         """What to answer who asked for somebody who is not there."""
@@ -326,7 +367,7 @@ def _check_allowed(model: str) -> None:
         raise ApiError(403, message, param="model", code="model_not_allowed")
 
 
-def conversation_of(body: Mapping[str, Any]) -> Messages:
+def routable_messages(body: Mapping[str, Any]) -> Messages:
     """What the router reads of a request's JSON object, chat or plain text.
 
     Raises:
@@ -345,7 +386,7 @@ def conversation_of(body: Mapping[str, Any]) -> Messages:
     return [{"role": "user", "content": prompt}]
 
 
-def with_circumstances(messages: Messages, headers: Iterable[tuple[str, str]], metadata: Any) -> RoutingRequest:
+def routing_request(messages: Messages, headers: Iterable[tuple[str, str]], metadata: Any) -> RoutingRequest:
     """The conversation with what rules may look at: headers that begin with `x-`, never a key or a cookie."""
     named = {name.lower(): value for name, value in headers if name.lower().startswith("x-")}
     return RoutingRequest(messages, named, metadata if isinstance(metadata, Mapping) else {})

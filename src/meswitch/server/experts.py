@@ -47,8 +47,10 @@ class Experts:
         *,
         directory: Path | None = None,
         family: Path | None = None,
+        is_watched: bool = False,
     ) -> None:
         self.descriptions = dict(descriptions)
+        self.is_watched = is_watched
         self._engine, self._directory, self._family = engine, directory, family
         self._sources, self._of_family = dict(sources), set(sources)
         self._found: dict[str, Any] = {}  # by `scan`: name -> signature of what was tried last
