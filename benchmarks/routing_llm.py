@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from meswitch import __version__
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.router import evaluate_router, load_router, open_llm, read_rows
 from meswitch.router.data import hold_out
 from meswitch.router.evaluate import latency
 from meswitch.router.llm import LlmRouter, LlmSettings
 from meswitch.router.llm_train import calibrate, train_llm_router
-from meswitch.version import __version__
 
 FAMILY = Path(__file__).parent.parent / "examples" / "family" / "family.toml"
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from meswitch.compression import diff as module
 from meswitch.compression.diff import WeightChange, diff, measure
-from meswitch.config_fields import TRAINING, UNREAD
+from meswitch.configuration import TRAINING, UNREAD
 from models import make_pair
 
 

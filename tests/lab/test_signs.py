@@ -10,7 +10,7 @@ from meswitch import Artifact
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import encode_coded, find_codec
-from meswitch.compression.distill.end_to_end import train_end_to_end
+from meswitch.compression.distill.training import train_end_to_end
 from meswitch.compression.merge import load_merged, merged_tensors
 from meswitch.compression.options import Options, Recipe, recipe_for
 from meswitch.compression.text import CalibrationSet

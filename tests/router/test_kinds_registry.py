@@ -8,7 +8,7 @@ import pytest
 
 from meswitch.router import Router, RouterError, load_router
 from meswitch.router.base import text_of
-from meswitch.router.store import register, write_router
+from meswitch.router.store import register_router, write_router
 
 PAGE = Path(__file__).parents[2] / "docs" / "routing.md"
 
@@ -28,7 +28,7 @@ def example():
 
 def test_the_pages_new_kind_is_saved_opened_and_asked(base, tmp_path):
     code = example()
-    names = {"dataclass": dataclass, "register": register, "Router": Router, "text_of": text_of}
+    names = {"dataclass": dataclass, "register_router": register_router, "Router": Router, "text_of": text_of}
     names |= {"write_router": write_router, "Path": Path, "__name__": __name__}
     exec(compile(code, str(PAGE), "exec"), names)
     names["LengthRouter"](["short", "long"], 3).save(tmp_path / "router")
@@ -41,7 +41,7 @@ def test_a_kind_of_another_package_is_found_by_its_entry_point(base, tmp_path, m
 from dataclasses import dataclass
 from pathlib import Path
 from meswitch.router.base import Router, text_of
-from meswitch.router.store import register, write_router
+from meswitch.router.store import register_router, write_router
 """
     (tmp_path / "by_length.py").write_text(imports + example().replace('"length"', '"by-length"'))
     metadata = tmp_path / "by_length-1.dist-info"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from meswitch import __version__
 from meswitch.adapter.changes import AdaptedTensor, Changes, changes_of
 from meswitch.adapter.weights import WEIGHTS_NAME, Adapter, adapts
 from meswitch.architecture import HEAD, architecture_of
@@ -25,7 +26,6 @@ from meswitch.jsonfile import read_json
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import NAMES
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
-from meswitch.version import __version__
 
 METHOD = "lora"  # as manifests name it
 _CONFIG = "config.json"

@@ -26,8 +26,7 @@ from meswitch.architecture import (
 )
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import LowRankDelta
-from meswitch.config_fields import config_differences
-from meswitch.configuration import read_config
+from meswitch.configuration import config_differences, read_config
 from meswitch.errors import CheckpointError, IncompatibleError
 from meswitch.tensorfile import TensorInfo
 

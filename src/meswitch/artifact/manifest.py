@@ -14,7 +14,7 @@ from meswitch.architecture import ROLES, matrix_shape
 from meswitch.codec.exact import EXACT_DTYPES
 from meswitch.codec.words import LENGTHS
 from meswitch.errors import ArtifactError
-from meswitch.strict import Decoder
+from meswitch.jsonfile import Decoder
 from meswitch.tensorfile import DTYPES
 
 FORMAT = "meswitch-delta"

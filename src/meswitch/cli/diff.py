@@ -13,7 +13,7 @@ from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
     from meswitch.compression.diff import Diff, FieldChange, WeightChange
-    from meswitch.config_fields import FieldDifference
+    from meswitch.configuration import FieldDifference
 
 _TOKENS_SHOWN = 12
 # The order in which a token meets them; what is not named comes between these and the head.

@@ -15,7 +15,7 @@ from torch import Tensor
 from meswitch.architecture import architecture_of, as_matrix
 from meswitch.artifact.manifest import Entry
 from meswitch.checkpoint import Checkpoint
-from meswitch.config_fields import INACTIVE, TRAINING, UNREAD, config_differences
+from meswitch.configuration import INACTIVE, TRAINING, UNREAD, config_differences
 from meswitch.errors import IncompatibleError, listed
 from meswitch.loaded import BuiltTensor, alike
 from meswitch.tensorfile import WEIGHT_DTYPES

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch import __version__
 from meswitch.architecture import STACKS, architecture_of, as_matrix
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
@@ -47,11 +48,10 @@ from meswitch.compression.options import Options
 from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
+from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
 from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, TensorInfo, tensor_bytes
-from meswitch.threads import fitting_threads
-from meswitch.version import __version__
 
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
 

@@ -14,7 +14,7 @@ from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.compatibility import ANOTHER_BASE, LARGE, another_base, matched
 from meswitch.compression.merge import as_checkpoint
-from meswitch.config_fields import FieldDifference, config_differences
+from meswitch.configuration import FieldDifference, config_differences
 from meswitch.errors import CheckpointError, ConfigError, MeswitchError
 from meswitch.jsonfile import read_json
 from meswitch.loaded import alike

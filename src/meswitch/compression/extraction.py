@@ -30,11 +30,11 @@ from meswitch.compression.options import Options
 from meswitch.compression.partial_model import check_blocks, working_dtype
 from meswitch.compression.pipeline import measured_tokens
 from meswitch.compression.text import load_calibration
+from meswitch.cpu import fitting_threads
 from meswitch.durable import recover_directory, replace_directory
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import write_tensors
-from meswitch.threads import fitting_threads
 
 PAIR, WHOLE, LEFT_OUT = "pair", "whole", "left out"
 _PREFIX = "base_model.model."

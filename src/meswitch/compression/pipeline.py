@@ -20,16 +20,23 @@ from meswitch.compression.budget import specs_within
 from meswitch.compression.compatibility import check_same_base, matched, remarks
 from meswitch.compression.convert import Converter, Prepared
 from meswitch.compression.distill.blockwise import train_blocks
-from meswitch.compression.distill.end_to_end import train_end_to_end
 from meswitch.compression.distill.student import check_trainable
-from meswitch.compression.distill.training import check_text, cost_of, duration, fast_products, scope_for, statement
+from meswitch.compression.distill.training import (
+    about_duration,
+    check_text,
+    cost_of,
+    fast_products,
+    scope_for,
+    statement,
+    train_end_to_end,
+)
 from meswitch.compression.options import Options, Recipe, check_none_given
 from meswitch.compression.partial_model import check_blocks
 from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
+from meswitch.cpu import fitting_threads
 from meswitch.errors import IncompatibleError
 from meswitch.progress import Progress, silent
-from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 DISTILL_SEQUENCES = 32  # of text; fewer train nothing unless steps are asked for
@@ -131,8 +138,8 @@ def _text_and_recipe(
     recipe = options.recipe_for(scope_for(expert, device)) if options.has_scales and steps != 0 else None
     if recipe is not None and steps is None and device.type == "cpu" and expert.nbytes > DISTILL_BYTES:
         if options.source is not None:
-            seconds = cost_of(expert, [_SEQUENCE] * DISTILL_SEQUENCES, recipe, device).seconds
-            notice(f"not trained, which keeps more: on this CPU it takes {duration(seconds)}; --distill STEPS does it")
+            takes = about_duration(cost_of(expert, [_SEQUENCE] * DISTILL_SEQUENCES, recipe, device).seconds)
+            notice(f"not trained, which keeps more: on this CPU it takes {takes}; --distill STEPS does it")
         recipe = None
     text = None
     if options.source is not None:

@@ -29,8 +29,8 @@ from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.errors import ConfigError
+from meswitch.jsonfile import json_kind, read_json_rows, read_lines
 from meswitch.progress import Progress, silent
-from meswitch.textfile import json_kind, read_json_rows, read_lines
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 Messages = list[dict[str, Any]]

@@ -30,9 +30,9 @@ from meswitch.compression.text import (
     load_questions,
     open_tokenizer,
 )
+from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
-from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer
 from meswitch.units import format_bytes
 

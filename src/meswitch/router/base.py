@@ -84,6 +84,7 @@ def next_holder(
     return (None, "abstained") if not sure and not back else (holder, "kept")
 
 
+TEXT_LIMIT = 4096  # characters of a query that are read; keeps the time of one bounded
 OTHER = "other"  # the label of queries that none of the experts is for
 
 Messages = Sequence[Mapping[str, Any]]  # OpenAI chat messages: {"role": ..., "content": ...}
@@ -202,3 +203,11 @@ def _text(content: Any) -> str | None:
             str(part.get("text", "")) for part in content if isinstance(part, Mapping) and part.get("type") == "text"
         )
     return None
+
+
+def clip(text: str) -> str:
+    """A long text's beginning and end: that is where people say what they want."""
+    if len(text) <= TEXT_LIMIT:
+        return text
+    head = TEXT_LIMIT * 3 // 4
+    return f"{text[:head]}\n{text[head - TEXT_LIMIT :]}"

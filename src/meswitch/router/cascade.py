@@ -17,7 +17,7 @@ from meswitch.router.store import (
     check_members,
     check_no_tensors,
     open_member,
-    register,
+    register_router,
     write_router,
 )
 
@@ -42,7 +42,7 @@ class CascadeFile:
     tensors_sha256: str = ""
 
 
-@register("cascade")
+@register_router("cascade")
 class CascadeRouter(Router):
     """See the module's docstring; `fit_cascade` chooses margin, weight and threshold, `save` and `load_router` keep it.
 

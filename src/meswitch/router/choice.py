@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.router.features import clip
+from meswitch.router.base import clip
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 NONE_OF_THESE = "None of these."

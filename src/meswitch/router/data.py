@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch.jsonfile import json_kind, read_json_lines
 from meswitch.router.base import OTHER, RouterError
-from meswitch.textfile import json_kind, read_json_lines
 
 
 @dataclass(frozen=True, slots=True)

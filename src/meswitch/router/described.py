@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
+from meswitch.cpu import fitting_threads
+from meswitch.jsonfile import json_kind
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
 from meswitch.router.calibrate import choose_threshold
 from meswitch.router.encoder import Encoder, TextEncoder
-from meswitch.textfile import json_kind
-from meswitch.threads import fitting_threads
 
 # What people ask of assistants and apps, in all directions: a route known by a few lines is measured against it.
 EVERYDAY = tuple((files(__package__) / "everyday.txt").read_text(encoding="utf-8").splitlines())

@@ -16,7 +16,7 @@ from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, ConfigError
-from meswitch.router.features import clip
+from meswitch.router.base import clip
 from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_llama_like
 from meswitch.tokenizer import load_tokenizer
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
+from meswitch.cpu import fitting_threads
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
 from meswitch.router.choice import NONE_OF_THESE, ChoiceModel, ChoicePrompt
@@ -22,10 +23,9 @@ from meswitch.router.store import (
     RouterProvenance,
     ScoreCalibration,
     read_all_tensors,
-    register,
+    register_router,
     write_router,
 )
-from meswitch.threads import fitting_threads
 from meswitch.tokenizer import load_tokenizer
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -189,7 +189,7 @@ class LlmFile:
     tensors_sha256: str = ""
 
 
-@register("llm")
+@register_router("llm")
 class LlmRouter(Router):
     """See the module's docstring; `train_llm_router` makes one, `save` and `load_router` keep it.
 

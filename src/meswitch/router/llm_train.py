@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from meswitch import __version__
+from meswitch.cpu import fitting_threads
 from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
@@ -34,8 +36,6 @@ from meswitch.router.llm import (
     take_adapters,
 )
 from meswitch.router.store import RouterProvenance, ScoreCalibration
-from meswitch.threads import fitting_threads
-from meswitch.version import __version__
 
 # Which questions a batch of the LLM router's training asks: its rows, the options they show, the words of both.
 

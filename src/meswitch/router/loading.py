@@ -17,13 +17,13 @@ from torch.nn.functional import cross_entropy, softplus
 
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
+from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, Router, RouterError
 from meswitch.router.data import Row
 from meswitch.router.described import DescribedRouter, Prior, RouteOption, Space, check_options
 from meswitch.router.embedding import EmbeddingRouter, Features, Heads, KeptRows, Learnt, Linear, RouterFile, extract
 from meswitch.router.encoder import Encoder, open_encoder
 from meswitch.router.store import JSON_NAME, OpenOptions, check_experts, open_kind, read_file
-from meswitch.threads import fitting_threads
 
 
 def open_router(

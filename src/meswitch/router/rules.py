@@ -8,10 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, text_of
-from meswitch.router.features import clip
-from meswitch.router.store import OpenOptions, check_members, check_no_tensors, open_member, register, write_router
-from meswitch.strict import Decoder
+from meswitch.jsonfile import Decoder
+from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, clip, text_of
+from meswitch.router.store import (
+    OpenOptions,
+    check_members,
+    check_no_tensors,
+    open_member,
+    register_router,
+    write_router,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class RulesFile:
     tensors_sha256: str = ""
 
 
-@register("rules")
+@register_router("rules")
 class RulesRouter(Router):
     """The first rule that matches decides; what none matches goes to `router`, or abstains if there is none.
 

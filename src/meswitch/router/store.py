@@ -21,8 +21,8 @@ from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.durable import fsync_path, recover_directory, replace_directory
+from meswitch.jsonfile import Decoder
 from meswitch.router.base import Router, RouterError
-from meswitch.strict import Decoder
 
 FORMAT = "meswitch-router"
 VERSION = 2  # 2: an embedding router's `routes`, and `prior` and `own` of its settings
@@ -101,7 +101,7 @@ _KINDS: dict[str, Any] = {}
 _R = TypeVar("_R", bound=Router)
 
 
-def register(name: str) -> Callable[[type[_R]], type[_R]]:
+def register_router(name: str) -> Callable[[type[_R]], type[_R]]:
     """A class decorator: routers whose `router.json` says this kind are opened by the class. See `StoredKind`."""
 
     def add(router: type[_R]) -> type[_R]:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from meswitch import __version__
+from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.calibrate import auroc, calibration_error, choose_threshold, line, temperature
 from meswitch.router.data import Row, folds, in_lower_case, plain, without_labels
 from meswitch.router.described import Prior, RouteOption, Space, layers_of, says_enough
 from meswitch.router.embedding import (
+    Bags,
     EmbeddingRouter,
     EmbeddingSettings,
     Features,
@@ -26,10 +29,7 @@ from meswitch.router.embedding import (
     with_prior,
 )
 from meswitch.router.encoder import Progress, TextEncoder
-from meswitch.router.features import Bags
 from meswitch.router.store import RouterProvenance, ScoreCalibration
-from meswitch.threads import fitting_threads
-from meswitch.version import __version__
 
 # The mathematics of the linear heads: tensors in, tensors out.
 

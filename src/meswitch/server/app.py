@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
+from meswitch import __version__
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
 from meswitch.server.answers import (
@@ -48,7 +49,6 @@ from meswitch.server.page import docs_routes, page_routes
 from meswitch.server.responses import response_routes
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.tokenizer import Prompt
-from meswitch.version import __version__
 
 logger = logging.getLogger("meswitch.server")
 

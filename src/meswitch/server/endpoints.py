@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from meswitch import __version__
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
 from meswitch.router import Decider, Selection, parse_options
@@ -24,7 +25,6 @@ from meswitch.server.errors import ApiError
 from meswitch.server.generation import encoded
 from meswitch.server.schema import ChatRequest, Message, Metadata, Strict, Text, Tool, neutral_only, refuse
 from meswitch.tokenizer import ChatTokenizer
-from meswitch.version import __version__
 
 
 class TokenizeRequest(Strict):
