@@ -83,7 +83,8 @@ class StepThreads:
     """Threads of a loop that computes step after step: narrow or not is known, who else is busy changes.
 
     Args:
-        device, hidden_size: as `fitting` takes them.
+        device: as `fitting` takes it.
+        hidden_size: likewise.
     """
 
     def __init__(self, device: "torch.device", hidden_size: int) -> None:

@@ -223,7 +223,10 @@ def _decoded(line: bytes, file: Path, number: int, error: type[MeswitchError]) -
 class Decoder:
     """How the errors of one kind of file read.
 
-    error: raised. fix: ends the message about a missing field. complete: fields with a default must be there too.
+    Args:
+        error: raised.
+        fix: ends the message about a missing field.
+        complete: fields with a default must be there too.
     """
 
     file: Path

@@ -75,15 +75,16 @@ def router_from_family(
     Args:
         engine: a running engine of the same family; the router then reads hidden states with the engine's weights
             instead of loading the base a second time.
-        path, threshold: in place of the family's; at a `path` there must be a router. device: where to load models
-            otherwise.
+        path: in place of the family's; there must be a router.
+        threshold: in place of the family's.
+        device: where to load models otherwise.
         llm: where an LLM router's model is now, if it is not where it was.
 
     Raises:
         RouterError: no router and too little said of an expert (the message says how to mend it), or a router that
             does not fit the family.
     """
-    from meswitch.router import OpenOptions, open_router
+    from meswitch.router import OpenOptions, open_family_router
     from meswitch.router.loading import is_trained
     from meswitch.router.store import read_file
 
@@ -103,7 +104,7 @@ def router_from_family(
         llm=llm,
     )
     source = None if encoder is None else family.resolve_model(encoder)
-    return open_router(directory, route_options(family), given, encoder=source, bits=family.router.bits)
+    return open_family_router(directory, route_options(family), given, encoder=source, bits=family.router.bits)
 
 
 def route_options(family: Family) -> "list[RouteOption]":
@@ -189,7 +190,8 @@ def app_from_family(
     """The HTTP application.
 
     Args:
-        auto: see `policy_from_family`. keys: of which clients must send one; None for the family's.
+        auto: see `policy_from_family`.
+        keys: of which clients must send one; None for the family's.
         experts: see `experts_from_family`; None for experts that nobody changes.
     """
     from meswitch.server import OnDemandModels, Web, create_app

@@ -50,7 +50,8 @@ def reconstruction_error(delta: Tensor, dequantized: Tensor, energy: Tensor | No
     which is `||X_:,i||^2 * ||D_:,i - Dq_:,i||^2`.
 
     Args:
-        delta, dequantized: [out_features, in_features] float32.
+        delta: [out_features, in_features] float32.
+        dequantized: alike.
         energy: [in_features] float32, `||X_:,i||^2` up to a common factor; None is the data-free form,
             in which every channel carries the same energy.
 
@@ -102,7 +103,9 @@ def live_rows(packed: Tensor, scale: Tensor, salient_weight: Tensor) -> Tensor |
     """[live] int32, ascending: the rows that change anything; None where leaving out the others saves nothing.
 
     Args:
-        packed: [rows, words] int32. scale: [rows, groups]. salient_weight: [rows, k].
+        packed: [rows, words] int32.
+        scale: [rows, groups].
+        salient_weight: [rows, k].
     """
     live = (scale != 0).any(1) | (salient_weight != 0).any(1)
     row_bytes = sum(part.shape[1] * part.element_size() for part in (packed, scale, salient_weight))
@@ -137,13 +140,17 @@ _FEEDBACK_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}
 class Spec:
     """How one matrix is quantised.
 
-    bits: 1-4. group_size: input channels that share a scale, None for one scale a row.
-    salient: input channels kept in 16 bit. damping: of the second moment, for error feedback.
-    row_floor: rows whose root mean square is below this share of the matrix's are taken as unchanged.
-    rule: how the salient channels are chosen, one of `codec.salient.RULES`. scales: the search that starts them, one
-    of `codec.quantize.SCALES`. With the inputs' second moment, feedback: round with error feedback; refit: solve for
-    scales and salient weights once the codes are chosen. block: signs of so many channels are one word (`codec.words`);
-    needs 1 bit and no salient channels.
+    Args:
+        bits: 1-4.
+        group_size: input channels that share a scale, None for one scale a row.
+        salient: input channels kept in 16 bit.
+        damping: of the second moment, for error feedback.
+        row_floor: rows whose root mean square is below this share of the matrix's are taken as unchanged.
+        rule: how the salient channels are chosen, one of `RULES`.
+        scales: the search that starts scales, one of `codec.quantize.SCALES`.
+        feedback: with the inputs' second moment, round with error feedback.
+        refit: with it, solve for scales and salient weights once the codes are chosen.
+        block: signs of so many channels are one word (`codec.words`); needs 1 bit and no salient channels.
     """
 
     bits: int = 2
@@ -175,12 +182,14 @@ class Spec:
 class PackedDelta:
     """The delta of one [out_features, in_features] matrix.
 
-    packed: [rows, words] int32 (see `codec.packing`), rows = out_features without the extra rows.
-    scale: [rows, groups] bfloat16.
-    salient_index: [k] int32 ascending. salient_weight: [rows, k] bfloat16, what is missing from the
-    dequantised codes in these channels, so that a kernel adds both without masking.
-    extra: [extra_rows, in_features] rows after the base's last one, whole weights in the expert's dtype.
-    block: of 1-bit codes that are words of so many signs, which are stored as numbers of words; None of all others.
+    Args:
+        packed: [rows, words] int32 (see `codec.packing`), rows = out_features without the extra rows.
+        scale: [rows, groups] bfloat16.
+        salient_index: [k] int32 ascending.
+        salient_weight: [rows, k] bfloat16, what is missing from the dequantised codes in these channels, so that a
+            kernel adds both without masking.
+        extra: [extra_rows, in_features] rows after the base's last one, whole weights in the expert's dtype.
+        block: of 1-bit codes that are words of so many signs, which are stored as numbers of words; None of all others.
     """
 
     packed: Tensor
@@ -355,7 +364,10 @@ def _lengthened(
     for deltas that are small against the weights, measured on fine-tunes of a pretrained model.
 
     Args:
-        delta: [rows, in_features] float32. codes: alike. scale: [rows, groups]. missing: [rows, k] float32.
+        delta: [rows, in_features] float32.
+        codes: alike.
+        scale: [rows, groups].
+        missing: [rows, k] float32.
     """
     restored = dequantize(codes, scale, spec.bits, spec.group_size)
     kept = restored[:, columns]

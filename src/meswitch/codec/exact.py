@@ -35,7 +35,8 @@ class ExactDelta:
         stream: [bytes] uint8, all coded planes after one another: of each block its lowest byte's first.
         blocks: [blocks, planes + 1] int64, for each block the bytes of its coded planes, 0 for one that is all zero,
             and the CRC-32 of the tensor's own bytes.
-        shape: of the tensor. dtype: one of `EXACT_DTYPES`.
+        shape: of the tensor.
+        dtype: one of `EXACT_DTYPES`.
     """
 
     stream: Tensor
@@ -55,7 +56,8 @@ class ExactDelta:
         """The tensor itself, in host memory.
 
         Args:
-            base: the base's tensor as it is stored; it may have more rows or fewer. name: of the tensor, for errors.
+            base: the base's tensor as it is stored; it may have more rows or fewer.
+            name: of the tensor, for errors.
 
         Raises:
             ArtifactError: the stream is damaged, or this is not the base's tensor that it was made from.

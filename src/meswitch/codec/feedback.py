@@ -205,7 +205,9 @@ def refit(
     """Solve for the scales and the salient weights.
 
     Args:
-        delta: [rows, in_features] float32. codes: [rows, in_features] uint8. salient: [k] int64.
+        delta: [rows, in_features] float32.
+        codes: [rows, in_features] uint8.
+        salient: [k] int64.
         metric: [in_features, in_features] float32, the damped second moment of the inputs.
         scale: [rows, groups], kept for rows whose solution is not usable (a negative or infinite scale).
 

@@ -47,7 +47,9 @@ def round_columns(target: Tensor, original: Tensor, step: Tensor, share: Tensor,
     """Round at most `COLUMNS` columns, each after the errors of those before it: `feedback.round_columns_on_host`.
 
     Args:
-        target, original, step: [columns, out_features] float32, contiguous.
+        target: [columns, out_features] float32, contiguous.
+        original: alike.
+        step: alike.
         share: [columns, columns] float32, upper triangular, of unit diagonal.
         codes: [columns, out_features] uint8, contiguous; filled.
 

@@ -270,7 +270,8 @@ class _Probe:
     """The full expert, to be asked what it minds.
 
     Args:
-        sequences, starts: as of `specs_within`.
+        sequences: as of `specs_within`.
+        starts: as of `specs_within`.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Preparation:
     """What is known before the pass.
 
     Args:
@@ -91,7 +91,7 @@ class Converter:
         expert: Checkpoint,
         out: Path,
         options: Options,
-        prepared: Prepared,
+        prepared: Preparation,
         device: torch.device,
         overwrite: bool,
         progress: Progress,

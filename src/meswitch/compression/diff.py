@@ -29,9 +29,14 @@ _NOT_A_CHANGE = {"_from_model_config", "_name_or_path", "transformers_version"}
 class WeightChange:
     """How far weights moved: one tensor's, or several tensors' together.
 
-    base_norm, delta_norm: Frobenius norms. largest: of |delta|. unchanged: weights that are exactly equal.
-    kurtosis: excess kurtosis of the delta, 0 for a normal distribution, more with heavy tails; None if it is constant.
-    not_finite: weights that are NaN or infinite in one of the two; they count in nothing else.
+    Args:
+        base_norm: Frobenius norm of the base's.
+        delta_norm: Frobenius norm of the delta.
+        largest: of |delta|.
+        unchanged: weights that are exactly equal.
+        kurtosis: excess kurtosis of the delta, 0 for a normal distribution, more with heavy tails; None if it is
+            constant.
+        not_finite: weights that are NaN or infinite in one of the two; they count in nothing else.
     """
 
     weights: int
@@ -71,8 +76,10 @@ class WeightChange:
 class TensorChange:
     """One tensor that both have. layer: index of its block, None outside the blocks. type: its layer type.
 
-    rows: compared rows of an embedding or head (0 for other tensors); unchanged_rows: those that are exactly equal;
-    added_rows: rows that only the expert has, negative if it has fewer.
+    Args:
+        rows: compared rows of an embedding or head (0 for other tensors).
+        unchanged_rows: those that are exactly equal.
+        added_rows: rows that only the expert has, negative if it has fewer.
     """
 
     name: str
@@ -110,8 +117,11 @@ class Diff:
     """Everything that differs. obstacle: why the two cannot share a base, or None if they can. hints: what to look at
     next, in a line each.
 
-    other_shape: tensor -> the base's and the expert's shape, where they do not correspond. config: of `config.json`;
-    generation: of `generation_config.json`. tokenizer: None if one of the two has none that can be read.
+    Args:
+        other_shape: tensor -> the base's and the expert's shape, where they do not correspond.
+        config: of `config.json`.
+        generation: of `generation_config.json`.
+        tokenizer: None if one of the two has none that can be read.
     """
 
     base: str
@@ -150,7 +160,8 @@ def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -
     """Compare a fine-tune with its base. Pairs that do not fit are compared as far as they correspond.
 
     Args:
-        base, expert: checkpoint directories or hub ids; the expert may be a PEFT adapter.
+        base: a checkpoint directory or hub id.
+        expert: the fine-tune, likewise; it may be a PEFT adapter.
 
     Raises:
         CheckpointError: one of them cannot be read.

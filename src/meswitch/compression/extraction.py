@@ -45,7 +45,9 @@ class Extracted:
     """A tensor that changed.
 
     Args:
-        name: as it is stored. role: one of `architecture.ROLES`. how: `PAIR`, `WHOLE` or `LEFT_OUT`.
+        name: as it is stored.
+        role: one of `architecture.ROLES`.
+        how: `PAIR`, `WHOLE` or `LEFT_OUT`.
         weights: how many it has.
         energy: squared Frobenius norm of its delta, rows that the base lacks not counted.
         kept: how much of it base + adapter has; what the pair's own rounding loses is counted.
@@ -96,10 +98,13 @@ class Extraction:
     """What became of a fine-tune.
 
     Args:
-        directory: the adapter. rank: of its pairs.
+        directory: the adapter.
+        rank: of its pairs.
         tensors: all that changed.
-        added_rows: tokens that only the expert has. added_kept: whether the adapter has them.
-        nbytes: of the adapter's tensors. full_bytes: of the fine-tune's.
+        added_rows: tokens that only the expert has.
+        added_kept: whether the adapter has them.
+        nbytes: of the adapter's tensors.
+        full_bytes: of the fine-tune's.
     """
 
     directory: Path
@@ -351,7 +356,8 @@ def short_names(modules: list[str], known: Mapping[str, nn.Module]) -> list[str]
     """`target_modules`: the last part of a name stands for all modules of it, where all of them have a pair.
 
     Args:
-        modules: those with a pair. known: all modules of the model.
+        modules: those with a pair.
+        known: all modules of the model.
     """
     named: dict[str, set[str]] = {}
     for name in known:

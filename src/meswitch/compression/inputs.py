@@ -255,7 +255,8 @@ class Rows:
     Args:
         parameter: its name.
         transposed: whether it lies transposed as this matrix.
-        start, stop: the rows.
+        start: the first row.
+        stop: the row after the last one.
     """
 
     parameter: str
@@ -347,7 +348,8 @@ class Walk:
     Args:
         checkpoint: the model's weights.
         sequences: token ids.
-        device, dtype: where and in which the model computes.
+        device: where the model computes.
+        dtype: in which it computes.
         pairs: see `Inputs`.
 
     Raises:

@@ -31,13 +31,13 @@ def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | No
     """The expert's tensors as the artifact restores them, one at a time.
 
     Args:
-        dtype: of the result; None as in `restored` (deltas are added in float32 either way).
+        dtype: of the result; None as in `restored_tensor` (deltas are added in float32 either way).
     """
     artifact.check_base(base)
-    return ((name, restored(base, artifact, name, dtype)) for name in artifact.manifest.tensors)
+    return ((name, restored_tensor(base, artifact, name, dtype)) for name in artifact.manifest.tensors)
 
 
-def restored(base: Checkpoint, artifact: Artifact, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def restored_tensor(base: Checkpoint, artifact: Artifact, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """One tensor of the expert.
 
     Args:
@@ -69,7 +69,7 @@ def as_checkpoint(base: Checkpoint, artifact: Artifact) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for name, entry in artifact.manifest.tensors.items():
         nbytes = math.prod(entry.shape) * torch.float32.itemsize
-        make = functools.partial(restored, base, artifact, name, torch.float32)
+        make = functools.partial(restored_tensor, base, artifact, name, torch.float32)
         tensors[name] = BuiltTensor(name, torch.float32, entry.shape, artifact.directory, 0, nbytes, make)
     return Checkpoint(artifact.manifest.expert.name, artifact.directory, tensors)
 
@@ -117,7 +117,7 @@ def merge(
 
     done, total = 0, sum(math.prod(entry.shape) for entry in artifact.manifest.tensors.values())
     for name in artifact.manifest.tensors:
-        tensor = restored(checkpoint, artifact, name, wanted)
+        tensor = restored_tensor(checkpoint, artifact, name, wanted)
         done += tensor.numel()
         progress("merging", done, total, name)
         pending[name] = tensor
@@ -154,7 +154,7 @@ def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.
     return LazyModel(
         read_config(artifact.directory),
         artifact.manifest.tensors,
-        lambda name: restored(checkpoint, artifact, name, dtype),
+        lambda name: restored_tensor(checkpoint, artifact, name, dtype),
         artifact.directory,
         torch.device("cpu"),
         dtype,

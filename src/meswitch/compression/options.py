@@ -28,20 +28,22 @@ Scope = Literal["model", "block"]
 class Recipe:
     """How to train.
 
-    steps, batch: sequences a step. learning_rate: of AdamW, falling to 0 as a cosine, after ten steps of rising.
-    relative: the learning rate is a share of what is trained: 0.02 moves a scale by about 2 % a step at most. If not,
-    it moves a scale by that much itself; packed tensors are always trained relatively. betas: of AdamW.
-
-    loss: `kl`, the divergence from the full expert, or `mse` of the logits. hidden: weight of a second loss, the
-    squared error of every block's output, relative to that output. question_weight: what a token that is not the
-    assistant's counts in both, against 1 for one that is. length: training sequences are cut at so many tokens; None
-    uses them whole.
-
-    norms: train them too. codes: train the codes of packed tensors with their scales. check_every: steps between looks
-    at the held-out text (a tenth of the sequences).
-
-    scope: `model` trains end to end, `block` one block after the other and the head last, so many steps each; the loss
-    on logits is then that of the head, `hidden` has no meaning (`compression.distill.blockwise`).
+    Args:
+        steps: of training, every block's where it is done block by block.
+        batch: sequences a step.
+        learning_rate: of AdamW, falling to 0 as a cosine, after ten steps of rising.
+        relative: the learning rate is a share of what is trained: 0.02 moves a scale by about 2 % a step at most. If
+            not, it moves a scale by that much itself; packed tensors are always trained relatively.
+        betas: of AdamW.
+        loss: `kl`, the divergence from the full expert, or `mse` of the logits.
+        hidden: weight of a second loss, the squared error of every block's output, relative to that output.
+        question_weight: what a token that is not the assistant's counts in both, against 1 for one that is.
+        length: training sequences are cut at so many tokens; None uses them whole.
+        norms: train them too.
+        codes: train the codes of packed tensors with their scales.
+        check_every: steps between looks at the held-out text (a tenth of the sequences).
+        scope: `model` trains end to end, `block` one block after the other and the head last, so many steps each; the
+            loss on logits is then that of the head, `hidden` has no meaning (`compression.distill.blockwise`).
     """
 
     steps: int = 300
@@ -107,7 +109,8 @@ class Setting:
         none: the word that stands for None.
         metavar: what stands for the value in `--help`.
         word: stands for itself, beside numbers.
-        least, most: bounds of a number, both included.
+        least: the lowest value of a number.
+        most: the highest.
         shared: whether a family may say it for all its experts.
     """
 

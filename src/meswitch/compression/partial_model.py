@@ -184,7 +184,8 @@ class BlockCall:
 
     Args:
         block: its number.
-        args, keywords: what it is given; hidden states only if it is the first.
+        args: what it is given by position; hidden states only if it is the first block.
+        keywords: what it is given by keyword.
         links: which of these are parts of what the block before it gives: position or keyword -> part. Part 0 are
             hidden states.
     """

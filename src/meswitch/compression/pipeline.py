@@ -18,7 +18,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Rank, Spec
 from meswitch.compression.budget import specs_within
 from meswitch.compression.compatibility import check_same_base, matched, remarks
-from meswitch.compression.convert import Converter, Prepared
+from meswitch.compression.convert import Converter, Preparation
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.student import check_trainable
 from meswitch.compression.distill.training import (
@@ -63,7 +63,8 @@ def compress(
     """Compress a fine-tune into an artifact of its difference from the base.
 
     Args:
-        base, expert: checkpoint directories or hub ids. A PEFT adapter as the expert is kept as it was trained.
+        base: a checkpoint directory or hub id.
+        expert: the fine-tune, likewise. A PEFT adapter is kept as it was trained.
         out: the directory to create.
         options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits, `bits="exact"` loses nothing.
         device: where the arithmetic runs, `cpu` or `cuda`.
@@ -108,7 +109,7 @@ def compress(
                 specs = specs_within(source, target, options, moments, starts, fits, where, progress)
         stage = out if recipe is None else work.directory / "undistilled"
         replace = overwrite or recipe is not None
-        prepared = Prepared(text, moments, specs)
+        prepared = Preparation(text, moments, specs)
         converter = Converter(source, target, stage, options, prepared, where, replace, progress)
         artifact = converter.run(is_made=stage.is_dir() and work.load("undistilled", converter.plan) is not None)
         bits = None if isinstance(options.bits, str) or options.target_bpw is not None else options.bits

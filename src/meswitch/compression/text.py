@@ -204,8 +204,9 @@ SELF = "self"
 class CalibrationSet:
     """Token id sequences and where they came from.
 
-    starts: in each sequence, the position of the first token that the assistant says in its last turn; 0 where there
-    are no turns. Empty: 0 in all.
+    Args:
+        starts: in each sequence, the position of the first token that the assistant says in its last turn; 0 where
+            there are no turns. Empty: 0 in all.
     """
 
     sequences: list[list[int]]

@@ -60,7 +60,8 @@ class Front:
     since the client has seen a part of it.
 
     Args:
-        replicas: of `Replica`. family: the same family.toml.
+        replicas: of `Replica`.
+        family: the same family.toml.
     """
 
     def __init__(self, replicas: DeploymentHandle, family: str) -> None:
@@ -195,9 +196,13 @@ _RESIDENCY_SECONDS = 1.0  # between two looks at what a replica holds
 class Arguments(BaseModel):
     """What the application is built from.
 
-    family: path of the family.toml on every node. replicas: copies of the base. gpus, cpus: that Ray reserves for each.
-    ongoing: requests that a replica takes at a time before others are asked; queued: that may wait for a replica, more
-    are answered with 503.
+    Args:
+        family: path of the family.toml on every node.
+        replicas: copies of the base.
+        gpus: that Ray reserves for each.
+        cpus: that Ray reserves for each.
+        ongoing: requests that a replica takes at a time before others are asked.
+        queued: that may wait for a replica, more are answered with 503.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -91,7 +91,8 @@ def ranked(resident: Mapping[str, Collection[str]], expert: str) -> list[list[st
     get different experts, and a lost replica moves only its own.
 
     Args:
-        resident: the experts on each replica's device. expert: "" for a request that any replica answers as well.
+        resident: the experts on each replica's device.
+        expert: "" for a request that any replica answers as well.
     """
     if not expert:
         return [list(resident)] if resident else []

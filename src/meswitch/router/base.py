@@ -98,10 +98,13 @@ class RouterError(MeswitchError):
 class Route:
     """One decision.
 
-    choice: who answers, an expert's name or the fallback's. scores: label -> probability, summing to one, of the last
-    turn. margin: the best expert's probability less the second best's. reason: `scored`; `abstained` if the best
-    expert's probability is below the threshold; `kept` if the expert of the turn before keeps the conversation.
-    latency_ms: wall time; of a batch, the time of one query's share.
+    Args:
+        choice: who answers, an expert's name or the fallback's.
+        scores: label -> probability, summing to one, of the last turn.
+        margin: the best expert's probability less the second best's.
+        reason: `scored`; `abstained` if the best expert's probability is below the threshold; `kept` if the expert of
+            the turn before keeps the conversation.
+        latency_ms: wall time; of a batch, the time of one query's share.
     """
 
     choice: str

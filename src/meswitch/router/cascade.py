@@ -29,8 +29,10 @@ _LEAST = 1e-6  # a probability of zero, and of a label that one of the two does 
 class CascadeFile:
     """`router.json` of a cascade; its two routers are the directories `first` and `second`.
 
-    margin: below which lead of the first router's best label the second is asked too; None asks both always. weight:
-    of the second router's log-probabilities, 0 to 1. members: SHA-256 of each router's `router.json`.
+    Args:
+        margin: below which lead of the first router's best label the second is asked too; None asks both always.
+        weight: of the second router's log-probabilities, 0 to 1.
+        members: SHA-256 of each router's `router.json`.
     """
 
     kind: str
@@ -47,7 +49,9 @@ class CascadeRouter(Router):
     """See the module's docstring; `fit_cascade` chooses margin, weight and threshold, `save` and `load_router` keep it.
 
     Args:
-        first, second: routers over the same experts. margin: the second is asked where the first's best label leads
+        first: the router that is asked for every query.
+        second: another one over the same experts.
+        margin: the second is asked where the first's best label leads
         the next one by less; None asks it always. weight: of the second's log-probabilities where it is asked.
 
     Raises:
@@ -144,7 +148,9 @@ def fit_cascade(
 ) -> CascadeRouter:
     """Choose margin, weight, temperature and threshold by rows that neither router was trained on.
 
-    asked: the share of queries that may go to the second router; None asks both for every query (an ensemble).
+    Args:
+        asked: the share of queries that may go to the second router; None asks both for every query (an ensemble).
+
     The weight is the one that makes the rows likeliest.
 
     Raises:

@@ -258,8 +258,10 @@ class ChoiceModel:
     ) -> list[Tensor]:
         """As `answer` for several (queries, options) in one batch: on the model's device, with gradients if enabled.
 
-        whole: read every query together with its question, in one pass, instead of each question once and then the
-        queries. More arithmetic, half the launches; by default on a GPU, where a small model waits for the latter.
+        Args:
+            whole: read every query together with its question, in one pass, instead of each question once and then the
+                queries. More arithmetic, half the launches; by default on a GPU, where a small model waits for the
+                latter.
         """
         questions = [self.prompt.question(options) for _, options in asked]
         rows = [i for i, (queries, _) in enumerate(asked) for _ in queries]
@@ -326,8 +328,9 @@ class ChoiceModel:
     def _after(self, ids: Tensor, pads: Tensor, *, lengths: Tensor, prefix: int, cache: Any) -> Tensor:
         """[n, letters] float32. Nothing is copied from the host here and nothing read back: a graph can hold it.
 
-        ids: [n, width] int64, the first `pads` [n, 1] of them padding. lengths: [n, 1], of each row's question in
-        `cache`, which is padded to `prefix`.
+        Args:
+            ids: [n, width] int64, the first `pads` [n, 1] of them padding.
+            lengths: [n, 1], of each row's question in `cache`, which is padded to `prefix`.
         """
         place = torch.arange(ids.shape[1], device=ids.device)
         kept = torch.arange(prefix, device=ids.device) < lengths

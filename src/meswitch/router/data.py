@@ -132,8 +132,11 @@ _COMMON = 200  # a shingle in more rows than this proposes no candidates: it is 
 class Leakage:
     """Rows of the second data set that the first one has too.
 
-    exact, normalised, near: indices into the second; each row is counted once, in the first kind that fits.
-    conflicts: how many of them have another domain there.
+    Args:
+        exact: indices into the second data set; each row is counted once, in the first kind that fits.
+        normalised: likewise, of rows that are equal but for case, spaces and punctuation.
+        near: likewise, of rows that are nearly equal.
+        conflicts: how many of them have another domain there.
     """
 
     exact: tuple[int, ...]

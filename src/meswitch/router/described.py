@@ -57,8 +57,10 @@ _KEPT_LINES = 4096
 class RouteOption:
     """One route to choose from.
 
-    name: what is answered. description: what it is for, in a sentence or two. examples: queries for it; five different
-    ones do much.
+    Args:
+        name: what is answered.
+        description: what it is for, in a sentence or two.
+        examples: queries for it; five different ones do much.
     """
 
     name: str
@@ -147,9 +149,13 @@ class Space:
 class Prototypes:
     """Routes as points, and how sure a score is; float32.
 
-    weight: [width, routes], bias: [routes]: a route's score is linear in the text's vector. temperature: of scores.
-    slope, cut: the log-odds that any route is for a text are slope x (the best score - cut).
-    threshold: of the best route's probability.
+    Args:
+        weight: [width, routes]; a route's score is linear in the text's vector.
+        bias: [routes].
+        temperature: of scores.
+        slope: the log-odds that any route is for a text are slope x (the best score - cut).
+        cut: see there.
+        threshold: of the best route's probability.
     """
 
     weight: Tensor
@@ -235,8 +241,14 @@ def _linear(points: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
 class _LeftOut:
     """What `fit_prototypes` has, for scores of its own examples as if it had not seen them.
 
-    points: [routes, width]. metric: [width, width]. residuals, examples: [n, width]. owner: [n], counts: [routes]
-    int64. total: [routes, 1], what all lines of a route weigh.
+    Args:
+        points: [routes, width].
+        metric: [width, width].
+        residuals: [n, width].
+        examples: [n, width].
+        owner: [n] int64.
+        counts: [routes] int64.
+        total: [routes, 1], what all lines of a route weigh.
     """
 
     points: Tensor
@@ -327,7 +339,8 @@ class Prior:
     def __call__(self, states: Tensor) -> Tensor:
         """[n, experts + 1] float32: log-odds of each expert among them, and that any is for the text.
 
-        states: [n, layers x hidden_size], of `space.layers`.
+        Args:
+            states: [n, layers x hidden_size], of `space.layers`.
         """
         x = self.space.of_states(states)
         return torch.cat([self.prototypes.logits(x) / self.prototypes.temperature, self.prototypes.odds(x)[:, None]], 1)
@@ -342,7 +355,8 @@ class DescribedRouter(Router):
     """See the module's docstring.
 
     Args:
-        options: the routes. space: the encoder's; one for all routers that share it.
+        options: the routes.
+        space: the encoder's; one for all routers that share it.
 
     Raises:
         RouterError: see `check_options`.
@@ -386,8 +400,11 @@ _KEPT = 32  # lists of routes
 class Selection:
     """One decision over named routes.
 
-    choice: a route's name; None: none is likely enough. confidence: the best route's probability. scores: name ->
-    probability, summing to one with `other` (none of these). threshold: what the confidence had to reach.
+    Args:
+        choice: a route's name; None: none is likely enough.
+        confidence: the best route's probability.
+        scores: name -> probability, summing to one with `other` (none of these).
+        threshold: what the confidence had to reach.
     """
 
     choice: str | None

@@ -60,8 +60,10 @@ _FORM_WORDS = frozenset(_FORM.split())
 class Bags:
     """Features of `n` texts, laid end to end.
 
-    indices: [nnz] int64 buckets. offsets: [n] int64, where each text starts. values: [nnz] float32, 1/sqrt(features
-    of the text), so that long texts do not score higher than short ones.
+    Args:
+        indices: [nnz] int64 buckets.
+        offsets: [n] int64, where each text starts.
+        values: [nnz] float32, 1/sqrt(features of the text), so that long texts do not score higher than short ones.
     """
 
     indices: Tensor
@@ -181,8 +183,10 @@ ROWS = 16  # of every label; measured: 64 change little
 class KeptRows:
     """Features of ROWS training rows of every label, in the order of the router's labels; float32.
 
-    states: [labels x ROWS, width]. known: [labels x ROWS, known width]. words: [labels x ROWS, experts], what the word
-    head adds to the logits.
+    Args:
+        states: [labels x ROWS, width].
+        known: [labels x ROWS, known width].
+        words: [labels x ROWS, experts], what the word head adds to the logits.
     """
 
     states: Tensor
@@ -232,15 +236,24 @@ class EncoderInfo:
 class EmbeddingSettings:
     """What the heads see and how they are fitted.
 
-    layers: which hidden states are averaged (0: embeddings) to choose the expert. known_layers: to tell queries for
-    some expert from others. max_tokens: of a query. buckets: of hashed words. smoothing: counts added by the word
-    head. words: the word head's weight beside the states'. l2: on the state head's weights. folds: of the held-out
-    calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
-    whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
-    case, for encoders that see the case. prior, own: where there is one, the weights of the prior's log-odds beside the
-    heads' and of the heads' odds beside the prior's (measured on 15 sources: `benchmarks/routing_prior.py`).
-    target_precision, target_coverage: what the threshold
-    was chosen for; neither: to tell experts' queries from others.
+    Args:
+        layers: which hidden states are averaged (0: embeddings) to choose the expert.
+        known_layers: to tell queries for some expert from others.
+        max_tokens: of a query.
+        buckets: of hashed words.
+        smoothing: counts added by the word head.
+        words: the word head's weight beside the states'.
+        l2: on the state head's weights.
+        folds: of the held-out calibration.
+        encoder: whose states, `base` or a directory or hub id.
+        bits: of its linear layers, 32 or 8.
+        style: whether how a query is written counts for telling others.
+        lower: whether that is also learnt from rows in lower case, for encoders that see the case.
+        prior: where there is one, the weight of its log-odds beside the heads' (measured on 15 sources:
+            `benchmarks/routing_prior.py`).
+        own: where there is a prior, the weight of the heads' odds beside its own.
+        target_precision: what the threshold was chosen for.
+        target_coverage: likewise; neither: to tell experts' queries from others.
     """
 
     layers: tuple[int, ...]
@@ -266,8 +279,10 @@ class EmbeddingSettings:
 class RouterFile:
     """`router.json` without its head (format, version) and the checksum of the tensors.
 
-    other: whether the router knows queries that no expert is for. added: how many of the experts, the last ones, were
-    added by examples. routes: what is said of the experts, if that is where the router starts from.
+    Args:
+        other: whether the router knows queries that no expert is for.
+        added: how many of the experts, the last ones, were added by examples.
+        routes: what is said of the experts, if that is where the router starts from.
     """
 
     kind: str
@@ -286,8 +301,11 @@ class RouterFile:
 class Features:
     """What the heads see of `n` texts.
 
-    words: of the texts. states: [n, width] float32, to choose the expert. known: [n, width] float32, to tell others.
-    prior: [n, experts + 1] float32, see `Prior`; None without one.
+    Args:
+        words: of the texts.
+        states: [n, width] float32, to choose the expert.
+        known: [n, width] float32, to tell others.
+        prior: [n, experts + 1] float32, see `Prior`; None without one.
     """
 
     words: Bags
@@ -321,9 +339,13 @@ class Linear:
 class Heads:
     """The linear heads of both questions; float32.
 
-    words: [buckets, experts]. states: width -> experts. known: width -> 1, and known_words: [buckets, 1], whose sum is
-    the log-odds of "some expert's"; None without rows of `other`. Each expert that was added by examples has a further
-    column there, and the query is some expert's if any column says so.
+    Args:
+        words: [buckets, experts].
+        states: width -> experts.
+        known: width -> 1, the log-odds of "some expert's" together with `known_words`; None without rows of `other`.
+            Each expert that was added by examples has a further column there, and the query is some expert's if any
+            column says so.
+        known_words: [buckets, 1], with as many columns.
     """
 
     words: Tensor
@@ -358,8 +380,11 @@ class Heads:
 class Learnt:
     """What training made of an encoder's states.
 
-    heads: of both questions. rows: of the training rows, those that are kept. prior: where the router started from.
-    added: how many of the experts, the last ones, were added by examples (`meswitch.router.loading`).
+    Args:
+        heads: of both questions.
+        rows: of the training rows, those that are kept.
+        prior: where the router started from.
+        added: how many of the experts, the last ones, were added by examples (`meswitch.router.loading`).
     """
 
     heads: Heads

@@ -24,17 +24,22 @@ class Evaluation:
     A row with an expert's domain is right if that expert scores best, whether or not the router would then abstain;
     an `other` row is right if the router abstains.
 
-    accuracy: share right of the rows with an expert's domain. per_domain, per_source: share right of all rows there.
-    confusion: domain -> {what the router does -> rows}; the column `other` counts abstentions. ece: expected
-    calibration error of the best expert's probability, rows with an expert's domain. auroc: how well that probability
-    tells those rows from `other` rows. coverage: share of the rows with an expert's domain that is answered.
-    latency_ms: of a single query, mean, p50 and p95. None: the data has no rows to tell.
-
-    risk_coverage: (coverage, share wrong of what is then answered) of the experts' rows, the surest first.
-    reliability: (mean probability of the best expert, share right, rows) of bins of that probability, experts' rows.
-    accepted_other: share of `other` rows answered at the threshold that answers 95 % of the experts' rows. unlabelled:
-    in domains whose rows often open with a label ("Write a SQL query: "), share right of those that do not. bytes: of
-    the router in memory with its encoder, None if it does not say.
+    Args:
+        accuracy: share right of the rows with an expert's domain.
+        per_domain: share right of all rows of a domain.
+        per_source: share right of all rows of a source.
+        confusion: domain -> {what the router does -> rows}; the column `other` counts abstentions.
+        ece: expected calibration error of the best expert's probability, rows with an expert's domain.
+        auroc: how well that probability tells those rows from `other` rows.
+        coverage: share of the rows with an expert's domain that is answered.
+        latency_ms: of a single query, mean, p50 and p95. None: the data has no rows to tell.
+        risk_coverage: (coverage, share wrong of what is then answered) of the experts' rows, the surest first.
+        reliability: (mean probability of the best expert, share right, rows) of bins of that probability, experts'
+            rows.
+        accepted_other: share of `other` rows answered at the threshold that answers 95 % of the experts' rows.
+        unlabelled: in domains whose rows often open with a label ("Write a SQL query: "), share right of those that do
+            not.
+        bytes: of the router in memory with its encoder, None if it does not say.
     """
 
     accuracy: float | None

@@ -34,8 +34,9 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 def add_adapters(model: Any, rank: int, alpha: int, top: float = 1.0) -> dict[str, nn.Parameter]:
     """Put LoRA adapters on all linear layers but the head, in place; the adapters' parameters by name.
 
-    top: the share of the blocks, from the last one down, that get them. Gradients go no further down than they must,
-    so half the blocks cost three quarters of the time.
+    Args:
+        top: the share of the blocks, from the last one down, that get them. Gradients go no further down than they
+            must, so half the blocks cost three quarters of the time.
 
     Raises:
         ConfigError: PEFT is not installed.
@@ -117,8 +118,9 @@ def replace_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 class ModelInfo:
     """The causal LM that an LLM router asks.
 
-    path: a checkpoint directory (a relative one is relative to the router's directory) or a hub id. fingerprint: its
-    content, which decides; the path only says where to look.
+    Args:
+        path: a checkpoint directory (a relative one is relative to the router's directory) or a hub id.
+        fingerprint: its content, which decides; the path only says where to look.
     """
 
     path: str
@@ -139,17 +141,29 @@ class Llm:
 class LlmSettings:
     """How an LLM router asks, and how it was trained.
 
-    weights: `reference` (the model as it is), `lora` or `full`: what training changed, and so what is stored.
-    max_tokens: of a query. permutations: orders of the options that are averaged. max_options: of one question.
-    steps, batch, learning_rate, warmup (share of the steps), weight_decay: AdamW, cosine. question: rows that share one
-    order of the options. drop: share of the questions that leave experts out, whose queries then belong to "none of
-    these". settle: share of the steps during which the options pass from the family's order to random ones.
-    reword: share of the options that are described by a part of their description, or by a request of theirs, so that
-    what a description says counts and not which one it is. disguise: share of the drawn rows that are shown without
-    their source's habits (a label, case, final marks), where they have any.
-    balance: 0 draws rows as they come, 1 all domains and sources alike. average: share of the steps, the last ones,
-    over which the weights are averaged. rank, alpha: LoRA's. top: the share of the
-    blocks, from the last one down, that LoRA adapts. holdout: share of the rows kept for the calibration.
+    Args:
+        weights: `reference` (the model as it is), `lora` or `full`: what training changed, and so what is stored.
+        max_tokens: of a query.
+        permutations: orders of the options that are averaged.
+        max_options: of one question.
+        steps: of AdamW.
+        batch: rows a step.
+        learning_rate: at its peak; it falls as a cosine.
+        warmup: share of the steps during which it rises.
+        weight_decay: of AdamW.
+        question: rows that share one order of the options.
+        drop: share of the questions that leave experts out, whose queries then belong to "none of these".
+        settle: share of the steps during which the options pass from the family's order to random ones.
+        reword: share of the options that are described by a part of their description, or by a request of theirs, so
+            that what a description says counts and not which one it is.
+        disguise: share of the drawn rows that are shown without their source's habits (a label, case, final marks),
+            where they have any.
+        balance: 0 draws rows as they come, 1 all domains and sources alike.
+        average: share of the steps, the last ones, over which the weights are averaged.
+        rank: LoRA's.
+        alpha: LoRA's.
+        top: the share of the blocks, from the last one down, that LoRA adapts.
+        holdout: share of the rows kept for the calibration.
     """
 
     weights: str = "lora"

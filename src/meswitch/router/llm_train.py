@@ -8,7 +8,6 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from meswitch import __version__
 from meswitch.cpu import fitting_threads
 from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.router.base import OTHER, RouterError
@@ -136,7 +134,8 @@ def save_checkpoint(
 ) -> None:
     """Replace the checkpoint at `path`. run: identifies data and settings. weights: name -> trained parameter.
 
-    mean: of the last steps' weights, or empty.
+    Args:
+        mean: of the last steps' weights, or empty.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -289,10 +288,9 @@ def train_llm_router(
     check_descriptions(descriptions)
     _check_rows(rows, descriptions)
     seen, held_out = hold_out(rows, settings.holdout, settings.seed)
-    router = LlmRouter(
-        llm, descriptions, settings, ScoreCalibration(1.0, 0.0, 0.0, 0.0), _provenance(rows, data_sha256),
-        fallback=fallback,
-    )  # fmt: skip
+    provenance = RouterProvenance.of((row.domain for row in rows), data_sha256)
+    unmeasured = ScoreCalibration(1.0, 0.0, 0.0, 0.0)
+    router = LlmRouter(llm, descriptions, settings, unmeasured, provenance, fallback=fallback)
     if settings.weights != "reference":
         run = _identity(rows, descriptions, llm.info, settings)
         router.tuned = _tune(router.chooser, seen, descriptions, settings, run, checkpoint, save_every, report)
@@ -427,16 +425,3 @@ def _identity(rows: Sequence[Row], descriptions: Mapping[str, str], info: ModelI
         dataclasses.asdict(settings),
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _provenance(rows: Sequence[Row], data_sha256: str) -> RouterProvenance:
-    import transformers
-
-    return RouterProvenance(
-        data_sha256=data_sha256,
-        rows=dict(sorted(Counter(row.domain for row in rows).items())),
-        meswitch=__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )

@@ -26,7 +26,7 @@ from meswitch.router.encoder import Encoder, open_encoder
 from meswitch.router.store import JSON_NAME, OpenOptions, check_experts, open_kind, read_file
 
 
-def open_router(
+def open_family_router(
     path: str | Path,
     options: Sequence[RouteOption],
     given: OpenOptions,

@@ -24,8 +24,9 @@ from meswitch.router.store import (
 class RoutingRequest(Sequence[Mapping[str, Any]]):
     """A conversation with what came along with it: pass it to a router in place of the messages.
 
-    headers: names in any case. metadata: OpenAI's `metadata` field, a flat object. Routers without rules see only the
-    messages.
+    Args:
+        headers: names in any case.
+        metadata: OpenAI's `metadata` field, a flat object. Routers without rules see only the messages.
     """
 
     messages: Messages
@@ -50,8 +51,10 @@ class RoutingRequest(Sequence[Mapping[str, Any]]):
 class Rule:
     """One rule. choose: an expert's name, or `other` for the fallback.
 
-    field: `text` (what the user asks), `system` (the system message), `header:NAME` or `metadata:NAME` of the request.
-    pattern: a regular expression that is searched there.
+    Args:
+        field: `text` (what the user asks), `system` (the system message), `header:NAME` or `metadata:NAME` of the
+            request.
+        pattern: a regular expression that is searched there.
     """
 
     choose: str

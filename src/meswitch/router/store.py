@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from meswitch import __version__
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.jsonfile import Decoder
@@ -53,6 +56,25 @@ class RouterProvenance:
     transformers: str
     created: str
 
+    @classmethod
+    def of(cls, domains: Iterable[str], data_sha256: str) -> "RouterProvenance":
+        """That of a training which ends now.
+
+        Args:
+            domains: of all its rows.
+            data_sha256: of the file of rows.
+        """
+        import transformers
+
+        return cls(
+            data_sha256=data_sha256,
+            rows=dict(sorted(Counter(domains).items())),
+            meswitch=__version__,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
 
 class File(Protocol):
     """What `router.json` holds of one kind, without its head (format, version): a frozen dataclass.
@@ -83,7 +105,9 @@ class StoredKind(Protocol):
 
     Another package's is found by an entry point of the group `meswitch.routers`: the kind, and the module to import.
 
-    file: its part of `router.json`. unknown: what to do about experts that it does not know, beside training again.
+    Args:
+        file: its part of `router.json`.
+        unknown: what to do about experts that it does not know, beside training again.
     """
 
     file: ClassVar[type[Any]]
@@ -122,7 +146,8 @@ def write_router(
 ) -> None:
     """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router.
 
-    members: routers that this one is made of; each becomes a directory in it.
+    Args:
+        members: routers that this one is made of; each becomes a directory in it.
 
     Raises:
         RouterError: `path` exists and is not a router, or cannot be written.
@@ -229,7 +254,8 @@ def read_all_tensors(path: Path, file: Any) -> dict[str, Tensor]:
 def check_members(path: Path, file: Any, names: Collection[str]) -> None:
     """Are the routers that this one is made of there, and the ones it was saved with?
 
-    names: which there must be; others are refused.
+    Args:
+        names: which there must be; others are refused.
 
     Raises:
         RouterError: names the member.
@@ -259,10 +285,14 @@ def load_router(
     """Load a router directory for a base.
 
     Args:
-        path: what `meswitch router train` wrote. base: the base's checkpoint directory or hub id.
+        path: what `meswitch router train` wrote.
+        base: the base's checkpoint directory or hub id.
         experts: the family's; the router's must be the same ones. None: do not compare.
-        fallback: who answers when the router abstains. threshold: instead of the calibrated one.
-        model, tokenizer: the base, if it is loaded already; give both. device: where to load models otherwise.
+        fallback: who answers when the router abstains.
+        threshold: instead of the calibrated one.
+        model: the base, if it is loaded already.
+        tokenizer: the base's; give both or none.
+        device: where to load models otherwise.
         llm: where an LLM router's model is now, if it is not where it was.
 
     Raises:

@@ -3,13 +3,11 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from meswitch import __version__
 from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.calibrate import auroc, calibration_error, choose_threshold, line, temperature
@@ -37,8 +35,10 @@ from meswitch.router.store import RouterProvenance, ScoreCalibration
 def naive_bayes(bags: Bags, labels: Tensor, classes: int, buckets: int, smoothing: float) -> Tensor:
     """Log-odds of each feature in each class, uniform prior: [buckets, classes] float32.
 
-    labels: [n] int64. A generative head, because it spreads its trust over all features of a class; a discriminative
-    one leans on the few that separate the training data best, and those change with the source of the queries.
+    Args:
+        labels: [n] int64. A generative head, because it spreads its trust over all features of a class; a
+            discriminative one leans on the few that separate the training data best, and those change with the source
+            of the queries.
     """
     counts = torch.zeros(buckets, classes)
     of_feature = torch.repeat_interleave(labels, bags.lengths())
@@ -51,8 +51,10 @@ def naive_bayes(bags: Bags, labels: Tensor, classes: int, buckets: int, smoothin
 def logistic(x: Tensor, labels: Tensor, classes: int, l2: float, evenness: float = 0.5) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by L-BFGS from zero: weight [features, classes], bias [classes], float32.
 
-    x: [n, features] float32, standardised. A row weighs by its class's size to the power -evenness: 0 takes classes
-    as they come, 1 makes all alike; the loss is the weighted mean cross-entropy + l2 x the sum of squared weights.
+    Args:
+        x: [n, features] float32, standardised. A row weighs by its class's size to the power -evenness: 0 takes classes
+            as they come, 1 makes all alike; the loss is the weighted mean cross-entropy + l2 x the sum of squared
+            weights.
     """
     weight = torch.zeros(x.shape[1], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
@@ -102,8 +104,9 @@ def offsets(near: Tensor, targets: Tensor, far: Tensor, far_targets: Tensor, gro
     both the least mean cross-entropy together, every domain weighing the same, and in the far part every source of it.
     Each part has a temperature of its own, because the far one is less sure.
 
-    near: [n, experts] logits of held-out rows, targets: [n]. far: [m, experts] logits of rows whose source was left
-    out, far_targets, groups: [m] int64, the row's source.
+    Args:
+        near: [n, experts] logits of held-out rows, targets: [n].
+        far: [m, experts] logits of rows whose source was left out, far_targets, groups: [m] int64, the row's source.
     """
     parts = [(near, targets, _NEAR * _even(targets, targets)), (far, far_targets, _even(far_targets, groups))]
     shift = torch.zeros(near.shape[1], dtype=torch.float64, requires_grad=True)
@@ -209,7 +212,7 @@ def train_router(
         data = _Data(features, targets[origin], origin, len(both), len(experts))
         heads, calibration = _train(rows, data, settings)
         learnt = Learnt(heads, _kept(data, heads, len(labels), settings), prior)
-    provenance = _provenance(rows, data_sha256)
+    provenance = RouterProvenance.of((row.domain for row in rows), data_sha256)
     return EmbeddingRouter(encoder, learnt, experts, settings, calibration, provenance, fallback=fallback)
 
 
@@ -227,7 +230,9 @@ def _prior(options: Sequence[RouteOption], experts: Sequence[str], encoder: Text
 class _Data:
     """Rows, then copies of them without labels, from `both` on copies in lower case.
 
-    targets: [n] int64, `experts` for others. origin: [n] int64, the row that each is a copy of.
+    Args:
+        targets: [n] int64, `experts` for others.
+        origin: [n] int64, the row that each is a copy of.
     """
 
     features: Features
@@ -357,17 +362,4 @@ def _calibrate(
         accuracy=float(correct.double().mean()),
         ece=calibration_error(confidence[known], correct),
         auroc=auroc(confidence[known], confidence[~known]),
-    )
-
-
-def _provenance(rows: Sequence[Row], data_sha256: str) -> RouterProvenance:
-    import transformers
-
-    return RouterProvenance(
-        data_sha256=data_sha256,
-        rows=dict(sorted(Counter(row.domain for row in rows).items())),
-        meswitch=__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

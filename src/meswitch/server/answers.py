@@ -163,7 +163,10 @@ class TextCompletion(_Lean):
 class ModelCard(_Lean):
     """One row of `/v1/models`.
 
-    kind: `base`, `expert` or `router`. parent: the base of an expert. max_model_len: tokens of a prompt and its answer.
+    Args:
+        kind: `base`, `expert` or `router`.
+        parent: the base of an expert.
+        max_model_len: tokens of a prompt and its answer.
     """
 
     id: str

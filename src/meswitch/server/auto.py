@@ -110,7 +110,9 @@ class RouteStats:
 
     Args:
         decided: (expert, reason) -> decisions, those from the cache included.
-        hits: decisions from the cache. batches: that were scored. scored: queries in them.
+        hits: decisions from the cache.
+        batches: that were scored.
+        scored: queries in them.
         seconds: that scoring took.
         cache_bytes: of remembered decisions.
         waiting: queries now.

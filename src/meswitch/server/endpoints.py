@@ -247,8 +247,10 @@ def _messages(value: Any) -> Any:
 class RouteRequest(Strict):
     """input: a text, or the messages of a conversation.
 
-    routes: `{name, description, examples}` each, in place of the family's experts; a description or an example at
-    least. threshold: with them, the probability that the best must reach; by default what their own lines give.
+    Args:
+        routes: `{name, description, examples}` each, in place of the family's experts; a description or an example at
+            least.
+        threshold: with them, the probability that the best must reach; by default what their own lines give.
     """
 
     input: Annotated[list[Message], BeforeValidator(_messages)] = Field(min_length=1)

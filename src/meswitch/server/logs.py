@@ -40,9 +40,12 @@ class Record:
 
     Args:
         id: what the client sent as `x-request-id`, or one of ours.
-        model: that was asked for. expert: who answered.
-        key: name of the API key. reason: of the router.
-        prompt_tokens, completion_tokens: of all its answers.
+        model: that was asked for.
+        expert: who answered.
+        key: name of the API key.
+        reason: of the router.
+        prompt_tokens: of all its answers.
+        completion_tokens: of all its answers.
         parent: `traceparent` of the client's trace, if it sent one.
         ttft: seconds to the first token of the first answer that had one.
     """

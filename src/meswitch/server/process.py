@@ -174,7 +174,8 @@ class Listening:
     Args:
         connections: at most.
         grace_seconds: that running answers get when the server is asked to stop.
-        tls_cert: PEM file of the certificate and its chain. tls_key: PEM file of its key.
+        tls_cert: PEM file of the certificate and its chain.
+        tls_key: PEM file of its key.
     """
 
     connections: int = 1024
@@ -191,7 +192,8 @@ class Server(uvicorn.Server):
     status 0.
 
     Args:
-        app: the application. engine: answers.
+        app: the application.
+        engine: answers.
         reload: is called in a thread when SIGHUP comes.
     """
 

@@ -314,7 +314,8 @@ class _End:
         """KL(expert || student) in nats at a token, its mean as the recipe weighs.
 
         Args:
-            states: what the student's last block gave. learn: leave gradients in the student's parameters.
+            states: what the student's last block gave.
+            learn: leave gradients in the student's parameters.
         """
         wanted, found = self.job.tokens(batch, self.theirs), self.job.tokens(batch, states)
         weight = weights(batch, self.job.recipe.question_weight, self.job.device)

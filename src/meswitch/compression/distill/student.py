@@ -274,8 +274,10 @@ def frozen(expert: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
 class Outputs:
     """What a model makes of a batch.
 
-    logits: [sequences, length, vocabulary] float32. hidden: the output of every block, [sequences, length,
-    hidden_size] each, if asked for. real: [sequences, length] bool, what is not padding.
+    Args:
+        logits: [sequences, length, vocabulary] float32.
+        hidden: the output of every block, [sequences, length, hidden_size] each, if asked for.
+        real: [sequences, length] bool, what is not padding.
     """
 
     logits: Tensor

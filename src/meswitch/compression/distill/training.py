@@ -116,7 +116,8 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """KL(softmax(wanted) || softmax(found)) in nats.
 
     Args:
-        wanted, found: [..., vocabulary] float32 logits; the gradient is `found`'s alone.
+        wanted: [..., vocabulary] float32 logits.
+        found: likewise; the gradient is theirs alone.
 
     Returns:
         [...] float32.
@@ -154,9 +155,12 @@ def fit(
     """Train parameters and leave them in the state that was best on held-out text.
 
     Args:
-        text: batches without end. learn: leaves a batch's gradients in the parameters. held_out: what is to fall.
+        text: batches without end.
+        learn: leaves a batch's gradients in the parameters.
+        held_out: what is to fall.
         told: after every step: steps done, the held-out value at the last look and before the first step.
-        work, plan: where the state is saved now and then, and a digest of all that decides it.
+        work: where the state is saved now and then.
+        plan: a digest of all that decides it.
 
     Returns:
         the held-out value before the first step, and the best.
