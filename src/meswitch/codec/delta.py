@@ -183,7 +183,7 @@ class PackedDelta:
     """The delta of one [out_features, in_features] matrix.
 
     Args:
-        packed: [rows, words] int32 (see `codec.packing`), rows = out_features without the extra rows.
+        packed: [rows, words] int32 (see `codec.quantize`), rows = out_features without the extra rows.
         scale: [rows, groups] bfloat16.
         salient_index: [k] int32 ascending.
         salient_weight: [rows, k] bfloat16, what is missing from the dequantised codes in these channels, so that a
@@ -207,7 +207,7 @@ class PackedDelta:
         return self.packed.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the suffix of their stored names (the first three are compressed-tensors'); see `codec.rows`."""
+        """By the suffix of their stored names (the first three are compressed-tensors'); see `live_rows`."""
         extra_rows = 0 if self.extra is None else self.extra.shape[0]
         live = live_rows(self.packed, self.scale, self.salient_weight)
         rows = slice(None) if live is None else live.long()

@@ -129,7 +129,7 @@ class Solver:
     """How the default method finds its codes. All but the defaults are there to compare.
 
     Args:
-        salient_rule: how salient channels are chosen, one of `codec.salient.RULES`.
+        salient_rule: how salient channels are chosen, one of `codec.delta.RULES`.
         scales: the search that starts scales, one of `codec.quantize.SCALES`.
         feedback: let later columns absorb the rounding errors of earlier ones (needs calibration).
         refit: solve for scales once the codes are chosen (needs calibration).
