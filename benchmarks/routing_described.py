@@ -33,7 +33,7 @@ from meswitch.router import (
     read_rows,
     train_router,
 )
-from meswitch.router.loading import add_described
+from meswitch.router.train import add_described
 from routing import Remembering, cpu_ms
 
 HERE = Path(__file__).parent

@@ -24,6 +24,25 @@ from meswitch.errors import CheckpointError
 from meswitch.hub import fetch_config, is_hub_id
 from meswitch.jsonfile import read_json
 
+# Why a field does not change what is computed.
+METADATA = "says nothing of the computation"
+OF_EACH = "served for each expert"
+TRAINING = "matters in training only"
+UNREAD = "no code of the model reads it"
+INACTIVE = "has no effect here"
+_METADATA = re.compile(
+    r"_name_or_path|_from_model_config|_commit_hash|transformers_version|architectures|auto_map|(torch_)?dtype"
+    r"|use_cache|return_dict|use_return_dict|output_(attentions|hidden_states|router_logits)|id2label|label2id"
+    r"|num_labels|problem_type|is_encoder_decoder|chunk_size_feed_forward|_?attn_implementation.*|quantization_config"
+)
+_OF_EACH = re.compile(r"(bos|eos|pad|sep|eod|unk|cls|mask|decoder_start)_token_id|tie_word_embeddings")
+_TRAINING = re.compile(
+    r"dropout|pdrop$|drop_path|drop_rate|layerdrop|^initializer|^init_std$|loss|gradient_checkpointing"
+)
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern")
+_ROPE, _LENGTH = "rope_parameters", "max_position_embeddings"
+_SHARED_CODE = ("transformers.masking_utils", "transformers.cache_utils")
+
 
 def read_config(source: str | Path) -> Any:
     """A model's configuration as transformers understands it.
@@ -89,27 +108,6 @@ def _unknown(fields: dict[str, Any]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# Why a field does not change what is computed.
-METADATA = "says nothing of the computation"
-OF_EACH = "served for each expert"
-TRAINING = "matters in training only"
-UNREAD = "no code of the model reads it"
-INACTIVE = "has no effect here"
-
-_METADATA = re.compile(
-    r"_name_or_path|_from_model_config|_commit_hash|transformers_version|architectures|auto_map|(torch_)?dtype"
-    r"|use_cache|return_dict|use_return_dict|output_(attentions|hidden_states|router_logits)|id2label|label2id"
-    r"|num_labels|problem_type|is_encoder_decoder|chunk_size_feed_forward|_?attn_implementation.*|quantization_config"
-)
-_OF_EACH = re.compile(r"(bos|eos|pad|sep|eod|unk|cls|mask|decoder_start)_token_id|tie_word_embeddings")
-_TRAINING = re.compile(
-    r"dropout|pdrop$|drop_path|drop_rate|layerdrop|^initializer|^init_std$|loss|gradient_checkpointing"
-)
-_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern")
-_ROPE, _LENGTH = "rope_parameters", "max_position_embeddings"
-_SHARED_CODE = ("transformers.masking_utils", "transformers.cache_utils")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,12 @@ WAIT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _SET_BY_USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _set_here: dict[str, str] = {}
 _EVERY = 2.0  # seconds between two looks at who is busy
+# Files of a container's limit on memory and of what it uses: control groups of version 2, and of version 1.
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+_LARGE = 1 << 27  # multiplications of a product that is worth converting its factors
 
 
 def wait_passively() -> None:
@@ -135,14 +141,6 @@ class _Load:
 
 
 _load = _Load()
-
-
-# Files of a container's limit on memory and of what it uses: control groups of version 2, and of version 1.
-_CONTAINER = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-_LARGE = 1 << 27  # multiplications of a product that is worth converting its factors
 
 
 def free_bytes() -> int:

@@ -26,6 +26,9 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 _TABLES = {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
 _FETCH = "fetch the file again"
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = b"\xff\xfe", b"\xfe\xff"
+_GZIP = b"\x1f\x8b"
 
 
 def disguise(file: Path) -> str | None:
@@ -101,11 +104,6 @@ def read_json(file: Path, error: type[MeswitchError] = CheckpointError) -> dict[
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number")
         raise error(f"{file}: holds {kind} where an object (`{{...}}`) is expected; {_FETCH}")
     return value
-
-
-_BOM = b"\xef\xbb\xbf"
-_UTF16 = b"\xff\xfe", b"\xfe\xff"
-_GZIP = b"\x1f\x8b"
 
 
 def read_lines(file: Path, error: type[MeswitchError] = ConfigError) -> Iterator[tuple[int, str]]:

@@ -11,12 +11,12 @@ from meswitch.errors import ArtifactError, MeswitchError
 from meswitch.family import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fastapi import FastAPI
 
     from meswitch.engine import Engine
-    from meswitch.router import Decider, Encoder, RouteOption, Router
+    from meswitch.router import Decider, Encoder, OpenOptions, RouteOption, Router
     from meswitch.server.auto import AutoPolicy
     from meswitch.server.experts import Experts
     from meswitch.server.keys import ApiKey, Keys
@@ -84,8 +84,7 @@ def router_from_family(
         RouterError: no router and too little said of an expert (the message says how to mend it), or a router that
             does not fit the family.
     """
-    from meswitch.router import OpenOptions, open_family_router
-    from meswitch.router.loading import is_trained
+    from meswitch.router import OpenOptions
     from meswitch.router.store import read_file
 
     encoder = family.router.encoder
@@ -107,6 +106,87 @@ def router_from_family(
     return open_family_router(directory, route_options(family), given, encoder=source, bits=family.router.bits)
 
 
+def open_family_router(
+    path: str | Path,
+    options: "Sequence[RouteOption]",
+    given: "OpenOptions",
+    *,
+    encoder: str | Path | None = None,
+    bits: int = 32,
+) -> "Router":
+    """A family's router: the trained one if there is one, otherwise one by what the family says of its experts.
+
+    An expert that a trained embedding router does not know is added to it by its examples and description.
+
+    Args:
+        path: where a trained router would be.
+        options: the family's experts.
+        given: the base, who answers when the router abstains, and what is loaded already.
+        encoder: of a router by descriptions; None: the base.
+        bits: of that encoder's linear layers, 32 or 8.
+
+    Raises:
+        RouterError: no trained router and an expert of which nothing is said; or see `load_router`.
+    """
+    from meswitch.router import DescribedRouter, EmbeddingRouter, Space
+    from meswitch.router.embedding import RouterFile
+    from meswitch.router.store import check_experts, open_kind, read_file
+    from meswitch.router.train import add_described
+
+    directory = Path(path)
+    names = [option.name for option in options]
+    if not is_trained(directory):
+        check_described(directory, options)
+        space = Space(_encoder(encoder, bits, given))
+        return DescribedRouter(options, space, fallback=given.fallback, threshold=given.threshold)
+    file = read_file(directory)
+    new = [option for option in options if option.name not in file.experts]
+    sayings = all(option.examples for option in new)
+    grows = isinstance(file, RouterFile) and new and sayings and {*file.experts} <= {*names}
+    if not grows:
+        check_experts(directory, file, names)
+    router = open_kind(directory, file, given)
+    return add_described(router, new) if isinstance(router, EmbeddingRouter) and grows else router
+
+
+def is_trained(directory: Path) -> bool:
+    """Whether a router was written here, whole or damaged."""
+    from meswitch.router.store import JSON_NAME
+
+    return (directory / JSON_NAME).exists()
+
+
+def check_described(directory: Path, options: "Sequence[RouteOption]") -> None:
+    """Can these experts be told apart without the trained router that `directory` has not?
+
+    Raises:
+        RouterError: says what is missing, and both ways to mend it.
+    """
+    from meswitch.router import RouterError
+    from meswitch.router.described import check_options
+
+    bare = [option.name for option in options if not option.description.strip() and not option.examples]
+    if bare or not options:
+        missing = ", ".join(repr(name) for name in bare) or "any expert"
+        raise RouterError(
+            f"{directory}: no router here, and nothing is said of {missing}; give every [[expert]] of family.toml a "
+            "`description` and `examples`, or make a router with `meswitch router train --family F --data rows.jsonl`"
+        )
+    check_options(options)
+
+
+def _encoder(source: str | Path | None, bits: int, given: "OpenOptions") -> Any:
+    from meswitch.artifact import fingerprint
+    from meswitch.checkpoint import Checkpoint
+    from meswitch.router.encoder import Encoder, open_encoder
+
+    if source is not None:
+        return open_encoder(source, given.device, bits)
+    if given.model is not None:
+        return Encoder(given.model, given.tokenizer, fingerprint(Checkpoint.open(given.base)))
+    return Encoder.load(given.base, given.device)
+
+
 def route_options(family: Family) -> "list[RouteOption]":
     """What `family.toml` says of its experts, for a router."""
     from meswitch.router import RouteOption
@@ -120,7 +200,6 @@ def check_router(family: Family) -> None:
     Raises:
         RouterError: a damaged router, or none and too little said of an expert.
     """
-    from meswitch.router.loading import check_described, is_trained
     from meswitch.router.store import read_file
 
     directory = family.resolve(family.router.path)

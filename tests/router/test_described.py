@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from meswitch import Family
 from meswitch.cli import app
-from meswitch.launch import check_router, router_from_family
+from meswitch.launch import check_router, open_family_router, router_from_family
 from meswitch.router import (
     OTHER,
     Decider,
@@ -20,14 +20,13 @@ from meswitch.router import (
     Space,
     evaluate_router,
     load_router,
-    open_family_router,
     parse_options,
     read_options,
     train_router,
 )
 from meswitch.router import described as module
 from meswitch.router.described import fit_prototypes
-from meswitch.router.loading import add_described
+from meswitch.router.train import add_described
 
 SAID = {
     "math": "Arithmetic word problems: how many, how much.",

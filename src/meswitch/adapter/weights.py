@@ -35,6 +35,8 @@ _PART = re.compile(
 )
 _AROUND = re.compile(rf"\.(?:token_adapter\.base_layer|base_layer|modules_to_save(?:\.{_NAME}(?=\.))?)(?=\.)")
 _FOREIGN = re.compile(r"\b(?:lora|ia3|hada|lokr|oft|boft|vera|prompt)_")  # tensors of other methods and variants
+_NESTED = re.compile(r"(\.base_layer)*$")
+_PROBED = 2  # experts: their matrices are stacked by one rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +247,6 @@ def _pair(adapter: Adapter, module: str, parts: Mapping[str, TensorInfo]) -> Low
                 "files do not belong together"
             )
     return pair
-
-
-_NESTED = re.compile(r"(\.base_layer)*$")
-_PROBED = 2  # experts: their matrices are stacked by one rule
 
 
 def parameters_of(

@@ -37,6 +37,9 @@ from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, M
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
 
+_THREADS = 4
+_AHEAD = 8  # tensors: what is read and not asked for yet stays small
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -347,10 +350,6 @@ def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta | ExactDel
         raise ArtifactError("a packed tensor needs its bits")
     width = entry.matrix[1]
     return packed_from(parts, width, bits=entry.bits, group_size=entry.group_size, block=entry.block)
-
-
-_THREADS = 4
-_AHEAD = 8  # tensors: what is read and not asked for yet stays small
 
 
 class ReadAhead:

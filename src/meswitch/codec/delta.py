@@ -41,6 +41,12 @@ from meswitch.errors import MeswitchError
 
 # `error` is the method's; the others are there to compare with
 RULES = ("error", "magnitude", "activation", "random")
+BY_ROW = frozenset({"weight_packed", "weight_scale", "salient_weight", "weight_left"})  # parts that leave rows out
+SALIENT_DTYPE = torch.bfloat16
+# weights worked on at once: on a GPU many, as each step costs its launch
+_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}
+# larger: error feedback walks all columns once for every block
+_FEEDBACK_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
 def reconstruction_error(delta: Tensor, dequantized: Tensor, energy: Tensor | None) -> Tensor:
@@ -80,9 +86,6 @@ def other_score(rule: str, delta: Tensor, energy: Tensor | None) -> Tensor:
     if rule == "activation":
         return delta.new_ones(width) if energy is None else energy
     return torch.randperm(width, generator=torch.Generator().manual_seed(width)).to(delta)
-
-
-BY_ROW = frozenset({"weight_packed", "weight_scale", "salient_weight", "weight_left"})  # parts that leave rows out
 
 
 def without_negligible(delta: Tensor, floor: float) -> Tensor:
@@ -127,13 +130,6 @@ def expand_rows(part: Tensor, index: Tensor, rows: int) -> Tensor:
     whole = part.new_zeros(rows, *part.shape[1:])
     whole[index.long()] = part
     return whole
-
-
-SALIENT_DTYPE = torch.bfloat16
-# weights worked on at once: on a GPU many, as each step costs its launch
-_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}
-# larger: error feedback walks all columns once for every block
-_FEEDBACK_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True, slots=True)

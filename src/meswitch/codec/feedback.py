@@ -34,6 +34,8 @@ _INVERTED = 256  # columns of a triangle that is inverted in one piece
 
 # target, original, step, factor, top, codes -> errors: see `round_columns_on_host`
 Rounding = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], Tensor]
+_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}  # numbers in the largest temporary
+_RIDGE = 1e-6
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -193,10 +195,6 @@ def _round_from_device(
     errors = round_columns_on_host(target.cpu(), original.cpu(), step.cpu(), share.cpu(), top, found)
     codes.copy_(found)
     return errors.to(target.device)
-
-
-_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}  # numbers in the largest temporary
-_RIDGE = 1e-6
 
 
 def refit(

@@ -23,6 +23,7 @@ _NORMAL_STEP = {1: 0.7979, 2: 0.4978, 3: 0.2930, 4: 0.1676}
 _MULTIPLES = (0.6, 0.8, 1.0, 1.25)
 _REFINEMENTS = 2
 _TINY = torch.finfo(torch.float32).tiny
+WORD = 32
 
 
 def group_count(in_features: int, group_size: int | None) -> int:
@@ -149,9 +150,6 @@ def _grouped(delta: Tensor, group_size: int | None) -> tuple[Tensor, Tensor | No
     mask = torch.ones(width, dtype=torch.float32, device=delta.device)
     mask = torch.nn.functional.pad(mask, (0, missing)).view(groups, size)
     return torch.nn.functional.pad(delta, (0, missing)).view(rows, groups, size), mask
-
-
-WORD = 32
 
 
 def packed_words(in_features: int, bits: int) -> int:

@@ -20,6 +20,8 @@ from meswitch.codec.lowrank import LowRankDelta
 ENTRY_POINTS = "meswitch.codecs"
 Meta = Mapping[str, int]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+# parameters, and the factor by which the recipe's learning rate is theirs
+Group = tuple[list[nn.Parameter], float]
 
 
 def nbytes(shapes: Shapes) -> int:
@@ -237,10 +239,6 @@ def find_codec(name: str | None) -> Codec:
             "(other papers' methods: pip install 'meswitch[lab]')"
         )
     return _CODECS[name]
-
-
-# parameters, and the factor by which the recipe's learning rate is theirs
-Group = tuple[list[nn.Parameter], float]
 
 
 @dataclass(frozen=True, slots=True)

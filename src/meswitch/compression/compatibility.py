@@ -21,6 +21,12 @@ from meswitch.loaded import BuiltTensor, alike
 from meswitch.tensorfile import WEIGHT_DTYPES
 
 _PAIR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
+LARGE = 0.3  # ||delta|| / ||base||; fine-tunes of 7B models move by 0.01 to 0.05
+SMALL = 0.05
+ANOTHER_BASE = 1.2  # two matrices that have nothing to do with each other differ by 1.41 of their norm
+NAMED = 3
+_SAMPLED = 12  # matrices
+_ROWS = 64  # of each, from several places
 
 
 def matched(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -132,14 +138,6 @@ def _check_weights(checkpoint: Checkpoint) -> None:
                     f"{info.file}: {name}: holds {str(info.dtype).removeprefix('torch.')} where the model has weights, "
                     "so it is quantised; give the checkpoint in 16 bit that this was made from"
                 )
-
-
-LARGE = 0.3  # ||delta|| / ||base||; fine-tunes of 7B models move by 0.01 to 0.05
-SMALL = 0.05
-ANOTHER_BASE = 1.2  # two matrices that have nothing to do with each other differ by 1.41 of their norm
-NAMED = 3
-_SAMPLED = 12  # matrices
-_ROWS = 64  # of each, from several places
 
 
 def relative_norm(delta: Tensor, base: Tensor) -> float:

@@ -36,6 +36,15 @@ from meswitch.cpu import rough_product
 from meswitch.errors import CheckpointError, IncompatibleError
 
 Shape = tuple[int, ...]
+TOKENS_AT_ONCE = 4096  # that a block reads in one call
+FILLED = 0.75  # of a batch's longest sequence, what the others have at least
+_PRODUCTS = {  # operator -> which arguments are its factors
+    torch.ops.aten.mm: (0, 1),
+    torch.ops.aten.addmm: (1, 2),
+    torch.ops.aten.bmm: (0, 1),
+    torch.ops.aten.baddbmm: (1, 2),
+}
+_COLUMNS = 512  # of a second moment that are computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,18 +166,6 @@ def _oriented(shape: Shape, rows: Tensor | None, columns: Tensor | None) -> tupl
         if ordered.shape[1] == shape[axis] and bool((ordered == torch.arange(shape[axis])).all()):
             return as_matrix(rows, role)[:, 0], role == TRANSPOSED
     return None
-
-
-TOKENS_AT_ONCE = 4096  # that a block reads in one call
-FILLED = 0.75  # of a batch's longest sequence, what the others have at least
-
-_PRODUCTS = {  # operator -> which arguments are its factors
-    torch.ops.aten.mm: (0, 1),
-    torch.ops.aten.addmm: (1, 2),
-    torch.ops.aten.bmm: (0, 1),
-    torch.ops.aten.baddbmm: (1, 2),
-}
-_COLUMNS = 512  # of a second moment that are computed at once
 
 
 class Inputs:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LOSSES = ("kl", "mse")
 SCOPES = ("model", "block")
 Scope = Literal["model", "block"]
+ROW_FLOOR = 0.1  # rows of an embedding that changed less than this share of the average are taken as unchanged
+TOKENS, WRITTEN_TOKENS = 524288, 32768  # of calibration text: of a file, and those that the expert writes
+Embeddings = Literal["quantised", "exact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,6 @@ def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") ->
         raise ConfigError(f"distill_scope: block: {method}'s published recipe trains end to end; leave it out")
     recipe = _BLOCKWISE if scope == "block" else published or Recipe()
     return recipe if steps is None else dataclasses.replace(recipe, steps=steps)
-
-
-ROW_FLOOR = 0.1  # rows of an embedding that changed less than this share of the average are taken as unchanged
-TOKENS, WRITTEN_TOKENS = 524288, 32768  # of calibration text: of a file, and those that the expert writes
-Embeddings = Literal["quantised", "exact"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,9 @@ from meswitch.cpu import multiplies_bfloat16
 from meswitch.errors import IncompatibleError, MeswitchError
 
 _SMALL = 1 << 28  # parameters, one GB in float32
+_FEW = 8  # tokens that show what a block gives
+# (number of a block, its arguments by position, by keyword) -> what it gives
+_Stub = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def working_dtype(device: torch.device, parameters: int) -> torch.dtype:
@@ -175,9 +178,6 @@ def _is_open(tensor: Tensor) -> bool:
     return tensor.is_meta or not isinstance(tensor, nn.Parameter)
 
 
-_FEW = 8  # tokens that show what a block gives
-
-
 @dataclass(frozen=True, slots=True)
 class BlockCall:
     """How the model calls one of its decoder blocks.
@@ -209,10 +209,6 @@ class BlockCall:
     def run(self, block: nn.Module) -> Any:
         """What the block gives."""
         return block(*self.args, **self.keywords)
-
-
-# (number of a block, its arguments by position, by keyword) -> what it gives
-_Stub = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _HeadReached(Exception):

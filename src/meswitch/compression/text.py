@@ -39,6 +39,9 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _FORMS = ("messages", "conversations", "prompt", "instruction", "text")
 # Fields of a row or a message that change what is said, and that no form here has.
 _REFUSED = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audio", "audios")
+MAX_LENGTH = 512
+_ROWS = 256  # tokenised at once
+SELF = "self"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +196,6 @@ def _refuse_extras(value: Mapping[str, Any], where: str, prefix: str) -> None:
             raise ConfigError(
                 f"{where}: {prefix}{name}: is not read; give the row as `text`, written as the expert sees it"
             )
-
-
-MAX_LENGTH = 512
-_ROWS = 256  # tokenised at once
-SELF = "self"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,12 @@ from meswitch.server.errors import ApiError
 from meswitch.server.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys
 from meswitch.server.middleware import MAX_BODY
 
+logger = logging.getLogger("meswitch.deploy")
+ATTEMPTS = 3  # replicas that are tried
+_LOST = (RayActorError, ReplicaUnavailableError)
+_UNAVAILABLE = 503  # what a replica says whose engine has stopped
+_RESIDENCY_SECONDS = 1.0  # between two looks at what a replica holds
+
 
 class ExpertAware(FIFOMixin, RequestRouter):
     """Requests go to a replica that holds their expert, if it has room.
@@ -44,13 +50,6 @@ class ExpertAware(FIFOMixin, RequestRouter):
         resident = {name: replica.routing_stats.get("resident", ()) for name, replica in by_id.items()}
         expert = pending_request.metadata.multiplexed_model_id if pending_request is not None else ""
         return [[by_id[name] for name in group] for group in ranked(resident, expert)]
-
-
-logger = logging.getLogger("meswitch.deploy")
-
-ATTEMPTS = 3  # replicas that are tried
-_LOST = (RayActorError, ReplicaUnavailableError)
-_UNAVAILABLE = 503  # what a replica says whose engine has stopped
 
 
 class Front:
@@ -188,9 +187,6 @@ def _json(body: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return asked if isinstance(asked, dict) else {}
-
-
-_RESIDENCY_SECONDS = 1.0  # between two looks at what a replica holds
 
 
 class Arguments(BaseModel):

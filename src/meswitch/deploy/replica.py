@@ -18,6 +18,7 @@ from meswitch.server.errors import ApiError
 from meswitch.server.keys import Keys
 
 Headers = Sequence[tuple[bytes, bytes]]
+logger = logging.getLogger("meswitch.deploy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +104,6 @@ def ranked(resident: Mapping[str, Collection[str]], expert: str) -> list[list[st
 
 def _weight(replica: str, expert: str) -> bytes:
     return hashlib.sha256(f"{replica}\0{expert}".encode()).digest()
-
-
-logger = logging.getLogger("meswitch.deploy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,9 @@ from meswitch.router.encoder import Encoder, TextEncoder, open_encoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
 from meswitch.router.llm import Llm, LlmRouter, LlmSettings, open_llm
 from meswitch.router.llm_train import train_llm_router
-from meswitch.router.loading import add_experts, open_family_router
 from meswitch.router.rules import RoutingRequest, Rule, RulesRouter, read_rules
 from meswitch.router.store import OpenOptions, load_router
-from meswitch.router.train import train_router
+from meswitch.router.train import add_experts, train_router
 
 __all__ = [
     "OTHER",
@@ -52,7 +51,6 @@ __all__ = [
     "fit_cascade",
     "load_router",
     "open_encoder",
-    "open_family_router",
     "open_llm",
     "parse_options",
     "read_options",

@@ -41,6 +41,9 @@ _BACK = re.compile(
     re.IGNORECASE,
 )
 _SHORT = 12  # words; a longer turn stands on its own
+TEXT_LIMIT = 4096  # characters of a query that are read; keeps the time of one bounded
+OTHER = "other"  # the label of queries that none of the experts is for
+Messages = Sequence[Mapping[str, Any]]  # OpenAI chat messages: {"role": ..., "content": ...}
 
 
 def asks_for_nothing(text: str) -> bool:
@@ -82,12 +85,6 @@ def next_holder(
     if sure and scores[best] - scores[holder] >= (STAY_BACK if back else STAY):
         return best, "scored"
     return (None, "abstained") if not sure and not back else (holder, "kept")
-
-
-TEXT_LIMIT = 4096  # characters of a query that are read; keeps the time of one bounded
-OTHER = "other"  # the label of queries that none of the experts is for
-
-Messages = Sequence[Mapping[str, Any]]  # OpenAI chat messages: {"role": ..., "content": ...}
 
 
 class RouterError(MeswitchError):

@@ -27,6 +27,14 @@ NONE_OF_THESE = "None of these."
 _MARK, _OPTIONS = "\x1fquery\x1f", "\x1foptions\x1f"  # places in the text; no text that a person types has them
 _ARROW = " ="
 _QUESTION = "Which option is the request below for? Answer with its letter."
+logger = logging.getLogger("meswitch.router")
+WIDTHS = (32, 64, 128, 256)  # tokens after the prefix; a row is padded to the next of these
+# Graphs share memory and write to fixed places, so one is captured or replayed at a time.
+_LOCK = threading.Lock()
+_CPU_BATCH_TOKENS = 1024
+_GPU_BATCH_TOKENS = 16384
+_KEPT_PREFIXES = 32
+_ALONE = 4  # queries up to which a GPU is quicker at replaying a graph for each than at one batch without a graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +140,6 @@ def one_line(text: str) -> str:
 # Captured once, all of them are one call.
 
 
-logger = logging.getLogger("meswitch.router")
-
-WIDTHS = (32, 64, 128, 256)  # tokens after the prefix; a row is padded to the next of these
-
-# Graphs share memory and write to fixed places, so one is captured or replayed at a time.
-_LOCK = threading.Lock()
-
-
 class PrefixGraphs:
     """What follows one kept prefix, as one graph a width, each captured when it is first needed.
 
@@ -189,12 +189,6 @@ class PrefixGraphs:
         except RuntimeError as error:  # out of memory, say
             logger.warning("router: this model cannot be captured as a CUDA graph (%s); queries take longer", error)
             self._refused = True
-
-
-_CPU_BATCH_TOKENS = 1024
-_GPU_BATCH_TOKENS = 16384
-_KEPT_PREFIXES = 32
-_ALONE = 4  # queries up to which a GPU is quicker at replaying a graph for each than at one batch without a graph
 
 
 @dataclass(frozen=True, slots=True)

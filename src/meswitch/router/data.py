@@ -21,6 +21,15 @@ from torch import Tensor
 from meswitch.jsonfile import json_kind, read_json_lines
 from meswitch.router.base import OTHER, RouterError
 
+SHINGLE = 3  # words
+NEAR = 0.7  # Jaccard similarity of two queries' shingles from which they count as near duplicates
+_COMMON = 200  # a shingle in more rows than this proposes no candidates: it is a form, not a query
+_LABEL = re.compile(r"([^:\n]{3,40}):\s+(?=\S)")  # "Write a SQL query: ...", "Question: ..."
+_ASKING = re.compile(
+    r"(?:are|can|could|did|do|does|has|have|how|is|may|should|was|were|wh\w+|will|would)\b"  # wh: what, when, who ...
+)
+_SHARE = 0.05  # of a domain's rows that open alike: a habit
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -121,11 +130,6 @@ def folds(rows: Sequence[Row], count: int, seed: int) -> Tensor:
 # Near duplicates are found by their shingles: queries that share most runs of `SHINGLE` words differ in a name or a
 # number, and a router that has seen one has seen the other. Candidates come from an index of the rarer shingles, so
 # the comparison is near linear in the number of rows.
-
-
-SHINGLE = 3  # words
-NEAR = 0.7  # Jaccard similarity of two queries' shingles from which they count as near duplicates
-_COMMON = 200  # a shingle in more rows than this proposes no candidates: it is a form, not a query
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,13 +238,6 @@ class _Index:
 # Data sets have habits that traffic does not share: one writes "Write a SQL query: " before its questions, another
 # is all in lower case. A head that learns the habit is right on that data set and lost elsewhere. Measured by
 # leaving sources out; the copies are used for training only, never for calibration or figures.
-
-
-_LABEL = re.compile(r"([^:\n]{3,40}):\s+(?=\S)")  # "Write a SQL query: ...", "Question: ..."
-_ASKING = re.compile(
-    r"(?:are|can|could|did|do|does|has|have|how|is|may|should|was|were|wh\w+|will|would)\b"  # wh: what, when, who ...
-)
-_SHARE = 0.05  # of a domain's rows that open alike: a habit
 
 
 def without_labels(rows: Sequence[Row]) -> list[tuple[int, Row]]:

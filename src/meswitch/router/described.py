@@ -51,6 +51,10 @@ _MOST_BARE = 0.4  # the highest threshold of routes without examples
 _KNOWN = 2 / 3  # share of traffic that is taken to be for some route
 _DOUBT = 0.5  # how far, as a standard deviation of its logarithm, the temperature may lie from that
 _KEPT_LINES = 4096
+MOST_ROUTES = 1000
+MOST_EXAMPLES = 100  # of one route
+MOST_CHARACTERS = 4096  # of one text
+_KEPT = 32  # lists of routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,12 +392,6 @@ class DescribedRouter(Router):
     def nbytes(self) -> int:
         """Of the encoder and the routes in memory."""
         return self.space.encoder.nbytes() + 4 * (self.prototypes.weight.numel() + self.prototypes.bias.numel())
-
-
-MOST_ROUTES = 1000
-MOST_EXAMPLES = 100  # of one route
-MOST_CHARACTERS = 4096  # of one text
-_KEPT = 32  # lists of routes
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,12 @@ most less least first last only also other same write find give list show tell m
 return get number function
 """
 _FORM_WORDS = frozenset(_FORM.split())
+WIDTH = 16
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_PERSON = re.compile(r"\b(?:i|my|me|you|your)\b")
+ROWS = 16  # of every label; measured: 64 change little
+KIND = "embedding"
+BASE = "base"  # the encoder is the family's base
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +145,6 @@ def _shape(word: str) -> str:
 # and 0.41. They are used beside states and words, and only with encoders that do not see the case.
 
 
-WIDTH = 16
-_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_PERSON = re.compile(r"\b(?:i|my|me|you|your)\b")
-
-
 def style(texts: Sequence[str]) -> Tensor:
     """[len(texts), WIDTH] float32."""
     return torch.tensor([_style(clip(text)) for text in texts], dtype=torch.float32).reshape(len(texts), WIDTH)
@@ -174,9 +175,6 @@ def _style(text: str) -> list[float]:
 
 
 # What an embedding router keeps of its training rows, so that experts can be added to it without them.
-
-
-ROWS = 16  # of every label; measured: 64 change little
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +215,6 @@ class KeptRows:
 def spread(members: Tensor) -> Tensor:
     """[ROWS] of `members` [n], at even distances."""
     return members[(torch.arange(ROWS) * len(members)) // ROWS]
-
-
-KIND = "embedding"
-BASE = "base"  # the encoder is the family's base
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +378,7 @@ class Learnt:
         heads: of both questions.
         rows: of the training rows, those that are kept.
         prior: where the router started from.
-        added: how many of the experts, the last ones, were added by examples (`meswitch.router.loading`).
+        added: how many of the experts, the last ones, were added by examples (`meswitch.router.train`).
     """
 
     heads: Heads

@@ -15,6 +15,10 @@ from meswitch.router.data import Row, without_labels
 
 _BATCH = 256
 _TIMED = 100  # queries timed one at a time
+PLOTS = {
+    "risk-coverage": "What is wrong of the surest queries",
+    "reliability": "How often the best expert is right, by its probability",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +154,6 @@ def latency(router: Router, rows: Sequence[Row], count: int = _TIMED) -> dict[st
         "p50": float(measured.quantile(0.5)),
         "p95": float(measured.quantile(0.95)),
     }
-
-
-PLOTS = {
-    "risk-coverage": "What is wrong of the surest queries",
-    "reliability": "How often the best expert is right, by its probability",
-}
 
 
 def markdown(result: Evaluation, plots: Mapping[str, str] | None = None) -> str:

@@ -39,6 +39,11 @@ from meswitch.router.store import RouterProvenance, ScoreCalibration
 
 
 _EXAMPLE = 120  # characters of a request that stands for a description
+_STATE = "state.json"
+_TENSORS = "state.safetensors"
+_FORMAT = "meswitch-router-training"
+COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
+Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
 
 
 class Asked:
@@ -117,11 +122,6 @@ def draw_options(experts: list[str], settings: LlmSettings, step: int, generator
 #
 # Steps draw their rows and their dropout from (seed, step), so a step number is all the random state there is, and
 # a resumed run goes on with the very bits of one that was never interrupted.
-
-
-_STATE = "state.json"
-_TENSORS = "state.safetensors"
-_FORMAT = "meswitch-router-training"
 
 
 def save_checkpoint(
@@ -245,11 +245,6 @@ class Average:
         """Make the mean the weights, in place."""
         for name, value in self.mean.items():
             self._weights[name].copy_(value)
-
-
-COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
-
-Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
 
 
 def train_llm_router(

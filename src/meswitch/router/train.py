@@ -1,12 +1,18 @@
-"""Training the embedding router: features once, heads in closed form and by L-BFGS, calibration on held-out folds."""
+"""Training the embedding router: features once, heads in closed form and by L-BFGS, calibration on held-out folds.
+
+A new expert needs a few examples and no training data (`add_experts`): it gets a column of its own in both heads,
+fitted on its examples against the rows that the router has kept (`KeptRows`). All other columns stay as they are: among
+the experts there were, nothing changes but that the new one may take a query. Its words count for nothing, because a
+few examples say too little about words.
+"""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, RouterError
@@ -27,9 +33,19 @@ from meswitch.router.embedding import (
     with_prior,
 )
 from meswitch.router.encoder import Progress, TextEncoder
-from meswitch.router.store import RouterProvenance, ScoreCalibration
+from meswitch.router.store import (
+    RouterProvenance,
+    ScoreCalibration,
+)
 
 # The mathematics of the linear heads: tensors in, tensors out.
+
+_LEAST = 20  # rows of a source from which leaving it out says something
+_MOST = 8  # sources of a domain to leave out: each costs a fit
+_NEAR = 2.0  # how much more rows like the training data count: leaving out 1 of few sources overstates a shift
+MANY = 16  # experts, from which they are taken to be intents of one application rather than domains
+LEAST_EXAMPLES = 5  # different examples
+_FIRMNESS = 2.5  # times the router's own penalty on weights, because there are fewer rows
 
 
 def naive_bayes(bags: Bags, labels: Tensor, classes: int, buckets: int, smoothing: float) -> Tensor:
@@ -80,11 +96,6 @@ def logistic(x: Tensor, labels: Tensor, classes: int, l2: float, evenness: float
 # one: a question to an unknown database looks like a general question. Leaving sources out of the training shows by
 # how much, and an offset of the expert's logit mends it. A domain of a single source has nothing to leave out: it
 # gets the mean of the others' offsets, so that it is neither ahead nor behind.
-
-
-_LEAST = 20  # rows of a source from which leaving it out says something
-_MOST = 8  # sources of a domain to leave out: each costs a fit
-_NEAR = 2.0  # how much more rows like the training data count: leaving out 1 of few sources overstates a shift
 
 
 def sources_of(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -139,9 +150,6 @@ def _even(domains: Tensor, groups: Tensor) -> Tensor:
     return torch.tensor(
         [1 / (len(parts) * parts[domain] * sizes[domain, group]) for domain, group in pairs], dtype=torch.float64
     )
-
-
-MANY = 16  # experts, from which they are taken to be intents of one application rather than domains
 
 
 def default_settings(encoder: TextEncoder, seed: int = 0, experts: int = 0) -> EmbeddingSettings:
@@ -363,3 +371,116 @@ def _calibrate(
         ece=calibration_error(confidence[known], correct),
         auroc=auroc(confidence[known], confidence[~known]),
     )
+
+
+def add_experts(router: EmbeddingRouter, rows: Sequence[Row]) -> EmbeddingRouter:
+    """The router with the experts of `rows`, which it does not know yet, behind its own.
+
+    Its threshold, temperature and figures stay what they were: they say nothing about the new experts.
+
+    Raises:
+        RouterError: no rows, rows of a label that the router has, or too few of a new one.
+    """
+    examples: dict[str, list[str]] = {}
+    for row in rows:
+        examples.setdefault(row.domain, []).append(row.query)
+    if not examples:
+        raise RouterError("examples: none; give rows of the new experts")
+    return add_described(router, [RouteOption(name, "", tuple(queries)) for name, queries in examples.items()])
+
+
+def add_described(router: EmbeddingRouter, options: Sequence[RouteOption]) -> EmbeddingRouter:
+    """The router with experts of which there are a few examples, and perhaps a description; see `add_experts`.
+
+    Raises:
+        RouterError: see `add_experts`.
+    """
+    for option in options:
+        lines = {line for line in (*option.examples, option.description) if line}
+        if option.name in (*router.experts, OTHER):
+            raise RouterError(f"domain: {option.name!r} is known to the router; examples can only add experts")
+        if len(lines) < LEAST_EXAMPLES:
+            raise RouterError(
+                f"domain: {option.name!r} has {len(lines)} distinct examples; at least {LEAST_EXAMPLES} are needed"
+            )
+    for option in options:
+        router = _with_expert(router, option)
+    return router
+
+
+def _with_expert(router: EmbeddingRouter, option: RouteOption) -> EmbeddingRouter:
+    settings, prior = router.settings, router.prior
+    name, queries = option.name, [line for line in (*option.examples, option.description) if line]
+    with fitting_threads(router.encoder.device, router.encoder.hidden_size):
+        seen = extract(router.encoder, queries, settings)
+        heads = _heads(router.heads, router.learnt.rows, seen, settings.words, _FIRMNESS * settings.l2)
+    if prior is not None:
+        prior = Prior.of([*prior.options, option], prior.space)
+    rows = Counter(router.provenance.rows)
+    rows[name] += len(queries)
+    return EmbeddingRouter(
+        router.encoder,
+        Learnt(heads, router.learnt.rows.with_expert(seen.states, seen.known), prior, router.learnt.added + 1),
+        (*router.experts, name),
+        settings,
+        router.calibration,
+        replace(router.provenance, rows=dict(sorted(rows.items()))),
+        fallback=router.fallback,
+        threshold=router.threshold,
+    )
+
+
+def _heads(heads: Heads, memory: KeptRows, seen: Features, share: float, l2: float) -> Heads:
+    """share: the word head's weight beside the states'."""
+    experts, targets = heads.words.shape[1], memory.targets()
+    nothing = torch.zeros(len(heads.words), 1)
+    old = targets < experts
+    rows = torch.cat([memory.states[old], seen.states])
+    words = torch.cat([memory.words[old], share * seen.words.weighted(heads.words)])
+    labels = torch.cat([targets[old], torch.full((len(seen.states),), experts)])
+    states = _choice(heads.states, rows, words, labels, l2)
+    if heads.known is None or heads.known_words is None:
+        return Heads(torch.cat([heads.words, nothing], 1), states, None, None)
+    known = _membership(heads.known, memory.known[~old], seen.known, l2)
+    return Heads(torch.cat([heads.words, nothing], 1), states, known, torch.cat([heads.known_words, nothing], 1))
+
+
+def _choice(head: Linear, rows: Tensor, words: Tensor, labels: Tensor, l2: float) -> Linear:
+    """One more column of the head that chooses, every expert weighing the same."""
+    old, x = head(rows) + words, (rows - head.mean) * head.scale
+    weight = 1 / torch.bincount(labels)[labels].float()
+
+    def loss(column: Tensor, bias: Tensor) -> Tensor:
+        logits = torch.cat([old, (x @ column + bias)[:, None]], 1)
+        return (weight * cross_entropy(logits, labels, reduction="none")).sum() / weight.sum()
+
+    return _widened(head, *_fitted(loss, x.shape[1], l2))
+
+
+def _membership(head: Linear, others: Tensor, examples: Tensor, l2: float) -> Linear:
+    """One more column of the head that tells others: like the new expert's examples, or like others."""
+    inside, outside = ((rows - head.mean) * head.scale for rows in (examples, others))
+
+    def loss(column: Tensor, bias: Tensor) -> Tensor:
+        return (softplus(-(inside @ column + bias)).mean() + softplus(outside @ column + bias).mean()) / 2
+
+    return _widened(head, *_fitted(loss, inside.shape[1], l2))
+
+
+def _fitted(loss: Callable[[Tensor, Tensor], Tensor], width: int, l2: float) -> tuple[Tensor, Tensor]:
+    """Column [width] and bias [1] of the least loss + l2 x the sum of squared weights, by L-BFGS from zero."""
+    column, bias = torch.zeros(width, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([column, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(column, bias) + l2 * column.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(step)
+    return column.detach(), bias.detach()
+
+
+def _widened(head: Linear, column: Tensor, bias: Tensor) -> Linear:
+    return replace(head, weight=torch.cat([head.weight, column[:, None]], 1), bias=torch.cat([head.bias, bias]))

@@ -22,6 +22,8 @@ from meswitch.server.errors import ApiError
 from meswitch.server.schema import ChatRequest, CompletionRequest
 from meswitch.tokenizer import ChatTokenizer
 
+_LEAST = -9999.0  # JSON has no infinity; vLLM writes the same
+
 
 class _Lean(BaseModel):
     """Leaves out fields that are None; the other objects write them as null, which clients rely on."""
@@ -192,9 +194,6 @@ class Health(_Lean):
     waiting: int
     running: int
     auto: bool
-
-
-_LEAST = -9999.0  # JSON has no infinity; vLLM writes the same
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprobs], tokenizer: ChatTokenizer) -> ChatLogprobs:

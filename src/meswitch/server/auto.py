@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, unquote
 
 from meswitch.router import Route, Router, RoutingRequest
-from meswitch.router.base import Reason
+from meswitch.router.base import Messages, Reason
 from meswitch.server.errors import ApiError, without_paths
 from meswitch.server.keys import CALLER
 from meswitch.server.logs import RECORD
@@ -23,6 +23,16 @@ from meswitch.server.logs import RECORD
 T = TypeVar("T")
 
 ENTRY_BYTES = 512  # of a key, a decision and their places; 273 by tracemalloc, the rest is reserve
+logger = logging.getLogger("meswitch.server")
+AUTO = "auto"
+EXPERT, ROUTE_REASON, ROUTE_SCORE = "x-meswitch-expert", "x-meswitch-route-reason", "x-meswitch-route-score"
+ROUTE_SCORES = "x-meswitch-route-scores"
+WANTED = EXPERT  # of a request to `auto`: who is to answer this one, whatever the router would say
+ERROR = "error"  # the fallback of a family whose abstentions are errors
+_MAX_BATCH = 64
+_TIMEOUT = 30.0  # seconds; then the fallback answers
+_TOLD = 16  # scores in a header
+_NO_ROUTER = "there is none; make one with `meswitch router train` and start the server again"
 
 
 class RouteCache(Generic[T]):
@@ -57,22 +67,6 @@ def key_of(turns: Sequence[str]) -> bytes:
         digest.update(len(raw).to_bytes(8, "big"))
         digest.update(raw)
     return digest.digest()
-
-
-logger = logging.getLogger("meswitch.server")
-
-Messages = Sequence[Mapping[str, Any]]
-
-AUTO = "auto"
-EXPERT, ROUTE_REASON, ROUTE_SCORE = "x-meswitch-expert", "x-meswitch-route-reason", "x-meswitch-route-score"
-ROUTE_SCORES = "x-meswitch-route-scores"
-WANTED = EXPERT  # of a request to `auto`: who is to answer this one, whatever the router would say
-ERROR = "error"  # the fallback of a family whose abstentions are errors
-
-_MAX_BATCH = 64
-_TIMEOUT = 30.0  # seconds; then the fallback answers
-_TOLD = 16  # scores in a header
-_NO_ROUTER = "there is none; make one with `meswitch router train` and start the server again"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,10 @@ from meswitch.tokenizer import ChatTokenizer, Conversation
 _ID_LETTERS = string.ascii_letters + string.digits
 _ID_LENGTH = 9  # Mistral's templates take no other
 _ids = random.SystemRandom()
+_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>(.*?)</parameter>\s*", re.DOTALL)
+_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+THINK, THOUGHT = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +140,6 @@ def _call(value: Any) -> tuple[str, Any] | None:
     return (value["name"], arguments) if isinstance(arguments, dict) else None
 
 
-_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>\s*", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>(.*?)</parameter>\s*", re.DOTALL)
-
-
 def read_xml_call(body: str) -> list[tuple[str, Any]] | None:
     """`<function=name><parameter=key>value</parameter></function>`. A value that is JSON is read as such."""
     function = _FUNCTION.fullmatch(body)
@@ -154,9 +154,6 @@ def read_xml_call(body: str) -> list[tuple[str, Any]] | None:
         except json.JSONDecodeError:
             arguments[found[1]] = value
     return None if _PARAMETER.sub("", rest).strip() else [(function[1], arguments)]
-
-
-_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
 
 
 def read_mistral_calls(body: str) -> list[tuple[str, Any]] | None:
@@ -185,9 +182,6 @@ FORMATS = (
     ),
     JSON,
 )
-
-
-THINK, THOUGHT = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,10 @@ from meswitch.server.generation import encoded
 from meswitch.server.schema import ChatRequest, Message, Metadata, Strict, Text, Tool, neutral_only, refuse
 from meswitch.tokenizer import ChatTokenizer
 
+MAX_INPUTS = 256
+OpenEncoder = Callable[[], TextEncoder]
+OpenDecider = Callable[[], Decider]
+
 
 class TokenizeRequest(Strict):
     """A text, or a conversation."""
@@ -119,10 +123,6 @@ def token_routes(engine: Engine, check: Callable[[str], None]) -> APIRouter:
         return VersionAnswer(version=__version__)
 
     return router
-
-
-MAX_INPUTS = 256
-OpenEncoder = Callable[[], TextEncoder]
 
 
 def _inputs(value: Any) -> Any:
@@ -235,9 +235,6 @@ def embedding_routes(engine: Engine, open_encoder: OpenEncoder | None, check: Ca
         return Embeddings(data=data, model=body.model, usage=usage)
 
     return router
-
-
-OpenDecider = Callable[[], Decider]
 
 
 def _messages(value: Any) -> Any:

@@ -29,6 +29,7 @@ from meswitch.server.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 _ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "meswitch-encode")
+T = TypeVar("T")
 
 
 async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *, special: bool = True) -> list[int]:
@@ -182,9 +183,6 @@ class Generation:
 
 def _dead(engine: Engine) -> ApiError:
     return ApiError(503, f"the engine has stopped: {engine.failure}; restart the server", code="engine_unavailable")
-
-
-T = TypeVar("T")
 
 
 class ClientGoneError(Exception):

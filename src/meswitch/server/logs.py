@@ -32,6 +32,7 @@ REQUEST_ID = "x-request-id"
 GONE = 499  # nobody reads it; the number is for logs (nginx's)
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUIET = {"/health", "/metrics"}  # asked every few seconds
+_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 @dataclass(slots=True)
@@ -173,9 +174,6 @@ def set_up_logging(level: str, kind: LogFormat) -> None:
         chosen = logging.getLogger(name)
         chosen.handlers, chosen.propagate = [handler], False
         chosen.setLevel(level.upper())
-
-
-_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 def traced() -> Callable[[Record], None] | None:

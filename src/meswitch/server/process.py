@@ -35,6 +35,11 @@ _REFUSAL = (
     b"Content-Length: %d\r\n\r\n%s" % (len(_FULL), _FULL)
 )
 
+logger = logging.getLogger("meswitch.server")
+_LAST_WORDS = 2.0  # seconds for error events to reach their clients
+_IDLE_SECONDS = 1.0  # for connections without a request to close by themselves at the end
+_BACKLOG = 128  # connections that are accepted at one go, before `Connections` sees any of them
+
 
 def most_connections(wanted: int) -> int:
     """What fits beside the files that are open and those that will be; raises the process's limit as far as it may.
@@ -158,13 +163,6 @@ class _Bounded:
         if self.cycle.more_body:
             return now - self.since > BODY_SECONDS
         return self._unread_since is not None and now - self._unread_since > READ_SECONDS
-
-
-logger = logging.getLogger("meswitch.server")
-
-_LAST_WORDS = 2.0  # seconds for error events to reach their clients
-_IDLE_SECONDS = 1.0  # for connections without a request to close by themselves at the end
-_BACKLOG = 128  # connections that are accepted at one go, before `Connections` sees any of them
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,18 @@ _HELD_OUT_BATCH = 16
 _POOL = 8  # batches that are sorted by length together
 _FLOAT32_PARAMETERS = 1 << 30
 _WARM_UP = 10  # steps
+END_TO_END_PARAMETERS = 2_000_000_000  # above, a step end to end takes seconds, and blocks need fewer of them
+STEP_TOKENS = 2048  # of a step that are in memory at once
+# For every parameter: expert, base, matrices as they are restored, latent weights, their gradients and AdamW's two
+# moments in 4 bytes each, the gradients of the matrices, levels.
+_BYTES_A_PARAMETER = 40
+_LOGITS = 8  # tensors as large as the logits of a step's part
+_STATES = 24  # numbers that a block keeps for the gradient, a token and a hidden unit
+_FREE = 0.8
+_WORK = 8  # operations for a parameter and token: forward of both models, backward of one
+_EFFICIENCY = 0.35  # of what a large product reaches
+_LAUNCHES = {"cuda": 1e-3, "cpu": 2e-4}  # seconds a step for every matrix that is restored
+_REMEMBERED = 1 << 28  # bytes of logits
 
 
 def check_text(sequences: list[list[int]]) -> None:
@@ -266,19 +278,6 @@ def record(artifact: Artifact, recipe: Recipe, before: float, after: float) -> D
     )
 
 
-END_TO_END_PARAMETERS = 2_000_000_000  # above, a step end to end takes seconds, and blocks need fewer of them
-STEP_TOKENS = 2048  # of a step that are in memory at once
-# For every parameter: expert, base, matrices as they are restored, latent weights, their gradients and AdamW's two
-# moments in 4 bytes each, the gradients of the matrices, levels.
-_BYTES_A_PARAMETER = 40
-_LOGITS = 8  # tensors as large as the logits of a step's part
-_STATES = 24  # numbers that a block keeps for the gradient, a token and a hidden unit
-_FREE = 0.8
-_WORK = 8  # operations for a parameter and token: forward of both models, backward of one
-_EFFICIENCY = 0.35  # of what a large product reaches
-_LAUNCHES = {"cuda": 1e-3, "cpu": 2e-4}  # seconds a step for every matrix that is restored
-
-
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a training takes.
@@ -361,9 +360,6 @@ def _operations_a_second(dtype: torch.dtype, device: torch.device) -> float:
                 torch.cuda.synchronize(device)
             best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
-
-
-_REMEMBERED = 1 << 28  # bytes of logits
 
 
 def train_end_to_end(
