@@ -22,7 +22,7 @@ from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.loaded import BuiltTensor
 from meswitch.progress import Progress, silent
-from meswitch.tensorfile import TensorInfo, write_tensors
+from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, write_tensors
 
 _SHARD_BYTES = 2 << 30
 
@@ -125,10 +125,10 @@ def merge(
             flush()
     flush()
     if len(shards) == 1:
-        shards[0].rename(partial / "model.safetensors")
+        shards[0].rename(partial / WEIGHTS)
     else:
         index = {"metadata": {}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (partial / INDEX).write_text(json.dumps(index, indent=1))
     for name in artifact.manifest.companions:
         shutil.copyfile(artifact.directory / name, partial / name)
     if wanted is not None:

@@ -28,7 +28,7 @@ from meswitch.launch import keys_from_family
 from meswitch.server.auto import AUTO, EXPERT
 from meswitch.server.errors import ApiError
 from meswitch.server.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys
-from meswitch.server.middleware import MAX_BODY
+from meswitch.server.middleware import MAX_BODY, too_large
 
 logger = logging.getLogger("meswitch.deploy")
 ATTEMPTS = 3  # replicas that are tried
@@ -137,7 +137,7 @@ async def _body(request: Request) -> bytes:
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="request_too_large")
+            raise too_large()
     return bytes(body)
 
 

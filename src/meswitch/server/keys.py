@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from meswitch.errors import ConfigError
+from meswitch.family import NAME
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import RECORD
 from meswitch.server.page import PATHS
@@ -37,7 +38,7 @@ class ApiKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     models: tuple[str, ...] | None = None
     concurrency: int | None = Field(default=None, ge=1)

@@ -31,7 +31,7 @@ def test_the_statement_says_how_long_how_much_and_how_to_leave_it_out():
 
 
 def test_twice_the_steps_take_twice_as_long(expert, monkeypatch):
-    monkeypatch.setattr("meswitch.compression.distill.training._rate", lambda dtype, device: 1e10)
+    monkeypatch.setattr("meswitch.compression.distill.training._operations_a_second", lambda dtype, device: 1e10)
     once, twice = (cost_of(expert, [100] * 40, Recipe(steps=steps), CPU).seconds for steps in (1000, 2000))
     assert twice == pytest.approx(2 * once)
 
