@@ -136,8 +136,11 @@ class Calibration:
 @dataclass(frozen=True, slots=True)
 class Distillation:
     """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
-    expert, nats a token) on its held-out tenth before and after. steps: for each part where the scope is `block`. The
-    rest as in `compression.options`."""
+    expert, nats a token) on its held-out tenth before and after. The rest as in `compression.options.Recipe`.
+
+    Args:
+        steps: for each part where the scope is `block`.
+    """
 
     steps: int
     learning_rate: float
@@ -165,9 +168,15 @@ class SolverInfo:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Every parameter of the compression. name: of the codec, or `exact`. bits: of a code, or of the budget
-    for methods whose size is free; None where each tensor has its own under `target_bpw`, and where nothing is rounded.
-    solver: None is the default one. parameters: what only this method has."""
+    """Every parameter of the compression.
+
+    Args:
+        name: of the codec, or `exact`.
+        bits: of a code, or of the budget for methods whose size is free; None where each tensor has its own under
+            `target_bpw`, and where nothing is rounded.
+        solver: None is the default one.
+        parameters: what only this method has.
+    """
 
     name: str
     bits: int | None

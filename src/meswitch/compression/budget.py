@@ -67,7 +67,12 @@ _HEADER = 85  # bytes that a stored part takes in the file's header, beside its 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to store a tensor. nbytes: of all its parts. harm: in any unit that all tensors share."""
+    """One way to store a tensor.
+
+    Args:
+        nbytes: of all its parts.
+        harm: in any unit that all tensors share.
+    """
 
     spec: Spec | Rank
     nbytes: int

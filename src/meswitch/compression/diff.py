@@ -74,9 +74,11 @@ class WeightChange:
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """One tensor that both have. layer: index of its block, None outside the blocks. type: its layer type.
+    """One tensor that both have.
 
     Args:
+        layer: index of its block, None outside the blocks.
+        type: its layer type.
         rows: compared rows of an embedding or head (0 for other tensors).
         unchanged_rows: those that are exactly equal.
         added_rows: rows that only the expert has, negative if it has fewer.
@@ -102,8 +104,14 @@ class FieldChange:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerChange:
-    """added, removed: (id, text) of tokens that only the expert, or only the base, has. moved: tokens that both have
-    under different ids. special: bos, eos, pad and the like."""
+    """In what two tokenizers differ.
+
+    Args:
+        added: (id, text) of tokens that only the expert has.
+        removed: (id, text) of tokens that only the base has.
+        moved: tokens that both have under different ids.
+        special: bos, eos, pad and the like.
+    """
 
     added: tuple[tuple[int, str], ...]
     removed: tuple[tuple[int, str], ...]
@@ -114,10 +122,11 @@ class TokenizerChange:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """Everything that differs. obstacle: why the two cannot share a base, or None if they can. hints: what to look at
-    next, in a line each.
+    """Everything that differs.
 
     Args:
+        obstacle: why the two cannot share a base, or None if they can.
+        hints: what to look at next, in a line each.
         other_shape: tensor -> the base's and the expert's shape, where they do not correspond.
         config: of `config.json`.
         generation: of `generation_config.json`.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from meswitch.router.base import OTHER, Messages, Router, RouterError
-from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
+from meswitch.router.calibrate import COVERAGE, auroc, calibration_error, temperature, threshold
 from meswitch.router.data import Row
 from meswitch.router.store import (
     OpenOptions,
@@ -21,7 +21,6 @@ from meswitch.router.store import (
     write_router,
 )
 
-COVERAGE = 0.99
 _LEAST = 1e-6  # a probability of zero, and of a label that one of the two does not know
 
 
@@ -51,8 +50,8 @@ class CascadeRouter(Router):
     Args:
         first: the router that is asked for every query.
         second: another one over the same experts.
-        margin: the second is asked where the first's best label leads
-        the next one by less; None asks it always. weight: of the second's log-probabilities where it is asked.
+        margin: the second is asked where the first's best label leads the next one by less; None asks it always.
+        weight: of the second's log-probabilities where it is asked.
 
     Raises:
         RouterError: the two do not know the same experts.

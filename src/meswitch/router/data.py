@@ -33,7 +33,12 @@ _SHARE = 0.05  # of a domain's rows that open alike: a habit
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled query. domain: an expert's name, or `other`. source: where it comes from, for the figures."""
+    """One labelled query.
+
+    Args:
+        domain: an expert's name, or `other`.
+        source: where it comes from, for the figures.
+    """
 
     query: str
     domain: str

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from meswitch.cpu import fitting_threads
 from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.router.base import OTHER, RouterError
-from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
+from meswitch.router.calibrate import COVERAGE, auroc, calibration_error, temperature, threshold
 from meswitch.router.choice import NONE_OF_THESE, ChoiceModel, ChoicePrompt
 from meswitch.router.data import Row, disguises, hold_out
 from meswitch.router.llm import (
@@ -42,7 +42,6 @@ _EXAMPLE = 120  # characters of a request that stands for a description
 _STATE = "state.json"
 _TENSORS = "state.safetensors"
 _FORMAT = "meswitch-router-training"
-COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
 Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
 
 

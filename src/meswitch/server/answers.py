@@ -187,7 +187,13 @@ class ModelList(BaseModel):
 
 
 class Health(_Lean):
-    """waiting, running: requests. auto: whether the router is there."""
+    """Whether the engine can answer.
+
+    Args:
+        waiting: requests that do.
+        running: requests that do.
+        auto: whether the router is there.
+    """
 
     status: Literal["ok", "failed"]
     reason: str | None = None

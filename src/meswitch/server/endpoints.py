@@ -257,7 +257,12 @@ class RouteRequest(Strict):
 
 
 class RouteAnswer(BaseModel):
-    """model: who would answer, `error` for nobody. scores: label -> probability."""
+    """Who would answer.
+
+    Args:
+        model: a name, `error` for nobody.
+        scores: label -> probability.
+    """
 
     model: str
     reason: str

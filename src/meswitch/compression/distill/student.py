@@ -239,7 +239,13 @@ class TrainablePair(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """model: the compressed expert. matrices, norms: what is trained, by tensor name."""
+    """The compressed expert, to be trained.
+
+    Args:
+        model: of transformers.
+        matrices: that are trained, by tensor name.
+        norms: likewise.
+    """
 
     model: Any
     matrices: dict[str, Trainable]
