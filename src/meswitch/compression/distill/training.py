@@ -2,9 +2,9 @@
 
 BitDelta (arXiv 2402.10193, section 3.1) and ME-Switch (2406.09041) train scales end to end on logits, with fixed codes.
 Ours, unless a method's published recipe says otherwise (`options.Training`): codes are trained with their scales,
-salient weights and norms (`student`); the loss is the KL divergence from the full expert and the relative error of every
-block's output; what the user says counts less than what the assistant answers. Ours with every recipe: the state of
-least divergence on held-out text is kept. It needs both models in memory, unlike the rest of compression.
+salient weights and norms (`student`); the loss is the KL divergence from the full expert and the relative error of
+every block's output; what the user says counts less than what the assistant answers. Ours with every recipe: the
+state of least divergence on held-out text is kept. It needs both models in memory, unlike the rest of compression.
 """
 
 import contextlib
