@@ -1,4 +1,4 @@
-"""`benchmarks/quality.py` in small: it measures, goes on where it was, and records what fails."""
+"""`benchmarks/quality/run.py` in small: it measures, goes on where it was, and records what fails."""
 
 import importlib
 import json
@@ -55,7 +55,7 @@ def test_what_repeats_it_is_stored_and_no_path_of_this_machine(measured: Path) -
     text = measured.read_text()
     data = json.loads(text)
     [entry] = data["runs"]
-    assert entry["command"].startswith("python benchmarks/quality.py frontier --questions 20 --seed 2")
+    assert entry["command"].startswith("python benchmarks/quality/run.py frontier --questions 20 --seed 2")
     assert "--family examples/family --experts math" in entry["command"]
     assert {"date", "device", "python", "torch", "transformers", "meswitch", "commit"} < set(entry)
     assert set(data["meta"]["checksums"]) == {"base", "math"}

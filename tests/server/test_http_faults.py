@@ -1,4 +1,4 @@
-"""`benchmarks/server_faults.py` and `server_load.py` in small: what is broken gets one error, the others answers."""
+"""`benchmarks/serving/faults.py` and `server_load.py` in small: what is broken gets one error, the others answers."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""`benchmarks/vllm.py` in small: vLLM's own serving benchmark against a server with deltas."""
+"""`benchmarks/serving/vllm_server.py` in small: vLLM's own serving benchmark against a server with deltas."""
 
 import json
 import subprocess
