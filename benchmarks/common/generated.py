@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from markdown_tables import fill, has_place
+from benchmarks.common.markdown_tables import fill, has_place
 
 Data = dict[str, Any]
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Plot(NamedTuple):

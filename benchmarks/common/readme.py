@@ -1,7 +1,7 @@
 """Fill the tables and figures of README.md from the stored results.
 
-    python benchmarks/tables.py            rewrite what is out of date
-    python benchmarks/tables.py --check    say so instead, and exit 1
+    python benchmarks/common/readme.py            rewrite what is out of date
+    python benchmarks/common/readme.py --check    say so instead, and exit 1
 
 A place to fill stands between `<!-- NAME -->` and `<!-- end -->`.
 """
@@ -10,10 +10,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from generated import RESULTS, ROOT, where_measured
-from markdown_tables import fill, has_place, pipe
-from quality_smollm2 import OURS, budgets, divergence, gain, note, percent
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import RESULTS, ROOT, where_measured
+from benchmarks.common.markdown_tables import fill, has_place, pipe
+from benchmarks.quality.smollm2 import OURS, budgets, divergence, gain, note, percent
 
 
 def load(name: str) -> dict:
@@ -135,7 +138,7 @@ def main() -> None:
     old = file.read_text()
     new = filled(old)
     if new != old and check:
-        sys.exit("README.md is older than benchmarks/results: run `python benchmarks/tables.py`")
+        sys.exit("README.md is older than benchmarks/results: run `python benchmarks/common/readme.py`")
     file.write_text(new)
 
 

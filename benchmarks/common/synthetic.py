@@ -1,6 +1,6 @@
 """Checkpoint pairs of true shapes with random weights and heavy-tailed deltas, written shard by shard.
 
-    python benchmarks/synthetic.py OUT [--model mistral-7b] [--layers N] [--shard-gb 4.9]
+    python benchmarks/common/synthetic.py OUT [--model mistral-7b] [--layers N] [--shard-gb 4.9]
 
 Each shard is written before the next is drawn, so that the host needs the memory of one.
 """

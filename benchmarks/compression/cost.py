@@ -1,7 +1,7 @@
 """What compressing an expert costs at the shapes of a 7B model: seconds, device memory, host memory.
 
-    python benchmarks/synthetic.py PAIR --layers 8 [--tokenizer examples/family/base]
-    python benchmarks/compress_cost.py PAIR --device cuda [--only data-free|calibrated] [--json FILE]
+    python benchmarks/common/synthetic.py PAIR --layers 8 [--tokenizer examples/family/base]
+    python benchmarks/compression/cost.py PAIR --device cuda [--only data-free|calibrated] [--json FILE]
 
 Data-free, and calibrated with error feedback, each in a process of its own. A pair with fewer layers than the model has
 is enough: seconds are counted a tensor, and the table gives what was measured and what all the model's layers take, the

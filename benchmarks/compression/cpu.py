@@ -1,6 +1,6 @@
 """What calibrated compression costs on a CPU against data-free: CPU seconds of one thread, beside what must be done.
 
-    python benchmarks/compress_cpu.py [--model llama-374m] [--repeats 1] [--json FILE]
+    python benchmarks/compression/cpu.py [--model llama-374m] [--repeats 1] [--json FILE]
 
 A pair of true shapes is drawn (`synthetic.py`), in bf16. Each setting runs in a process of its own with one thread;
 start-up and imports are not counted. CPU seconds are those of all threads, user and system, so that other work on the
@@ -20,10 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compress_cost import write_text
-from synthetic import MODELS, write_pair
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 
-TOKENIZER = Path(__file__).parent.parent / "examples" / "family" / "base"
+from benchmarks.common.synthetic import MODELS, write_pair
+from benchmarks.compression.cost import write_text
+
+TOKENIZER = Path(__file__).parents[2] / "examples" / "family" / "base"
 SETTINGS: dict[str, dict[str, Any]] = {
     "data-free": {},
     "calibrated": {"calibration": "{text}", "distill": 0},

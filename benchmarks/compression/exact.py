@@ -1,7 +1,7 @@
 """What `meswitch compress --bits exact` takes, and how fast one thread codes it: bytes of the full tensor, MB/s.
 
-    python benchmarks/exact.py [--values 16777216] [--repeats 3] [--json FILE]
-    python benchmarks/exact.py --doc [--check]      fill docs/cli.md from the stored result, or only compare
+    python benchmarks/compression/exact.py [--values 16777216] [--repeats 3] [--json FILE]
+    python benchmarks/compression/exact.py --doc [--check]      fill docs/cli.md from the stored result, or only compare
 
 Weights are drawn as normal(0, 0.02) in float32. A full fine-tune is the rounded sum of them and a normal change of the
 stated relative norm; a sparse one changes a share of the weights, by that change or by one step of the 16-bit grid. The
@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress_cpu import cpu
-from generated import RESULTS, ROOT
-from markdown_tables import fill, pipe
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import RESULTS, ROOT
+from benchmarks.common.markdown_tables import fill, pipe
+from benchmarks.compression.cpu import cpu
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import encode_exact, same_bits
 from meswitch.codec.exact import BLOCK
@@ -159,7 +161,7 @@ def table(found: dict[str, Any]) -> str:
     meta = found["meta"]
     note = (
         f"{meta['values']:,} weights in bfloat16 where nothing else is said; CPU time of one thread, {meta['cpu']}; "
-        f"torch {meta['torch']}, zlib {meta['zlib']}, {meta['date']} (`benchmarks/exact.py`)."
+        f"torch {meta['torch']}, zlib {meta['zlib']}, {meta['date']} (`benchmarks/compression/exact.py`)."
     )
     return f"{pipe(head, *rows)}\n\n{note}"
 
@@ -177,7 +179,7 @@ def main() -> None:
         text = page.read_text()
         filled = fill(text, "exact", table(json.loads(RESULT.read_text())))
         if options.check and filled != text:
-            sys.exit("docs/cli.md: older than the results: run `python benchmarks/exact.py --doc`")
+            sys.exit("docs/cli.md: older than the results: run `python benchmarks/compression/exact.py --doc`")
         page.write_text(filled)
         return
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Seconds to compress each expert of the example family with the default settings, as a person would.
 
-    python benchmarks/compress_family.py [--experts math] [--repeats 3] [--json FILE]
+    python benchmarks/compression/family.py [--experts math] [--repeats 3] [--json FILE]
 
 The whole command is timed: start-up, calibration with error feedback, distillation, writing. `seconds` is the median.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family"
+FAMILY = Path(__file__).parents[2] / "examples" / "family"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How much memory and time does compressing a 7B fine-tune take? Peak memory is enforced, not only measured.
 
-    python benchmarks/compress_memory.py PAIR [--limit-gib 6] [--json FILE]
+    python benchmarks/compression/memory.py PAIR [--limit-gib 6] [--json FILE]
 
 PAIR holds `base/` and `expert/` (see synthetic.py). The compression runs in a process whose address space may not grow
 beyond the limit (RLIMIT_AS: every mapping counts, the libraries too), so that it fails where it would need more.

@@ -1,15 +1,17 @@
 """Every kernel once on sizes that are no multiples of its tiles, for a tool that watches memory accesses.
 
-    python benchmarks/ops_bounds.py                                             compiles, compares with the CPU
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/ops_bounds.py
+    python benchmarks/kernels/bounds.py                                             compiles, compares with the CPU
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/kernels/bounds.py
 
 Without torch's cache each tensor is an allocation of its own, so that an access beyond it is seen. Tensors are made on
 the CPU and copied: torch's own kernels would only cost time.
 """
 
 import argparse
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,7 +19,10 @@ from meswitch.ops import PrefillRouting, Routing, SlotLinear, expert_prefill, fu
 from meswitch.ops.linear import expert_linear
 from meswitch.ops.restored import on_hopper
 from meswitch.ops.rows import embedding_rows
-from ops_models import random_delta
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.kernels.shapes import random_delta
 
 SIZES = [(37, 100, 16), (200, 1100, 128), (130, 2100, 0)]  # rows, in_features, group size (0: whole rows)
 SLOTS = [0, 1, 0, 2, -1, 3, 0, 0, 0, 0, 0, 0, 0]

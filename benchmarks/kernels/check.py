@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.kernels.shapes import DEVICE, random_delta, spread
 from meswitch.ops import Routing, SlotLinear, expert_linear, fused_linear
 from meswitch.ops.routing import BASE, bucket
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton.ahead import Job, decode_job, fused_job
 from meswitch.ops.triton.items import choose_fused
-from ops_models import DEVICE, random_delta, spread
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SPREADS = ("identical", "distinct", "uniform", "zipf", "skewed")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.kernels.shapes import DEVICE, Layer, random_layer
 from meswitch.ops.routing import by_slot
-from ops_models import DEVICE, Layer, random_layer
 
 
 def bitdelta(layer: Layer, experts: int) -> Layer:

@@ -5,14 +5,14 @@ from functools import cached_property
 
 import torch
 
-import ops_compare
+from benchmarks.kernels import compare
+from benchmarks.kernels.shapes import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
+from benchmarks.kernels.timing import graph_ms
 from meswitch.ops import Routing, expert_linear, fused_linear
 from meswitch.ops.routing import bucket
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton.ahead import Job, decode_job, fused_job
 from meswitch.ops.triton.items import choose_fused
-from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
-from ops_timing import graph_ms
 
 SPREADS = ("identical", "uniform", "zipf", "skewed")
 DISTINCT = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e <= b]
@@ -37,7 +37,7 @@ class Model:
     bits: int
     layers: list[Layer]
     bitdelta: list[Layer]
-    loras: dict[int, list[ops_compare.Lora]]
+    loras: dict[int, list[compare.Lora]]
     known: dict = field(default_factory=dict)
 
     @classmethod
@@ -51,8 +51,8 @@ class Model:
         layers = [random_layer(n, *shape, bits, SLOTS) for _ in range(DEPTH) for n, shape in shapes.items()]
         bitdelta, loras = [], {}
         if bits == 2:
-            bitdelta = [ops_compare.bitdelta(layer, SLOTS) for layer in layers]
-            loras = {rank: [ops_compare.Lora.random(layer, rank, SLOTS) for layer in layers] for rank in (16, 64)}
+            bitdelta = [compare.bitdelta(layer, SLOTS) for layer in layers]
+            loras = {rank: [compare.Lora.random(layer, rank, SLOTS) for layer in layers] for rank in (16, 64)}
         return cls(name, bits, step(layers), step(bitdelta) if bitdelta else [], {r: step(w) for r, w in loras.items()})
 
     @cached_property
@@ -139,11 +139,11 @@ def point(model: Model, batch: int, experts: int, name: str, copy: float) -> dic
     }
     if model.loras and name == "distinct":
         row["bitdelta_ms"] = step(fused, model.bitdelta)
-        places = ops_compare.Places.of(token_slots)
+        places = compare.Places.of(token_slots)
         wide = outputs(model.layers, batch + 1)  # the last row takes what padding adds
         for rank, loras in model.loras.items():
             pairs = list(zip(model.layers, loras, strict=True))
-            row[f"lora{rank}_ms"] = graph_ms(lambda p=pairs: [ops_compare.lora(*pair, places, x, wide) for pair in p])
+            row[f"lora{rank}_ms"] = graph_ms(lambda p=pairs: [compare.lora(*pair, places, x, wide) for pair in p])
     others = "".join(f" {key[:-3]} {row[key]:.2f}" for key in ("bitdelta_ms", "lora16_ms", "lora64_ms") if key in row)
     print(
         f"{model.name} {model.bits} bit B{batch:<2} E{experts:<2} {name:9} base {base_ms:.2f} delta {delta_ms:.2f} "

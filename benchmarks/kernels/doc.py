@@ -1,18 +1,22 @@
-"""Fill the tables and plots of docs/kernels.md from the results of `ops.py`, `ops_sweep.py` and `ops_peers.py`.
+"""Fill the tables and plots of docs/kernels.md from the results of `ops.py`, `sweep.py` and `peers.py`.
 
-python benchmarks/ops_doc.py            rewrite what is out of date
-python benchmarks/ops_doc.py --check    say so instead, and exit 1
+python benchmarks/kernels/doc.py            rewrite what is out of date
+python benchmarks/kernels/doc.py --check    say so instead, and exit 1
 """
 
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import ops_peers_doc
-from generated import Data, Plot, arguments_of, legend, stored, update
-from markdown_tables import pipe
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import Data, Plot, arguments_of, legend, stored, update
+from benchmarks.common.markdown_tables import pipe
+from benchmarks.kernels import peers_doc
 
 FILE, SWEEP = "ops-h100.json", "ops-sweep-h100.json"
-NOT_YET = "Not measured yet: `python benchmarks/ops.py`."
+NOT_YET = "Not measured yet: `python benchmarks/kernels/ops.py`."
 Rows = list[dict[str, Any]]
 
 
@@ -238,22 +242,22 @@ def _grid(axis: Any, experts: Iterable[int]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "kernels.md", arguments)
-    data, swept = _stored(FILE, "ops.py"), _stored(SWEEP, "ops_sweep.py")
+    data, swept = _stored(FILE, "ops.py"), _stored(SWEEP, "sweep.py")
     makers = {"decode": decode, "spreads": spreads, "widths": widths, "prefill": prefill}
     places = {name: make(data) for name, make in [*makers.items(), ("checks", checks)]}
     places["items"] = items(swept)
-    places["peers"] = ops_peers_doc.peers(stored(ops_peers_doc.FILE))
+    places["peers"] = peers_doc.peers(stored(peers_doc.FILE))
     plots = {
         "floor": Plot(floor_data(data), draw_floor, "Time of a decode step over the floor"),
         "step": Plot(step_data(data), draw_step, "A decode step of 32 tokens"),
     }
-    update(options.doc, "benchmarks/ops_doc.py", places, plots, check=options.check, redraw=options.redraw)
+    update(options.doc, "benchmarks/kernels/doc.py", places, plots, check=options.check, redraw=options.redraw)
 
 
 def _stored(file: str, script: str) -> Data:
     data = stored(file)
     if data is None:
-        raise SystemExit(f"benchmarks/results/{file}: no such file; run `python benchmarks/{script}` on a GPU")
+        raise SystemExit(f"benchmarks/results/{file}: no such file; run `python benchmarks/kernels/{script}` on a GPU")
     return data
 
 

@@ -1,6 +1,6 @@
 """The expert op on a GPU: correctness, decode steps against the bandwidth floor and what others take, prefill.
 
-PYTHONPATH=src python benchmarks/ops.py --out benchmarks/results/ops-h100.json
+PYTHONPATH=src python benchmarks/kernels/ops.py --out benchmarks/results/ops-h100.json
 
 A step is all linears of a model, one after another in one CUDA graph, without what lies between them. Eight layers have
 weights and deltas of their own and a step goes round them, so that 16 experts fit: between two uses of any weight a
@@ -12,16 +12,17 @@ products of torch over gathered tokens.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-import ops_check
-import ops_decode
-import ops_prefill
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.kernels import check, decode, prefill
+from benchmarks.kernels.timing import copy_gb_s, measured_on, read_gb_s
 from meswitch.ops.triton.ahead import compile_ahead
-from ops_timing import copy_gb_s, measured_on, read_gb_s
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further decode point starts")
     args = parser.parse_args()
     started = time.perf_counter()
-    result: dict = {"meta": measured_on() | {"layers_of_their_own": ops_decode.DEPTH}}
+    result: dict = {"meta": measured_on() | {"layers_of_their_own": decode.DEPTH}}
 
     def elapsed() -> float:
         return time.perf_counter() - started
@@ -43,15 +44,15 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"-- {name} at {elapsed():.0f} s", flush=True)
 
-    prefill = not args.no_prefill and not args.check_only
-    wanted = [ops_check.wanted(case) for case in ops_check.cases()]
+    long_steps = not args.no_prefill and not args.check_only
+    wanted = [check.wanted(case) for case in check.cases()]
     if not args.check_only and not args.no_decode:
-        wanted += ops_decode.wanted()
-    if prefill:
-        wanted += ops_prefill.wanted()
+        wanted += decode.wanted()
+    if long_steps:
+        wanted += prefill.wanted()
     print(f"{compile_ahead(wanted, args.workers)} kernels compiled", flush=True)
     stage("compiled")
-    result["check"] = ops_check.check()
+    result["check"] = check.check()
     stage("checked")
     if args.check_only:
         return
@@ -62,20 +63,20 @@ def main() -> None:
         ", ".join(f"{way} {value:.0f}" for way, value in ways.items()), f"GB/s, read {result['meta']['read_gb_s']:.0f}"
     )
     result["decode"], model = [], None
-    for name, bits, points in [] if args.no_decode else ops_decode.PLAN:
+    for name, bits, points in [] if args.no_decode else decode.PLAN:
         if elapsed() > args.budget:
             print(f"out of time before {name} at {bits} bits")
             break
         model = None  # frees the last one's memory before the next is drawn
         torch.cuda.empty_cache()
-        model = ops_decode.Model.random(name, bits)
+        model = decode.Model.random(name, bits)
         for batch, experts, spread in points:
             if elapsed() < args.budget:
-                result["decode"].append(ops_decode.point(model, batch, experts, spread, copy))
+                result["decode"].append(decode.point(model, batch, experts, spread, copy))
         stage(f"{name} at {bits} bits")
     model = None
     torch.cuda.empty_cache()
-    result["prefill"] = ops_prefill.prefill(copy) if prefill else []
+    result["prefill"] = prefill.prefill(copy) if long_steps else []
     stage("done")
 
 

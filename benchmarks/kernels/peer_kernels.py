@@ -1,4 +1,4 @@
-"""Others' kernels behind one interface: what a linear's deltas add to a step's tokens. See `ops_peers.py`.
+"""Others' kernels behind one interface: what a linear's deltas add to a step's tokens. See `peers.py`.
 
 Every class is one linear with all its experts. `dense()`: [experts, rows, width] float32, what it stores.
 `product(step, kind)`: a function of x [tokens, width] and y [tokens, rows], which may write y and returns the result.
@@ -20,9 +20,9 @@ from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernels.decode import SLOTS
+from benchmarks.kernels.shapes import DEVICE
 from meswitch.ops import Routing
-from ops_decode import SLOTS
-from ops_models import DEVICE
 
 GROUP = 128
 SLICES = {"qkv": (4096, 1024, 1024), "gate_up": (14336, 14336)}  # Mistral-7B's linears that vLLM has adapters for

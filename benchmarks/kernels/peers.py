@@ -1,8 +1,8 @@
 """Decode steps beside others' kernels: 2-bit deltas by humming and gemlite on top of cuBLAS, vLLM's LoRA operators.
 
-PYTHONPATH=src python benchmarks/ops_peers.py --out benchmarks/results/ops-peers-h100.json
+PYTHONPATH=src python benchmarks/kernels/peers.py --out benchmarks/results/ops-peers-h100.json
 
-Steps are those of `ops_decode.py`: all linears of a model in one CUDA graph, eight layers with weights of their own.
+Steps are those of `decode.py`: all linears of a model in one CUDA graph, eight layers with weights of their own.
 All ways of a step are replayed in turn. Tokens come sorted by expert, so that nobody has to gather them.
 
 - `base`: cuBLAS. `meswitch`: one fused launch a linear; its `delta_ms` is the delta kernel alone.
@@ -30,10 +30,13 @@ import torch
 from torch import Tensor
 
 from meswitch.ops import expert_linear, fused_linear
-from ops_decode import DEPTH, SLOTS, inputs, outputs
-from ops_models import MODELS, Layer, delta_bytes, random_layer
-from ops_peer_kernels import BF16, PEERS, Humming, Step, compiled_only, ways
-from ops_timing import copy_gb_s, graph_of, in_turn_ms, measured_on
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.kernels.decode import DEPTH, SLOTS, inputs, outputs
+from benchmarks.kernels.peer_kernels import BF16, PEERS, Humming, Step, compiled_only, ways
+from benchmarks.kernels.shapes import MODELS, Layer, delta_bytes, random_layer
+from benchmarks.kernels.timing import copy_gb_s, graph_of, in_turn_ms, measured_on
 
 MODEL = "mistral-7b"
 POINTS = [(1, 1), (8, 4), (32, 1), (32, 16), (8, 1), (32, 4), (32, 8)]  # tokens, experts
@@ -183,8 +186,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=15, help="threads that compile")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="only these")
     args = parser.parse_args()
-    here = Path(__file__).parent.resolve()
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != here]  # our `vllm.py` is not vLLM
     started = time.perf_counter()
     report = Report(args.out, _meta())
     print(report.meta, flush=True)

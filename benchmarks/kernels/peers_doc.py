@@ -1,9 +1,9 @@
-"""The table of docs/kernels.md that sets our steps beside others' kernels, from the results of `ops_peers.py`."""
+"""The table of docs/kernels.md that sets our steps beside others' kernels, from the results of `peers.py`."""
 
 from typing import Any
 
-from generated import Data, where_measured
-from markdown_tables import pipe
+from benchmarks.common.generated import Data, where_measured
+from benchmarks.common.markdown_tables import pipe
 
 FILE = "ops-peers-h100.json"
 Rows = list[dict[str, Any]]
@@ -12,7 +12,7 @@ Rows = list[dict[str, Any]]
 def peers(data: Data | None) -> str:
     """A row a step; of a package that has several ways, the fastest."""
     if not data or not data["rows"]:
-        return "Not measured yet: `python benchmarks/ops_peers.py`."
+        return "Not measured yet: `python benchmarks/kernels/peers.py`."
     others = {"humming": "base + humming", "gemlite": "base + gemlite"}
     others |= {f"vllm lora{rank}": f"base + vLLM LoRA {rank}" for rank in (16, 64)}
     head = ["tokens", "experts", "floor, ms", "base, ms", "meswitch, ms", *(f"{what}, ms" for what in others.values())]

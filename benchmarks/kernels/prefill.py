@@ -1,25 +1,28 @@
 """Prefill on a GPU: the linears of a layer for thousands of tokens of one or several experts, against the base alone.
 
-PYTHONPATH=src python benchmarks/ops_prefill.py --out FILE
+PYTHONPATH=src python benchmarks/kernels/prefill.py --out FILE
 """
 
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-import ops_prefill_check
-import ops_prefill_paths as paths
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.kernels import prefill_check
+from benchmarks.kernels import prefill_paths as paths
+from benchmarks.kernels.shapes import DEVICE, MODELS, Layer, random_layer
+from benchmarks.kernels.timing import copy_gb_s, graph_ms, graph_of, in_turn_ms
 from meswitch.ops import merge
 from meswitch.ops.merge import Tile, launch
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton.ahead import Job, compile_ahead, decode_job, merge_job, product_job
-from ops_models import DEVICE, MODELS, Layer, random_layer
-from ops_timing import copy_gb_s, graph_ms, graph_of, in_turn_ms
 
 MODEL, LAYERS, TOKENS = "mistral-7b", 3, 4096
 REPEATS = 15
@@ -32,7 +35,7 @@ TILES = [Tile(8, 4), Tile(8, 8), Tile(8, 8, 64), Tile(16, 8), Tile(16, 8, 80), T
 
 def wanted() -> list[Job]:
     """What to compile beforehand."""
-    found = [job for case in ops_prefill_check.cases() for job in ops_prefill_check.wanted(case)]
+    found = [job for case in prefill_check.cases() for job in prefill_check.wanted(case)]
     v = Variant(two=True, one=False, group=128, salient=16)
     for experts in range(1, merge.MOST + 1):
         found += [merge_job(*SHAPES["qkv"], v, torch.bfloat16, experts, tile) for tile in TILES]
@@ -171,7 +174,7 @@ def main() -> None:
 
     print(f"{compile_ahead(wanted(), args.workers)} kernels compiled", flush=True)
     stage("compiled")
-    result["check"] = ops_prefill_check.check()
+    result["check"] = prefill_check.check()
     copy = max(copy_gb_s().values())
     result["meta"] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy}
     stage(f"checked, copy {copy:.0f} GB/s")

@@ -2,14 +2,14 @@
 
 import torch
 
+from benchmarks.kernels.check import judged
+from benchmarks.kernels.shapes import DEVICE, random_delta
 from meswitch.ops import SlotLinear
 from meswitch.ops.prefill import SCRATCH, expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.rows import embedding_rows
 from meswitch.ops.slots import Variant
 from meswitch.ops.triton.ahead import Job, decode_job, embedding_job, merge_job
-from ops_check import judged
-from ops_models import DEVICE, random_delta
 
 STEPS = {
     "one": [0] * 512,

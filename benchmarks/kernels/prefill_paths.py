@@ -5,11 +5,11 @@ from itertools import accumulate
 
 import torch
 
+from benchmarks.kernels.shapes import DEVICE, Layer
 from meswitch.ops import restored
 from meswitch.ops.merge import merge
 from meswitch.ops.prefill import expert_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
-from ops_models import DEVICE, Layer
 
 Buffers = dict[int, torch.Tensor]
 Path = Callable[[], None]

@@ -1,6 +1,6 @@
 """Which items suit which linear: the fused kernel with every sensible choice, against what `choose_fused` takes.
 
-    PYTHONPATH=src python benchmarks/ops_sweep.py --out benchmarks/results/ops-sweep-h100.json
+    PYTHONPATH=src python benchmarks/kernels/sweep.py --out benchmarks/results/ops-sweep-h100.json
 
 On a GPU; a model is swept in half a minute. Between two launches runs a small kernel of another kind, as norms and
 attention do in a model: launches that follow each other start in the shade of the one before, which suits other items.
@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -24,8 +25,11 @@ from meswitch.ops.slots import Variant
 from meswitch.ops.triton.ahead import Job, compile_ahead, fused_job
 from meswitch.ops.triton.items import BROAD_ROWS, Config, FusedConfig, choose_fused
 from meswitch.ops.triton.launch import fused
-from ops_models import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
-from ops_timing import copy_gb_s, graph_ms, measured_on
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.kernels.shapes import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
+from benchmarks.kernels.timing import copy_gb_s, graph_ms, measured_on
 
 # batch, experts, spread
 CASES = [(b, e, "distinct") for b in (1, 8, 16, 32) for e in (1, 4, 8, 16) if e <= b]

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ops_models import DEVICE
+from benchmarks.kernels.shapes import DEVICE
 
 
 def measured_on() -> dict[str, Any]:

@@ -3,12 +3,12 @@
 import math
 import statistics
 
-from markdown_tables import pipe
+from benchmarks.common.markdown_tables import pipe
+from benchmarks.quality.cells import bits, caption, kl, missing, references, retained, versus
+from benchmarks.quality.pairs import CHANCE, nearer
+from benchmarks.quality.settings import Setting
+from benchmarks.quality.store import Store
 from meswitch.evaluate import Comparison, Score, compare
-from quality_cells import bits, caption, kl, missing, references, retained, versus
-from quality_pairs import CHANCE, nearer
-from quality_settings import Setting
-from quality_store import Store
 
 
 def ablations(store: Store) -> str:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from benchmarks.quality.store import Store
 from meswitch.evaluate import Comparison
-from quality_store import Store
 
 
 def references(store: Store, expert: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -33,7 +33,7 @@ def versus(test: Comparison) -> str:
 
 
 def missing(suite: str) -> str:
-    return f"Not measured yet: `python benchmarks/quality.py {suite}`."
+    return f"Not measured yet: `python benchmarks/quality/run.py {suite}`."
 
 
 def caption(store: Store) -> str:

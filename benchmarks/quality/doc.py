@@ -1,23 +1,24 @@
-"""Fill the tables, sentences and plots of docs/quality.md from the results of `quality.py`.
+"""Fill the tables, sentences and plots of docs/quality.md from the results of `run.py`.
 
-    python benchmarks/quality_doc.py            rewrite what is out of date
-    python benchmarks/quality_doc.py --check    say so instead, and exit 1
+    python benchmarks/quality/doc.py            rewrite what is out of date
+    python benchmarks/quality/doc.py --check    say so instead, and exit 1
 
 A place to fill stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import quality_ablations
-import quality_smollm2
-import quality_tables
-from generated import RESULTS, arguments_of, stored, update
-from markdown_tables import pipe
-from quality_plots import plots
-from quality_settings import SUITES
-from quality_store import Store
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import RESULTS, arguments_of, stored, update
+from benchmarks.common.markdown_tables import pipe
+from benchmarks.quality import ablations, family_tables, smollm2
+from benchmarks.quality.plots import plots
+from benchmarks.quality.settings import SUITES
+from benchmarks.quality.store import Store
 
 Stores = Mapping[str, Store]
 
@@ -40,7 +41,7 @@ def cost(stores: Stores) -> str:
 
 
 def cost_7b() -> str:
-    """What `compress_cost.py` measured, and `compress_family.py`."""
+    """What `compression/cost.py` measured, and `compression/family.py`."""
     parts = []
     if data := stored("compress-cost-h100.json"):
         meta = data["meta"]
@@ -86,10 +87,10 @@ def provenance(stores: Stores) -> str:
 
 
 def levels() -> str:
-    """What `quality_levels.py` measured."""
+    """What `levels.py` measured."""
     data = stored("quality-levels.json")
     if data is None:
-        return "Not measured yet: `python benchmarks/quality_levels.py`."
+        return "Not measured yet: `python benchmarks/quality/levels.py`."
     meta, rows = data["meta"], data["rows"]
     cells = [
         [row["levels"], str(row["bits"]), row["expert"], f"{row['relative_error']:.3f}", f"{row['kl']:.5f}"]
@@ -104,10 +105,10 @@ def levels() -> str:
 
 
 def large() -> str:
-    """What `quality_large.py` measured."""
+    """What `large.py` measured."""
     data = stored("quality-large.json")
     if data is None:
-        return "Not measured yet: `python benchmarks/quality_large.py`."
+        return "Not measured yet: `python benchmarks/quality/large.py`."
     meta = data["meta"]
     head = ["base", "norm of the delta / norm of the base", "bits", "bpw", "full", "compressed", "KL"]
     rows = [
@@ -129,10 +130,10 @@ def large() -> str:
 def places(stores: Stores) -> dict[str, str]:
     """What is to stand where."""
     return {
-        "family": quality_tables.family(stores["family"]),
-        "frontier": quality_tables.frontier(stores["frontier"]),
-        "pairs": quality_tables.pairs(stores["frontier"]),
-        "ablations": quality_ablations.ablations(stores["ablations"]),
+        "family": family_tables.family(stores["family"]),
+        "frontier": family_tables.frontier(stores["frontier"]),
+        "pairs": family_tables.pairs(stores["frontier"]),
+        "ablations": ablations.ablations(stores["ablations"]),
         "levels": levels(),
         "large": large(),
         "cost": cost(stores),
@@ -145,10 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
     results = {"type": Path, "default": RESULTS, "help": "directory of quality-SUITE.json and smollm2.json"}
     options = arguments_of(__doc__, "quality.md", arguments, results=results)
     stores = {suite: Store.load(options.results / f"quality-{suite}.json") for suite in SUITES}
-    smollm2 = stored("smollm2.json", options.results)
-    content = places(stores) | quality_smollm2.places(smollm2)
-    drawn = plots(stores) | quality_smollm2.plots(smollm2)
-    update(options.doc, "benchmarks/quality_doc.py", content, drawn, check=options.check, redraw=options.redraw)
+    pretrained = stored("smollm2.json", options.results)
+    content = places(stores) | smollm2.places(pretrained)
+    drawn = plots(stores) | smollm2.plots(pretrained)
+    update(options.doc, "benchmarks/quality/doc.py", content, drawn, check=options.check, redraw=options.redraw)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One job of `quality.py`: compress an expert by one setting and measure what is left of it.
+"""One job of `run.py`: compress an expert by one setting and measure what is left of it.
 
 The functions run in worker processes; each keeps base, full experts and held-out texts once it has loaded them.
 """
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import meswitch
+from benchmarks.quality.settings import Keywords
 from meswitch.compression.distill.recipe import recipe_for
 from meswitch.evaluate import (
     CHECKABLE,
@@ -31,9 +32,8 @@ from meswitch.evaluate import (
     total,
 )
 from meswitch_lab import options
-from quality_settings import Keywords
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "family"
 
 

@@ -2,11 +2,11 @@
 
 import math
 
-from markdown_tables import pipe
+from benchmarks.common.markdown_tables import pipe
+from benchmarks.quality.cells import bits, caption, kl, missing, references, retained, versus
+from benchmarks.quality.pairs import CHANCE, LEAST, MOST, Pair, Point, against_best, against_each
+from benchmarks.quality.store import Store
 from meswitch.evaluate import compare
-from quality_cells import bits, caption, kl, missing, references, retained, versus
-from quality_pairs import CHANCE, LEAST, MOST, Pair, Point, against_best, against_each
-from quality_store import Store
 
 
 def family(store: Store) -> str:

@@ -1,6 +1,6 @@
 """Large deltas: the math expert against its own base, and against another fine-tune in the base's place.
 
-    python benchmarks/quality_large.py [--bits 1 2 3] [--questions 2000]
+    python benchmarks/quality/large.py [--bits 1 2 3] [--questions 2000]
 
 From another fine-tune to the math expert it is farther than from the base: a delta of more than 0.3 of the norm, of a
 trained model whose answers can be checked. Every artifact has the default settings.
@@ -21,8 +21,8 @@ import meswitch
 from meswitch.compression.diff import diff
 from meswitch.evaluate import accuracy, divergences, own_answers, total
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family"
-FILE = Path(__file__).parent / "results" / "quality-large.json"
+FAMILY = Path(__file__).parents[2] / "examples" / "family"
+FILE = Path(__file__).parents[1] / "results" / "quality-large.json"
 EXPERT, BASES, PROMPTS, SEED = "math", ("base", "instruct"), 128, 2
 
 

@@ -1,6 +1,6 @@
 """Which levels a code stands for: without a zero, with one, or shifted to fit. Rounding alone, without calibration.
 
-    python benchmarks/quality_levels.py [--experts math] [--questions 2000]
+    python benchmarks/quality/levels.py [--experts math] [--questions 2000]
 
 Every block projection, the embedding and the head are rounded to nearest, in groups of 128 input channels, with the
 scale of least squared error out of 40. `mid-rise` is what meswitch stores. The other two are not stored anywhere: they
@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import meswitch
 from meswitch.evaluate import CHECKABLE, accuracy, divergences, own_answers, total
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family"
-FILE = Path(__file__).parent / "results" / "quality-levels.json"
+FAMILY = Path(__file__).parents[2] / "examples" / "family"
+FILE = Path(__file__).parents[1] / "results" / "quality-levels.json"
 GROUP, SEARCH, PROMPTS = 128, 40, 128
 
 

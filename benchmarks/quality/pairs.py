@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from benchmarks.quality.settings import Setting
+from benchmarks.quality.store import Store
 from meswitch.evaluate import Comparison, Score, compare
-from quality_settings import Setting
-from quality_store import Store
 
 OURS = "me-switch"
 LEAST, MOST = 1.0, 4.0  # the byte budgets that count, in bits per weight

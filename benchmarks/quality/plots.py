@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from generated import Data, Plot, legend
-from quality_ablations import mean_kl
-from quality_pairs import OURS, points
-from quality_store import Store
+from benchmarks.common.generated import Data, Plot, legend
+from benchmarks.quality.ablations import mean_kl
+from benchmarks.quality.pairs import OURS, points
+from benchmarks.quality.store import Store
 
 COLOURS = {
     OURS: "#000000",

@@ -1,11 +1,11 @@
 """Quality per byte: every setting of a suite on every expert of a family, one command for each table.
 
-    python benchmarks/quality.py frontier ablations family [--experts math code] [--jobs 2] [--device cuda]
-    python benchmarks/quality_doc.py                    # docs/quality.md and its plots, from what is stored
+    python benchmarks/quality/run.py frontier ablations family [--experts math code] [--jobs 2] [--device cuda]
+    python benchmarks/quality/doc.py                    # docs/quality.md and its plots, from what is stored
 
-The suites are in `quality_settings.py`. A job compresses one expert by one setting, counts the whole artifact's bytes,
+The suites are in `settings.py`. A job compresses one expert by one setting, counts the whole artifact's bytes,
 asks the merged model, in float32, the same questions as the full expert and the base, and compares it with the full
-expert on held-out text. Results are in `benchmarks/results/quality-SUITE.json` (`quality_store.py` says how), written
+expert on held-out text. Results are in `benchmarks/results/quality-SUITE.json` (`store.py` says how), written
 after every job: what is there already is not measured again, so an interrupted run goes on where it was.
 """
 
@@ -27,19 +27,22 @@ import torch
 import transformers
 
 import meswitch
-import quality_jobs
-from generated import RESULTS
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import RESULTS
+from benchmarks.quality import experiment
+from benchmarks.quality.settings import BARS, SUITES, key_of
+from benchmarks.quality.store import Store
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.evaluate import DOMAINS
-from quality_settings import BARS, SUITES, key_of
-from quality_store import Store
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument("--family", type=Path, default=quality_jobs.EXAMPLE, help="directory with base and experts")
+    parser.add_argument("--family", type=Path, default=experiment.EXAMPLE, help="directory with base and experts")
     parser.add_argument("--experts", nargs="+", choices=DOMAINS, help="all that the family has, if left out")
     parser.add_argument("--questions", type=int, default=2000, help="an expert")
     parser.add_argument("--seed", type=int, default=2, help="which questions")
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out and len(options.suites) > 1:
         parser.error("--out: is one file; give one suite")
     experts = options.experts or [name for name in DOMAINS if (options.family / name).is_dir()]
-    plan = quality_jobs.Plan(
+    plan = experiment.Plan(
         str(options.family.resolve()),
         tuple(experts),
         options.questions,
@@ -71,12 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
 def workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes of one thread each; None if this one does the work."""
     if jobs == 1:
-        quality_jobs.start()
+        experiment.start()
         yield None
         return
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # they inherit it
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=quality_jobs.start) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=experiment.start) as pool:
         yield pool
 
 
@@ -89,7 +92,7 @@ def results(pool: ProcessPoolExecutor | None, task: Callable[..., Any], calls: l
 
 
 def run_suite(
-    pool: ProcessPoolExecutor | None, plan: quality_jobs.Plan, suite: str, store: Store, options: argparse.Namespace
+    pool: ProcessPoolExecutor | None, plan: experiment.Plan, suite: str, store: Store, options: argparse.Namespace
 ) -> None:
     """Measure what is missing of a suite."""
     meta = shared_by_all_jobs(plan)
@@ -120,7 +123,7 @@ def run_suite(
         return
     store.runs.append(this_run(suite, options))
     started = time.perf_counter()
-    for expert, reference in results(pool, quality_jobs.measure_reference, [(plan, expert) for expert in missing]):
+    for expert, reference in results(pool, experiment.measure_reference, [(plan, expert) for expert in missing]):
         store.references[expert] = reference
     store.references = {name: store.references[name] for name in DOMAINS if name in store.references}
     store.save()
@@ -129,14 +132,14 @@ def run_suite(
         (plan, expert, setting.keywords, store.references[expert], setting.layers)
         for (_, expert), setting in sorted(jobs.items(), key=lambda item: order[item[0][0]])
     ]
-    for count, found in enumerate(results(pool, quality_jobs.measure, calls), start=1):
+    for count, found in enumerate(results(pool, experiment.measure, calls), start=1):
         job = found | {"run": len(store.runs) - 1}
         store.jobs[key_of(job["keywords"]), job["expert"]] = job
         store.save()
         print(f"{count}/{len(jobs)} {time.perf_counter() - started:.0f} s: {line(job, plan)}", flush=True)
 
 
-def shared_by_all_jobs(plan: quality_jobs.Plan) -> dict[str, Any]:
+def shared_by_all_jobs(plan: experiment.Plan) -> dict[str, Any]:
     """What results in one file must agree in."""
     family = Path(plan.family)
     sums = {name: fingerprint(Checkpoint.open(family / name)) for name in ("base", *plan.experts)}
@@ -151,9 +154,9 @@ def shared_by_all_jobs(plan: quality_jobs.Plan) -> dict[str, Any]:
 def this_run(suite: str, options: argparse.Namespace) -> dict[str, Any]:
     """Everything to repeat it, and nothing about where this checkout is."""
     family = options.family.resolve()
-    inside = family.is_relative_to(quality_jobs.ROOT)
+    inside = family.is_relative_to(experiment.ROOT)
     command = [
-        "python benchmarks/quality.py",
+        "python benchmarks/quality/run.py",
         suite,
         "--questions",
         str(options.questions),
@@ -162,7 +165,7 @@ def this_run(suite: str, options: argparse.Namespace) -> dict[str, Any]:
     ]
     command += ["--fidelity-questions", str(options.fidelity_questions), "--device", options.device]
     command += ["--jobs", str(options.jobs), "--family"]
-    command.append(str(family.relative_to(quality_jobs.ROOT)) if inside else family.name)
+    command.append(str(family.relative_to(experiment.ROOT)) if inside else family.name)
     if options.experts:
         command += ["--experts", *options.experts]
     if options.only:
@@ -182,7 +185,7 @@ def this_run(suite: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def commit() -> str | None:
     """The checkout's commit, marked where files differ from it; None where git cannot say."""
-    git = ["git", "--no-optional-locks", "-C", str(quality_jobs.ROOT)]
+    git = ["git", "--no-optional-locks", "-C", str(experiment.ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "src"], check=False).returncode
@@ -191,7 +194,7 @@ def commit() -> str | None:
     return head + (" and changes" if changed else "")
 
 
-def line(job: dict[str, Any], plan: quality_jobs.Plan) -> str:
+def line(job: dict[str, Any], plan: experiment.Plan) -> str:
     """A finished job for the terminal."""
     name = f"{job['expert']} {key_of(job['keywords'])}"
     if "failed" in job:

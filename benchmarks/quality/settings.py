@@ -1,4 +1,4 @@
-"""What `quality.py` measures: suites of groups of settings, each a dict of `meswitch_lab.options` keywords.
+"""What `run.py` measures: suites of groups of settings, each a dict of `meswitch_lab.options` keywords.
 
 To add a row, add a line. `calibration` is left out where the expert's own calibration file is meant, and can name it as
 `{own}`, and that of another expert as `{other}`: `self:{own}`, `{own}+self`. `distill` can be a dict: what differs

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from generated import Data, Plot, where_measured
-from markdown_tables import pipe
-from quality_plots import draw_kl, short
+from benchmarks.common.generated import Data, Plot, where_measured
+from benchmarks.common.markdown_tables import pipe
+from benchmarks.quality.plots import draw_kl, short
 
 COMMAND = "python examples/smollm2/run.py --data DIR --work DIR --out benchmarks/results/smollm2.json"
 MISSING = f"Not measured yet: `{COMMAND}`."

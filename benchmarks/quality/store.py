@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.settings import Setting, key_of
 from meswitch.evaluate import Score
-from quality_settings import Setting, key_of
 
 
 @dataclass

@@ -1,14 +1,15 @@
 """An embedding router, an LLM router, and the two as a cascade: accuracy and latency on the same rows.
 
-    python benchmarks/routing_cascade.py --encoder DIR --router DIR --model DIR --train train.jsonl --dev dev.jsonl \\
+    python benchmarks/routing/cascade.py --encoder DIR --router DIR --model DIR --train train.jsonl --dev dev.jsonl \\
         --out benchmarks/results/routing-llm.json
 
-`--router` is the tuned router that `routing_llm.py` left in its `--work`, `--model` the model that it was made of. The
+`--router` is the tuned router that `llm_router.py` left in its `--work`, `--model` the model that it was made of. The
 embedding router is trained on the rows that the LLM router was trained on; the cascades are fitted on those of its
 calibration, and measured on the tenth of `--train` that neither has seen (`held-out`) and on `--dev`.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from meswitch.router.cascade import CascadeRouter, log_scores, unsure
 from meswitch.router.data import hold_out
 from meswitch.router.evaluate import latency
 from meswitch.router.train import default_settings
-from routing_llm import descriptions, measured_on, nbytes, rounded, store, test_split
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.routing.llm_router import descriptions, measured_on, nbytes, rounded, store, test_split
 
 
 class Remembered(Router):

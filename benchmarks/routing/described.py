@@ -1,11 +1,11 @@
 """Measure routing by descriptions and example lines: four domains without and with training, and public boards.
 
-    python benchmarks/routing_described.py --encoder DIR[:8] --train train.jsonl \\
+    python benchmarks/routing/described.py --encoder DIR[:8] --train train.jsonl \\
         --data dev=dev.jsonl --data choice=choice.jsonl --data final=final.jsonl \\
         --clinc data_full.json --banking DIR
 
-`--data` files are rows of query, domain and source (`routing_sources.py` makes two of them from public repositories).
-The lines are those of `routing_routes/`: three ideas of the four domains, and one line an intent of CLINC150 and
+`--data` files are rows of query, domain and source (`sources.py` makes two of them from public repositories).
+The lines are those of `routes/`: three ideas of the four domains, and one line an intent of CLINC150 and
 BANKING77. CLINC150 is `data_full.json` of clinc/oos-eval, BANKING77 the folder `banking_data` of
 PolyAI-LDN/task-specific-datasets. Results go to results/routing-described.json; parts that are not asked for stay.
 """
@@ -15,6 +15,7 @@ import csv
 import json
 import random
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,11 +35,14 @@ from meswitch.router import (
     train_router,
 )
 from meswitch.router.few import add_described
-from routing import Remembering, cpu_ms
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.routing.run import Remembering, cpu_ms
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "routing-described.json"
-ROUTES = HERE / "routing_routes"
+RESULTS = HERE.parent / "results" / "routing-described.json"
+ROUTES = HERE / "routes"
 EXPERTS = ["math", "code", "instruct", "sql"]
 SEEDS = 3
 EXAMPLES = (5, 10)

@@ -1,20 +1,23 @@
 """Fill the tables of docs/routing.md from the stored results, and draw its plots.
 
-    python benchmarks/routing_doc.py            rewrite what is out of date
-    python benchmarks/routing_doc.py --check    say so instead, and exit 1
+    python benchmarks/routing/doc.py            rewrite what is out of date
+    python benchmarks/routing/doc.py --check    say so instead, and exit 1
 
-Reads benchmarks/results/routing.json (`routing.py`) and, if they are there, benchmarks/results/routing-llm.json, which
-`routing_llm.py` and `routing_cascade.py` write, and routing-described.json (`routing_described.py`).
+Reads benchmarks/results/routing.json (`run.py`) and, if they are there, benchmarks/results/routing-llm.json, which
+`llm_router.py` and `cascade.py` write, and routing-described.json (`described.py`).
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from generated import RESULTS, arguments_of, stored, update
-from markdown_tables import pipe
-from routing_plots import knows_all, measured, plots
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import RESULTS, arguments_of, stored, update
+from benchmarks.common.markdown_tables import pipe
+from benchmarks.routing.plots import knows_all, measured, plots
 
 EXPERTS = ("math", "code", "instruct", "sql")
 LATER = "Not measured yet."
@@ -294,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "routing.md", arguments, results=results)
     found = (stored("routing.json", options.results) or {}).get("encoders", {})
     llm_found = stored("routing-llm.json", options.results) or {}
-    command = "benchmarks/routing_doc.py"
+    command = "benchmarks/routing/doc.py"
     said = stored("routing-described.json", options.results) or {}
     filled = places(found, llm_found)
     filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}

@@ -1,6 +1,6 @@
 """The LLM router on real queries: as it is, fine-tuned, and with an expert that it knows by description alone.
 
-    python benchmarks/routing_llm.py --model DIR --train train.jsonl --dev dev.jsonl --work DIR --out results.json
+    python benchmarks/routing/llm_router.py --model DIR --train train.jsonl --dev dev.jsonl --work DIR --out FILE
 
 Trains on `--train` only. A tenth of it is kept for the figures called `held-out`, and a tenth of the rest for the
 calibration; `--dev` should come from other sources, and `--leave` leaves some of the training file's own out, to choose
@@ -32,7 +32,7 @@ from meswitch.router.llm import LlmRouter, LlmSettings
 from meswitch.router.llm_train import calibrate, train_llm_router
 from meswitch.version import __version__
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family" / "family.toml"
+FAMILY = Path(__file__).parents[2] / "examples" / "family" / "family.toml"
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from generated import Data, Plot, legend
+from benchmarks.common.generated import Data, Plot, legend
 
 KINDS = {"held_out": "held out", "dev": "shift"}
 

@@ -1,6 +1,6 @@
 """Measure the embedding router: encoders on real queries, sources left out, an expert of 16 examples, many experts.
 
-    python benchmarks/routing.py --base examples/family/base --train train.jsonl --dev dev.jsonl \\
+    python benchmarks/routing/run.py --base examples/family/base --train train.jsonl --dev dev.jsonl \\
         --encoder minilm=DIR --encoder static=DIR
 
 Rows are {"query", "domain", "source"} a line; train and dev should be of different sources. Training uses the train
@@ -23,7 +23,7 @@ from meswitch.router import OTHER, Encoder, Row, add_experts, evaluate_router, o
 from meswitch.router.data import without_labels
 from meswitch.router.train import default_settings, sources_of
 
-RESULTS = Path(__file__).parent / "results" / "routing.json"
+RESULTS = Path(__file__).parents[1] / "results" / "routing.json"
 EXPERTS = ["math", "code", "instruct", "sql"]
 NEW = 16  # examples of a fifth expert
 

@@ -1,6 +1,6 @@
 """Queries of public data sets in one form, to measure routing on: `{"query", "domain", "source"}` a line.
 
-    python benchmarks/routing_sources.py --clones DIR --out unseen.jsonl --split choice
+    python benchmarks/routing/sources.py --clones DIR --out unseen.jsonl --split choice
 
 DIR holds a clone (bare or not) of each repository that `SOURCES` names, as OWNER+NAME. The sets are benchmarks of
 their fields: measure on them, never train on them. They come in two halves. Settings of the product were compared on

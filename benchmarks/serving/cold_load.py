@@ -1,6 +1,6 @@
 """What a cold expert costs: from disk to host memory, and from there to a slot, at true shapes.
 
-    python benchmarks/cold_load.py [--model mistral-7b] [--layers 8] [--out results.json]
+    python benchmarks/serving/cold_load.py [--model mistral-7b] [--layers 8] [--out results.json]
 
 A random artifact is written first, so its files are in the page cache: the disk's own time comes on top. "read" is
 `Artifact.read` for every tensor with its checksum, once in one thread and once read ahead; "lay out" is what reading
@@ -12,6 +12,7 @@ thread launches kernel after kernel, as decoding does: the longest that it waits
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -20,8 +21,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_doc import steps_table
-from vllm_models import SHAPES, write_artifact, write_config
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.serving.vllm_doc import steps_table
+from benchmarks.serving.vllm_shapes import SHAPES, write_artifact, write_config
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:

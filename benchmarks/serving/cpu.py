@@ -1,6 +1,6 @@
 """Tokens a second on a CPU: the embedded engine against plain transformers with the merged models.
 
-    python benchmarks/serving_cpu.py [--repeats 5] [--json benchmarks/results/serving-cpu.json]
+    python benchmarks/serving/cpu.py [--repeats 5] [--json benchmarks/results/serving-cpu.json]
 
 The example family of 2 M parameters, its four experts compressed data-free. One user asks one expert; 32 users ask
 four experts at once. The peer is `generate` of transformers with the same merged models in float32: a batch of one, and
@@ -26,7 +26,7 @@ from typing import Any
 
 import meswitch  # before torch: see `meswitch.threads`
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family"
+FAMILY = Path(__file__).parents[2] / "examples" / "family"
 EXPERTS = ("math", "code", "instruct", "sql")
 USERS = (1, 32)
 DISTILL = """

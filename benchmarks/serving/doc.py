@@ -1,13 +1,17 @@
-"""Fill the tables of docs/server.md from what `serving_cpu.py`, `residency.py` and `engine.py` stored.
+"""Fill the tables of docs/server.md from what `cpu.py`, `residency.py` and `engine.py` stored.
 
-python benchmarks/serving_doc.py            rewrite what is out of date
-python benchmarks/serving_doc.py --check    say so instead, and exit 1
+python benchmarks/serving/doc.py            rewrite what is out of date
+python benchmarks/serving/doc.py --check    say so instead, and exit 1
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
-from generated import Data, arguments_of, stored, update
-from markdown_tables import pipe
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import Data, arguments_of, stored, update
+from benchmarks.common.markdown_tables import pipe
 
 LATER = "Not measured yet."
 
@@ -119,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         "serving on a CPU": serving(found) if found else LATER,
         "many experts on a CPU": residency(many) if many else LATER,
     }
-    command = "benchmarks/serving_doc.py"
+    command = "benchmarks/serving/doc.py"
     update(options.doc, command, places, {}, check=options.check, redraw=options.redraw)
 
 

@@ -1,6 +1,6 @@
 """The embedded engine on a GPU, beside transformers and what the memory allows.
 
-    python benchmarks/engine.py --work DIR [--layers 32] [--tokenizer examples/family/base] [--json FILE]
+    python benchmarks/serving/engine.py --work DIR [--layers 32] [--tokenizer examples/family/base] [--json FILE]
 
 A base of Mistral-7B's shapes with random weights, and one fine-tune of it, compressed by the default without text and
 served under several names: what a step costs does not depend on the numbers. Prompts are 24 tokens, answers 48. A
@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,7 +27,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import meswitch
-import synthetic
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common import synthetic
 from meswitch import Engine
 
 NAMES = [f"e{number}" for number in range(8)]

@@ -1,6 +1,6 @@
 """What opening the embedded engine costs at true shapes, and what of it is the proof that it answers rightly.
 
-    python benchmarks/engine_open.py --work FOLDER [--model mistral-7b] [--layers 8] [--out results.json]
+    python benchmarks/serving/engine_open.py --work FOLDER [--model mistral-7b] [--layers 8] [--out results.json]
 
 A random base and two fine-tunes are written to FOLDER and compressed first. "proof" is all that the engine does before
 "ready" besides loading the base: steps of the running batch, and one block of each kind with merged weights. The engine
@@ -11,13 +11,16 @@ which this machine copies memory.
 
 import argparse
 import json
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from synthetic import MODELS, write_family
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.synthetic import MODELS, write_family
 
 
 def copy_speed(device: str) -> float:

@@ -1,8 +1,8 @@
 """Broken requests, artifacts and family files, many of each: one clear error, and never a wrong answer.
 
-    python benchmarks/server_faults.py artifacts --count 20000
-    python benchmarks/server_faults.py families --count 20000
-    python benchmarks/server_faults.py requests --count 10000 --url http://127.0.0.1:8000
+    python benchmarks/serving/faults.py artifacts --count 20000
+    python benchmarks/serving/faults.py families --count 20000
+    python benchmarks/serving/faults.py requests --count 10000 --url http://127.0.0.1:8000
 
 Prints one JSON object with what came of them; the status is 1 if something was not refused as it should be.
 """
@@ -23,7 +23,7 @@ import torch
 from meswitch import Artifact, Family
 from meswitch.errors import MeswitchError
 
-FAMILY = Path(__file__).parents[1] / "examples" / "family"
+FAMILY = Path(__file__).parents[2] / "examples" / "family"
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, "", "a", "\ud800", "\x00", "auto", "🙂" * 50,
     [], {}, [[]], [None], {"a": 1}, {"type": "text"}, [1, "a"], [{"role": "user"}], "../../etc/passwd", "a" * 5000,

@@ -1,6 +1,6 @@
 """Many streaming clients against one `meswitch serve`: every answer is checked, and nothing may grow.
 
-    python benchmarks/server_load.py --clients 256 --seconds 600
+    python benchmarks/serving/load.py --clients 256 --seconds 600
 
 Each client asks one of the family's models or `auto` again and again, and compares each answer with the one that was
 given to the same question alone. The example family's experts are compressed first. Prints one JSON object; the status
@@ -27,7 +27,7 @@ import httpx
 
 import meswitch
 
-FAMILY = Path(__file__).parents[1] / "examples" / "family"
+FAMILY = Path(__file__).parents[2] / "examples" / "family"
 EXPERTS = ("math", "code", "sql", "instruct")
 QUESTIONS = (
     "Ravi shares 8 books equally among 4 friends. How many books does each friend get?",

@@ -1,6 +1,6 @@
 """Many experts, few slots: what requests wait for while experts come and go.
 
-    python benchmarks/residency.py [--experts 128] [--slots 16] [--json benchmarks/results/residency-cpu.json]
+    python benchmarks/serving/residency.py [--experts 128] [--slots 16] [--json benchmarks/results/residency-cpu.json]
 
 The four experts of the example family (2 M parameters), each under many names with an artifact of its own on disk, so
 that none shares another's bytes. Requests arrive at random (Poisson), or as many at once every few seconds (bursts);
@@ -26,7 +26,7 @@ from typing import Any
 import meswitch  # before torch: see `meswitch.threads`
 from meswitch import Engine, SamplingParams
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family"
+FAMILY = Path(__file__).parents[2] / "examples" / "family"
 KINDS = ("math", "code", "instruct", "sql")
 PROMPT = "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"
 BURST = 4.0  # seconds between two bursts

@@ -1,6 +1,6 @@
 """What loading an expert costs those who are being answered: vLLM with and without the middleware that reads ahead.
 
-    python benchmarks/vllm_cold_load.py [--model mistral-7b] [--out results.json] [--quick]
+    python benchmarks/serving/vllm_cold_load.py [--model mistral-7b] [--out results.json] [--quick]
 
 One request streams from the base while an expert that the server does not know is loaded by vLLM's endpoint, some
 times, from a directory of its own each time. Shown are the longest pause between two tokens of the stream without any
@@ -18,9 +18,11 @@ import time
 import urllib.request
 from pathlib import Path
 
-from vllm import HERE, about, serve_arguments, serving
-from vllm_doc import pauses_table
-from vllm_models import SHAPES, write_artifact, write_config, write_tokenizer
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.serving.vllm_doc import pauses_table
+from benchmarks.serving.vllm_server import about, serve_arguments, serving
+from benchmarks.serving.vllm_shapes import SHAPES, write_artifact, write_config, write_tokenizer
 
 MIDDLEWARE = "meswitch.vllm.prefetch.Prefetch"
 
@@ -110,6 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # beside this file `import vllm` would find our own `vllm.py`, which is loaded already
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE.resolve()]
     main()

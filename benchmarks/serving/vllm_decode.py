@@ -1,12 +1,12 @@
 """Decoding in vLLM without a server: the base alone, deltas, LoRA and one expert at a time, at true shapes.
 
-    python benchmarks/vllm_decode.py [--model mistral-7b] [--out results.json] [--quick]
+    python benchmarks/serving/vllm_decode.py [--model mistral-7b] [--out results.json] [--quick]
 
 Each engine runs in a process of its own and takes all counts of experts one after another. All experts are the same
 artifact under several names: each has its own slot, so the device reads as many bytes as for different ones. A token's
 time is that of answers of `--tokens` tokens less that of answers of one, so that prefill does not count.
 
-What a server adds to it is measured by `vllm.py`.
+What a server adds to it is measured by `vllm_server.py`.
 """
 
 import argparse
@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_models import SHAPES, write_artifact, write_config, write_lora
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.serving.vllm_shapes import SHAPES, write_artifact, write_config, write_lora
 
 ENGINES = ("plain", "deltas", "lora-16", "lora-64", "swap")
 PROMPT = 128
@@ -54,9 +56,8 @@ def engine_options(kind: str, base: Path, slots: int, adapter: Path | None) -> d
 
 def asking(base: Path, adapter: Path | None, length: int = PROMPT) -> Callable[[int, int, int], dict]:
     """Gives what `LLM.generate` takes: `batch` random prompts for `experts` in turn, answered in `new` tokens each."""
-    from vllm.lora.request import LoRARequest
-
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     draw = random.Random(0)
@@ -83,7 +84,6 @@ def in_own_process(script: str, kind: str, *arguments: object) -> list[dict]:
 
 def run_engine(kind: str, base: Path, adapter: Path | None, counts: list[int], batches: list[int], tokens: int) -> list:
     """Every (batch, experts) of one engine: milliseconds a token and tokens a second."""
-    sys.path.remove(str(Path(__file__).parent.resolve()))  # `vllm.py` beside this file is not vLLM
     from vllm import LLM
 
     started = time.perf_counter()

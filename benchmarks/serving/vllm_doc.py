@@ -1,17 +1,22 @@
-"""Fill the tables of docs/vllm.md from what `vllm.py` and the other benchmarks of its name stored.
+"""Fill the tables of docs/vllm.md from what `vllm_server.py` and the other benchmarks of its name stored.
 
-python benchmarks/vllm_doc.py            rewrite what is out of date
-python benchmarks/vllm_doc.py --check    say so instead, and exit 1
+python benchmarks/serving/vllm_doc.py            rewrite what is out of date
+python benchmarks/serving/vllm_doc.py --check    say so instead, and exit 1
 """
 
-from generated import Data, arguments_of, stored, update, where_measured
-from markdown_tables import pipe
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import Data, arguments_of, stored, update, where_measured
+from benchmarks.common.markdown_tables import pipe
 
 SERVED, OTHERS, RANKS = "vllm-h100.json", "vllm-others-h100.json", "vllm-h200-x2.json"
 PROFILE = "vllm-profile-h100.json"
 PAUSES, STEPS = "vllm-cold-load-h200.json", "cold-load-h200.json"
 RANKS_OPTION = "--tensor-parallel-size"
-NOT_YET = "Not measured yet: `python benchmarks/{}.py`."
+NOT_YET = "Not measured yet: `python benchmarks/serving/{}.py`."
 
 
 def table(rows: list[Data]) -> str:
@@ -125,9 +130,9 @@ def _about(data: Data) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "vllm.md", arguments)
     wanted = {
-        "measured": (SERVED, _served, "vllm"),
-        "others": (OTHERS, _served, "vllm"),
-        "ranks": (RANKS, _served, "vllm"),
+        "measured": (SERVED, _served, "vllm_server"),
+        "others": (OTHERS, _served, "vllm_server"),
+        "ranks": (RANKS, _served, "vllm_server"),
         "profile": (PROFILE, _profiled, "vllm_profile"),
         "pauses": (PAUSES, _pauses, "vllm_cold_load"),
         "steps": (STEPS, _steps, "cold_load"),
@@ -136,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, (file, written, script) in wanted.items():
         data = stored(file)
         places[name] = NOT_YET.format(script) if data is None else written(data)
-    update(options.doc, "benchmarks/vllm_doc.py", places, {}, check=options.check, redraw=options.redraw)
+    update(options.doc, "benchmarks/serving/vllm_doc.py", places, {}, check=options.check, redraw=options.redraw)
 
 
 if __name__ == "__main__":

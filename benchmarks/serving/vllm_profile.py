@@ -1,6 +1,6 @@
 """Where a decode step in vLLM goes: its kernels and the gaps between them, by torch's profiler.
 
-    python benchmarks/vllm_profile.py [--layers 16] [--tokens 32] [--experts 0 4 16] [--out results.json]
+    python benchmarks/serving/vllm_profile.py [--layers 16] [--tokens 32] [--experts 0 4 16] [--out results.json]
 
 vLLM alone, then with the deltas, each in a process of its own; ten steps of random weights of true shapes. A layer's
 kernels are told apart by name and grid. Fewer layers are enough: a step is what they take times their number.
@@ -13,8 +13,10 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from vllm_decode import asking, engine_options, in_own_process
-from vllm_models import SHAPES, write_artifact, write_config
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.serving.vllm_decode import asking, engine_options, in_own_process
+from benchmarks.serving.vllm_shapes import SHAPES, write_artifact, write_config
 
 STEPS = 10
 ATTENTION = "kernel_unified_attention"  # once a layer; the profile asks for vLLM's Triton attention
@@ -22,9 +24,7 @@ ATTENTION = "kernel_unified_attention"  # once a layer; the profile asks for vLL
 
 def run_engine(kind: str, base: Path, adapter: Path | None, options: argparse.Namespace) -> None:
     """Prints a line of JSON for each number of experts."""
-    sys.path.remove(str(Path(__file__).parent.resolve()))  # `vllm.py` beside this file is not vLLM
     import torch
-
     from vllm import LLM
 
     settings = engine_options(kind, base, max(options.experts), adapter) | {"attention_backend": "TRITON_ATTN"}
@@ -105,7 +105,7 @@ def main() -> None:
         for kernel in row["kernels"]:
             print(f"{kernel['a_step']:8.1f} x {kernel['us']:8.2f} us  {kernel['kernel']} {kernel['grid']}")
     if options.out:
-        from vllm import about  # the benchmark beside this file
+        from benchmarks.serving.vllm_server import about  # the benchmark beside this file
 
         options.base = None
         options.out.write_text(json.dumps({"meta": about(options), "rows": rows}, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """vLLM's own serving benchmark (`vllm bench serve`) against vLLM with the base alone, deltas, LoRA, and one slot.
 
-    python benchmarks/vllm.py [--model mistral-7b] [--out results.json]                  random weights of true shapes
-    python benchmarks/vllm.py --base DIR --deltas DIR DIR ... [--out results.json]       real ones
-    python benchmarks/vllm.py --quick                                                    tiny shapes: does it run?
+    python benchmarks/serving/vllm_server.py [--model mistral-7b] [--out FILE]          random weights of true shapes
+    python benchmarks/serving/vllm_server.py --base DIR --deltas DIR DIR ... [--out FILE]   real ones
+    python benchmarks/serving/vllm_server.py --quick                                    tiny shapes: does it run?
 
 One server an engine, with a slot for each of the most experts (`swap`: one slot for all, so that vLLM answers one
 expert's requests after the other's); requests go round-robin over 0 (the base), 1, 4, 8, 16 of them. Deltas that are
@@ -27,11 +27,12 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vllm_doc import table
-from vllm_models import SHAPES, write_artifact, write_config, write_lora, write_tokenizer
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.serving.vllm_doc import table
+from benchmarks.serving.vllm_shapes import SHAPES, write_artifact, write_config, write_lora, write_tokenizer
 
 ENGINES = ("base", "meswitch", "lora-16", "lora-64", "swap")
-HERE = Path(__file__).parent
 CAPTURED = [1, 2, 4, 8, 16, 32, 64]  # tokens of the steps that have CUDA graphs
 KEPT = [f"{kind}_{what}_ms" for what in ("ttft", "tpot", "itl", "e2el") for kind in ("mean", "median", "p99")]
 KEPT += ["completed", "failed", "duration", "request_throughput", "output_throughput", "total_token_throughput"]
@@ -227,6 +228,4 @@ def _cuda() -> bool:
 
 
 if __name__ == "__main__":
-    # beside this file `import vllm` would find it: transformers looks for vLLM
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE.resolve()]
     main()

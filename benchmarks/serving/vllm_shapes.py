@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from synthetic import MODELS
+from benchmarks.common.synthetic import MODELS
 
 TINY = dict(
     MODELS["mistral-7b"],

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def doc(benchmark_script):
-    return benchmark_script("ops_doc")
+    return benchmark_script("kernels.doc")
 
 
 def test_the_page_and_its_plots_are_made_from_the_stored_result(doc) -> None:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAYERS = {"model.layers.0.mlp.up_proj": 0.1, "model.layers.1.mlp.up_proj": 0.2, "lm_head": 0.05}
 
 
@@ -17,7 +17,7 @@ Command = Callable[..., str | None]
 @pytest.fixture(scope="module")
 def made(benchmark_script: Callable[[str], ModuleType]) -> Command:
     """The command; gives what it complains about, if anything."""
-    main = benchmark_script("quality_doc").main
+    main = benchmark_script("quality.doc").main
 
     def run(*options: str) -> str | None:
         try:

@@ -21,14 +21,14 @@ OPTIONS = ("frontier", "--experts", "math", "--questions", "20", "--fidelity-que
 @pytest.fixture(scope="module")
 def quality(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
     """The command's module, to run it without waiting for another Python."""
-    return benchmark_script("quality")
+    return benchmark_script("quality.run")
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command stored, with two worker processes."""
     out = tmp_path_factory.mktemp("quality") / "frontier.json"
-    command = [sys.executable, str(BENCHMARKS / "quality.py"), *OPTIONS, "--jobs", "2", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "quality" / "run.py"), *OPTIONS, "--jobs", "2", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 jobs to do" in done.stdout
@@ -91,7 +91,7 @@ def test_results_of_other_questions_are_not_mixed(measured: Path, quality: Modul
 
 def test_results_of_other_weights_are_not_mixed(measured: Path, tmp_path: Path, quality: ModuleType) -> None:
     for name in ("base", "math"):
-        shutil.copytree(quality.quality_jobs.EXAMPLE / name, tmp_path / name)
+        shutil.copytree(quality.experiment.EXAMPLE / name, tmp_path / name)
     shutil.copy(tmp_path / "base" / "model.safetensors", tmp_path / "math")
     with pytest.raises(SystemExit, match="holds results of another math; choose another --out"):
         quality.main([*OPTIONS, "--family", str(tmp_path), "--out", str(measured)])
@@ -104,7 +104,7 @@ def test_an_unknown_keyword_fails_in_its_row_only_and_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    setting = importlib.import_module("quality_settings").Setting
+    setting = importlib.import_module("benchmarks.quality.settings").Setting
     rows = [setting("rtn", f"{LABEL}{i}", RTN | extra) for i, extra in enumerate(({"ratio": 1.6}, {}, {"bits": 1}))]
     monkeypatch.setitem(quality.SUITES, "frontier", rows)
     out = Path(shutil.copy(measured, tmp_path))

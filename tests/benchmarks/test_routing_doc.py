@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def document(benchmark_script):
-    return benchmark_script("routing_doc")
+    return benchmark_script("routing.doc")
 
 
 def test_the_page_is_made_from_the_stored_results(document):

@@ -2,4 +2,4 @@
 
 
 def test_the_page_is_made_from_the_stored_results(benchmark_script):
-    benchmark_script("serving_doc").main(["--check"])
+    benchmark_script("serving.doc").main(["--check"])

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def doc(benchmark_script):
-    return benchmark_script("vllm_doc")
+    return benchmark_script("serving.vllm_doc")
 
 
 def test_the_page_is_made_from_the_stored_result(doc) -> None:

@@ -15,7 +15,7 @@ from meswitch.compression import pipeline
 from meswitch.compression.compatibility import check_same_tensors
 from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
-from models import edit_config
+from tests.support.models import edit_config
 
 TEXT = "How many apples does Tom have now?\nWrite a Python function f(xs) that returns the sum.\n" * 8
 

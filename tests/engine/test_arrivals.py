@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import MeswitchError
-from models import continued
+from tests.support.models import continued
 
 KINDS = ("math", "code", "instruct", "sql")
 RULES = "Answer in few words. The rules are these: river stone cloud table. " * 4

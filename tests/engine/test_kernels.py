@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import meswitch
-from adapters import pairs, write_adapter
-from deltas import DEVICE
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.engine import decode
 from meswitch.engine.tables import OwnTables
 from meswitch.errors import ConfigError
+from tests.support.adapters import pairs, write_adapter
+from tests.support.deltas import DEVICE
 
 pytest.importorskip("triton")
 

@@ -15,10 +15,10 @@ import time
 
 import httpx
 import pytest
-from http_server import ask_with, serving, user, wait_until
 
 from meswitch.server import connections, create_app
 from meswitch.server.process import Listening, Server
+from tests.support.http_server import ask_with, serving, user, wait_until
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
 LONG = {"model": "base", "prompt": "The sea", "max_tokens": 1800, "temperature": 1.0, "seed": 1, "stream": True}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import vllm_engines
-from vllm_adapters import make_lora
+from tests.support import vllm_engines
+from tests.support.vllm_adapters import make_lora
 
 BASE = Path(__file__).parents[2] / "examples" / "family" / "base"
 

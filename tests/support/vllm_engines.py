@@ -2,10 +2,7 @@
 
 import contextlib
 import gc
-import importlib.util
 import os
-
-import pytest
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: no start-up of a second one
@@ -18,12 +15,6 @@ WORKER = "meswitch.vllm.DeltaWorker"
 EXPERTS = ("math", "code", "instruct", "sql")
 PROMPT = list(range(5, 40))  # more than a block of 32, so that a prefix can be shared
 NEW_TOKENS = 24
-
-
-_found = importlib.util.find_spec("vllm")  # without vLLM, this very directory, as a package without a file
-needs_vllm = pytest.mark.skipif(
-    _found is None or _found.origin is None, reason="vLLM is not installed: run `make test-vllm`"
-)
 
 
 @contextlib.contextmanager
@@ -53,9 +44,8 @@ def ask(engine, prompts, adapters=None, **params):
     Args:
         prompts: token ids. adapters: for each prompt an adapter's (name, id, directory), or None for the base.
     """
-    from vllm.lora.request import LoRARequest
-
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     requests = None
     if adapters is not None:

@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from vllm_engines import NEW_TOKENS, PROMPT
+from tests.support.vllm_engines import NEW_TOKENS, PROMPT
 
 START = 240  # seconds
 

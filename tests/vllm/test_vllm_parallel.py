@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_engines import EXPERTS, PROMPT, adapters_of, ask, needs_vllm, with_deltas
+from tests.support.vllm_engines import EXPERTS, PROMPT, adapters_of, ask, with_deltas
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 NAMES = ("base", *EXPERTS)
 
 
