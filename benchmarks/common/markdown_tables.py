@@ -12,6 +12,11 @@ def pipe(*rows: list[str]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
+def folded(title: str, *parts: str) -> str:
+    """Parts that a reader opens, below a title: by GitHub and by the site alike."""
+    return "\n\n".join([f"<details markdown>\n<summary>{title}</summary>", *parts, "</details>"])
+
+
 def has_place(text: str, name: str) -> bool:
     return _place(name).search(text) is not None
 

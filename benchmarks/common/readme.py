@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 
-from benchmarks.common.generated import RESULTS, ROOT, where_measured
+from benchmarks.common.generated import RESULTS, ROOT
 from benchmarks.common.markdown_tables import fill, has_place, pipe
 from benchmarks.quality.smollm2 import OURS, budgets, divergence, gain, note, percent
+from benchmarks.serving import vllm_doc
 
 
 def load(name: str) -> dict:
@@ -55,41 +56,6 @@ def demo() -> str:
     return f"{pipe(head, *data['rows'])}\n\n{note}"
 
 
-def served() -> str:
-    """Tokens a second in vLLM by the number of experts, and what their weights take."""
-    data, slot = load("vllm-h100.json"), load("cold-load-h200.json")["seconds"]["gigabytes"]
-    whole = load("compress-memory-7b.json")["checkpoint_gb"]
-    most = max(row["concurrency"] for row in data["rows"])
-    measured = data["rows"] + [row for row in load("vllm-others-h100.json")["rows"] if row["engine"] == "swap"]
-    rates = {(r["engine"], r["experts"]): r["output_throughput"] for r in measured if r["concurrency"] == most}
-    head = [
-        "experts",
-        "meswitch, tokens/s",
-        "of the base alone",
-        "one expert at a time, tokens/s",
-        "LoRA of rank 64, tokens/s",
-        "weights, GB",
-        "merged, GB",
-    ]
-    rows = [
-        [
-            str(count),
-            f"{rate:.0f}",
-            f"{rate / rates['base', 0]:.2f}",
-            f"{rates['swap', count]:.0f}",
-            f"{rates['lora-64', count]:.0f}",
-            f"{whole + count * slot:.1f}",
-            f"{count * whole:.1f}",
-        ]
-        for (engine, count), rate in rates.items()
-        if engine == "meswitch" and count
-    ]
-    settings = data["meta"]["settings"]
-    lengths = f"{settings['input_len']} tokens in, {settings['output_len']} out; one expert at a time in another run."
-    note = f"{lengths} {where_measured(data['meta'])}"
-    return f"{pipe(head, *rows)}\n\n{note}"
-
-
 def memory() -> str:
     """One figure of the compression under a memory limit."""
     data = load("compress-memory-7b.json")
@@ -116,7 +82,7 @@ def cpu() -> str:
 PLACES: dict[str, tuple[Callable[[], str], bool]] = {
     "quality": (quality, True),
     "demo": (demo, True),
-    "served": (served, True),
+    "served": (vllm_doc.served, True),
     "memory": (memory, False),
     "cpu": (cpu, False),
 }

@@ -1,7 +1,7 @@
 """What `meswitch compress --bits exact` takes, and how fast one thread codes it: bytes of the full tensor, MB/s.
 
     python benchmarks/compression/exact.py [--values 16777216] [--repeats 3] [--json FILE]
-    python benchmarks/compression/exact.py --doc [--check]      fill docs/cli.md from the stored result, or only compare
+    python benchmarks/compression/exact.py --doc [--check]      fill the table of docs/results/quality.md, or compare
 
 Weights are drawn as normal(0, 0.02) in float32. A full fine-tune is the rounded sum of them and a normal change of the
 stated relative norm; a sparse one changes a share of the weights, by that change or by one step of the 16-bit grid. The
@@ -144,7 +144,7 @@ def deflated(array: Any, level: int, strategy: int) -> int:
 
 
 def table(found: dict[str, Any]) -> str:
-    """As docs/cli.md shows it."""
+    """As docs/results/quality.md shows it."""
     head = ["", "weights that changed", "relative norm", "of the full size", "entropy", "encode, MB/s", "decode, MB/s"]
     rows = [
         [
@@ -171,15 +171,15 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=1 << 24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--doc", action="store_true", help="fill docs/cli.md from the stored result")
+    parser.add_argument("--doc", action="store_true", help="fill docs/results/quality.md from the stored result")
     parser.add_argument("--check", action="store_true", help="with --doc: only say what is out of date, and exit 1")
     options = parser.parse_args()
     if options.doc:
-        page = ROOT / "docs" / "cli.md"
+        page = ROOT / "docs" / "results" / "quality.md"
         text = page.read_text()
         filled = fill(text, "exact", table(json.loads(RESULT.read_text())))
         if options.check and filled != text:
-            sys.exit("docs/cli.md: older than the results: run `python benchmarks/compression/exact.py --doc`")
+            sys.exit(f"{page}: older than the results: run `python benchmarks/compression/exact.py --doc`")
         page.write_text(filled)
         return
     torch.set_num_threads(1)

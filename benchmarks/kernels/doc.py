@@ -1,4 +1,4 @@
-"""Fill the tables and plots of docs/kernels.md from the results of `ops.py`, `sweep.py` and `peers.py`.
+"""Fill the tables and plots of docs/results/kernels.md from the results of `ops.py`, `sweep.py` and `peers.py`.
 
 python benchmarks/kernels/doc.py            rewrite what is out of date
 python benchmarks/kernels/doc.py --check    say so instead, and exit 1
@@ -47,6 +47,26 @@ def decode(data: Data) -> str:
     ]
     head += ["deltas in the step, of copy", "alone, of copy", *(f"{label}, ms" for label in others.values())]
     return f"{pipe(head, *cells)}\n\n{said(data)}"
+
+
+def answer(data: Data) -> str:
+    """Steps of the first model at its largest batch and at 8 tokens, beside what else could answer them."""
+    model = data["decode"][0]["model"]
+    rows = select(data["decode"], spread="distinct", bits=2, model=model)
+    shown = [row for row in rows if row["batch"] in (8, max(row["batch"] for row in rows))]
+    head = ["tokens", "experts", "floor", "meswitch", "merged, in turn", "base and LoRA 64"]
+    cells = [
+        [
+            str(row["batch"]),
+            str(row["experts"]),
+            f"{row['floor_ms']:.2f}",
+            f"{row['ms']:.2f} ({row['ratio_to_floor']:.2f}x)",
+            f"{row['ms'] * row['speedup_vs_merged']:.2f}",
+            f"{row['lora64_ms']:.2f}" if "lora64_ms" in row else "-",
+        ]
+        for row in shown
+    ]
+    return f"{pipe(head, *cells)}\n\n{model}, deltas of 2 bits. {said(data)}"
 
 
 def spreads(data: Data) -> str:
@@ -241,9 +261,9 @@ def _grid(axis: Any, experts: Iterable[int]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = arguments_of(__doc__, "kernels.md", arguments)
+    options = arguments_of(__doc__, "results/kernels.md", arguments)
     data, swept = _stored(FILE, "ops.py"), _stored(SWEEP, "sweep.py")
-    makers = {"decode": decode, "spreads": spreads, "widths": widths, "prefill": prefill}
+    makers = {"answer": answer, "decode": decode, "spreads": spreads, "widths": widths, "prefill": prefill}
     places = {name: make(data) for name, make in [*makers.items(), ("checks", checks)]}
     places["items"] = items(swept)
     places["peers"] = peers_doc.peers(stored(peers_doc.FILE))

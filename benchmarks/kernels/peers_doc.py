@@ -1,4 +1,4 @@
-"""The table of docs/kernels.md that sets our steps beside others' kernels, from the results of `peers.py`."""
+"""The table of docs/results/kernels.md that sets our steps beside others' kernels, from the results of `peers.py`."""
 
 from typing import Any
 

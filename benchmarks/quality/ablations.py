@@ -1,9 +1,9 @@
-"""The ablations of docs/quality.md: a table for each group, and what it says in a sentence."""
+"""The ablations of docs/results/quality.md: a table for each group, and what it says in a sentence."""
 
 import math
 import statistics
 
-from benchmarks.common.markdown_tables import pipe
+from benchmarks.common.markdown_tables import folded, pipe
 from benchmarks.quality.cells import bits, caption, kl, missing, references, retained, versus
 from benchmarks.quality.pairs import CHANCE, nearer
 from benchmarks.quality.settings import Setting
@@ -37,7 +37,9 @@ def _ablation(store: Store, settings: list[Setting]) -> str:
         pairs = [versus(test) if test else "-" for test in tests]
         rows.append([setting.label, bits(*found.values()), *gains, *divergences, *pairs])
     table = pipe(head, *rows)
-    return f"{table}\n\n{conclusion(store, settings, reference)}" if len(settings) > 1 else table
+    if len(settings) == 1:
+        return table
+    return f"{conclusion(store, settings, reference)}\n\n{folded('Table', table)}"
 
 
 def conclusion(store: Store, settings: list[Setting], reference: Setting) -> str:

@@ -1,4 +1,4 @@
-"""Fill the tables, sentences and plots of docs/quality.md from the results of `run.py`.
+"""Fill the tables, sentences and plots of docs/results/quality.md from the results of `run.py`.
 
     python benchmarks/quality/doc.py            rewrite what is out of date
     python benchmarks/quality/doc.py --check    say so instead, and exit 1
@@ -144,7 +144,7 @@ def places(stores: Stores) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     results = {"type": Path, "default": RESULTS, "help": "directory of quality-SUITE.json and smollm2.json"}
-    options = arguments_of(__doc__, "quality.md", arguments, results=results)
+    options = arguments_of(__doc__, "results/quality.md", arguments, results=results)
     stores = {suite: Store.load(options.results / f"quality-{suite}.json") for suite in SUITES}
     pretrained = stored("smollm2.json", options.results)
     content = places(stores) | smollm2.places(pretrained)

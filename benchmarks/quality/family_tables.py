@@ -1,8 +1,8 @@
-"""The bars, the frontier and the paired comparisons of docs/quality.md, made from stored results."""
+"""The bars, the frontier and the paired comparisons of docs/results/quality.md, made from stored results."""
 
 import math
 
-from benchmarks.common.markdown_tables import pipe
+from benchmarks.common.markdown_tables import folded, pipe
 from benchmarks.quality.cells import bits, caption, kl, missing, references, retained, versus
 from benchmarks.quality.pairs import CHANCE, LEAST, MOST, Pair, Point, against_best, against_each
 from benchmarks.quality.store import Store
@@ -39,7 +39,7 @@ def family(store: Store) -> str:
         return missing("family")
     sentence = f"{asked - len(missed)} of {asked} bars are reached"
     sentence += f"; not {', '.join(missed)}." if missed else "."
-    return f"{sentence}\n\n{pipe(head, *rows)}\n\n{caption(store)}"
+    return f"{sentence}\n\n{folded('Every budget and expert', pipe(head, *rows), caption(store))}"
 
 
 def frontier(store: Store) -> str:
@@ -53,7 +53,7 @@ def frontier(store: Store) -> str:
             gains = [retained(found[name]) if name in found else "-" for name in checked]
             divergences = [kl(found[name]["kl"]) if name in found else "-" for name in store.experts]
             rows.append([setting.group, setting.label, bits(*found.values()), *gains, *divergences])
-    return f"{pipe(head, *rows)}\n\n{caption(store)}" if rows else missing("frontier")
+    return folded("Every setting of every method", pipe(head, *rows), caption(store)) if rows else missing("frontier")
 
 
 def pairs(store: Store) -> str:
@@ -111,7 +111,7 @@ def _best(store: Store) -> str:
         cells = [ours.setting.label, bits(ours.job), ours.expert, _right(ours), kl(ours.job["kl"])]
         rows.append(cells + _against(best) + _against(above))
     note = "p: McNemar's exact test of the questions, sign test of the texts; not corrected for their number."
-    return f"{pipe(head, *rows)}\n\n{note} {caption(store)}"
+    return folded("Each size of ours beside the best baseline", pipe(head, *rows), f"{note} {caption(store)}")
 
 
 def _against(pair: Pair | None) -> list[str]:

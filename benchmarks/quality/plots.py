@@ -1,4 +1,4 @@
-"""The plots of docs/quality.md: what each shows, taken from stored results, and how it is drawn."""
+"""The plots of docs/results/quality.md: what each shows, taken from stored results, and how it is drawn."""
 
 import re
 from collections.abc import Mapping

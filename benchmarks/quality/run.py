@@ -1,7 +1,7 @@
 """Quality per byte: every setting of a suite on every expert of a family, one command for each table.
 
     python benchmarks/quality/run.py frontier ablations family [--experts math code] [--jobs 2] [--device cuda]
-    python benchmarks/quality/doc.py                    # docs/quality.md and its plots, from what is stored
+    python benchmarks/quality/doc.py                    # docs/results/quality.md and its plots, from what is stored
 
 The suites are in `settings.py`. A job compresses one expert by one setting, counts the whole artifact's bytes,
 asks the merged model, in float32, the same questions as the full expert and the base, and compares it with the full

@@ -1,9 +1,9 @@
-"""The section of docs/quality.md on SmolLM2, made from what `examples/smollm2/run.py` stored."""
+"""The section of docs/results/quality.md on SmolLM2, made from what `examples/smollm2/run.py` stored."""
 
 from typing import Any
 
 from benchmarks.common.generated import Data, Plot, where_measured
-from benchmarks.common.markdown_tables import pipe
+from benchmarks.common.markdown_tables import folded, pipe
 from benchmarks.quality.plots import draw_kl, short
 
 COMMAND = "python examples/smollm2/run.py --data DIR --work DIR --out benchmarks/results/smollm2.json"
@@ -72,7 +72,7 @@ def note(data: Data) -> str:
 def peers(data: Data) -> str:
     """A sentence on who is ahead, then every method at each budget."""
     experts = list(dict.fromkeys(row["expert"] for row in data["rows"]))
-    parts = [ahead(data)]
+    parts = []
     for budget in budgets(data):
         found: dict[str, dict[str, Row]] = {}
         for row in at(data, budget):
@@ -90,7 +90,7 @@ def peers(data: Data) -> str:
             for method, rows in found.items()
         ]
         parts.append(f"**{budget:.1f} bits a weight**\n\n{pipe([*head, 's to compress'], *table)}")
-    return "\n\n".join(parts)
+    return f"{ahead(data)}\n\n{folded('Every method at each budget', *parts)}"
 
 
 def ahead(data: Data) -> str:

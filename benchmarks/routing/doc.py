@@ -1,4 +1,4 @@
-"""Fill the tables of docs/routing.md from the stored results, and draw its plots.
+"""Fill the tables of docs/results/routing.md from the stored results, and draw its plots.
 
     python benchmarks/routing/doc.py            rewrite what is out of date
     python benchmarks/routing/doc.py --check    say so instead, and exit 1
@@ -230,6 +230,37 @@ def left_out(found: dict[str, Any]) -> str:
     return pipe(["source left out", "domain", "rows", *names], *rows)
 
 
+def answer(found: dict[str, Any], llm_found: dict[str, Any], said: dict[str, Any]) -> str:
+    """A row for each way to route: accuracy on sources it knows, and on three collections of sources it does not."""
+    if not said or "minilm-l6-int8" not in found:
+        return LATER
+    encoder = found["minilm-l6-int8"]["held_out"]
+    small = [f"{encoder['cpu_ms']['p50']:.1f}", f"{encoder['bytes'] / 1e6:.0f}"]
+    sets = ("held out", *SETS)
+    lined = {
+        "five lines an expert, nothing trained": [row for name, row in said["described"].items() if "lines" in name],
+        "trained on 5,469 queries": [said["trained"]["nothing"]],
+        "the same, starting from the lines": [row for name, row in said["trained"].items() if name != "nothing"],
+    }
+    rows = [
+        [
+            what,
+            *(share(mean(one[key]["accuracy"] for one in some) if key in some[0] else None) for key in sets),
+            *small,
+        ]
+        for what, some in lined.items()
+    ]
+    cascades = {(row["variant"], row["data"]): row for row in measured(llm_found, "cascade")}
+    names = {"llm": "a chat LLM of 135 M, fine-tuned", "cascade 0.05": "trained, and the chat LLM where it is unsure"}
+    for variant, what in names.items():
+        if (variant, "dev") in cascades:
+            held, dev = cascades[variant, "held-out"], cascades[variant, "dev"]
+            ms, size = f"{held['latency_ms']['p50']:.1f}", f"{held['bytes'] / 1e6:.0f}"
+            rows.append([what, share(held["accuracy"]), share(dev["accuracy"]), "-", "-", ms, size])
+    head = ["router", "known sources", "shift", *list(SETS.values())[1:], "ms a query, p50", "MB"]
+    return f"{pipe(head, *rows)}\n\nShare of the experts' queries that reach the right one; four experts. On a CPU."
+
+
 def places(found: dict[str, Any], llm_found: dict[str, Any]) -> dict[str, str]:
     """What is to stand where."""
     return {
@@ -294,12 +325,13 @@ def boards(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     results = {"type": Path, "default": RESULTS, "help": "directory of routing.json and routing-llm.json"}
-    options = arguments_of(__doc__, "routing.md", arguments, results=results)
+    options = arguments_of(__doc__, "results/routing.md", arguments, results=results)
     found = (stored("routing.json", options.results) or {}).get("encoders", {})
     llm_found = stored("routing-llm.json", options.results) or {}
     command = "benchmarks/routing/doc.py"
     said = stored("routing-described.json", options.results) or {}
     filled = places(found, llm_found)
+    filled["answer"] = answer(found, llm_found, said)
     filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)
 

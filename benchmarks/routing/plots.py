@@ -1,4 +1,4 @@
-"""The plots of docs/routing.md: what each shows, taken from stored results, and how it is drawn."""
+"""The plots of docs/results/routing.md: what each shows, taken from stored results, and how it is drawn."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Fill the tables of docs/server.md from what `cpu.py`, `residency.py` and `engine.py` stored.
+"""Fill the embedded engine's tables of docs/results/serving.md from results of `cpu.py`, `residency.py`, `engine.py`.
 
 python benchmarks/serving/doc.py            rewrite what is out of date
 python benchmarks/serving/doc.py --check    say so instead, and exit 1
@@ -115,7 +115,7 @@ def on_gpu(found: Data) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = arguments_of(__doc__, "server.md", arguments)
+    options = arguments_of(__doc__, "results/serving.md", arguments)
     found, many = stored("serving-cpu.json"), stored("residency-cpu.json")
     gpu = stored("engine-h200.json")
     places = {

@@ -1,4 +1,4 @@
-"""Fill the tables of docs/vllm.md from what `vllm_server.py` and the other benchmarks of its name stored.
+"""Fill vLLM's tables of docs/results/serving.md from what `vllm_server.py` and the other benchmarks of its name stored.
 
 python benchmarks/serving/vllm_doc.py            rewrite what is out of date
 python benchmarks/serving/vllm_doc.py --check    say so instead, and exit 1
@@ -17,6 +17,77 @@ PROFILE = "vllm-profile-h100.json"
 PAUSES, STEPS = "vllm-cold-load-h200.json", "cold-load-h200.json"
 RANKS_OPTION = "--tensor-parallel-size"
 NOT_YET = "Not measured yet: `python benchmarks/serving/{}.py`."
+
+
+def served() -> str:
+    """Tokens a second by the number of experts, beside what else could serve them, and what their weights take."""
+    rows, where = _by_experts()
+    head = [
+        "experts",
+        "meswitch, tokens/s",
+        "of the base alone",
+        "one expert at a time, tokens/s",
+        "LoRA of rank 64, tokens/s",
+        "weights, GB",
+        "merged, GB",
+    ]
+    cells = [
+        [
+            str(row["experts"]),
+            f"{row['rate']:.0f}",
+            f"{row['of_base']:.2f}",
+            f"{row['swap']:.0f}",
+            f"{row['lora']:.0f}",
+            f"{row['weights']:.1f}",
+            f"{row['merged']:.1f}",
+        ]
+        for row in rows
+    ]
+    return f"{pipe(head, *cells)}\n\n{where}"
+
+
+def answer() -> str:
+    """`served`, and what it says at the most experts."""
+    rows, _ = _by_experts()
+    last = rows[-1]
+    said = [
+        f"One copy of the base and {last['experts']} experts take {last['weights']:.0f} GB; {last['experts']} merged "
+        f"models take {last['merged']:.0f} GB.",
+        f"A batch of {last['experts']} experts gives {last['rate']:.0f} tokens a second, one expert at a time "
+        f"{last['swap']:.0f}.",
+        f"It costs speed: {last['experts']} experts in one batch give {last['of_base']:.2f} of the base's throughput, "
+        f"because a step reads {last['experts']} deltas. LoRA adapters of rank 64 give {last['lora']:.0f} tokens a "
+        "second.",
+    ]
+    return "\n".join([served(), "", *(f"- {one}" for one in said)])
+
+
+def _by_experts() -> tuple[list[dict[str, float]], str]:
+    """Of each number of experts at the most requests: tokens a second and GB; and a line on where."""
+    data, others, steps = stored(SERVED), stored(OTHERS), stored(STEPS)
+    sizes = stored("compress-memory-7b.json")
+    if data is None or others is None or steps is None or sizes is None:
+        raise SystemExit(f"benchmarks/results: {SERVED}, {OTHERS}, {STEPS} and compress-memory-7b.json are needed")
+    slot, whole = steps["seconds"]["gigabytes"], sizes["checkpoint_gb"]
+    most = max(row["concurrency"] for row in data["rows"])
+    measured = data["rows"] + [row for row in others["rows"] if row["engine"] == "swap"]
+    rates = {(r["engine"], r["experts"]): r["output_throughput"] for r in measured if r["concurrency"] == most}
+    rows = [
+        {
+            "experts": count,
+            "rate": rate,
+            "of_base": rate / rates["base", 0],
+            "swap": rates["swap", count],
+            "lora": rates["lora-64", count],
+            "weights": whole + count * slot,
+            "merged": count * whole,
+        }
+        for (engine, count), rate in rates.items()
+        if engine == "meswitch" and count
+    ]
+    settings = data["meta"]["settings"]
+    lengths = f"{settings['input_len']} tokens in, {settings['output_len']} out; one expert at a time in another run."
+    return rows, f"{lengths} {where_measured(data['meta'])}"
 
 
 def table(rows: list[Data]) -> str:
@@ -128,7 +199,7 @@ def _about(data: Data) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = arguments_of(__doc__, "vllm.md", arguments)
+    options = arguments_of(__doc__, "results/serving.md", arguments)
     wanted = {
         "measured": (SERVED, _served, "vllm_server"),
         "others": (OTHERS, _served, "vllm_server"),
@@ -137,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
         "pauses": (PAUSES, _pauses, "vllm_cold_load"),
         "steps": (STEPS, _steps, "cold_load"),
     }
-    places = {}
+    places = {"answer": answer()}
     for name, (file, written, script) in wanted.items():
         data = stored(file)
         places[name] = NOT_YET.format(script) if data is None else written(data)

@@ -1,4 +1,4 @@
-"""Makes `src/meswitch/architectures.json` from the whole course, and the table of `docs/architectures.md` from that.
+"""Makes `src/meswitch/architectures.json` from the whole course, and the table of docs/results/architectures.md.
 
 python tests/architectures/write_table.py          # every model type; tests/architectures compare with the result
 python tests/architectures/write_table.py gpt2     # these only, the rest stays
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 FACTS = ROOT / "src" / "meswitch" / "architectures.json"
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "results" / "architectures.md"
 BEGIN, END = "<!-- architectures -->\n", "<!-- end -->"
 
 

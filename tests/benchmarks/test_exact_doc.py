@@ -1,4 +1,4 @@
-"""docs/cli.md says what the stored result says."""
+"""docs/results/quality.md says what the stored result says."""
 
 
 def test_the_table_of_exact_deltas_is_made_from_the_stored_result(benchmark_script, monkeypatch):

@@ -1,4 +1,4 @@
-"""docs/kernels.md says what the stored results say."""
+"""docs/results/kernels.md says what the stored results say."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_the_page_and_its_plots_are_made_from_the_stored_result(doc) -> None:
 
 def test_an_older_table_is_told(doc, tmp_path: Path) -> None:
     page = tmp_path / "kernels.md"
-    text = (ROOT / "docs" / "kernels.md").read_text()
+    text = (ROOT / "docs" / "results" / "kernels.md").read_text()
     page.write_text(text.replace("| mistral-7b | 1 | 1 | fused |", "| mistral-7b | 1 | 1 | slow |"))
     with pytest.raises(SystemExit, match=r"kernels.md, kernels/floor.svg, kernels/step.svg: older than the results"):
         doc.main(["--check", "--doc", str(page)])

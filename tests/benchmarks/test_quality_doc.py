@@ -1,4 +1,4 @@
-"""docs/quality.md says what the stored results say."""
+"""docs/results/quality.md says what the stored results say."""
 
 import json
 from collections.abc import Callable
@@ -94,7 +94,7 @@ def results(tmp_path: Path) -> Path:
     ]
     suite(tmp_path, "ablations", rows)
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "quality.md").write_text((ROOT / "docs" / "quality.md").read_text())
+    (tmp_path / "docs" / "quality.md").write_text((ROOT / "docs" / "results" / "quality.md").read_text())
     return tmp_path
 
 
@@ -191,7 +191,11 @@ def test_the_page_leads_with_what_is_stored_of_smollm2(made: Command, smollm2: P
     )
     assert "| me-switch | 2.18 to 2.19 | 90.0% [80.0%, 100.0%] | 0.01 | 0.002 | 60 |" in text
     assert "| bitdelta | 1.02 | 66.7% [56.7%, 76.7%] | 0.03 | - | 60 |" in text
-    assert text.index("**2.2 bits a weight**") < text.index("**1.0 bits a weight**") < text.index("The example family")
+    assert (
+        text.index("**2.2 bits a weight**")
+        < text.index("**1.0 bits a weight**")
+        < text.index("The toy family: the bars")
+    )
     assert "![SmolLM2: KL from the full expert, bits per weight](quality/smollm2.svg)" in text
     assert (page.parent / "quality" / "smollm2.svg").stat().st_size < 60_000
 

@@ -1,4 +1,4 @@
-"""docs/routing.md says what the stored results say."""
+"""docs/results/routing.md says what the stored results say."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_results_of_an_llm_router_get_their_row(document, tmp_path):
     row |= {"ece": 0.02, "auroc": 0.97, "latency_ms": {"p50": 9.0}, "bytes": 270_000_000}
     (tmp_path / "routing-llm.json").write_text(json.dumps({"results": [row]}))
     page = tmp_path / "routing.md"
-    page.write_text((ROOT / "docs" / "routing.md").read_text())
+    page.write_text((ROOT / "docs" / "results" / "routing.md").read_text())
     where = ["--results", str(tmp_path), "--doc", str(page)]
     with pytest.raises(SystemExit, match="older than the results"):
         document.main(["--check", *where])

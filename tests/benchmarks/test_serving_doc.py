@@ -1,4 +1,4 @@
-"""docs/server.md says what the stored results say."""
+"""docs/results/serving.md says what the stored results say."""
 
 
 def test_the_page_is_made_from_the_stored_results(benchmark_script):

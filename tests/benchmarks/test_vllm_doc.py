@@ -1,4 +1,4 @@
-"""docs/vllm.md says what the stored result says."""
+"""docs/results/serving.md says what the stored result says."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every parameter of the table in docs/server.md does over HTTP what it says."""
+"""Every parameter of the table in docs/use/serve.md does over HTTP what it says."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The pages name every option and every field there is."""
+"""The reference pages name every option and every field there is."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from meswitch.family import Family
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "use"
 
 
 @pytest.mark.parametrize("section", ["base", "compress", "expert", "router", "engine", "server"])

@@ -1,0 +1,62 @@
+"""The documents: the site builds, nothing comes from elsewhere, every link and every named file exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *ROOT.glob("*/README.md")]
+)
+FENCE = re.compile(r"```.*?```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)")
+# A file of the repository, named in backquotes or in a command.
+NAMED = re.compile(
+    r"(?<![\w./<'-])((?:src/meswitch|lab/meswitch_lab|tests|benchmarks|examples)/[\w./-]+\.(?:py|json|toml|jsonl|yaml))\b"
+)
+# of vLLM's repository; three files
+ELSEWHERE = ("tests/lora/", "benchmarks/routing/routes/four-N.toml")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason="the extra `docs`")
+    directory = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_the_site_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        loaded = re.findall(r"<(?:script|link|img)[^>]*?(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
+        assert loaded == [], page.name
+
+
+def test_the_long_tables_are_folded_and_are_tables(site):
+    page = (site / "results" / "quality.html").read_text()
+    assert page.count("<details>") > 10
+    folded = page.split("<details>")[1].split("</details>")[0]
+    assert "<table>" in folded
+    assert "| ---" not in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page):
+    for target in LINK.findall(FENCE.sub("", page.read_text())):
+        if not target.startswith(("http", "mailto:")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_named_file_exists(page):
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names what there was")
+    for name in NAMED.findall(page.read_text()):
+        assert (ROOT / name).exists() or name.startswith(ELSEWHERE), name
