@@ -39,7 +39,7 @@ def serve(
     ] = None,
     engine_name: Annotated[
         Literal["embedded", "vllm"],
-        typer.Option("--engine", help="embedded, or vllm: run `vllm serve` with the family's deltas (docs/use/vllm.md)."),
+        typer.Option("--engine", help="embedded, or vllm: run `vllm serve` with the deltas (docs/use/vllm.md)."),
     ] = "embedded",
     print_command: Annotated[
         bool, typer.Option("--print-command", help="With --engine vllm: print its command line and end.")
@@ -175,7 +175,7 @@ def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool
         typer.echo(shlex.join(["vllm", *arguments]))
         return
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (on a CPU: see docs/use/vllm.md)")
+        raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (a CPU: docs/use/vllm.md)")
     run = argv(arguments)
     os.execve(run[0], run, environment(config))
 
