@@ -44,18 +44,6 @@ def quality() -> str:
     return f"{pipe(head, *rows)}\n\n{note(data)}"
 
 
-def demo() -> str:
-    """What the demo measured."""
-    data = load("demo.json")
-    head = ["expert", "before", "after", "bits/weight", "full", "compressed", "base", "auto", "routed right"]
-    note = (
-        f"Routed right: {data['routed']}; {data['tokens']} tokens in {data['seconds']:.1f} s "
-        f"({data['tokens'] / data['seconds']:.0f} tokens/s) on {data['meta']['cores']} CPU cores, the four experts in "
-        f"one batch; the whole demo took {data['total_seconds']:.0f} s. {data['meta']['date']}."
-    )
-    return f"{pipe(head, *data['rows'])}\n\n{note}"
-
-
 def memory() -> str:
     """One figure of the compression under a memory limit."""
     data = load("compress-memory-7b.json")
@@ -81,7 +69,6 @@ def cpu() -> str:
 
 PLACES: dict[str, tuple[Callable[[], str], bool]] = {
     "quality": (quality, True),
-    "demo": (demo, True),
     "served": (vllm_doc.served, True),
     "memory": (memory, False),
     "cpu": (cpu, False),

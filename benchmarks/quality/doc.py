@@ -23,6 +23,20 @@ from benchmarks.quality.store import Store
 Stores = Mapping[str, Store]
 
 
+def demo() -> str:
+    """What the demo measured."""
+    data = stored("demo.json")
+    if data is None:
+        return "Not measured yet: `python examples/demo.py --json benchmarks/results/demo.json`."
+    head = ["expert", "before", "after", "bits/weight", "full", "compressed", "base", "auto", "routed right"]
+    note = (
+        f"Routed right: {data['routed']}; {data['tokens']} tokens in {data['seconds']:.1f} s "
+        f"({data['tokens'] / data['seconds']:.0f} tokens/s) on {data['meta']['cores']} CPU cores, the four experts in "
+        f"one batch; the whole demo took {data['total_seconds']:.0f} s. {data['meta']['date']}."
+    )
+    return f"{pipe(head, *data['rows'])}\n\n{note}"
+
+
 def cost(stores: Stores) -> str:
     """Median seconds of a job's steps, by suite and method."""
     steps = ("compress", "load", "accuracy", "fidelity")
@@ -134,6 +148,7 @@ def places(stores: Stores) -> dict[str, str]:
         "frontier": family_tables.frontier(stores["frontier"]),
         "pairs": family_tables.pairs(stores["frontier"]),
         "ablations": ablations.ablations(stores["ablations"]),
+        "demo": demo(),
         "levels": levels(),
         "large": large(),
         "cost": cost(stores),
