@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RTN = {"method": "rtn", "calibration": None, "bits": 2, "group_size": None}
 LABEL = "rtn: 2 bits, a scale a row"

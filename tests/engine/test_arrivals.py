@@ -42,6 +42,7 @@ def wanted(family, deltas, engine):
     return found
 
 
+@pytest.mark.slow
 def test_every_answer_is_its_merged_model_s_and_all_is_given_back(engine, wanted):
     draw, asked = random.Random(5), []
     for _ in range(ARRIVALS):

@@ -63,6 +63,7 @@ def test_a_step_compiles_nothing_more(layer, monkeypatch):
     assert compiled() == before
 
 
+@pytest.mark.slow
 def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
     launched = []
 
