@@ -1,5 +1,6 @@
 """The documents: the site builds, nothing comes from elsewhere, every link and every named file exists."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -18,7 +19,10 @@ NAMED = re.compile(
     r"(?<![\w./<'-])((?:src/meswitch|lab/meswitch_lab|tests|benchmarks|examples)/[\w./-]+\.(?:py|json|toml|jsonl|yaml))\b"
 )
 # of vLLM's repository
-ELSEWHERE = ("tests/lora/",)
+ELSEWHERE = ("tests/lora/", "test_worker.py")
+INVENTED = ("largest.py", "mine.py")  # that the pages have somebody write
+PACKAGE = ROOT / "src" / "meswitch"
+CODE = ("src", "lab", "tests", "benchmarks", "examples")
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +64,27 @@ def test_every_named_file_exists(page):
         pytest.skip("names what there was")
     for name in NAMED.findall(page.read_text()):
         assert (ROOT / name).exists() or name.startswith(ELSEWHERE), name
+
+
+def found(name: str) -> object:
+    """What a dotted name stands for."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return getattr(found(module), attribute)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_named_module_exists(page):
+    """`engine/pages.py` is a module of the package, or a file's name; `meswitch.codec.Codec` is there."""
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names what there was")
+    text = page.read_text()
+    names = {file.name for folder in CODE for file in (ROOT / folder).rglob("*.py")}
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        there = name in names or any((place / name).exists() for place in (PACKAGE, ROOT, page.parent))
+        assert there or name.startswith(ELSEWHERE) or name in INVENTED, name
+    for name in re.findall(r"`(meswitch(?:\.\w+)+)`", text):
+        if not name.startswith(("meswitch.vllm", "meswitch.evaluate.lm_eval", "meswitch.json")):
+            assert found(name) is not None
