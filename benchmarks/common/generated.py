@@ -105,9 +105,11 @@ def _draw(name: str, plot: Plot, file: Path) -> None:
     file.write_text("".join(f"{line.rstrip()}\n" for line in file.read_text().splitlines()))
 
 
-def legend(figure: Any, axis: Any) -> None:
-    """One legend for all panels, below them."""
-    handles, labels = axis.get_legend_handles_labels()
+def legend(figure: Any) -> None:
+    """One legend for all panels, below them, with what any of them shows."""
+    shown = [panel.get_legend_handles_labels() for panel in figure.axes]
+    by_label = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
+    handles, labels = list(by_label.values()), list(by_label)
     rows = -(-len(labels) // 4)
     figure.tight_layout(rect=(0, 0.07 * rows, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncol=min(4, len(labels)), fontsize=8, frameon=False)

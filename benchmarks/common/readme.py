@@ -15,33 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 
 from benchmarks.common.generated import RESULTS, ROOT
-from benchmarks.common.markdown_tables import fill, has_place, pipe
-from benchmarks.quality.smollm2 import OURS, budgets, divergence, gain, note, percent
+from benchmarks.common.markdown_tables import fill, has_place
+from benchmarks.quality import smollm2
 from benchmarks.serving import vllm_doc
 
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / name).read_text())
-
-
-def quality() -> str:
-    """What the default settings leave of fine-tunes of a pretrained model, under each budget."""
-    data = load("smollm2.json")
-    head = ["budget", "bits/weight", "expert", "base", "full", "compressed", "gain retained", "KL, nats/token"]
-    rows = [
-        [
-            f"{row['budget']:.1f} bpw",
-            f"{row['bpw']:.2f}",
-            row["expert"],
-            *(percent(row[name]) for name in ("base", "full", "accuracy")),
-            gain(row),
-            divergence(row["kl"]),
-        ]
-        for budget in budgets(data)
-        for row in data["rows"]
-        if row["method"] == OURS and row["budget"] == budget
-    ]
-    return f"{pipe(head, *rows)}\n\n{note(data)}"
 
 
 def memory() -> str:
@@ -68,7 +48,7 @@ def cpu() -> str:
 
 
 PLACES: dict[str, tuple[Callable[[], str], bool]] = {
-    "quality": (quality, True),
+    "quality": (lambda: smollm2.answer(load("smollm2.json")), True),
     "served": (vllm_doc.served, True),
     "memory": (memory, False),
     "cpu": (cpu, False),

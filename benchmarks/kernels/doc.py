@@ -238,7 +238,7 @@ def draw_floor(data: Data, pyplot: Any) -> Any:
         _grid(axis, (experts for curve in curves.values() for experts, _ in curve))
         axis.axhline(1, color="#999999", linewidth=0.6)
     axes[0][0].set_ylabel("time / bytes at copy bandwidth")
-    legend(figure, axes[0][0])
+    legend(figure)
     return figure
 
 
@@ -249,7 +249,7 @@ def draw_step(data: Data, pyplot: Any) -> Any:
         axis.plot(*zip(*curve, strict=True), marker=".", label=label, **style.get(label, {}))
     axis.set(xlabel="distinct experts", ylabel="ms, all linears of a decode step", yscale="log")
     _grid(axis, (experts for curve in data.values() for experts, _ in curve))
-    legend(figure, axis)
+    legend(figure)
     return figure
 
 

@@ -122,7 +122,7 @@ def _methods(data: Data, pyplot: Any, label: str, best: Any) -> Any:
         axis.set(title=expert, xlabel="bits per weight, whole artifact")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
-    legend(figure, axes[0][0])
+    legend(figure)
     return figure
 
 
@@ -138,7 +138,7 @@ def draw_layers(data: Data, pyplot: Any) -> Any:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("relative output error")
-    legend(figure, axes[0][0])
+    legend(figure)
     return figure
 
 

@@ -15,6 +15,7 @@ Row = dict[str, Any]
 def places(data: Data | None) -> dict[str, str]:
     """What is to stand where."""
     return {
+        "answer": answer(data) if data else MISSING,
         "smollm2": ours(data) if data else MISSING,
         "smollm2 peers": peers(data) if data else MISSING,
     }
@@ -23,6 +24,28 @@ def places(data: Data | None) -> dict[str, str]:
 def plots(data: Data | None) -> dict[str, Plot]:
     """By name."""
     return {"smollm2": Plot(curves(data) if data else {}, draw_kl, "SmolLM2: KL from the full expert, bits per weight")}
+
+
+def answer(data: Data) -> str:
+    """A row for each budget: what is left of each expert at the default settings."""
+    mine = [row for row in data["rows"] if row["method"] == OURS]
+    experts = list(dict.fromkeys(row["expert"] for row in mine))
+    checked = [name for name in experts if any(has_gain(row) for row in mine if row["expert"] == name)]
+    table = []
+    for budget in budgets(data):
+        found = {row["expert"]: row for row in mine if row["budget"] == budget}
+        gains = [gain(found[name]) if name in found else "-" for name in checked]
+        divergences = [divergence(found[name]["kl"]) if name in found else "-" for name in experts]
+        table.append([f"{budget:.1f}", *gains, *divergences])
+    head = [
+        "budget, bits a weight",
+        *(f"gain retained: {name}" for name in checked),
+        *(f"KL: {name}" for name in experts),
+    ]
+    ends = {row["expert"]: f"{percent(row['base'])} and {percent(row['full'])}" for row in mine if has_gain(row)}
+    right = "; ".join(f"{name} {shares}" for name, shares in ends.items())
+    parts = [f"Right answers of base and full fine-tune: {right}."] if ends else []
+    return "\n\n".join([pipe(head, *table), *parts, note(data)])
 
 
 def ours(data: Data) -> str:
@@ -44,8 +67,8 @@ def ours(data: Data) -> str:
         for row in data["rows"]
         if row["method"] == OURS and row["budget"] == budget
     ]
-    parts = [pipe([*head, "s to compress"], *rows)] if rows else []
-    return "\n\n".join([*parts, note(data)])
+    table = pipe([*head, "s to compress"], *rows)
+    return folded("Right answers, sizes and seconds of each", table) if rows else MISSING
 
 
 def note(data: Data) -> str:

@@ -85,7 +85,7 @@ def draw_many(data: Data, pyplot: Any) -> Any:
         axis.set_xticks(counts, map(str, counts))
         axis.set(xlabel="experts", ylabel=label)
         axis.set_ylim(0, 1.02 if label == "accuracy" else None)
-    legend(figure, axes[0])
+    legend(figure)
     return figure
 
 
@@ -99,7 +99,7 @@ def draw_sizes(data: Data, pyplot: Any) -> Any:
         axis.set_xlabel(label)
     axes[0].set_ylabel("accuracy under shift\n(hollow: the weakest expert's)")
     axes[0].set_ylim(0, 1.02)
-    legend(figure, axes[0])
+    legend(figure)
     return figure
 
 
@@ -125,7 +125,7 @@ def _panels(data: Data, pyplot: Any, across: str, up: str, *, scatter: bool) -> 
                 axis.plot(x, y, label=name)
         axis.set(xlabel=across, title=title)
     axes[0][0].set_ylabel(up)
-    legend(figure, axes[0][0])
+    legend(figure)
     return figure
 
 
