@@ -214,7 +214,7 @@ def _explain(file: Path, item: Any) -> str:
     field = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        message = "no such field; see docs/family.md for the fields there are"
+        message = "no such field; see docs/use/family.md for the fields there are"
     elif item["type"] == "missing":
         message = "this field is required"
     elif "input" in item and item["loc"]:

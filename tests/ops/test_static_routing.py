@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltas import expected, random_delta
 from meswitch.ops import SlotLinear, static_prefill
 from meswitch.ops.prefill_routing import OWN_FROM
 from meswitch.ops.restored import TOKENS
 from meswitch.ops.static_routing import StaticRouting, most_tiles
+from tests.support.deltas import expected, random_delta
 
 ROWS, SLOTS = 512, 3
 STRETCHES = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 200)), min_size=1, max_size=30)

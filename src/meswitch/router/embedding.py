@@ -92,9 +92,8 @@ class Settings:
     calibration. encoder: whose states, `base` or a directory or hub id. bits: of its linear layers, 32 or 8. style:
     whether how a query is written counts for telling others. lower: whether that is also learnt from rows in lower
     case, for encoders that see the case. prior, own: where there is one, the weights of the prior's log-odds beside the
-    heads' and of the heads' odds beside the prior's (measured on 15 sources: `benchmarks/routing_prior.py`).
-    target_precision, target_coverage: what the threshold
-    was chosen for; neither: to tell experts' queries from others.
+    heads' and of the heads' odds beside the prior's (measured on 15 sources).
+    target_precision, target_coverage: what the threshold was chosen for; neither: to tell experts' queries from others.
     """
 
     layers: tuple[int, ...]

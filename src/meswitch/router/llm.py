@@ -274,7 +274,7 @@ def open_llm(source: str | Path, device: str = "cpu") -> tuple[Any, Any]:
 
     checkpoint = Checkpoint.open(source)
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval(), load_tokenizer(checkpoint.directory)
 
 

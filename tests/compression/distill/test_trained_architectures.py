@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import meswitch
-from architectures import tiny
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import build, read_batch
 from meswitch.compression.merge import load_merged
 from meswitch.errors import IncompatibleError
+from tests.architectures import tiny
 
 CPU = torch.device("cpu")
 SHORT = Recipe(steps=12, batch=8, check_every=2, question_weight=1.0)
