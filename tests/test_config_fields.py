@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from meswitch.config_fields import (
+from meswitch.configuration import (
     INACTIVE,
     METADATA,
     OF_EACH,
     TRAINING,
     UNREAD,
     config_differences,
+    read_config,
 )
-from meswitch.configuration import read_config
 from tests.support.models import TINY
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}

@@ -54,11 +54,11 @@ import json, sys, time
 import torch
 from transformers import AutoModelForCausalLM
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.lazy_model import compute_dtype
+from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.text import load_calibration
 torch.set_num_threads(1)
 expert, text, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
-dtype = compute_dtype(torch.device("cpu"), Checkpoint.open(expert).parameters)
+dtype = working_dtype(torch.device("cpu"), Checkpoint.open(expert).parameters)
 model = AutoModelForCausalLM.from_pretrained(expert, dtype=dtype).eval()
 sequences = load_calibration(text, expert, tokens).sequences
 started = time.process_time()

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import meswitch
 from benchmarks.quality.settings import Keywords
-from meswitch.compression.distill.recipe import recipe_for
+from meswitch.compression.options import recipe_for
 from meswitch.evaluate import (
     CHECKABLE,
     DOMAINS,

@@ -71,7 +71,7 @@ def main() -> None:
             print(variant, kind, rounded({key: figures[key] for key in shown}), flush=True)
             entry = {
                 "model": f"{options.name} + {options.llm_name}",
-                "params": second.info.parameters,
+                "params": second.llm.info.parameters,
                 "kind": "cascade",
                 "variant": variant,
                 "data": kind,

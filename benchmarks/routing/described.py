@@ -34,7 +34,7 @@ from meswitch.router import (
     read_rows,
     train_router,
 )
-from meswitch.router.few import add_described
+from meswitch.router.train import add_described
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 

@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from meswitch import __version__
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.router import evaluate_router, load_router, model_info, open_llm, read_rows
+from meswitch.router import evaluate_router, load_router, open_llm, read_rows
 from meswitch.router.data import hold_out
 from meswitch.router.evaluate import latency
 from meswitch.router.llm import LlmRouter, LlmSettings
 from meswitch.router.llm_train import calibrate, train_llm_router
-from meswitch.version import __version__
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family" / "family.toml"
 
@@ -160,8 +160,8 @@ class Bench:
 
     def train(self, rows, known, settings, label: str) -> LlmRouter:
         start = time.perf_counter()
-        model, tokenizer = open_llm(self.options.model)  # float32
-        model.to(self.options.device)
+        llm = open_llm(self.options.model)  # float32
+        llm.model.to(self.options.device)
 
         def report(done: int, total: int, loss: float) -> None:
             if done % 25 == 0 or done == total:
@@ -170,9 +170,7 @@ class Bench:
         router = train_llm_router(
             rows,
             known,
-            model,
-            tokenizer,
-            model_info(self.options.model, model),
+            llm,
             settings=settings,
             data_sha256=sha256_file(self.options.train),
             checkpoint=self.options.work / f"{label}-checkpoint",
@@ -221,7 +219,7 @@ class Bench:
     def write(self, label: str, data: str, figures: dict, router: LlmRouter) -> None:
         entry = {
             "model": self.name,
-            "params": router.info.parameters,
+            "params": router.llm.info.parameters,
             "kind": "llm",
             "variant": label,
             "data": data,

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import meswitch  # before torch: see `meswitch.threads`
+import meswitch  # before torch: see `meswitch.cpu`
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family"
 EXPERTS = ("math", "code", "instruct", "sql")

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import meswitch  # before torch: see `meswitch.threads`
+import meswitch  # before torch: see `meswitch.cpu`
 from meswitch import Engine, SamplingParams
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family"

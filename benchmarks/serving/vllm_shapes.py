@@ -37,7 +37,7 @@ def write_artifact(base: Path, out: Path, bits: int) -> Path:
     from meswitch.artifact import ArtifactWriter
     from meswitch.artifact.writer import companion_digests
     from meswitch.codec import PackedDelta
-    from meswitch.codec.packing import packed_words
+    from meswitch.codec.quantize import packed_words
     from meswitch.compression.options import Options
     from meswitch.compression.plan import outline, predict
 

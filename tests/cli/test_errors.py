@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from meswitch import __version__
 from meswitch.errors import ArtifactError
-from meswitch.version import __version__
 
 COMMANDS = [
     "chat",

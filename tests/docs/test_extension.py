@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,20 @@ from meswitch import Artifact, Engine
 from meswitch.codec import find_codec
 from meswitch.errors import ConfigError
 from meswitch.ops import BACKENDS
-from meswitch.router import load_router
+from meswitch.router import RouterError, load_router
+from meswitch.router.store import write_router
 
 PAGES = Path(__file__).parents[2] / "docs" / "develop"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a router's file holds that a kind of another package has written."""
+
+    kind: str
+    experts: tuple[str, ...]
+    words: int
+    tensors_sha256: str = ""
 
 
 def code_of(page: str, number: int) -> str:
@@ -110,3 +122,16 @@ def test_a_backend_computes_what_the_reference_does(module, family, math_delta):
         assert mine.calls > 0
     finally:
         BACKENDS.pop("mine", None)
+
+
+def test_a_router_kind_of_another_package_is_found_by_its_entry_point(installed, family, tmp_path):
+    (tmp_path / "by_length_package.py").write_text(code_of("add-a-router.md", 0).replace('"length"', '"by-length"'))
+    written = tmp_path / "router"
+    write_router(written, Written("by-length", ("short", "long"), 3), {})
+    with pytest.raises(RouterError, match="kind: 'by-length' is not known to this meswitch"):
+        load_router(written, family / "base")
+    installed("meswitch.routers", "by-length", "by_length_package")
+    try:
+        assert load_router(written, family / "base").route("tell me about the sea").choice == "long"
+    finally:
+        sys.modules.pop("by_length_package", None)

@@ -16,7 +16,8 @@ import time
 import httpx
 import pytest
 
-from meswitch.server import connections, create_app
+from meswitch.server import create_app
+from meswitch.server import process as server_process
 from meswitch.server.process import Listening, Server
 from tests.support.http_server import ask_with, serving, user, wait_until
 
@@ -127,7 +128,7 @@ def test_with_a_certificate_it_speaks_https(engine, tmp_path):
 def bounded(engine, monkeypatch):
     """(address, its bounds) of a server with room for 8, and little patience."""
     for name, seconds in (("HEAD_SECONDS", 0.5), ("BODY_SECONDS", 1.0), ("_LOOK_EVERY", 0.1)):
-        monkeypatch.setattr(connections, name, seconds)
+        monkeypatch.setattr(server_process, name, seconds)
     server = Server(create_app(engine, close_engine=False), engine, Listening(connections=8))
     with serving(server.config.app, server) as url:
         yield url, server.bounds

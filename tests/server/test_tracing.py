@@ -5,7 +5,7 @@ import pytest
 
 from meswitch.errors import ConfigError
 from meswitch.server import create_app
-from meswitch.server.tracing import spans, traced
+from meswitch.server.logs import spans, traced
 from tests.server.test_auto import Counting
 from tests.support.http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
 

@@ -37,8 +37,9 @@ class ArtifactWriter:
     """Takes compressed tensors one by one and leaves a finished artifact at `out`.
 
     Args:
-        out: the directory to create. plan: a digest of everything that decides the bytes; what an interrupted run with
-            another plan has written is thrown away.
+        out: the directory to create.
+        plan: a digest of everything that decides the bytes; what an interrupted run with another plan has written is
+            thrown away.
         overwrite: replace an artifact that exists.
 
     Raises:

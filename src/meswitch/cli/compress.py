@@ -115,7 +115,7 @@ def _compress_family(
     """given: calibration, for all experts (None is none), and its tokens; what is missing is as the file says."""
     from meswitch.adapter import METHOD, is_adapter, open_expert
     from meswitch.checkpoint import Checkpoint
-    from meswitch.compression.text import Source
+    from meswitch.compression.text import TextSource
     from meswitch.family import Family
 
     family = Family.load(file)
@@ -151,7 +151,7 @@ def _compress_family(
         if text in (None, "none"):  # then nothing can be trained
             own |= untrained
         else:
-            own["calibration"] = Source.parse(str(text)).resolved(family.resolve)
+            own["calibration"] = TextSource.parse(str(text)).resolved(family.resolve)
         base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
         replace = where | {"overwrite": where["overwrite"] or out.exists()}  # what exists here is a damaged artifact
         options = Options() if is_adapter(source) else given_options(own)  # an adapter is kept as it was trained

@@ -14,8 +14,8 @@ from meswitch import Artifact
 from meswitch.artifact.manifest import Manifest
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.blockwise import train_blocks
-from meswitch.compression.distill.recipe import Recipe, recipe_for
 from meswitch.compression.distill.student import TrainablePacked, read_batch
+from meswitch.compression.options import Recipe, recipe_for
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.text import load_calibration
 from meswitch.errors import ConfigError

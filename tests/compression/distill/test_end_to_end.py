@@ -7,8 +7,8 @@ import torch
 
 import meswitch
 from meswitch import Artifact
-from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.merge import load_merged
+from meswitch.compression.options import Recipe
 from meswitch.errors import ArtifactError, ConfigError
 
 

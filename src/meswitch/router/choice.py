@@ -1,4 +1,9 @@
-"""A causal LM that answers by one letter: queries -> logits of the options, in one forward pass."""
+"""A causal LM that answers a multiple-choice question by one letter: queries -> logits of the options, in one pass.
+
+There is one lettered option an expert, and "none of these". The options come before the query, so everything up to the
+query is the same for all queries of a batch and its keys and values are computed once. The query is tokenised apart
+from the rest, with the tokenizer's special tokens taken as plain text: a user cannot end the question and write
+another."""
 
 import copy
 import inspect
@@ -15,31 +20,32 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.router.features import clip
-
-# The multiple-choice question that the LLM router asks: one lettered option an expert, and "none of these".
-#
-# The options come before the query, so everything up to the query is the same for all queries of a batch and its
-# keys and values are computed once. The query is tokenised apart from the rest, with the tokenizer's special tokens
-# taken as plain text: a user cannot end the question and write another.
-
+from meswitch.router.base import clip
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 NONE_OF_THESE = "None of these."
 _MARK, _OPTIONS = "\x1fquery\x1f", "\x1foptions\x1f"  # places in the text; no text that a person types has them
 _ARROW = " ="
 _QUESTION = "Which option is the request below for? Answer with its letter."
+logger = logging.getLogger("meswitch.router")
+WIDTHS = (32, 64, 128, 256)  # tokens after the prefix; a row is padded to the next of these
+# Graphs share memory and write to fixed places, so one is captured or replayed at a time.
+_LOCK = threading.Lock()
+_CPU_BATCH_TOKENS = 1024
+_GPU_BATCH_TOKENS = 16384
+_KEPT_PREFIXES = 32
+_ALONE = 4  # queries up to which a GPU is quicker at replaying a graph for each than at one batch without a graph
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class TokenisedQuestion:
     """A tokenised question with a gap for the query: `before` + query + `after`, then the letter."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
 
 
-class Prompt:
+class ChoicePrompt:
     """Writes the question for one tokenizer, in the model's chat template where it has one.
 
     Args:
@@ -57,7 +63,7 @@ class Prompt:
         self.letter_ids = self._letter_ids()
         self._written = lru_cache(256)(self._write)  # to tokenise the options anew takes longer than the query
 
-    def question(self, options: Sequence[str]) -> Question:
+    def question(self, options: Sequence[str]) -> TokenisedQuestion:
         """The question with these options, in this order; A is the first.
 
         Raises:
@@ -67,12 +73,12 @@ class Prompt:
             raise ConfigError(f"options: {len(options)}; a question has 2 to {len(self.letter_ids)} lettered options")
         return self._written(tuple(options))
 
-    def _write(self, options: tuple[str, ...]) -> Question:
+    def _write(self, options: tuple[str, ...]) -> TokenisedQuestion:
         head, _, tail = self._before.partition(_OPTIONS)
         ids = self._ids(head)
         for letter, option in zip(self.letter_ids, options, strict=False):
             ids += [*self._ids(one_line(option) + _ARROW), letter, *self._ids("\n")]
-        return Question((*ids, *self._ids(tail)), tuple(self._ids(self._after)))
+        return TokenisedQuestion((*ids, *self._ids(tail)), tuple(self._ids(self._after)))
 
     def query(self, text: str) -> list[int]:
         """A query's tokens."""
@@ -134,14 +140,6 @@ def one_line(text: str) -> str:
 # Captured once, all of them are one call.
 
 
-logger = logging.getLogger("meswitch.router")
-
-WIDTHS = (32, 64, 128, 256)  # tokens after the prefix; a row is padded to the next of these
-
-# Graphs share memory and write to fixed places, so one is captured or replayed at a time.
-_LOCK = threading.Lock()
-
-
 class PrefixGraphs:
     """What follows one kept prefix, as one graph a width, each captured when it is first needed.
 
@@ -193,12 +191,6 @@ class PrefixGraphs:
             self._refused = True
 
 
-_CPU_BATCH_TOKENS = 1024
-_GPU_BATCH_TOKENS = 16384
-_KEPT_PREFIXES = 32
-_ALONE = 4  # queries up to which a GPU is quicker at replaying a graph for each than at one batch without a graph
-
-
 @dataclass(frozen=True, slots=True)
 class _Prefix:
     """Keys and values of a question up to the query; on a GPU also the graphs that go on from there."""
@@ -207,14 +199,14 @@ class _Prefix:
     graphs: PrefixGraphs | None
 
 
-class LetterModel:
+class ChoiceModel:
     """See the module's docstring.
 
     Args:
         model: a transformers causal LM in eval mode; float32 on the CPU.
     """
 
-    def __init__(self, model: Any, prompt: Prompt) -> None:
+    def __init__(self, model: Any, prompt: ChoicePrompt) -> None:
         self.model = model
         self.prompt = prompt
         accepted = inspect.signature(model.forward).parameters
@@ -260,8 +252,10 @@ class LetterModel:
     ) -> list[Tensor]:
         """As `answer` for several (queries, options) in one batch: on the model's device, with gradients if enabled.
 
-        whole: read every query together with its question, in one pass, instead of each question once and then the
-        queries. More arithmetic, half the launches; by default on a GPU, where a small model waits for the latter.
+        Args:
+            whole: read every query together with its question, in one pass, instead of each question once and then the
+                queries. More arithmetic, half the launches; by default on a GPU, where a small model waits for the
+                latter.
         """
         questions = [self.prompt.question(options) for _, options in asked]
         rows = [i for i, (queries, _) in enumerate(asked) for _ in queries]
@@ -310,7 +304,9 @@ class LetterModel:
             raise ConfigError(f"model: {type(self.model).__name__} keeps no keys and values; use a transformer")
         return cache
 
-    def _logits(self, queries: Sequence[Sequence[int]], question: Question, prefixes: list[int], cache: Any) -> Tensor:
+    def _logits(
+        self, queries: Sequence[Sequence[int]], question: TokenisedQuestion, prefixes: list[int], cache: Any
+    ) -> Tensor:
         """[n, letters] float32. prefixes: the length of each row's question in `cache`, which is padded to the longest.
 
         Padding lies between a row's question and its query, so the letter comes after the last position of all rows.
@@ -326,8 +322,9 @@ class LetterModel:
     def _after(self, ids: Tensor, pads: Tensor, *, lengths: Tensor, prefix: int, cache: Any) -> Tensor:
         """[n, letters] float32. Nothing is copied from the host here and nothing read back: a graph can hold it.
 
-        ids: [n, width] int64, the first `pads` [n, 1] of them padding. lengths: [n, 1], of each row's question in
-        `cache`, which is padded to `prefix`.
+        Args:
+            ids: [n, width] int64, the first `pads` [n, 1] of them padding.
+            lengths: [n, 1], of each row's question in `cache`, which is padded to `prefix`.
         """
         place = torch.arange(ids.shape[1], device=ids.device)
         kept = torch.arange(prefix, device=ids.device) < lengths
@@ -336,7 +333,7 @@ class LetterModel:
         given = {self._cache: cache, **where, **self._keep}
         return self._picked(self.model(input_ids=ids, attention_mask=mask, use_cache=True, **given).logits)
 
-    def _whole(self, queries: Sequence[Sequence[int]], questions: Sequence[Question]) -> Tensor:
+    def _whole(self, queries: Sequence[Sequence[int]], questions: Sequence[TokenisedQuestion]) -> Tensor:
         """[n, letters] float32: each query with its own question. Padding lies between the two, as in `_logits`."""
         device = self.model.device
         tails = [[*query, *question.after] for query, question in zip(queries, questions, strict=True)]
