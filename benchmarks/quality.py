@@ -31,7 +31,7 @@ import quality_jobs
 from generated import RESULTS
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
-from meswitch.evaluate import DOMAINS
+from meswitch_lab.toy import DOMAINS
 from quality_settings import BARS, SUITES, key_of
 from quality_store import Store
 

@@ -19,18 +19,15 @@ from transformers.utils import logging
 import meswitch
 from meswitch.compression.distill.recipe import recipe_for
 from meswitch.evaluate import (
-    CHECKABLE,
-    DOMAINS,
     Score,
     Text,
-    accuracy,
     divergences,
     gain_retained,
     layer_errors,
-    own_answers,
     total,
 )
 from meswitch_lab import options
+from meswitch_lab.toy import CHECKABLE, DOMAINS, accuracy, own_answers
 from quality_settings import Keywords
 
 ROOT = Path(__file__).parent.parent

@@ -80,6 +80,8 @@ class ExpertSection(_Section):
     delta: str  # the artifact: a directory, relative to the file
     source: str | None = None  # the full fine-tune: a directory or hub id; needed only to compress
     calibration: str | None = None  # text for calibration; needed only to compress
+    questions: str | None = None  # a file of questions that `meswitch eval` asks it, relative to the file
+    checker: str | None = None  # when a reply to them is right, as `meswitch eval --checker`
     description: str = ""  # what it is good at: the router's label and the models page
     examples: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # queries for it, for the router; five do much
 

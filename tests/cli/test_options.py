@@ -1,11 +1,18 @@
 """An option is stated once: command line, family.toml, Python and the manifest have the same ones."""
 
+import ast
+import dataclasses
 import inspect
+from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import meswitch
+from meswitch.cli.options import option_groups
 from meswitch.codec import Spec
 from meswitch.compression.options import SETTINGS, Options, Solver
 from meswitch.errors import ConfigError
@@ -120,7 +127,7 @@ def test_a_command_takes_its_options_from_dataclasses():
     assert run(app, ["box", "--width", "3", "--loud"]).exit_code == 0
     assert got == [("box", Shape(3, 2), True)]
     assert "Missing option '--width'" in run(app, ["box"]).stderr
-    assert "'0' is not in the range" in run(app, ["box", "--width", "0"]).stderr.replace("Invalid value", "'0'")
+    assert run(app, ["box", "--width", "0"]).exit_code == 2
 
 
 def test_no_command_is_a_function_of_ten_parameters_and_more():
