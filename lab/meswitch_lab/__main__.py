@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from meswitch.cli import Commands, console
-from meswitch.cli.compress import compress_one, table
+from meswitch.cli.compress import Run, compress_one, table
 from meswitch.cli.options import option_groups, takes
 from meswitch.codec import codec_names, find_codec
 from meswitch.compression.options import check_given
@@ -54,17 +54,6 @@ class Switches:
     ] = None
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """How it is run."""
-
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs.")] = "cpu"
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that exists.")] = False
-    force: Annotated[bool, typer.Option("--force", help="Go on although the expert seems to be of another base.")] = (
-        False
-    )
-
-
 @app.command()
 @takes()
 @option_groups
@@ -91,12 +80,11 @@ def compress(
         python -m meswitch_lab compress --base B --expert E --out D --method svd -p rank=8
         python -m meswitch_lab compress --base B --expert E --out D --calibration T --no-feedback
     """
-    where = {"device": console.check_device(run.device), "overwrite": run.overwrite, "force": run.force}
     named = {name: value for name, value in dataclasses.asdict(switches).items() if value is not None}
     check_given(dict(given) | named)
     chosen = options(method, **given, **named, parameters=dict(map(_number, parameter or ())))
     console.quiet()
-    row = compress_one(Path(expert).name, base, expert, out, chosen, where)
+    row = compress_one(Path(expert).name, base, expert, out, chosen, run.where())
     if as_json:
         console.print_json(row)
     else:

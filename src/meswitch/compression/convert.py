@@ -45,6 +45,7 @@ from meswitch.compression.inputs import Inputs, Walk
 from meswitch.compression.large_delta import SMALL, LargeDeltas
 from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
+from meswitch.compression.recipe import recipe_of
 from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import MeswitchError
@@ -245,6 +246,7 @@ class Converter:
                 transformers.__version__,
                 datetime.now(UTC).isoformat(timespec="seconds"),
             ),
+            recipe=recipe_of(self.options, self.base.source, self.expert.source),
         )
 
 
