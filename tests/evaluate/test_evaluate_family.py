@@ -230,6 +230,12 @@ def test_an_artifact_of_any_name_is_measured_on_questions_of_ones_own(
     assert out.read_text().startswith("| task | model |")
 
 
+def test_an_artifact_knows_its_base_only_on_the_hub(math_delta: Path, questions: Path) -> None:
+    error = command(math_delta, "--questions", questions, "--checker", "number").exception
+    assert isinstance(error, ConfigError)
+    assert str(error) == f"--base: {math_delta} was made from a directory; give the base's"
+
+
 def test_kl_alone_needs_no_answers(family: Path, math_delta: Path, questions: Path) -> None:
     asked = ("--questions", questions, "--checker", "none", "-n", 3, "--max-new-tokens", 56)
     result = command(math_delta, "--base", family / "base", "--expert", family / "math", *asked, "--json")

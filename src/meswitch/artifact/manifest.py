@@ -275,6 +275,11 @@ class Manifest:
         return manifest
 
 
+def labels(base: str, expert: str, method: str) -> dict[str, str]:
+    """What viewers of safetensors files show of an artifact."""
+    return {"base": base, "expert": expert, "codec": method}
+
+
 def stored_name(tensor: str, suffix: str) -> str:
     """`model.norm.weight` + `weight_packed` -> `model.norm.weight_packed`; the suffix "" keeps the name."""
     return f"{tensor.removesuffix('weight')}{suffix}" if suffix else tensor

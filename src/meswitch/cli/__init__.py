@@ -16,6 +16,7 @@ from meswitch.cli import (
     doctor,
     extract_lora,
     generate,
+    hub,
     inspect,
     key,
     merge,
@@ -72,6 +73,8 @@ _MAKE: tuple[Callable[..., None], ...] = (
     diff.diff,
     extract_lora.extract_lora,
     plan.plan,
+    hub.push,
+    hub.pull,
 )
 _ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route, key.key, top.top)
 for _command in _MAKE:

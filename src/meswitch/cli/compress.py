@@ -167,6 +167,7 @@ def _compress_family(
 ) -> list[dict[str, Any]]:
     """given: calibration, for all experts (None is none), and its tokens; what is missing is as the file says."""
     from meswitch.adapter import METHOD, is_adapter, open_expert
+    from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
     from meswitch.compression.text import Source
     from meswitch.family import Family
@@ -177,6 +178,10 @@ def _compress_family(
     untrained = {} if said.get("bits") == "exact" else {"distill": 0, "distill_scope": None}
     rows = []
     for section in experts:
+        if section.delta.startswith("hf://"):
+            console.note(f"{section.name}: {section.delta} is on the hub: there is nothing to compress")
+            rows.append(_row(section.name, Artifact.open(section.delta), None, []))
+            continue
         out = family.resolve(section.delta)
         if is_adapter(out):
             console.note(f"{section.name}: {out} is a PEFT adapter and served as it is: there is nothing to compress")

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,7 +25,10 @@ class Models:
     """What is asked."""
 
     base: Annotated[
-        str | None, typer.Option(metavar="DIR|HUB_ID", rich_help_panel=_MODELS, help="The base checkpoint.")
+        str | None,
+        typer.Option(
+            metavar="DIR|HUB_ID", rich_help_panel=_MODELS, help="The base checkpoint.", show_default="of the recipe"
+        ),
     ] = None
     expert: Annotated[
         list[str] | None,
@@ -166,6 +169,8 @@ def evaluate(
     """
     if out is not None and out.suffix not in (".json", ".md"):
         raise ConfigError(f"--out {out}: the ending says the format; use .json or .md")
+    if models.family is None and models.base is None and artifact:
+        models = _recorded(models, artifact[0])
     if (models.family is None) == (models.base is None):
         raise ConfigError("--base or --family: give one of the two, the base of what is measured or a family.toml")
     foreign = list(filter(None, (name.strip() for name in (asked.tasks or "").split(","))))
@@ -217,6 +222,16 @@ def evaluate(
         console.print_json(report.to_dict())
     else:
         console.show(report.to_table())
+
+
+def _recorded(models: Models, artifact: str) -> Models:
+    """Base and expert as the first artifact's recipe has them, where they are hub ids."""
+    from meswitch.artifact import Artifact
+
+    recipe = Artifact.open(_named("ARTIFACT", [artifact]).popitem()[1]).manifest.recipe
+    if recipe is None or recipe.base is None:
+        raise ConfigError(f"--base: {artifact} was made from a directory; give the base's")
+    return replace(models, base=recipe.base, expert=models.expert or ([recipe.expert] if recipe.expert else None))
 
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")

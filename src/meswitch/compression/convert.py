@@ -24,7 +24,7 @@ from torch import Tensor
 
 from meswitch.architecture import STACKS, architecture_of, as_matrix
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
-from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
+from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, labels
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
@@ -83,7 +83,8 @@ class Converter:
         self.base_fingerprint = fingerprint(base)
         method, own = asdict(self._method()), {name: asdict(spec) for name, spec in self.specs.items()}
         self.plan = digest(__version__, self.base_fingerprint, fingerprint(expert), method, own, device.type)
-        self.writer = ArtifactWriter(out, self.plan, overwrite=overwrite)
+        known = labels(Path(base.source).name, Path(expert.source).name, options.describe(None).name)
+        self.writer = ArtifactWriter(out, self.plan, overwrite=overwrite, labels=known)
         self.done = set(self.writer.entries)
         self.roles = roles_of(expert)
         self._weights_done = sum(map(self._weights, self.done))
