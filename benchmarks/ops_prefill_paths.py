@@ -47,7 +47,7 @@ def restoring(layers: list[Layer], x: Buffers, y: Buffers, lengths: list[int]) -
     """Every segment, however long or short, by the product that restores weights as it loads them."""
     ends = [0, *accumulate(lengths)]
     segments = [(ends[e], ends[e + 1], e) for e in range(len(lengths))]
-    tiles = torch.tensor(restored.token_tiles(segments, ends[-1]), dtype=torch.int32, device=DEVICE)
+    tiles = restored.tile_table(segments, ends[-1]).to(DEVICE)
 
     def run() -> None:
         for layer in layers:

@@ -11,7 +11,7 @@ from adapters import pairs, write_adapter
 from deltas import DEVICE
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.engine import decode
+from meswitch.engine import static_attention
 from meswitch.engine.tables import OwnTables
 from meswitch.errors import ConfigError
 
@@ -108,7 +108,10 @@ def no_kernel(*_):
 
 @pytest.mark.parametrize(
     ("part", "name", "fault", "said"),
-    [(OwnTables, "_put", lost_norms, "norm"), (decode, "reference", no_kernel, "no kernel for heads of this width")],
+    [
+        (OwnTables, "_put", lost_norms, "norm"),
+        (static_attention, "reference", no_kernel, "no kernel for heads of this width"),
+    ],
     ids=["wrong", "impossible"],
 )
 def test_decode_steps_that_are_not_right_are_not_taken(experts, monkeypatch, caplog, part, name, fault, said):

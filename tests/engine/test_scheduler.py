@@ -51,7 +51,39 @@ def test_beside_running_answers_prompts_get_what_takes_a_pause():
     made = make(tokens=4096, pages=400, jobs=[job("a", 100)])
     advance(made, seconds=100 * scheduler.PAUSE / 50)  # 50 tokens take one pause
     made.waiting.extend([job("b", 500), job("c", 500)])
-    assert advance(made) == [("a", 1), ("b", 50)]
+    assert advance(made, seconds=75 * scheduler.PAUSE / 50) == [("a", 1), ("b", 74)]  # half as many again, to see
+    assert advance(made, seconds=scheduler.PAUSE) in ([("a", 1), ("b", 49)], [("a", 1), ("b", 48)])
+
+
+def test_where_few_tokens_take_as_long_as_many_prompts_are_not_cut():
+    made = make(tokens=4096, pages=400, requests=100, jobs=[job("a", 24)])
+    advance(made, 0.9 * scheduler.PAUSE)
+    made.waiting.extend(job(f"b{number}", 24, new=1) for number in range(60))
+    steps = []
+    while len(made.running) + len(made.waiting) > 1:
+        steps.append(sum(length for _, length in advance(made, 0.9 * scheduler.PAUSE)))
+    assert len(steps) <= 6
+
+
+def test_a_pace_is_a_line_through_the_steps_of_late():
+    pace = scheduler.Pace()
+    assert pace.within(1.0) == float("inf")
+    for _ in range(3):
+        for tokens in (20, 50, 400):
+            pace.add(tokens, 0.02 + 0.001 * tokens)
+    assert pace.within(0.12) == pytest.approx(100)
+    assert pace.within(0.022) == pytest.approx(11)  # half of it, for a step of no tokens takes nearly all
+    for _ in range(300):  # the machine is another
+        for tokens in (20, 50, 100):
+            pace.add(tokens, 0.002 * tokens)
+    assert pace.within(0.1) == pytest.approx(50, rel=0.01)
+
+
+def test_noise_lets_a_step_grow_only_so_much():
+    pace = scheduler.Pace()
+    pace.add(50, 0.11)
+    pace.add(55, 0.10)
+    assert pace.within(0.1) == 220
 
 
 def test_a_step_goes_on_however_slow_prompts_are():

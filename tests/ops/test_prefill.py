@@ -99,7 +99,7 @@ def test_long_segments_come_first_and_only_the_others_have_tiles():
     assert routing.own == ((300, 300 + LONG_FROM), (0, 300), (300 + LONG_FROM, len(slots)))
     assert routing.own_slots.tolist() == [1, 0, 2]
     assert routing.long == 1
-    assert routing.tiles[:, 1:].tolist() == [[0, 300, 0], [0, 300, 0], [300 + LONG_FROM, len(slots), 2]]
+    assert routing.tiles[1:, 1:].tolist() == [[0, 300, 0], [0, 300, 0], [300 + LONG_FROM, len(slots), 2]]
 
 
 def test_layers_that_merge_leave_more_to_the_decode_kernel(monkeypatch):
@@ -115,7 +115,7 @@ def test_layers_that_merge_leave_more_to_the_decode_kernel(monkeypatch):
 
 
 def test_a_step_that_is_only_long_has_no_tiles():
-    assert PrefillRouting.build([0] * LONG_FROM).tiles.shape == (0, 4)
+    assert PrefillRouting.build([0] * LONG_FROM).tiles.shape == (1, 4)
 
 
 def test_blocks_of_rows_are_whole_waves_within_the_scratch_memory():

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from deltas import DEVICE, random_delta
-from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill
-from meswitch.ops.restored import TOKENS, fits, launch, on_hopper, restores, token_tiles
+from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill, static_prefill
+from meswitch.ops.restored import TOKENS, fits, launch, on_hopper, restores, tile_table, token_tiles
 from meswitch.ops.slots import Variant
+from meswitch.ops.static_routing import StaticRouting
 
 BF16, TWO = torch.bfloat16, Variant(1, False, 128, 16)
 on_gpu = pytest.mark.skipif(not on_hopper(torch.device(DEVICE)), reason="needs a GPU of compute capability 9")
@@ -88,13 +89,39 @@ def test_against_fp64(case, bias):
     layer = SlotLinear.build(deltas, DEVICE)
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     segments = [(ends[i], ends[i + 1], i) for i in range(len(lengths))]
-    tiles = torch.tensor(token_tiles(segments, len(x)), dtype=torch.int32, device=DEVICE)
+    tiles = tile_table(segments, len(x)).to(DEVICE)
     y = torch.full((len(x), len(weight)), float("nan"), dtype=BF16, device=DEVICE)
     launch(y, x, weight, bias, layer, tiles)
     assert y[ends[-1] :].isnan().all()
     for first, end, slot in segments:
         expected = reference(x[first:end], weight, deltas[slot], bias)
         assert ((y[first:end].double() - expected).norm() / expected.norm()).item() < 1e-2
+
+
+@on_gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_graph_serves_steps_of_any_segments(bias):
+    """Tiles come and go in its buffer, the base's rows are in some, and there may be fewer than programs."""
+    deltas, x, weight, bias = drawn(512, 1024, 128, 4, [145, 150, 212], bias)
+    layer, device = SlotLinear.build(deltas, DEVICE), torch.device(DEVICE)
+    routing, rows = StaticRouting(512, 3, device), len(x)
+    steps = [[0] * 145 + [-1] * 5 + [1] * 150 + [2] * 212, [2, 1, -1, 0] * 128, [-1] * 512, [0] * 3 + [1] * 509]
+    assert rows == 512
+    routing.fill(steps[1])
+    static_prefill(x, weight, layer, routing.part(rows), bias)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = static_prefill(x, weight, layer, routing.part(rows), bias)
+    for slots in steps:
+        routing.fill(slots)
+        y.fill_(float("nan"))
+        graph.replay()
+        for slot in (-1, 0, 1, 2):
+            own = [row for row, owner in enumerate(slots) if owner == slot]
+            if own:
+                expected = reference(x[own], weight, deltas[slot] if slot >= 0 else None, bias)
+                assert ((y[own].double() - expected).norm() / expected.norm()).item() < 1e-2
 
 
 @on_gpu

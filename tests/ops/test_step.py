@@ -50,7 +50,7 @@ def test_small_steps_have_one_shape_whatever_experts_they_hold():
     assert len(shapes) == 1
     side.fill([-1] * 64)
     assert side.routing(64) is None
-    assert (side._slots == -1).all()  # what a graph captured with experts would read
+    assert (side._few.slots == -1).all()  # what a graph captured with experts would read
 
 
 def test_a_replayed_graph_finds_every_row_once_whatever_came_before():
@@ -59,8 +59,8 @@ def test_a_replayed_graph_finds_every_row_once_whatever_came_before():
     for slots in ([2, 0, 1, 2], [0] * 40, [-1, -1], [1], [-1] * 64, [2, -1, 2], []):
         side.fill(slots)
         for rows in {max(1, len(slots)), 8, 33, 64} - set(range(1, len(slots))):
-            assert sorted(side._order[:rows].tolist()) == list(range(rows))
-        owned = side._order[: side._starts[-1]].tolist()
+            assert sorted(side._few.order[:rows].tolist()) == list(range(rows))
+        owned = side._few.order[: side._few.starts[-1]].tolist()
         assert sorted(owned) == [row for row, slot in enumerate(slots) if slot >= 0]
 
 

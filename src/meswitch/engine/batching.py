@@ -21,7 +21,7 @@ from torch import Tensor
 
 from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
-from meswitch.engine.graphs import DecodeSteps, own_tables
+from meswitch.engine.graphs import StaticSteps, own_tables
 from meswitch.engine.pages import PAGE, Pages, pages_for
 from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState
@@ -80,7 +80,7 @@ class Batch:
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
         self._layout: tuple[Any, ...] = ()
         self._context = StepContext()
-        self._decode: DecodeSteps | None = None
+        self._static: StaticSteps | None = None
         self._closing, self._open = threading.Event(), threading.Event()
         self._open.set()
         self._computing = threading.Thread(target=self._run, name="meswitch-batch", daemon=True)
@@ -141,8 +141,8 @@ class Batch:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
         self._commands.put(request)
 
-    def decode_from_tables(self, slots: int, ranks: Mapping[str, int]) -> None:
-        """Compute steps of one token a request over static buffers from now on.
+    def compute_from_tables(self, slots: int, ranks: Mapping[str, int]) -> None:
+        """Compute steps over static buffers from now on, where they fit.
 
         Args:
             slots: of the expert store.
@@ -155,19 +155,21 @@ class Batch:
         def prepare() -> None:
             self._switch.tables = own_tables(self._model, slots, ranks)
             assert self._switch.buffers is not None
-            self._decode = DecodeSteps(
+            self._static = StaticSteps(
                 self._model,
                 self._switch,
                 self._cache,
                 self._switch.buffers,
                 self._switch.tables,
-                rows=self._scheduler.max_requests,
+                rows=self._scheduler.max_tokens,
+                requests=self._scheduler.max_requests,
                 longest=self._pages * PAGE,
+                cuts_rows=self._cuts_rows,
             )
 
         self._between_steps(prepare)
 
-    def capture_decode(self, told: Callable[[int, int], None]) -> None:
+    def capture(self, told: Callable[[int, int], None]) -> None:
         """Record those steps as CUDA graphs, which replay them.
 
         Args:
@@ -176,18 +178,18 @@ class Batch:
         Raises:
             Exception: whatever keeps the model from being recorded.
         """
-        assert self._decode is not None
-        self._between_steps(partial(self._decode.capture, told))
+        assert self._static is not None
+        self._between_steps(partial(self._static.capture, told))
 
     @property
-    def decode_sizes(self) -> tuple[int, ...]:
+    def static_sizes(self) -> tuple[int, ...]:
         """Rows of the graphs."""
-        return () if self._decode is None else self._decode.sizes
+        return () if self._static is None else self._static.sizes
 
     @property
     def table_steps(self) -> int:
         """Steps with rows of experts that were computed from tables so far."""
-        return 0 if self._decode is None else self._decode.expert_steps
+        return 0 if self._static is None else self._static.expert_steps
 
     def in_tables(self, slot: int) -> bool:
         """Whether all that the expert in a slot has is in tables, or where the kernels read it."""
@@ -198,11 +200,11 @@ class Batch:
 
         return self._between_steps(look)
 
-    def decode_eagerly(self) -> None:
+    def compute_eagerly(self) -> None:
         """Compute all steps without static buffers from now on."""
 
         def drop() -> None:
-            self._decode = self._switch.tables = None
+            self._static = self._switch.tables = None
 
         self._between_steps(drop)
 
@@ -228,8 +230,8 @@ class Batch:
 
     @property
     def graph_bytes(self) -> int:
-        """Device memory of the decode steps' graphs and tables."""
-        return 0 if self._decode is None else self._decode.nbytes
+        """Device memory of the graphs and tables of steps over static buffers."""
+        return 0 if self._static is None else self._static.nbytes
 
     def close(self) -> None:
         self._closing.set()
@@ -374,9 +376,9 @@ class Batch:
 
         Of a prompt that is scored, those of all its tokens in the step.
         """
-        if self._decode is not None and all(_rows_kept(job, piece) == 1 for job, piece in step):
+        if self._static is not None and not any(job.state.scores_prompt for job, _ in step):
             before, self._layout = self._layout, ()  # the buffers hold this step then, or a part of it
-            if (found := self._decode.run(step)) is not None:
+            if (found := self._static.run(step)) is not None:
                 return found
             self._layout = before
         ids: list[int] = []
@@ -428,11 +430,11 @@ class Batch:
             page: that nobody else reads; the last one of a job is not full, so it is its own.
         """
         probe = Job("probe", [0], BASE_SLOT, "", SamplingParams(), frozenset(), lambda *told: None)
-        decode, self._decode = self._decode, None  # where only those steps fail, the others can go on
+        static, self._static = self._static, None  # where only those steps fail, the others can go on
         try:
             self._forward([(probe, Piece(1, 0, [page]))])
         finally:
-            self._decode = decode
+            self._static = static
 
     def _end(self, job: Job, error: str | None) -> None:
         self._scheduler.remove(job, failed=error is not None)

@@ -150,6 +150,12 @@ class TableOwners(Owners):
         self.slots = side.token_slots[:rows]
         self.any = side.active
 
+    @cached_property
+    def static(self) -> tuple[Routing, Routing, Tensor | None]:
+        """Of more rows than the fused kernel takes; as `StaticRouting.part`."""
+        assert self._side is not None
+        return self._side.static(self._count)
+
 
 def _nobody() -> Owners:
     return Owners([])

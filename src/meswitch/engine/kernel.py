@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meswitch.engine.context import Owners
-from meswitch.ops import SlotLinear, expert_prefill, fused_linear
+from meswitch.engine.context import Owners, TableOwners
+from meswitch.ops import SlotLinear, expert_prefill, fused_linear, static_prefill
 from meswitch.ops.routing import MAX_TOKENS
 
 TRITON = "triton"
@@ -27,8 +27,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, o
     """`x W^T + x D^T + bias`, each row with its owner's D: [rows, in_features] -> [rows, out_features].
 
     Up to 64 rows base and deltas are one launch, which reads each weight once. With more, cuBLAS computes the base, and
-    experts of many rows get merged weights (`ops.prefill`).
+    experts of many rows get weights of their own (`ops.prefill`).
     """
     if len(x) <= MAX_TOKENS:
         return fused_linear(x, weight, layer, owners.routing, bias, backend=TRITON)
+    if isinstance(owners, TableOwners):
+        return static_prefill(x, weight, layer, owners.static, bias, backend=TRITON)
     return expert_prefill(x, weight, layer, owners.prefill, bias, backend=TRITON)

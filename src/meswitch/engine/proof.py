@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ from meswitch.engine.parameters import ExpertParameters, StoredTensors
 from meswitch.engine.sampling import SamplingParams, not_finite
 from meswitch.engine.survey import Survey
 from meswitch.errors import MeswitchError
+from meswitch.ops.routing import MAX_TOKENS
 from meswitch.slots import ExpertStore
 
+Steps = Literal["eager", "tokens", "prompts"]  # computed without tables; from tables, of single tokens or of prompts
 LENGTHS = (7, 5, 9)  # tokens of the trial's requests; no two sums of them are alike
 NEW_TOKENS = 3
 TEXT = PAGE + 9  # tokens of a text of more than one page, with its continuation
@@ -181,13 +183,13 @@ def prove(
     artifacts: Mapping[str, Artifact],
     trial: Trial,
     *,
-    decoding: bool = False,
+    steps: Steps = "eager",
 ) -> list[str]:
     """Compare every kind of wrapped block with itself under merged weights.
 
     Args:
         model: the base with its wrappers. batch, switch: that run it.
-        decoding: with steps of one token a request.
+        steps: which to look at.
 
     Returns:
         what does not agree, a line each: module, class and reason; empty if all do.
@@ -201,18 +203,22 @@ def prove(
         try:
             for name in names:
                 slots[store.acquire(name)] = name
-            witnesses = [_Witness(unit, switch, survey, slots, artifacts, stored, decoding) for unit in units.values()]
+            witnesses = [
+                _Witness(unit, switch, survey, slots, artifacts, stored, steps != "eager") for unit in units.values()
+            ]
             order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
             prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
-            if decoding:
+            if steps == "tokens":
                 prompts = [[prompt[place]] for place, prompt in enumerate(prompts)]
+            elif steps == "prompts":  # of more rows than the fused kernel takes, and one of so many for itself
+                prompts = [(prompt * MAX_TOKENS)[: 24 if place else MAX_TOKENS] for place, prompt in enumerate(prompts)]
             for prompt, slot in zip(prompts, order, strict=True):
                 if slot in slots:
                     _say_added(prompt, artifacts[slots[slot]], model)
             handles = [handle for witness in witnesses for handle in witness.watch(model)]
             try:
                 run(batch, f"proof-{number}", prompts, order)
-                if not decoding:  # steps of one row, too
+                if steps == "eager":  # steps of one row, too
                     run(batch, f"alone-{number}", prompts[:1], order[:1])
             finally:
                 for handle in handles:
@@ -235,7 +241,10 @@ def most_changed(artifacts: Mapping[str, Artifact]) -> list[str]:
 def mixed_tokens(
     batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial, rows: int
 ) -> list[tuple[str, int, Tensor]]:
-    """What the base and two experts give for single tokens, so many in one step.
+    """What the base and two experts give in one step.
+
+    Args:
+        rows: of the step: single tokens, and more of them prompts of one token again and again.
 
     Returns:
         expert's name, "" for the base; token; [vocabulary] logits. Of each row that was computed.
@@ -246,9 +255,11 @@ def mixed_tokens(
             slots[name] = store.acquire(name)
         owners = {"": BASE_SLOT, **slots}
         pairs = [(name, token) for token in trial.prompts[0][:2] for name in owners]
-        asked = [pairs[row % len(pairs)] for row in range(rows)] if rows > 1 else pairs[len(slots) :][:1]
+        count = rows if rows <= MAX_TOKENS else 2 * len(pairs)
+        asked = [pairs[row % len(pairs)] for row in range(count)] if rows > 1 else pairs[len(slots) :][:1]
         with _seen(batch) as found:
-            run(batch, "tokens", [[token] for _, token in asked], [owners[name] for name, _ in asked], 1)
+            prompts = [[token] * (rows // count) for _, token in asked]
+            run(batch, "tokens", prompts, [owners[name] for name, _ in asked], 1)
     finally:
         for slot in slots.values():
             store.release(slot)
@@ -373,14 +384,14 @@ class _Witness:
     slots: Mapping[int, str]
     artifacts: Mapping[str, Artifact]
     stored: StoredTensors
-    decoding: bool = False
+    from_tables: bool = False
     reasons: list[str] = field(default_factory=list)
     _seen: bool = False
     _inputs: Any = None
 
     def found(self) -> list[str]:
-        """What does not agree; of a decode step also that there was none."""
-        unseen = self.decoding and not self._seen
+        """What does not agree; of a step from tables also that there was none."""
+        unseen = self.from_tables and not self._seen
         return [self._reason("no step from tables has reached it")] if unseen else self.reasons
 
     def watch(self, model: Any) -> list[Any]:
@@ -392,7 +403,7 @@ class _Witness:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         owners = self.switch.step.owners
-        if not self._seen and owners.any and owners.in_tables == self.decoding:
+        if not self._seen and owners.any and owners.in_tables == self.from_tables:
             self._inputs = _copied((args, kwargs))
 
     @torch.no_grad()

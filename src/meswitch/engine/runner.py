@@ -19,11 +19,13 @@ from meswitch.cpu import free_bytes
 from meswitch.engine.attach import plan_attachment
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
+from meswitch.engine.graphs import MOST
 from meswitch.engine.merged import SHARE, MergedWeights
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import (
     TEXT,
+    Steps,
     Trial,
     base_text,
     batch_runs_base,
@@ -270,7 +272,8 @@ def _proven(
     )
     budget = 0 if kernel else merged_budget(sizes.merged_bytes, device, model.dtype)
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
-    buffers = Step(max(sizes.batch_tokens, MAX_TOKENS), sizes.slots, device) if kernel else None
+    capacity = max(sizes.batch_tokens, MAX_TOKENS)
+    buffers = Step(capacity, sizes.slots, device, recorded=MOST) if kernel else None
     switch.connect(store, deltas, MergedWeights(budget) if budget else None, buffers)
     attachment.apply(model, switch)
     if kernel and device.type == "cuda":
@@ -291,14 +294,14 @@ def _proven(
         started = time.perf_counter()
         reason = _speed_up(batch, store, artifacts, trial, stored.tied, longest, proven)
         if reason is None:
-            logger.info("decode steps are ready in %.0f s", time.perf_counter() - started)
+            logger.info("steps from tables are ready in %.0f s", time.perf_counter() - started)
         else:
             try:
-                batch.decode_eagerly()
+                batch.compute_eagerly()
             except MeswitchError as error:
                 attachment.undo(model)
-                return (f"decode steps from tables end the batch: {error}",)
-            logger.warning("decode steps run without CUDA graphs, which is slower: %s", reason)
+                return (f"steps from tables end the batch: {error}",)
+            logger.warning("steps run without CUDA graphs, which is slower: %s", reason)
     return Opened(batch, store, ())
 
 
@@ -311,7 +314,7 @@ def _speed_up(
     longest: int,
     proven: Callable[..., list[str]],
 ) -> str | None:
-    """Let decode steps run over static buffers, on a GPU as CUDA graphs; why not, None if they do.
+    """Let steps run over static buffers, on a GPU as CUDA graphs; why not, None if they do.
 
     The buffers are proven like any step, with experts that are wholly in tables. A graph records the same operations,
     so what it gives is the same: each size is replayed with experts in it, and a text of several pages is continued.
@@ -322,28 +325,30 @@ def _speed_up(
     """
     try:
         paged = base_text(batch) if longest > TEXT else []
-        batch.decode_from_tables(store.slot_count, _ranks(artifacts, tied))
+        batch.compute_from_tables(store.slot_count, _ranks(artifacts, tied))
         found = _in_tables(batch, store, artifacts)
         if artifacts and not found:
             return "no expert has all of its tensors in tables"
         batch_runs_base(batch, trial, contextlib.nullcontext(), "decode")
         before = batch.table_steps
-        if faults := proven(found, trial, decoding=True):
-            return faults[0]
+        sizes = batch.static_sizes
+        kinds: tuple[Steps, ...] = ("tokens", "prompts") if sizes[-1] > MAX_TOKENS else ("tokens",)
+        for steps in kinds:
+            if faults := proven(found, trial, steps=steps):
+                return faults[0]
         if found and batch.table_steps == before:
             return "no step of the proof was computed from tables"
         if batch.device.type != "cuda":
             return None
-        sizes = batch.decode_sizes
         wanted = {size: mixed_tokens(batch, store, found, trial, size) for size in sizes}
-        batch.capture_decode(_told)
+        batch.capture(_told)
         for size in sizes:
             if fault := _replay_fault(wanted[size], mixed_tokens(batch, store, found, trial, size)):
                 return f"{size} rows: {fault}"
         batch_runs_base(batch, trial, contextlib.nullcontext(), "replay")
         return text_fault(paged, base_text(batch)) if paged else None
     except Exception as error:
-        logger.debug("decode steps over static buffers", exc_info=error)
+        logger.debug("steps over static buffers", exc_info=error)
         return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 

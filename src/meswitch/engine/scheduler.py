@@ -1,9 +1,9 @@
 """Which tokens of which requests are in the next step.
 
 A step holds the next token of every running request, and then parts of prompts, oldest request first, up to a number of
-tokens. While requests decode, prompts get only as many tokens as take `PAUSE` seconds, so that no stream stands still
-because others arrive. A request that finds no page for its next token gives its own pages back, if it came last, or
-takes those of the one that came last, which is computed again later: some request always goes on.
+tokens. While requests decode, a step gets only as many tokens of prompts as let it take `PAUSE` seconds, so that no
+stream stands still because others arrive. A request that finds no page for its next token gives its own pages back, if
+it came last, or takes those of the one that came last, which is computed again later: some request always goes on.
 """
 
 from collections import deque
@@ -15,8 +15,46 @@ from meswitch.engine.pages import PAGE, Pages, page_keys, pages_for
 from meswitch.engine.request import Listener
 from meswitch.engine.sampling import SamplingParams, SamplingState
 
-PAUSE = 0.1  # seconds of a step for prompts beside running answers
+PAUSE = 0.1  # seconds of a step with prompts beside running answers
 _LEAST = 16  # tokens of prompts in a step, however slow it is
+_KEPT = 0.98  # of what a step counts for, after another one
+_ALIKE = 0.002  # of the mean square: steps whose sizes vary less say nothing of what a token takes
+
+
+@dataclass(slots=True)
+class Pace:
+    """What a step with prompts takes, `fixed + tokens x slope` seconds, by the steps that were measured last.
+
+    A GPU's steps take nearly the same time for 10 tokens and for 500, a CPU's time grows with each token. So both
+    numbers are fitted, by least squares in which a step counts for less with each one after it.
+    """
+
+    _sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, n, s, n n, n s
+    _largest: float = 0.0  # step of late
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._largest = max(_KEPT * self._largest, tokens)
+        own = 1.0, tokens, seconds, tokens * tokens, tokens * seconds
+        one, n, s, nn, ns = (_KEPT * total + new for total, new in zip(self._sums, own, strict=True))
+        self._sums = one, n, s, nn, ns
+
+    def within(self, seconds: float) -> float:
+        """How many tokens a step may have to take so long; infinite where nothing is known.
+
+        At most four times as many as the largest step of late had: what more of them take is seen step by step. Where
+        all steps were alike, half as many again, so that the next one tells. Where even a step of few tokens takes
+        longer than half of the time, the tokens have the other half.
+        """
+        one, n, s, nn, ns = self._sums
+        if not one:
+            return float("inf")
+        spread = nn / one - (n / one) ** 2
+        if spread < _ALIKE * nn / one:
+            return 1.5 * min(n / one, seconds * n / s) if s else 4 * self._largest
+        slope = (ns / one - n / one * s / one) / spread
+        fixed = max(0.0, s / one - slope * n / one)
+        most = 4 * self._largest
+        return min(most, max(seconds - fixed, seconds / 2) / slope) if slope > 0 else most
 
 
 @dataclass(eq=False)
@@ -80,13 +118,13 @@ class Scheduler:
     """
 
     def __init__(self, pages: Pages, max_tokens: int, max_requests: int) -> None:
-        self.pages, self._max_tokens, self.max_requests = pages, max_tokens, max_requests
+        self.pages, self.max_tokens, self.max_requests = pages, max_tokens, max_requests
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []  # oldest first
         self.reused = 0  # tokens of prompts that were in the cache
         self.unsure: list[int] = []
         """Free pages whose numbers nobody has seen to be finite: to be cleared before the next step."""
-        self._seconds_a_token = 0.0  # of prompts, as they were measured last
+        self._pace = Pace()
 
     def plan(self) -> list[tuple[Job, Piece]]:
         """The next step: requests of one token first. Empty if nothing can be done."""
@@ -98,9 +136,9 @@ class Scheduler:
         is_full = len(self.running) < before
         singles = [job for job in singles if job in self.running]
         step = [(job, Piece(1, job.computed, job.pages)) for job in singles]
-        left = self._max_tokens - len(step)
-        if step and self._seconds_a_token:
-            left = min(left, max(_LEAST, int(PAUSE / self._seconds_a_token)))
+        left = self.max_tokens - len(step)
+        if step:
+            left = int(min(left, max(_LEAST, self._pace.within(PAUSE) - len(step))))
         for job in [job for job in self.running if job not in singles]:
             left -= self._add_prompt(step, job, left)
         while self.waiting and left > 0 and len(self.running) < self.max_requests and not is_full:
@@ -167,7 +205,7 @@ class Scheduler:
             job.computed = piece.past + piece.length
         prompts = sum(piece.length for _, piece in step if piece.length > 1)
         if prompts >= _LEAST:
-            self._seconds_a_token = seconds / sum(piece.length for _, piece in step)
+            self._pace.add(sum(piece.length for _, piece in step), seconds)
 
     def know(self, job: Job) -> None:
         """Let others find a job's full pages, whose numbers have been seen to be finite."""

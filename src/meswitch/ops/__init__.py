@@ -9,7 +9,7 @@ from meswitch.errors import ConfigError
 from meswitch.ops import cpu, reference
 from meswitch.ops.linear import expert_linear, fused_linear
 from meswitch.ops.operators import uses_kernels
-from meswitch.ops.prefill import expert_prefill
+from meswitch.ops.prefill import expert_prefill, static_prefill
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.routing import Routing
 from meswitch.ops.rows import embedding_rows, head_logits, rms_norm
@@ -53,5 +53,6 @@ __all__ = [
     "fused_linear",
     "head_logits",
     "rms_norm",
+    "static_prefill",
     "uses_kernels",
 ]

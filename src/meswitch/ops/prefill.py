@@ -16,6 +16,7 @@ from meswitch.ops.linear import expert_linear
 from meswitch.ops.merge import MOST, merge
 from meswitch.ops.prefill_routing import PrefillRouting
 from meswitch.ops.restored import launch, restores
+from meswitch.ops.routing import Routing
 from meswitch.ops.slots import SlotLinear
 
 SCRATCH = 512 << 20  # bytes of merged weights at a time
@@ -61,7 +62,7 @@ def expert_prefill(
         _product(tokens[first:last], weight, bias, y[first:last])
     if routing.short is not None:
         expert_linear(y, tokens, layer, routing.short, backend)
-    if restored and len(routing.tiles):
+    if restored and len(routing.tiles) > 1:
         launch(y, tokens, weight, bias, layer, routing.tiles)
     count = routing.long if restored else len(routing.own)
     merged, merged_slots = routing.own[:count], routing.own_slots[:count]
@@ -77,6 +78,36 @@ def expert_prefill(
             for (first, last), own in zip(spans, block, strict=True):
                 _product(tokens[first:last], own, own_bias, y[first:last, start:end])
     return y if routing.order is None else torch.empty_like(y).index_copy_(0, routing.order, y)
+
+
+def static_prefill(
+    x: Tensor,
+    weight: Tensor,
+    layer: SlotLinear,
+    routing: tuple[Routing, Routing, Tensor | None],
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The base's layer plus each expert's delta, for a step of many rows in buffers that a graph reads again.
+
+    Args:
+        x: [rows, in_features] bf16 or fp16. weight: [out_features, in_features] of x's dtype, the base's. routing: as
+            `StaticRouting.part` gives it for so many rows. bias: [out_features], the base's, for all rows. backend: as
+            of `expert_prefill`.
+
+    Returns:
+        [rows, out_features] of x's dtype.
+
+    Raises:
+        ConfigError: the backend cannot serve this; the message names one that can.
+    """
+    every, short, tiles = routing
+    if tiles is None or backend not in (None, "triton") or not restores(weight, layer.variant):
+        return expert_linear(torch.nn.functional.linear(x, weight, bias), x, layer, every, backend)
+    y = x.new_empty(len(x), layer.rows)
+    launch(y, x, weight, bias, layer, tiles)
+    return expert_linear(y, x, layer, short, backend)
 
 
 def block_rows(rows: int, in_features: int, experts: int, scratch: int) -> int:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from meswitch.ops.restored import on_hopper, token_tiles
+from meswitch.ops.restored import on_hopper, tile_table
 from meswitch.ops.routing import BASE, MAX_TOKENS, Routing, by_slot
 
 OWN_FROM = 64  # tokens of one expert from which the restoring product costs less than the decode kernel; measured
@@ -24,8 +24,8 @@ class PrefillRouting:
 
     order: [tokens] int64, where each token of the sorted step comes from; None if it is sorted as it is. own: (first,
     last) token of each segment that gets weights of its own, long ones first. own_slots: [own] int32. long: how many
-    are long. tiles: [tiles, 4] int32, the others for `restored.launch`. plain: (first, last) of the other tokens, which
-    get the base's weights. short: of these, those with an expert, for the decode kernel in pieces of at most
+    are long. tiles: [1 + tiles, 4] int32, the others for `restored.launch`. plain: (first, last) of the other tokens,
+    which get the base's weights. short: of these, those with an expert, for the decode kernel in pieces of at most
     `MAX_TOKENS`, or None; positions are of the sorted step. token_slots: what it was built from,
     if `own_from` was left to it.
     """
@@ -72,7 +72,7 @@ class PrefillRouting:
             owners[slice(*span)] = [slot] * len(own)
         segments.sort(key=lambda segment: segment[1] - segment[0] < LONG_FROM)
         long = sum(end - first >= LONG_FROM for first, end, _ in segments)
-        tiles = torch.tensor(token_tiles(segments[long:], len(order)), dtype=torch.int32).view(-1, 4)
+        tiles = tile_table(segments[long:], len(order))
         return cls(
             None if order == list(range(len(order))) else torch.tensor(order).to(device, non_blocking=True),
             tuple((first, end) for first, end, _ in segments),

@@ -54,21 +54,31 @@ def token_tiles(segments: Sequence[tuple[int, int, int]], tokens: int) -> list[t
     ]
 
 
+def tile_table(segments: Sequence[tuple[int, int, int]], tokens: int) -> Tensor:
+    """[1 + tiles, 4] int32 on the host, as the kernel reads it: how many tiles in the first place, then the tiles.
+
+    Args:
+        segments: first token, end, slot. tokens: of the step.
+    """
+    tiles = token_tiles(segments, tokens)
+    return torch.tensor([(len(tiles), 0, 0, 0), *tiles], dtype=torch.int32)
+
+
 def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, tiles: Tensor) -> None:
     """Write the tokens of the tiles' segments, and no others.
 
     Args:
         y: [tokens, rows] bf16, rows are contiguous. x: [tokens, in_features]. weight: [rows, in_features].
-        bias: [rows]. tiles: [tiles, 4] int32, as `token_tiles` has them.
+        bias: [rows]. tiles: [1 + room, 4] int32, as `tile_table` has them, with one tile at least.
     """
     from meswitch.ops.triton.product import product_kernel
 
     rows, width = weight.shape
     x = _reachable(x)
-    product_kernel[(min(_processors(x.device), rows // ROWS * len(tiles)),)](
+    product_kernel[(min(_processors(x.device), rows // ROWS * (len(tiles) - 1)),)](
         *descriptors(x, weight),
         *(x, layer.arena.view(torch.int32), layer.table, tiles, y, y if bias is None else bias),
-        *(x.stride(0), y.stride(0), len(tiles), rows, width),
+        *(x.stride(0), y.stride(0), rows, width),
         **constants(layer.variant, bias is not None),
     )
 

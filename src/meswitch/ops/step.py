@@ -12,7 +12,8 @@ from torch import Tensor
 
 from meswitch.errors import ConfigError
 from meswitch.ops import PrefillRouting, Routing
-from meswitch.ops.routing import BASE, MAX_TOKENS, PIECE, most_pieces
+from meswitch.ops.routing import BASE, MAX_TOKENS, PIECE
+from meswitch.ops.static_routing import StaticRouting, copy, cut, fill, most_likely, room
 
 TOKENS, HEAD = 0, 1  # rows of the model's layers, rows that reach the head
 
@@ -22,19 +23,26 @@ class Side:
 
     Args:
         specialized: there is a graph for each number of experts, not one for all.
+        recorded: rows of the largest step that a graph holds.
 
     token_slots: [capacity] int32 on the device, -1 for the base and beyond the step.
     """
 
-    def __init__(self, capacity: int, slots: int, device: torch.device, specialized: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        slots: int,
+        device: torch.device,
+        specialized: bool = False,
+        recorded: int = MAX_TOKENS,
+    ) -> None:
         self.slots, self._small, self._specialized = slots, min(capacity, MAX_TOKENS), specialized
+        self._recorded = min(capacity, recorded)
         self.token_slots = torch.full((capacity,), BASE, dtype=torch.int32, device=device)
         self.host: list[int] = []
         self.active = False
-        pieces = most_pieces(self._small, slots)
-        self._slots = torch.full((pieces,), BASE, dtype=torch.int32, device=device)
-        self._starts = torch.zeros(pieces + 1, dtype=torch.int32, device=device)
-        self._order = torch.arange(self._small, dtype=torch.int32, device=device)
+        self._few = room(self._small, slots, PIECE, device)
+        self._many = StaticRouting(self._recorded, slots, device) if self._recorded > self._small else None
         self._large: dict[int, Routing] = {}
         self._prefill: dict[int, PrefillRouting] = {}
 
@@ -55,16 +63,15 @@ class Side:
         self.host = list(token_slots)
         self.active = any(slot != BASE for slot in token_slots)
         self._large, self._prefill = {}, {}
-        _copy(self.token_slots, torch.tensor(self.host, dtype=torch.int32))
+        copy(self.token_slots, torch.tensor(self.host, dtype=torch.int32))
         if before > now:
             self.token_slots[now:before].fill_(BASE)
-        if now > self._small:  # no graph holds such a step: it is sorted when a layer asks
+        if now > self._recorded:  # no graph holds such a step: it is sorted when a layer asks
             return
-        # even without experts: a graph that was captured with some may be replayed, and writes its rows in `order`
-        routing = Routing.build(self._padded(self._small), pieces=len(self._slots))
-        _copy(self._slots, routing.slots)
-        _copy(self._starts, routing.starts)
-        _copy(self._order, routing.order)
+        if now <= self._small or self._many is None:
+            fill(self._few, self._padded(self._small))
+        else:
+            self._many.fill(self.host)
 
     def routing(self, rows: int) -> Routing | None:
         """The step's rows sorted by slot, for `rows` of which the last may be padding; None if all are the base's.
@@ -76,14 +83,22 @@ class Side:
             return None
         if len(self.host) > self._small:
             if rows not in self._large:
-                pieces, likely = _pieces(rows, self.slots, MAX_TOKENS)
+                pieces, likely = most_likely(rows, self.slots, MAX_TOKENS)
                 sizes = {"pieces": pieces, "piece": MAX_TOKENS}
                 routing = Routing.build(self._padded(rows), self.token_slots.device, **sizes)
                 self._large[rows] = replace(routing, likely=likely)
             return self._large[rows]
         slots = len(set(self.host) - {BASE}) if self._specialized else self.slots
-        pieces, likely = _pieces(min(rows, self._small), slots, PIECE)
-        return Routing(self._slots[:pieces], self._starts[: pieces + 1], self._order[:rows], PIECE, likely)
+        return cut(self._few, rows, *most_likely(min(rows, self._small), slots, PIECE))
+
+    def static(self, rows: int) -> tuple[Routing, Routing, Tensor | None]:
+        """A step of more than `MAX_TOKENS` rows that a graph holds, as `StaticRouting.part` gives it.
+
+        Args:
+            rows: of the graph. The step was filled with as many.
+        """
+        assert self._many is not None
+        return self._many.part(rows)
 
     def prefill(self, rows: int) -> PrefillRouting:
         """The same for a step of many rows, which no graph holds."""
@@ -95,15 +110,9 @@ class Side:
         return self.host + [BASE] * (rows - len(self.host))
 
 
-def _pieces(rows: int, slots: int, piece: int) -> tuple[int, int]:
-    """How many pieces rows of so many slots have at most, and if they are spread evenly."""
-    most = most_pieces(rows, slots, piece)
-    return most, min(most, max(min(slots, rows), -(-rows // piece)))
-
-
 def step_sizes(rows: Iterable[int], slots: int) -> set[tuple[int, int, int]]:
     """(rows, pieces, likely pieces) of steps of so many rows with experts in so many slots: what kernels depend on."""
-    return {(count, *_pieces(count, slots, PIECE)) for count in rows}
+    return {(count, *most_likely(count, slots, PIECE)) for count in rows}
 
 
 def part(side: Side, first: int, rows: int) -> Routing | None:
@@ -115,10 +124,17 @@ def part(side: Side, first: int, rows: int) -> Routing | None:
 
 
 class Step:
-    """Both sides of the step of one model."""
+    """Both sides of the step of one model; arguments as of `Side`."""
 
-    def __init__(self, capacity: int, slots: int, device: torch.device, specialized: bool = False) -> None:
-        self.sides = tuple(Side(capacity, slots, device, specialized) for _ in (TOKENS, HEAD))
+    def __init__(
+        self,
+        capacity: int,
+        slots: int,
+        device: torch.device,
+        specialized: bool = False,
+        recorded: int = MAX_TOKENS,
+    ) -> None:
+        self.sides = tuple(Side(capacity, slots, device, specialized, recorded) for _ in (TOKENS, HEAD))
         self.dummy = False  # vLLM warms up: the slots are empty and the rows may be any
 
     @property
@@ -133,9 +149,3 @@ class Step:
 def is_idle(step: Step, x: Tensor) -> bool:
     """No request of the step has an expert. Only asked where neither a trace nor a graph would keep the answer."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not (step.tokens.active or step.head.active)
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    if target.device.type == "cuda":
-        source = source.pin_memory()
-    target[: len(source)].copy_(source, non_blocking=True)

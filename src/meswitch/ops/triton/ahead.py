@@ -165,5 +165,5 @@ def _product(job: Job) -> tuple[Any, tuple[Any, ...]]:
     x, weight = (torch.empty(n, width, dtype=own, device="meta") for n in (restored.TOKENS, rows))
     return product_kernel, (
         *(*restored.descriptors(x, weight), own, i32, i64, i32, own, own),
-        *(width, rows, 3, rows, width),
+        *(width, rows, rows, width),
     )

@@ -48,10 +48,14 @@ def _tile(number, segments, token_tiles, row_tiles):
 
 @gluon.jit
 def _entry(table, slot):
-    """Whether a slot has a delta; where its words, scales and salient weights lie in the arena; how many of these."""
-    entry = table + slot.to(gl.int64) * 8
+    """Whether a slot has a delta; where its words, scales and salient weights lie in the arena; how many of these.
+
+    The base, slot -1, has none.
+    """
+    entry = table + gl.maximum(slot, 0).to(gl.int64) * 8
     words, scales, salient = gl.load(entry + 2) * 4, gl.load(entry + 4) * 4, gl.load(entry + 6) * 4
-    return gl.load(entry) > 0, words, scales, salient, gl.load(entry + 7).to(gl.int32)
+    salients = gl.where(slot < 0, 0, gl.load(entry + 7).to(gl.int32))
+    return (slot >= 0) & (gl.load(entry) > 0), words, scales, salient, salients
 
 
 @gluon.jit
@@ -121,8 +125,8 @@ def _bring(inputs, sizes, rooms, barriers, SALIENT: gl.constexpr):
                 tma.async_copy_global_to_shared(x_desc, [token, k], full.index(step), x_tiles.index(step))
             phase ^= 1
         if SALIENT:
-            entry = table + slot.to(gl.int64) * 8
-            salients = gl.load(entry + 7).to(gl.int32)
+            entry = table + gl.maximum(slot, 0).to(gl.int64) * 8
+            salients = gl.where(slot < 0, 0, gl.load(entry + 7).to(gl.int32))
             index = arena + gl.load(entry + 5) * 4 + row // SALIENT_ROWS * salients
             s = gl.arange(0, 16, gl.SliceLayout(0, gathered))
             m = gl.arange(0, _CHUNK, gl.SliceLayout(1, gathered))
@@ -165,7 +169,8 @@ def _multiply(
     phase, columns_phase = 0, 0
     j = gl.arange(0, 16, gl.SliceLayout(0, LEFT))
     own = HALF * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, LEFT))
-    row, token, begin, end, slot = _tile(gl.program_id(0), segments, token_tiles, row_tiles)
+    here = gl.minimum(gl.program_id(0), tiles - 1)  # a step of few segments has fewer tiles than there are programs
+    row, token, begin, end, slot = _tile(here, segments, token_tiles, row_tiles)
     there, words_at, scales_at, salient_at, salients = _entry(table, slot)
     word_ptr, scale_ptr, words, scale, scale_2 = _first_words(arena, words_at, scales_at, there, row + own, j, N, GROUP)
     for number in range(gl.program_id(0), tiles, programs):
@@ -229,7 +234,7 @@ def _write(sums, y, stride_y, token, begin, end, room):
             gl.store(place, values, mask=((t >= begin) & (t < end))[:, None])
 
 
-@gluon.jit(do_not_specialize=["token_tiles"])
+@gluon.jit
 def product_kernel(
     x_desc,
     w_desc,
@@ -241,14 +246,15 @@ def product_kernel(
     bias,
     stride_x,
     stride_y,
-    token_tiles,
     N,
     K,
     GROUP: gl.constexpr,
     SALIENT: gl.constexpr,
     BIAS: gl.constexpr,
 ):
-    """Rows of y that are some segment's tokens. segments: [token_tiles, 4] int32, see `restored.token_tiles`."""
+    """Rows of y that are some segment's tokens. segments: [1 + tiles, 4] int32, see `restored.tile_table`."""
+    token_tiles = gl.load(segments)  # read here, not given: a graph that holds the launch serves steps of any number
+    segments += 4
     NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
     WIDE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     w_tiles = gl.allocate_shared_memory(gl.bfloat16, [STEPS, ROWS, CHANNELS], w_desc.layout)

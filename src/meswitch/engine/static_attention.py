@@ -1,10 +1,13 @@
-"""Attention of a step in which every request has one token, over static buffers that a CUDA graph reads again.
+"""Attention of a step over static buffers, which a CUDA graph reads again in every replay.
 
-On a GPU it is FlexAttention over the pages; a block of its mask is a page. Its Triton kernel is made by torch when it
-is first called, which is before graphs are captured. Elsewhere the same buffers are read by plain torch, the reference.
+Each row is a text of its own: a token sees the pages of its request up to itself, so tokens of a prompt and the next
+tokens of answers are one kind of row. On a GPU it is FlexAttention over the pages; a block of its mask is a page. Its
+Triton kernel is made by torch when it is first called, which is before graphs are captured. Elsewhere the same buffers
+are read by plain torch, the reference.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +21,13 @@ from meswitch.engine.pages import PAGE, pages_for
 from meswitch.errors import IncompatibleError
 
 _PLAIN = {"scaling", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
-_SPLITS = 4  # programs that share one request's keys: long texts of few requests keep the card busy
-_QUERY_BLOCK = 128  # of a mask; a request's queries are one a head of the group, always fewer
+_SPLITS = 4  # programs that share one row's keys: long texts of few requests keep the card busy
+_QUERY_BLOCK = 128  # of a mask; a row's queries are one a head of the group, always fewer
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The pages that each request sees in layers of one window.
+    """The pages that each row sees in layers of one window.
 
     Args:
         window: tokens that are seen, None for all.
@@ -32,6 +35,7 @@ class _Table:
             last page, the number of keys that are seen in it.
         pages: [rows, pages] int32.
         host_pages: the same, page-locked for a GPU.
+        filled: the pages that are known to stand there, by row; () where that is not kept.
     """
 
     window: int | None
@@ -41,60 +45,75 @@ class _Table:
     filled: list[tuple[int, ...]]
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Which keys of a page a request sees, as FlexAttention asks."""
+        """Which keys of a page a row sees, as FlexAttention asks."""
         _, first, since, last, until = self.numbers.unbind(0)
 
-        def sees(request: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             page, place = key // PAGE, key % PAGE
-            begun = (page != first[request]) | (place >= since[request])
-            return begun & ((page != last[request]) | (place < until[request]))
+            begun = (page != first[row]) | (place >= since[row])
+            return begun & ((page != last[row]) | (place < until[row]))
 
         return sees
 
     def fill(self, pieces: Sequence[Piece]) -> Tensor:
         """Lay a step out; gives the numbers, on the host."""
-        numbers: list[tuple[int, ...]] = []
         filled, self.filled[:] = list(self.filled), [()] * len(self.filled)  # if something fails, nothing is known
-        changed = False
-        for row, piece in enumerate(pieces):
-            end = piece.past + 1
-            start = 0 if self.window is None else max(0, end - self.window)
-            seen = piece.pages[start // PAGE : pages_for(end)]
-            numbers.append((len(seen), seen[0], start % PAGE, seen[-1], (end - 1) % PAGE + 1))
-            if filled[row] != (known := tuple(seen)):
-                filled[row] = known
-                self.host_pages[row, : len(seen)] = torch.tensor(seen, dtype=torch.int32)
-                changed = True
-        if changed:
-            self.pages.copy_(self.host_pages, non_blocking=True)
         found = torch.zeros(self.numbers.shape, dtype=torch.int32)
-        found[:, : len(pieces)] = torch.tensor(numbers, dtype=torch.int32).T
+        row, last_changed, numbers = 0, 0, list[tuple[int, ...]]()
+        for piece in itertools.takewhile(lambda piece: piece.length == 1, pieces):  # of most steps these are all
+            end = piece.past + 1
+            begin = 0 if self.window is None else max(0, end - self.window)
+            known = tuple(piece.pages[begin // PAGE : pages_for(end)])
+            numbers.append((len(known), known[0], begin % PAGE, known[-1], (end - 1) % PAGE + 1))
+            if filled[row] != known:
+                filled[row] = known
+                self.host_pages[row, : len(known)] = torch.tensor(known, dtype=torch.int32)
+                last_changed = row + 1
+            row += 1
+        if numbers:
+            found[:, :row] = torch.tensor(numbers, dtype=torch.int32).T
+        for piece in pieces[row:]:
+            rows = slice(row, row + piece.length)
+            last = torch.arange(piece.past, piece.past + piece.length)  # the position of each row's own token
+            start = torch.zeros_like(last) if self.window is None else (last - self.window + 1).clamp(min=0)
+            pages = torch.tensor(piece.pages[: pages_for(piece.past + piece.length)])
+            first, count = start // PAGE, last // PAGE - start // PAGE + 1
+            found[:, rows] = torch.stack(
+                [count, pages[first], start % PAGE, pages[last // PAGE], last % PAGE + 1]
+            ).int()
+            seen = first[:, None] + torch.arange(int(count.max()))
+            self.host_pages[rows, : seen.shape[1]] = pages[seen.clamp(max=len(pages) - 1)].int()
+            filled[rows] = [()] * piece.length
+            row = last_changed = rows.stop
+        if last_changed:
+            self.pages[:last_changed].copy_(self.host_pages[:last_changed], non_blocking=True)
         self.filled[:] = filled
         return found
 
 
-class DecodePlaces:
+class StaticPlaces:
     """Where the rows of a step are, in static buffers.
 
     Args:
         cache: of keys and values, with a page to spare.
-        rows: of the largest step.
+        sizes: ascending, rows for which the card's kernel is made; a step's rows go to the next of them.
         longest: tokens of the longest text.
 
     Raises:
         IncompatibleError: the model's attention is another.
     """
 
-    def __init__(self, cache: KVCache, rows: int, longest: int, device: torch.device) -> None:
+    def __init__(self, cache: KVCache, sizes: Sequence[int], longest: int, device: torch.device) -> None:
         if cache.function != "sdpa":
             raise IncompatibleError(f"its attention is {cache.function}, not scaled dot product")
-        self._cache, self._rows, self._device = cache, rows, device
+        self._cache, self._sizes, self._rows, self._device = cache, tuple(sizes), sizes[-1], device
         self._is_flex = device.type == "cuda"
-        self.ids, self.positions, self.writes = self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(3, self._rows, dtype=torch.int64, device=device)
+        self.ids, self.positions, self.writes = self._inputs
         self._writes_nowhere = cache.spare * PAGE
         pages = pages_for(longest)
         self._tables = {window: self._table(window, pages) for window in dict.fromkeys(cache.windows)}
-        self._masks: dict[tuple[int | None, int], BlockMask] = {}
+        self._masks: dict[tuple[int | None, int, int], BlockMask] = {}
 
     def _table(self, window: int | None, pages: int) -> _Table:
         host = torch.zeros(self._rows, pages, dtype=torch.int32, pin_memory=self._is_flex)
@@ -103,8 +122,11 @@ class DecodePlaces:
 
     def fill(self, ids: Sequence[int], pieces: Sequence[Piece]) -> None:
         """Lay a step out: [rows] token ids, and where each is. Rows after these write to a page of nobody."""
-        positions = [piece.past for piece in pieces]
-        writes = [piece.pages[piece.past // PAGE] * PAGE + piece.past % PAGE for piece in pieces]
+        positions, writes = list[int](), list[int]()
+        for piece in pieces:
+            own = range(piece.past, piece.past + piece.length)
+            positions += own
+            writes += [piece.pages[position // PAGE] * PAGE + position % PAGE for position in own]
         more = self._rows - len(ids)
         inputs = [[*ids, *[0] * more], [*positions, *[0] * more], [*writes, *[self._writes_nowhere] * more]]
         self._copy(self._inputs, torch.tensor(inputs))
@@ -135,12 +157,15 @@ class DecodePlaces:
         grouped = query[0].transpose(0, 1).reshape(rows, key.shape[1], groups, query.shape[3])
         table, scale = self._tables[window], options.get("scaling")
         if self._is_flex:
-            whole = grouped.new_zeros(self._rows, *grouped.shape[1:])  # one kernel for steps of all sizes
-            whole[:rows] = grouped
+            size = next(size for size in self._sizes if size >= rows)
+            whole = grouped
+            if rows < size:  # few kernels for steps of all sizes
+                whole = grouped.new_zeros(size, *grouped.shape[1:])
+                whole[:rows] = grouped
             attended = _flex()(
                 whole,
                 *(t[None].transpose(1, 2) for t in (keys, values)),
-                block_mask=self._mask(table, groups, len(keys)),
+                block_mask=self._mask(table, size, groups, len(keys)),
                 scale=scale,
                 kernel_options={"SPLIT_KV": _SPLITS},
             )[:rows]
@@ -148,15 +173,15 @@ class DecodePlaces:
             attended = reference(grouped, keys, values, table.numbers[:, :rows], table.pages[:rows], scale)
         return attended.reshape(1, rows, query.shape[1], value.shape[3]), None
 
-    def _mask(self, table: _Table, queries: int, places: int) -> BlockMask:
+    def _mask(self, table: _Table, rows: int, queries: int, places: int) -> BlockMask:
         """One for all layers of a window, over the table's buffers."""
-        key = table.window, queries
+        key = table.window, rows, queries
         if key not in self._masks:
-            none = torch.zeros(self._rows, 1, places // PAGE, 1, dtype=torch.int32, device=self._device)
+            none = torch.zeros(rows, 1, places // PAGE, 1, dtype=torch.int32, device=self._device)
             self._masks[key] = BlockMask(
                 seq_lengths=(queries, places),
-                kv_num_blocks=table.numbers[0][:, None, None],
-                kv_indices=table.pages[:, None, None],
+                kv_num_blocks=table.numbers[0][:rows, None, None],
+                kv_indices=table.pages[:rows, None, None],
                 full_kv_num_blocks=None,
                 full_kv_indices=None,
                 q_num_blocks=none[..., 0],  # of gradients, which nobody asks for
@@ -172,11 +197,11 @@ class DecodePlaces:
 def reference(
     query: Tensor, keys: Tensor, values: Tensor, numbers: Tensor, pages: Tensor, scale: float | None
 ) -> Tensor:
-    """What FlexAttention computes of these buffers: [requests, heads, queries, width] of query's dtype.
+    """What FlexAttention computes of these buffers: [rows, heads, queries, width] of query's dtype.
 
     Args:
-        query: [requests, heads, queries, width]. keys: [places, heads, width]. values: [places, heads, width].
-        numbers: see `_Table`. pages: [requests, pages] int32.
+        query: [rows, heads, queries, width]. keys: [places, heads, width]. values: [places, heads, width].
+        numbers: see `_Table`. pages: [rows, pages] int32.
     """
     count, _, since, last, until = numbers.long()
     most = int(count.max())

@@ -8,8 +8,8 @@ from torch import nn
 
 from deltas import DEVICE
 from meswitch.engine.attention import KVCache, Piece, StepPlaces
-from meswitch.engine.decode import DecodePlaces
 from meswitch.engine.pages import PAGE
+from meswitch.engine.static_attention import StaticPlaces
 from meswitch.errors import IncompatibleError
 
 CONFIG = SimpleNamespace(num_hidden_layers=2, sliding_window=100, layer_types=["full_attention", "sliding_attention"])
@@ -18,6 +18,8 @@ PIECES = [
     [Piece(1, 5, [3]), Piece(1, PAGE, [7, 2]), Piece(1, 300, [9, 1, 30, 31, 5]), Piece(1, PAGE - 1, [12])],
     [Piece(1, 301, [9, 1, 30, 31, 5]), Piece(1, 6, [3]), Piece(1, 2 * PAGE - 1, [7, 2])],
     [Piece(1, 39 * PAGE, list(range(39, -1, -1))), Piece(1, 302, [9, 1, 30, 31, 5])],
+    [Piece(1, 303, [9, 1, 30, 31, 5]), Piece(130, 0, [20, 33, 21]), Piece(9, 2 * PAGE, [7, 2, 13])],  # prompts
+    [Piece(1, 2 * PAGE + 9, [7, 2, 13]), Piece(40, 130, [20, 33, 21])],
 ]
 
 
@@ -33,15 +35,16 @@ def test_steps_one_after_another(heads):
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     draw = torch.Generator(device).manual_seed(0)
     cache = KVCache(CONFIG, 40, "sdpa", device)
-    places = DecodePlaces(cache, 8, 40 * PAGE, device)
+    places = StaticPlaces(cache, [8, 160], 40 * PAGE, device)
     for pieces in PIECES:
-        places.fill([1] * len(pieces), pieces)
+        rows = sum(piece.length for piece in pieces)
+        places.fill([1] * rows, pieces)
         gathered = StepPlaces(cache, pieces, device)
         for number in range(2):
             module = layer(number, heads[0] // heads[1])
             module = cache._layers[number][0] if number in cache._layers else module
             query, key, value = (
-                torch.randn(1, count, len(pieces), width, generator=draw, device=device, dtype=dtype)
+                torch.randn(1, count, rows, width, generator=draw, device=device, dtype=dtype)
                 for count in (heads[0], heads[1], heads[1])
             )
             _, keys, values = cache.layer(module, key, value)
@@ -56,10 +59,10 @@ def test_steps_one_after_another(heads):
 
 def test_what_is_more_than_scaled_dot_products_is_refused():
     cache = KVCache(CONFIG, 4, "sdpa", torch.device("cpu"))
-    places = DecodePlaces(cache, 2, 4 * PAGE, torch.device("cpu"))
+    places = StaticPlaces(cache, [2], 4 * PAGE, torch.device("cpu"))
     places.fill([1], [Piece(1, 0, [0])])
     numbers = torch.zeros(1, 2, 1, 32)
     with pytest.raises(IncompatibleError, match="softcap"):
         places.attend(layer(0, 1), numbers, numbers, numbers, {"softcap": 30.0})
     with pytest.raises(IncompatibleError, match="eager"):
-        DecodePlaces(KVCache(CONFIG, 4, "eager", torch.device("cpu")), 2, 4 * PAGE, torch.device("cpu"))
+        StaticPlaces(KVCache(CONFIG, 4, "eager", torch.device("cpu")), [2], 4 * PAGE, torch.device("cpu"))
