@@ -51,6 +51,12 @@ def test_it_shows_the_same_as_tables(cli):
     assert "grammar: installed" in shown
 
 
+def test_the_kernel_that_is_tried_computes_what_plain_arithmetic_does():
+    import torch
+
+    assert doctor.kernel_error("cuda" if torch.cuda.is_available() else "cpu") < 1e-2
+
+
 def test_nothing_is_found_where_all_is_well(server):
     assert doctor.findings(server) == []
 
