@@ -226,7 +226,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def kernel_error(device: str) -> float:
-    """How far a kernel's result is from that of plain arithmetic: the norm of the difference over that of the result."""
+    """How far a kernel's result is from plain arithmetic's: the norm of the difference over that of the result."""
     import torch
 
     from meswitch.codec import PackedDelta, pack
