@@ -10,7 +10,7 @@ CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-ray test-clients test-vllm docs lint types clean
+.PHONY: help install demo test test-ray test-clients test-vllm docs package lint types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,9 @@ test-vllm: $(VLLM_STAMP)  ## real vLLM on the CPU
 docs: $(STAMP)  ## the site in build/site, its links checked (read it: python -m http.server -d build/site)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+package:  ## sdist and wheel, installed and used in an environment of their own
+	.ci/package
+
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +76,4 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) $(RAY_VENV) $(CLIENTS_VENV) $(VLLM_VENV) build runs
+	rm -rf $(VENV) $(RAY_VENV) $(CLIENTS_VENV) $(VLLM_VENV) .venv-package build dist runs

@@ -20,18 +20,15 @@ import meswitch
 from benchmarks.quality.settings import Keywords
 from meswitch.compression.options import recipe_for
 from meswitch.evaluate import (
-    CHECKABLE,
-    DOMAINS,
     Score,
     Text,
-    accuracy,
     divergences,
     gain_retained,
     layer_errors,
-    own_answers,
     total,
 )
 from meswitch_lab import options
+from meswitch_lab.toy import CHECKABLE, DOMAINS, accuracy, own_answers
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "family"

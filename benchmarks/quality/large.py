@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meswitch
 from meswitch.compression.diff import diff
-from meswitch.evaluate import accuracy, divergences, own_answers, total
+from meswitch.evaluate import divergences, total
+from meswitch_lab.toy import accuracy, own_answers
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family"
 FILE = Path(__file__).parents[1] / "results" / "quality-large.json"

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meswitch
-from meswitch.evaluate import CHECKABLE, accuracy, divergences, own_answers, total
+from meswitch.evaluate import divergences, total
+from meswitch_lab.toy import CHECKABLE, accuracy, own_answers
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family"
 FILE = Path(__file__).parents[1] / "results" / "quality-levels.json"

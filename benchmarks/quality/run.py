@@ -36,7 +36,7 @@ from benchmarks.quality.settings import BARS, SUITES, key_of
 from benchmarks.quality.store import Store
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
-from meswitch.evaluate import DOMAINS
+from meswitch_lab.toy import DOMAINS
 
 
 def main(arguments: list[str] | None = None) -> None:

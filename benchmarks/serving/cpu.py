@@ -92,7 +92,7 @@ def measure(room: Path, tokens: int, repeats: int) -> dict[str, Any]:
 
 def questions(count: int, engine: Any) -> list[tuple[str, list[int]]]:
     """Experts in turn, each with a question of its own domain, as tokens."""
-    from meswitch.evaluate.tasks import draw
+    from meswitch_lab.toy import draw
 
     drawn = {name: draw(name, -(-count // len(EXPERTS)), 7) for name in EXPERTS}
     asked = []

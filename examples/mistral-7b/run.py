@@ -39,7 +39,7 @@ from meswitch.family import Family  # noqa: E402
 from meswitch.units import format_bytes  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "family"  # its tokenizer and texts stand in where weights are random
-TASKS = "lm:gsm8k,lm:mmlu"
+TASKS = "gsm8k,mmlu"
 QUESTION = "Ann has 3 boxes with 12 pens each and gives 7 pens away. How many pens are left?"
 ANSWER_TOKENS = 8
 TOKENS = 32000  # of both bases

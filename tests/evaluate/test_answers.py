@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from meswitch.errors import ConfigError
-from meswitch.evaluate import accuracy, answer, draw
-from meswitch.evaluate.accuracy import generate, prompt_ids, stop_ids
+from meswitch.evaluate import answer
+from meswitch.evaluate.answers import generate, prompt_ids, stop_ids
+from meswitch_lab.toy import accuracy, draw
 
 Loaded = tuple[Any, Any]
 
@@ -22,7 +23,7 @@ def test_an_expert_is_at_a_loss_outside_its_domain(math_expert: Loaded) -> None:
 
 def test_outcomes_follow_the_order_of_the_questions(code_expert: Loaded) -> None:
     score = accuracy(*code_expert, "code", n=12, seed=4, batch_size=5)
-    assert (score.domain, score.seed, score.outcomes) == ("code", 4, (True,) * 12)
+    assert (score.task, score.questions, score.outcomes) == ("code", 4, (True,) * 12)
 
 
 def test_batches_of_any_size_give_the_answers_of_one_prompt_at_a_time(code_expert: Loaded) -> None:

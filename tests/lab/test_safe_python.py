@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meswitch.evaluate.safe_python import BUILTINS, FAILURES, RefusedError, call_each
+from meswitch_lab.toy.safe_python import BUILTINS, FAILURES, RefusedError, call_each
 
 XS = [4, -3, 7, 0, 12]
 

@@ -9,10 +9,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
+from meswitch import evaluate
 from meswitch.errors import ConfigError
-from meswitch.evaluate.safe_python import FAILURES, call_each
-from meswitch.evaluate.sql_questions import sql_question
+from meswitch_lab.toy.safe_python import FAILURES, call_each
+from meswitch_lab.toy.sql_questions import sql_question
+
+MAX_NEW_TOKENS = 56  # the longest right answer is shorter
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -183,15 +187,17 @@ def _code(random: Random) -> Question:
         prompt += f", plus {plus}"
         body += f" + {plus}"
     source = f"def {name}({argument}):\n    return {body}"
+    return Question("code", f"{prompt}.", source, lambda reply: same_function(reply, source))
+
+
+def same_function(reply: str, source: str) -> bool:
+    """Whether the code of a reply computes what the function `source` does, on five lists of numbers."""
+    name = source.removeprefix("def ").partition("(")[0]
     expected = call_each(source, name, _CASES)
-
-    def check(reply: str) -> bool:
-        try:
-            return call_each(reply, name, _CASES) == expected
-        except FAILURES:
-            return False
-
-    return Question("code", f"{prompt}.", source, check)
+    try:
+        return call_each(reply, name, _CASES) == expected
+    except FAILURES:
+        return False
 
 
 # -- instruct: one exact operation on a list of words -----------------------------------------------------------
@@ -246,3 +252,30 @@ def draw(domain: str, n: int, seed: int) -> list[Question]:
         raise ConfigError(f"n: {n} questions cannot be drawn; give at least 1")
     random = Random(f"{domain}-{seed}")
     return [DOMAINS[domain](random) for _ in range(n)]
+
+
+def task(domain: str, n: int, seed: int, expert: str | None = None) -> evaluate.Task:
+    """`draw(domain, n, seed)` as `meswitch.evaluate` asks it."""
+    questions = tuple(evaluate.Question(one.prompt, one.check) for one in draw(domain, n, seed))
+    return evaluate.Task(domain, questions, expert=expert, identity=seed)
+
+
+def accuracy(
+    model: Any, tokenizer: Any, domain: str, n: int = 1000, seed: int = 2, *, batch_size: int = 256
+) -> evaluate.Score:
+    """Ask the `n` questions of `draw(domain, n, seed)` and check the answers.
+
+    Raises:
+        ConfigError: no such domain, or one whose answers cannot be checked.
+    """
+    if domain not in CHECKABLE:
+        raise ConfigError(f"tasks: {domain!r} has no exact check; accuracy can be measured on {', '.join(CHECKABLE)}")
+    return evaluate.accuracy(model, tokenizer, task(domain, n, seed), MAX_NEW_TOKENS, batch_size)
+
+
+def own_answers(
+    model: Any, tokenizer: Any, domain: str, n: int, seed: int, *, batch_size: int = 256
+) -> list[evaluate.Text]:
+    """Prompts of a domain with the model's greedy answers, to measure fidelity on."""
+    prompts = [question.prompt for question in draw(domain, n, seed)]
+    return evaluate.own_answers(model, tokenizer, prompts, MAX_NEW_TOKENS, batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meswitch.evaluate import DOMAINS, draw
+from meswitch_lab.toy import DOMAINS, draw
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

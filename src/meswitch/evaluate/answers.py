@@ -11,17 +11,21 @@ from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 from meswitch.evaluate.fidelity import Text
 from meswitch.evaluate.gain import Interval, wilson
-from meswitch.evaluate.tasks import CHECKABLE, draw
+from meswitch.evaluate.questions import Messages, Task
 
-MAX_NEW_TOKENS = 56
+MAX_NEW_TOKENS = 256
+Prompt = str | Messages
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How a model did on `draw(domain, n, seed)`: `outcomes[i]` says whether question `i` was answered right."""
+    """How a model did on a task: `outcomes[i]` says whether question `i` was answered right.
 
-    domain: str
-    seed: int
+    `questions` identifies them (`Task.identity`): only answers to the same ones are compared.
+    """
+
+    task: str
+    questions: str | int
     outcomes: tuple[bool, ...] = field(repr=False)
 
     @property
@@ -42,12 +46,23 @@ class Score:
         return wilson(self.correct, self.total)
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a one-turn chat, ready for the answer; the plain text where there is no chat template."""
-    if not getattr(tokenizer, "chat_template", None):
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a chat, ready for the answer; where there is no chat template, of a question's plain text.
+
+    Raises:
+        ConfigError: a conversation, and no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+    if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    turn = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+    if len(prompt) == 1:
+        return list(tokenizer(prompt[0]["content"])["input_ids"])
+    raise ConfigError(
+        f"questions: a conversation of {len(prompt)} turns needs a chat template, which this tokenizer does not have; "
+        "write the rows as `prompt`"
+    )
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -59,7 +74,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 @torch.inference_mode()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 256
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 256
 ) -> list[list[int]]:
     """Greedy answers as token ids, in the order of `prompts`, without the token that ended them.
 
@@ -92,7 +107,7 @@ def generate(
 
 
 def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 256
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 256
 ) -> list[str]:
     """Greedy answers as text, in the order of `prompts`; special tokens are left out."""
     ids = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
@@ -102,15 +117,11 @@ def answer(
 def own_answers(
     model: Any,
     tokenizer: Any,
-    domain: str,
-    n: int,
-    seed: int,
-    *,
+    prompts: Sequence[Prompt],
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 256,
 ) -> list[Text]:
     """Held-out conversations to measure fidelity on: prompts with the model's greedy answers, compared on those."""
-    prompts = [question.prompt for question in draw(domain, n, seed)]
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
     starts = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     # The prompt's last token predicts the answer's first.
@@ -118,23 +129,19 @@ def own_answers(
 
 
 def accuracy(
-    model: Any,
-    tokenizer: Any,
-    domain: str,
-    n: int = 1000,
-    seed: int = 2,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 256,
+    model: Any, tokenizer: Any, task: Task, max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 256
 ) -> Score:
-    """Ask the `n` questions of `draw(domain, n, seed)` and check the answers.
+    """Ask a task's questions and check the answers.
 
     Raises:
-        ConfigError: no such domain, or one whose answers cannot be checked.
+        ConfigError: its answers cannot be checked.
     """
-    if domain not in CHECKABLE:
-        raise ConfigError(f"tasks: {domain!r} has no exact check; accuracy can be measured on {', '.join(CHECKABLE)}")
-    questions = draw(domain, n, seed)
-    texts = answer(model, tokenizer, [question.prompt for question in questions], max_new_tokens, batch_size)
-    pairs = zip(questions, texts, strict=True)
-    return Score(domain, seed, tuple(question.check is not None and question.check(text) for question, text in pairs))
+    if not task.is_checked:
+        raise ConfigError(f"task {task.name}: its answers cannot be checked: there is fidelity only")
+    texts = answer(model, tokenizer, [question.prompt for question in task.questions], max_new_tokens, batch_size)
+    pairs = zip(task.questions, texts, strict=True)
+    return Score(
+        task.name,
+        task.identity,
+        tuple(question.check is not None and question.check(text) for question, text in pairs),
+    )
