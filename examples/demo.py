@@ -25,13 +25,14 @@ from rich.table import Table
 
 from meswitch import Artifact
 from meswitch.cli.console import quiet
-from meswitch.evaluate.accuracy import answer
-from meswitch.evaluate.tasks import Question, draw
+from meswitch.evaluate import answer
 from meswitch.family import Family
 from meswitch.units import format_bytes
+from meswitch_lab.toy import Question, draw
 
 EXAMPLE = Path(__file__).parent / "family"
 QUESTIONS = {"math": 12, "code": 10, "instruct": 10, "sql": 8}
+MAX_TOKENS = 56  # of an answer
 SEED = 7  # the experts were trained on draws of seed 1
 COLUMNS = ("expert", "before", "after", "bits/weight", "full", "compressed", "base", "auto", "routed")
 MESWITCH = [sys.executable, "-m", "meswitch"]
@@ -78,7 +79,7 @@ async def ask_all(url: str, questions: list[Question], models: list[str]) -> tup
 
         async def ask(question: Question, model: str) -> Answer:
             reply = await client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": question.prompt}], max_tokens=56
+                model=model, messages=[{"role": "user", "content": question.prompt}], max_tokens=MAX_TOKENS
             )
             tokens = reply.usage.completion_tokens if reply.usage else 0
             return Answer(reply.choices[0].message.content or "", reply.model, tokens)
@@ -98,7 +99,7 @@ def full_answers(family: Family, questions: list[Question]) -> list[str]:
         source = family.resolve_model(section.source or "")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         prompts = [q.prompt for q in questions if q.domain == section.name]
-        texts |= zip(prompts, answer(model, AutoTokenizer.from_pretrained(source), prompts), strict=True)
+        texts |= zip(prompts, answer(model, AutoTokenizer.from_pretrained(source), prompts, MAX_TOKENS), strict=True)
     return [texts[q.prompt] for q in questions]
 
 

@@ -16,7 +16,7 @@ from meswitch.configuration import (
     config_differences,
     read_config,
 )
-from models import TINY
+from tests.support.models import TINY
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}

@@ -1,13 +1,13 @@
-"""Make the data files of this directory: `calibration/*.jsonl` and `routing.jsonl`.
+"""Make the data files of this directory: `calibration/*.jsonl`, `questions/*.jsonl` and `routing.jsonl`.
 
     python examples/family/make_data.py
 
-Everything is synthetic: the questions of `meswitch.evaluate.tasks`, the templates of `routing_templates.toml`, and
+Everything is synthetic: the questions of `meswitch_lab.toy`, the templates of `routing_templates.toml`, and
 for the calibration of sql what the sql expert itself answers. It is deterministic: a second run writes the same
 files (the answers of the sql expert can differ where float32 arithmetic does).
 
 Seeds: 1 trained the experts; 1001 (calibration), 1002 and 1003 (routing) are used here; 0 and 2 to 99 are left for
-evaluation.
+evaluation, 2 for `questions`.
 """
 
 import json
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meswitch.evaluate.accuracy import answer
-from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, draw
+from meswitch.evaluate import answer
+from meswitch_lab.toy import CHECKABLE, DOMAINS, draw
 
 HERE = Path(__file__).resolve().parent
-CALIBRATION_SEED, ROUTING_SEED, TEMPLATE_SEED = 1001, 1002, 1003
+QUESTIONS_SEED, CALIBRATION_SEED, ROUTING_SEED, TEMPLATE_SEED = 2, 1001, 1002, 1003
+QUESTION_ROWS = 500
 CALIBRATION_ROWS = 8192
 TASK_ROWS, TEMPLATE_ROWS, OTHER_ROWS = 125, 225, 200  # sql has no templates here, so it gets 350 from tasks
 
@@ -41,6 +42,12 @@ def calibration(domain: str) -> Iterator[dict[str, Any]]:
         replies = answer(model, AutoTokenizer.from_pretrained(HERE / domain), prompts)
     for prompt, reply in zip(prompts, replies, strict=True):
         yield {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
+
+
+def questions(domain: str) -> Iterator[dict[str, Any]]:
+    """What `meswitch eval` asks; without answers where there is no exact check."""
+    for question in draw(domain, QUESTION_ROWS, QUESTIONS_SEED):
+        yield {"prompt": question.prompt} | ({"answer": question.response} if question.response else {})
 
 
 def routing() -> Iterator[dict[str, str]]:
@@ -87,4 +94,5 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     for name in DOMAINS:
         write(HERE / "calibration" / f"{name}.jsonl", calibration(name))
+        write(HERE / "questions" / f"{name}.jsonl", questions(name))
     write(HERE / "routing.jsonl", routing())

@@ -26,20 +26,20 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 from calibration import write_calibration  # noqa: E402
 from checkpoints import convert_if_pickled  # noqa: E402
 
+from benchmarks.common.synthetic import write_family  # noqa: E402
 from meswitch.cli.plan import report  # noqa: E402
 from meswitch.compression.options import Options  # noqa: E402
 from meswitch.compression.plan import outline  # noqa: E402
 from meswitch.family import Family  # noqa: E402
 from meswitch.units import format_bytes  # noqa: E402
-from synthetic import write_family  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "family"  # its tokenizer and texts stand in where weights are random
-TASKS = "lm:gsm8k,lm:mmlu"
+TASKS = "gsm8k,mmlu"
 QUESTION = "Ann has 3 boxes with 12 pens each and gives 7 pens away. How many pens are left?"
 ANSWER_TOKENS = 8
 TOKENS = 32000  # of both bases

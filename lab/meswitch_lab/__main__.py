@@ -1,14 +1,16 @@
 """`python -m meswitch_lab`: `meswitch compress` with what only compares."""
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from meswitch.cli import Commands, console
-from meswitch.cli.compress import compress_one, table
-from meswitch.cli.options import takes
+from meswitch.cli.compress import Run, compress_one, table
+from meswitch.cli.options import option_groups, takes
 from meswitch.codec import codec_names, find_codec
 from meswitch.compression.options import check_given
 from meswitch.errors import ConfigError
@@ -23,8 +25,38 @@ app = typer.Typer(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """The parts of the default method's solver; None is as by default."""
+
+    salient_rule: Annotated[
+        Literal["error", "magnitude", "activation", "random"] | None,
+        typer.Option(help="How salient channels are chosen; `error` by default."),
+    ] = None
+    scales: Annotated[
+        Literal["mse", "absmax", "normal"] | None,
+        typer.Option(help="The search that starts scales; `mse` by default."),
+    ] = None
+    feedback: Annotated[
+        bool | None, typer.Option(help="Let later columns absorb the rounding errors of earlier ones, as by default.")
+    ] = None
+    refit: Annotated[bool | None, typer.Option(help="Solve for scales once the codes are chosen, as by default.")] = (
+        None
+    )
+    damping: Annotated[
+        float | None,
+        typer.Option(
+            metavar="D",
+            min=0,
+            help="What error feedback adds to the diagonal of the inputs' second moment, as a share of its mean; 0.01 "
+            "by default.",
+        ),
+    ] = None
+
+
 @app.command()
 @takes()
+@option_groups
 def compress(
     base: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint.")],
     expert: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="The full fine-tune of the base.")],
@@ -37,34 +69,8 @@ def compress(
         typer.Option("--parameter", "-p", metavar="NAME=NUMBER", help="Of the method only; repeatable."),
     ] = None,
     given: Mapping[str, Any] = {},
-    salient_rule: Annotated[
-        Literal["error", "magnitude", "activation", "random"] | None,
-        typer.Option(help="How salient channels are chosen; `error` by default."),
-    ] = None,
-    scales: Annotated[
-        Literal["mse", "absmax", "normal"] | None,
-        typer.Option(help="The search that starts scales; `mse` by default."),
-    ] = None,
-    feedback: Annotated[
-        bool | None, typer.Option(help="Let later columns absorb the rounding errors of earlier ones, as by default.")
-    ] = None,
-    refit: Annotated[
-        bool | None, typer.Option(help="Solve for scales once the codes are chosen, as by default.")
-    ] = None,
-    damping: Annotated[
-        float | None,
-        typer.Option(
-            metavar="D",
-            min=0,
-            help="What error feedback adds to the diagonal of the inputs' second moment, as a share of its mean; 0.01 "
-            "by default.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that exists.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on although the expert seems to be of another base.")
-    ] = False,
+    switches: Switches = Switches(),
+    run: Run = Run(),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compress a full fine-tune by any method, with any part of the solver left out.
@@ -74,15 +80,11 @@ def compress(
         python -m meswitch_lab compress --base B --expert E --out D --method svd -p rank=8
         python -m meswitch_lab compress --base B --expert E --out D --calibration T --no-feedback
     """
-    where = {"device": console.check_device(device), "overwrite": overwrite, "force": force}
-    switches = {
-        "salient_rule": salient_rule, "scales": scales, "feedback": feedback, "refit": refit, "damping": damping,
-    }  # fmt: skip
-    named = {name: value for name, value in switches.items() if value is not None}
+    named = {name: value for name, value in dataclasses.asdict(switches).items() if value is not None}
     check_given(dict(given) | named)
     chosen = options(method, **given, **named, parameters=dict(map(_number, parameter or ())))
     console.quiet()
-    row = compress_one(Path(expert).name, base, expert, out, chosen, where)
+    row = compress_one(Path(expert).name, base, expert, out, chosen, run.where())
     if as_json:
         console.print_json(row)
     else:

@@ -79,9 +79,11 @@ class ExpertSection(_Section):
     """`[[expert]]`: one fine-tune."""
 
     name: str = Field(pattern=NAME)
-    delta: str  # the artifact: a directory, relative to the file
+    delta: str  # the artifact: a directory, relative to the file, or hf://org/name
     source: str | None = None  # the full fine-tune: a directory or hub id; needed only to compress
     calibration: str | None = None  # text for calibration; needed only to compress
+    questions: str | None = None  # a file of questions that `meswitch eval` asks it, relative to the file
+    checker: str | None = None  # when a reply to them is right, as `meswitch eval --checker`
     description: str = ""  # what it is good at: the router's label and the models page
     examples: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # queries for it, for the router; five do much
 
@@ -200,7 +202,11 @@ class Family(_Section):
         raise UnknownExpertError(f"no expert {name!r}; this family has {', '.join(self.names) or 'none'}")
 
     def resolve(self, path: str) -> Path:
-        """A path of the file, relative to it."""
+        """A path of the file, relative to it; an artifact of the hub (`hf://org/name`), fetched."""
+        if path.startswith("hf://"):
+            from meswitch.artifact.remote import local_artifact
+
+            return local_artifact(path)
         return (self.directory / path).resolve()
 
     def resolve_model(self, source: str) -> str:
@@ -216,7 +222,7 @@ def _explain(file: Path, item: Any) -> str:
     field = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        message = "no such field; see docs/family.md for the fields there are"
+        message = "no such field; see docs/use/family.md for the fields there are"
     elif item["type"] == "missing":
         message = "this field is required"
     elif "input" in item and item["loc"]:

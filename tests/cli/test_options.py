@@ -1,11 +1,18 @@
 """An option is stated once: command line, family.toml, Python and the manifest have the same ones."""
 
+import ast
+import dataclasses
 import inspect
+from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import meswitch
+from meswitch.cli.options import option_groups
 from meswitch.codec import Spec
 from meswitch.compression.options import SETTINGS, Options, Solver
 from meswitch.errors import ConfigError
@@ -94,3 +101,39 @@ def test_what_is_written_beside_exact_bits_is_refused_even_at_its_default(cli, f
     (tmp_path / "family.toml").write_text('[base]\npath = "b"\n[compress]\nbits = "exact"\nsalient = 2\n')
     with pytest.raises(ConfigError, match="salient: bits: exact: nothing is rounded"):
         Family.load(tmp_path)
+
+
+# -- options that come from a dataclass -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """A group of options."""
+
+    width: Annotated[int, typer.Option(min=1, help="Of it.")]
+    depth: Annotated[int, typer.Option(help="Of it.")] = 2
+
+
+def test_a_command_takes_its_options_from_dataclasses():
+    got = []
+    app = typer.Typer()
+
+    @app.command()
+    @option_groups
+    def build(name: Annotated[str, typer.Argument()], shape: Shape, loud: bool = False) -> None:
+        got.append((name, shape, loud))
+
+    run = CliRunner().invoke
+    assert run(app, ["box", "--width", "3", "--loud"]).exit_code == 0
+    assert got == [("box", Shape(3, 2), True)]
+    assert "Missing option '--width'" in run(app, ["box"]).stderr
+    assert run(app, ["box", "--width", "0"]).exit_code == 2
+
+
+def test_no_command_is_a_function_of_ten_parameters_and_more():
+    import meswitch.cli
+
+    for file in Path(meswitch.cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert len(node.args.args) + len(node.args.kwonlyargs) < 10, f"{file.name}: {node.name}"

@@ -38,6 +38,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_the_kernel_rounds_as_the_loop_does():
     environment = dict(os.environ)
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from meswitch.compression import diff as module
 from meswitch.compression.diff import WeightChange, diff, measure
 from meswitch.configuration import TRAINING, UNREAD
-from models import make_pair
+from tests.support.models import make_pair
 
 
 def edit(file, **fields):

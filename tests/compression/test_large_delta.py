@@ -11,7 +11,7 @@ from meswitch.compression.compatibility import LargeDeltas, check_same_base, mat
 from meswitch.compression.merge import load_merged
 from meswitch.errors import IncompatibleError
 from meswitch.tensorfile import TensorInfo
-from models import make_pair
+from tests.support.models import make_pair
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 

@@ -9,7 +9,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged, restored_tensor
 from meswitch.engine.merged import _RESTS, MergedWeights
 from meswitch.slots import ExpertStore
-from models import continued
+from tests.support.models import continued
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 

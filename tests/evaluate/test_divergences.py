@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from meswitch.errors import ConfigError
-from meswitch.evaluate import Text, divergences, draw, fidelity, own_answers, total
+from meswitch.evaluate import Text, divergences, fidelity, total
+from meswitch_lab.toy import draw, own_answers
 
 Loaded = tuple[Any, Any]
 

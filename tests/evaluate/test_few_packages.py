@@ -8,7 +8,7 @@ import sys
 for name in ("rich", "typer", "pydantic", "fastapi", "uvicorn"):
     sys.modules[name] = None
 import meswitch.compression, meswitch.evaluate
-print(meswitch.evaluate.Report((), 1, 2).to_markdown().partition(" |")[0])
+print(meswitch.evaluate.Report(()).to_markdown().partition(" |")[0])
 """
 
 

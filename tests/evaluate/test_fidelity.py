@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.evaluate import Text, draw, fidelity
+from meswitch.evaluate import Text, fidelity
+from meswitch_lab.toy import draw
 
 Loaded = tuple[Any, Any]
 

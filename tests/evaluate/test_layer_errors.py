@@ -7,7 +7,8 @@ import torch
 
 from meswitch.compression.merge import load_merged
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.evaluate import Text, layer_errors, own_answers
+from meswitch.evaluate import Text, layer_errors
+from meswitch_lab.toy import own_answers
 
 Loaded = tuple[Any, Any]
 

@@ -18,13 +18,13 @@ from meswitch.cli import app
 from meswitch.compression.merge import load_merged
 from meswitch.compression.pipeline import compress
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.evaluate import Harness, HarnessSettings, Report, Settings, accuracy, draw, evaluate_family
+from meswitch.evaluate import Harness, HarnessSettings, Report, Settings, evaluate_family
+from meswitch_lab.toy import accuracy, draw, task
 
 pytest.importorskip("lm_eval", reason="pip install 'meswitch[lm-eval]'")
 
 N, SEED = 24, 6
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-FEW = Settings(n=N, fidelity_n=4)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,10 +80,10 @@ def test_lm_eval_finds_the_same_answers_right_as_our_own_check(
     model: str, own_task: Path, request: pytest.FixtureRequest
 ) -> None:
     loaded = request.getfixturevalue(model)
-    harness = Harness(["lm:my_math"], HarnessSettings(chat_template=True, include=own_task))
+    harness = Harness(["my_math"], HarnessSettings(chat_template=True, include=own_task))
     (measure,) = harness.run(*loaded, batch_size=16)
     ours = accuracy(*loaded, "math", N, SEED)
-    assert (measure.task, measure.metric) == ("lm:my_math", "exact_match,strict-match")
+    assert (measure.task, measure.metric) == ("my_math", "exact_match,strict-match")
     assert measure.outcomes == ours.outcomes
     assert measure.value == pytest.approx(ours.accuracy)
     assert measure.value > 0.8
@@ -151,8 +151,8 @@ def test_the_command_line_of_lm_eval_takes_the_model_type_and_the_shipped_task(
 def report(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     delta = tmp_path_factory.mktemp("deltas") / "instruct"
     compress(family / "base", family / "instruct", delta)
-    few = Settings(n=N, fidelity_n=4, harness=HarnessSettings(chat_template=True, include=family / "lm_eval"))
-    tasks = ["instruct", "lm:family_last_word"]
+    few = Settings(limit=N, fidelity_n=4, harness=HarnessSettings(chat_template=True, include=family / "lm_eval"))
+    tasks = [task("instruct", N, 2), "family_last_word"]
     return evaluate_family(
         family / "base", {"instruct": family / "instruct"}, {"instruct": delta}, tasks=tasks, settings=few
     )
@@ -163,14 +163,14 @@ def test_base_expert_and_delta_are_asked_lm_evals_task_beside_our_own(report: Re
         ("instruct", "base", "accuracy"),
         ("instruct", "expert", "accuracy"),
         ("instruct", "delta", "accuracy"),
-        ("lm:family_last_word", "base", "acc"),
-        ("lm:family_last_word", "expert", "acc"),
-        ("lm:family_last_word", "delta", "acc"),
+        ("family_last_word", "base", "acc"),
+        ("family_last_word", "expert", "acc"),
+        ("family_last_word", "delta", "acc"),
     ]
 
 
 def test_a_multiple_choice_task_has_its_gain_retained_and_its_paired_test(report: Report) -> None:
-    base, row = report.get("base", "lm:family_last_word"), report.get("instruct", "lm:family_last_word", "delta", "acc")
+    base, row = report.get("base", "family_last_word"), report.get("instruct", "family_last_word", "delta", "acc")
     assert base.value is not None
     assert base.value < 0.5
     assert row.value is not None
@@ -182,28 +182,28 @@ def test_a_multiple_choice_task_has_its_gain_retained_and_its_paired_test(report
     assert row.comparison is not None
     assert row.fidelity is None
     with pytest.raises(KeyError, match="with 'acc_norm'"):
-        report.get("instruct", "lm:family_last_word", metric="acc_norm")
+        report.get("instruct", "family_last_word", metric="acc_norm")
 
 
 def test_json_names_metric_value_and_error_of_every_row(report: Report) -> None:
     rows = json.loads(report.to_json())["rows"]
     assert all({"task", "model", "metric", "value", "stderr"} <= row.keys() for row in rows)
-    assert [row["score"]["seed"] for row in rows] == [2, 2, 2, None, None, None]
+    assert [row["score"]["questions"] for row in rows] == [2, 2, 2, "lm-eval", "lm-eval", "lm-eval"]
 
 
 def test_the_terminal_table_breaks_long_names_and_cuts_nothing(report: Report) -> None:
     out = StringIO()
     Console(file=out, width=80).print(report.to_table())
     assert "…" not in out.getvalue()
-    assert "lm: tasks are lm-eval's" in " ".join(out.getvalue().split())
+    assert "lm-eval's tasks have no KL" in " ".join(out.getvalue().split())
 
 
 def test_the_command_asks_lm_evals_tasks(family: Path) -> None:
-    options = ["--tasks", "lm:family_last_word", "--lm-include", str(family / "lm_eval"), "-n", "4", "--json"]
+    options = ["--tasks", "family_last_word", "--include-path", str(family / "lm_eval"), "-n", "4", "--json"]
     result = CliRunner().invoke(app, ["eval", "--base", str(family / "base"), *options])
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)["rows"]
-    assert (row["task"], row["model"], row["metric"]) == ("lm:family_last_word", "base", "acc")
+    assert (row["task"], row["model"], row["metric"]) == ("family_last_word", "base", "acc")
 
 
 def test_tasks_that_cannot_be_asked_are_named_before_a_model_is_loaded(family: Path, tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_tasks_that_cannot_be_asked_are_named_before_a_model_is_loaded(family: P
     (tmp_path / "unsafe.yaml").write_text(text.replace("task: family_math", "task: unsafe\nunsafe_code: true"))
     (tmp_path / "questions.py").write_text((family / "lm_eval" / "questions.py").read_text())
     settings = HarnessSettings(include=tmp_path)
-    with pytest.raises(ConfigError, match="lm:lost: lm-eval cannot load it"):
-        Harness(["lm:lost"], settings)
-    with pytest.raises(ConfigError, match=r"lm:unsafe runs code.*--confirm_run_unsafe_code"):
-        Harness(["lm:unsafe"], settings)
+    with pytest.raises(ConfigError, match="lost: lm-eval cannot load it"):
+        Harness(["lost"], settings)
+    with pytest.raises(ConfigError, match=r"unsafe runs code.*--confirm_run_unsafe_code"):
+        Harness(["unsafe"], settings)
     with pytest.raises(ConfigError, match="no such directory"):
-        Harness(["lm:lost"], HarnessSettings(include=tmp_path / "nowhere"))
+        Harness(["lost"], HarnessSettings(include=tmp_path / "nowhere"))

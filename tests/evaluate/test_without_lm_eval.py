@@ -17,7 +17,7 @@ MISSING = r"pip install 'meswitch\[lm-eval\]'"
 def test_the_extra_to_install_is_named(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=MISSING):
-        evaluate_family(family / "base", {}, tasks=["lm:arc_easy"])
+        evaluate_family(family / "base", {}, tasks=["arc_easy"])
 
 
 def test_the_command_names_the_extra_in_one_line() -> None:
@@ -27,6 +27,6 @@ def test_the_command_names_the_extra_in_one_line() -> None:
 
 
 def test_options_about_lm_evals_tasks_want_one() -> None:
-    result = CliRunner().invoke(app, ["eval", "--base", "b", "--tasks", "math", "--lm-fewshot", "0"])
+    result = CliRunner().invoke(app, ["eval", "--base", "b", "--num-fewshot", "0"])
     assert result.exit_code == 1
-    assert "name one, lm:TASK" in result.stderr
+    assert "name --tasks" in result.stderr

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.router.choice import NONE_OF_THESE, WIDTHS, ChoiceModel, ChoicePrompt
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 OPTIONS = ["Arithmetic word problems", "Programming", "Questions about a database", NONE_OF_THESE]
 TEXTS = ["What is 17 + 25?", "", "word " * 60, "sort " * 25, "What is 18 + 25?", "word " * 300]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from meswitch.router import Router
 from meswitch.server import create_app
 from meswitch.server.auto import ENTRY_BYTES, AutoPolicy, RouteCache, key_of, routing_request
+from tests.support.http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "meswitch.json"
 

@@ -14,7 +14,6 @@ from typing import Literal
 import httpx
 import openai
 import pytest
-from http_server import serving, user
 from pydantic import BaseModel
 
 import meswitch
@@ -23,6 +22,7 @@ from meswitch.engine.grammar import is_available
 from meswitch.launch import encoder_opener
 from meswitch.server import OnDemandModels, create_app
 from meswitch.server.keys import ApiKey, Keys
+from tests.support.http_server import serving, user
 
 TEMPLATE = """{{ bos_token }}{% if tools %}<|user|>You may call
 {% for tool in tools %}{{ tool.function | tojson }}

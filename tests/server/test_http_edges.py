@@ -6,11 +6,11 @@ import zlib
 
 import httpx
 import pytest
-from http_server import serving, user
 
 from meswitch.server import Web, create_app
 from meswitch.server.keys import ApiKey, Keys
 from meswitch.server.middleware import MAX_BODY
+from tests.support.http_server import serving, user
 
 ORIGIN = "https://chat.example"
 PREFLIGHT = {

@@ -4,13 +4,13 @@ import re
 
 import httpx
 import pytest
-from chromium import PROGRAM, Page
-from http_server import QUESTIONS, ask_with, serving, user
 
 from meswitch import Family
 from meswitch.launch import experts_from_family, policy_from_family
 from meswitch.server import Web, create_app
 from meswitch.server.keys import ApiKey, Keys
+from tests.support.chromium import PROGRAM, Page
+from tests.support.http_server import QUESTIONS, ask_with, serving, user
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium")
 ANSWERS = "document.querySelectorAll('.answer').length"

@@ -15,11 +15,11 @@ import time
 
 import httpx
 import pytest
-from http_server import ask_with, serving, user, wait_until
 
 from meswitch.server import create_app
 from meswitch.server import process as server_process
 from meswitch.server.process import Listening, Server
+from tests.support.http_server import ask_with, serving, user, wait_until
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
 LONG = {"model": "base", "prompt": "The sea", "max_tokens": 1800, "temperature": 1.0, "seed": 1, "stream": True}
@@ -53,6 +53,7 @@ def streamed(url, lines):
         lines.extend(response.iter_lines())
 
 
+@pytest.mark.slow
 def test_an_idle_crowd_shuts_nobody_out_and_two_signals_end_all_in_order(process):
     server, url = process
     host, port = url.removeprefix("http://").split(":")
@@ -85,6 +86,7 @@ def test_an_idle_crowd_shuts_nobody_out_and_two_signals_end_all_in_order(process
         one.close()
 
 
+@pytest.mark.slow
 def test_a_hang_up_reads_the_family_again_and_answers_get_their_time_at_the_end(process, tmp_path):
     server, url = process
     file = tmp_path / "family.toml"

@@ -1,8 +1,8 @@
-"""The questions of `family_math` and `family_last_word`: those that `meswitch eval` asks, as data sets of lm-eval."""
+"""The questions of `family_math` and `family_last_word`: those of `meswitch_lab.toy`, as data sets of lm-eval."""
 
 from datasets import Dataset, DatasetDict
 
-from meswitch.evaluate import draw
+from meswitch_lab.toy import draw
 
 
 def math(n: int = 1000, seed: int = 2, **others: object) -> DatasetDict:

@@ -1,4 +1,4 @@
-"""The on-disk format: manifest, fingerprint, reading, writing, byte accounting. See docs/format.md."""
+"""The on-disk format: manifest, fingerprint, reading, writing, byte accounting. See docs/concepts/format.md."""
 
 from meswitch.artifact.accounting import Accounting, account
 from meswitch.artifact.fingerprint import fingerprint

@@ -19,8 +19,8 @@ from meswitch.tensorfile import DTYPES
 
 FORMAT = "meswitch-delta"
 # 2: packed tensors may leave out rows (`row_index`). 3: low-rank pairs (`lowrank`), stacks of matrices and transposed
-# ones are packed. A new kind alone needs no new number: who does not know it refuses it by name (`exact`)
-VERSION = 3
+# ones are packed. 4: `recipe`. A new kind alone needs no new number: who does not know it refuses it by name (`exact`)
+VERSION = 4
 MANIFEST_NAME = "meswitch.json"
 KINDS = ("packed", "coded", "lowrank", "exact", "dense", "same")
 _OWN_FIELDS = {
@@ -192,6 +192,16 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """What was asked for: options that are not at their defaults, by name, as the command line takes them; base and
+    expert as hub ids, None for directories. See `compression.recipe`."""
+
+    options: dict[str, str]
+    base: str | None = None
+    expert: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """Who made it, with what, when (UTC, ISO 8601)."""
 
@@ -223,6 +233,7 @@ class Manifest:
     companions: dict[str, str]
     provenance: Provenance
     quality: tuple[Quality, ...] = ()
+    recipe: Recipe | None = None  # since version 4
     format: str = FORMAT
     version: int = field(default=VERSION)
 
@@ -280,6 +291,11 @@ class Manifest:
             if entry.kind == "exact" and DTYPES.get(entry.dtype or "") not in EXACT_DTYPES:
                 raise ArtifactError(f"{file}: tensors.{name}.dtype: {entry.dtype!r} is none of F16, BF16, F32")
         return manifest
+
+
+def labels(base: str, expert: str, method: str) -> dict[str, str]:
+    """What viewers of safetensors files show of an artifact."""
+    return {"base": base, "expert": expert, "codec": method}
 
 
 def stored_name(tensor: str, suffix: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from meswitch.architecture import STACKS
 from meswitch.artifact.fingerprint import fingerprint, sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, stored_name
+from meswitch.artifact.remote import local_artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
     Change,
@@ -53,10 +54,13 @@ class Artifact:
     def open(cls, directory: str | Path) -> "Artifact":
         """Open and check everything that costs no reading of tensors.
 
+        Args:
+            directory: or `hf://org/name`, an artifact of the hub, which is kept in the Hugging Face cache.
+
         Raises:
             ArtifactError: incomplete, damaged, foreign or newer.
         """
-        directory = Path(directory)
+        directory = local_artifact(directory)
         recover_directory(directory)
         file = directory / MANIFEST_NAME
         if directory.name.endswith(".partial"):

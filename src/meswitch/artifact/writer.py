@@ -21,7 +21,18 @@ from types import TracebackType
 from torch import Tensor
 
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Method, Stored, decoder, stored_name
+from meswitch.artifact.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    VERSION,
+    Entry,
+    Manifest,
+    Method,
+    Stored,
+    decoder,
+    labels,
+    stored_name,
+)
 from meswitch.artifact.reader import Artifact
 from meswitch.codec import CodedDelta, Delta
 from meswitch.durable import fsync_path, recover_directory, replace_directory, write_text
@@ -41,15 +52,19 @@ class ArtifactWriter:
         plan: a digest of everything that decides the bytes; what an interrupted run with another plan has written is
             thrown away.
         overwrite: replace an artifact that exists.
+        labels: what viewers of safetensors show of its files, such as the base's name; no reader needs it.
 
     Raises:
         ArtifactError: `out` exists and is not to be replaced, or is not an artifact.
     """
 
-    def __init__(self, out: str | Path, plan: str, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, out: str | Path, plan: str, *, overwrite: bool = False, labels: Mapping[str, str] | None = None
+    ) -> None:
         self.out = Path(out)
         self.partial = partial_directory(self.out)
         self._plan = plan
+        self._labels = {"library": "meswitch", "artifact": f"{FORMAT} {VERSION}", **(labels or {})}
         self._shards: list[str] = []
         self.entries: dict[str, Entry] = {}  # of all tensors that were added
         self._pending: dict[str, dict[str, Tensor]] = {}  # of the shard to come: tensor -> suffix -> what is stored
@@ -149,7 +164,7 @@ class ArtifactWriter:
             self.entries[name] = dataclasses.replace(entry, stored=parts)
         with self._explained():
             if tensors := _by_stored_name(self._pending):
-                write_tensors(self.result / file, tensors)
+                write_tensors(self.result / file, tensors, self._labels)
                 self._shards.append(file)
             self._pending, self._unkept, self._pending_bytes, self._unkept_bytes = {}, [], 0, 0
             state = {
@@ -236,7 +251,8 @@ def rewrite(
         ArtifactError: `out` exists, or cannot be written.
     """
     plan = f"{artifact.manifest.to_json()}{dataclasses.asdict(method)}"
-    writer = ArtifactWriter(out, hashlib.sha256(plan.encode()).hexdigest(), overwrite=overwrite)
+    known = labels(artifact.manifest.base.name, artifact.manifest.expert.name, method.name)
+    writer = ArtifactWriter(out, hashlib.sha256(plan.encode()).hexdigest(), overwrite=overwrite, labels=known)
     for name, entry in artifact.manifest.tensors.items():
         if name in writer.entries:
             continue

@@ -14,8 +14,10 @@ from meswitch.cli import (
     console,
     deploy,
     diff,
+    doctor,
     extract_lora,
     generate,
+    hub,
     inspect,
     key,
     merge,
@@ -71,6 +73,8 @@ _MAKE: tuple[Callable[..., None], ...] = (
     diff.diff,
     extract_lora.extract_lora,
     plan.plan,
+    hub.push,
+    hub.pull,
 )
 _ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route, key.key, top.top)
 for _command in _MAKE:
@@ -78,6 +82,7 @@ for _command in _MAKE:
 app.command("eval", rich_help_panel="Make and measure experts")(evaluate)
 for _command in _ASK:
     app.command(rich_help_panel="Ask them")(_command)
+app.command(rich_help_panel="Here")(doctor.doctor)
 app.add_typer(router.app, name="router", rich_help_panel="Ask them")
 app.add_typer(deploy.app, name="deploy", rich_help_panel="Ask them")
 

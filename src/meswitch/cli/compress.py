@@ -3,25 +3,51 @@
 import dataclasses
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.options import flag, takes
+from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, check_none_given, given_options
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.units import format_bytes
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
+    from meswitch.compression.recipe import Again
     from meswitch.family import ExpertSection
 
 _BESIDE_A_FAMILY = ("calibration", "calibration_tokens")
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a compression runs."""
+
+    device: Annotated[
+        str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs. One tensor at a time is there.")
+    ] = "cpu"
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artifact that exists. Other directories are never touched.")
+    ] = False
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Go on although the expert is of another base: every matrix moved by more than 1.2 of its norm.",
+        ),
+    ] = False
+
+    def where(self) -> dict[str, Any]:
+        """As `compress_one` takes it. Raises: ConfigError: no such device."""
+        return {"device": console.check_device(self.device), "overwrite": self.overwrite, "force": self.force}
+
+
 @takes()
+@option_groups
 def compress(
     base: Annotated[
         str | None, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint, as a directory or a hub id.")
@@ -48,20 +74,16 @@ def compress(
             "Experts that are compressed already are kept.",
         ),
     ] = None,
-    given: Mapping[str, Any] = {},
-    device: Annotated[
-        str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs. One tensor at a time is there.")
-    ] = "cpu",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an artifact that exists. Other directories are never touched.")
-    ] = False,
-    force: Annotated[
-        bool,
+    recipe: Annotated[
+        Path | None,
         typer.Option(
-            "--force",
-            help="Go on although the expert is of another base: every matrix moved by more than 1.2 of its norm.",
+            metavar="ARTIFACT|FILE",
+            help="With all options of an artifact's compression, which its manifest has; or those of a TOML file, by "
+            "name. Options given beside it count instead. --base and --expert may be left out where they were hub ids.",
         ),
-    ] = False,
+    ] = None,
+    given: Mapping[str, Any] = {},
+    run: Run = Run(),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compress a full fine-tune into its difference from the base.
@@ -76,14 +98,22 @@ def compress(
         meswitch compress --base B --expert B-math --out deltas/math \\
             --target-bpw 2.3 --calibration math.jsonl
         meswitch compress --base B --expert B-rl --out deltas/rl --bits exact
+        meswitch compress --base B --expert B-math-2 --out deltas/math-2 --recipe deltas/math
         meswitch compress --family family.toml
     """
-    where = {"device": console.check_device(device), "overwrite": overwrite, "force": force}
+    where = run.where()
     if family is not None:
-        _check_beside_a_family(family, {"base": base, "out": out} | dict(given))
+        _check_beside_a_family(family, {"base": base, "out": out, "recipe": recipe} | dict(given))
         console.quiet()
         rows = _compress_family(family, expert or [], given, where)
     else:
+        if recipe is not None:
+            again = _again(recipe, given)
+            base, expert, given = (
+                base or again.base,
+                expert or ([again.expert] if again.expert else None),
+                again.options,
+            )
         if base is None or out is None or not expert:
             raise ConfigError("--base, --expert and --out are needed, or --family; see `meswitch compress --help`")
         if len(expert) > 1:
@@ -100,6 +130,29 @@ def compress(
         console.show(table(rows))
 
 
+def _again(source: Path, given: Mapping[str, Any]) -> "Again":
+    """A recipe with what is given beside it.
+
+    Raises:
+        ConfigError: its calibration text is not here.
+    """
+    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.compression.recipe import read_recipe
+    from meswitch.compression.text import TextSource
+
+    recipe = read_recipe(source)
+    options = recipe.options | dict(given)
+    if isinstance(options.get("calibration"), str):
+        text = TextSource.parse(options["calibration"])
+        for file in filter(None, (text.text, text.questions)):
+            if not file.is_file():
+                raise ConfigError(f"{recipe.source}: recipe: calibration: {file} is not here; give --calibration FILE")
+        same = text.text is None or recipe.calibration_sha256 in (None, sha256_file(text.text))
+        if not same:
+            console.note(f"{text.text}: is not the text that {recipe.source} was calibrated on (another SHA-256)")
+    return dataclasses.replace(recipe, options=options)
+
+
 def _check_beside_a_family(file: Path, given: Mapping[str, Any]) -> None:
     """Refuse what a family.toml says itself."""
     for name, value in given.items():
@@ -114,6 +167,7 @@ def _compress_family(
 ) -> list[dict[str, Any]]:
     """given: calibration, for all experts (None is none), and its tokens; what is missing is as the file says."""
     from meswitch.adapter import METHOD, is_adapter, open_expert
+    from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
     from meswitch.compression.text import TextSource
     from meswitch.family import Family
@@ -124,6 +178,10 @@ def _compress_family(
     untrained = {} if said.get("bits") == "exact" else {"distill": 0, "distill_scope": None}
     rows = []
     for section in experts:
+        if section.delta.startswith("hf://"):
+            console.note(f"{section.name}: {section.delta} is on the hub: there is nothing to compress")
+            rows.append(_row(section.name, Artifact.open(section.delta), None, []))
+            continue
         out = family.resolve(section.delta)
         if is_adapter(out):
             console.note(f"{section.name}: {out} is a PEFT adapter and served as it is: there is nothing to compress")

@@ -2,15 +2,20 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meswitch.cli import console, router_kinds
+from meswitch.cli.options import option_groups
 from meswitch.cli.route import FamilyOption, ModelOption
 from meswitch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from meswitch.router import Row
 
 
 class Kind(StrEnum):
@@ -56,23 +61,31 @@ OutOption = Annotated[
 _EMBEDDING, _LLM, _PAIR = "Embedding router", "LLM router", "Cascade and rules"
 
 
-def train(
-    family: FamilyOption,
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained, on what."""
+
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default="none; only rules need none", help=_ROWS)
-    ] = None,
-    kind: Annotated[Kind, typer.Option(help="What decides: see below.")] = Kind.embedding,
-    out: OutOption = None,
+    ] = None
+    kind: Annotated[Kind, typer.Option(help="What decides: see below.")] = Kind.embedding
+    out: OutOption = None
     eval_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Rows that the router will be measured on; they must not be trained on."),
-    ] = None,
+    ] = None
     leaks: Annotated[
         Leaks,
         typer.Option(help="Training rows that equal, or nearly equal, one of --eval-data: leave out, fail, keep."),
-    ] = Leaks.drop,
-    seed: Annotated[int, typer.Option(help="Decides which rows are held out, and in which order they come.")] = 0,
-    device: DeviceOption = "cpu",
+    ] = Leaks.drop
+    seed: Annotated[int, typer.Option(help="Decides which rows are held out, and in which order they come.")] = 0
+    device: DeviceOption = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOptions:
+    """Of an embedding router."""
+
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -82,46 +95,52 @@ def train(
             help="Whose hidden states to read: a directory or hub id of a sentence encoder, a causal LM, or static "
             "embeddings (one safetensors matrix and tokenizer.json).",
         ),
-    ] = None,
+    ] = None
     bits: Annotated[
         int,
         typer.Option(
             rich_help_panel=_EMBEDDING, help="8 keeps a sentence encoder's linear layers as int8, on the CPU."
         ),
-    ] = 32,
+    ] = 32
     target_precision: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=_EMBEDDING,
             help="Choose the threshold so that this share of what is answered is right, on held-out rows.",
         ),
-    ] = None,
+    ] = None
     target_coverage: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=_EMBEDDING,
             help="Choose the threshold so that this share of the experts' rows is answered.",
         ),
-    ] = None,
-    model: ModelOption = None,
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class LlmOptions:
+    """Of an LLM router."""
+
+    model: ModelOption = None
     weights: Annotated[
         Weights,
         typer.Option(
             rich_help_panel=_LLM,
             help="Train adapters (needs `meswitch[lora]`), all weights, or none: then only the threshold is fitted.",
         ),
-    ] = Weights.lora,
-    steps: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Of training.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Queries a step.")] = 16,
+    ] = Weights.lora
+    steps: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Of training.")] = 300
+    batch: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Queries a step.")] = 16
     learning_rate: Annotated[
         float | None,
         typer.Option(min=0.0, rich_help_panel=_LLM, show_default="1e-3 for lora, 5e-5 for full", help="At its peak."),
-    ] = None,
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Of the adapters.")] = 16,
+    ] = None
+    rank: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Of the adapters.")] = 16
     top: Annotated[
         float,
         typer.Option(min=0.05, max=1.0, rich_help_panel=_LLM, help="Share of the blocks with adapters, from the last."),
-    ] = 0.5,
+    ] = 0.5
     settle: Annotated[
         float,
         typer.Option(
@@ -130,13 +149,13 @@ def train(
             help="Share of the steps in which the options pass from the family's order to random ones. 1000 keeps one "
             "order: the least training, but position then carries the answer, and no expert can be added.",
         ),
-    ] = 0.25,
+    ] = 0.25
     max_tokens: Annotated[
         int, typer.Option(min=8, rich_help_panel=_LLM, help="Of a query; of a longer one its beginning and end.")
-    ] = 192,
+    ] = 192
     permutations: Annotated[
         int, typer.Option(min=1, rich_help_panel=_LLM, help="Orders of the options that an answer is averaged over.")
-    ] = 1,
+    ] = 1
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -145,25 +164,40 @@ def train(
             show_default="beside --out",
             help="The state of an unfinished training; the same command goes on from there.",
         ),
-    ] = None,
-    save_every: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Steps between checkpoints.")] = 50,
+    ] = None
+    save_every: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Steps between checkpoints.")] = 50
+
+
+@dataclass(frozen=True, slots=True)
+class PairOptions:
+    """Of a cascade and of rules."""
+
     first: Annotated[
         Path | None,
         typer.Option(metavar="DIR", rich_help_panel=_PAIR, help="A trained router: asked first, or behind the rules."),
-    ] = None,
+    ] = None
     second: Annotated[
         Path | None, typer.Option(metavar="DIR", rich_help_panel=_PAIR, help="A trained router: asked when unsure.")
-    ] = None,
+    ] = None
     asked: Annotated[
         float,
         typer.Option(
             min=0.0, max=1.0, rich_help_panel=_PAIR, help="Share of queries for the second router; 1 asks both always."
         ),
-    ] = 0.2,
+    ] = 0.2
     rules: Annotated[
         Path | None,
         typer.Option(metavar="FILE", rich_help_panel=_PAIR, help="TOML: [[rule]] tables of choose, field and pattern."),
-    ] = None,
+    ] = None
+
+
+@option_groups
+def train(
+    family: FamilyOption,
+    training: Training,
+    embedding: EmbeddingOptions,
+    llm: LlmOptions,
+    pair: PairOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Train the family's router on labelled queries.
@@ -188,40 +222,46 @@ def train(
     from meswitch.router import LlmSettings, read_rows
     from meswitch.router.data import drop_duplicates
 
-    config = Family.load(family)
-    if data is None and kind is not Kind.rules:
+    config, kind = Family.load(family), training.kind
+    if training.data is None and kind is not Kind.rules:
         raise ConfigError(f"--data: a router of kind {kind} is trained on rows; give a file of them")
-    rows = read_rows(data, config.names) if data else []  # before a model is loaded: a typing error shows at once
-    rows, leaked = router_kinds.without_leaks(rows, eval_data, leaks, lambda path: read_rows(path, config.names))
+
+    def read(file: Path) -> list["Row"]:
+        return read_rows(file, config.names)
+
+    rows = read(training.data) if training.data else []  # before a model is loaded: a typing error shows at once
+    rows, leaked = router_kinds.without_leaks(rows, training.eval_data, training.leaks, read)
     duplicates = 0
     if kind is Kind.llm:
         rows, duplicates = drop_duplicates(rows)
-    target = out or config.resolve(config.router.path)
-    state = checkpoint or target.with_name(target.name + ".training")
-    job = router_kinds.Job(config, target, data, rows, seed, console.check_device(device))
+    target = training.out or config.resolve(config.router.path)
+    state = llm.checkpoint or target.with_name(target.name + ".training")
+    device = console.check_device(training.device)
+    job = router_kinds.Job(config, target, training.data, rows, training.seed, device)
     start = time.perf_counter()
     if kind is Kind.llm:
         settings = LlmSettings(
-            weights=weights,
-            steps=steps,
-            batch=batch,
-            question=min(4, batch),
-            learning_rate=learning_rate or (1e-3 if weights == "lora" else 5e-5),
-            rank=rank,
-            alpha=2 * rank,
-            top=top,
-            settle=settle,
-            max_tokens=max_tokens,
-            permutations=permutations,
-            seed=seed,
+            weights=llm.weights,
+            steps=llm.steps,
+            batch=llm.batch,
+            question=min(4, llm.batch),
+            learning_rate=llm.learning_rate or (1e-3 if llm.weights == "lora" else 5e-5),
+            rank=llm.rank,
+            alpha=2 * llm.rank,
+            top=llm.top,
+            settle=llm.settle,
+            max_tokens=llm.max_tokens,
+            permutations=llm.permutations,
+            seed=training.seed,
         )
-        trained = router_kinds.llm(job, model, settings, state, save_every)
+        trained = router_kinds.llm(job, llm.model, settings, state, llm.save_every)
     elif kind is Kind.cascade:
-        trained = router_kinds.cascade(job, first, second, asked, model)
+        trained = router_kinds.cascade(job, pair.first, pair.second, pair.asked, llm.model)
     elif kind is Kind.rules:
-        trained = router_kinds.rules(job, rules, first, model)
+        trained = router_kinds.rules(job, pair.rules, pair.first, llm.model)
     else:
-        trained = router_kinds.embedding(job, encoder, bits, target_precision, target_coverage)
+        precision, coverage = embedding.target_precision, embedding.target_coverage
+        trained = router_kinds.embedding(job, embedding.encoder, embedding.bits, precision, coverage)
     router_kinds.finish(trained, target, state)
     told = {
         "router": str(target),

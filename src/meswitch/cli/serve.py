@@ -4,12 +4,14 @@ import json
 import os
 import re
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from meswitch.cli import console
+from meswitch.cli.options import option_groups
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,14 +20,16 @@ if TYPE_CHECKING:
     from meswitch.server.process import Listening
 
 
-def serve(
-    family: Annotated[Path, typer.Argument(metavar="FILE", help="A family.toml, or the directory that holds one.")],
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where and how the server listens, in place of what the family says."""
+
     host: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Address to listen on, instead of the family's.")
-    ] = None,
+    ] = None
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port, instead of the family's; 0 picks a free one.")
-    ] = None,
+    ] = None
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -33,33 +37,46 @@ def serve(
             help="A site whose pages may ask from a browser, such as https://chat.example, instead of the family's; "
             "repeatable, `*` for all.",
         ),
-    ] = None,
+    ] = None
+    root_path: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where a proxy serves it, such as /llm, instead of the family's.")
+    ] = None
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of the certificate, instead of the family's.")
+    ] = None
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of its key, instead of the family's.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What is logged."""
+
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="warning, or info for a line per request.")] = (
+        "warning"
+    )
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Of the log on stderr; json has one object a line.")
+    ] = "text"
+
+
+@option_groups
+def serve(
+    family: Annotated[Path, typer.Argument(metavar="FILE", help="A family.toml, or the directory that holds one.")],
+    address: Address = Address(),
     slots: Annotated[
         int | None, typer.Option(min=1, help="Experts on the device at a time, instead of the family's.")
     ] = None,
     engine_name: Annotated[
         Literal["embedded", "vllm"],
-        typer.Option("--engine", help="embedded, or vllm: run `vllm serve` with the family's deltas (docs/vllm.md)."),
+        typer.Option("--engine", help="embedded, or vllm: run `vllm serve` with the deltas (docs/use/vllm.md)."),
     ] = "embedded",
     print_command: Annotated[
         bool, typer.Option("--print-command", help="With --engine vllm: print its command line and end.")
     ] = False,
+    log: Log = Log(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one line of JSON.")] = False,
-    log_level: Annotated[
-        str, typer.Option(metavar="LEVEL", help="warning, or info for a line per request.")
-    ] = "warning",
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="Of the log on stderr; json has one object a line.")
-    ] = "text",
-    root_path: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Where a proxy serves it, such as /llm, instead of the family's.")
-    ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="PEM file of the certificate, instead of the family's.")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="PEM file of its key, instead of the family's.")
-    ] = None,
 ) -> None:
     """Serve the base and all experts of a family over HTTP, in OpenAI's protocol.
 
@@ -72,26 +89,27 @@ def serve(
         meswitch serve family.toml --port 8000
     """
     console.quiet()
-    if log_level not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"--log-level {log_level}: use debug, info, warning or error")
+    if log.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"--log-level {log.log_level}: use debug, info, warning or error")
     from meswitch.family import ORIGIN, Family
 
     config = Family.load(family)
-    wrong = next((origin for origin in allow_origin or () if not re.match(ORIGIN, origin)), None)
+    wrong = next((origin for origin in address.allow_origin or () if not re.match(ORIGIN, origin)), None)
     if wrong is not None:
         raise ConfigError(f"--allow-origin: {wrong!r} is no origin; give one such as https://chat.example, or `*`")
     files = {
         name: None if file is None else str(file.absolute())
-        for name, file in (("tls_cert", tls_cert), ("tls_key", tls_key))
+        for name, file in (("tls_cert", address.tls_cert), ("tls_key", address.tls_key))
     }
-    config = _with_server(config, {"allow_origins": allow_origin, "root_path": root_path, **files})
+    config = _with_server(config, {"allow_origins": address.allow_origin, "root_path": address.root_path, **files})
     if slots is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"slots": slots})})
+    where = address.host or config.server.host, config.server.port if address.port is None else address.port
     if engine_name == "vllm":
-        _vllm(config, host, port, print_command)
+        _vllm(config, *where, print_command)
         return
     # bound before anything is loaded: a taken port should not cost a minute
-    listener = _bind(host or config.server.host, config.server.port if port is None else port)
+    listener = _bind(*where)
 
     listening = _listening(config)
 
@@ -106,7 +124,7 @@ def serve(
     from meswitch.server.logs import set_up_logging
     from meswitch.server.process import Server
 
-    set_up_logging(log_level, log_format)
+    set_up_logging(log.log_level, log.log_format)
     keys = Keys(keys_from_family(config))
     with engine_from_family(config) as engine:
         auto, problem = policy_from_family(config, engine)
@@ -137,7 +155,7 @@ def _with_server(config: "Family", overrides: dict[str, Any]) -> "Family":
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
         flag = {"allow_origins": "--allow-origin"}.get(field, f"--{field.replace('_', '-')}")
-        raise ConfigError(f"{flag}: {given[field]!r}: {error.errors()[0]['msg']}; see docs/family.md") from None
+        raise ConfigError(f"{flag}: {given[field]!r}: {error.errors()[0]['msg']}; see docs/use/family.md") from None
     return config.model_copy(update={"server": section})
 
 
@@ -160,7 +178,7 @@ def _listening(config: "Family") -> "Listening":
     return Listening(section.connections, section.grace_seconds, files.get("tls_cert"), files.get("tls_key"))
 
 
-def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool) -> None:
+def _vllm(config: "Family", host: str, port: int, print_only: bool) -> None:
     """Become `vllm serve`, or print its command line."""
     import importlib.util
     import shlex
@@ -169,13 +187,12 @@ def _vllm(config: "Family", host: str | None, port: int | None, print_only: bool
 
     if config.server.keys is not None:
         raise ConfigError("server.keys: vLLM's server has one key, MESWITCH_API_KEY; leave the field out")
-    where = host or config.server.host, config.server.port if port is None else port
-    arguments = command(config, *where, config.engine.slots)
+    arguments = command(config, host, port, config.engine.slots)
     if print_only:
         typer.echo(shlex.join(["vllm", *arguments]))
         return
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (on a CPU: see docs/vllm.md)")
+        raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (a CPU: docs/use/vllm.md)")
     run = argv(arguments)
     os.execve(run[0], run, environment(config))
 
@@ -259,6 +276,6 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
             + "".join(f"\n  {reason}" for reason in summary["by_turns"])
         )
     if summary["faster_engine"]:
-        console.note(f"{summary['faster_engine']} (docs/server.md, which engine when)")
+        console.note(f"{summary['faster_engine']} (docs/use/serve.md, which engine when)")
     if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
         console.note("open to the network without a key; set MESWITCH_API_KEY to ask for one")

@@ -3,8 +3,6 @@
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -97,6 +95,9 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
 
 def _ask(url: str) -> dict[str, Any]:
     """Raises ConfigError: the server does not answer, or not to us."""
+    import urllib.error
+    import urllib.request
+
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/experts"
     key = os.environ.get("MESWITCH_ADMIN_KEY") or os.environ.get("MESWITCH_API_KEY")
     try:

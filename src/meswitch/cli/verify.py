@@ -49,6 +49,7 @@ def verify(
         _verify_adapter(directory, base, as_json)
         return
     artifact = Artifact.open(directory)
+    directory = artifact.directory
     with console.progress("verify") as progress:
         artifact.verify(progress)
         if base is not None:

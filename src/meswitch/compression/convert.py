@@ -25,7 +25,7 @@ from torch import Tensor
 from meswitch import __version__
 from meswitch.architecture import STACKS, architecture_of, as_matrix
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
-from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance
+from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, labels
 from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
@@ -46,6 +46,7 @@ from meswitch.compression.compatibility import SMALL, LargeDeltas
 from meswitch.compression.inputs import Inputs, Walk
 from meswitch.compression.options import Options
 from meswitch.compression.partial_model import working_dtype
+from meswitch.compression.recipe import recipe_of
 from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.cpu import fitting_threads
@@ -101,7 +102,8 @@ class Converter:
         self.base_fingerprint = fingerprint(base)
         method, own = asdict(self._method()), {name: asdict(spec) for name, spec in self.specs.items()}
         self.plan = digest(__version__, self.base_fingerprint, fingerprint(expert), method, own, device.type)
-        self.writer = ArtifactWriter(out, self.plan, overwrite=overwrite)
+        known = labels(Path(base.source).name, Path(expert.source).name, options.describe(None).name)
+        self.writer = ArtifactWriter(out, self.plan, overwrite=overwrite, labels=known)
         self.done = set(self.writer.entries)
         self.roles = roles_of(expert)
         self._weights_done = sum(map(self._weights, self.done))
@@ -264,6 +266,7 @@ class Converter:
                 transformers.__version__,
                 datetime.now(UTC).isoformat(timespec="seconds"),
             ),
+            recipe=recipe_of(self.options, self.base.source, self.expert.source),
         )
 
 

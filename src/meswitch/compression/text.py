@@ -247,6 +247,14 @@ class TextSource:
             return cls(text=_named(value.removesuffix(f"+{SELF}"), value), own=True)
         return cls(text=_named(value, value))
 
+    def __str__(self) -> str:
+        """As `parse` takes it; a file that is called like one of the words keeps a `./`."""
+        if self.questions is not None:
+            return f"{SELF}:{self.questions}"
+        text = "" if self.text is None else str(self.text)
+        text = f"./{text}" if text == SELF or text.startswith(f"{SELF}:") else text
+        return f"{text}+{SELF}" if self.own and text else text or SELF
+
     def resolved(self, resolve: Callable[[str], Path]) -> "TextSource":
         """The same with its file put in place, as `family.toml` does with relative paths."""
         text, questions = (None if file is None else resolve(str(file)) for file in (self.text, self.questions))

@@ -1,17 +1,15 @@
-"""Is a compressed expert still as good? Exact questions, fidelity to the full expert, and honest intervals."""
+"""Is a compressed expert still as good? Questions with a check, fidelity to the full expert, and honest intervals."""
 
-from meswitch.evaluate.accuracy import Score, accuracy, answer, own_answers
+from meswitch.evaluate.answers import Score, accuracy, answer, own_answers
 from meswitch.evaluate.fidelity import Divergence, Fidelity, Text, divergences, fidelity, total
 from meswitch.evaluate.gain import Comparison, GainRetained, Interval, compare, gain_retained, wilson
 from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
 from meswitch.evaluate.layer_errors import layer_errors
+from meswitch.evaluate.questions import Question, Task, find_checker, read_task
 from meswitch.evaluate.report import Report, Row
 from meswitch.evaluate.run import Settings, evaluate_family
-from meswitch.evaluate.tasks import CHECKABLE, DOMAINS, Question, draw
 
 __all__ = [
-    "CHECKABLE",
-    "DOMAINS",
     "Comparison",
     "Divergence",
     "Fidelity",
@@ -25,17 +23,19 @@ __all__ = [
     "Row",
     "Score",
     "Settings",
+    "Task",
     "Text",
     "accuracy",
     "answer",
     "compare",
     "divergences",
-    "draw",
     "evaluate_family",
     "fidelity",
+    "find_checker",
     "gain_retained",
     "layer_errors",
     "own_answers",
+    "read_task",
     "total",
     "wilson",
 ]

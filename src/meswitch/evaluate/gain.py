@@ -21,9 +21,9 @@ class Outcomes(Protocol):
     """What is compared here: answers to the same questions in the same order (`Score` is one)."""
 
     @property
-    def domain(self) -> str: ...
+    def task(self) -> str: ...
     @property
-    def seed(self) -> int: ...
+    def questions(self) -> str | int: ...
     @property
     def outcomes(self) -> Sequence[bool]: ...
 
@@ -108,8 +108,8 @@ def _mcnemar(lost: int, gained: int) -> float:
 
 
 def _paired(*scores: Outcomes) -> int:
-    asked = {(score.domain, score.seed, len(score.outcomes)) for score in scores}
+    asked = {(score.task, str(score.questions), len(score.outcomes)) for score in scores}
     if len(asked) > 1:
-        said = "; ".join(f"{n} of {domain} with seed {seed}" for domain, seed, n in sorted(asked))
-        raise ConfigError(f"scores: not the same questions ({said}); measure all with one task, n and seed")
+        said = "; ".join(f"{n} of {task} ({questions:.12})" for task, questions, n in sorted(asked))
+        raise ConfigError(f"scores: not the same questions: {said}; ask all models the same")
     return len(scores[0].outcomes)

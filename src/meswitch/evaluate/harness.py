@@ -9,7 +9,6 @@ from typing import Any
 from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 
-PREFIX = "lm:"  # `lm:arc_easy` is lm-eval's arc_easy; a name without it is one of our own domains
 _BOOTSTRAPS = 1000  # for metrics other than means; lm-eval's 100,000 can take longer than the answers
 
 
@@ -26,7 +25,7 @@ class HarnessSettings:
 class Measure:
     """One metric of one task. `outcomes`: right or wrong a question, where that is what `value` is the mean of."""
 
-    task: str  # with the prefix
+    task: str
     metric: str  # `acc`; `exact_match,strict-match` where the task names its filter
     value: float
     stderr: float | None
@@ -43,7 +42,7 @@ class Harness:
     """lm-eval tasks by name, checked once and then asked of one model after another."""
 
     def __init__(self, tasks: Sequence[str], settings: HarnessSettings) -> None:
-        """Find the tasks (names with or without the prefix) and load their data once, before any model is loaded.
+        """Find the tasks and load their data once, before any model is loaded.
 
         Raises:
             ConfigError: lm-eval is not installed, knows no such task, cannot load its data, or would run code that
@@ -51,17 +50,17 @@ class Harness:
         """
         require_lm_eval()
         self.settings = settings
-        self.tasks = tuple(task.removeprefix(PREFIX) for task in tasks)
+        self.tasks = tuple(tasks)
         self._manager = _task_manager(self.tasks, settings.include)
         for task in self.tasks:
             try:
                 loaded = self._manager.load([task])["tasks"]
             except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
                 reason = (str(error) or type(error).__name__).partition("\n")[0]
-                raise ConfigError(f"tasks: {PREFIX}{task}: lm-eval cannot load it ({reason})") from error
+                raise ConfigError(f"tasks: {task}: lm-eval cannot load it ({reason})") from error
             if any(getattr(one, "UNSAFE_CODE", False) for one in loaded.values()):
                 raise ConfigError(
-                    f"tasks: {PREFIX}{task} runs code that the model writes, outside any sandbox; if that is what you "
+                    f"tasks: {task} runs code that the model writes, outside any sandbox; if that is what you "
                     "want, use `python -m meswitch.evaluate.lm_eval ... --confirm_run_unsafe_code`"
                 )
 
@@ -120,7 +119,7 @@ def _measures(name: str, found: Mapping[str, Any]) -> Iterator[Measure]:
             continue
         stderr = values.get(f"{metric}_stderr,{filtered_by}")
         yield Measure(
-            f"{PREFIX}{name}",
+            name,
             metric if filtered_by == "none" else key,
             float(value),
             float(stderr) if isinstance(stderr, int | float) else None,

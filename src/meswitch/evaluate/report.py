@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from meswitch import __version__
-from meswitch.evaluate.accuracy import Score
+from meswitch.evaluate.answers import Score
 from meswitch.evaluate.fidelity import Fidelity
 from meswitch.evaluate.gain import Z95, Comparison, GainRetained, Interval
 from meswitch.evaluate.harness import Measure
@@ -19,13 +19,10 @@ HEADINGS = ("task", "model", "accuracy", "gain retained", "bpw", "KL", "top-1", 
 NOTES = (
     "in brackets: 95 % intervals; gain retained = (compressed - base) / (expert - base), both on the same questions; "
     "bpw = bits per weight, all bytes of the artifact x 8 / all parameters of the expert; "
-    "KL (nats a token) and top-1 agreement are against the full expert, on its own answers; "
+    "KL (nats a token) and top-1 agreement are against the full expert, on its own answers or the task's texts; "
     "lost/gained = questions that only the full expert / only this model answered right, with McNemar's exact p."
 )
-HARNESS_NOTES = (
-    "lm: tasks are lm-eval's, at most their first n questions, without KL and top-1; under the task its metric, which "
-    "the column accuracy shows."
-)
+HARNESS_NOTES = "lm-eval's tasks have no KL and top-1; under the task its metric, which the column accuracy shows."
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class Row:
 
     @property
     def metric(self) -> str:
-        """What `value` is: accuracy on our own tasks, lm-eval's name for it on its."""
+        """What `value` is: accuracy on questions of one's own, lm-eval's name for it on its tasks."""
         return self.measure.metric if self.measure else "accuracy"
 
     @property
@@ -70,8 +67,9 @@ class Row:
         interval = score.interval if score else None
         if score is None and self.value is not None and self.stderr is not None:
             interval = Interval(self.value - Z95 * self.stderr, self.value + Z95 * self.stderr)
+        asked = f"n={score.total}" if score else f"{fidelity.sequences} texts" if fidelity else ""
         return (
-            f"{self.task}\n{self.metric}" if self.measure else self.task,
+            "\n".join(filter(None, (self.task, self.metric if self.measure else "", asked))),
             self.model if self.kind == "base" else f"{self.model}\n{self.kind}",
             _with_interval(self.value, interval) if self.value is not None else "-",
             retained or "-",
@@ -82,13 +80,13 @@ class Row:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The row for JSON; `outcomes` is a string of 1 (right) and 0, in the order of `draw`."""
+        """The row for JSON; `outcomes` is a string of 1 (right) and 0, in the order of the questions."""
         data = asdict(self)
         del data["measure"]
         data |= {"metric": self.metric, "value": self.value, "stderr": self.stderr}
         if self.score is not None:
             data["score"] = {
-                "seed": None if self.measure else self.score.seed,
+                "questions": self.score.questions,
                 "correct": self.score.correct,
                 "total": self.score.total,
                 "accuracy": self.score.accuracy,
@@ -103,8 +101,7 @@ class Report:
     """All rows of one evaluation, ordered by task, then base, expert, deltas."""
 
     rows: tuple[Row, ...]
-    n: int
-    seed: int
+    limit: int | None = None  # of questions a task
 
     def get(self, model: str, task: str, kind: Kind | None = None, metric: str | None = None) -> Row:
         """The row of a model on a task; the first one, where lm-eval gives several metrics and none is named.
@@ -119,12 +116,10 @@ class Report:
 
     @property
     def _caption(self) -> str:
-        notes = f"{NOTES} {HARNESS_NOTES}" if any(row.measure for row in self.rows) else NOTES
-        return f"n = {self.n}, seed = {self.seed}; {notes}"
+        return f"{NOTES} {HARNESS_NOTES}" if any(row.measure for row in self.rows) else NOTES
 
     def to_dict(self) -> dict[str, Any]:
-        settings = {"meswitch": __version__, "n": self.n, "seed": self.seed}
-        return {**settings, "rows": [row.to_dict() for row in self.rows]}
+        return {"meswitch": __version__, "limit": self.limit, "rows": [row.to_dict() for row in self.rows]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -12,12 +12,12 @@ from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
-from meswitch.evaluate.accuracy import MAX_NEW_TOKENS, Score, accuracy, own_answers
+from meswitch.evaluate.answers import MAX_NEW_TOKENS, Score, accuracy, own_answers
 from meswitch.evaluate.fidelity import Text, fidelity
 from meswitch.evaluate.gain import compare, gain_retained
-from meswitch.evaluate.harness import PREFIX, Harness, HarnessSettings, Measure
+from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
+from meswitch.evaluate.questions import Task
 from meswitch.evaluate.report import Kind, Report, Row
-from meswitch.evaluate.tasks import CHECKABLE, DOMAINS
 from meswitch.loaded import load_model
 from meswitch.tokenizer import load_tokenizer
 
@@ -26,13 +26,22 @@ Source = str | Path
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to measure. `fidelity_n` prompts a task are answered by the full expert, and compared on its answers."""
+    """How to measure.
 
-    n: int = 1000
-    seed: int = 2
+    Args:
+        limit: of an lm-eval task, its first so many questions; None asks all.
+        fidelity_n: questions of a task that the full expert answers itself, for KL and top-1 on its answers.
+        max_new_tokens: of an answer.
+        batch_size: questions answered at once.
+        device: `auto` is a GPU if there is one.
+        dtype: what the models compute in.
+        harness: what lm-eval is told.
+    """
+
+    limit: int | None = None
     fidelity_n: int = 128
     max_new_tokens: int = MAX_NEW_TOKENS
-    batch_size: int = 256
+    batch_size: int = 64
     device: str = "auto"
     dtype: torch.dtype = torch.float32
     harness: HarnessSettings = field(default_factory=HarnessSettings)
@@ -61,21 +70,28 @@ def evaluate_family(
     experts: Mapping[str, Source],
     deltas: Mapping[str, Source] | None = None,
     *,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[Task | str],
     settings: Settings = Settings(),
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Ask the base, every full expert and every delta artifact the same questions.
 
-    A delta belongs to the expert of its name, or to the only expert. With `tasks` None each expert is measured on
-    the domain it is named after, and the base on all of those; otherwise every model on every task. On `sql`,
-    which has no exact check, there is fidelity only. A task `lm:NAME` is lm-evaluation-harness's NAME: a row for
-    each of its metrics, without fidelity. At most three models are in memory at a time (base, one expert, one of
-    its deltas); `say` is called with a line of progress before each step.
+    A delta belongs to the expert of its name, or to the only expert. At most three models are in memory at a time:
+    base, one expert, one of its deltas.
+
+    Args:
+        base: the base checkpoint.
+        experts: full fine-tunes by name.
+        deltas: artifacts by name.
+        tasks: questions of one's own (`read_task`), and names of lm-eval tasks, which have a row for each of their
+            metrics and no fidelity. A task that names an expert is asked of it, its deltas and the base, any other of
+            every model.
+        settings: how to measure.
+        say: is told a line of progress before each step.
 
     Raises:
-        ConfigError: unknown task, lm-eval is needed and not installed, nothing to measure, or a delta that belongs
-            to none of several experts.
+        ConfigError: no task, a task for an expert that is not there, lm-eval is needed and not installed or knows no
+            such task, or a delta that belongs to none of several experts.
         CheckpointError: a checkpoint cannot be read.
         ArtifactError: a delta cannot be read.
         IncompatibleError: a delta of another base.
@@ -90,23 +106,26 @@ def evaluate_family(
             Checkpoint.open(source)
     for source in (*deltas.values(), *filter(is_adapter, experts.values())):
         open_expert(source, checkpoint)
-    every = list(dict.fromkeys(task for names in plan.values() for task in names))
-    foreign = [task for task in every if task.startswith(PREFIX)]
-    run = _Run(settings, say, Harness(foreign, settings.harness) if foreign else None)
+    own = {task.name: task for task in tasks if isinstance(task, Task)}
+    foreign = [task for task in tasks if isinstance(task, str)]
+    run = _Run(settings, say, own, Harness(foreign, settings.harness) if foreign else None)
 
     say(f"base: {base}")
     origin = _load_checkpoint(base, settings)
-    of_base = run.results(origin, every)
+    of_base = run.results(origin, [*own, *foreign])
     rows = []
-    against: dict[tuple[str, str], Row] = {}  # the base's rows, each against the expert that the task is named after
+    against: dict[tuple[str, str], Row] = {}  # the base's rows, each against the only expert that the task is for
     for name, source in experts.items():
+        if not plan[name]:
+            say(f"expert {name}: none of the tasks is for it")
+            continue
         say(f"expert {name}: {source}")
         expert = _load_delta(base, source, settings)[0] if is_adapter(source) else _load_checkpoint(source, settings)
         of_expert = run.results(expert, plan[name])
-        texts = {task: run.texts(expert, task) for task in plan[name] if task in DOMAINS}
+        texts = {task: run.texts(expert, task) for task in plan[name] if task in own}
         rows += [_row(result, name, "expert", source, name) for result in of_expert.values()]
         for key, result in of_expert.items():
-            if result.task == name or len(experts) == 1:
+            if len(experts) == 1 or (result.task in own and own[result.task].expert == name):
                 on = texts.get(result.task) if _vocabulary(origin) == _vocabulary(expert) else None
                 distance = fidelity(origin.model, expert.model, on) if on else None
                 against[key] = _row(of_base[key], "base", "base", base, name, fidelity=distance)
@@ -137,47 +156,44 @@ def evaluate_family(
     first = [against.get(key, _row(result, "base", "base", base, None)) for key, result in of_base.items()]
     order = {key: place for place, key in enumerate(of_base)}
     rows = sorted([*first, *rows], key=lambda row: order[row.task, row.metric])  # stable: base, then in order of work
-    return Report(tuple(rows), settings.n, settings.seed)
+    return Report(tuple(rows), settings.limit)
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
     settings: Settings
     say: Callable[[str], None]
+    own: Mapping[str, Task]
     harness: Harness | None
 
     def results(self, loaded: _Loaded, tasks: Sequence[str]) -> _Results:
         """What a model does on each of the tasks, lm-eval's last."""
-        results = {(task, "accuracy"): _Result(task, self.score(loaded, task)) for task in tasks if task in DOMAINS}
+        results = {(name, "accuracy"): _Result(name, self.score(loaded, name)) for name in tasks if name in self.own}
         if self.harness is None or len(results) == len(tasks):
             return results
         self.say(f"  lm-eval: {', '.join(self.harness.tasks)}")
-        for measure in self.harness.run(loaded.model, loaded.tokenizer, self.settings.n, self.settings.batch_size):
-            # The seed is not ours: lm-eval asks the first questions of its task, the same of every model.
-            score = Score(measure.task, 0, measure.outcomes) if measure.outcomes else None
+        s = self.settings
+        for measure in self.harness.run(loaded.model, loaded.tokenizer, s.limit, s.batch_size):
+            # lm-eval asks the first questions of its task, the same of every model
+            score = Score(measure.task, "lm-eval", measure.outcomes) if measure.outcomes else None
             results[measure.task, measure.metric] = _Result(measure.task, score, measure)
         return results
 
-    def score(self, loaded: _Loaded, task: str) -> Score | None:
-        if task not in CHECKABLE:
+    def score(self, loaded: _Loaded, name: str) -> Score | None:
+        task, s = self.own[name], self.settings
+        if not task.is_checked:
             return None
-        s = self.settings
-        self.say(f"  {task}: {s.n} questions")
-        return accuracy(
-            loaded.model,
-            loaded.tokenizer,
-            task,
-            s.n,
-            s.seed,
-            max_new_tokens=s.max_new_tokens,
-            batch_size=s.batch_size,
-        )
+        self.say(f"  {name}: {len(task.questions)} questions")
+        return accuracy(loaded.model, loaded.tokenizer, task, s.max_new_tokens, s.batch_size)
 
-    def texts(self, expert: _Loaded, task: str) -> list[Text]:
-        """Held-out conversations: prompts of the task with the expert's own answers, compared on the answers."""
-        s = self.settings
-        how = {"max_new_tokens": s.max_new_tokens, "batch_size": s.batch_size}
-        return own_answers(expert.model, expert.tokenizer, task, s.fidelity_n, s.seed, **how)
+    def texts(self, expert: _Loaded, name: str) -> list[Text]:
+        """What predictions are compared on: the task's texts, or its questions with the expert's own answers."""
+        task, s = self.own[name], self.settings
+        if task.texts:
+            return [Text(tuple(expert.tokenizer(text)["input_ids"])) for text in task.texts[: s.fidelity_n]]
+        prompts = [question.prompt for question in task.questions[: s.fidelity_n]]
+        self.say(f"  {name}: KL on the expert's own answers to {len(prompts)} questions")
+        return own_answers(expert.model, expert.tokenizer, prompts, s.max_new_tokens, s.batch_size)
 
 
 def _row(result: _Result, model: str, kind: Kind, path: Source, expert: str | None, **found: Any) -> Row:
@@ -196,24 +212,27 @@ def _owner(delta: str, experts: Mapping[str, Source]) -> str | None:
 
 
 def _plan(
-    experts: Mapping[str, Source], owners: Mapping[str, str | None], tasks: Sequence[str] | None
+    experts: Mapping[str, Source], owners: Mapping[str, str | None], tasks: Sequence[Task | str]
 ) -> dict[str, tuple[str, ...]]:
-    """The tasks of each expert and of each delta without one."""
-    for task in tasks or ():
-        if task not in DOMAINS and not task.startswith(PREFIX):
-            raise ConfigError(
-                f"tasks: no domain {task!r}; choose from {', '.join(DOMAINS)}, or {PREFIX}NAME for a task of lm-eval"
-            )
-    names = [*experts, *(delta for delta, owner in owners.items() if owner is None)]
-    own = {name: (name,) if name in DOMAINS else () for name in names}
-    plan = {name: tuple(dict.fromkeys(tasks)) if tasks is not None else own[name] for name in names}
-    if names and not any(plan.values()):
-        raise ConfigError(
-            f"tasks: {', '.join(names)} are no domains of exact questions; say which to ask, of {', '.join(DOMAINS)}"
+    """The names of the tasks of each expert and of each delta without one."""
+    if not tasks:
+        raise ConfigError("tasks: none; give questions of your own or names of lm-eval tasks")
+    named = [task if isinstance(task, str) else task.name for task in tasks]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise ConfigError(f"tasks: {twice!r} is given twice; give one of the files another name")
+    models = [*experts, *(delta for delta, owner in owners.items() if owner is None)]
+    for task in tasks:
+        if isinstance(task, Task) and task.expert is not None and task.expert not in models:
+            there = ", ".join(models) or "none"
+            raise ConfigError(f"task {task.name}: it is for the expert {task.expert!r}; there are {there}")
+    return {
+        name: tuple(
+            task if isinstance(task, str) else task.name
+            for task in tasks
+            if isinstance(task, str) or task.expert in (None, name)
         )
-    if not names:
-        plan = {"": tuple(dict.fromkeys(tasks or CHECKABLE))}
-    return plan
+        for name in models
+    }
 
 
 def _vocabulary(loaded: _Loaded) -> int:

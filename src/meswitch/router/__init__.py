@@ -1,4 +1,4 @@
-"""Query -> scores over the experts -> who answers. Train, calibrate, evaluate, save and load. See docs/routing.md."""
+"""Query -> scores over the experts -> who answers. Train, evaluate, save and load. See docs/use/router.md."""
 
 from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade

@@ -102,7 +102,7 @@ class Encoder:
         with quiet_loading(report=last is None):
             config = read_config(checkpoint.directory)
             depth = _cut(config.get_text_config(), last)
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
             tokenizer = load_tokenizer(checkpoint.directory, config)
         encoder = cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
         encoder.depth = depth

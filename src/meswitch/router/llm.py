@@ -387,7 +387,7 @@ def open_llm(source: str | Path, device: str = "cpu", info: ModelInfo | None = N
 
     checkpoint = Checkpoint.open(source)
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, trust_remote_code=False)
     if info is None:
         path = str(Path(source).resolve()) if Path(source).is_dir() else str(source)
         info = ModelInfo(path, fingerprint(checkpoint), sum(value.numel() for value in model.parameters()))

@@ -158,7 +158,7 @@ def _of_file(file: Path) -> list[ApiKey]:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{file}: key[{number}].{field}: {first['msg']}; see docs/server.md") from None
+            raise ConfigError(f"{file}: key[{number}].{field}: {first['msg']}; see docs/use/serve.md") from None
     for field in ("name", "sha256"):
         values = [getattr(key, field) for key in keys]
         twice = next((value for value in values if values.count(value) > 1), None)

@@ -45,6 +45,7 @@ def divergence(base, expert, delta, text):
     return total / tokens
 
 
+@pytest.mark.slow
 def test_the_divergence_falls_and_the_artifact_costs_no_more_bytes_and_is_served(family, tmp_path, text):
     pair = family / "base", family / "math"
     plain = meswitch.compress(*pair, tmp_path / "plain", calibration=text, distill=0)

@@ -20,6 +20,7 @@ def text(family, tmp_path):
     return tmp_path / "text.jsonl"
 
 
+@pytest.mark.slow
 def test_distillation_lowers_the_divergence_on_held_out_text_and_costs_no_bytes(family, tmp_path, text):
     plain = meswitch.compress(family / "base", family / "math", tmp_path / "plain", calibration=text, distill=0)
     artifact = meswitch.compress(

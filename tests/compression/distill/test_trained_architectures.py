@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import meswitch
-from architectures import tiny
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.student import build_student, read_batch
 from meswitch.compression.merge import load_merged
 from meswitch.compression.options import Training
 from meswitch.errors import IncompatibleError
+from tests.architectures import tiny
 
 CPU = torch.device("cpu")
 SHORT = Training(steps=12, batch=8, check_every=2, question_weight=1.0)

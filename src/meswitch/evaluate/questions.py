@@ -1,0 +1,232 @@
+"""Questions of one's own: a file of rows, and how a reply is told to be right.
+
+A file has JSON lines (or a JSON list), gzipped or not. A row is
+
+- `{"prompt": "...", "answer": ...}` (`question` is the same as `prompt`),
+- `{"messages": [{"role": ..., "content": ...}, ...], "answer": ...}`: a conversation whose last user turn is asked. An
+  assistant's turn at its end is not shown to the model; it is the answer if the row has none,
+- `{"text": "..."}`: nothing is asked; models are compared on what they predict along the text.
+
+Other fields are ignored. Without `answer` only the divergence from the full expert can be measured.
+"""
+
+import hashlib
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meswitch.errors import ConfigError
+from meswitch.jsonfile import json_kind, read_json_rows
+
+Messages = Sequence[Mapping[str, str]]
+Checker = Callable[[str, Any], bool]  # of a reply and the row's answer
+
+CHECKERS = ("exact", "number", "regex")
+UNCHECKED = "none"
+_NUMBER = re.compile(r"-?\d(?:[\d,]*\d)?(?:\.\d+)?")
+_ASKED = ("prompt", "question", "messages")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, and whether a reply is right.
+
+    Args:
+        prompt: a user's message, or a conversation whose last turn is one.
+        check: of a reply; None if only the divergence is measured.
+    """
+
+    prompt: str | Messages
+    check: Callable[[str], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Questions, or texts, that models are compared on.
+
+    Args:
+        name: in the report.
+        questions: all with a check, or all without.
+        texts: to compare predictions along; then there are no questions.
+        expert: the only expert that is asked; None asks all.
+        identity: tells these questions from others; two models can be paired only if they had the same.
+    """
+
+    name: str
+    questions: tuple[Question, ...] = ()
+    texts: tuple[str, ...] = ()
+    expert: str | None = None
+    identity: str | int = ""
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether accuracy can be measured."""
+        return bool(self.questions) and self.questions[0].check is not None
+
+
+def read_task(
+    file: str | Path,
+    checker: str | Checker | None = None,
+    *,
+    name: str | None = None,
+    expert: str | None = None,
+    limit: int | None = None,
+) -> Task:
+    """The task of a file of rows.
+
+    Args:
+        file: JSON lines or a JSON list, see the module.
+        checker: `exact`, `number`, `regex`, `FILE.py:FUNCTION`, or a function of a reply and the row's answer; `none`
+            measures the divergence alone. None is right for rows without answers only.
+        name: of the task; the file's name without its ending, if left out.
+        expert: the only one to ask.
+        limit: read the first so many rows.
+
+    Raises:
+        ConfigError: the file cannot be read, a row has none of the forms or another form than the first, or the checker
+            does not fit it.
+    """
+    path = Path(file)
+    check = None if checker in (None, UNCHECKED) else find_checker(checker)
+    questions: list[Question] = []
+    texts: list[str] = []
+    digest = hashlib.sha256()
+    for place, row in read_json_rows(path):
+        if limit is not None and len(questions) + len(texts) >= limit:
+            break
+        where = f"{path}: {place}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: is {json_kind(row)}; a row is an object with one of {', '.join(_ASKED)}, text")
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        if not any(field in row for field in _ASKED) and isinstance(row.get("text"), str):
+            texts.append(row["text"])
+            continue
+        prompt, answer = _question(row, where)
+        if check is None and answer is not None and checker is None:
+            raise ConfigError(
+                f"{where}: answer: how is it checked? give --checker {', '.join(CHECKERS)} or FILE.py:FUNCTION; "
+                f"`{UNCHECKED}` ignores answers and measures KL alone"
+            )
+        if check is not None and answer is None:
+            raise ConfigError(f"{where}: answer: missing; the checker {checker} compares the reply with it")
+        questions.append(Question(prompt, None if check is None else _bound(check, answer, where)))
+    if questions and texts:
+        raise ConfigError(f"{path}: some rows have `text`, others a question; put them into two files")
+    if not questions and not texts:
+        raise ConfigError(f"{path}: has no rows; give at least one")
+    if texts and check is not None:
+        raise ConfigError(f"{path}: its rows are texts without questions; leave the checker out")
+    plain = path.name.removesuffix(".gz")
+    return Task(name or Path(plain).stem, tuple(questions), tuple(texts), expert, digest.hexdigest())
+
+
+def find_checker(checker: str | Checker) -> Checker:
+    """A checker by name, or the function of a Python file.
+
+    Raises:
+        ConfigError: there is none of this name, or the file or function cannot be loaded.
+    """
+    if callable(checker):
+        return checker
+    known: dict[str, Checker] = {"exact": _exact, "number": _number, "regex": _regex}
+    if checker in known:
+        return known[checker]
+    file, _, function = checker.rpartition(":")
+    if not file.endswith(".py"):
+        raise ConfigError(f"checker: {checker!r} is none of {', '.join(CHECKERS)}, {UNCHECKED} or FILE.py:FUNCTION")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"checker: {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"meswitch_checker_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"checker: {path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"checker: {path}: has no function {function!r}; it takes a reply and the row's answer")
+    return found
+
+
+def _question(row: Mapping[str, Any], where: str) -> tuple[str | Messages, Any]:
+    """What is asked, and the answer; None if the row has none."""
+    field = next((name for name in _ASKED if name in row), None)
+    if field is None:
+        raise ConfigError(f"{where}: needs one of the fields {', '.join(_ASKED)}, text; it has {', '.join(row)}")
+    prompt, answer = row[field], row.get("answer")
+    if field != "messages":
+        if not isinstance(prompt, str) or not prompt:
+            raise ConfigError(f"{where}: {field}: expected a text, found {json_kind(prompt)}")
+        return prompt, answer
+    fits = isinstance(prompt, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in prompt
+    )
+    if not fits:
+        raise ConfigError(f"{where}: messages: expected a list of objects with a text as `role` and as `content`")
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    if turns and turns[-1]["role"] == "assistant":
+        last = turns.pop()["content"]
+        answer = last if answer is None else answer
+    if not turns or turns[-1]["role"] != "user":
+        raise ConfigError(f"{where}: messages: the last turn that is asked must be a user's")
+    return turns, answer
+
+
+def _bound(check: Checker, answer: Any, where: str) -> Callable[[str], bool]:
+    """The check of one row. Ours are tried once, so that an answer that they cannot take is named before any work."""
+
+    def right(reply: str) -> bool:
+        try:
+            return bool(check(reply, answer))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        except Exception as error:  # a checker of the user's own
+            raise ConfigError(
+                f"{where}: the checker raised {type(error).__name__} ({error}) on the reply {reply!r:.200}"
+            ) from error
+
+    if check in (_exact, _number, _regex):
+        right("")
+    return right
+
+
+def _exact(reply: str, answer: Any) -> bool:
+    """Equal but for blanks around it; to one of them, if the answer is a list."""
+    accepted = answer if isinstance(answer, list) else [answer]
+    for one in accepted:
+        if isinstance(one, bool) or not isinstance(one, str | int | float):
+            raise ConfigError(f"answer: expected a text, a number or a list of them, found {json_kind(one)}")
+    return reply.strip() in {str(one).strip() for one in accepted}
+
+
+def _number(reply: str, answer: Any) -> bool:
+    """The last number of the reply is the answer's last number: `... so he pays #### 1,250.` is 1250."""
+    wanted = _last_number(str(answer)) if isinstance(answer, str | int | float) else None
+    if wanted is None:
+        raise ConfigError(f"answer: {answer!r} has no number")
+    found = _last_number(reply)
+    return found is not None and math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _regex(reply: str, answer: Any) -> bool:
+    """The answer is a regular expression that is found somewhere in the reply."""
+    if not isinstance(answer, str):
+        raise ConfigError(f"answer: expected a regular expression, found {json_kind(answer)}")
+    try:
+        return re.search(answer, reply) is not None
+    except re.error as error:
+        raise ConfigError(f"answer: {answer!r} is no regular expression ({error})") from None
