@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import Cli
 from hub_server import TOKEN, HubServer
 
 import meswitch
@@ -16,6 +15,7 @@ from meswitch.artifact.card import GENERATED
 from meswitch.artifact.manifest import Manifest
 from meswitch.artifact.remote import RemoteName, files_of, remote_name
 from meswitch.errors import ArtifactError, ConfigError
+from tests.support.command_line import Cli
 
 
 @pytest.fixture

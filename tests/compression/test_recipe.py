@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import Cli
 
 import meswitch
 from meswitch.artifact.manifest import Manifest
@@ -12,6 +11,7 @@ from meswitch.compression.options import Options, Solver, TrainingRecipe
 from meswitch.compression.recipe import read_recipe, recipe_of
 from meswitch.compression.text import TextSource
 from meswitch.errors import ConfigError
+from tests.support.command_line import Cli
 
 
 @pytest.fixture(scope="module")

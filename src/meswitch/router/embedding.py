@@ -243,8 +243,7 @@ class EmbeddingSettings:
         bits: of its linear layers, 32 or 8.
         style: whether how a query is written counts for telling others.
         lower: whether that is also learnt from rows in lower case, for encoders that see the case.
-        prior: where there is one, the weight of its log-odds beside the heads' (measured on 15 sources:
-            `benchmarks/routing_prior.py`).
+        prior: where there is one, the weight of its log-odds beside the heads' (measured on 15 sources).
         own: where there is a prior, the weight of the heads' odds beside its own.
         target_precision: what the threshold was chosen for.
         target_coverage: likewise; neither: to tell experts' queries from others.
