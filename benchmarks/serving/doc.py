@@ -83,14 +83,16 @@ def on_gpu(found: Data) -> str:
     head = ["", "graphs", "requests", "experts", "tokens/s", "ms a step", "floor, ms", "first time, s", "later, s"]
     table, parts, prompts = [], [], []
     for row in found["rows"]:
-        what = [row["model"] if row["engine"] == "embedded" else row["engine"], "yes" if row["graphs"] else "no"]
+        graphs = {True: "yes", False: "no", None: "-"}[row.get("graphs")]
+        what = [row["model"] if row["engine"] == "embedded" else row["engine"], graphs]
         asked = [str(row["requests"]), str(row["experts"]) if row["experts"] else "base"]
         if "parts_ms" in row:
             shares = ", ".join(f"{name} {ms:.2f}" for name, ms in row["parts_ms"].items() if ms >= 0.01)
-            parts.append(f"{what[0]}, {' requests, '.join(asked)} experts: {shares}")
+            kind = f"a prompt of {row['prompt']} tokens" if "prompt" in row else " requests, ".join(asked) + " experts"
+            parts.append(f"{what[0]}, {kind}: {shares}")
         elif "ttft_ms" in row:
             prompts.append(
-                f"{what[0]}: the first token of a prompt of {row['prompt']} tokens comes after {row['ttft_ms']} ms, "
+                f"- {what[0]}: the first token of a prompt of {row['prompt']} tokens comes after {row['ttft_ms']} ms, "
                 f"the first time after {row['ttft_first_ms']:.0f} ms."
             )
         else:
@@ -107,10 +109,11 @@ def on_gpu(found: Data) -> str:
     under = (
         f"{meta['model']}; prompts of {meta['prompt']} tokens, {meta['new_tokens']} new ones each. The floor is "
         f"reading the base's matrices and the experts' deltas once at the bandwidth of a copy, "
-        f"{meta['copy_tb_per_s']:.1f} TB/s. {meta['card']}, {versions}, {meta['date']}."
+        f"{meta['copy_tb_per_s']:.1f} TB/s. From start to ready {meta['ready_s']:.0f} s with {meta['caches']}. "
+        f"{meta['card']}, {versions}, {meta['date']}."
     )
     return "\n\n".join(
-        [pipe(head, *table), under, *prompts, f"Milliseconds of the card in a step: {'; '.join(parts)}."]
+        [pipe(head, *table), under, "\n".join(prompts), f"Milliseconds of the card in a step: {'; '.join(parts)}."]
     )
 
 

@@ -15,6 +15,7 @@ import collections
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -65,7 +66,9 @@ def main() -> None:
     }
 
     def keep(row: Row) -> None:
-        row = {"engine": row.pop("engine"), "model": f"mistral-7b, {options.layers} layers"} | row
+        about = {"engine": row.pop("engine"), "model": f"mistral-7b, {options.layers} layers"}
+        graphs = {"graphs": not options.no_graphs} if about["engine"] == "embedded" else {}
+        row = about | graphs | row
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
         if options.json:
@@ -113,10 +116,12 @@ def timed(call: Callable[[], Any]) -> float:
 def embedded(
     options: argparse.Namespace, artifact: Path, bandwidth: float, report: dict[str, Any], keep: Callable[[Row], None]
 ) -> None:
+    cached = any(Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")).glob("*/fused_kernel.*"))
     started = time.perf_counter()
     experts = dict.fromkeys(NAMES, artifact)
     engine = Engine(options.work / "base", experts, device="cuda", slots=len(NAMES), cuda_graphs=not options.no_graphs)
     report["meta"]["ready_s"] = round(time.perf_counter() - started, 1)
+    report["meta"]["caches"] = "kernels in Triton's cache" if cached else "no kernel in Triton's cache"
     report["meta"]["memory"] = engine.memory()
     print(json.dumps(report["meta"]), flush=True)
     size = max(expert.bytes for expert in engine.store.residency())
