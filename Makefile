@@ -10,7 +10,7 @@ CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-ray test-clients test-vllm package lint types clean
+.PHONY: help install demo test test-ray test-clients test-vllm docs package lint types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ $(VLLM_STAMP): pyproject.toml
 test-vllm: $(VLLM_STAMP)  ## real vLLM on the CPU
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
+docs: $(STAMP)  ## the site in build/site, its links checked (read it: python -m http.server -d build/site)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 package:  ## sdist and wheel, installed and used in an environment of their own
 	.ci/package
 
@@ -73,4 +76,4 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) $(RAY_VENV) $(CLIENTS_VENV) $(VLLM_VENV) .venv-package dist runs
+	rm -rf $(VENV) $(RAY_VENV) $(CLIENTS_VENV) $(VLLM_VENV) .venv-package build dist runs

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from vllm.lora.request import LoRARequest
-
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 ROOT = Path(__file__).parents[1]
 EXPERTS = {"math": ROOT / "runs/demo/math", "sql": ROOT / "runs/demo/sql"}

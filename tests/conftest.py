@@ -2,8 +2,9 @@
 
 import gc
 import importlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import meswitch
-from models import make_pair
+from tests.support.models import make_pair
 
 ROOT = Path(__file__).parent.parent
 FAMILY = ROOT / "examples" / "family"
@@ -23,6 +24,21 @@ FAMILY = ROOT / "examples" / "family"
 def pytest_configure(config):
     # the matrices are small: a second thread costs more in waiting than it computes
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what this machine or environment does not have: the markers say what a test needs."""
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a GPU"
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = "needs vLLM: `make test-vllm`"
+    if importlib.util.find_spec("ray") is None:
+        missing["ray"] = "needs Ray: `make test-ray`"
+    for item in items:
+        for name, reason in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,9 +77,7 @@ def pair(tmp_path):
     return build
 
 
-@pytest.fixture(scope="module")
-def benchmark_script() -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a script of `benchmarks/` by name; for a module's tests only, as `vllm.py` there would hide vLLM."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module
+@pytest.fixture(scope="session")
+def benchmark_script() -> Callable[[str], ModuleType]:
+    """Imports a script of `benchmarks/` by folder and name: `benchmark_script("serving.load")`."""
+    return lambda name: importlib.import_module(f"benchmarks.{name}")

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from meswitch.architecture import architecture_of
 from meswitch.errors import CheckpointError
-from models import TINY
+from tests.support.models import TINY
 
 ROLES = {
     "llama": {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head", "model.norm.weight": "norm"},

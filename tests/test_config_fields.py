@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from meswitch.config_fields import (
+from meswitch.configuration import (
     INACTIVE,
     METADATA,
     OF_EACH,
     TRAINING,
     UNREAD,
     config_differences,
+    read_config,
 )
-from meswitch.configuration import read_config
-from models import TINY
+from tests.support.models import TINY
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}

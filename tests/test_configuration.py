@@ -8,7 +8,7 @@ import pytest
 from meswitch.architecture import architecture_of
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError
-from models import edit_config
+from tests.support.models import edit_config
 
 
 @pytest.fixture

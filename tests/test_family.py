@@ -46,7 +46,7 @@ def test_sizes_may_be_written_with_units(tmp_path):
     ("text", "message"),
     [
         (MINIMAL + "[engine]\nslots = 0\n", r"engine\.slots: .*greater than or equal to 1.*\(got 0\)"),
-        (MINIMAL + "[engine]\nslot = 4\n", r"engine\.slot: no such field; see docs/family\.md"),
+        (MINIMAL + "[engine]\nslot = 4\n", r"engine\.slot: no such field; see docs/use/family\.md"),
         (MINIMAL + "[compress]\nbits = 5\n", r"compress\.bits: "),
         (MINIMAL + '[server]\nallow_origins = ["https://a.example/"]\n', r"server\.allow_origins\.0: "),
         (MINIMAL + '[server]\nallow_origins = ["a.example"]\n', r"server\.allow_origins\.0: "),

@@ -25,8 +25,8 @@ ALLOWED = {
 ROOT = {
     "architecture",
     "checkpoint",
-    "config_fields",
     "configuration",
+    "cpu",
     "durable",
     "errors",
     "hub",
@@ -34,11 +34,8 @@ ROOT = {
     "loaded",
     "pagelock",
     "progress",
-    "strict",
     "tensorfile",
-    "threads",
     "units",
-    "version",
 }
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich", "prometheus_client", "starlette"}
 CORE = ("codec", "artifact", "adapter", "compression", "ops", "slots", "engine")

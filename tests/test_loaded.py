@@ -20,7 +20,7 @@ from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError
 from meswitch.loaded import alike, load_model
-from models import TINY, edit_config
+from tests.support.models import TINY, edit_config
 
 WEIGHTS, HEAD, EMBEDDING = "model.safetensors", "lm_head.weight", "model.embed_tokens.weight"
 VISION = {

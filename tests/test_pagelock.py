@@ -11,7 +11,6 @@ from meswitch.errors import CapacityError
 from meswitch.pagelock import copy, page_locked
 
 MB = 1 << 20
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @given(st.integers(0, 3 * pagelock._PIECE), st.integers(0, 3 * pagelock._PIECE))
@@ -33,7 +32,7 @@ def test_without_a_gpu_it_is_plain_memory():
     assert target.equal(source)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_parts_of_locked_memory_go_to_a_gpu_and_back():
     device = torch.device("cuda")
     source = torch.randint(256, (40 * MB + 123,), dtype=torch.uint8, device=device)
@@ -49,7 +48,7 @@ def test_parts_of_locked_memory_go_to_a_gpu_and_back():
         assert host[first:last].equal(source[first:last].cpu())
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_memory_that_cannot_be_locked_is_an_error_and_the_gpu_goes_on():
     device = torch.device("cuda")
     piece = page_locked(MB, device)
@@ -58,7 +57,7 @@ def test_memory_that_cannot_be_locked_is_an_error_and_the_gpu_goes_on():
     assert torch.ones(3, device=device).sum().item() == 3
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_memory_that_nobody_holds_is_unlocked_and_given_back():
     def resident() -> int:
         with open("/proc/self/statm") as file:

@@ -5,11 +5,11 @@ import json
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import tokenizers_of_all_kinds
-from architectures import tiny
 from meswitch.errors import ConfigError
 from meswitch.tokenizer import ChatTokenizer, Conversation
-from models import edit_config
+from tests.architectures import tiny
+from tests.support import tokenizers_of_all_kinds
+from tests.support.models import edit_config
 
 USER = [{"role": "user", "content": "Hi there"}]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14483464192\n"

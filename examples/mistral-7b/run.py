@@ -26,17 +26,17 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 from calibration import write_calibration  # noqa: E402
 from checkpoints import convert_if_pickled  # noqa: E402
 
+from benchmarks.common.synthetic import write_family  # noqa: E402
 from meswitch.cli.plan import report  # noqa: E402
 from meswitch.compression.options import Options  # noqa: E402
 from meswitch.compression.plan import outline  # noqa: E402
 from meswitch.family import Family  # noqa: E402
 from meswitch.units import format_bytes  # noqa: E402
-from synthetic import write_family  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "family"  # its tokenizer and texts stand in where weights are random
 TASKS = "gsm8k,mmlu"

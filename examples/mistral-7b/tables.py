@@ -20,9 +20,9 @@ from meswitch.compression.options import Options
 from meswitch.compression.plan import outline
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent / "benchmarks"))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from markdown_tables import fill, has_place, pipe  # noqa: E402 - of the benchmarks
+from benchmarks.common.markdown_tables import fill, has_place, pipe  # noqa: E402
 
 CONFIGS = HERE / "configs"
 GB = 1e9

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import Request, register
-from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec import CodecRequest, register
+from meswitch.codec.quantize import pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
-from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.options import Recipe
 from meswitch_lab.method import Encoded, Method
 from meswitch_lab.signs import TrainableSigns
 
@@ -39,7 +39,7 @@ RECIPE = Recipe(
 )
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32; `moment` and the request are not used."""
     scale = delta.abs().double().mean().float().reshape(1)
     return {"sign_packed": pack((delta >= 0).to(torch.uint8), 1), "sign_scale": scale}, {}

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, Request, nbytes, register
+from meswitch.codec import BPW, CodecRequest, nbytes, register
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab import bitdelta
 from meswitch_lab.method import Encoded, Method, check
@@ -28,7 +28,7 @@ from meswitch_lab.svd import decompose
 _DTYPE = torch.bfloat16
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32; `moment` is not used."""
     rows, width = delta.shape
     parts, _ = bitdelta.encode(delta, None, request)
@@ -57,7 +57,7 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return found
 
 
-def _check(request: Request) -> None:
+def _check(request: CodecRequest) -> None:
     wanted = request.parameters.get(BPW.name, 1.0)
     check(wanted >= 1, f"bpw: {wanted:g}: the method stores a sign a weight: at least 1")
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import Parameter, Request, register
-from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec import CodecRequest, Parameter, register
+from meswitch.codec.quantize import pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import (
     Encoded,
@@ -34,7 +34,7 @@ DROP = Parameter("drop", "Share of weights that is set to zero.", default=0.9, b
 SEED = Parameter("seed", "Of the choice of weights.", default=0, whole=True)
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32; `moment` is not used."""
     rows, width = delta.shape
     keep = max(1, round((1 - request.parameters.get("drop", DROP.default or 0.0)) * width))

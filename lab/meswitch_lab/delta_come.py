@@ -21,10 +21,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, Request, nbytes, register
+from meswitch.codec import BPW, CodecRequest, nbytes, register
 from meswitch.codec.feedback import damped, feedback_codes, upper_factor
-from meswitch.codec.packing import pack
-from meswitch.codec.quantize import expand_scale
+from meswitch.codec.quantize import expand_scale, pack
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import (
     Encoded,
@@ -42,7 +41,7 @@ BITS = (8, 3, 2)
 WIDTH, COUNTS = 4096, (2, 32)  # vectors of the two upper bands at this width
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32. moment: [in, in] float32 or None."""
     rows, width = delta.shape
     meta = _bands(rows, width, request)
@@ -76,7 +75,7 @@ def _feedback(
     return rounded | {f"{prefix}_packed": codes if bits == 8 else pack(codes, bits)}
 
 
-def _bands(rows: int, width: int, request: Request) -> dict[str, int]:
+def _bands(rows: int, width: int, request: CodecRequest) -> dict[str, int]:
     """How many vectors are stored in how many bits."""
     full = min(rows, width)
     meta = {"vectors_8": 0, "vectors_3": 0, "vectors_2": 0, "group_size": group_meta(request.group_size)}

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meswitch.codec import BPW, Parameter, Request, nbytes, register
-from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec import BPW, CodecRequest, Parameter, nbytes, register
+from meswitch.codec.quantize import pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import Encoded, Method, check, restore_matrix, round_matrix, rounded_shapes
 
@@ -34,7 +34,7 @@ RESCALE = Parameter("rescale", "1 keeps the mean magnitude of the delta, 0 does 
 BITS = (4, 3, 2, 1)
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32; `moment` is not used."""
     rows, width = delta.shape
     size = int(request.parameters.get(PATCH.name, PATCH.default or 16))

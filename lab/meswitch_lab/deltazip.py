@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meswitch.codec import Request, register
+from meswitch.codec import CodecRequest, register
 from meswitch.codec.feedback import damped, inverse_factor
-from meswitch.codec.packing import pack, packed_words, unpack
-from meswitch.codec.quantize import mse_scales
+from meswitch.codec.quantize import mse_scales, pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import (
     Encoded,
@@ -41,7 +40,7 @@ from meswitch_lab.method import (
 _BLOCK = 128  # inputs between two corrections of all that follow; a multiple of 4
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32. moment: [in, in] float32 or None."""
     bits, group_size = request.bits, request.group_size
     rows, width = delta.shape
@@ -115,7 +114,7 @@ def shapes(rows: int, width: int, meta: Meta) -> Shapes:
     return rounded_shapes(rows, kept, bits_of(meta), group_size, "kept") | index
 
 
-def _check(request: Request) -> None:
+def _check(request: CodecRequest) -> None:
     check(
         (request.group_size or 0) % 2 == 0,
         f"group_size: {request.group_size}: two weights of four share a scale: give an even number",

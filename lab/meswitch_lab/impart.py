@@ -26,10 +26,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, Parameter, Request, nbytes, register
+from meswitch.codec import BPW, CodecRequest, Parameter, nbytes, register
 from meswitch.codec.feedback import damped, inverse_factor
-from meswitch.codec.packing import pack
-from meswitch.codec.quantize import SCALE_DTYPE, expand_scale
+from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, pack
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.delta_come import BITS, COUNTS, WIDTH
 from meswitch_lab.method import (
@@ -53,7 +52,7 @@ _UNIT = 255  # of a density
 _BLOCK = 128  # inputs between two corrections of all that follow
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32. moment: [in, in] float32 or None."""
     rows, width = delta.shape
     left, values, right = decompose(delta)
@@ -81,7 +80,7 @@ def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
     return parts, meta
 
 
-def _densities(values: Tensor, rows: int, width: int, request: Request) -> Tensor:
+def _densities(values: Tensor, rows: int, width: int, request: CodecRequest) -> Tensor:
     """[n] uint8: the share of its entries that each vector keeps, in 1/255, within the budget."""
 
     def size(densities: Tensor) -> int:

@@ -6,17 +6,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meswitch.codec import CodedDelta, Parameter, Request, Sharing, Trainable
+from meswitch.codec import CodecRequest, CodedDelta, Parameter, Sharing, Trainable
 from meswitch.codec.feedback import damped, feedback_codes, upper_factor
-from meswitch.codec.packing import pack, packed_words, unpack
-from meswitch.codec.quantize import SCALE_DTYPE, absmax_scales, dequantize, group_count, mse_scales, quantize
+from meswitch.codec.quantize import (
+    SCALE_DTYPE,
+    absmax_scales,
+    dequantize,
+    group_count,
+    mse_scales,
+    pack,
+    packed_words,
+    quantize,
+    unpack,
+)
 from meswitch.codec.registry import Meta, Shapes
-from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.options import Recipe
 
 Encoded = tuple[dict[str, Tensor], dict[str, int]]
 
 
-def _nothing(request: Request) -> None:
+def _nothing(request: CodecRequest) -> None:
     return None
 
 
@@ -42,7 +51,7 @@ class Method:
     """
 
     name: str
-    encode: Callable[[Tensor, Tensor | None, Request], Encoded]
+    encode: Callable[[Tensor, Tensor | None, CodecRequest], Encoded]
     decode: Callable[[Mapping[str, Tensor], int, int, Meta], Tensor]
     shapes: Callable[[int, int, Meta], Shapes]
     fields: tuple[str, ...] = ()
@@ -50,7 +59,7 @@ class Method:
     bits: int | None = None
     blocks_only: bool = False
     uses_inputs: bool = False
-    check: Callable[[Request], None] = _nothing
+    check: Callable[[CodecRequest], None] = _nothing
     sharing: Sharing | None = None
     recipe: Recipe | None = None
     trains: Callable[[Tensor, CodedDelta, Recipe, torch.device, torch.dtype], Trainable] | None = None

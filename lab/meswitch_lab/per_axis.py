@@ -17,10 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import Request, register
+from meswitch.codec import CodecRequest, register
 from meswitch.codec.feedback import damped
-from meswitch.codec.packing import pack, packed_words, unpack
-from meswitch.codec.quantize import SCALE_DTYPE
+from meswitch.codec.quantize import SCALE_DTYPE, pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab import bitdelta
 from meswitch_lab.method import Encoded, Method, check
@@ -31,7 +30,7 @@ from meswitch_lab.signs import COLUMN, ROW, TrainableSigns
 RECIPE = dataclasses.replace(bitdelta.RECIPE, steps=750, learning_rate=1e-5, batch=1, check_every=50)
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32. moment: [in, in] float32 or None."""
     peak = delta.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     unit = delta / peak  # squares of small deltas must not vanish

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.codec import CodedDelta
-from meswitch.codec.coded import Group
-from meswitch.compression.distill.recipe import Recipe
+from meswitch.codec.registry import Group
+from meswitch.compression.options import Recipe
 
 ROW, COLUMN = 0, 1  # the axis of the scales, as `per-axis` records it
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, Parameter, Request, register
+from meswitch.codec import BPW, CodecRequest, Parameter, register
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import Encoded, Method, check
 
@@ -21,7 +21,7 @@ RANK = Parameter("rank", "Of the factors, instead of a budget.", least=1, whole=
 _DTYPE = torch.bfloat16  # products of deltas' square roots: the range matters more than the last bits
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32; `moment` is not used."""
     rows, width = delta.shape
     asked = int(request.parameters.get("rank", request.budget // (_DTYPE.itemsize * (rows + width))))

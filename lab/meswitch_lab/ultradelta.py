@@ -24,8 +24,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, Parameter, Request, Sharing, register
-from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec import BPW, CodecRequest, Parameter, Sharing, register
+from meswitch.codec.quantize import pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import Encoded, Method, check
 from meswitch_lab.sparse import decode_positions, encode_positions, hashed, position_shapes, rice_bits
@@ -38,7 +38,7 @@ _LEAST = 1e-4  # density
 _TRIES = 20
 
 
-def encode(delta: Tensor, moment: Tensor | None, request: Request) -> Encoded:
+def encode(delta: Tensor, moment: Tensor | None, request: CodecRequest) -> Encoded:
     """delta: [rows, in] float32; `moment` is not used."""
     bits = int(request.parameters.get(CODE_BITS.name, CODE_BITS.default or 4))
     lowest, highest = delta.min(), delta.max()

@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from meswitch.threads import wait_passively
-from meswitch.version import __version__
+from meswitch.cpu import wait_passively
+
+__version__ = "0.1.0"
 
 wait_passively()
 

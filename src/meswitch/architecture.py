@@ -510,8 +510,10 @@ class Tried:
     Args:
         transformers: the version that was tried; another may run a model type in another way.
         compressed: whether fine-tunes of it are compressed, verified, merged and loaded.
-        calibrated: whether compression can be calibrated. uncalibrated: why not.
-        runner: how the embedded engine serves it, `batch` or `turns`; None if not at all. reason: why not the batch.
+        calibrated: whether compression can be calibrated.
+        uncalibrated: why not.
+        runner: how the embedded engine serves it, `batch` or `turns`; None if not at all.
+        reason: why not the batch.
     """
 
     transformers: str

@@ -15,6 +15,8 @@ from meswitch.errors import ConfigError, UnknownExpertError
 from meswitch.units import parse_bytes
 
 Bytes = Annotated[int, Field(ge=1)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of an expert, and of an API key
+RESERVED = ("auto", "other", "error")  # mean something where requests are routed
 ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$"  # of a site, as browsers write it: no path, no slash at the end
 
 
@@ -76,7 +78,7 @@ else:
 class ExpertSection(_Section):
     """`[[expert]]`: one fine-tune."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     delta: str  # the artifact: a directory, relative to the file, or hf://org/name
     source: str | None = None  # the full fine-tune: a directory or hub id; needed only to compress
     calibration: str | None = None  # text for calibration; needed only to compress
@@ -160,7 +162,7 @@ class Family(_Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"expert.name: {name!r} is used twice; every expert and the base need their own")
-        for name in ("auto", "other", "error"):
+        for name in RESERVED:
             if name in names:
                 raise ValueError(f"expert.name: {name!r} is reserved for routing; choose another name")
         if self.router.fallback not in (*names, "error"):
@@ -220,7 +222,7 @@ def _explain(file: Path, item: Any) -> str:
     field = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        message = "no such field; see docs/family.md for the fields there are"
+        message = "no such field; see docs/use/family.md for the fields there are"
     elif item["type"] == "missing":
         message = "this field is required"
     elif "input" in item and item["loc"]:

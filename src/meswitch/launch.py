@@ -11,12 +11,12 @@ from meswitch.errors import ArtifactError, MeswitchError
 from meswitch.family import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fastapi import FastAPI
 
     from meswitch.engine import Engine
-    from meswitch.router import Decider, Encoder, RouteOption, Router
+    from meswitch.router import Decider, Encoder, OpenOptions, RouteOption, Router
     from meswitch.server.auto import AutoPolicy
     from meswitch.server.experts import Experts
     from meswitch.server.keys import ApiKey, Keys
@@ -75,16 +75,16 @@ def router_from_family(
     Args:
         engine: a running engine of the same family; the router then reads hidden states with the engine's weights
             instead of loading the base a second time.
-        path, threshold: in place of the family's; at a `path` there must be a router. device: where to load models
-            otherwise.
+        path: in place of the family's; there must be a router.
+        threshold: in place of the family's.
+        device: where to load models otherwise.
         llm: where an LLM router's model is now, if it is not where it was.
 
     Raises:
         RouterError: no router and too little said of an expert (the message says how to mend it), or a router that
             does not fit the family.
     """
-    from meswitch.router import open_router
-    from meswitch.router.loading import is_trained
+    from meswitch.router import OpenOptions
     from meswitch.router.store import read_file
 
     encoder = family.router.encoder
@@ -93,12 +93,8 @@ def router_from_family(
         read_file(path)
     elif not is_trained(directory):
         logger.warning("%s: no router here; experts are told apart by what family.toml says of them", directory)
-    return open_router(
-        directory,
+    given = OpenOptions(
         family.resolve_model(family.base.path),
-        route_options(family),
-        encoder=None if encoder is None else family.resolve_model(encoder),
-        bits=family.router.bits,
         fallback=family.router.fallback,
         threshold=family.router.threshold if threshold is None else threshold,
         model=None if engine is None else _base_beside(engine),
@@ -106,6 +102,89 @@ def router_from_family(
         device=device,
         llm=llm,
     )
+    source = None if encoder is None else family.resolve_model(encoder)
+    return open_family_router(directory, route_options(family), given, encoder=source, bits=family.router.bits)
+
+
+def open_family_router(
+    path: str | Path,
+    options: "Sequence[RouteOption]",
+    given: "OpenOptions",
+    *,
+    encoder: str | Path | None = None,
+    bits: int = 32,
+) -> "Router":
+    """A family's router: the trained one if there is one, otherwise one by what the family says of its experts.
+
+    An expert that a trained embedding router does not know is added to it by its examples and description.
+
+    Args:
+        path: where a trained router would be.
+        options: the family's experts.
+        given: the base, who answers when the router abstains, and what is loaded already.
+        encoder: of a router by descriptions; None: the base.
+        bits: of that encoder's linear layers, 32 or 8.
+
+    Raises:
+        RouterError: no trained router and an expert of which nothing is said; or see `load_router`.
+    """
+    from meswitch.router import DescribedRouter, EmbeddingRouter, Space
+    from meswitch.router.embedding import RouterFile
+    from meswitch.router.store import check_experts, open_kind, read_file
+    from meswitch.router.train import add_described
+
+    directory = Path(path)
+    names = [option.name for option in options]
+    if not is_trained(directory):
+        check_described(directory, options)
+        space = Space(_encoder(encoder, bits, given))
+        return DescribedRouter(options, space, fallback=given.fallback, threshold=given.threshold)
+    file = read_file(directory)
+    new = [option for option in options if option.name not in file.experts]
+    sayings = all(option.examples for option in new)
+    grows = isinstance(file, RouterFile) and new and sayings and {*file.experts} <= {*names}
+    if not grows:
+        check_experts(directory, file, names)
+    router = open_kind(directory, file, given)
+    return add_described(router, new) if isinstance(router, EmbeddingRouter) and grows else router
+
+
+def is_trained(directory: Path) -> bool:
+    """Whether a router was written here, whole or damaged."""
+    from meswitch.router.store import JSON_NAME
+
+    return (directory / JSON_NAME).exists()
+
+
+def check_described(directory: Path, options: "Sequence[RouteOption]") -> None:
+    """Can these experts be told apart without the trained router that `directory` has not?
+
+    Raises:
+        RouterError: says what is missing, and both ways to mend it.
+    """
+    from meswitch.router import RouterError
+    from meswitch.router.described import check_options
+
+    bare = [option.name for option in options if not option.description.strip() and not option.examples]
+    if bare or not options:
+        missing = ", ".join(repr(name) for name in bare) or "any expert"
+        raise RouterError(
+            f"{directory}: no router here, and nothing is said of {missing}; give every [[expert]] of family.toml a "
+            "`description` and `examples`, or make a router with `meswitch router train --family F --data rows.jsonl`"
+        )
+    check_options(options)
+
+
+def _encoder(source: str | Path | None, bits: int, given: "OpenOptions") -> Any:
+    from meswitch.artifact import fingerprint
+    from meswitch.checkpoint import Checkpoint
+    from meswitch.router.encoder import Encoder, open_encoder
+
+    if source is not None:
+        return open_encoder(source, given.device, bits)
+    if given.model is not None:
+        return Encoder(given.model, given.tokenizer, fingerprint(Checkpoint.open(given.base)))
+    return Encoder.load(given.base, given.device)
 
 
 def route_options(family: Family) -> "list[RouteOption]":
@@ -121,7 +200,6 @@ def check_router(family: Family) -> None:
     Raises:
         RouterError: a damaged router, or none and too little said of an expert.
     """
-    from meswitch.router.loading import check_described, is_trained
     from meswitch.router.store import read_file
 
     directory = family.resolve(family.router.path)
@@ -181,6 +259,7 @@ def experts_from_family(family: Family, engine: "Engine") -> "Experts":
         {section.name: section.description for section in family.expert},
         directory=None if directory is None else family.resolve(directory),
         family=family.directory / "family.toml",
+        is_watched=family.server.watch_experts,
     )
 
 
@@ -190,25 +269,23 @@ def app_from_family(
     """The HTTP application.
 
     Args:
-        auto: see `policy_from_family`. keys: of which clients must send one; None for the family's.
+        auto: see `policy_from_family`.
+        keys: of which clients must send one; None for the family's.
         experts: see `experts_from_family`; None for experts that nobody changes.
     """
-    from meswitch.server import create_app
+    from meswitch.server import OnDemandModels, Web, create_app
     from meswitch.server.keys import Keys
-    from meswitch.server.tracing import traced
+    from meswitch.server.logs import traced
 
     return create_app(
         engine,
         auto=auto,
         descriptions={section.name: section.description for section in family.expert},
-        allow_origins=family.server.allow_origins,
-        root_path=family.server.root_path,
         keys=Keys(keys_from_family(family)) if keys is None else keys,
         experts=experts,
+        on_demand=OnDemandModels(encoder_opener(engine), decider_opener(family, engine)),
         trace=traced(),
-        watch=family.server.watch_experts,
-        open_encoder=encoder_opener(engine),
-        open_decider=decider_opener(family, engine),
+        web=Web(family.server.allow_origins, family.server.root_path),
     )
 
 

@@ -154,7 +154,8 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
 
     Args:
         architecture: the checkpoint's, or that of its language model alone.
-        dtype: as `from_pretrained` takes it. options: for `from_pretrained` too.
+        dtype: as `from_pretrained` takes it.
+        options: for `from_pretrained` too.
 
     Raises:
         CheckpointError: a parameter is not stored: transformers would fill it with random numbers.

@@ -56,7 +56,8 @@ def copy(target: Tensor, source: Tensor, *, non_blocking: bool = False) -> None:
     """`target.copy_(source)` between a device and (a part of) what `page_locked` gave.
 
     Args:
-        target, source: [bytes] uint8, contiguous.
+        target: [bytes] uint8, contiguous.
+        source: alike.
     """
     for part in _parts(source if target.is_cuda else target):
         target[part].copy_(source[part], non_blocking=non_blocking)

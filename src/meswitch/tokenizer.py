@@ -14,8 +14,7 @@ from typing import Any
 
 from meswitch.configuration import read_config
 from meswitch.errors import ConfigError
-from meswitch.jsonfile import disguise, read_json
-from meswitch.textfile import json_kind
+from meswitch.jsonfile import disguise, json_kind, read_json
 
 Message = Mapping[str, Any]
 

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
 import meswitch
-from adapters import pairs, product, write_adapter
 from meswitch.adapter import Adapter, open_expert, write_artifact
 from meswitch.artifact import Artifact, account
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged, merged_tensors
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError
-from models import TINY, edit_config
+from tests.support.adapters import pairs, product, write_adapter
+from tests.support.models import TINY, edit_config
 
 FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 Q0 = "model.layers.0.self_attn.q_proj"

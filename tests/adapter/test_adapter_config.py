@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from adapters import pairs, write_adapter
 from meswitch.adapter import Adapter, AdapterConfig
 from meswitch.errors import CheckpointError
+from tests.support.adapters import pairs, write_adapter
 
 
 def config(tmp_path, **fields) -> AdapterConfig:

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from meswitch.adapter import Adapter, write_artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
-from models import TINY
+from tests.support.models import TINY
 
 peft = pytest.importorskip("peft", reason="needs meswitch[lora]")
 

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 import meswitch
-from architectures import tiny
 from meswitch.architecture import architecture_of, model_class
 from meswitch.artifact import Artifact
 from meswitch.compression.merge import merge
 from meswitch.errors import IncompatibleError, MeswitchError
+from tests.architectures import tiny
 
 PROMPTS = ([5, 77, 1200, 300, 9, 41], [17, 401, 8], [99, 1033, 54, 720, 6, 7, 8, 1900, 12])
 TEXT = ("What is seven times eight? It is 56.", "select name from city where state = 'ohio'", "Say hello. Hello!")

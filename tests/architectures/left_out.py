@@ -3,7 +3,7 @@
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from architectures.tiny import FIELDS
+from tests.architectures.tiny import FIELDS
 
 VISION_LANGUAGE = ("gemma3", "gemma4", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
 _DECODER = "the decoder of an encoder-decoder model"

@@ -7,9 +7,9 @@ from importlib.resources import files
 import pytest
 import transformers
 
-from architectures.course import follow
-from architectures.left_out import ALL, TRIED, VISION_LANGUAGE, reason_left_out
 from meswitch.architecture import tried
+from tests.architectures.course import follow
+from tests.architectures.left_out import ALL, TRIED, VISION_LANGUAGE, reason_left_out
 
 FACTS = json.loads(files("meswitch").joinpath("architectures.json").read_text())
 

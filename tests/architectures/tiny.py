@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from meswitch.architecture import model_class
-from models import TINY
+from tests.support.models import TINY
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Several names mean the same size: a configuration takes those that it knows.

@@ -1,4 +1,4 @@
-"""Makes `src/meswitch/architectures.json` from the whole course, and the table of `docs/architectures.md` from that.
+"""Makes `src/meswitch/architectures.json` from the whole course, and the table of docs/results/architectures.md.
 
 python tests/architectures/write_table.py          # every model type; tests/architectures compare with the result
 python tests/architectures/write_table.py gpt2     # these only, the rest stays
@@ -11,15 +11,15 @@ import tempfile
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 FACTS = ROOT / "src" / "meswitch" / "architectures.json"
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "results" / "architectures.md"
 BEGIN, END = "<!-- architectures -->\n", "<!-- end -->"
 
 
 def facts_of(model_type: str) -> dict[str, object]:
-    from architectures.course import follow
+    from tests.architectures.course import follow
 
     with tempfile.TemporaryDirectory() as directory:
         outcome = follow(model_type, Path(directory), ROOT / "examples" / "family" / "base")
@@ -49,7 +49,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from architectures.left_out import TRIED
+    from tests.architectures.left_out import TRIED
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import meswitch
 from command_line import Cli
 from hub_server import TOKEN, HubServer
+
+import meswitch
 from meswitch.artifact import remote
 from meswitch.artifact.card import GENERATED
 from meswitch.artifact.manifest import Manifest

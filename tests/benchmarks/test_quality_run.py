@@ -1,4 +1,4 @@
-"""`benchmarks/quality.py` in small: it measures, goes on where it was, and records what fails."""
+"""`benchmarks/quality/run.py` in small: it measures, goes on where it was, and records what fails."""
 
 import importlib
 import json
@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RTN = {"method": "rtn", "calibration": None, "bits": 2, "group_size": None}
 LABEL = "rtn: 2 bits, a scale a row"
@@ -21,14 +23,14 @@ OPTIONS = ("frontier", "--experts", "math", "--questions", "20", "--fidelity-que
 @pytest.fixture(scope="module")
 def quality(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
     """The command's module, to run it without waiting for another Python."""
-    return benchmark_script("quality")
+    return benchmark_script("quality.run")
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command stored, with two worker processes."""
     out = tmp_path_factory.mktemp("quality") / "frontier.json"
-    command = [sys.executable, str(BENCHMARKS / "quality.py"), *OPTIONS, "--jobs", "2", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "quality" / "run.py"), *OPTIONS, "--jobs", "2", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 jobs to do" in done.stdout
@@ -55,7 +57,7 @@ def test_what_repeats_it_is_stored_and_no_path_of_this_machine(measured: Path) -
     text = measured.read_text()
     data = json.loads(text)
     [entry] = data["runs"]
-    assert entry["command"].startswith("python benchmarks/quality.py frontier --questions 20 --seed 2")
+    assert entry["command"].startswith("python benchmarks/quality/run.py frontier --questions 20 --seed 2")
     assert "--family examples/family --experts math" in entry["command"]
     assert {"date", "device", "python", "torch", "transformers", "meswitch", "commit"} < set(entry)
     assert set(data["meta"]["checksums"]) == {"base", "math"}
@@ -91,7 +93,7 @@ def test_results_of_other_questions_are_not_mixed(measured: Path, quality: Modul
 
 def test_results_of_other_weights_are_not_mixed(measured: Path, tmp_path: Path, quality: ModuleType) -> None:
     for name in ("base", "math"):
-        shutil.copytree(quality.quality_jobs.EXAMPLE / name, tmp_path / name)
+        shutil.copytree(quality.experiment.EXAMPLE / name, tmp_path / name)
     shutil.copy(tmp_path / "base" / "model.safetensors", tmp_path / "math")
     with pytest.raises(SystemExit, match="holds results of another math; choose another --out"):
         quality.main([*OPTIONS, "--family", str(tmp_path), "--out", str(measured)])
@@ -104,7 +106,7 @@ def test_an_unknown_keyword_fails_in_its_row_only_and_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    setting = importlib.import_module("quality_settings").Setting
+    setting = importlib.import_module("benchmarks.quality.settings").Setting
     rows = [setting("rtn", f"{LABEL}{i}", RTN | extra) for i, extra in enumerate(({"ratio": 1.6}, {}, {"bits": 1}))]
     monkeypatch.setitem(quality.SUITES, "frontier", rows)
     out = Path(shutil.copy(measured, tmp_path))

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def profile(benchmark_script):
-    return benchmark_script("vllm_profile")
+    return benchmark_script("serving.vllm_profile")
 
 
 def trace(steps: int, attention: str) -> list[dict]:

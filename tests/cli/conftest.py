@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Cli
+from tests.support.command_line import Cli
 
 
 @pytest.fixture(scope="session")

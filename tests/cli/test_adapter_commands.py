@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters import pairs, write_adapter
 from meswitch import Artifact
 from meswitch.compression.merge import load_merged
+from tests.support.adapters import pairs, write_adapter
 
 TARGETS = ("q_proj", "v_proj", "lm_head")
 

@@ -65,6 +65,7 @@ def test_a_directory_of_something_else_is_left_alone(cli, new_family, tmp_path):
     assert (tmp_path / "runs/math/thesis.txt").read_text() == "text"
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing_loadable_and_the_same_command_goes_on(cli, new_family, tmp_path):
     file = new_family("math", "sql")
     command = [*MAIN, "compress", "--family", str(file), "--calibration-tokens", "1500"]

@@ -20,7 +20,7 @@ def test_the_extra_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_option_is_documented() -> None:
-    page = (DOCS / "deploy.md").read_text()
+    page = (DOCS / "use" / "ray.md").read_text()
     for option in get_command(app).commands["deploy"].commands["ray"].params:
         if option.opts[0].startswith("--") and option.opts[0] != "--help":
             assert f"`{option.opts[0]}`" in page, option.opts[0]

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
+from meswitch import __version__
 from meswitch.cli import doctor
-from meswitch.version import __version__
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from meswitch import __version__
 from meswitch.errors import ArtifactError
-from meswitch.version import __version__
 
 COMMANDS = [
     "chat",
@@ -66,7 +66,7 @@ def test_every_wrong_field_of_a_family_gets_its_line(cli, tmp_path):
     lines = result.stderr.splitlines()
     assert len(lines) == 2
     assert f"error: {tmp_path}/family.toml: compress.bits: Input should be less than or equal to 4 (got 9)" in lines
-    assert f"error: {tmp_path}/family.toml: engine.slotz: no such field; see docs/family.md" in lines[1]
+    assert f"error: {tmp_path}/family.toml: engine.slotz: no such field; see docs/use/family.md" in lines[1]
 
 
 def test_a_family_without_a_router_says_how_to_train_one(cli, new_family):

@@ -18,8 +18,7 @@ from meswitch.codec import (
     stored_shapes,
     unpack,
 )
-from meswitch.codec.packing import packed_words
-from meswitch.codec.quantize import expand_scale
+from meswitch.codec.quantize import expand_scale, packed_words
 from meswitch.errors import MeswitchError
 
 BITS = st.sampled_from([1, 2, 3, 4])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meswitch.codec import ME_SWITCH, Parameter, Request, Spec, codec_names, encode, find_codec, nbytes, register
+from meswitch.codec import ME_SWITCH, CodecRequest, Parameter, Spec, codec_names, encode, find_codec, nbytes, register
 
 
 def delta_of(rows, width):
@@ -48,7 +48,7 @@ def test_the_default_method_encodes_as_a_codec_what_it_encodes_as_packed(changed
     delta, moment = delta_of(48, 96), torch.eye(96)
     delta[changed:] = 0
     spec = Spec(2, 32, salient)
-    parts, meta = ME_SWITCH.encode(delta, moment, Request(spec, 0))
+    parts, meta = ME_SWITCH.encode(delta, moment, CodecRequest(spec, 0))
     shapes = ME_SWITCH.shapes(48, 96, meta)
     assert {name: (tuple(part.shape), part.dtype) for name, part in parts.items()} == shapes
     assert sum(part.nbytes for part in parts.values()) == nbytes(shapes)

@@ -3,7 +3,7 @@
 import torch
 
 from meswitch.codec import Spec, encode
-from meswitch.codec.rows import expand_rows, live_rows, without_negligible
+from meswitch.codec.delta import expand_rows, live_rows, without_negligible
 
 
 def sparse_delta(live: int, rows: int = 64) -> torch.Tensor:

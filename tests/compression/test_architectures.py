@@ -8,8 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 import meswitch
-from architectures import tiny
-from architectures.course import load
 from meswitch.architecture import HEAD, LINEAR, STACKS, TRANSPOSED, matrix_shape
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
@@ -17,6 +15,8 @@ from meswitch.compression.inputs import Walk
 from meswitch.compression.merge import load_merged, merge
 from meswitch.compression.plan import outline, predict
 from meswitch.compression.text import load_calibration
+from tests.architectures import tiny
+from tests.architectures.course import load
 
 MODELS = (
     "apertus",  # parameters of an activation, beside matrices

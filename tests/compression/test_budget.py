@@ -26,6 +26,7 @@ def file_bpw(artifact: Artifact) -> float:
     return (artifact.directory / "delta.safetensors").stat().st_size * 8 / artifact.manifest.expert.parameters
 
 
+@pytest.mark.slow
 def test_the_file_keeps_the_budget_and_uses_it(family, tmp_path, text):
     artifact = meswitch.compress(
         family / "base",

@@ -15,7 +15,7 @@ from meswitch.compression import pipeline
 from meswitch.compression.compatibility import check_same_tensors
 from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
-from models import edit_config
+from tests.support.models import edit_config
 
 TEXT = "How many apples does Tom have now?\nWrite a Python function f(xs) that returns the sum.\n" * 8
 
@@ -272,6 +272,7 @@ def test_a_truncated_checkpoint_is_named(family, tmp_path):
         meswitch.compress(family / "base", tmp_path / "math", tmp_path / "delta")
 
 
+@pytest.mark.slow
 def test_on_a_cpu_a_large_model_is_measured_on_fewer_tokens_unless_they_are_asked_for(family, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "CPU_WORK", 2.0e9)  # 1000 tokens for this family's 2.0 million parameters
     monkeypatch.setattr(pipeline, "CPU_MOMENT_TOKENS", 200)

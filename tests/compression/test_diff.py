@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from meswitch.compression import diff as module
-from meswitch.compression.diff import Change, diff, measure
-from meswitch.config_fields import TRAINING, UNREAD
-from models import make_pair
+from meswitch.compression.diff import WeightChange, diff, measure
+from meswitch.configuration import TRAINING, UNREAD
+from tests.support.models import make_pair
 
 
 def edit(file, **fields):
@@ -69,8 +69,8 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 
 
 def test_changes_add_up():
-    one, two = Change(10, 3.0, 0.3, 0.1, 2, 1.0), Change(30, 4.0, 0.4, 0.2, 0, 5.0)
-    both = Change.together([one, two])
+    one, two = WeightChange(10, 3.0, 0.3, 0.1, 2, 1.0), WeightChange(30, 4.0, 0.4, 0.2, 0, 5.0)
+    both = WeightChange.together([one, two])
     assert both.base_norm == pytest.approx(5.0)
     assert both.relative_norm == pytest.approx(0.1)
     assert (both.weights, both.unchanged, both.largest, both.kurtosis) == (40, 2, 0.2, 4.0)

@@ -12,7 +12,7 @@ import meswitch
 from meswitch.adapter import Adapter, open_expert
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import lowrank
-from meswitch.compression.extraction import LEFT_OUT, PAIR, WHOLE, best_pair, extract_lora, short_names
+from meswitch.compression.extraction import LEFT_OUT, PAIR, WHOLE, LoraOptions, best_pair, extract_lora, short_names
 from meswitch.compression.merge import load_merged, merged_tensors
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 
@@ -52,7 +52,7 @@ def edit(directory, change):
 )
 def test_a_full_rank_with_whole_modules_is_the_fine_tune(pair, tmp_path, arch, case):
     base, expert = pair(arch, dtype=torch.float32, **case)
-    found = extract_lora(base, expert, tmp_path / "adapter", 1 << 20, modules_to_save=True)
+    found = extract_lora(base, expert, tmp_path / "adapter", LoraOptions(1 << 20, modules_to_save=True))
     assert found.rank < 1 << 20
     wanted, made = Checkpoint.open(expert).loaded, restored(base, tmp_path / "adapter")
     for name in wanted.tensors:
@@ -67,7 +67,7 @@ def test_a_full_rank_with_whole_modules_is_the_fine_tune(pair, tmp_path, arch, c
 
 def test_what_is_kept_is_what_the_singular_values_say(pair, tmp_path):
     base, expert = pair("llama", dtype=torch.float32)
-    found = extract_lora(base, expert, tmp_path / "adapter", 5)
+    found = extract_lora(base, expert, tmp_path / "adapter", LoraOptions(5))
     before, after = load_file(base / "model.safetensors"), load_file(expert / "model.safetensors")
     made = restored(base, tmp_path / "adapter")
     assert names(found, PAIR) == {name for name in before if name.endswith("proj.weight")} | {"lm_head.weight"}
@@ -89,7 +89,7 @@ def test_what_is_kept_is_what_the_singular_values_say(pair, tmp_path):
 
 def test_the_pairs_of_a_16_bit_fine_tune_are_16_bit_and_what_that_rounds_counts(pair, tmp_path):
     base, expert = pair("llama", dtype=torch.bfloat16)
-    found = extract_lora(base, expert, tmp_path / "adapter", 1 << 20)
+    found = extract_lora(base, expert, tmp_path / "adapter", LoraOptions(1 << 20))
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert found.nbytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -126,16 +126,18 @@ def test_with_the_inputs_a_pair_is_the_best_for_the_outputs():
 def test_calibration_text_shapes_the_pairs(family, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join((family / "calibration" / "math.jsonl").read_text().splitlines()[:60]))
-    found = extract_lora(family / "base", family / "math", tmp_path / "calibrated", 8, calibration=text)
-    free = extract_lora(family / "base", family / "math", tmp_path / "free", 8)
+    found = extract_lora(family / "base", family / "math", tmp_path / "calibrated", LoraOptions(8, calibration=text))
+    free = extract_lora(family / "base", family / "math", tmp_path / "free", LoraOptions(8))
     assert all(item.output_energy > item.output_kept > 0 for item in found.tensors if item.how == PAIR)
     assert found.of(PAIR).share < free.of(PAIR).share < found.of(PAIR).output_share
     assert [item.name for item in found.tensors] == [item.name for item in free.tensors]
     assert free.of(PAIR).output_share is None
-    whole = extract_lora(family / "base", family / "math", tmp_path / "whole", 1 << 20, calibration=text)
+    whole = extract_lora(family / "base", family / "math", tmp_path / "whole", LoraOptions(1 << 20, calibration=text))
     assert whole.of(PAIR).share > 0.9999
     with pytest.raises(ConfigError, match=r"none\.txt: no such calibration file"):
-        extract_lora(family / "base", family / "math", tmp_path / "none", 8, calibration=tmp_path / "none.txt")
+        extract_lora(
+            family / "base", family / "math", tmp_path / "none", LoraOptions(8, calibration=tmp_path / "none.txt")
+        )
 
 
 def test_a_pair_of_a_matrix_narrower_than_the_rank_is_filled_up_with_zeros():
@@ -149,7 +151,7 @@ def test_a_pair_of_a_matrix_narrower_than_the_rank_is_filled_up_with_zeros():
 
 def test_the_configuration_is_a_plain_lora(pair, tmp_path):
     base, expert = pair("llama")
-    extract_lora(base, expert, tmp_path / "adapter", 4)
+    extract_lora(base, expert, tmp_path / "adapter", LoraOptions(4))
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 4, None)
     assert config["base_model_name_or_path"] == str(base)
@@ -164,7 +166,7 @@ def test_a_layer_that_did_not_change_has_no_pair_and_the_others_are_named(pair, 
     base, expert = pair("llama")
     kept = load_file(base / "model.safetensors")[UP]
     edit(expert, lambda tensors: tensors.update({UP: kept}))
-    found = extract_lora(base, expert, tmp_path / "adapter", 4)
+    found = extract_lora(base, expert, tmp_path / "adapter", LoraOptions(4))
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert "model.layers.1.mlp.up_proj" in config["target_modules"]
     assert "up_proj" not in config["target_modules"]
@@ -178,16 +180,16 @@ def test_a_name_stands_for_modules_that_all_have_a_pair():
 
 
 def test_biases_and_the_experts_of_a_mixture_are_named_as_left_out(pair, tmp_path):
-    found = extract_lora(*pair("qwen2"), tmp_path / "biases", 4, modules_to_save=True)
+    found = extract_lora(*pair("qwen2"), tmp_path / "biases", LoraOptions(4, modules_to_save=True))
     assert {name.rpartition(".")[2] for name in names(found, LEFT_OUT)} == {"bias"}
-    found = extract_lora(*pair("qwen3_moe", **FEW), tmp_path / "mixture", 4, modules_to_save=True)
+    found = extract_lora(*pair("qwen3_moe", **FEW), tmp_path / "mixture", LoraOptions(4, modules_to_save=True))
     assert {".experts." in name for name in names(found, LEFT_OUT)} == {True}
     assert any("mlp.gate.weight" in name for name in names(found, PAIR) | names(found, WHOLE))
 
 
 def test_added_tokens_are_left_out_with_their_tokenizer(pair, tmp_path):
     base, expert = pair("llama", added_tokens=2)
-    found = extract_lora(base, expert, tmp_path / "adapter", 4)
+    found = extract_lora(base, expert, tmp_path / "adapter", LoraOptions(4))
     assert (found.added_rows, found.added_kept) == (2, False)
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= names(found, LEFT_OUT)
     assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
@@ -198,7 +200,7 @@ def test_added_tokens_are_left_out_with_their_tokenizer(pair, tmp_path):
 
 def test_the_engine_serves_what_was_extracted(pair, tmp_path):
     base, expert = pair("llama", dtype=torch.float32, change=0.3)
-    extract_lora(base, expert, tmp_path / "adapter", 1 << 20, modules_to_save=True)
+    extract_lora(base, expert, tmp_path / "adapter", LoraOptions(1 << 20, modules_to_save=True))
     with meswitch.Engine(base, {"one": tmp_path / "adapter"}, device="cpu") as engine:
         answer = engine.generate(["Hello there"], model="one", max_new_tokens=12)[0]
         ids = torch.tensor([engine.tokenizers["one"].encode("Hello there")])
@@ -211,21 +213,21 @@ def test_the_engine_serves_what_was_extracted(pair, tmp_path):
 def test_what_cannot_be_extracted_is_refused(pair, tmp_path, family):
     base, expert = pair("llama")
     with pytest.raises(ConfigError, match="rank: 0 is not a positive number"):
-        extract_lora(base, expert, tmp_path / "adapter", 0)
+        extract_lora(base, expert, tmp_path / "adapter", LoraOptions(0))
     with pytest.raises(ConfigError, match="no linear layer changed"):
-        extract_lora(base, base, tmp_path / "adapter", 4)
+        extract_lora(base, base, tmp_path / "adapter", LoraOptions(4))
     with pytest.raises(ConfigError, match=r"already exists; choose another --out$"):
-        extract_lora(base, expert, base, 4, overwrite=True)
+        extract_lora(base, expert, base, LoraOptions(4), overwrite=True)
     with pytest.raises(IncompatibleError, match="model_type"):
-        extract_lora(family / "base", expert, tmp_path / "adapter", 4)
+        extract_lora(family / "base", expert, tmp_path / "adapter", LoraOptions(4))
     assert not list(tmp_path.glob("adapter*"))
-    extract_lora(base, expert, tmp_path / "adapter", 4)
+    extract_lora(base, expert, tmp_path / "adapter", LoraOptions(4))
     with pytest.raises(ConfigError, match="already exists; choose another --out or --overwrite"):
-        extract_lora(base, expert, tmp_path / "adapter", 2)
-    assert extract_lora(base, expert, tmp_path / "adapter", 2, overwrite=True).rank == 2
+        extract_lora(base, expert, tmp_path / "adapter", LoraOptions(2))
+    assert extract_lora(base, expert, tmp_path / "adapter", LoraOptions(2), overwrite=True).rank == 2
     edit(expert, lambda tensors: tensors[UP][0, 0].fill_(float("nan")))
     with pytest.raises(MeswitchError, match=rf"{UP}: 1 of .* delta values are NaN"):
-        extract_lora(base, expert, tmp_path / "other", 4)
+        extract_lora(base, expert, tmp_path / "other", LoraOptions(4))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_what_cannot_be_extracted_is_refused(pair, tmp_path, family):
 def test_peft_computes_what_our_reader_makes_of_it(pair, tmp_path, arch, case, whole):
     peft = pytest.importorskip("peft", reason="needs meswitch[lora]")
     base, expert = pair(arch, dtype=torch.float32, **case)
-    extract_lora(base, expert, tmp_path / "adapter", 1 << 20, modules_to_save=whole)
+    extract_lora(base, expert, tmp_path / "adapter", LoraOptions(1 << 20, modules_to_save=whole))
     tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():

@@ -7,12 +7,11 @@ from transformers import AutoModelForCausalLM
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.compatibility import matched
-from meswitch.compression.large_delta import LargeDeltas, check_same_base, relative_norm
+from meswitch.compression.compatibility import LargeDeltas, check_same_base, matched, relative_norm
 from meswitch.compression.merge import load_merged
 from meswitch.errors import IncompatibleError
 from meswitch.tensorfile import TensorInfo
-from models import make_pair
+from tests.support.models import make_pair
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 

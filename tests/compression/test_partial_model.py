@@ -6,14 +6,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 import meswitch
-from architectures import tiny
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.convert import LEAST_TOKENS
 from meswitch.compression.inputs import Walk
-from meswitch.compression.lazy_model import LazyModel
-from meswitch.compression.partial_model import PartialModel
+from meswitch.compression.partial_model import LazyModel, PartialModel
 from meswitch.compression.text import load_calibration
 from meswitch.errors import CheckpointError, IncompatibleError
+from tests.architectures import tiny
 
 CPU = torch.device("cpu")
 LOOPED = "hrm_text"  # runs its blocks again and again

@@ -16,7 +16,7 @@ from meswitch.compression.options import Options
 from meswitch.compression.plan import Memory, kv_bytes, outline, predict
 from meswitch.errors import CheckpointError, ConfigError, IncompatibleError
 from meswitch.slots.layout import Layout
-from models import edit_config
+from tests.support.models import edit_config
 
 WEIGHTS = "model.safetensors"
 SETTINGS = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from architectures import tiny
 from meswitch.architecture import architecture_of, as_matrix
-from meswitch.compression.placement import assembly, places_of
+from meswitch.compression.inputs import assembly, places_of
+from tests.architectures import tiny
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.text import Source, gather, load_calibration, load_questions
+from meswitch.compression.text import TextSource, gather, load_calibration, load_questions
 from meswitch.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -31,28 +31,28 @@ def write(tmp_path):
 @pytest.mark.parametrize(
     ("value", "source"),
     [
-        ("text.txt", Source(text=Path("text.txt"))),
-        (Path("self"), Source(text=Path("self"))),
-        ("./self", Source(text=Path("self"))),
-        ("myself:x.txt", Source(text=Path("myself:x.txt"))),
-        ("self", Source(own=True)),
-        ("self:asked.jsonl", Source(questions=Path("asked.jsonl"), own=True)),
-        ("text.jsonl+self", Source(text=Path("text.jsonl"), own=True)),
+        ("text.txt", TextSource(text=Path("text.txt"))),
+        (Path("self"), TextSource(text=Path("self"))),
+        ("./self", TextSource(text=Path("self"))),
+        ("myself:x.txt", TextSource(text=Path("myself:x.txt"))),
+        ("self", TextSource(own=True)),
+        ("self:asked.jsonl", TextSource(questions=Path("asked.jsonl"), own=True)),
+        ("text.jsonl+self", TextSource(text=Path("text.jsonl"), own=True)),
     ],
 )
 def test_a_source_is_told_by_its_spelling(value, source):
-    assert Source.parse(value) == source
+    assert TextSource.parse(value) == source
 
 
 @pytest.mark.parametrize("value", ["", "self:", "+self"])
 def test_a_source_without_its_file_is_refused(value):
     with pytest.raises(ConfigError, match="names no file; give FILE, self, self:FILE or FILE\\+self"):
-        Source.parse(value)
+        TextSource.parse(value)
 
 
 def test_only_files_are_put_in_place():
-    assert Source.parse("self:a.txt").resolved(lambda file: Path("/data") / file).questions == Path("/data/a.txt")
-    assert Source.parse("self").resolved(lambda file: Path("/data") / file) == Source(own=True)
+    assert TextSource.parse("self:a.txt").resolved(lambda file: Path("/data") / file).questions == Path("/data/a.txt")
+    assert TextSource.parse("self").resolved(lambda file: Path("/data") / file) == TextSource(own=True)
 
 
 def test_every_kind_of_row_is_read_and_the_tokens_are_counted(family, write):

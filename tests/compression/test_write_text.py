@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.write_text import ANSWER, LENGTH, Sampler, repeats, self_calibration
+from meswitch.compression.write_text import ANSWER, LENGTH, TextSampler, repeats, self_calibration
 from meswitch.errors import ConfigError
 
 END = 3
@@ -183,7 +183,7 @@ def test_rows_of_a_batch_do_not_depend_on_each_other_or_on_rows_that_left(pair, 
         ids = torch.tensor([head])
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         alone.append(out[0].tolist())
-    tails = Sampler(model, 1, seed=0).sample(heads, 30, {END})
+    tails = TextSampler(model, 1, seed=0).sample(heads, 30, {END})
     together = [head + tail for head, tail in zip(heads, tails, strict=True)]
     for row, wanted in zip(together, alone, strict=True):
         assert row == wanted[: len(row)]
@@ -193,7 +193,7 @@ def test_rows_of_a_batch_do_not_depend_on_each_other_or_on_rows_that_left(pair, 
 def test_no_text_is_longer_than_the_model_s_positions(pair):
     _, expert = pair("gpt2", max_position_embeddings=16)
     model = AutoModelForCausalLM.from_pretrained(expert).eval()
-    tails = Sampler(model, 1, seed=0, longest=16).sample([[0, 40, 50], [0]], 30, set())
+    tails = TextSampler(model, 1, seed=0, longest=16).sample([[0, 40, 50], [0]], 30, set())
     assert list(map(len, tails)) == [13, 13]
 
 

@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from meswitch.deploy.asgi import Head, call
+from meswitch.deploy.replica import Head, call
 
 app = FastAPI()
 ended = []

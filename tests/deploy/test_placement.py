@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from meswitch.deploy.placement import ranked
+from meswitch.deploy.replica import ranked
 
 REPLICAS = dict.fromkeys("abcdef", ())
 

@@ -11,6 +11,7 @@ from meswitch import Family
 from meswitch.launch import engine_from_family
 from meswitch.router import Encoder, Row, train_router
 
+pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray", reason="make test-ray")
 serve = pytest.importorskip("ray.serve", reason="make test-ray")
 

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import meswitch
-from adapters import pairs, write_adapter
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import IncompatibleError
-from models import TINY
+from tests.support.adapters import pairs, write_adapter
+from tests.support.models import TINY
 
 NEW_TOKENS = 16
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import MeswitchError
-from models import continued
+from tests.support.models import continued
 
 KINDS = ("math", "code", "instruct", "sql")
 RULES = "Answer in few words. The rules are these: river stone cloud table. " * 4
@@ -42,6 +42,7 @@ def wanted(family, deltas, engine):
     return found
 
 
+@pytest.mark.slow
 def test_every_answer_is_its_merged_model_s_and_all_is_given_back(engine, wanted):
     draw, asked = random.Random(5), []
     for _ in range(ARRIVALS):

@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import meswitch
-from architectures import tiny
-from architectures.course import NEW_TOKENS, PROMPTS, differs, load
+from tests.architectures import tiny
+from tests.architectures.course import NEW_TOKENS, PROMPTS, differs, load
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])

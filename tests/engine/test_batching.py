@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from architectures import tiny
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
 from meswitch.engine.pages import PAGE
 from meswitch.errors import CapacityError, ConfigError, MeswitchError
-from models import continued
+from tests.architectures import tiny
+from tests.support.models import continued
 
 SYSTEM = "Answer in few words. " + "The rules are these: river stone cloud table. " * 12
 QUESTIONS = ["Tom has 23 apples. How many now?", "Write river in capital letters.", "What is 3 + 4?"]

@@ -6,14 +6,14 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import meswitch
-from adapters import pairs, write_adapter
-from architectures.course import follow
 from meswitch import Engine
 from meswitch.architecture import tried
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
+from tests.architectures.course import follow
+from tests.support.adapters import pairs, write_adapter
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import tokenizers_of_all_kinds
 from meswitch.engine.detokenizer import Detokenizer
 from meswitch.tokenizer import ChatTokenizer
+from tests.support import tokenizers_of_all_kinds
 
 KINDS = [(kind, clean) for kind in tokenizers_of_all_kinds.KINDS for clean in (False, True)]
 

@@ -197,6 +197,7 @@ def test_a_replacement_of_another_base_is_refused_by_name(family, own, expected,
         assert ask(engine, "code").result(SOON).tokens == expected["code"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["batch", "turns"])
 def test_faults_in_reads_and_copies_under_traffic_harm_no_other_request(
     family, own, deltas, expected, monkeypatch, runner

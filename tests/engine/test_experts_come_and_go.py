@@ -6,7 +6,7 @@ import pytest
 
 from meswitch import Engine, SamplingParams
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
-from models import make_pair
+from tests.support.models import make_pair
 
 PROMPT = "Ben has 3 nuts"
 

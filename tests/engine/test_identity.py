@@ -11,7 +11,7 @@ import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.engine.pages import PAGE
-from models import continued
+from tests.support.models import continued
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 LONG = [{"role": "user", "content": "Write these words in capital letters: " + "river stone cloud table " * 12}]

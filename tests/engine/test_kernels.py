@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import meswitch
-from adapters import pairs, write_adapter
-from deltas import DEVICE
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.engine import static_attention
 from meswitch.engine.tables import OwnTables
 from meswitch.errors import ConfigError
+from tests.support.adapters import pairs, write_adapter
+from tests.support.deltas import DEVICE
 
 pytest.importorskip("triton")
 
@@ -64,6 +64,7 @@ def check(engine, models, asked):
         assert (logits.max(1).values - chosen).max() < 0.02 * logits.std(), (name, prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "case"),
     [("mistral", FEW_ROWS), ("qwen2", {"tied": True, "added_tokens": 3} | FEW_ROWS)],
@@ -83,6 +84,7 @@ def test_mixed_batches_of_all_experts_and_the_base(experts, arch, case):
         check(engine, models, [("one", "short"), ("base", "short"), ("three", "short"), ("three", "long")])
 
 
+@pytest.mark.slow
 def test_one_slot_for_a_delta_and_an_adapter(experts, tmp_path, caplog):
     """Pairs are not the kernels' business: they are added to what the kernels give."""
     base, artifacts = experts(**FEW_ROWS)
@@ -106,6 +108,7 @@ def no_kernel(*_):
     raise NotImplementedError("no kernel for heads of this width")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "name", "fault", "said"),
     [

@@ -6,10 +6,10 @@ import torch
 from meswitch import Engine
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.merge import load_merged, restored
+from meswitch.compression.merge import load_merged, restored_tensor
 from meswitch.engine.merged import _RESTS, MergedWeights
 from meswitch.slots import ExpertStore
-from models import continued
+from tests.support.models import continued
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
 
@@ -36,7 +36,7 @@ def test_every_tensor_is_what_merge_makes(base, store, deltas):
     artifact = Artifact.open(deltas["math"])
     for name in artifact.manifest.tensors:
         weight = kept.weight(slot, name, base.read(name).float())
-        assert torch.equal(weight, restored(base, artifact, name, torch.float32)), name
+        assert torch.equal(weight, restored_tensor(base, artifact, name, torch.float32)), name
 
 
 def test_a_slot_that_is_loaded_anew_forgets(base, store):

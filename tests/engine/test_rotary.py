@@ -2,9 +2,9 @@
 
 import pytest
 
-from architectures import tiny
-from architectures.course import follow
 from meswitch.engine.rotary import longest_unturned
+from tests.architectures import tiny
+from tests.architectures.course import follow
 
 
 def rope(pretrained: int, long: float = 2.0) -> dict[str, object]:

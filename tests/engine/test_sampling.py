@@ -276,7 +276,7 @@ def test_logits_are_left_as_they_are():
     assert torch.equal(scores, before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_choosing_never_waits_for_the_device():
     scores = logits(len(KINDS)).cuda()
     states = [state(prompt=(3, 4, 5), ends=(9,), **kind) for kind in KINDS]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from deltas import DEVICE
 from meswitch.engine.attention import KVCache, Piece, StepPlaces
 from meswitch.engine.pages import PAGE
 from meswitch.engine.static_attention import StaticPlaces
 from meswitch.errors import IncompatibleError
+from tests.support.deltas import DEVICE
 
 CONFIG = SimpleNamespace(num_hidden_layers=2, sliding_window=100, layer_types=["full_attention", "sliding_attention"])
 PIECES = [

@@ -38,6 +38,7 @@ def in_this_process(*command):
     return done.stdout, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_end_to_end_at_a_tiny_width(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     widths = [word for field, value in TINY.items() for word in ("--set", f"{field}={value}")]
@@ -62,6 +63,7 @@ def test_every_expert_of_a_family_file_has_a_configuration_and_a_text(name):
     assert set(family.names) <= set(load("calibration").SOURCES)
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_plan_and_of_the_stored_run():
     command = [sys.executable, str(RECIPE / "tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

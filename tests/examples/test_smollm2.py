@@ -71,6 +71,7 @@ def command(work: Path, data: Path, *more: str) -> list[str]:
     return ["--data", str(data), "--work", str(work), "--base", str(BASE), "--experts", "math", *OPTIONS, *more]
 
 
+@pytest.mark.slow
 def test_every_expert_has_a_row_for_each_method(work: Path) -> None:
     found = json.loads((work / "smollm2.json").read_text())
     assert [(row["expert"], row["method"], row["budget"]) for row in found["rows"]] == [

@@ -3,7 +3,7 @@
 import pytest
 
 import meswitch_lab  # noqa: F401 - registers its methods
-from command_line import Cli
+from tests.support.command_line import Cli
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from meswitch.codec import Request, Spec, encode_coded
+from meswitch.codec import CodecRequest, Spec, encode_coded
 
 
 def coded(delta, budget, method="d-qrelo"):
-    return encode_coded(method, delta, Request(Spec(), budget), name="a")
+    return encode_coded(method, delta, CodecRequest(Spec(), budget), name="a")
 
 
 def delta_of(rows, width):

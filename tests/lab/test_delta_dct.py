@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from meswitch.codec import Request, Spec, encode_coded
-from meswitch.codec.packing import unpack
+from meswitch.codec import CodecRequest, Spec, encode_coded
+from meswitch.codec.quantize import unpack
 from meswitch_lab.delta_dct import _basis, _bits, _cut, _steps
 
 
@@ -13,7 +13,7 @@ def delta_of(rows, width):
 
 
 def coded(delta, bpw, **parameters):
-    return encode_coded("delta-dct", delta, Request(Spec(), int(bpw * delta.numel() / 8), 0, parameters), name="a")
+    return encode_coded("delta-dct", delta, CodecRequest(Spec(), int(bpw * delta.numel() / 8), 0, parameters), name="a")
 
 
 def test_the_transform_is_the_orthonormal_dct():

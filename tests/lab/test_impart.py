@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meswitch.codec import Request, Spec, encode_coded
+from meswitch.codec import CodecRequest, Spec, encode_coded
 from meswitch_lab.impart import _sparsified
 
 
@@ -15,7 +15,7 @@ def delta_of(rows, width, decay=0.9):
 
 
 def coded(delta, bpw, moment=None, seed=0, **parameters):
-    request = Request(Spec(2, 32), int(bpw * delta.numel() / 8), seed, parameters)
+    request = CodecRequest(Spec(2, 32), int(bpw * delta.numel() / 8), seed, parameters)
     return encode_coded("impart", delta, request, name="a", second_moment=moment)
 
 

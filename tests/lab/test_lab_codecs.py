@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from meswitch.codec import BPW, PackedDelta, Request, Spec, coded_by, encode, encode_coded, find_codec, nbytes
+from meswitch.codec import BPW, CodecRequest, PackedDelta, Spec, coded_by, encode, encode_coded, find_codec, nbytes
 from meswitch.codec.delta import stored_shapes
 from meswitch.compression.options import Options
 from meswitch.errors import ConfigError, MeswitchError
@@ -30,7 +30,7 @@ def moment_of(width, seed=1):
 
 def request(rows, width, bits=2, group_size=64, seed=0, **parameters):
     spec = Spec(bits, group_size, 1)
-    return Request(spec, nbytes(stored_shapes(rows, width, spec, 0, torch.float32)), seed, parameters)
+    return CodecRequest(spec, nbytes(stored_shapes(rows, width, spec, 0, torch.float32)), seed, parameters)
 
 
 def code(method, delta, moment=None, **options):

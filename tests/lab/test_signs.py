@@ -10,10 +10,9 @@ from meswitch import Artifact
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import encode_coded, find_codec
-from meswitch.compression.distill.end_to_end import train
-from meswitch.compression.distill.recipe import Recipe, recipe_for
+from meswitch.compression.distill.training import train_end_to_end
 from meswitch.compression.merge import load_merged, merged_tensors
-from meswitch.compression.options import Options
+from meswitch.compression.options import Options, Recipe, recipe_for
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
 from meswitch_lab.signs import TrainableSigns
@@ -76,7 +75,7 @@ def test_what_was_trained_is_what_is_stored(pair, tmp_path, text, method, case):
     words = load_calibration(text, expert)
     still = dataclasses.replace(recipe, steps=0)
     source, target = Checkpoint.open(base), Checkpoint.open(expert)
-    changed, again = train(source, target, made, words, still, device=CPU)
+    changed, again = train_end_to_end(source, target, made, words, still, device=CPU)
     assert again.held_out_before == pytest.approx(info.held_out_after, rel=1e-2)
     for name, delta in changed.items():
         if not isinstance(delta, torch.Tensor):
@@ -173,4 +172,4 @@ def test_a_method_without_scales_is_not_trained(pair, tmp_path, text):
     base, expert = pair()
     made = meswitch.compress(base, expert, tmp_path / "delta", method="svd")
     with pytest.raises(ConfigError, match="distill: the method svd has no scales to train"):
-        train(Checkpoint.open(base), Checkpoint.open(expert), made, TEN_PAIRS, Recipe(steps=1), device=CPU)
+        train_end_to_end(Checkpoint.open(base), Checkpoint.open(expert), made, TEN_PAIRS, Recipe(steps=1), device=CPU)

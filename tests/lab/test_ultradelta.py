@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import meswitch
-from meswitch.codec import Request, Spec, encode_coded
+from meswitch.codec import CodecRequest, Spec, encode_coded
 from meswitch_lab import options
 from meswitch_lab.ultradelta import allocate
 
@@ -14,7 +14,7 @@ def delta_of(rows, width):
 
 
 def coded(delta, bpw, seed=0, share=None, **parameters):
-    request = Request(Spec(), int(bpw * delta.numel() / 8), seed, parameters, share)
+    request = CodecRequest(Spec(), int(bpw * delta.numel() / 8), seed, parameters, share)
     return encode_coded("ultradelta", delta, request, name="a")
 
 

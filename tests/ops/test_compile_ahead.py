@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from deltas import DEVICE, random_delta
 from meswitch.ops import (
     PrefillRouting,
     Routing,
@@ -15,6 +14,7 @@ from meswitch.ops import (
 )
 from meswitch.ops.triton import launch as launch_module
 from meswitch.ops.triton.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
+from tests.support.deltas import DEVICE, random_delta
 
 ROWS, WIDTH, DTYPE = 256, 1024, torch.bfloat16
 STEPS = [[0], [0, 1, 2, -1], [0] * 9 + [1] * 3, [t % 3 for t in range(40)]]
@@ -63,6 +63,7 @@ def test_a_step_compiles_nothing_more(layer, monkeypatch):
     assert compiled() == before
 
 
+@pytest.mark.slow
 def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
     launched = []
 

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_every_kernel_compiles_for_both_architectures(tmp_path):
     script = Path(__file__).with_name("compile_kernels.py")
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

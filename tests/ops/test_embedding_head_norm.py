@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from deltas import DEVICE, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, embedding_rows, head_logits, rms_norm
+from tests.support.deltas import DEVICE, random_delta
 
 
 def slots_tensor(token_slots):

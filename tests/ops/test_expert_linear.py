@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, expert_linear
 from meswitch.ops.cpu import slot_matrix
 from meswitch.ops.slots import read_slot
 from meswitch.ops.triton.items import choose
+from tests.support.deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 
 
 def inputs(tokens, layer, dtype, mean=0.0):

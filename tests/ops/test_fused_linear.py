@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, fused_linear
 from meswitch.ops.triton.items import choose_fused
+from tests.support.deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 
 
 def inputs(tokens, layer, dtype, mean=0.0):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deltas import DEVICE, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import SlotLinear
 from meswitch.ops.merge import merge
+from tests.support.deltas import DEVICE, random_delta
 
 
 def merged_error(deltas, slots, *, first=0, last=None, dtype=torch.bfloat16, backend="triton"):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from deltas import DEVICE, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill
 from meswitch.ops.prefill import block_rows
 from meswitch.ops.prefill_routing import LONG_FROM
+from tests.support.deltas import DEVICE, random_delta
 
 LONG = 8  # here; where the decode kernel ends is a matter of speed
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from deltas import DEVICE, random_delta
 from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill, static_prefill
 from meswitch.ops.restored import TOKENS, fits, launch, on_hopper, restores, tile_table, token_tiles
 from meswitch.ops.slots import Variant
 from meswitch.ops.static_routing import StaticRouting
+from tests.support.deltas import DEVICE, random_delta
 
 BF16, TWO = torch.bfloat16, Variant(1, False, 128, 16)
 on_gpu = pytest.mark.skipif(not on_hopper(torch.device(DEVICE)), reason="needs a GPU of compute capability 9")

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltas import expected, random_delta
 from meswitch.ops import SlotLinear, static_prefill
 from meswitch.ops.prefill_routing import OWN_FROM
 from meswitch.ops.restored import TOKENS
 from meswitch.ops.static_routing import StaticRouting, most_tiles
+from tests.support.deltas import expected, random_delta
 
 ROWS, SLOTS = 512, 3
 STRETCHES = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 200)), min_size=1, max_size=30)
@@ -71,5 +71,5 @@ def test_steps_one_after_another_in_the_same_buffers():
 
 def test_more_pieces_than_there_is_room_for_are_an_error():
     routing = StaticRouting(96, 1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="3 pieces where there is room for 2"):
-        routing.fill([0, 1, 2] * 32)
+    with pytest.raises(ValueError, match="24 pieces where there is room for 12"):
+        routing.fill(list(range(24)) * 4)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deltas import expected, random_delta
 from meswitch.errors import ConfigError
 from meswitch.ops import SlotLinear, expert_linear
 from meswitch.ops.step import Side, part
+from tests.support.deltas import expected, random_delta
 
 
 def products(side, tokens, deltas):

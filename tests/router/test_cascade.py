@@ -7,11 +7,11 @@ import torch
 from meswitch.router import OTHER, CascadeRouter, RouterError, fit_cascade, load_router
 from meswitch.router.base import as_messages
 from meswitch.router.cascade import leads, log_scores, unsure
-from meswitch.router.store import Calibration
+from meswitch.router.store import ScoreCalibration
 
 QUERIES = ["What is 17 + 25?", "Write f(x) that doubles x.", "How many users are there?", "book a table for two"]
 LABELS = ("math", "code", "instruct", "sql", OTHER)
-PLAIN = Calibration(1.0, 0.5, 0.0, 0.0)
+PLAIN = ScoreCalibration(1.0, 0.5, 0.0, 0.0)
 
 
 class Counted:

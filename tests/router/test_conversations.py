@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from meswitch.router import train_router
-from meswitch.router.conversation import asks_for_nothing, next_holder, refers_back
+from meswitch.router.base import asks_for_nothing, next_holder, refers_back
 
 EXPERTS = ("math", "code", "instruct", "sql")
 DIALOGUES = tomllib.loads((Path(__file__).parent / "dialogues.toml").read_text())["dialogue"]

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
 from meswitch.router import Encoder
-from meswitch.router.layers import DecoderLayers, is_plain
+from meswitch.router.layers import DecoderLayers, is_llama_like
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA3 = {
@@ -46,7 +46,7 @@ def small(request, base):
 
 def test_states_are_those_of_transformers_padded_or_not(small):
     layers = (0, 1, 3)
-    assert is_plain(small.model)
+    assert is_llama_like(small.model)
     expected = []
     for text in TEXTS:
         ids = small._tokens(text, 64)
@@ -68,5 +68,5 @@ def test_the_familys_base_gives_the_same_bits(encoder):
 
 
 def test_other_architectures_and_types_are_left_to_transformers(encoder):
-    assert not is_plain(Qwen3Model(Qwen3Config(vocab_size=100, **SHAPE, num_key_value_heads=2)))
-    assert not is_plain(LlamaModel(LlamaConfig(vocab_size=100, **SHAPE, num_key_value_heads=2)).bfloat16())
+    assert not is_llama_like(Qwen3Model(Qwen3Config(vocab_size=100, **SHAPE, num_key_value_heads=2)))
+    assert not is_llama_like(LlamaModel(LlamaConfig(vocab_size=100, **SHAPE, num_key_value_heads=2)).bfloat16())

@@ -9,24 +9,24 @@ from typer.testing import CliRunner
 
 from meswitch import Family
 from meswitch.cli import app
-from meswitch.launch import check_router, router_from_family
+from meswitch.launch import check_router, open_family_router, router_from_family
 from meswitch.router import (
     OTHER,
     Decider,
     DescribedRouter,
+    OpenOptions,
     RouteOption,
     RouterError,
     Space,
     evaluate_router,
     load_router,
-    open_router,
     parse_options,
     read_options,
     train_router,
 )
 from meswitch.router import described as module
 from meswitch.router.described import fit_prototypes
-from meswitch.router.few import add_described
+from meswitch.router.train import add_described
 
 SAID = {
     "math": "Arithmetic word problems: how many, how much.",
@@ -177,11 +177,11 @@ def test_a_family_that_says_nothing_of_an_expert_is_told_what_to_add(project, tm
 def test_a_trained_router_takes_a_described_expert_in(saved, base, options, unseen):
     law = RouteOption("law", "Contracts and clauses.", tuple(f"Is clause {i} of the contract void?" for i in range(5)))
     known = [RouteOption(option.name) for option in options]
-    grown = open_router(saved, base, [*known, law])
+    grown = open_family_router(saved, [*known, law], OpenOptions(base))
     assert grown.route("Is clause 77 of the contract void?").choice == "law"
     assert evaluate_router(grown, [row for row in unseen if row.domain != OTHER]).accuracy > 0.9
     with pytest.raises(RouterError, match="does not know law"):
-        open_router(saved, base, [*known, RouteOption("law", "Contracts and clauses.")])
+        open_family_router(saved, [*known, RouteOption("law", "Contracts and clauses.")], OpenOptions(base))
 
 
 def test_training_starts_from_what_is_said_and_keeps_it(all_rows, encoder, options, unseen, base, tmp_path):

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from meswitch.router import OTHER, Row, evaluate_router
-from meswitch.router.evaluate import accepted, reliability, risk_coverage
-from meswitch.router.report import markdown
+from meswitch.router.evaluate import accepted, markdown, reliability, risk_coverage
 
 KEYS = {"accuracy", "per_domain", "per_source", "confusion", "ece", "auroc", "coverage", "latency_ms"}
 KEYS |= {"risk_coverage", "reliability", "accepted_other", "unlabelled", "bytes"}

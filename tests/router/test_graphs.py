@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meswitch.router.letters import NONE_OF_THESE, WIDTHS, LetterModel, Prompt
+from meswitch.router.choice import NONE_OF_THESE, WIDTHS, ChoiceModel, ChoicePrompt
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 OPTIONS = ["Arithmetic word problems", "Programming", "Questions about a database", NONE_OF_THESE]
 TEXTS = ["What is 17 + 25?", "", "word " * 60, "sort " * 25, "What is 18 + 25?", "word " * 300]
 
@@ -14,7 +14,7 @@ TEXTS = ["What is 17 + 25?", "", "word " * 60, "sort " * 25, "What is 18 + 25?",
 @pytest.fixture(scope="module")
 def letters(family):
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32).cuda().eval()
-    return LetterModel(model, Prompt(AutoTokenizer.from_pretrained(family / "base"), max_tokens=400))
+    return ChoiceModel(model, ChoicePrompt(AutoTokenizer.from_pretrained(family / "base"), max_tokens=400))
 
 
 def test_a_replayed_question_gives_what_a_batch_gives(letters):

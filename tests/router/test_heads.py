@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from meswitch.router.base import TEXT_LIMIT
 from meswitch.router.calibrate import auroc, calibration_error, line, temperature, threshold
-from meswitch.router.features import TEXT_LIMIT, bags, features
+from meswitch.router.embedding import bags, features
 from meswitch.router.train import logistic, naive_bayes
 
 TEXTS = ["How many apples?", "", "Write a function", "Show me all flights to Oslo", "word " * 4000]

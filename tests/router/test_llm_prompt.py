@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.errors import ConfigError
-from meswitch.router.letters import NONE_OF_THESE, LetterModel, Prompt, one_line
+from meswitch.router.choice import NONE_OF_THESE, ChoiceModel, ChoicePrompt, one_line
 
 OPTIONS = ["Arithmetic word problems", "Programming", "Questions about a database", NONE_OF_THESE]
 QUERIES = ["What is 17 + 25?", "Write a Python function that sorts words by their length.", "", "word " * 500, "¿Qué?"]
@@ -16,12 +16,12 @@ def tokenizer(base):
 
 @pytest.fixture(scope="module")
 def prompt(tokenizer):
-    return Prompt(tokenizer, max_tokens=64)
+    return ChoicePrompt(tokenizer, max_tokens=64)
 
 
 @pytest.fixture(scope="module")
 def letters(base, prompt):
-    return LetterModel(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), prompt)
+    return ChoiceModel(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), prompt)
 
 
 def test_a_letter_is_one_token_where_the_answer_stands(prompt, tokenizer):
@@ -41,7 +41,7 @@ def test_a_question_lists_each_option_with_its_letter_before_the_query(prompt, t
 def test_without_a_chat_template_the_question_ends_with_answer(base):
     plain = AutoTokenizer.from_pretrained(base)
     plain.chat_template = None
-    prompt = Prompt(plain)
+    prompt = ChoicePrompt(plain)
     assert plain.decode(list(prompt.question(OPTIONS).after)).endswith("Answer:")
     assert len(set(prompt.letter_ids)) >= 26
 
@@ -70,7 +70,7 @@ def test_a_tokenizer_without_letters_is_refused(tokenizer, base):
             return {"input_ids": [half for char in text for half in (ord(char) // 16, ord(char) % 16)]}
 
     with pytest.raises(ConfigError, match="not one token"):
-        Prompt(Spelled())
+        ChoicePrompt(Spelled())
 
 
 def test_more_options_than_letters_are_refused(prompt):

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.errors import ConfigError
-from meswitch.router import OTHER, LlmSettings, RouterError, Row, load_router, model_info, open_llm, train_llm_router
-from meswitch.router.letters import NONE_OF_THESE, LetterModel
+from meswitch.router import OTHER, LlmSettings, RouterError, Row, load_router, open_llm, train_llm_router
+from meswitch.router.choice import NONE_OF_THESE, ChoiceModel
 from meswitch.router.llm import rotations
 from meswitch.router.llm_train import balanced, rate
 
@@ -23,10 +23,7 @@ REFERENCE = LlmSettings(weights="reference", max_tokens=32)
 
 
 def train(base, rows, settings, descriptions=None, **options):
-    model, tokenizer = open_llm(base)
-    return train_llm_router(
-        rows, descriptions or DESCRIPTIONS, model, tokenizer, model_info(base, model), settings=settings, **options
-    )
+    return train_llm_router(rows, descriptions or DESCRIPTIONS, open_llm(base), settings=settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +76,13 @@ def test_averaged_over_all_rotations_the_start_does_not_matter(base, few):
     names = list(DESCRIPTIONS)
     # rotating the five options; `other` is always the last of them, so only its place relative to the rest is kept
     odds = everywhere.log_odds(QUERIES[:3])
-    queries = [everywhere.letters.prompt.query(text) for text in QUERIES[:3]]
+    queries = [everywhere.chooser.prompt.query(text) for text in QUERIES[:3]]
     options = [everywhere.descriptions[name] for name in names] + ["None of these."]
     turned = options[2:] + options[:2]
     total = torch.zeros(3, 5)
     for shift in range(5):
         order = [(i + shift) % 5 for i in range(5)]
-        total[:, order] += everywhere.letters.answer(queries, [turned[i] for i in order]).log_softmax(1)
+        total[:, order] += everywhere.chooser.answer(queries, [turned[i] for i in order]).log_softmax(1)
     back = total[:, [3, 4, 0, 1, 2]] / 5
     assert torch.allclose(back[:, :4] - back[:, 4:], odds[:, :4], atol=1e-4)
 
@@ -124,13 +121,13 @@ def test_training_lowers_the_loss(base, few):
 def options_of(base, rows, monkeypatch, **settings):
     """The options of all questions that a training asks."""
     seen = []
-    forward = LetterModel.forward
+    forward = ChoiceModel.forward
 
     def watched(self, asked, **options):
         seen.extend(options for _, options in asked)
         return forward(self, asked, **options)
 
-    monkeypatch.setattr(LetterModel, "forward", watched)
+    monkeypatch.setattr(ChoiceModel, "forward", watched)
     train(base, rows, LlmSettings(weights="full", steps=12, batch=4, question=1, max_tokens=24, settle=0.0, **settings))
     return seen
 
@@ -283,7 +280,7 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_the_models_own_letters_are_what_is_scored(base, plain):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    prompt = plain.letters.prompt
+    prompt = plain.chooser.prompt
     question = prompt.question([*DESCRIPTIONS.values(), "None of these."])
     ids = torch.tensor([[*question.before, *prompt.query(QUERIES[0]), *question.after]])
     with torch.no_grad():

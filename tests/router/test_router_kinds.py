@@ -153,7 +153,7 @@ def test_every_option_is_documented(command):
     found = get_command(app)
     for word in command.split():
         found = found.commands[word]
-    page = (DOCS / "cli.md").read_text()
+    page = (DOCS / "use" / "cli.md").read_text()
     general, text = page.split("\n## ")[0], page.split(f"\n## {command}\n")[1].split("\n## ")[0]
     for option in found.params:
         name = option.opts[0]

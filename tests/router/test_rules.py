@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from meswitch.router import Request, RouterError, Rule, RulesRouter, load_router, read_rules
+from meswitch.router import RouterError, RoutingRequest, Rule, RulesRouter, load_router, read_rules
 
 EXPERTS = ("math", "code", "instruct", "sql")
 RULES = [
@@ -23,13 +23,13 @@ def rules():
 
 
 def test_a_header_decides_whatever_is_asked(rules):
-    request = Request([user("hello")], headers={"x-task": "sql"})
+    request = RoutingRequest([user("hello")], headers={"x-task": "sql"})
     assert rules.route(request).choice == "sql"
     assert rules.route(request).scores == {"math": 0.0, "code": 0.0, "instruct": 0.0, "sql": 1.0, "other": 0.0}
 
 
 def test_metadata_decides(rules):
-    assert rules.route(Request([user("hello")], metadata={"team": "tax office"})).choice == "math"
+    assert rules.route(RoutingRequest([user("hello")], metadata={"team": "tax office"})).choice == "math"
 
 
 def test_the_text_decides(rules):
@@ -37,7 +37,7 @@ def test_the_text_decides(rules):
 
 
 def test_the_first_rule_that_matches_counts(rules):
-    assert rules.route(Request([user("def f(x):")], headers={"X-TASK": "sql"})).choice == "sql"
+    assert rules.route(RoutingRequest([user("def f(x):")], headers={"X-TASK": "sql"})).choice == "sql"
 
 
 def test_a_rule_may_send_to_the_fallback(rules):
@@ -50,19 +50,19 @@ def test_a_rule_may_send_to_the_fallback(rules):
 def test_what_is_not_there_does_not_match():
     rules = RulesRouter([Rule("sql", "header:x", ".*"), Rule("math", "metadata:x", ".*")], EXPERTS)
     assert rules.match([user("hello")]) is None
-    assert rules.match(Request([user("hello")])) is None
+    assert rules.match(RoutingRequest([user("hello")])) is None
 
 
 def test_what_a_decision_depends_on_holds_what_the_rules_look_at(rules):
     asked = [user("hello")]
-    same = [Request(asked, headers={"x-other": "1"}), Request(asked, metadata={"colour": "red"}), asked]
+    same = [RoutingRequest(asked, headers={"x-other": "1"}), RoutingRequest(asked, metadata={"colour": "red"}), asked]
     assert len({tuple(rules.inputs(query)) for query in same}) == 1
     different = [
         *same[:1],
-        Request(asked, headers={"x-task": "sql"}),
-        Request(asked, metadata={"team": "tax"}),
-        Request(asked, metadata={"team": ""}),
-        Request([{"role": "system", "content": "medical"}, *asked]),
+        RoutingRequest(asked, headers={"x-task": "sql"}),
+        RoutingRequest(asked, metadata={"team": "tax"}),
+        RoutingRequest(asked, metadata={"team": ""}),
+        RoutingRequest([{"role": "system", "content": "medical"}, *asked]),
     ]
     assert len({tuple(rules.inputs(query)) for query in different}) == len(different)
 
@@ -82,7 +82,7 @@ def test_the_router_behind_them_decides_the_rest(router):
 
 
 def test_a_request_is_a_conversation_for_any_router(router):
-    assert router.route(Request([user("What is 17 + 25?")])).choice == router.route("What is 17 + 25?").choice
+    assert router.route(RoutingRequest([user("What is 17 + 25?")])).choice == router.route("What is 17 + 25?").choice
 
 
 @pytest.mark.parametrize("behind", [False, True])

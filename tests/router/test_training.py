@@ -31,7 +31,7 @@ def test_the_held_out_figures_say_what_unseen_rows_will_show(router, result):
 def test_training_twice_gives_the_same_router(few, encoder):
     first, second = train_router(few, EXPERTS, encoder), train_router(few, EXPERTS, encoder)
     assert first.calibration == second.calibration
-    ours, theirs = tensors_of(first.heads, first.memory), tensors_of(second.heads, second.memory)
+    ours, theirs = tensors_of(first.heads, first.learnt.rows), tensors_of(second.heads, second.learnt.rows)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

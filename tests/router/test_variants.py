@@ -1,6 +1,6 @@
 from meswitch.router import Row
 from meswitch.router.data import as_sentences, disguises, in_lower_case, without_labels
-from meswitch.router.features import WIDTH, style
+from meswitch.router.embedding import WIDTH, style
 
 
 def test_a_label_that_many_rows_of_a_domain_open_with_is_left_out_of_copies():

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from http_server import EXPERTS, ask_with, serving
 
 from meswitch import Family
 from meswitch.launch import app_from_family, engine_from_family, policy_from_family
 from meswitch.router import Encoder, Row, train_router
+from tests.support.http_server import EXPERTS, ask_with, serving
 
 
 @pytest.fixture(scope="session")

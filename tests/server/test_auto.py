@@ -8,13 +8,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from meswitch.router import Router
 from meswitch.server import create_app
-from meswitch.server.auto import AutoPolicy, with_circumstances
-from meswitch.server.route_cache import ENTRY_BYTES, RouteCache, key_of
+from meswitch.server.auto import ENTRY_BYTES, AutoPolicy, RouteCache, key_of, routing_request
+from tests.support.http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "meswitch.json"
 
@@ -112,7 +111,7 @@ def test_who_left_is_not_chosen_from_memory(engine, counting):
     auto = AutoPolicy(counting, lambda: names, base="base")
 
     async def chosen():
-        return (await auto.choose("auto", with_circumstances(user("code"), [], None))).expert
+        return (await auto.choose("auto", routing_request(user("code"), [], None))).expert
 
     async def both():
         first = await chosen()

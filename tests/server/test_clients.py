@@ -14,15 +14,15 @@ from typing import Literal
 import httpx
 import openai
 import pytest
-from http_server import serving, user
 from pydantic import BaseModel
 
 import meswitch
 from meswitch import Engine
 from meswitch.engine.grammar import is_available
 from meswitch.launch import encoder_opener
-from meswitch.server import create_app
+from meswitch.server import OnDemandModels, create_app
 from meswitch.server.keys import ApiKey, Keys
+from tests.support.http_server import serving, user
 
 TEMPLATE = """{{ bos_token }}{% if tools %}<|user|>You may call
 {% for tool in tools %}{{ tool.function | tojson }}
@@ -67,7 +67,7 @@ def address(family, tmp_path_factory):
     meswitch.compress(family / "base", root / "expert", root / "delta")
     with Engine(family / "base", {"tools": root / "delta"}, device="cpu") as engine:
         keys = Keys([ApiKey.of("all", "secret")])
-        app = create_app(engine, keys=keys, close_engine=False, open_encoder=encoder_opener(engine))
+        app = create_app(engine, keys=keys, close_engine=False, on_demand=OnDemandModels(encoder_opener(engine)))
         with serving(app) as url:
             yield url, "tools"
 

@@ -7,7 +7,6 @@ import shutil
 import httpx
 import openai
 import pytest
-from http_server import ask_with, serving, user, wait_until
 from typer.testing import CliRunner
 
 from meswitch import Family
@@ -15,6 +14,7 @@ from meswitch.cli import app as command
 from meswitch.launch import app_from_family, engine_from_family, experts_from_family
 from meswitch.server.auto import AutoPolicy
 from meswitch.server.keys import ApiKey, Keys
+from tests.support.http_server import ask_with, serving, user, wait_until
 
 ADMIN = {"authorization": "Bearer admin's"}
 

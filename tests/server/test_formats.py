@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from meswitch.server.answers import Format, TextFormat
+from meswitch.server.chat import AnswerReader
 from meswitch.server.errors import ApiError
-from meswitch.server.formats import Format, TextFormat
 from meswitch.server.messages import MessagesFormat
-from meswitch.server.reader import AnswerReader
 from meswitch.server.responses import ResponsesFormat, ResponsesRequest
 from meswitch.server.schema import CompletionRequest
 

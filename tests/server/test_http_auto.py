@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from http_server import QUESTIONS, ask_with, policy, serving, user
 
 from meswitch.router import Router, Rule, RulesRouter
 from meswitch.server import create_app
+from tests.support.http_server import QUESTIONS, ask_with, policy, serving, user
 
 
 class Fragile(Router):

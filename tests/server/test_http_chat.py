@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from http_server import QUESTIONS, user
+
+from tests.support.http_server import QUESTIONS, user
 
 
 @pytest.mark.parametrize("model", ["math", "code", "base"])

@@ -6,11 +6,11 @@ import zlib
 
 import httpx
 import pytest
-from http_server import serving, user
 
-from meswitch.server import create_app
+from meswitch.server import Web, create_app
 from meswitch.server.keys import ApiKey, Keys
 from meswitch.server.middleware import MAX_BODY
+from tests.support.http_server import serving, user
 
 ORIGIN = "https://chat.example"
 PREFLIGHT = {
@@ -24,7 +24,7 @@ BODY = {"model": "math", "messages": user("How many?"), "max_tokens": 2}
 @pytest.fixture(scope="module")
 def open_url(engine):
     """A server with a key, whose answers pages of one other site may read."""
-    app = create_app(engine, keys=Keys([ApiKey.of("one", "secret")]), allow_origins=[ORIGIN], close_engine=False)
+    app = create_app(engine, keys=Keys([ApiKey.of("one", "secret")]), web=Web([ORIGIN]), close_engine=False)
     with serving(app) as url:
         yield url
 

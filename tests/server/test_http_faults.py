@@ -1,4 +1,4 @@
-"""`benchmarks/server_faults.py` and `server_load.py` in small: what is broken gets one error, the others answers."""
+"""`benchmarks/serving/faults.py` and `server_load.py` in small: what is broken gets one error, the others answers."""
 
 import asyncio
 import os
@@ -6,14 +6,15 @@ import socket
 
 import httpx
 import pytest
-from http_server import QUESTIONS, ask_with, is_idle, user, wait_until
+
+from tests.support.http_server import QUESTIONS, ask_with, is_idle, user, wait_until
 
 SERVED = ("base", "math", "code")
 
 
 @pytest.fixture(scope="module")
 def broken(benchmark_script):
-    return benchmark_script("server_faults")
+    return benchmark_script("serving.faults")
 
 
 def test_broken_requests_are_refused_and_right_ones_answered(broken, url, engine):
@@ -38,7 +39,7 @@ def test_broken_family_files_are_named(broken, family, tmp_path):
 
 
 def test_under_load_every_answer_is_right_and_nothing_is_left(benchmark_script, url, engine, monkeypatch):
-    load = benchmark_script("server_load")
+    load = benchmark_script("serving.load")
     monkeypatch.setattr(load, "EXPERTS", ("math", "code"))
     monkeypatch.setattr(load, "TOKENS", 12)
     seen = load.Seen()

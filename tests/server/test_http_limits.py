@@ -8,10 +8,10 @@ import time
 import httpx
 import openai
 import pytest
-from http_server import ask_with, is_idle, serving, user, wait_until
 
 from meswitch import Engine
 from meswitch.server import create_app
+from tests.support.http_server import ask_with, is_idle, serving, user, wait_until
 
 LONG = {"model": "base", "prompt": "The sea", "max_tokens": 400, "temperature": 1.0, "seed": 1}
 

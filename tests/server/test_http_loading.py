@@ -4,11 +4,11 @@ import shutil
 
 import openai
 import pytest
-from http_server import QUESTIONS, ask_with, serving, user
 
 import meswitch
 from meswitch import Engine
 from meswitch.server import create_app
+from tests.support.http_server import QUESTIONS, ask_with, serving, user
 
 
 def test_a_damaged_expert_is_an_error_of_its_own_without_a_path(family, deltas, tmp_path):

@@ -1,4 +1,4 @@
-"""Every parameter of the table in docs/server.md does over HTTP what it says."""
+"""Every parameter of the table in docs/use/serve.md does over HTTP what it says."""
 
 import json
 import math
@@ -7,9 +7,9 @@ import re
 import httpx
 import openai
 import pytest
-from http_server import QUESTIONS, user
 
 from meswitch.engine.grammar import is_available
+from tests.support.http_server import QUESTIONS, user
 
 MATH = {"model": "math", "messages": user(QUESTIONS["math"]), "max_tokens": 60}
 TEXT = {"model": "math", "prompt": "Ben has 3 nuts and", "max_tokens": 8}

@@ -6,14 +6,14 @@ import tomllib
 import httpx
 import openai
 import pytest
-from http_server import ask_with, is_idle, policy, serving, user, wait_until
-from test_auto import Counting
 from typer.testing import CliRunner
 
 from meswitch.cli import app as command
 from meswitch.errors import ConfigError
 from meswitch.server import create_app
 from meswitch.server.keys import ApiKey, Keys, read_keys
+from tests.server.test_auto import Counting
+from tests.support.http_server import ask_with, is_idle, policy, serving, user, wait_until
 
 LONG = {"model": "math", "prompt": "The sea", "max_tokens": 1500, "temperature": 1.0, "seed": 1}
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from http_server import QUESTIONS, ask_with, user
 
 from meswitch import Family
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.launch import engine_from_family, policy_from_family, router_from_family
 from meswitch.router import RouterError
+from tests.support.http_server import QUESTIONS, ask_with, user
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
 

@@ -5,12 +5,12 @@ import logging
 
 import httpx
 import pytest
-from http_server import ask_with, serving, user
 
 from meswitch import Engine
 from meswitch.server import create_app
 from meswitch.server.errors import without_paths
 from meswitch.server.logs import JsonFormatter
+from tests.support.http_server import ask_with, serving, user
 
 SECRET = "/srv/models/secret-7b/delta.safetensors"
 

@@ -4,13 +4,13 @@ import re
 
 import httpx
 import pytest
-from chromium import PROGRAM, Page
-from http_server import QUESTIONS, ask_with, serving, user
 
 from meswitch import Family
 from meswitch.launch import experts_from_family, policy_from_family
-from meswitch.server import create_app
+from meswitch.server import Web, create_app
 from meswitch.server.keys import ApiKey, Keys
+from tests.support.chromium import PROGRAM, Page
+from tests.support.http_server import QUESTIONS, ask_with, serving, user
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium")
 ANSWERS = "document.querySelectorAll('.answer').length"
@@ -24,7 +24,7 @@ def url(family_file, engine):
     auto, _ = policy_from_family(config, engine)
     keys = Keys([ApiKey.of("one", "secret")])
     experts = experts_from_family(config, engine)
-    app = create_app(engine, auto=auto, keys=keys, experts=experts, root_path="/llm", close_engine=False)
+    app = create_app(engine, auto=auto, keys=keys, experts=experts, web=Web(root_path="/llm"), close_engine=False)
     with serving(app) as url:
         yield f"{url}/llm"
 

@@ -15,10 +15,11 @@ import time
 
 import httpx
 import pytest
-from http_server import ask_with, serving, user, wait_until
 
-from meswitch.server import connections, create_app
+from meswitch.server import create_app
+from meswitch.server import process as server_process
 from meswitch.server.process import Listening, Server
+from tests.support.http_server import ask_with, serving, user, wait_until
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
 LONG = {"model": "base", "prompt": "The sea", "max_tokens": 1800, "temperature": 1.0, "seed": 1, "stream": True}
@@ -52,6 +53,7 @@ def streamed(url, lines):
         lines.extend(response.iter_lines())
 
 
+@pytest.mark.slow
 def test_an_idle_crowd_shuts_nobody_out_and_two_signals_end_all_in_order(process):
     server, url = process
     host, port = url.removeprefix("http://").split(":")
@@ -84,6 +86,7 @@ def test_an_idle_crowd_shuts_nobody_out_and_two_signals_end_all_in_order(process
         one.close()
 
 
+@pytest.mark.slow
 def test_a_hang_up_reads_the_family_again_and_answers_get_their_time_at_the_end(process, tmp_path):
     server, url = process
     file = tmp_path / "family.toml"
@@ -125,7 +128,7 @@ def test_with_a_certificate_it_speaks_https(engine, tmp_path):
 def bounded(engine, monkeypatch):
     """(address, its bounds) of a server with room for 8, and little patience."""
     for name, seconds in (("HEAD_SECONDS", 0.5), ("BODY_SECONDS", 1.0), ("_LOOK_EVERY", 0.1)):
-        monkeypatch.setattr(connections, name, seconds)
+        monkeypatch.setattr(server_process, name, seconds)
     server = Server(create_app(engine, close_engine=False), engine, Listening(connections=8))
     with serving(server.config.app, server) as url:
         yield url, server.bounds

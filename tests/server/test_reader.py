@@ -5,8 +5,7 @@ import json
 import pytest
 
 from meswitch.errors import ConfigError
-from meswitch.server.reader import AnswerReader
-from meswitch.server.tools import FORMATS, JSON, calls_grammar, tool_format
+from meswitch.server.chat import FORMATS, JSON, AnswerReader, calls_grammar, tool_format
 
 HERMES = next(form for form in FORMATS if form.name == "hermes")
 XML = next(form for form in FORMATS if form.name == "qwen-xml")

@@ -2,12 +2,12 @@
 
 import httpx
 import pytest
-from http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
-from test_auto import Counting
 
 from meswitch.errors import ConfigError
 from meswitch.server import create_app
-from meswitch.server.tracing import spans, traced
+from meswitch.server.logs import spans, traced
+from tests.server.test_auto import Counting
+from tests.support.http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
 
 
 def test_a_request_is_a_span_below_the_clients(engine):

@@ -2,10 +2,10 @@ import shutil
 
 import pytest
 import torch
-from slow_disk import Disk
 
 from meswitch import Artifact
 from meswitch.slots import ExpertStore
+from tests.support.slow_disk import Disk
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from vllm_engines import PROMPT, ask, running
-from vllm_http import free_port, serving
+from tests.support.vllm_engines import PROMPT, ask, running
+from tests.support.vllm_http import free_port, serving
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,7 @@ import meswitch
 from meswitch.architecture import architecture_of
 from meswitch.compression.merge import merge
 from meswitch.vllm.support import CONVOLVES, MIXTURE, ORDERED, ROUTES, STATE_SPACE, TABLE, TURNED, vllm_support
-from vllm_engines import PROMPT, ask, needs_vllm, running, with_deltas
+from tests.support.vllm_engines import PROMPT, ask, running, with_deltas
 
 WIDE = {"hidden_size": 128, "head_dim": 32}  # heads of 32: the least that attention on a CPU takes
 TIED = {"head_dim": 32, "tied": True}
@@ -66,7 +66,7 @@ def reasons_in(message):
     return {reason_of(line) for line in lines.split("; ")}
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize("case", SERVED)
 def test_an_expert_is_served_beside_the_base(pair, tmp_path, case):
     arch, fields = SERVED[case]
@@ -85,7 +85,7 @@ def test_an_expert_is_served_beside_the_base(pair, tmp_path, case):
     assert support(base) == []
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_tokens_that_only_the_expert_has_get_capped_logits_too(pair, tmp_path):
     cap = {"final_logit_softcapping": 0.5, "initializer_range": 0.05}
     base, expert = pair("gemma2", change=0.3, added_tokens=3, **TIED, **cap)
@@ -94,9 +94,8 @@ def test_tokens_that_only_the_expert_has_get_capped_logits_too(pair, tmp_path):
     theirs = [*PROMPT, 2048, 2050, 2049]
 
     def scores(engine, adapter=None):
-        from vllm.lora.request import LoRARequest
-
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False)
         request = adapter and LoRARequest(*adapter)
@@ -114,7 +113,7 @@ def test_tokens_that_only_the_expert_has_get_capped_logits_too(pair, tmp_path):
     )
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_expert_is_refused_before_the_engine_is_ready(pair, tmp_path, case):
     arch, fields, reasons = REFUSED[case]
@@ -129,7 +128,7 @@ def test_an_expert_is_refused_before_the_engine_is_ready(pair, tmp_path, case):
     assert {reason_of(line) for line in support(base)} == reasons
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_a_mixture_of_experts_is_refused_before_the_engine_is_ready(pair, tmp_path, monkeypatch, capfd):
     # in a process of its own: vLLM makes the groups of a mixture with a process's first engine
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -143,7 +142,7 @@ def test_a_mixture_of_experts_is_refused_before_the_engine_is_ready(pair, tmp_pa
     assert {reason_of(line) for line in support(base)} == {MIXTURE, ROUTES}
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_a_fault_in_how_deltas_are_added_is_found_before_the_first_request(family, deltas, monkeypatch):
     from meswitch.vllm import layers
 

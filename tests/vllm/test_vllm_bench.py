@@ -1,16 +1,16 @@
-"""`benchmarks/vllm.py` in small: vLLM's own serving benchmark against a server with deltas."""
+"""`benchmarks/serving/vllm_server.py` in small: vLLM's own serving benchmark against a server with deltas."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from vllm_engines import needs_vllm
+import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "vllm.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving" / "vllm_server.py"
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_vllms_benchmark_asks_the_base_and_the_experts_of_one_server(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, str(SCRIPT), "--quick", "--engines", "meswitch", "--out", str(out)]

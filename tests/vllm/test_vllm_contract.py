@@ -5,9 +5,8 @@ import pytest
 from meswitch.errors import ConfigError
 from meswitch.vllm import compat
 from meswitch.vllm.settings import Settings
-from vllm_engines import needs_vllm
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 
 
 def test_the_installed_vllm_keeps_the_contract():

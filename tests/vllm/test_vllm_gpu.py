@@ -7,9 +7,9 @@ likely than the likeliest token each one is to the expert's merged model in floa
 import pytest
 import torch
 
-from vllm_engines import EXPERTS, PROMPT, adapters_of, ask, needs_vllm, with_deltas
+from tests.support.vllm_engines import EXPERTS, PROMPT, adapters_of, ask, with_deltas
 
-pytestmark = [needs_vllm, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 NAMES = ("base", *EXPERTS)
 PROMPTS = [PROMPT, PROMPT[:12], PROMPT[::-1], PROMPT[::3]]
 NEAR, FAR = 0.5, 4.0  # in log probability

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_engines import EXPERTS, NEW_TOKENS, PROMPT, adapters_of, ask, needs_vllm, running, with_deltas
+from tests.support.vllm_engines import EXPERTS, NEW_TOKENS, PROMPT, adapters_of, ask, running, with_deltas
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 NAMES = ("base", *EXPERTS)
 
 
@@ -45,9 +45,8 @@ def test_a_shared_prefix_is_not_taken_from_another_expert(engine, deltas, expect
 
 
 def test_requests_that_come_while_others_run(engine, deltas, expected):
-    from vllm.lora.request import LoRARequest
-
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     known, core = adapters_of(deltas), engine.llm_engine
     waiting = [(name, length) for length in (12, len(PROMPT)) for name in (*NAMES, "code")]
@@ -69,9 +68,8 @@ def test_requests_that_come_while_others_run(engine, deltas, expected):
 
 
 def test_log_probabilities_of_a_prompt_are_each_experts_own(engine, deltas, merged):
-    from vllm.lora.request import LoRARequest
-
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
     prompt = [{"prompt_token_ids": PROMPT[:20]}]

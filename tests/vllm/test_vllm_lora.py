@@ -5,12 +5,12 @@ import shutil
 import pytest
 
 from meswitch.vllm import compat
-from vllm_adapters import make_lora
-from vllm_engines import PROMPT, ask, needs_vllm, running, with_deltas
-from vllm_http import answer_of, completion
-from vllm_http import ask as request
+from tests.support.vllm_adapters import make_lora
+from tests.support.vllm_engines import PROMPT, ask, running, with_deltas
+from tests.support.vllm_http import answer_of, completion
+from tests.support.vllm_http import ask as request
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 KINDS = {  # name -> rank and targets
     "style": (4, ("q_proj", "o_proj", "up_proj", "down_proj")),
     "facts": (8, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),

@@ -5,9 +5,9 @@ import torch
 
 import meswitch
 from meswitch.compression.merge import merge
-from vllm_engines import PROMPT, ask, needs_vllm, running, with_deltas
+from tests.support.vllm_engines import PROMPT, ask, running, with_deltas
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 
 
 def settings(**fields):

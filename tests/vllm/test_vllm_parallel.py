@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_engines import EXPERTS, PROMPT, adapters_of, ask, needs_vllm, with_deltas
+from tests.support.vllm_engines import EXPERTS, PROMPT, adapters_of, ask, with_deltas
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 NAMES = ("base", *EXPERTS)
 
 
@@ -25,7 +25,7 @@ def test_two_ranks_answer_as_one(family, deltas, expected, two_processes):
 
 
 def make_buffer(worker):
-    """What vLLM makes when it warms up, which it does not do on a CPU where LoRA is on: see docs/vllm.md."""
+    """What vLLM makes when it warms up, which it does not do on a CPU where LoRA is on: see docs/use/vllm.md."""
     runner = worker.model_runner
     if runner.intermediate_tensors is not None:  # as in vLLM 0.25
         return

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from vllm_engines import PROMPT, ask, needs_vllm, with_deltas
-from vllm_http import answer_of
-from vllm_http import ask as request
+from tests.support.vllm_engines import PROMPT, ask, with_deltas
+from tests.support.vllm_http import answer_of
+from tests.support.vllm_http import ask as request
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

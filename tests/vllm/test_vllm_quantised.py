@@ -11,8 +11,8 @@ from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import IncompatibleError
 from meswitch.vllm.base import Base
-from models import edit_config
-from vllm_engines import EXPERTS, PROMPT, adapters_of, ask, needs_vllm, running, with_deltas
+from tests.support.models import edit_config
+from tests.support.vllm_engines import EXPERTS, PROMPT, adapters_of, ask, running, with_deltas
 
 NAMES = ("base", *EXPERTS)
 PROMPTS = [PROMPT, PROMPT[:12], PROMPT[::3]]
@@ -24,9 +24,8 @@ NEAR = 0.25  # in log probability
 
 def behind(engine, adapter, prompt, answer):
     """How much less likely than the likeliest token an answer's worst one is to an expert that is asked alone."""
-    from vllm.lora.request import LoRARequest
-
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     (output,) = engine.generate(
         [{"prompt_token_ids": [*prompt, *answer]}],
@@ -111,7 +110,7 @@ def test_a_base_of_which_vllm_would_load_other_files_is_refused(family, math_del
         Base(str(base)).check(Artifact.open(math_delta))
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_a_token_of_a_mixed_batch_is_its_own_experts(engine, plain, deltas):
     known = adapters_of(deltas)
     asked = [(name, prompt) for prompt in PROMPTS for name in NAMES]
@@ -124,7 +123,7 @@ def test_a_token_of_a_mixed_batch_is_its_own_experts(engine, plain, deltas):
     assert mixed[:: len(NAMES)] == plain
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_linear_layers_add_the_delta_to_what_the_bases_method_computes(engine, deltas):
     known = adapters_of(deltas)
     ask(engine, [PROMPT], [known["sql"]], max_tokens=1)

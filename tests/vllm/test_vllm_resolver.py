@@ -7,10 +7,10 @@ import pytest
 
 import meswitch
 from meswitch.errors import ConfigError
-from vllm_engines import PROMPT, needs_vllm
-from vllm_http import answer_of, ask, completion
+from tests.support.vllm_engines import PROMPT
+from tests.support.vllm_http import answer_of, ask, completion
 
-pytestmark = needs_vllm
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,13 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from adapters import pairs, write_adapter
 from meswitch import Family
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.router import Encoder, Row, train_router
 from meswitch.vllm.command import command
-from vllm_engines import EXPERTS, PROMPT, needs_vllm
-from vllm_http import ask, completion, free_port, serving
+from tests.support.adapters import pairs, write_adapter
+from tests.support.vllm_engines import EXPERTS, PROMPT
+from tests.support.vllm_http import ask, completion, free_port, serving
 
 SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
 SERVED = ("math", "code")
@@ -92,7 +92,7 @@ def url(family_file):
         yield address
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_experts_are_models_of_vllms_server(url, expected):
     assert {model["id"] for model in ask(url, "/v1/models")[2]["data"]} == {"base", *SERVED}
     for name in ("math", "base", "code", "math"):
@@ -101,7 +101,7 @@ def test_experts_are_models_of_vllms_server(url, expected):
         assert tuple(answer["choices"][0]["token_ids"]) == expected[name, len(PROMPT)]
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_auto_is_the_routers_choice(url):
     question = "Ravi shares 8 books equally among 4 friends. How many books does each friend get?"
     body = {"model": "auto", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 60}
@@ -111,7 +111,7 @@ def test_auto_is_the_routers_choice(url):
     assert ask(url, "/v1/chat/completions", body | {"model": "nobody"})[0] == 404
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_experts_come_and_go_at_run_time(url, deltas, expected):
     assert "sql" in EXPERTS
     status, _, problem = ask(url, "/v1/load_lora_adapter", {"lora_name": "sql", "lora_path": "/nowhere/sql"})

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deltas import random_delta
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, padded_salient
 from meswitch.vllm.shard import conform, join, joint_group, joint_shape, take_columns, take_rows
+from tests.support.deltas import random_delta
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

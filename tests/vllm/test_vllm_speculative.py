@@ -1,8 +1,10 @@
 """Speculative decoding: guessed tokens are checked by the expert of the request that they are guessed for."""
 
-from vllm_engines import EXPERTS, PROMPT, adapters_of, ask, needs_vllm, with_deltas
+import pytest
 
-pytestmark = needs_vllm
+from tests.support.vllm_engines import EXPERTS, PROMPT, adapters_of, ask, with_deltas
+
+pytestmark = pytest.mark.vllm
 NAMES = ("base", *EXPERTS)
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 

@@ -4,12 +4,12 @@ import subprocess
 import sys
 
 import pytest
-from test_vllm_architectures import SERVED
 from transformers import AutoConfig
 
 from meswitch.architecture import architecture_of, model_class
 from meswitch.vllm.support import MIXTURE, ORDERED, ROUTES, TABLE, TRIED, TURNED, vllm_support
-from models import TINY
+from tests.support.models import TINY
+from tests.vllm.test_vllm_architectures import SERVED
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32}
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from deltas import random_delta
 from meswitch.ops import SlotLinear, embedding_rows
 from meswitch.ops.step import TOKENS, Step
 from meswitch.vllm import delta_op
+from tests.support.deltas import random_delta
 
 
 def test_one_trace_serves_steps_of_all_sizes_with_and_without_experts():

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from meswitch.adapter.changes import Change, Changes, changes_of
+from meswitch import __version__
+from meswitch.adapter.changes import AdaptedTensor, Changes, changes_of
 from meswitch.adapter.weights import WEIGHTS_NAME, Adapter, adapts
 from meswitch.architecture import HEAD, architecture_of
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
@@ -25,7 +26,6 @@ from meswitch.jsonfile import read_json
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import NAMES
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
-from meswitch.version import __version__
 
 METHOD = "lora"  # as manifests name it
 _CONFIG = "config.json"
@@ -142,7 +142,9 @@ def planned_entries(base: Checkpoint, changes: Changes) -> dict[str, Entry]:
     return entries
 
 
-def _add(writer: ArtifactWriter, name: str, entry: Entry, change: Change | None, base: Checkpoint | None) -> None:
+def _add(
+    writer: ArtifactWriter, name: str, entry: Entry, change: AdaptedTensor | None, base: Checkpoint | None
+) -> None:
     made = None if change is None else change.make()
     info = None if base is None else base.info(name)
     entry = replace(entry, base_sha256=None if info is None else info.sha256())
@@ -161,7 +163,7 @@ def _manifest(
         base=BaseInfo(
             Path(base.source).name, content, base.config.model_type, base.config.get_text_config().vocab_size
         ),
-        expert=expert_info(base, adapter, changes, entries),
+        expert=adapted_expert_info(base, adapter, changes, entries),
         method=method(adapter),
         tensors=entries,
         companions={},
@@ -178,7 +180,7 @@ def method(adapter: Adapter) -> Method:
     return Method(METHOD, None, None, 0, "exact", 0.0, parameters=parameters)
 
 
-def expert_info(base: Checkpoint, adapter: Adapter, changes: Changes, entries: dict[str, Entry]) -> ExpertInfo:
+def adapted_expert_info(base: Checkpoint, adapter: Adapter, changes: Changes, entries: dict[str, Entry]) -> ExpertInfo:
     """The model that the adapter makes of the base, as a full checkpoint would be."""
     count = total = 0
     dtypes = set()

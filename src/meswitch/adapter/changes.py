@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meswitch.adapter.stacks import Piece, PieceFinder, Stack, parameters_of
-from meswitch.adapter.weights import Adapter, Pair, read_finite
+from meswitch.adapter.weights import Adapter, LowRankPair, Stack, StackPart, StackPartFinder, parameters_of, read_finite
 from meswitch.architecture import (
     EMBEDDING,
     EXPERTS,
@@ -27,8 +26,7 @@ from meswitch.architecture import (
 )
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import LowRankDelta
-from meswitch.config_fields import config_differences
-from meswitch.configuration import read_config
+from meswitch.configuration import config_differences, read_config
 from meswitch.errors import CheckpointError, IncompatibleError
 from meswitch.tensorfile import TensorInfo
 
@@ -36,7 +34,7 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
-class Change:
+class AdaptedTensor:
     """One tensor that an adapter changes.
 
     Args:
@@ -69,7 +67,7 @@ class Changes:
         notes: what a person should know, a line each.
     """
 
-    by_name: Mapping[str, Change]
+    by_name: Mapping[str, AdaptedTensor]
     vocabulary: int
     tied: bool
     notes: tuple[str, ...]
@@ -83,11 +81,11 @@ class _Target:
     role: str
     info: TensorInfo
     path: str  # of the module, in the model
-    pair: Pair | None = None
+    pair: LowRankPair | None = None
     tokens: TensorInfo | None = None
     whole: TensorInfo | None = None
     shift: tuple[TensorInfo, float] | None = None  # added to a bias
-    stack: tuple[Stack, Piece | None] | None = None  # a stack's pair; of one stored matrix, where it lies there
+    stack: tuple[Stack, StackPart | None] | None = None  # a stack's pair; of one stored matrix, where it lies there
 
     @property
     def by_row(self) -> bool:
@@ -107,7 +105,7 @@ class _Base:
 
     def __post_init__(self) -> None:
         self.plan = self.architecture.load_plan(self.base.tensors)
-        self.finder = PieceFinder(self.base.info, self.architecture)
+        self.finder = StackPartFinder(self.base.info, self.architecture)
         self.read = functools.lru_cache(maxsize=4)(read_finite)  # the matrices of a stack share a pair
         self.stored_of = {
             conversion.targets[0]: conversion.sources[0] for conversion in self.plan.conversions if conversion.renames
@@ -139,10 +137,10 @@ class _Base:
                 raise adapter.error(f"{name}: two tensors for {target.name}; save one adapter to a directory")
             setattr(target, part, value)
 
-    def _add_stack(self, parameter: str, pair: Pair) -> None:
+    def _add_stack(self, parameter: str, pair: LowRankPair) -> None:
         stack = Stack.of(self.adapter.config, pair, parameter, self.architecture)
         path, stored = parameter.rpartition(".")[0], self.stored_of.get(parameter)
-        pieces: Mapping[str, Piece | None] | None
+        pieces: Mapping[str, StackPart | None] | None
         if stored is not None:
             pieces, role = {stored: None}, self.architecture.parts[parameter].role
         else:
@@ -297,7 +295,7 @@ def _token_rows(adapter: Adapter, target: _Target) -> tuple[int, ...]:
     raise adapter.error(f"{target.path}: has trained tokens, but trainable_token_indices does not name it")
 
 
-def _change(adapter: Adapter, target: _Target, found: _Base) -> Change:
+def _change(adapter: Adapter, target: _Target, found: _Base) -> AdaptedTensor:
     """Choose how a tensor is kept."""
     base, info, pair = found.base, target.info, target.pair
     if target.stack is not None:
@@ -326,17 +324,17 @@ def _change(adapter: Adapter, target: _Target, found: _Base) -> Change:
         same = own.shape == info.shape and torch.equal(own.float(), theirs().float())
         return None if same else own
 
-    return Change(target.name, target.role, shape, "dense", {"": (shape, dtype)}, None, make)
+    return AdaptedTensor(target.name, target.role, shape, "dense", {"": (shape, dtype)}, None, make)
 
 
-def _delta(adapter: Adapter, target: _Target, pair: Pair) -> LowRankDelta:
+def _delta(adapter: Adapter, target: _Target, pair: LowRankPair) -> LowRankDelta:
     """A pair as it was trained, for the stored tensor as a matrix (`architecture.as_matrix`)."""
     a, b = read_finite(pair.a), read_finite(pair.b)
     left, right = (b, a) if target.by_row else (a.T.contiguous(), b.T.contiguous())
     return LowRankDelta(left, right, adapter.config.scale(pair.module))
 
 
-def _of_stack(target: _Target, stack: Stack, piece: Piece | None, found: _Base) -> Change:
+def _of_stack(target: _Target, stack: Stack, piece: StackPart | None, found: _Base) -> AdaptedTensor:
     """A stack's pair, or a stored matrix's part of it."""
     shape, pair, rank = target.info.shape, stack.pair, stack.rank
     turned = stack.turned != (piece.transposed if piece is not None else target.role in LIE_TRANSPOSED)
@@ -350,12 +348,17 @@ def _of_stack(target: _Target, stack: Stack, piece: Piece | None, found: _Base) 
         delta = stack.whole(target.role, a, b) if piece is None else piece.delta(stack, a, b)
         return delta if bool((delta.left != 0).any()) and bool((delta.right != 0).any()) else None
 
-    return Change(target.name, target.role, shape, "lowrank", stored, stack.scale, make)
+    return AdaptedTensor(target.name, target.role, shape, "lowrank", stored, stack.scale, make)
 
 
 def _low_rank(
-    adapter: Adapter, target: _Target, pair: Pair, shape: tuple[int, ...], extra: int, theirs: Callable[[], Tensor]
-) -> Change:
+    adapter: Adapter,
+    target: _Target,
+    pair: LowRankPair,
+    shape: tuple[int, ...],
+    extra: int,
+    theirs: Callable[[], Tensor],
+) -> AdaptedTensor:
     (rows, columns), rank = matrix_shape(target.info.shape, target.role), pair.a.shape[0]
     left, right = (pair.b.dtype, pair.a.dtype) if target.by_row else (pair.a.dtype, pair.b.dtype)
     stored: Shapes = {"weight_left": ((rows, rank), left), "weight_right": ((rank, columns), right)}
@@ -373,12 +376,12 @@ def _low_rank(
         added = (own[rows:].float() + delta.dequantize(torch.arange(rows, shape[0]))).to(own.dtype) if extra else None
         return LowRankDelta(delta.left[:rows], delta.right, delta.scale, added)
 
-    return Change(target.name, target.role, shape, "lowrank", stored, adapter.config.scale(pair.module), make)
+    return AdaptedTensor(target.name, target.role, shape, "lowrank", stored, adapter.config.scale(pair.module), make)
 
 
 def _tokens(
     adapter: Adapter, target: _Target, shape: tuple[int, ...], extra: int, theirs: Callable[[], Tensor]
-) -> Change:
+) -> AdaptedTensor:
     """Rows that replace the base's, as a pair whose left matrix picks them; many as the whole table."""
     rows, known, info = _token_rows(adapter, target), target.info.shape[0], target.tokens
     assert info is not None
@@ -391,7 +394,7 @@ def _tokens(
     picked = [(place, row) for place, row in enumerate(rows) if row < known]
     if 2 * len(picked) > shape[1]:  # in a slot the left matrix has all rows
         dtype = target.info.dtype if target.whole is None else target.whole.dtype
-        return Change(target.name, target.role, shape, "dense", {"": (shape, dtype)}, None, table)
+        return AdaptedTensor(target.name, target.role, shape, "dense", {"": (shape, dtype)}, None, table)
     stored: Shapes = {
         "weight_left": ((len(picked), len(picked)), torch.bfloat16),
         "weight_right": ((len(picked), shape[1]), torch.float32),
@@ -415,7 +418,7 @@ def _tokens(
             added[[row for _, row in beyond]] = own[[place for place, _ in beyond]].to(added.dtype)
         return LowRankDelta(left, right, 1.0, added)
 
-    return Change(target.name, target.role, shape, "lowrank", stored, 1.0, make)
+    return AdaptedTensor(target.name, target.role, shape, "lowrank", stored, 1.0, make)
 
 
 def _with_magnitude(target: _Target, base: Tensor, delta: LowRankDelta, magnitude: TensorInfo) -> Tensor:
@@ -426,7 +429,7 @@ def _with_magnitude(target: _Target, base: Tensor, delta: LowRankDelta, magnitud
     return from_matrix(scaled, tuple(base.shape), target.role).contiguous()
 
 
-def _vocabulary(adapter: Adapter, found: _Base, made: dict[str, Change]) -> tuple[int, bool]:
+def _vocabulary(adapter: Adapter, found: _Base, made: dict[str, AdaptedTensor]) -> tuple[int, bool]:
     """The expert's number of tokens, and whether its head is its embedding. Unties a head where it must be."""
     architecture, config = found.architecture, adapter.config
     names = {part: f"{getattr(architecture, part)}.weight" for part in ("embedding", "head")}
@@ -451,7 +454,7 @@ def _vocabulary(adapter: Adapter, found: _Base, made: dict[str, Change]) -> tupl
     return own[0], False
 
 
-def _untied(found: _Base, embedding: Change, saves: Callable[[str], bool]) -> bool:
+def _untied(found: _Base, embedding: AdaptedTensor, saves: Callable[[str], bool]) -> bool:
     """Whether PEFT changed the embedding alone, and not the head that shares its weights."""
     target = found.targets[embedding.name]
     return target.pair is not None or (target.whole is not None and target.tokens is None and saves(target.path))

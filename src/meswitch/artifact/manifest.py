@@ -14,7 +14,7 @@ from meswitch.architecture import ROLES, matrix_shape
 from meswitch.codec.exact import EXACT_DTYPES
 from meswitch.codec.words import LENGTHS
 from meswitch.errors import ArtifactError
-from meswitch.strict import Decoder
+from meswitch.jsonfile import Decoder
 from meswitch.tensorfile import DTYPES
 
 FORMAT = "meswitch-delta"
@@ -46,15 +46,22 @@ class Stored:
 class Entry:
     """One tensor of the expert.
 
-    kind: `packed` (base + quantised delta), `coded` (base + delta of another codec), `lowrank` (base + product of two
-    thin matrices), `exact` (what changed, bit for bit), `dense` (the expert's own values) or `same` (the base's).
-    role: one of `architecture.ROLES`; it says how the tensor lies as a matrix. Before version 3 all matrices but
-    embedding and head were `linear`.
-    shape: the expert's. stored: suffix -> where its parts are; a dense tensor has the one suffix "".
-    base_sha256: of the base's tensor, None where the base has none.
-    bits, group_size: of a packed tensor. block: of one whose 1-bit codes are words of so many signs (`codec.words`).
-    method, meta: of a coded one (`codec.registry`). scale: of a low-rank one.
-    dtype: of an exact one, as it is restored, in safetensors' spelling.
+    Args:
+        kind: `packed` (base + quantised delta), `coded` (base + delta of another codec), `lowrank` (base + product of
+            two thin matrices), `exact` (what changed, bit for bit), `dense` (the expert's own values) or `same` (the
+            base's).
+        role: one of `architecture.ROLES`; it says how the tensor lies as a matrix. Before version 3 all matrices but
+            embedding and head were `linear`.
+        shape: the expert's.
+        stored: suffix -> where its parts are; a dense tensor has the one suffix "".
+        base_sha256: of the base's tensor, None where the base has none.
+        bits: of a packed tensor.
+        group_size: of a packed tensor.
+        block: of one whose 1-bit codes are words of so many signs (`codec.words`).
+        method: of a coded one (`codec.registry`).
+        meta: of a coded one.
+        scale: of a low-rank one.
+        dtype: of an exact one, as it is restored, in safetensors' spelling.
     """
 
     kind: str
@@ -112,8 +119,10 @@ class ExpertInfo:
 class Calibration:
     """The text that the salient channels and the error feedback were measured on.
 
-    sha256: of the file; of the token ids where the expert wrote the text. seed: of its sampling, None for a file.
-    measured_tokens: those that layers' inputs were measured on, None for all; the rest is for training.
+    Args:
+        sha256: of the file; of the token ids where the expert wrote the text.
+        seed: of its sampling, None for a file.
+        measured_tokens: those that layers' inputs were measured on, None for all; the rest is for training.
     """
 
     source: str
@@ -127,8 +136,11 @@ class Calibration:
 @dataclass(frozen=True, slots=True)
 class Distillation:
     """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
-    expert, nats a token) on its held-out tenth before and after. steps: for each part where the scope is `block`. The
-    rest as in `compression.distill.recipe`."""
+    expert, nats a token) on its held-out tenth before and after. The rest as in `compression.options.Recipe`.
+
+    Args:
+        steps: for each part where the scope is `block`.
+    """
 
     steps: int
     learning_rate: float
@@ -156,9 +168,15 @@ class SolverInfo:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Every parameter of the compression. name: of the codec, or `exact`. bits: of a code, or of the budget
-    for methods whose size is free; None where each tensor has its own under `target_bpw`, and where nothing is rounded.
-    solver: None is the default one. parameters: what only this method has."""
+    """Every parameter of the compression.
+
+    Args:
+        name: of the codec, or `exact`.
+        bits: of a code, or of the budget for methods whose size is free; None where each tensor has its own under
+            `target_bpw`, and where nothing is rounded.
+        solver: None is the default one.
+        parameters: what only this method has.
+    """
 
     name: str
     bits: int | None

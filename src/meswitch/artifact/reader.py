@@ -1,10 +1,17 @@
-"""Opening an artifact: nothing is handed out before its shape, dtype and checksum agree with the manifest."""
+"""Opening an artifact: nothing is handed out before its shape, dtype and checksum agree with the manifest.
+
+Checksums take most of the time, and SHA-256 is computed without the GIL: `ReadAhead` reads by several threads.
+"""
 
 import contextlib
 import hashlib
 import math
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +30,16 @@ from meswitch.codec import (
     packed_shape,
     restore_coded,
 )
-from meswitch.codec.delta import packed_from
+from meswitch.codec.delta import packed_from, with_all_rows
 from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
-from meswitch.codec.rows import with_all_rows
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
+
+_THREADS = 4
+_AHEAD = 8  # tensors: what is read and not asked for yet stays small
 
 
 @dataclass(frozen=True)
@@ -345,3 +354,34 @@ def delta_from_parts(entry: Entry, parts: dict[str, Tensor]) -> Delta | ExactDel
         raise ArtifactError("a packed tensor needs its bits")
     width = entry.matrix[1]
     return packed_from(parts, width, bits=entry.bits, group_size=entry.group_size, block=entry.block)
+
+
+class ReadAhead:
+    """An artifact whose tensors are read before they are asked for, in a `with` block.
+
+    Args:
+        names: the order in which they will be asked for. Others, and one a second time, are read when they are.
+    """
+
+    def __init__(self, artifact: Artifact, names: Iterable[str]) -> None:
+        self._artifact = artifact
+        self._names = iter(dict.fromkeys(names))
+        self._pending: dict[str, Future[Any]] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, "artifact")
+
+    def read(self, name: str) -> Change | Tensor | None:
+        """As `Artifact.read`, and raises what that raises."""
+        future = self._pending.pop(name, None)
+        self._fill()
+        return self._artifact.read(name) if future is None else future.result()
+
+    def _fill(self) -> None:
+        while len(self._pending) < _AHEAD and (name := next(self._names, None)) is not None:
+            self._pending[name] = self._threads.submit(self._artifact.read, name)
+
+    def __enter__(self) -> "ReadAhead":
+        self._fill()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._threads.shutdown(cancel_futures=True)

@@ -48,8 +48,9 @@ class ArtifactWriter:
     """Takes compressed tensors one by one and leaves a finished artifact at `out`.
 
     Args:
-        out: the directory to create. plan: a digest of everything that decides the bytes; what an interrupted run with
-            another plan has written is thrown away.
+        out: the directory to create.
+        plan: a digest of everything that decides the bytes; what an interrupted run with another plan has written is
+            thrown away.
         overwrite: replace an artifact that exists.
         labels: what viewers of safetensors show of its files, such as the base's name; no reader needs it.
 

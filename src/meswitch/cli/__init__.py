@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from meswitch import __version__
 from meswitch.cli import (
     chat,
     compress,
@@ -29,7 +30,6 @@ from meswitch.cli import (
 )
 from meswitch.cli.eval import evaluate
 from meswitch.errors import MeswitchError
-from meswitch.version import __version__
 
 _AFTER_AN_INTERRUPT = {"compress": "run the same command again to go on"}
 

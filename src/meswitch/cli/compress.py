@@ -138,12 +138,12 @@ def _again(source: Path, given: Mapping[str, Any]) -> "Again":
     """
     from meswitch.artifact.fingerprint import sha256_file
     from meswitch.compression.recipe import read_recipe
-    from meswitch.compression.text import Source
+    from meswitch.compression.text import TextSource
 
     recipe = read_recipe(source)
     options = recipe.options | dict(given)
     if isinstance(options.get("calibration"), str):
-        text = Source.parse(options["calibration"])
+        text = TextSource.parse(options["calibration"])
         for file in filter(None, (text.text, text.questions)):
             if not file.is_file():
                 raise ConfigError(f"{recipe.source}: recipe: calibration: {file} is not here; give --calibration FILE")
@@ -169,7 +169,7 @@ def _compress_family(
     from meswitch.adapter import METHOD, is_adapter, open_expert
     from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
-    from meswitch.compression.text import Source
+    from meswitch.compression.text import TextSource
     from meswitch.family import Family
 
     family = Family.load(file)
@@ -209,7 +209,7 @@ def _compress_family(
         if text in (None, "none"):  # then nothing can be trained
             own |= untrained
         else:
-            own["calibration"] = Source.parse(str(text)).resolved(family.resolve)
+            own["calibration"] = TextSource.parse(str(text)).resolved(family.resolve)
         base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
         replace = where | {"overwrite": where["overwrite"] or out.exists()}  # what exists here is a damaged artifact
         options = Options() if is_adapter(source) else given_options(own)  # an adapter is kept as it was trained

@@ -12,8 +12,8 @@ from meswitch.cli.support import statements, support
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from meswitch.compression.diff import Change, Diff, FieldChange
-    from meswitch.config_fields import FieldDifference
+    from meswitch.compression.diff import Diff, FieldChange, WeightChange
+    from meswitch.configuration import FieldDifference
 
 _TOKENS_SHOWN = 12
 # The order in which a token meets them; what is not named comes between these and the head.
@@ -71,7 +71,7 @@ def diff(
 def to_json(found: "Diff") -> dict[str, Any]:
     """The whole comparison, with relative norms and shares worked out."""
 
-    def plain(change: "Change") -> dict[str, Any]:
+    def plain(change: "WeightChange") -> dict[str, Any]:
         shares = {"relative_norm": change.relative_norm, "unchanged_share": change.unchanged_share}
         return dataclasses.asdict(change) | shares
 
@@ -103,7 +103,7 @@ def _show(found: "Diff", architecture: dict[str, str]) -> None:
     )
 
 
-def _cells(change: "Change") -> list[str]:
+def _cells(change: "WeightChange") -> list[str]:
     tails = "-" if change.kurtosis is None else f"{change.kurtosis:.2f}"
     broken = f" ({change.not_finite} not finite)" if change.not_finite else ""
     equal = f"{change.unchanged_share:.2%}"

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from meswitch import __version__
 from meswitch.cli import console
 from meswitch.errors import MeswitchError
 from meswitch.units import format_bytes
-from meswitch.version import __version__
 
 _SHOWN = ("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "triton", "vllm")
 _FOR_DEVELOPERS = ("dev", "clients", "lab")

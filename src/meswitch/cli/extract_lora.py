@@ -69,17 +69,17 @@ def extract_lora(
     """
     device = console.check_device(device)
     console.quiet()
+    from meswitch.compression.extraction import LoraOptions
     from meswitch.compression.extraction import extract_lora as run
 
+    options = LoraOptions(rank, calibration, modules_to_save)
     started = time.perf_counter()
     with console.progress("extract-lora") as progress:
         found = run(
             base,
             expert,
             out,
-            rank,
-            calibration=calibration,
-            modules_to_save=modules_to_save,
+            options,
             device=device,
             overwrite=overwrite,
             progress=progress,

@@ -28,13 +28,13 @@ def key(
     """
     from pydantic import ValidationError
 
-    from meswitch.server.keys import ApiKey, digest, new_key
+    from meswitch.server.keys import ApiKey, key_digest, new_key
 
     text = new_key()
     try:
         made = ApiKey(
             name=name,
-            sha256=digest(text),
+            sha256=key_digest(text),
             models=tuple(model) if model else None,
             concurrency=concurrency,
             admin=admin,

@@ -57,12 +57,12 @@ def evaluate(
         raise ConfigError(f"--out {out}: the ending says the format; use .json or .md")
     from meswitch.family import Family
     from meswitch.router import evaluate_router, read_rows
-    from meswitch.router.report import draw, markdown
+    from meswitch.router.evaluate import draw_plots, markdown
 
     rows = read_rows(data, Family.load(family).names)
     loaded = open_router(family, router, threshold, model, device)
     result = evaluate_router(loaded, rows)
-    drawn = draw(result, plots) if plots is not None else {}
+    drawn = draw_plots(result, plots) if plots is not None else {}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         links = {title: Path(os.path.relpath(file, out.parent)).as_posix() for title, file in drawn.items()}
@@ -182,7 +182,7 @@ def check(
 
 
 def _show(result: "Evaluation") -> None:
-    from meswitch.router.report import number
+    from meswitch.router.evaluate import number
 
     summary = {
         "accuracy": number(result.accuracy),

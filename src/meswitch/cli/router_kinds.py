@@ -73,21 +73,19 @@ def embedding(
 
 def llm(job: Job, model: str | None, settings: "LlmSettings", checkpoint: Path, save_every: int) -> Trained:
     from meswitch.artifact.fingerprint import sha256_file
-    from meswitch.router import model_info, open_llm, train_llm_router
+    from meswitch.router import open_llm, train_llm_router
 
     assert job.data is not None
     config = job.family
     source = config.resolve_model(model or config.base.path)
-    loaded, tokenizer = open_llm(source, job.device)
+    llm = open_llm(source, job.device)
     if settings.weights != "reference":
-        loaded.float()  # small steps are lost in 16 bit
+        llm.model.float()  # small steps are lost in 16 bit
     with console.progress("router") as progress:
         router = train_llm_router(
             job.rows,
             {expert.name: expert.description for expert in config.expert},
-            loaded,
-            tokenizer,
-            model_info(source, loaded),
+            llm,
             settings=settings,
             data_sha256=sha256_file(job.data),
             fallback=config.router.fallback,

@@ -70,7 +70,7 @@ def serve(
     ] = None,
     engine_name: Annotated[
         Literal["embedded", "vllm"],
-        typer.Option("--engine", help="embedded, or vllm: run `vllm serve` with the family's deltas (docs/vllm.md)."),
+        typer.Option("--engine", help="embedded, or vllm: run `vllm serve` with the deltas (docs/use/vllm.md)."),
     ] = "embedded",
     print_command: Annotated[
         bool, typer.Option("--print-command", help="With --engine vllm: print its command line and end.")
@@ -155,7 +155,7 @@ def _with_server(config: "Family", overrides: dict[str, Any]) -> "Family":
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
         flag = {"allow_origins": "--allow-origin"}.get(field, f"--{field.replace('_', '-')}")
-        raise ConfigError(f"{flag}: {given[field]!r}: {error.errors()[0]['msg']}; see docs/family.md") from None
+        raise ConfigError(f"{flag}: {given[field]!r}: {error.errors()[0]['msg']}; see docs/use/family.md") from None
     return config.model_copy(update={"server": section})
 
 
@@ -192,7 +192,7 @@ def _vllm(config: "Family", host: str, port: int, print_only: bool) -> None:
         typer.echo(shlex.join(["vllm", *arguments]))
         return
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (on a CPU: see docs/vllm.md)")
+        raise ConfigError("--engine vllm: vLLM is not installed; install meswitch[vllm] (a CPU: docs/use/vllm.md)")
     run = argv(arguments)
     os.execve(run[0], run, environment(config))
 
@@ -276,6 +276,6 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
             + "".join(f"\n  {reason}" for reason in summary["by_turns"])
         )
     if summary["faster_engine"]:
-        console.note(f"{summary['faster_engine']} (docs/server.md, which engine when)")
+        console.note(f"{summary['faster_engine']} (docs/use/serve.md, which engine when)")
     if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
         console.note("open to the network without a key; set MESWITCH_API_KEY to ask for one")

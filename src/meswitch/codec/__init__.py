@@ -1,14 +1,35 @@
 """Tensors in, named tensors out: quantisers, packing, the salient split, codecs by name. No models, no files."""
 
-from meswitch.codec.coded import CodedDelta, Trainable, coded_by, encode_coded, restore_coded
-from meswitch.codec.delta import PackedDelta, Spec, encode, joined, packed_shape, stored_shapes
+from meswitch.codec.delta import (
+    PackedDelta,
+    Spec,
+    encode,
+    joined,
+    packed_shape,
+    reconstruction_error,
+    select_salient,
+    stored_shapes,
+)
 from meswitch.codec.exact import EXACT, EXACT_DTYPES, ExactDelta, encode_exact, same_bits
 from meswitch.codec.lowrank import LowRankDelta, Rank, encode_pair, pair_shapes, spectrum
 from meswitch.codec.me_switch import ME_SWITCH, PackedCodec
-from meswitch.codec.packing import pack, unpack
-from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, quantize
-from meswitch.codec.registry import BPW, Codec, Parameter, Request, Sharing, codec_names, find_codec, nbytes, register
-from meswitch.codec.salient import reconstruction_error, select_salient
+from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, pack, quantize, unpack
+from meswitch.codec.registry import (
+    BPW,
+    Codec,
+    CodecRequest,
+    CodedDelta,
+    Parameter,
+    Sharing,
+    Trainable,
+    codec_names,
+    coded_by,
+    encode_coded,
+    find_codec,
+    nbytes,
+    register,
+    restore_coded,
+)
 from meswitch.codec.words import unfold
 
 # What an op computes with: the delta of one matrix, in a form that is never restored whole.
@@ -23,6 +44,7 @@ __all__ = [
     "ME_SWITCH",
     "Change",
     "Codec",
+    "CodecRequest",
     "CodedDelta",
     "Delta",
     "ExactDelta",
@@ -31,7 +53,6 @@ __all__ = [
     "PackedDelta",
     "Parameter",
     "Rank",
-    "Request",
     "Sharing",
     "Spec",
     "Trainable",

@@ -1,4 +1,8 @@
-"""One delta matrix: low-bit codes, scales, salient channels and rows that the base does not have."""
+"""One delta matrix: low-bit codes, scales, salient channels and rows that the base does not have.
+
+Rows without a change take no bytes: an embedding's rows of tokens that the fine-tuning never saw. In memory such a row
+has scale 0 and salient weights 0. Stored, it is left out, and `row_index` lists the others.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -7,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.codec.feedback import damped, feedback_codes, upper_factor
-from meswitch.codec.packing import pack, packed_words, unpack
+from meswitch.codec.feedback import damped, feedback_codes, refit, upper_factor
 from meswitch.codec.quantize import (
     SCALE_DTYPE,
     SCALES,
@@ -17,12 +20,12 @@ from meswitch.codec.quantize import (
     group_count,
     levels,
     normal_scales,
+    pack,
+    packed_words,
     quantize,
     starting_scales,
+    unpack,
 )
-from meswitch.codec.refit import refit
-from meswitch.codec.rows import live_rows, without_negligible
-from meswitch.codec.salient import RULES, other_score, reconstruction_error, select_salient
 from meswitch.codec.words import (
     LENGTHS,
     block_order,
@@ -36,6 +39,9 @@ from meswitch.codec.words import (
 )
 from meswitch.errors import MeswitchError
 
+# `error` is the method's; the others are there to compare with
+RULES = ("error", "magnitude", "activation", "random")
+BY_ROW = frozenset({"weight_packed", "weight_scale", "salient_weight", "weight_left"})  # parts that leave rows out
 SALIENT_DTYPE = torch.bfloat16
 # weights worked on at once: on a GPU many, as each step costs its launch
 _BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}
@@ -43,17 +49,104 @@ _BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}
 _FEEDBACK_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
+def reconstruction_error(delta: Tensor, dequantized: Tensor, energy: Tensor | None) -> Tensor:
+    """What quantising each input channel costs the layer's output.
+
+    ME-Switch, section 3 (arXiv 2406.09041): `E_i = sum_j ||x_i D_ij - x_i Dq_ij||^2` over calibration inputs,
+    which is `||X_:,i||^2 * ||D_:,i - Dq_:,i||^2`.
+
+    Args:
+        delta: [out_features, in_features] float32.
+        dequantized: alike.
+        energy: [in_features] float32, `||X_:,i||^2` up to a common factor; None is the data-free form,
+            in which every channel carries the same energy.
+
+    Returns:
+        [in_features] float32.
+    """
+    error = (delta - dequantized).square().sum(dim=0)
+    return error if energy is None else error * energy
+
+
+def select_salient(score: Tensor, count: int) -> Tensor:
+    """The `count` channels of largest score, ascending: [min(count, in_features)] int32."""
+    count = min(count, score.numel())
+    return torch.topk(score, count).indices.sort().values.to(torch.int32)
+
+
+def other_score(rule: str, delta: Tensor, energy: Tensor | None) -> Tensor:
+    """Scores of input channels by a rule that does not look at the rounding error: [in_features] float32.
+
+    `magnitude`: the delta's own energy. `activation`: the inputs' (all alike without calibration). `random`: a fixed
+    permutation.
+    """
+    width = delta.shape[1]
+    if rule == "magnitude":
+        return delta.square().sum(dim=0)
+    if rule == "activation":
+        return delta.new_ones(width) if energy is None else energy
+    return torch.randperm(width, generator=torch.Generator().manual_seed(width)).to(delta)
+
+
+def without_negligible(delta: Tensor, floor: float) -> Tensor:
+    """The delta with zeros in every row whose root mean square is below `floor` times that of the whole matrix.
+
+    Weight decay and rounding move rows that no gradient ever reached. At a floor of 0.1 all that is dropped is less
+    than a hundredth of the delta's energy, a tenth of what rounding to 2 bits loses.
+
+    Args:
+        delta: [rows, in_features] float32.
+    """
+    power = delta.double().square().mean(1)
+    dropped = power < floor * floor * power.mean()
+    return delta if not bool(dropped.any()) else delta.masked_fill(dropped[:, None], 0.0)
+
+
+def live_rows(packed: Tensor, scale: Tensor, salient_weight: Tensor) -> Tensor | None:
+    """[live] int32, ascending: the rows that change anything; None where leaving out the others saves nothing.
+
+    Args:
+        packed: [rows, words] int32.
+        scale: [rows, groups].
+        salient_weight: [rows, k].
+    """
+    live = (scale != 0).any(1) | (salient_weight != 0).any(1)
+    row_bytes = sum(part.shape[1] * part.element_size() for part in (packed, scale, salient_weight))
+    count = int(live.sum())
+    saved = (len(live) - count) * row_bytes
+    return live.nonzero().squeeze(1).to(torch.int32) if saved > count * torch.int32.itemsize else None
+
+
+def with_all_rows(parts: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Stored parts of a delta, by suffix, with the rows that were left out. rows: of the delta."""
+    index = parts.get("row_index")
+    if index is None:
+        return dict(parts)
+    return {suffix: expand_rows(part, index, rows) if suffix in BY_ROW else part for suffix, part in parts.items()}
+
+
+def expand_rows(part: Tensor, index: Tensor, rows: int) -> Tensor:
+    """[live, ...] -> [rows, ...] with zeros in the rows that are not stored."""
+    whole = part.new_zeros(rows, *part.shape[1:])
+    whole[index.long()] = part
+    return whole
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """How one matrix is quantised.
 
-    bits: 1-4. group_size: input channels that share a scale, None for one scale a row.
-    salient: input channels kept in 16 bit. damping: of the second moment, for error feedback.
-    row_floor: rows whose root mean square is below this share of the matrix's are taken as unchanged.
-    rule: how the salient channels are chosen, one of `codec.salient.RULES`. scales: the search that starts them, one
-    of `codec.quantize.SCALES`. With the inputs' second moment, feedback: round with error feedback; refit: solve for
-    scales and salient weights once the codes are chosen. block: signs of so many channels are one word (`codec.words`);
-    needs 1 bit and no salient channels.
+    Args:
+        bits: 1-4.
+        group_size: input channels that share a scale, None for one scale a row.
+        salient: input channels kept in 16 bit.
+        damping: of the second moment, for error feedback.
+        row_floor: rows whose root mean square is below this share of the matrix's are taken as unchanged.
+        rule: how the salient channels are chosen, one of `RULES`.
+        scales: the search that starts scales, one of `codec.quantize.SCALES`.
+        feedback: with the inputs' second moment, round with error feedback.
+        refit: with it, solve for scales and salient weights once the codes are chosen.
+        block: signs of so many channels are one word (`codec.words`); needs 1 bit and no salient channels.
     """
 
     bits: int = 2
@@ -85,12 +178,14 @@ class Spec:
 class PackedDelta:
     """The delta of one [out_features, in_features] matrix.
 
-    packed: [rows, words] int32 (see `codec.packing`), rows = out_features without the extra rows.
-    scale: [rows, groups] bfloat16.
-    salient_index: [k] int32 ascending. salient_weight: [rows, k] bfloat16, what is missing from the
-    dequantised codes in these channels, so that a kernel adds both without masking.
-    extra: [extra_rows, in_features] rows after the base's last one, whole weights in the expert's dtype.
-    block: of 1-bit codes that are words of so many signs, which are stored as numbers of words; None of all others.
+    Args:
+        packed: [rows, words] int32 (see `codec.quantize`), rows = out_features without the extra rows.
+        scale: [rows, groups] bfloat16.
+        salient_index: [k] int32 ascending.
+        salient_weight: [rows, k] bfloat16, what is missing from the dequantised codes in these channels, so that a
+            kernel adds both without masking.
+        extra: [extra_rows, in_features] rows after the base's last one, whole weights in the expert's dtype.
+        block: of 1-bit codes that are words of so many signs, which are stored as numbers of words; None of all others.
     """
 
     packed: Tensor
@@ -108,7 +203,7 @@ class PackedDelta:
         return self.packed.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the suffix of their stored names (the first three are compressed-tensors'); see `codec.rows`."""
+        """By the suffix of their stored names (the first three are compressed-tensors'); see `live_rows`."""
         extra_rows = 0 if self.extra is None else self.extra.shape[0]
         live = live_rows(self.packed, self.scale, self.salient_weight)
         rows = slice(None) if live is None else live.long()
@@ -265,7 +360,10 @@ def _lengthened(
     for deltas that are small against the weights, measured on fine-tunes of a pretrained model.
 
     Args:
-        delta: [rows, in_features] float32. codes: alike. scale: [rows, groups]. missing: [rows, k] float32.
+        delta: [rows, in_features] float32.
+        codes: alike.
+        scale: [rows, groups].
+        missing: [rows, k] float32.
     """
     restored = dequantize(codes, scale, spec.bits, spec.group_size)
     kept = restored[:, columns]

@@ -35,7 +35,8 @@ class ExactDelta:
         stream: [bytes] uint8, all coded planes after one another: of each block its lowest byte's first.
         blocks: [blocks, planes + 1] int64, for each block the bytes of its coded planes, 0 for one that is all zero,
             and the CRC-32 of the tensor's own bytes.
-        shape: of the tensor. dtype: one of `EXACT_DTYPES`.
+        shape: of the tensor.
+        dtype: one of `EXACT_DTYPES`.
     """
 
     stream: Tensor
@@ -55,7 +56,8 @@ class ExactDelta:
         """The tensor itself, in host memory.
 
         Args:
-            base: the base's tensor as it is stored; it may have more rows or fewer. name: of the tensor, for errors.
+            base: the base's tensor as it is stored; it may have more rows or fewer.
+            name: of the tensor, for errors.
 
         Raises:
             ArtifactError: the stream is damaged, or this is not the base's tensor that it was made from.
@@ -68,7 +70,7 @@ class ExactDelta:
         if not fits or sum(map(sum, sizes)) != len(stream):
             raise ArtifactError(f"{name}: its table of blocks does not fit its {len(stream)} bytes; it is damaged")
         try:
-            theirs = _integers(reference(base, self.shape, self.dtype))
+            theirs = _integers(counterpart(base, self.shape, self.dtype))
         except ValueError as error:
             raise ArtifactError(f"{name}: {error}") from None
         starts = np.cumsum([0, *map(sum, sizes)]).tolist()
@@ -96,7 +98,7 @@ def encode_exact(ours: Tensor, base: Tensor) -> ExactDelta:
         ours: of one of `EXACT_DTYPES`.
         base: of the same shape, or with more or fewer rows; another dtype is converted first.
     """
-    own, theirs = _integers(ours), _integers(reference(base, tuple(ours.shape), ours.dtype))
+    own, theirs = _integers(ours), _integers(counterpart(base, tuple(ours.shape), ours.dtype))
 
     def encode(block: int) -> tuple[list[bytes], int]:
         part = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -126,7 +128,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(whole), other.view(whole))
 
 
-def reference(base: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def counterpart(base: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What a tensor of this shape and dtype is compared with: the base's, its rows cut off, or zeros below them.
 
     Raises:

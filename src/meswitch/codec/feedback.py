@@ -1,7 +1,8 @@
-"""Error feedback: each column's rounding error is passed on to the columns not yet rounded.
+"""Codes and scales for a layer's inputs: error feedback, and least-squares scales for the codes that it chose.
 
-The layer's output error is `tr((D - Dq) H (D - Dq)^T)` with the inputs' second moment `H = X^T X / n`. Rounding the
-columns one after another and correcting the rest minimises it greedily (GPTQ, arXiv 2210.17323, section 3). With the
+Each column's rounding error is passed on to the columns not yet rounded. The layer's output error is
+`tr((D - Dq) H (D - Dq)^T)` with the inputs' second moment `H = X^T X / n`. Rounding the columns one after another and
+correcting the rest minimises it greedily (GPTQ, arXiv 2210.17323, section 3). With the
 upper triangular `U U^T = H` it is `||(D - Dq) U||^2`, whose column j sees the errors of columns up to j only; so
 column j is rounded to where it undoes what those before it have left. That is GPTQ's own choice without the inverse of
 `H`, whose factor is the inverse of `U`.
@@ -9,6 +10,11 @@ column j is rounded to where it undoes what those before it have left. That is G
 Two choices are ours: the scales are fixed beforehand, so that columns can be taken in order of falling energy whatever
 their group; and the salient channels come last, so that they absorb in 16 bit what all the others leave behind
 (`refit` finds their values).
+
+Once the codes are fixed, a row of the restored delta is linear in its scales and salient weights: `Dq = B theta` with
+one column of `B` a group (the row's levels there) and one a salient channel. The output error is then least at
+`theta = (B^T H B)^-1 B^T H d`, a small system for every row, solved exactly (`refit`). It is the last half-step of
+alternating least squares, in the metric of the layer's inputs.
 """
 
 import importlib.util
@@ -18,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meswitch.codec.quantize import SCALE_DTYPE, group_count, levels
 from meswitch.cpu import rough_product
 
 COLUMNS = 128
@@ -25,8 +32,10 @@ _PANEL = 8  # columns that are corrected one by one; those after them by one pro
 _TINY = torch.finfo(torch.float32).tiny
 _INVERTED = 256  # columns of a triangle that is inverted in one piece
 
-# target, original, step, factor, top, codes -> errors: see `round_columns`
+# target, original, step, factor, top, codes -> errors: see `round_columns_on_host`
 Rounding = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], Tensor]
+_BLOCK = {"cpu": 1 << 25, "cuda": 1 << 28}  # numbers in the largest temporary
+_RIDGE = 1e-6
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
@@ -122,7 +131,9 @@ def _target(errors: Tensor, share: Tensor, some: slice) -> Tensor:
     return rough_product(share[: some.start, some].T, errors[: some.start], onto=target) if some.start else target
 
 
-def round_columns(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:
+def round_columns_on_host(
+    target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor
+) -> Tensor:
     """Round columns, each after the errors of those before it. On the CPU.
 
     NumPy takes a microsecond where PyTorch takes four to start on a column.
@@ -168,17 +179,82 @@ def _half(step: Tensor) -> Tensor:
 def _rounding(device: torch.device) -> tuple[Rounding, int]:
     """What rounds columns on a device, and how many of them at once."""
     if device.type == "cpu":
-        return round_columns, COLUMNS
+        return round_columns_on_host, COLUMNS
     if importlib.util.find_spec("triton") is None:
-        return _round_on_host, COLUMNS
+        return _round_from_device, COLUMNS
     from meswitch.codec import feedback_triton
 
     return feedback_triton.round_columns, feedback_triton.COLUMNS
 
 
-def _round_on_host(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:
-    """`round_columns` of a GPU's tensors, where Triton is not installed."""
+def _round_from_device(
+    target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor
+) -> Tensor:
+    """`round_columns_on_host` of a GPU's tensors, where Triton is not installed."""
     found = codes.cpu()
-    errors = round_columns(target.cpu(), original.cpu(), step.cpu(), share.cpu(), top, found)
+    errors = round_columns_on_host(target.cpu(), original.cpu(), step.cpu(), share.cpu(), top, found)
     codes.copy_(found)
     return errors.to(target.device)
+
+
+def refit(
+    delta: Tensor, codes: Tensor, bits: int, group_size: int | None, salient: Tensor, metric: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Solve for the scales and the salient weights.
+
+    Args:
+        delta: [rows, in_features] float32.
+        codes: [rows, in_features] uint8.
+        salient: [k] int64.
+        metric: [in_features, in_features] float32, the damped second moment of the inputs.
+        scale: [rows, groups], kept for rows whose solution is not usable (a negative or infinite scale).
+
+    Returns:
+        scales [rows, groups] bfloat16, and salient weights [rows, k] float32: what the codes miss in these channels.
+    """
+    width = delta.shape[1]
+    groups = group_count(width, group_size)
+    rows = max(1, _BLOCK.get(delta.device.type, _BLOCK["cpu"]) // (groups * width))
+    parts = [
+        _refit(d, c, bits, group_size or width, salient, metric, s)
+        for d, c, s in zip(delta.split(rows), codes.split(rows), scale.split(rows), strict=True)
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _refit(
+    delta: Tensor, codes: Tensor, bits: int, size: int, salient: Tensor, metric: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows, width = delta.shape
+    spans = [slice(start, min(start + size, width)) for start in range(0, width, size)]
+    groups, k = len(spans), salient.numel()
+    units = levels(codes, bits)
+    outer, inner = metric[:, salient], metric[salient][:, salient]
+    normal = delta.new_empty(rows, groups + k, groups + k)  # B^T H B
+    normal[:, groups:, groups:] = inner
+    right = delta.new_empty(rows, groups + k)  # B^T H d
+    right[:, groups:] = of_salient = delta @ outer
+    for i, span in enumerate(spans):
+        moved = rough_product(units[:, span], metric[span])
+        right[:, i] = torch.linalg.vecdot(moved, delta)
+        normal[:, i, :groups] = _sums(moved.mul_(units), size)
+        normal[:, i, groups:] = normal[:, groups:, i] = units[:, span] @ outer[span]
+    crossed = normal[:, :groups, groups:].clone()  # what a group moves in the salient channels
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += _RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    solution, failed = torch.linalg.solve_ex(normal, right)
+    found = solution[:, :groups].to(SCALE_DTYPE)
+    usable = (found.isfinite() & (found >= 0)).all(-1, keepdim=True) & (failed == 0)[:, None]
+    usable &= (scale > 0).any(-1, keepdim=True)  # a row without any change stays exactly so
+    scales = torch.where(usable, found, scale)
+    # the salient weights once more, exactly, for the scales as they are rounded
+    residual = of_salient - (scales.float()[:, :, None] * crossed).sum(1)
+    return scales, torch.linalg.solve(inner, residual.T).T if k else residual
+
+
+def _sums(values: Tensor, size: int) -> Tensor:
+    """[rows, width] -> [rows, groups], the sum of each group of `size`."""
+    rows, width = values.shape
+    whole = width - width % size
+    sums = values[:, :whole].view(rows, -1, size).sum(-1)
+    return sums if whole == width else torch.cat([sums, values[:, whole:].sum(-1, keepdim=True)], 1)

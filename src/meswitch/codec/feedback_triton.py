@@ -44,10 +44,12 @@ def _round_columns(  # type: ignore[no-untyped-def]
 
 
 def round_columns(target: Tensor, original: Tensor, step: Tensor, share: Tensor, top: int, codes: Tensor) -> Tensor:
-    """Round at most `COLUMNS` columns, each after the errors of those before it: `feedback.round_columns`.
+    """Round at most `COLUMNS` columns, each after the errors of those before it: `feedback.round_columns_on_host`.
 
     Args:
-        target, original, step: [columns, out_features] float32, contiguous.
+        target: [columns, out_features] float32, contiguous.
+        original: alike.
+        step: alike.
         share: [columns, columns] float32, upper triangular, of unit diagonal.
         codes: [columns, out_features] uint8, contiguous; filled.
 

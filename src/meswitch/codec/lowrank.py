@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meswitch.codec.delta import check_finite
+from meswitch.codec.delta import check_finite, without_negligible
 from meswitch.codec.feedback import damped
-from meswitch.codec.rows import without_negligible
 
 PAIR_DTYPE = torch.bfloat16
 EXACT_WIDTH = 1024  # the smaller side of a matrix up to which all its singular values are computed

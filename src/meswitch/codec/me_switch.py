@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meswitch.codec.coded import CodedDelta, Trainable
-from meswitch.codec.delta import Spec, encode, packed_from, stored_shapes
-from meswitch.codec.registry import Meta, Parameter, Request, Shapes, Sharing, register
-from meswitch.codec.rows import with_all_rows
+from meswitch.codec.delta import Spec, encode, packed_from, stored_shapes, with_all_rows
+from meswitch.codec.registry import CodecRequest, CodedDelta, Meta, Parameter, Shapes, Sharing, Trainable, register
 
 
 def _as_asked(spec: Spec) -> Spec:
@@ -38,11 +36,11 @@ class PackedCodec:
     recipe: Any = None
     sharing: Sharing | None = None
 
-    def check(self, request: Request) -> None:
+    def check(self, request: CodecRequest) -> None:
         """Nothing to refuse: `Spec` checks itself."""
 
     def encode(
-        self, delta: Tensor, moment: Tensor | None, request: Request
+        self, delta: Tensor, moment: Tensor | None, request: CodecRequest
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
         spec = self.adapt(request.spec)
         parts = encode(delta, spec, name=self.name, second_moment=moment if self.uses_inputs else None).tensors()

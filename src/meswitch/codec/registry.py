@@ -2,25 +2,26 @@
 
 `me-switch` is registered by this package. Another package brings a codec by a module that calls `register`, and names
 the module in its entry point group `meswitch.codecs`: it is imported when a name is asked for that is not registered
-yet. So an artifact of another method opens where the package that brings the method is installed.
+yet. So an artifact of another method opens where the package that brings the method is installed. What such a codec
+stores is a `CodedDelta`: tensors that only the codec reads.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from meswitch.codec.delta import Spec
-
-if TYPE_CHECKING:
-    from meswitch.codec.coded import CodedDelta, Trainable
+from meswitch.codec.delta import PackedDelta, Spec, check_finite
+from meswitch.codec.lowrank import LowRankDelta
 
 ENTRY_POINTS = "meswitch.codecs"
 Meta = Mapping[str, int]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+# parameters, and the factor by which the recipe's learning rate is theirs
+Group = tuple[list[nn.Parameter], float]
 
 
 def nbytes(shapes: Shapes) -> int:
@@ -74,7 +75,7 @@ BPW = Parameter(
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CodecRequest:
     """What a codec is asked for.
 
     Args:
@@ -111,7 +112,7 @@ class Sharing:
     Args:
         measure: what it wants to know of a delta [rows, in_features] float32.
         allocate: name -> what was measured and the number of weights, and the method's parameters; gives name ->
-            `Request.share`.
+            `CodecRequest.share`.
     """
 
     measure: Callable[[Tensor], float]
@@ -151,13 +152,13 @@ class Codec(Protocol):
 
     @property
     def recipe(self) -> Any:
-        """The `Recipe` it was published with (`compression.distill.recipe`); None trains by the default one."""
+        """The `Recipe` it was published with (`compression.options`); None trains by the default one."""
 
     @property
     def sharing(self) -> Sharing | None:
         """For methods that treat a matrix by how it compares with the others."""
 
-    def check(self, request: Request) -> None:
+    def check(self, request: CodecRequest) -> None:
         """Refuse a request that the method cannot follow, whatever the matrix.
 
         Raises:
@@ -165,7 +166,7 @@ class Codec(Protocol):
         """
 
     def encode(
-        self, delta: Tensor, moment: Tensor | None, request: Request
+        self, delta: Tensor, moment: Tensor | None, request: CodecRequest
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Compress one delta.
 
@@ -238,3 +239,102 @@ def find_codec(name: str | None) -> Codec:
             "(other papers' methods: pip install 'meswitch[lab]')"
         )
     return _CODECS[name]
+
+
+@dataclass(frozen=True, slots=True)
+class CodedDelta:
+    """The delta of one matrix as its codec stores it; reads like a `PackedDelta`.
+
+    Args:
+        codec: reads `parts`.
+        parts: suffix -> tensor, without the extra rows.
+        meta: the integers that the codec needs.
+        rows: of the base's matrix.
+        in_features: its columns.
+        extra: [extra_rows, in_features] rows after the base's last one.
+    """
+
+    codec: Codec
+    parts: Mapping[str, Tensor]
+    meta: Meta
+    rows: int
+    in_features: int
+    extra: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the suffix of their stored names."""
+        return dict(self.parts) | ({} if self.extra is None else {"weight_extra": self.extra})
+
+    def dequantize(self) -> Tensor:
+        """The delta without extra rows: [rows, in_features] float32."""
+        return self.codec.decode(self.parts, self.rows, self.in_features, self.meta)
+
+
+class Trainable(Protocol):
+    """A matrix that is trained; the classes are modules, so that their parameters move with the model."""
+
+    def groups(self) -> list[Group]:
+        """What to train."""
+
+    def matrix(self) -> Tensor:
+        """[rows + extra, in_features] in the base's compute dtype, differentiable."""
+
+    def trained(self) -> PackedDelta | LowRankDelta | CodedDelta:
+        """The delta as it is to be stored, in the shapes and dtypes it had."""
+
+
+def encode_coded(
+    method: str,
+    delta: Tensor,
+    request: CodecRequest,
+    *,
+    name: str,
+    second_moment: Tensor | None = None,
+    extra: Tensor | None = None,
+) -> CodedDelta:
+    """Compress one delta by a codec.
+
+    Args:
+        method: the codec's name.
+        delta: [rows, in_features] float32.
+        request: what is wanted.
+        name: of the tensor, for errors.
+        second_moment: [in_features, in_features] float32, `X^T X / n` of the layer's inputs.
+        extra: [extra_rows, in_features], stored as it is.
+
+    Raises:
+        MeswitchError: the delta has NaN or infinite values.
+    """
+    check_finite(delta, name)
+    codec = find_codec(method)
+    parts, meta = codec.encode(delta, second_moment, request)
+    return CodedDelta(codec, parts, meta, delta.shape[0], delta.shape[1], extra)
+
+
+def coded_by(method: str | None, meta: Meta | None) -> Codec:
+    """The codec of a stored tensor, its integers complete and known.
+
+    Raises:
+        ValueError: an unknown method, an unknown or a missing field.
+    """
+    codec, given = find_codec(method), set(meta or {})
+    for name in sorted(given ^ set(codec.fields)):
+        problem = "unknown field" if name in given else "missing field"
+        raise ValueError(f"meta.{name}: {problem} of the method {method!r}")
+    return codec
+
+
+def restore_coded(
+    method: str | None, meta: Meta | None, parts: Mapping[str, Tensor], rows: int, in_features: int
+) -> CodedDelta:
+    """A `CodedDelta` over stored parts.
+
+    Args:
+        method: the codec's name.
+        meta: its integers.
+        parts: suffix -> tensor, `weight_extra` among them if there is one.
+        rows: those of the base.
+        in_features: columns.
+    """
+    own = {suffix: tensor for suffix, tensor in parts.items() if suffix != "weight_extra"}
+    return CodedDelta(coded_by(method, meta), own, meta or {}, rows, in_features, parts.get("weight_extra"))

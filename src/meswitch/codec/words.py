@@ -12,8 +12,7 @@ A word is unfolded into its signs when an artifact is read, so what computes wit
 import torch
 from torch import Tensor
 
-from meswitch.codec.packing import pack, packed_words, unpack
-from meswitch.codec.quantize import SCALE_DTYPE, expand_scale
+from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, pack, packed_words, unpack
 
 LENGTHS = (4, 8)
 
@@ -124,6 +123,6 @@ def block_order(energy: Tensor, length: int) -> Tensor:
     return (first[:, None] + torch.arange(length, device=energy.device)).view(width)
 
 
-def fits(in_features: int, group_size: int | None, length: int) -> bool:
+def words_fit(in_features: int, group_size: int | None, length: int) -> bool:
     """Whether blocks fill the rows, and groups of them."""
     return in_features % length == 0 and (group_size or in_features) % length == 0

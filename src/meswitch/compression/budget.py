@@ -42,16 +42,15 @@ from meswitch.codec import (
     spectrum,
     stored_shapes,
 )
+from meswitch.codec.delta import reconstruction_error, without_negligible
 from meswitch.codec.quantize import expand_scale
-from meswitch.codec.rows import without_negligible
-from meswitch.codec.salient import reconstruction_error
-from meswitch.codec.words import LENGTHS, fits, nearest_words, signs_of, word_scales
+from meswitch.codec.words import LENGTHS, nearest_words, signs_of, word_scales, words_fit
 from meswitch.compression.convert import difference, roles_of
 from meswitch.compression.distill.student import Outputs, frozen, read_batch
 from meswitch.compression.distill.training import Sample, divergence, in_batches, mean, weights
 from meswitch.compression.inputs import Walk
-from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
+from meswitch.compression.partial_model import working_dtype
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
 
@@ -68,7 +67,12 @@ _HEADER = 85  # bytes that a stored part takes in the file's header, beside its 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to store a tensor. nbytes: of all its parts. harm: in any unit that all tensors share."""
+    """One way to store a tensor.
+
+    Args:
+        nbytes: of all its parts.
+        harm: in any unit that all tensors share.
+    """
 
     spec: Spec | Rank
     nbytes: int
@@ -150,7 +154,7 @@ def offers(
                 way = replace(spec, bits=bits, salient=count, group_size=group_size)
                 shapes = stored_shapes(rows, width, way, 0, torch.float32)
                 add(way, shapes, float(falling[count:].sum()) * sampled)
-        for length in (length for length in LENGTHS if fits(width, group_size, length)):
+        for length in (length for length in LENGTHS if words_fit(width, group_size, length)):
             way = replace(spec, bits=1, salient=0, group_size=group_size, block=length)
             lost = float(_word_error(sample, length, group_size, energy).sum()) * sampled
             add(way, stored_shapes(rows, width, way, 0, torch.float32), lost)
@@ -271,7 +275,8 @@ class _Probe:
     """The full expert, to be asked what it minds.
 
     Args:
-        sequences, starts: as of `specs_within`.
+        sequences: as of `specs_within`.
+        starts: as of `specs_within`.
     """
 
     def __init__(
@@ -283,7 +288,7 @@ class _Probe:
         device: torch.device,
     ) -> None:
         self._base, self._expert, self._device = base, expert, device
-        self._model = frozen(expert, device, compute_dtype(device, expert.parameters))
+        self._model = frozen(expert, device, working_dtype(device, expert.parameters))
         self.rules, self._roles = expert.load_plan.by_source, roles_of(expert)
         self._samples = _first(sequences, starts)
         self._wanted = {batch[0].number: self._read(batch) for batch in in_batches(self._samples)}
@@ -372,7 +377,7 @@ def _replaced(model: Any, expert: Checkpoint, rule: Conversion, tensors: Mapping
 def _input_energies(expert: Checkpoint, moments: list[list[int]], device: torch.device) -> Mapping[str, Tensor]:
     """Mean square of every linear layer's inputs: tensor name -> [in_features] float32."""
     energies: dict[str, Tensor] = {}
-    for _, seen in Walk(expert, moments, device, compute_dtype(device, expert.parameters), pairs=False).steps():
+    for _, seen in Walk(expert, moments, device, working_dtype(device, expert.parameters), pairs=False).steps():
         for name, inputs in seen.items():
             different = {id(own): own for _, own in inputs}.values()
             if tokens := sum(own.tokens for own in different):

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch import __version__
 from meswitch.architecture import STACKS, architecture_of, as_matrix
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, labels
@@ -41,28 +42,48 @@ from meswitch.codec import (
     joined,
     same_bits,
 )
+from meswitch.compression.compatibility import SMALL, LargeDeltas
 from meswitch.compression.inputs import Inputs, Walk
-from meswitch.compression.large_delta import SMALL, LargeDeltas
-from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
+from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.recipe import recipe_of
 from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
+from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
 from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, TensorInfo, tensor_bytes
-from meswitch.threads import fitting_threads
-from meswitch.version import __version__
 
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is known before the pass.
+
+    Args:
+        text: calibration text, recorded in the manifest.
+        moments: token ids over which the inputs of layers are measured; None compresses data-free.
+        specs: of tensors that do not follow the options.
+    """
+
+    text: CalibrationSet | None = None
+    moments: list[list[int]] | None = None
+    specs: Mapping[str, Spec | Rank] = field(default_factory=dict)
 
 
 class Converter:
     """One pass: the pair, the writer, and what is done so far.
 
     Args:
-        specs: of tensors that do not follow the options. text: recorded in the manifest. moments: token ids over which
-            the inputs of layers are measured; None compresses data-free.
+        base: matched with the expert (`compatibility.matched`).
+        expert: the full fine-tune.
+        out: the artifact's directory.
+        options: what decides its bytes.
+        prepared: what was found out before the pass.
+        device: where the arithmetic runs.
+        overwrite: replace an artifact that exists.
+        progress: is told how far it is.
     """
 
     def __init__(
@@ -71,15 +92,13 @@ class Converter:
         expert: Checkpoint,
         out: Path,
         options: Options,
-        specs: Mapping[str, Spec | Rank] | None,
-        text: CalibrationSet | None,
-        moments: list[list[int]] | None,
+        prepared: Preparation,
         device: torch.device,
         overwrite: bool,
         progress: Progress,
     ) -> None:
-        self.base, self.expert, self.options, self.specs = base, expert, options, specs or {}
-        self.text, self.moments, self.device, self.progress = text, moments, device, progress
+        self.base, self.expert, self.options, self.specs = base, expert, options, prepared.specs
+        self.text, self.moments, self.device, self.progress = prepared.text, prepared.moments, device, progress
         self.base_fingerprint = fingerprint(base)
         method, own = asdict(self._method()), {name: asdict(spec) for name, spec in self.specs.items()}
         self.plan = digest(__version__, self.base_fingerprint, fingerprint(expert), method, own, device.type)
@@ -104,7 +123,7 @@ class Converter:
             self.shares = self._shares()
         with self.writer, self._reader, self._writing:
             if self.moments is not None and self.options.uses_inputs and len(self.done) < len(self.expert.tensors):
-                walk = Walk(self.expert, self.moments, self.device, compute_dtype(self.device, self.expert.parameters))
+                walk = Walk(self.expert, self.moments, self.device, working_dtype(self.device, self.expert.parameters))
                 self._expect(walk.order)
                 for names, seen in walk.steps(self.done):
                     for name in names:
@@ -119,7 +138,7 @@ class Converter:
         return Artifact.open(self.writer.out)
 
     def _shares(self) -> dict[str, float]:
-        """What a codec that compares the matrices found for each: name -> `Request.share`."""
+        """What a codec that compares the matrices found for each: name -> `CodecRequest.share`."""
         sharing = None if self.options.is_exact else self.options.codec.sharing
         if sharing is None:
             return {}
@@ -309,7 +328,7 @@ def mean_moment(inputs: Sequence[tuple[Tensor, Inputs]]) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class TensorPair:
     """A tensor of the expert and the base's of that name, if there is one. same: nothing changed."""
 
     ours: Tensor
@@ -333,7 +352,7 @@ class PairReader:
     def __init__(self, base: Checkpoint, expert: Checkpoint, *, pinned: bool) -> None:
         self._base, self._expert, self._pinned = base, expert, pinned
         self._after: dict[str, str] = {}
-        self._ahead: tuple[str, Future[Pair]] | None = None
+        self._ahead: tuple[str, Future[TensorPair]] | None = None
         self._thread = ThreadPoolExecutor(1, "reader")
 
     def expect(self, names: Iterable[str]) -> None:
@@ -344,7 +363,7 @@ class PairReader:
         if order:
             self._ahead = order[0], self._thread.submit(self._read, order[0])
 
-    def take(self, name: str) -> Pair:
+    def take(self, name: str) -> TensorPair:
         """A pair; what reading it raised is raised here."""
         if self._ahead is None or self._ahead[0] != name:
             self._drop()
@@ -359,14 +378,14 @@ class PairReader:
             self._ahead[1].cancel()
             self._ahead = None
 
-    def _read(self, name: str) -> Pair:
+    def _read(self, name: str) -> TensorPair:
         ours = self._expert.tensors[name].read(pinned=self._pinned)
         theirs = self._base.info(name)
         if theirs is None:
-            return Pair(ours, None, None, False)
+            return TensorPair(ours, None, None, False)
         base = theirs.read(pinned=self._pinned)
         digest = hashlib.sha256(tensor_bytes(base)).hexdigest()
-        return Pair(ours, base, digest, same_bits(base, ours))
+        return TensorPair(ours, base, digest, same_bits(base, ours))
 
     def __enter__(self) -> "PairReader":
         return self

@@ -12,10 +12,9 @@ from meswitch.adapter import find_adapter, open_expert
 from meswitch.architecture import architecture_of
 from meswitch.artifact.accounting import layer_type
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.compatibility import matched
-from meswitch.compression.large_delta import ANOTHER_BASE, LARGE, another_base
+from meswitch.compression.compatibility import ANOTHER_BASE, LARGE, another_base, matched
 from meswitch.compression.merge import as_checkpoint
-from meswitch.config_fields import FieldDifference, config_differences
+from meswitch.configuration import FieldDifference, config_differences
 from meswitch.errors import CheckpointError, ConfigError, MeswitchError
 from meswitch.jsonfile import read_json
 from meswitch.loaded import alike
@@ -27,12 +26,17 @@ _NOT_A_CHANGE = {"_from_model_config", "_name_or_path", "transformers_version"}
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WeightChange:
     """How far weights moved: one tensor's, or several tensors' together.
 
-    base_norm, delta_norm: Frobenius norms. largest: of |delta|. unchanged: weights that are exactly equal.
-    kurtosis: excess kurtosis of the delta, 0 for a normal distribution, more with heavy tails; None if it is constant.
-    not_finite: weights that are NaN or infinite in one of the two; they count in nothing else.
+    Args:
+        base_norm: Frobenius norm of the base's.
+        delta_norm: Frobenius norm of the delta.
+        largest: of |delta|.
+        unchanged: weights that are exactly equal.
+        kurtosis: excess kurtosis of the delta, 0 for a normal distribution, more with heavy tails; None if it is
+            constant.
+        not_finite: weights that are NaN or infinite in one of the two; they count in nothing else.
     """
 
     weights: int
@@ -53,7 +57,7 @@ class Change:
         return self.unchanged / self.weights if self.weights else 1.0
 
     @classmethod
-    def together(cls, parts: Iterable["Change"]) -> "Change":
+    def together(cls, parts: Iterable["WeightChange"]) -> "WeightChange":
         """Norms and counts add up; the kurtosis is the parts' mean, weighted by their size."""
         parts = list(parts)
         tailed = [(part.kurtosis, part.weights) for part in parts if part.kurtosis is not None]
@@ -70,16 +74,20 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """One tensor that both have. layer: index of its block, None outside the blocks. type: its layer type.
+    """One tensor that both have.
 
-    rows: compared rows of an embedding or head (0 for other tensors); unchanged_rows: those that are exactly equal;
-    added_rows: rows that only the expert has, negative if it has fewer.
+    Args:
+        layer: index of its block, None outside the blocks.
+        type: its layer type.
+        rows: compared rows of an embedding or head (0 for other tensors).
+        unchanged_rows: those that are exactly equal.
+        added_rows: rows that only the expert has, negative if it has fewer.
     """
 
     name: str
     layer: int | None
     type: str
-    change: Change
+    change: WeightChange
     rows: int = 0
     unchanged_rows: int = 0
     added_rows: int = 0
@@ -96,8 +104,14 @@ class FieldChange:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerChange:
-    """added, removed: (id, text) of tokens that only the expert, or only the base, has. moved: tokens that both have
-    under different ids. special: bos, eos, pad and the like."""
+    """In what two tokenizers differ.
+
+    Args:
+        added: (id, text) of tokens that only the expert has.
+        removed: (id, text) of tokens that only the base has.
+        moved: tokens that both have under different ids.
+        special: bos, eos, pad and the like.
+    """
 
     added: tuple[tuple[int, str], ...]
     removed: tuple[tuple[int, str], ...]
@@ -108,11 +122,15 @@ class TokenizerChange:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """Everything that differs. obstacle: why the two cannot share a base, or None if they can. hints: what to look at
-    next, in a line each.
+    """Everything that differs.
 
-    other_shape: tensor -> the base's and the expert's shape, where they do not correspond. config: of `config.json`;
-    generation: of `generation_config.json`. tokenizer: None if one of the two has none that can be read.
+    Args:
+        obstacle: why the two cannot share a base, or None if they can.
+        hints: what to look at next, in a line each.
+        other_shape: tensor -> the base's and the expert's shape, where they do not correspond.
+        config: of `config.json`.
+        generation: of `generation_config.json`.
+        tokenizer: None if one of the two has none that can be read.
     """
 
     base: str
@@ -128,30 +146,31 @@ class Diff:
     hints: tuple[str, ...] = ()
 
     @property
-    def total(self) -> Change:
-        return Change.together(item.change for item in self.tensors)
+    def total(self) -> WeightChange:
+        return WeightChange.together(item.change for item in self.tensors)
 
-    def by_type(self) -> dict[str, Change]:
+    def by_type(self) -> dict[str, WeightChange]:
         """Layer type -> its tensors of all layers together."""
         return self._grouped(lambda item: item.type)
 
-    def by_layer(self) -> dict[tuple[int, str], Change]:
+    def by_layer(self) -> dict[tuple[int, str], WeightChange]:
         """(layer, layer type) -> change, for what lies in a block."""
         return self._grouped(lambda item: None if item.layer is None else (item.layer, item.type))
 
-    def _grouped(self, key: Callable[[TensorChange], Any]) -> dict[Any, Change]:
-        groups: dict[Any, list[Change]] = {}
+    def _grouped(self, key: Callable[[TensorChange], Any]) -> dict[Any, WeightChange]:
+        groups: dict[Any, list[WeightChange]] = {}
         for item in self.tensors:
             if key(item) is not None:
                 groups.setdefault(key(item), []).append(item.change)
-        return {name: Change.together(parts) for name, parts in groups.items()}
+        return {name: WeightChange.together(parts) for name, parts in groups.items()}
 
 
 def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -> Diff:
     """Compare a fine-tune with its base. Pairs that do not fit are compared as far as they correspond.
 
     Args:
-        base, expert: checkpoint directories or hub ids; the expert may be a PEFT adapter.
+        base: a checkpoint directory or hub id.
+        expert: the fine-tune, likewise; it may be a PEFT adapter.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -188,7 +207,7 @@ def diff(base: str | Path, expert: str | Path, *, progress: Progress = silent) -
     return replace(found, hints=tuple(_hints(found, ours, theirs)))
 
 
-def measure(base: Tensor, expert: Tensor) -> tuple[Change, int]:
+def measure(base: Tensor, expert: Tensor) -> tuple[WeightChange, int]:
     """Compare two tensors of one shape [rows, ...]; also the number of exactly equal rows."""
     rows = base.shape[0] if base.dim() > 1 else 1
     ours, theirs = base.reshape(rows, -1), expert.reshape(rows, -1)
@@ -211,7 +230,7 @@ def measure(base: Tensor, expert: Tensor) -> tuple[Change, int]:
         square = delta.square()
         powers += torch.stack([delta.sum(), square.sum(), (square * delta).sum(), square.square().sum()])
     count = base.numel()
-    change = Change(
+    change = WeightChange(
         weights=count,
         base_norm=base_square**0.5,
         delta_norm=float(powers[1]) ** 0.5,

@@ -23,20 +23,18 @@ from meswitch.checkpoint import ADAPTER_CONFIG, Checkpoint
 from meswitch.codec import same_bits
 from meswitch.codec.delta import check_finite
 from meswitch.codec.lowrank import best_pair, pair_work
-from meswitch.compression.compatibility import matched, remarks
+from meswitch.compression.compatibility import check_same_base, matched, remarks
 from meswitch.compression.convert import LEAST_TOKENS, mean_moment, roles_of
 from meswitch.compression.inputs import Inputs, Walk
-from meswitch.compression.large_delta import check_same_base
-from meswitch.compression.lazy_model import compute_dtype
 from meswitch.compression.options import Options
-from meswitch.compression.partial_model import check_blocks
+from meswitch.compression.partial_model import check_blocks, working_dtype
 from meswitch.compression.pipeline import measured_tokens
 from meswitch.compression.text import load_calibration
+from meswitch.cpu import fitting_threads
 from meswitch.durable import recover_directory, replace_directory
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import write_tensors
-from meswitch.threads import fitting_threads
 
 PAIR, WHOLE, LEFT_OUT = "pair", "whole", "left out"
 _PREFIX = "base_model.model."
@@ -47,7 +45,9 @@ class Extracted:
     """A tensor that changed.
 
     Args:
-        name: as it is stored. role: one of `architecture.ROLES`. how: `PAIR`, `WHOLE` or `LEFT_OUT`.
+        name: as it is stored.
+        role: one of `architecture.ROLES`.
+        how: `PAIR`, `WHOLE` or `LEFT_OUT`.
         weights: how many it has.
         energy: squared Frobenius norm of its delta, rows that the base lacks not counted.
         kept: how much of it base + adapter has; what the pair's own rounding loses is counted.
@@ -98,10 +98,13 @@ class Extraction:
     """What became of a fine-tune.
 
     Args:
-        directory: the adapter. rank: of its pairs.
+        directory: the adapter.
+        rank: of its pairs.
         tensors: all that changed.
-        added_rows: tokens that only the expert has. added_kept: whether the adapter has them.
-        nbytes: of the adapter's tensors. full_bytes: of the fine-tune's.
+        added_rows: tokens that only the expert has.
+        added_kept: whether the adapter has them.
+        nbytes: of the adapter's tensors.
+        full_bytes: of the fine-tune's.
     """
 
     directory: Path
@@ -124,14 +127,35 @@ class Extraction:
         return Energy.of(item for item in self.tensors if item.how in how)
 
 
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """What decides an adapter's bytes.
+
+    Args:
+        rank: of the pairs; at most that of the largest matrix.
+        calibration: a file of text like the expert's own inputs: pairs are then those that change the layers' outputs
+            on it most nearly as the delta does.
+        modules_to_save: keep embeddings, norms, routers and a head without a pair whole, where they changed.
+
+    Raises:
+        ConfigError: a rank that is not positive.
+    """
+
+    rank: int
+    calibration: str | Path | None = None
+    modules_to_save: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank: {self.rank} is not a positive number")
+
+
 def extract_lora(
     base: str | Path,
     expert: str | Path,
     out: str | Path,
-    rank: int,
+    options: LoraOptions,
     *,
-    calibration: str | Path | None = None,
-    modules_to_save: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = silent,
@@ -140,22 +164,19 @@ def extract_lora(
     """Write the nearest LoRA adapter to a full fine-tune, as PEFT does.
 
     Args:
-        base, expert: checkpoint directories or hub ids.
+        base: a checkpoint directory or hub id.
+        expert: the fine-tune, likewise.
         out: the directory to create.
-        rank: of the pairs; at most that of the largest matrix.
-        calibration: a file of text like the expert's own inputs: pairs are then those that change the layers' outputs
-            on it most nearly as the delta does.
-        modules_to_save: keep embeddings, norms, routers and a head without a pair whole, where they changed.
+        options: the adapter's rank, and what it is measured on.
         device: where singular vectors are computed, `cpu` or `cuda`.
         overwrite: replace an adapter that exists.
-        progress: is told how far it is. notice: is told, in a line each, what a person should know.
+        progress: is told how far it is.
+        notice: is told, in a line each, what a person should know.
 
     Raises:
         MeswitchError: see `meswitch.errors`; `out` appears only when it is complete.
     """
     out, where = Path(out), torch.device(device)
-    if rank < 1:
-        raise ConfigError(f"rank: {rank} is not a positive number")
     recover_directory(out)
     if out.exists() and not (overwrite and is_adapter(out)):
         raise ConfigError(f"{out}: already exists; choose another --out" + " or --overwrite" * is_adapter(out))
@@ -165,11 +186,11 @@ def extract_lora(
     for line in remarks(source, target):
         notice(line)
     walk = None
-    if calibration is not None:
+    if options.calibration is not None:
         check_blocks(target, where)
-        text = load_calibration(calibration, target.directory, measured_tokens(Options(), target, where))
-        walk = Walk(target, text.sequences, where, compute_dtype(where, target.parameters))
-    made = _Extractor(source, target, rank, modules_to_save, where, progress)
+        text = load_calibration(options.calibration, target.directory, measured_tokens(Options(), target, where))
+        walk = Walk(target, text.sequences, where, working_dtype(where, target.parameters))
+    made = _Extractor(source, target, options, where, progress)
     with fitting_threads(where, target.config.get_text_config().hidden_size):
         made.run(walk)
     if not any(item.how == PAIR for item in made.found):
@@ -194,15 +215,15 @@ class _Extractor:
     """One pass over a matched pair; the fields are what it has found so far."""
 
     def __init__(
-        self, base: Checkpoint, expert: Checkpoint, rank: int, whole: bool, device: torch.device, progress: Progress
+        self, base: Checkpoint, expert: Checkpoint, options: LoraOptions, device: torch.device, progress: Progress
     ) -> None:
-        self._base, self._expert, self._whole = base, expert, whole
+        self._base, self._expert, self._whole = base, expert, options.modules_to_save
         self._device, self._progress = device, progress
         self._architecture: Architecture = architecture_of(expert.config)
         self._plan = self._architecture.load_plan(expert.tensors)
         self._roles = roles_of(expert)
         matrices = [min(info.shape) for name, info in expert.tensors.items() if self._module_of_pair(name)]
-        self.rank = min(rank, max(matrices, default=rank))
+        self.rank = min(options.rank, max(matrices, default=options.rank))
         self.tensors: dict[str, Tensor] = {}
         self.found: list[Extracted] = []
         self.pairs: list[str] = []
@@ -335,7 +356,8 @@ def short_names(modules: list[str], known: Mapping[str, nn.Module]) -> list[str]
     """`target_modules`: the last part of a name stands for all modules of it, where all of them have a pair.
 
     Args:
-        modules: those with a pair. known: all modules of the model.
+        modules: those with a pair.
+        known: all modules of the model.
     """
     named: dict[str, set[str]] = {}
     for name in known:

@@ -3,9 +3,14 @@
 `Observer` looks at every matrix product of PyTorch while a model runs. A factor that lies in a parameter's memory is
 that parameter, or one of the matrices of a stack, whatever class of module multiplies it; the other factor is its
 inputs. So an expert of a mixture is seen with the tokens that reach it, without a word about mixtures here.
+
+A checkpoint's matrix is often a part of a parameter: an expert's matrix in a stack, q in a fused q, k and v. Which part
+is found by trial (`places_of`): transformers' own conversion is given row numbers instead of weights, and column
+numbers after that.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,16 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meswitch.architecture import HEAD
+from meswitch.architecture import (
+    HEAD,
+    LIE_TRANSPOSED,
+    LINEAR,
+    TRANSPOSED,
+    Architecture,
+    Conversion,
+    as_matrix,
+    from_matrix,
+    matrix_shape,
+)
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.partial_model import PartialModel
-from meswitch.compression.placement import Place, places_of
 from meswitch.cpu import rough_product
 from meswitch.errors import CheckpointError, IncompatibleError
 
+Shape = tuple[int, ...]
 TOKENS_AT_ONCE = 4096  # that a block reads in one call
 FILLED = 0.75  # of a batch's longest sequence, what the others have at least
-
 _PRODUCTS = {  # operator -> which arguments are its factors
     torch.ops.aten.mm: (0, 1),
     torch.ops.aten.addmm: (1, 2),
@@ -31,6 +45,127 @@ _PRODUCTS = {  # operator -> which arguments are its factors
     torch.ops.aten.baddbmm: (1, 2),
 }
 _COLUMNS = 512  # of a second moment that are computed at once
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixPlace:
+    """Where a stored matrix lies in a parameter.
+
+    Args:
+        parameter: its name in the model.
+        transposed: whether the parameter lies transposed as a matrix (`architecture.as_matrix`).
+        rows: for each row of the stored matrix its row in the parameter's, -1 for one that is elsewhere: [rows] int64.
+    """
+
+    parameter: str
+    transposed: bool
+    rows: Tensor
+
+
+def places_of(
+    architecture: Architecture, conversion: Conversion, shapes: Mapping[str, Shape], roles: Mapping[str, str]
+) -> dict[str, list[MatrixPlace]]:
+    """Where the stored tensors of a conversion lie: stored name -> its places, usually one.
+
+    Nothing is known of tensors that are no matrices, and of conversions that reorder columns or change values.
+
+    Args:
+        shapes: stored name -> shape.
+        roles: stored name -> role.
+    """
+    if any(len(shapes[name]) < 2 for name in conversion.sources):
+        return {}
+    counts = {name: matrix_shape(shapes[name], roles[name])[0] for name in conversion.sources}
+    if conversion.renames:
+        (name,), (target,) = conversion.sources, conversion.targets
+        return {name: [MatrixPlace(target, roles[name] in LIE_TRANSPOSED, torch.arange(counts[name]))]}
+    starts = dict(zip(counts, itertools.accumulate(counts.values(), initial=0), strict=False))
+
+    def row_numbers(name: str) -> Tensor:
+        numbers = torch.arange(starts[name], starts[name] + counts[name])
+        shape, role = shapes[name], roles[name]
+        return from_matrix(numbers[:, None], _narrow(shape, _input_axis(role)), role)
+
+    def column_numbers(name: str) -> Tensor:
+        shape, role = shapes[name], roles[name]
+        thin = _narrow(shape, -3 - _input_axis(role))
+        return from_matrix(torch.arange(shape[_input_axis(role)]).expand(matrix_shape(thin, role)), thin, role)
+
+    rows, columns = (_tried(architecture, conversion, read) for read in (row_numbers, column_numbers))
+    found: dict[str, list[MatrixPlace]] = {}
+    for target in conversion.targets:
+        known = _oriented(architecture.parts[target].shape, rows.get(target), columns.get(target))
+        if known is None:
+            continue
+        numbers, transposed = known
+        for name, start in starts.items():
+            here = ((numbers >= start) & (numbers < start + counts[name])).nonzero().view(-1)
+            if len(here):
+                places = torch.full((counts[name],), -1)
+                places[numbers[here] - start] = here
+                found.setdefault(name, []).append(MatrixPlace(target, transposed, places))
+    return found
+
+
+def assembly(
+    places: Mapping[str, list[MatrixPlace]], target: str, shape: Shape
+) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+    """How a parameter is put together from stored matrices, so that gradients pass; None if that is not known.
+
+    Args:
+        places: what `places_of` found for its conversion.
+        target: the parameter.
+        shape: its shape.
+
+    Returns:
+        from stored name -> matrix [rows, columns], to the parameter.
+    """
+    own = {name: place for name, found in places.items() for place in found if place.parameter == target}
+    transposed = any(place.transposed for place in own.values())
+    role = TRANSPOSED if transposed else LINEAR
+    order = torch.full((matrix_shape(shape, role)[0],), -1)
+    offset = 0
+    for place in own.values():
+        here = (place.rows >= 0).nonzero().view(-1)
+        order[place.rows[here]] = here + offset
+        offset += len(place.rows)
+    if bool((order < 0).any()):
+        return None
+    in_order = len(order) == offset and torch.equal(order, torch.arange(offset))
+
+    def put_together(matrices: Mapping[str, Tensor]) -> Tensor:
+        rows = torch.cat([matrices[name] for name in own])
+        return from_matrix(rows if in_order else rows[order.to(rows.device)], shape, role)
+
+    return put_together
+
+
+def _input_axis(role: str) -> int:
+    """The dimension of a tensor of this role along which its inputs are."""
+    return -2 if role in LIE_TRANSPOSED else -1
+
+
+def _narrow(shape: Shape, axis: int) -> Shape:
+    return (*shape[:axis], 1, *shape[axis:][1:])
+
+
+def _tried(architecture: Architecture, conversion: Conversion, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    try:
+        return conversion.build(read, architecture.model)
+    except Exception:  # noqa: BLE001  a rule of transformers that needs tensors of their real sizes raises what it likes
+        return {}
+
+
+def _oriented(shape: Shape, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, bool] | None:
+    """Row numbers of a parameter's matrix, and whether it lies transposed; None unless its columns are in order."""
+    for role in (LINEAR, TRANSPOSED):
+        axis = _input_axis(role)
+        if rows is None or columns is None or tuple(rows.shape) != _narrow(shape, axis):
+            continue
+        ordered = as_matrix(columns, role)
+        if ordered.shape[1] == shape[axis] and bool((ordered == torch.arange(shape[axis])).all()):
+            return as_matrix(rows, role)[:, 0], role == TRANSPOSED
+    return None
 
 
 class Inputs:
@@ -117,7 +252,8 @@ class Rows:
     Args:
         parameter: its name.
         transposed: whether it lies transposed as this matrix.
-        start, stop: the rows.
+        start: the first row.
+        stop: the row after the last one.
     """
 
     parameter: str
@@ -209,7 +345,8 @@ class Walk:
     Args:
         checkpoint: the model's weights.
         sequences: token ids.
-        device, dtype: where and in which the model computes.
+        device: where the model computes.
+        dtype: in which it computes.
         pairs: see `Inputs`.
 
     Raises:
@@ -314,7 +451,7 @@ def _matrices(block: nn.Module, path: str) -> dict[str, Tensor]:
     }
 
 
-def _within(place: Place, seen: Mapping[Rows, Inputs]) -> Iterator[tuple[Tensor, Inputs]]:
+def _within(place: MatrixPlace, seen: Mapping[Rows, Inputs]) -> Iterator[tuple[Tensor, Inputs]]:
     """The rows of a stored matrix that were seen."""
     left = place.rows >= 0
     for rows, inputs in seen.items():

@@ -16,13 +16,13 @@ from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import EXACT, ExactDelta
-from meswitch.compression.lazy_model import LazyModel
+from meswitch.compression.partial_model import LazyModel
 from meswitch.configuration import read_config
 from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.loaded import BuiltTensor
 from meswitch.progress import Progress, silent
-from meswitch.tensorfile import TensorInfo, write_tensors
+from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, write_tensors
 
 _SHARD_BYTES = 2 << 30
 
@@ -31,13 +31,13 @@ def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | No
     """The expert's tensors as the artifact restores them, one at a time.
 
     Args:
-        dtype: of the result; None as in `restored` (deltas are added in float32 either way).
+        dtype: of the result; None as in `restored_tensor` (deltas are added in float32 either way).
     """
     artifact.check_base(base)
-    return ((name, restored(base, artifact, name, dtype)) for name in artifact.manifest.tensors)
+    return ((name, restored_tensor(base, artifact, name, dtype)) for name in artifact.manifest.tensors)
 
 
-def restored(base: Checkpoint, artifact: Artifact, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def restored_tensor(base: Checkpoint, artifact: Artifact, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """One tensor of the expert.
 
     Args:
@@ -69,7 +69,7 @@ def as_checkpoint(base: Checkpoint, artifact: Artifact) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for name, entry in artifact.manifest.tensors.items():
         nbytes = math.prod(entry.shape) * torch.float32.itemsize
-        make = functools.partial(restored, base, artifact, name, torch.float32)
+        make = functools.partial(restored_tensor, base, artifact, name, torch.float32)
         tensors[name] = BuiltTensor(name, torch.float32, entry.shape, artifact.directory, 0, nbytes, make)
     return Checkpoint(artifact.manifest.expert.name, artifact.directory, tensors)
 
@@ -117,7 +117,7 @@ def merge(
 
     done, total = 0, sum(math.prod(entry.shape) for entry in artifact.manifest.tensors.values())
     for name in artifact.manifest.tensors:
-        tensor = restored(checkpoint, artifact, name, wanted)
+        tensor = restored_tensor(checkpoint, artifact, name, wanted)
         done += tensor.numel()
         progress("merging", done, total, name)
         pending[name] = tensor
@@ -125,10 +125,10 @@ def merge(
             flush()
     flush()
     if len(shards) == 1:
-        shards[0].rename(partial / "model.safetensors")
+        shards[0].rename(partial / WEIGHTS)
     else:
         index = {"metadata": {}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (partial / INDEX).write_text(json.dumps(index, indent=1))
     for name in artifact.manifest.companions:
         shutil.copyfile(artifact.directory / name, partial / name)
     if wanted is not None:
@@ -154,7 +154,7 @@ def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.
     return LazyModel(
         read_config(artifact.directory),
         artifact.manifest.tensors,
-        lambda name: restored(checkpoint, artifact, name, dtype),
+        lambda name: restored_tensor(checkpoint, artifact, name, dtype),
         artifact.directory,
         torch.device("cpu"),
         dtype,

@@ -5,22 +5,96 @@ fields below that have a `Setting`, and `Options.describe` is what the manifest 
 torch: what only counts while something is compressed is imported there.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from meswitch.compression.distill.recipe import Recipe, Scope, recipe_for
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
     from meswitch.artifact.manifest import Calibration, Method
-    from meswitch.codec import Codec, Request, Spec
-    from meswitch.compression.text import Source
+    from meswitch.codec import Codec, CodecRequest, Spec
+    from meswitch.compression.text import TextSource
 
+
+LOSSES = ("kl", "mse")
+SCOPES = ("model", "block")
+Scope = Literal["model", "block"]
 ROW_FLOOR = 0.1  # rows of an embedding that changed less than this share of the average are taken as unchanged
 TOKENS, WRITTEN_TOKENS = 524288, 32768  # of calibration text: of a file, and those that the expert writes
 Embeddings = Literal["quantised", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        steps: of training, every block's where it is done block by block.
+        batch: sequences a step.
+        learning_rate: of AdamW, falling to 0 as a cosine, after ten steps of rising.
+        relative: the learning rate is a share of what is trained: 0.02 moves a scale by about 2 % a step at most. If
+            not, it moves a scale by that much itself; packed tensors are always trained relatively.
+        betas: of AdamW.
+        loss: `kl`, the divergence from the full expert, or `mse` of the logits.
+        hidden: weight of a second loss, the squared error of every block's output, relative to that output.
+        question_weight: what a token that is not the assistant's counts in both, against 1 for one that is.
+        length: training sequences are cut at so many tokens; None uses them whole.
+        norms: train them too.
+        codes: train the codes of packed tensors with their scales.
+        check_every: steps between looks at the held-out text (a tenth of the sequences).
+        scope: `model` trains end to end, `block` one block after the other and the head last, so many steps each; the
+            loss on logits is then that of the head, `hidden` has no meaning (`compression.distill.blockwise`).
+    """
+
+    steps: int = 300
+    learning_rate: float = 2e-2
+    relative: bool = True
+    betas: tuple[float, float] = (0.8, 0.99)
+    batch: int = 16
+    loss: Literal["kl", "mse"] = "kl"
+    hidden: float = 5.0
+    question_weight: float = 0.1
+    length: int | None = None
+    norms: bool = True
+    codes: bool = True
+    check_every: int = 100
+    seed: int = 0
+    scope: Scope = "model"
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ConfigError(f"recipe: scope: {self.scope!r} is none of {', '.join(SCOPES)}")
+        if self.scope == "block" and self.loss != "kl":
+            raise ConfigError(f"recipe: scope: block by block, the loss is kl, not {self.loss}")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"recipe: loss: {self.loss!r} is none of {', '.join(LOSSES)}")
+        for name in ("batch", "length", "check_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"recipe: {name}: {value} is not a positive number")
+        if self.steps < 0 or not self.learning_rate > 0:
+            raise ConfigError(f"recipe: {self.steps} steps at learning rate {self.learning_rate}: nothing to train")
+
+
+_BLOCKWISE = Recipe(steps=100, scope="block")
+
+
+def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") -> Recipe:
+    """A method's own recipe: the published one, or the default. steps: instead of its own.
+
+    Raises:
+        ConfigError: a published recipe is to be followed block by block.
+    """
+    from meswitch.codec import find_codec  # reading the options' help needs no torch
+
+    published = find_codec(method).recipe
+    if scope == "block" and published is not None:
+        raise ConfigError(f"distill_scope: block: {method}'s published recipe trains end to end; leave it out")
+    recipe = _BLOCKWISE if scope == "block" else published or Recipe()
+    return recipe if steps is None else dataclasses.replace(recipe, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +107,8 @@ class Setting:
         none: the word that stands for None.
         metavar: what stands for the value in `--help`.
         word: stands for itself, beside numbers.
-        least, most: bounds of a number, both included.
+        least: the lowest value of a number.
+        most: the highest.
         shared: whether a family may say it for all its experts.
     """
 
@@ -52,7 +127,7 @@ class Solver:
     """How the default method finds its codes. All but the defaults are there to compare.
 
     Args:
-        salient_rule: how salient channels are chosen, one of `codec.salient.RULES`.
+        salient_rule: how salient channels are chosen, one of `codec.delta.RULES`.
         scales: the search that starts scales, one of `codec.quantize.SCALES`.
         feedback: let later columns absorb the rounding errors of earlier ones (needs calibration).
         refit: solve for scales once the codes are chosen (needs calibration).
@@ -70,7 +145,7 @@ class Solver:
 class Options:
     """What decides the bytes of an artifact.
 
-    Beside what the fields' help says: `calibration` may be a `text.Source`, and `distill` a `distill.recipe.Recipe`.
+    Beside what the fields' help says: `calibration` may be a `text.TextSource`, and `distill` a `Recipe`.
     Three fields are for research and on no command line: `method`, the name of a codec; `parameters`, what only this
     codec takes (`Codec.parameters`); `solver`, the switches of the default one.
 
@@ -126,7 +201,7 @@ class Options:
         ),
     ] = 128
     calibration: Annotated[
-        "str | Path | Source | None",
+        "str | Path | TextSource | None",
         Setting(
             "Text like the expert's own inputs: .txt (one a line), .jsonl or .json (rows of training data). It chooses "
             "the salient channels and corrects rounding errors, in one forward pass of the expert. `self` lets the "
@@ -245,11 +320,11 @@ class Options:
         raise ConfigError(f"calibration: the method {self.method} makes no use of it{use}; leave it out")
 
     @property
-    def source(self) -> "Source | None":
+    def source(self) -> "TextSource | None":
         """Where calibration text comes from."""
-        from meswitch.compression.text import Source
+        from meswitch.compression.text import TextSource
 
-        return Source.parse(self.calibration) if isinstance(self.calibration, str | Path) else self.calibration
+        return TextSource.parse(self.calibration) if isinstance(self.calibration, str | Path) else self.calibration
 
     @property
     def tokens(self) -> int:
@@ -328,7 +403,7 @@ class Options:
         codec = self.codec
         return codec.adapt(spec) if isinstance(codec, PackedCodec) else spec
 
-    def request(self, role: str, rows: int, in_features: int, seed: int, share: float | None = None) -> "Request":
+    def request(self, role: str, rows: int, in_features: int, seed: int, share: float | None = None) -> "CodecRequest":
         """What a codec is asked for.
 
         The budget is what the default method would store for this matrix, or `bpw` bits a weight if that is given.
@@ -342,14 +417,14 @@ class Options:
         """
         import torch
 
-        from meswitch.codec import BPW, Request, nbytes, stored_shapes
+        from meswitch.codec import BPW, CodecRequest, nbytes, stored_shapes
 
         spec = self.spec(role, in_features)
         if BPW.name in self.parameters:
             budget = int(self.parameters[BPW.name] * rows * in_features / 8)
         else:
             budget = nbytes(stored_shapes(rows, in_features, spec, 0, torch.float32))
-        return Request(spec, budget, seed + int(self.parameters.get("seed", 0)), self.parameters, share)
+        return CodecRequest(spec, budget, seed + int(self.parameters.get("seed", 0)), self.parameters, share)
 
     # What the manifest says.
 

@@ -1,6 +1,7 @@
-"""A model taken apart: its decoder blocks one by one, and the frame around them.
+"""A model whose weights are loaded part by part, and taken apart into its decoder blocks.
 
-The code is the architecture's own, and weights are loaded a decoder block at a time: modules of a block read each
+Parameters are loaded when they are asked for, by the rules of `from_pretrained` (`LazyModel`). The code is the
+architecture's own, and weights are loaded a decoder block at a time (`PartialModel`): modules of a block read each
 other's parameters as they like. What a block is called with (positions, masks, what later blocks take from earlier
 ones) is found by running the model with blocks that do not compute; what is outside the blocks is loaded when it is
 used. One block's weights and the hidden states of a text are in memory then, whatever the size of the model.
@@ -10,28 +11,181 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.lazy_model import LazyModel, compute_dtype, drop
+from meswitch.cpu import multiplies_bfloat16
 from meswitch.errors import IncompatibleError, MeswitchError
 
+_SMALL = 1 << 28  # parameters, one GB in float32
 _FEW = 8  # tokens that show what a block gives
+# (number of a block, its arguments by position, by keyword) -> what it gives
+_Stub = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def working_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """In which a model of so many parameters computes on a device.
+
+    Devices short of memory compute in bfloat16, and so do CPUs that multiply it by themselves, about five times as
+    fast as float32; other CPUs are slow in it. A small model is done soon in any case.
+    """
+    if device.type == "cpu" and (parameters < _SMALL or not multiplies_bfloat16()):
+        return torch.float32
+    return torch.bfloat16
+
+
+class LazyModel:
+    """A model on the meta device, with real buffers; its parameters are loaded when they are asked for.
+
+    Args:
+        config: its configuration.
+        stored: names of the tensors that there are.
+        read: gives one of them.
+        source: where they are from, for messages.
+        device: where the model computes.
+        dtype: in which it computes.
+
+    Raises:
+        CheckpointError: transformers has no model for the configuration. IncompatibleError: parameters are missing.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        stored: Collection[str],
+        read: Callable[[str], Tensor],
+        source: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self._read = read
+        self.architecture = architecture_of(config)
+        self.plan = self.architecture.load_plan(stored)
+        self.model: Any = self._skeleton()
+        self._check_complete()
+        self._float32 = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "LazyModel":
+        """The model of a checkpoint."""
+        return cls(checkpoint.config, checkpoint.tensors, checkpoint.read, checkpoint.directory, device, dtype)
+
+    def _skeleton(self) -> Any:
+        # experts of a mixture one after the other: the other ways are for speed, and not all of them train
+        how: dict[str, Any] = {"dtype": self.dtype, "experts_implementation": "eager"}
+        with init_empty_weights(include_buffers=False):
+            model = self.architecture.model_class._from_config(copy.deepcopy(self.architecture.config), **how)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+        return model.eval()
+
+    def _check_complete(self) -> None:
+        optional = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
+        parameters = {name for name, _ in self.model.named_parameters()}
+        missing = [
+            name
+            for name in self.plan.missing
+            if name in parameters and not any(re.search(pattern, name) for pattern in optional)
+        ]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise IncompatibleError(
+                f"{self.source}: {type(self.model).__name__} needs {', '.join(missing[:3])}{more}, which nothing "
+                "stored gives; re-save it with the installed transformers"
+            )
+
+    def load(self, path: str = "", module: nn.Module | None = None, *, inside: bool = True) -> Any:
+        """Give a module its weights, not to be trained. What is loaded already stays.
+
+        Args:
+            path: its name in the model; "" is the whole.
+            module: a copy of it to load instead.
+            inside: load what is inside it too.
+        """
+        module = self.model.get_submodule(path) if module is None else module
+        prefix = f"{path}." if path else ""
+        wanted: dict[str, list[str]] = {}  # stored parameter -> those in the module that have its values
+        for name, tensor in _own(module, inside):
+            source = self._source(f"{prefix}{name}") if _is_open(tensor) else None
+            if source is not None:
+                wanted.setdefault(source, []).append(name)
+        while wanted:
+            rule = self.plan.by_target[next(iter(wanted))]
+            made = rule.build(self._read, self.architecture.model)
+            for target in rule.targets:
+                loaded: nn.Parameter | None = None
+                for name in wanted.pop(target, ()):
+                    loaded = self._set(module, name, loaded, made[target], f"{prefix}{name}")
+        return module
+
+    def _source(self, name: str) -> str | None:
+        """The parameter that is stored for this one: itself, or one that it is tied to."""
+        given = self.plan.by_target
+        of = self.plan.tied.get(name, name)
+        tied = (name, of, *(other for other, source in self.plan.tied.items() if source == of))
+        return next((found for found in tied if found in given), None)
+
+    def _set(
+        self, module: nn.Module, name: str, tied: nn.Parameter | None, value: Tensor, full_name: str
+    ) -> nn.Parameter | None:
+        """Give a module a value, or a parameter that it is tied to."""
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        buffer = owner._buffers.get(leaf)
+        if buffer is not None:
+            owner._buffers[leaf] = value.to(self.device, buffer.dtype)
+            return None
+        owner._parameters[leaf] = made = self._parameter(value, full_name) if tied is None else tied
+        return made
+
+    def _parameter(self, value: Tensor, name: str) -> nn.Parameter:
+        value = value.to(self.device)  # moved in its own dtype: half the bytes, and the device converts faster
+        if value.is_floating_point():
+            exact = any(re.search(pattern, name) for pattern in self._float32)
+            value = value.to(torch.float32 if exact else self.dtype)
+        if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
+            value = value.contiguous().clone()  # alone in its memory: `inputs.Observer` knows it by that
+        return nn.Parameter(value, requires_grad=False)
+
+
+def drop(modules: Iterable[nn.Module]) -> None:
+    """Forget what modules own, without what is inside them."""
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _own(module: nn.Module, inside: bool) -> Iterable[tuple[str, Tensor]]:
+    tensors = module.state_dict(keep_vars=True).items()
+    return tensors if inside else [(name, tensor) for name, tensor in tensors if "." not in name]
+
+
+def _is_open(tensor: Tensor) -> bool:
+    """Whether a parameter is not loaded; of buffers nothing says so."""
+    return tensor.is_meta or not isinstance(tensor, nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class BlockCall:
     """How the model calls one of its decoder blocks.
 
     Args:
         block: its number.
-        args, keywords: what it is given; hidden states only if it is the first.
+        args: what it is given by position; hidden states only if it is the first block.
+        keywords: what it is given by keyword.
         links: which of these are parts of what the block before it gives: position or keyword -> part. Part 0 are
             hidden states.
     """
@@ -41,7 +195,7 @@ class Call:
     keywords: Mapping[str, Any]
     links: Mapping[int | str, int]
 
-    def after(self, given: Any) -> "Call":
+    def after(self, given: Any) -> "BlockCall":
         """The same call, with what the block before it gave."""
         parts = _parts(given)
         args, keywords = list(self.args), dict(self.keywords)
@@ -55,10 +209,6 @@ class Call:
     def run(self, block: nn.Module) -> Any:
         """What the block gives."""
         return block(*self.args, **self.keywords)
-
-
-# (number of a block, its arguments by position, by keyword) -> what it gives
-_Stub = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _HeadReached(Exception):
@@ -136,7 +286,7 @@ class PartialModel:
         """Forget the weights outside the blocks; they are loaded again when they are used."""
         drop(self._frame.values())
 
-    def calls(self, ids: Tensor, *, embedded: bool = True) -> list[Call]:
+    def calls(self, ids: Tensor, *, embedded: bool = True) -> list[BlockCall]:
         """How the model calls its blocks for token ids [sequences, length].
 
         Args:
@@ -146,7 +296,7 @@ class PartialModel:
         Raises:
             IncompatibleError: something happens between the blocks, or the model's code fails.
         """
-        calls: list[Call] = []
+        calls: list[BlockCall] = []
         given: tuple[Any, ...] = ()
         parts = len(_parts(self._given))
 
@@ -166,7 +316,7 @@ class PartialModel:
             if place is None or not isinstance(places[place], Tensor):
                 raise self.refusal(f"{self.name(index)} is not given what the block before it gives")
             again = self.passed_on(places[place])
-            call = Call(index, args, keywords, links)
+            call = BlockCall(index, args, keywords, links)
             calls.append(call.after((None,) * parts) if calls else call)  # what a stub gave stands for nothing
             given = _parts(again)
             return again
@@ -291,7 +441,7 @@ def check_blocks(checkpoint: Checkpoint, device: torch.device) -> None:
     Raises:
         IncompatibleError: naming the reason.
     """
-    parts = PartialModel(checkpoint, device, compute_dtype(device, checkpoint.parameters))
+    parts = PartialModel(checkpoint, device, working_dtype(device, checkpoint.parameters))
     parts.calls(torch.zeros(1, _FEW, dtype=torch.int64, device=device), embedded=False)
 
 

@@ -5,7 +5,7 @@ encodes every tensor (`convert`); what was encoded is trained against the full e
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,28 @@ from meswitch.adapter import Adapter, find_adapter, write_artifact
 from meswitch.artifact import Artifact, rewrite
 from meswitch.artifact.writer import check_destination
 from meswitch.checkpoint import Checkpoint
+from meswitch.codec import Rank, Spec
 from meswitch.compression.budget import specs_within
-from meswitch.compression.compatibility import matched, remarks
-from meswitch.compression.convert import Converter
+from meswitch.compression.compatibility import check_same_base, matched, remarks
+from meswitch.compression.convert import Converter, Preparation
 from meswitch.compression.distill.blockwise import train_blocks
-from meswitch.compression.distill.cost import cost_of, duration, scope_for, statement
-from meswitch.compression.distill.end_to_end import train
-from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import check_trainable
-from meswitch.compression.distill.training import check_text, fast_products
-from meswitch.compression.large_delta import check_same_base
-from meswitch.compression.options import Options, check_none_given
+from meswitch.compression.distill.training import (
+    about_duration,
+    check_text,
+    cost_of,
+    fast_products,
+    scope_for,
+    statement,
+    train_end_to_end,
+)
+from meswitch.compression.options import Options, Recipe, check_none_given
 from meswitch.compression.partial_model import check_blocks
 from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
+from meswitch.cpu import fitting_threads
 from meswitch.errors import IncompatibleError
 from meswitch.progress import Progress, silent
-from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
 
 DISTILL_SEQUENCES = 32  # of text; fewer train nothing unless steps are asked for
@@ -58,7 +63,8 @@ def compress(
     """Compress a fine-tune into an artifact of its difference from the base.
 
     Args:
-        base, expert: checkpoint directories or hub ids. A PEFT adapter as the expert is kept as it was trained.
+        base: a checkpoint directory or hub id.
+        expert: the fine-tune, likewise. A PEFT adapter is kept as it was trained.
         out: the directory to create.
         options: what decides its bytes (`meswitch.Options`); None is data-free at 2 bits, `bits="exact"` loses nothing.
         device: where the arithmetic runs, `cpu` or `cuda`.
@@ -95,7 +101,7 @@ def compress(
     with SavedWork(out) as work:
         text, recipe = _text_and_recipe(options, target, where, progress, notice, work)
         moments = None if text is None else text.first(measured_tokens(options, target, where))
-        specs = None
+        specs: Mapping[str, Spec | Rank] = {}
         if options.target_bpw is not None:
             with fitting_threads(where, target.config.get_text_config().hidden_size):
                 starts = [] if text is None or moments is None else text.known_starts[: len(moments)]
@@ -103,7 +109,8 @@ def compress(
                 specs = specs_within(source, target, options, moments, starts, fits, where, progress)
         stage = out if recipe is None else work.directory / "undistilled"
         replace = overwrite or recipe is not None
-        converter = Converter(source, target, stage, options, specs, text, moments, where, replace, progress)
+        prepared = Preparation(text, moments, specs)
+        converter = Converter(source, target, stage, options, prepared, where, replace, progress)
         artifact = converter.run(is_made=stage.is_dir() and work.load("undistilled", converter.plan) is not None)
         bits = None if isinstance(options.bits, str) or options.target_bpw is not None else options.bits
         if warning := converter.large.warning(bits):
@@ -111,7 +118,7 @@ def compress(
         if recipe is None or text is None:
             return artifact
         work.save("undistilled", converter.plan, True)
-        by = train_blocks if recipe.scope == "block" else train
+        by = train_blocks if recipe.scope == "block" else train_end_to_end
         hidden_size = target.config.get_text_config().hidden_size
         with fast_products(), fitting_threads(where, hidden_size):
             changed, info = by(source, target, artifact, text, recipe, device=where, progress=progress, work=work)
@@ -132,8 +139,8 @@ def _text_and_recipe(
     recipe = options.recipe_for(scope_for(expert, device)) if options.has_scales and steps != 0 else None
     if recipe is not None and steps is None and device.type == "cpu" and expert.nbytes > DISTILL_BYTES:
         if options.source is not None:
-            seconds = cost_of(expert, [_SEQUENCE] * DISTILL_SEQUENCES, recipe, device).seconds
-            notice(f"not trained, which keeps more: on this CPU it takes {duration(seconds)}; --distill STEPS does it")
+            takes = about_duration(cost_of(expert, [_SEQUENCE] * DISTILL_SEQUENCES, recipe, device).seconds)
+            notice(f"not trained, which keeps more: on this CPU it takes {takes}; --distill STEPS does it")
         recipe = None
     text = None
     if options.source is not None:

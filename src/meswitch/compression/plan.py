@@ -42,8 +42,13 @@ class Outline(Checkpoint):
 class Memory:
     """Device memory of one base and experts in slots, against as many full models. All in bytes.
 
-    base: the base's weights. slot: what one expert takes in its slot. full: one full fine-tune. kv: the KV cache, the
-    same either way. experts: slots. limit: of the device, None if it was not given.
+    Args:
+        base: the base's weights.
+        slot: what one expert takes in its slot.
+        full: one full fine-tune.
+        kv: the KV cache, the same either way.
+        experts: slots.
+        limit: of the device, None if it was not given.
     """
 
     base: int
@@ -77,8 +82,8 @@ def outline(source: str | Path, *, vocab_size: int | None = None, unquantised: b
     Args:
         source: a directory with weights (their headers are read), a directory or file with a configuration, or a hub
             id (only its configuration is fetched): then transformers lays the model out without memory.
-        vocab_size: rows of embedding and head instead of the configuration's. unquantised: as the checkpoint was before
-            it was quantised, if it is.
+        vocab_size: rows of embedding and head instead of the configuration's.
+        unquantised: as the checkpoint was before it was quantised, if it is.
 
     Raises:
         CheckpointError: no configuration there, or one that transformers has no causal language model for.
@@ -104,7 +109,8 @@ def predict(
     """The artifact that compressing `expert` writes: every shape and dtype, no bytes, no checksums.
 
     Args:
-        base, expert: with or without weights (`outline`); or an adapter, of which all options stay unused.
+        base: with or without weights (`outline`).
+        expert: likewise; or an adapter, of which all options stay unused.
         changed_rows: tensor -> how many of its rows changed, 0 if it equals the base's. What did not change costs
             nothing, but shapes cannot tell: without this the prediction is that of a fine-tune that changed every
             row of every tensor, an upper bound. Of exact bits it is the full size: what the coder saves depends on how

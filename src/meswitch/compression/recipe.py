@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meswitch.compression.distill.recipe import Recipe as Training
 from meswitch.compression.options import SETTINGS, Options, Solver
+from meswitch.compression.options import Recipe as Training
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def read_recipe(path: str | Path) -> Again:
 
 
 def _text(name: str, value: Any) -> str:
-    from meswitch.compression.text import Source
+    from meswitch.compression.text import TextSource
 
-    if dataclasses.is_dataclass(value) and not isinstance(value, Source | type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, TextSource | type):
         return json.dumps(dataclasses.asdict(value))
     if isinstance(value, Mapping):
         return json.dumps(dict(value))
     if name == "calibration":
-        return str((value if isinstance(value, Source) else Source.parse(value)).resolved(_portable))
+        return str((value if isinstance(value, TextSource) else TextSource.parse(value)).resolved(_portable))
     if value is None:
         return str(SETTINGS[name].none)
     return str(value)
@@ -101,9 +101,9 @@ def _portable(file: str) -> Path:
 
 def _toml_text(file: Path, name: str, value: Any) -> str:
     if name == "calibration" and isinstance(value, str) and value != "none":
-        from meswitch.compression.text import Source
+        from meswitch.compression.text import TextSource
 
-        return str(Source.parse(value).resolved(lambda text: file.parent / text))
+        return str(TextSource.parse(value).resolved(lambda text: file.parent / text))
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError(f"{file}: {name}: {value!r} is neither a text nor a number")
     return str(value)

@@ -49,7 +49,8 @@ class SavedWork:
         """Replace a record.
 
         Args:
-            plan: a digest of all that decides it (`digest`). data: of JSON.
+            plan: a digest of all that decides it (`digest`).
+            data: of JSON.
 
         Raises:
             ArtifactError: it cannot be written.

@@ -20,19 +20,19 @@ from torch import Tensor
 from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint, cache_bytes
-from meswitch.compression.conversations import Messages
-from meswitch.compression.lazy_model import LazyModel, compute_dtype
+from meswitch.compression.partial_model import LazyModel, working_dtype
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,
     SELF,
     CalibrationSet,
+    Messages,
     load_questions,
     open_tokenizer,
 )
+from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
-from meswitch.threads import fitting_threads
 from meswitch.tokenizer import ChatTokenizer
 from meswitch.units import format_bytes
 
@@ -80,7 +80,7 @@ def self_calibration(
     device = torch.device(device)
     tokenizer = open_tokenizer(expert.directory)
     asked = None if prompts is None else load_questions(Path(prompts))
-    dtype = compute_dtype(device, expert.parameters)
+    dtype = working_dtype(device, expert.parameters)
     size = format_bytes(expert.parameters * dtype.itemsize)
     kept: list[list[int]] = []
     dropped: Counter[str] = Counter()
@@ -144,7 +144,7 @@ class _Writer:
         starts = (tokenizer.tokenizer.bos_token_id, *tokenizer.ends)
         self.start: int = next((i for i in starts if i is not None), 0)
         model = LazyModel.of(expert, device, dtype).load()
-        self.sampler = Sampler(model, self.start, seed, longest=tokenizer.max_length)
+        self.sampler = TextSampler(model, self.start, seed, longest=tokenizer.max_length)
         self.batch = max(1, min(BATCH, CACHE_BYTES // max(1, cache_bytes(expert.config, dtype) * MAX_LENGTH)))
         if device.type == "cpu":
             self.batch = min(self.batch, max(8, int(CPU_BATCH_WORK / expert.parameters)))
@@ -203,7 +203,7 @@ class _Writer:
         return list(self.tokenizer.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-class Sampler:
+class TextSampler:
     """A causal LM and one stream of random numbers: the same calls in the same order give the same tokens.
 
     Args:

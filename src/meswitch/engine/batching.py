@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from meswitch.cpu import StepThreads
 from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.graphs import StaticSteps, own_tables
@@ -27,7 +28,6 @@ from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState
 from meswitch.engine.scheduler import Job, Scheduler
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError
-from meswitch.threads import StepThreads
 
 logger = logging.getLogger("meswitch.engine")
 

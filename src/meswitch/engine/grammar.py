@@ -125,7 +125,9 @@ def _compiled(grammar: Grammar) -> str:
 
     if grammar.kind in ("json_schema", "one_line"):
         schema = json.dumps(_closed(json.loads(grammar.text)))
-        spaces = {"whitespace_pattern": _SPACE} if grammar.kind == "json_schema" else {"whitespace_flexible": False}
+        spaces: Any = {"whitespace_flexible": False}
+        if grammar.kind == "json_schema":
+            spaces = {"whitespace_pattern": _SPACE}
         return str(LLMatcher.grammar_from_json_schema(schema, spaces))
     if grammar.kind == "regex":
         return str(LLMatcher.grammar_from_regex(grammar.text))

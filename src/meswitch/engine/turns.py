@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from meswitch.cpu import StepThreads
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
@@ -26,7 +27,6 @@ from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams, SamplingState, StepSampler, not_finite
 from meswitch.errors import IncompatibleError
 from meswitch.slots import ExpertStore
-from meswitch.threads import StepThreads
 
 logger = logging.getLogger("meswitch.engine")
 

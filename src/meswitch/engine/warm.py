@@ -7,13 +7,14 @@ from typing import Any
 
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import BASE_SLOT, Switch
+from meswitch.engine.graphs import MOST
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.proof import run
 from meswitch.errors import MeswitchError
-from meswitch.ops.routing import MAX_TOKENS
+from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
 from meswitch.ops.step import step_sizes
-from meswitch.ops.triton.ahead import Job, compile_ahead, embedding_job, fused_jobs, prefill_jobs
+from meswitch.ops.triton.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 
 # Requests and tokens of each, for steps of every kind: deltas in the product, weights of an expert's own, many pieces.
@@ -54,6 +55,7 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
         for bias in biases if not is_table else ():
             yield from fused_jobs(*about, bias, sizes)
             yield from prefill_jobs(*about, bias, most_tokens)
+        yield from decode_jobs(*about, bucket(min(most_tokens, MOST) // PIECE))
 
 
 def run_prompts(

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 from meswitch.evaluate.fidelity import Text
 from meswitch.evaluate.gain import Interval, wilson
 from meswitch.evaluate.questions import Messages, Task
-from meswitch.threads import fitting_threads
 
 MAX_NEW_TOKENS = 256
 Prompt = str | Messages

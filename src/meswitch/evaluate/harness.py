@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
-from meswitch.threads import fitting_threads
 
 _BOOTSTRAPS = 1000  # for metrics other than means; lm-eval's 100,000 can take longer than the answers
 

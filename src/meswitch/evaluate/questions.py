@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from meswitch.errors import ConfigError
-from meswitch.textfile import json_kind, read_json_rows
+from meswitch.jsonfile import json_kind, read_json_rows
 
 Messages = Sequence[Mapping[str, str]]
 Checker = Callable[[str, Any], bool]  # of a reply and the row's answer

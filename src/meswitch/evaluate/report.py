@@ -5,11 +5,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from meswitch import __version__
 from meswitch.evaluate.answers import Score
 from meswitch.evaluate.fidelity import Fidelity
 from meswitch.evaluate.gain import Z95, Comparison, GainRetained, Interval
 from meswitch.evaluate.harness import Measure
-from meswitch.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -2,7 +2,8 @@
 
 Rows are not moved. Where weights can be restored in the product, experts with many rows side by side get weights of
 their own and all other rows the base's, in one launch; else all rows get the base's. The rows of experts that have the
-base's get their deltas from the decode kernel.
+base's get their deltas from the decode kernel, in pieces as small as those of a step of few rows: a tile of 64 tokens
+takes eight times as long as one of 8, however few of them there are.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from meswitch.ops.prefill_routing import OWN_FROM
 from meswitch.ops.restored import TOKENS, on_hopper, tile_table
-from meswitch.ops.routing import BASE, MAX_TOKENS, Routing, most_pieces
+from meswitch.ops.routing import BASE, PIECE, Routing, most_pieces
 
 
 class StaticRouting:
@@ -23,13 +24,13 @@ class StaticRouting:
         rows: of the largest step.
         slots: of the expert store.
 
-    all: the rows of every expert, in pieces of up to `MAX_TOKENS`. short: of experts without weights of their own.
+    all: the rows of every expert, in pieces of up to `PIECE`. short: of experts without weights of their own.
     tiles: [1 + room, 4] int32 for `restored.launch`; None where no product restores weights.
     """
 
     def __init__(self, rows: int, slots: int, device: torch.device) -> None:
         self._slots = slots
-        self.all, self.short = (room(rows, slots, MAX_TOKENS, device) for _ in range(2))
+        self.all, self.short = (room(rows, slots, PIECE, device) for _ in range(2))
         self.tiles: Tensor | None = None
         if on_hopper(device):
             self.tiles = torch.zeros(1 + most_tiles(rows), 4, dtype=torch.int32, device=device)
@@ -51,7 +52,7 @@ class StaticRouting:
 
     def part(self, rows: int) -> tuple[Routing, Routing, Tensor | None]:
         """`all`, `short` and `tiles` as a graph of so many rows reads them."""
-        pieces, likely = most_likely(rows, self._slots, MAX_TOKENS)
+        pieces, likely = most_likely(rows, self._slots, PIECE)
         every, short = (cut(buffers, rows, pieces, likely) for buffers in (self.all, self.short))
         return every, short, None if self.tiles is None else self.tiles[: 1 + most_tiles(rows)]
 

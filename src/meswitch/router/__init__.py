@@ -1,20 +1,25 @@
-"""Query -> scores over the experts -> who answers. Train, calibrate, evaluate, save and load. See docs/routing.md."""
+"""Query -> scores over the experts -> who answers. Train, evaluate, save and load. See docs/use/router.md."""
 
 from meswitch.router.base import OTHER, Route, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade
 from meswitch.router.data import Leakage, Row, find_leakage, read_rows
-from meswitch.router.decide import Decider, Selection, parse_options, read_options
-from meswitch.router.described import DescribedRouter, RouteOption, Space
+from meswitch.router.described import (
+    Decider,
+    DescribedRouter,
+    RouteOption,
+    Selection,
+    Space,
+    parse_options,
+    read_options,
+)
 from meswitch.router.embedding import EmbeddingRouter
 from meswitch.router.encoder import Encoder, TextEncoder, open_encoder
 from meswitch.router.evaluate import Evaluation, evaluate_router
-from meswitch.router.few import add_experts
-from meswitch.router.llm import LlmRouter, LlmSettings, model_info, open_llm
+from meswitch.router.llm import Llm, LlmRouter, LlmSettings, open_llm
 from meswitch.router.llm_train import train_llm_router
-from meswitch.router.loading import open_router
-from meswitch.router.rules import Request, Rule, RulesRouter, read_rules
-from meswitch.router.store import load_router
-from meswitch.router.train import train_router
+from meswitch.router.rules import RoutingRequest, Rule, RulesRouter, read_rules
+from meswitch.router.store import OpenOptions, load_router
+from meswitch.router.train import add_experts, train_router
 
 __all__ = [
     "OTHER",
@@ -25,13 +30,15 @@ __all__ = [
     "Encoder",
     "Evaluation",
     "Leakage",
+    "Llm",
     "LlmRouter",
     "LlmSettings",
-    "Request",
+    "OpenOptions",
     "Route",
     "RouteOption",
     "Router",
     "RouterError",
+    "RoutingRequest",
     "Row",
     "Rule",
     "RulesRouter",
@@ -43,10 +50,8 @@ __all__ = [
     "find_leakage",
     "fit_cascade",
     "load_router",
-    "model_info",
     "open_encoder",
     "open_llm",
-    "open_router",
     "parse_options",
     "read_options",
     "read_rows",

@@ -41,9 +41,13 @@ def line(logits: Tensor, positive: Tensor) -> tuple[float, float]:
 def threshold(known: Tensor, other: Tensor, coverage: float) -> float:
     """The confidence below which to abstain.
 
-    known, other: [n], [m] held-out confidences of queries that some expert, or none, is for. With `other` rows: the
-    middle of the range where (share of known answered) + (share of other refused) is within 0.01 of its highest; the
-    peak itself is flat, and other traffic moves it. Without: answers the share `coverage` of the known.
+    Args:
+        known: [n] held-out confidences of queries that some expert is for.
+        other: [m] of queries that none is for; [0] if there are none.
+        coverage: the share of known queries to answer, where there are no others.
+
+    With others it is the middle of the range where (share of known answered) + (share of others refused) is within 0.01
+    of its highest; the peak itself is flat, and other traffic moves it.
     """
     known = known.double().sort().values
     if not len(other):
@@ -62,7 +66,9 @@ def threshold(known: Tensor, other: Tensor, coverage: float) -> float:
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Expected calibration error: mean |confidence - accuracy| over bins of equal width, weighted by their rows.
 
-    confidence: [n] in 0..1. correct: [n] bool.
+    Args:
+        confidence: [n] in 0..1.
+        correct: [n] bool.
     """
     gaps = [abs(sure - share) * rows for sure, share, rows in reliability(confidence, correct, bins)]
     return sum(gaps) / max(1, len(confidence))
@@ -71,7 +77,9 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 def reliability(confidence: Tensor, right: Tensor, bins: int = 15) -> list[tuple[float, float, int]]:
     """(mean confidence, share right, rows) of bins of equal width; empty ones are left out.
 
-    confidence: [n] in 0..1. right: [n] bool.
+    Args:
+        confidence: [n] in 0..1.
+        right: [n] bool.
     """
     which = (confidence * bins).long().clamp(0, bins - 1)
     found = [which == i for i in range(bins)]
@@ -104,7 +112,8 @@ def choose_threshold(
     """The confidence below which to abstain.
 
     Args:
-        confidence: [n] of the best expert. right: [n] bool, whether that expert is the row's (of `other` rows: False).
+        confidence: [n] of the best expert.
+        right: [n] bool, whether that expert is the row's (of `other` rows: False).
         known: [n] bool, whether the row is some expert's.
         precision: the lowest threshold at which at least this share of the answered rows goes to the right expert;
             an `other` row that is answered counts as wrong. What it means for traffic depends on how much of it no

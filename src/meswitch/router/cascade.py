@@ -9,19 +9,18 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from meswitch.router.base import OTHER, Messages, Router, RouterError
-from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
+from meswitch.router.calibrate import COVERAGE, auroc, calibration_error, temperature, threshold
 from meswitch.router.data import Row
 from meswitch.router.store import (
-    Calibration,
-    Given,
+    OpenOptions,
+    ScoreCalibration,
     check_members,
     check_no_tensors,
     open_member,
-    register,
+    register_router,
     write_router,
 )
 
-COVERAGE = 0.99
 _LEAST = 1e-6  # a probability of zero, and of a label that one of the two does not know
 
 
@@ -29,26 +28,30 @@ _LEAST = 1e-6  # a probability of zero, and of a label that one of the two does 
 class CascadeFile:
     """`router.json` of a cascade; its two routers are the directories `first` and `second`.
 
-    margin: below which lead of the first router's best label the second is asked too; None asks both always. weight:
-    of the second router's log-probabilities, 0 to 1. members: SHA-256 of each router's `router.json`.
+    Args:
+        margin: below which lead of the first router's best label the second is asked too; None asks both always.
+        weight: of the second router's log-probabilities, 0 to 1.
+        members: SHA-256 of each router's `router.json`.
     """
 
     kind: str
     experts: tuple[str, ...]
     margin: float | None
     weight: float
-    calibration: Calibration
+    calibration: ScoreCalibration
     members: dict[str, str]
     tensors_sha256: str = ""
 
 
-@register("cascade")
+@register_router("cascade")
 class CascadeRouter(Router):
     """See the module's docstring; `fit_cascade` chooses margin, weight and threshold, `save` and `load_router` keep it.
 
     Args:
-        first, second: routers over the same experts. margin: the second is asked where the first's best label leads
-        the next one by less; None asks it always. weight: of the second's log-probabilities where it is asked.
+        first: the router that is asked for every query.
+        second: another one over the same experts.
+        margin: the second is asked where the first's best label leads the next one by less; None asks it always.
+        weight: of the second's log-probabilities where it is asked.
 
     Raises:
         RouterError: the two do not know the same experts.
@@ -60,7 +63,7 @@ class CascadeRouter(Router):
         self,
         first: Router,
         second: Router,
-        calibration: Calibration,
+        calibration: ScoreCalibration,
         *,
         margin: float | None,
         weight: float,
@@ -101,7 +104,7 @@ class CascadeRouter(Router):
         write_router(Path(path), file, {}, {"first": self.first, "second": self.second})  # type: ignore[dict-item]
 
     @classmethod
-    def open(cls, directory: Path, file: CascadeFile, given: Given) -> "CascadeRouter":
+    def open(cls, directory: Path, file: CascadeFile, given: OpenOptions) -> "CascadeRouter":
         """
         Raises:
             RouterError: one of the two is missing, damaged or not the one that it was saved with.
@@ -144,13 +147,17 @@ def fit_cascade(
 ) -> CascadeRouter:
     """Choose margin, weight, temperature and threshold by rows that neither router was trained on.
 
-    asked: the share of queries that may go to the second router; None asks both for every query (an ensemble).
+    Args:
+        asked: the share of queries that may go to the second router; None asks both for every query (an ensemble).
+
     The weight is the one that makes the rows likeliest.
 
     Raises:
         RouterError: the two do not know the same experts, or the rows have a domain that is none of them.
     """
-    router = CascadeRouter(first, second, Calibration(1.0, 0.0, 0.0, 0.0), margin=None, weight=0.5, fallback=fallback)
+    router = CascadeRouter(
+        first, second, ScoreCalibration(1.0, 0.0, 0.0, 0.0), margin=None, weight=0.5, fallback=fallback
+    )
     labels = list(router.labels)
     for row in rows:
         if row.domain not in labels:
@@ -170,7 +177,7 @@ def fit_cascade(
     known = targets < experts
     right = (best == targets)[known]
     router.margin, router.weight = margin, weight
-    router.calibration = Calibration(
+    router.calibration = ScoreCalibration(
         temperature=divisor,
         threshold=threshold(confidence[known], confidence[~known], COVERAGE) if len(right) else 0.0,
         accuracy=float(right.double().mean()) if len(right) else 0.0,

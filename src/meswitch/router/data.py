@@ -18,13 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch.jsonfile import json_kind, read_json_lines
 from meswitch.router.base import OTHER, RouterError
-from meswitch.textfile import json_kind, read_json_lines
+
+SHINGLE = 3  # words
+NEAR = 0.7  # Jaccard similarity of two queries' shingles from which they count as near duplicates
+_COMMON = 200  # a shingle in more rows than this proposes no candidates: it is a form, not a query
+_LABEL = re.compile(r"([^:\n]{3,40}):\s+(?=\S)")  # "Write a SQL query: ...", "Question: ..."
+_ASKING = re.compile(
+    r"(?:are|can|could|did|do|does|has|have|how|is|may|should|was|were|wh\w+|will|would)\b"  # wh: what, when, who ...
+)
+_SHARE = 0.05  # of a domain's rows that open alike: a habit
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled query. domain: an expert's name, or `other`. source: where it comes from, for the figures."""
+    """One labelled query.
+
+    Args:
+        domain: an expert's name, or `other`.
+        source: where it comes from, for the figures.
+    """
 
     query: str
     domain: str
@@ -123,17 +137,15 @@ def folds(rows: Sequence[Row], count: int, seed: int) -> Tensor:
 # the comparison is near linear in the number of rows.
 
 
-SHINGLE = 3  # words
-NEAR = 0.7  # Jaccard similarity of two queries' shingles from which they count as near duplicates
-_COMMON = 200  # a shingle in more rows than this proposes no candidates: it is a form, not a query
-
-
 @dataclass(frozen=True, slots=True)
 class Leakage:
     """Rows of the second data set that the first one has too.
 
-    exact, normalised, near: indices into the second; each row is counted once, in the first kind that fits.
-    conflicts: how many of them have another domain there.
+    Args:
+        exact: indices into the second data set; each row is counted once, in the first kind that fits.
+        normalised: likewise, of rows that are equal but for case, spaces and punctuation.
+        near: likewise, of rows that are nearly equal.
+        conflicts: how many of them have another domain there.
     """
 
     exact: tuple[int, ...]
@@ -231,13 +243,6 @@ class _Index:
 # Data sets have habits that traffic does not share: one writes "Write a SQL query: " before its questions, another
 # is all in lower case. A head that learns the habit is right on that data set and lost elsewhere. Measured by
 # leaving sources out; the copies are used for training only, never for calibration or figures.
-
-
-_LABEL = re.compile(r"([^:\n]{3,40}):\s+(?=\S)")  # "Write a SQL query: ...", "Question: ..."
-_ASKING = re.compile(
-    r"(?:are|can|could|did|do|does|has|have|how|is|may|should|was|were|wh\w+|will|would)\b"  # wh: what, when, who ...
-)
-_SHARE = 0.05  # of a domain's rows that open alike: a habit
 
 
 def without_labels(rows: Sequence[Row]) -> list[tuple[int, Row]]:

@@ -1,28 +1,45 @@
 """Routes known by what is said of them: a name, a description, example lines. No training, no labelled queries.
 
 A text becomes the means of its tokens in the encoder's upper half of layers, each of length one, less the mean of
-everyday requests (`background`). A route is the weighted mean of its lines; a query belongs to the nearest route, in a
-metric that counts directions less in which the examples of one route differ among themselves. The origin, where
+everyday requests (`everyday.txt`). A route is the weighted mean of its lines; a query belongs to the nearest route, in
+a metric that counts directions less in which the examples of one route differ among themselves. The origin, where
 everyday requests lie, stands for "none of these".
 
 Probabilities come from the lines themselves. Each example is left out of its route and scored: how far it wins says
 how sure a score is. The same example without its route, and the everyday requests, show what a query for nobody scores.
+
+Without a family or an engine, over any list of routes:
+
+    decider = Decider(Space(open_encoder("all-MiniLM-L6-v2")))
+    options = parse_options([{"name": "billing", "description": "invoices and refunds"}, ...])
+    decision = decider.decide("where is my money?", options)
+
+This is what `meswitch route --routes` asks and what a server's `/v1/route` can ask: JSON in, JSON out.
 """
 
+import json
 import math
+import threading
+import tomllib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from meswitch.router.background import LINES
+from meswitch.cpu import fitting_threads
+from meswitch.jsonfile import json_kind
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
 from meswitch.router.calibrate import choose_threshold
 from meswitch.router.encoder import Encoder, TextEncoder
-from meswitch.threads import fitting_threads
+
+# What people ask of assistants and apps, in all directions: a route known by a few lines is measured against it.
+EVERYDAY = tuple((files(__package__) / "everyday.txt").read_text(encoding="utf-8").splitlines())
 
 ENOUGH = 3  # example lines of each route, from which they help a trained router
 _MAX_TOKENS = 64  # of a text: the beginning and the end
@@ -34,14 +51,20 @@ _MOST_BARE = 0.4  # the highest threshold of routes without examples
 _KNOWN = 2 / 3  # share of traffic that is taken to be for some route
 _DOUBT = 0.5  # how far, as a standard deviation of its logarithm, the temperature may lie from that
 _KEPT_LINES = 4096
+MOST_ROUTES = 1000
+MOST_EXAMPLES = 100  # of one route
+MOST_CHARACTERS = 4096  # of one text
+_KEPT = 32  # lists of routes
 
 
 @dataclass(frozen=True, slots=True)
 class RouteOption:
     """One route to choose from.
 
-    name: what is answered. description: what it is for, in a sentence or two. examples: queries for it; five different
-    ones do much.
+    Args:
+        name: what is answered.
+        description: what it is for, in a sentence or two.
+        examples: queries for it; five different ones do much.
     """
 
     name: str
@@ -93,7 +116,7 @@ class Space:
         self.encoder = encoder
         self.layers = layers_of(encoder)
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        raw = self._raw(LINES)
+        raw = self._raw(EVERYDAY)
         self.middle = raw.mean(0)
         self.background = raw - self.middle
 
@@ -130,9 +153,13 @@ class Space:
 class Prototypes:
     """Routes as points, and how sure a score is; float32.
 
-    weight: [width, routes], bias: [routes]: a route's score is linear in the text's vector. temperature: of scores.
-    slope, cut: the log-odds that any route is for a text are slope x (the best score - cut).
-    threshold: of the best route's probability.
+    Args:
+        weight: [width, routes]; a route's score is linear in the text's vector.
+        bias: [routes].
+        temperature: of scores.
+        slope: the log-odds that any route is for a text are slope x (the best score - cut).
+        cut: see there.
+        threshold: of the best route's probability.
     """
 
     weight: Tensor
@@ -218,8 +245,14 @@ def _linear(points: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
 class _LeftOut:
     """What `fit_prototypes` has, for scores of its own examples as if it had not seen them.
 
-    points: [routes, width]. metric: [width, width]. residuals, examples: [n, width]. owner: [n], counts: [routes]
-    int64. total: [routes, 1], what all lines of a route weigh.
+    Args:
+        points: [routes, width].
+        metric: [width, width].
+        residuals: [n, width].
+        examples: [n, width].
+        owner: [n] int64.
+        counts: [routes] int64.
+        total: [routes, 1], what all lines of a route weigh.
     """
 
     points: Tensor
@@ -310,7 +343,8 @@ class Prior:
     def __call__(self, states: Tensor) -> Tensor:
         """[n, experts + 1] float32: log-odds of each expert among them, and that any is for the text.
 
-        states: [n, layers x hidden_size], of `space.layers`.
+        Args:
+            states: [n, layers x hidden_size], of `space.layers`.
         """
         x = self.space.of_states(states)
         return torch.cat([self.prototypes.logits(x) / self.prototypes.temperature, self.prototypes.odds(x)[:, None]], 1)
@@ -325,7 +359,8 @@ class DescribedRouter(Router):
     """See the module's docstring.
 
     Args:
-        options: the routes. space: the encoder's; one for all routers that share it.
+        options: the routes.
+        space: the encoder's; one for all routers that share it.
 
     Raises:
         RouterError: see `check_options`.
@@ -357,3 +392,120 @@ class DescribedRouter(Router):
     def nbytes(self) -> int:
         """Of the encoder and the routes in memory."""
         return self.space.encoder.nbytes() + 4 * (self.prototypes.weight.numel() + self.prototypes.bias.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """One decision over named routes.
+
+    Args:
+        choice: a route's name; None: none is likely enough.
+        confidence: the best route's probability.
+        scores: name -> probability, summing to one with `other` (none of these).
+        threshold: what the confidence had to reach.
+    """
+
+    choice: str | None
+    confidence: float
+    threshold: float
+    scores: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Decider:
+    """Decides over lists of routes; the last lists are kept ready.
+
+    Args:
+        space: of the encoder, see `meswitch.router.Space`. Several threads may ask.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._lock = threading.Lock()
+        self._routers: OrderedDict[tuple[RouteOption, ...], DescribedRouter] = OrderedDict()
+
+    def decide(
+        self, query: str | Messages, options: Sequence[RouteOption], *, threshold: float | None = None
+    ) -> Selection:
+        """Which route is this query (a text, or chat messages) for?
+
+        Args:
+            threshold: the probability that the best route must reach; None: the one that the routes' own lines give.
+
+        Raises:
+            RouterError: options that cannot be routes. ConfigError: a query without text.
+        """
+        router = self._router(tuple(options))
+        route = router.route(query)
+        best = max(router.experts, key=lambda name: route.scores[name])
+        least = router.threshold if threshold is None else threshold
+        sure = route.scores[best]
+        return Selection(best if sure >= least else None, sure, least, route.scores)
+
+    def _router(self, options: tuple[RouteOption, ...]) -> DescribedRouter:
+        with self._lock:
+            if options not in self._routers:
+                self._routers[options] = DescribedRouter(options, self._space)
+                if len(self._routers) > _KEPT:
+                    self._routers.popitem(last=False)
+            self._routers.move_to_end(options)
+            return self._routers[options]
+
+
+def parse_options(data: Any, where: str = "routes") -> list[RouteOption]:
+    """Routes from JSON: a list of `{"name": ..., "description": ..., "examples": [...]}`, checked and bounded.
+
+    Raises:
+        RouterError: not such a list; names the place and the field.
+    """
+    if not isinstance(data, list):
+        raise RouterError(f"{where}: expected a list of objects with name, description and examples")
+    if len(data) > MOST_ROUTES:
+        raise RouterError(f"{where}: {len(data)} routes; give at most {MOST_ROUTES}")
+    options = [_option(item, f"{where}[{i}]") for i, item in enumerate(data)]
+    check_options(options)
+    return options
+
+
+def _option(data: Any, where: str) -> RouteOption:
+    if not isinstance(data, dict):
+        raise RouterError(f"{where}: expected an object with name, description and examples, found {json_kind(data)}")
+    for key in data:
+        if key not in ("name", "description", "examples"):
+            raise RouterError(f"{where}.{key}: no such field; a route has name, description and examples")
+    examples = data.get("examples", [])
+    if not isinstance(examples, list) or len(examples) > MOST_EXAMPLES:
+        raise RouterError(f"{where}.examples: expected a list of at most {MOST_EXAMPLES} texts")
+    texts = {"name": data.get("name"), "description": data.get("description", "")}
+    texts |= {f"examples[{i}]": example for i, example in enumerate(examples)}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise RouterError(f"{where}.{key}: expected a text, found {json_kind(value)}")
+        if len(value) > MOST_CHARACTERS:
+            raise RouterError(f"{where}.{key}: {len(value)} characters; give at most {MOST_CHARACTERS}")
+    return RouteOption(str(texts["name"]), str(texts["description"]), tuple(examples))
+
+
+def read_options(path: str | Path) -> list[RouteOption]:
+    """Routes from a file: TOML of `[[route]]` tables, or JSON, `{"routes": [...]}` or the list alone.
+
+    Raises:
+        RouterError: no such file, or not such routes; names the file and the field.
+    """
+    file = Path(path)
+    form = "TOML" if file.suffix == ".toml" else "JSON"
+    try:
+        text = file.read_text(encoding="utf-8")
+        data: Any = tomllib.loads(text) if form == "TOML" else json.loads(text)
+    except FileNotFoundError:
+        raise RouterError(f"{file}: no such file; give TOML of [[route]] tables, or JSON") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RouterError(f"{file}: cannot be read as {form} ({error})") from None
+    key = "route" if form == "TOML" else "routes"
+    if isinstance(data, dict):
+        if data.keys() != {key}:
+            raise RouterError(f"{file}: expected {key!r} and nothing else, found {', '.join(data) or 'nothing'}")
+        data = data[key]
+    return parse_options(data, f"{file}: {key}")

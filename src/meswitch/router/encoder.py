@@ -16,8 +16,8 @@ from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, ConfigError
-from meswitch.router.features import clip
-from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_plain
+from meswitch.router.base import clip
+from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_llama_like
 from meswitch.tokenizer import load_tokenizer
 
 # A causal language model as an encoder: mean hidden states of a query's tokens. The family's base is the usual one.
@@ -25,15 +25,17 @@ from meswitch.tokenizer import load_tokenizer
 
 Progress = Callable[[int, int], None]  # (done, total)
 
-_CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches are slower
+_CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches_by_length are slower
 _GPU_BATCH_TOKENS = 8192
 
 
 class TextEncoder(Protocol):
     """What turns texts into vectors: a causal LM (`Encoder`), a `SentenceEncoder` or a `StaticEncoder`.
 
-    fingerprint: which weights these are, by content. depth: the number of its last layer. source: where it is, or
-    `base` if it is the family's base.
+    Args:
+        fingerprint: which weights these are, by content.
+        depth: the number of its last layer.
+        source: where it is, or `base` if it is the family's base.
     """
 
     source: str
@@ -100,7 +102,7 @@ class Encoder:
         with quiet_loading(report=last is None):
             config = read_config(checkpoint.directory)
             depth = _cut(config.get_text_config(), last)
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
             tokenizer = load_tokenizer(checkpoint.directory, config)
         encoder = cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
         encoder.depth = depth
@@ -112,12 +114,14 @@ class Encoder:
     ) -> Tensor:
         """[len(texts), len(layers) x hidden_size] float32 on the CPU.
 
-        layers: indices into the hidden states, 0 for the embeddings, `depth` for the last. max_tokens: of a longer
-        text, three quarters of this many tokens from its beginning and one quarter from its end.
+        Args:
+            layers: indices into the hidden states, 0 for the embeddings, `depth` for the last.
+            max_tokens: of a longer text, three quarters of this many tokens from its beginning and one quarter from its
+                end.
         """
         tokens = [self._tokens(text, max_tokens) for text in texts]
         out = torch.zeros(len(texts), len(layers) * self.hidden_size)
-        for batch in batches(tokens, self.device, progress):
+        for batch in batches_by_length(tokens, self.device, progress):
             out[batch] = self._pooled([tokens[i] for i in batch], layers)
         return out
 
@@ -150,7 +154,9 @@ class Encoder:
         last = max(layers)
         if last not in self._short:
             whole = self.model
-            self._short[last] = DecoderLayers(whole, last) if is_plain(whole) else first_layers(whole, last, self.depth)
+            self._short[last] = (
+                DecoderLayers(whole, last) if is_llama_like(whole) else first_layers(whole, last, self.depth)
+            )
         short = self._short[last]
         if isinstance(short, DecoderLayers):
             if short.window is None or padded.shape[1] <= short.window:
@@ -197,7 +203,7 @@ def shortened(ids: list[int], limit: int) -> list[int]:
     return ids if len(ids) <= limit else ids[:head] + ids[head - limit :]
 
 
-def batches(tokens: list[list[int]], device: torch.device, progress: Progress | None) -> Iterator[list[int]]:
+def batches_by_length(tokens: list[list[int]], device: torch.device, progress: Progress | None) -> Iterator[list[int]]:
     """Indices of texts, shortest first, in batches that suit the device with their padding; reports those done."""
     limit = _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
     batch: list[int] = []
@@ -240,7 +246,9 @@ class SentenceEncoder:
     """Texts -> mean hidden states of some layers of a bidirectional encoder.
 
     Args:
-        model: in eval mode. tokenizer: its own. bits: 8 keeps the linear layers as int8, on the CPU.
+        model: in eval mode.
+        tokenizer: its own.
+        bits: 8 keeps the linear layers as int8, on the CPU.
     """
 
     def __init__(self, model: Any, tokenizer: Any, fingerprint: str, source: str, bits: int = 32) -> None:
@@ -296,7 +304,7 @@ class SentenceEncoder:
         self._prepare(max(layers))
         tokens = [self._tokens(text, min(max_tokens, self._limit)) for text in texts]
         out = torch.zeros(len(texts), len(layers) * self.hidden_size)
-        for batch in batches(tokens, self.device, progress):
+        for batch in batches_by_length(tokens, self.device, progress):
             out[batch] = self._pooled([tokens[i] for i in batch], layers)
         return out
 

@@ -94,8 +94,9 @@ class BertLayers:
     """Token ids -> hidden states; the layers above `count` and the pooler are left out.
 
     Args:
-        model: a BertModel for which `is_bert` holds. bits: 8 keeps the linear layers as int8, a scale a row, with
-            inputs quantised a tensor at run time; only on the CPU.
+        model: a BertModel for which `is_bert` holds.
+        bits: 8 keeps the linear layers as int8, a scale a row, with inputs quantised a tensor at run time; only on the
+            CPU.
     """
 
     def __init__(self, model: Any, count: int, bits: int = 32) -> None:
@@ -127,7 +128,9 @@ class BertLayers:
     def __call__(self, ids: Tensor, real: Tensor | None, layers: Sequence[int]) -> list[Tensor]:
         """The states [batch, tokens, hidden] after each of `layers`; 0: before the first.
 
-        ids: [batch, tokens] int64. real: [batch, tokens] bool, which of them are no padding; None: all.
+        Args:
+            ids: [batch, tokens] int64.
+            real: [batch, tokens] bool, which of them are no padding; None: all.
         """
         mask = None if real is None else real[:, None, None]
         x = embedding(ids, self._words) + self._positions[: ids.shape[1]]
@@ -178,7 +181,7 @@ _TYPES = ("llama", "mistral")
 _ROPES = ("default", "linear", "llama3")  # whose angles depend on the position alone
 
 
-def is_plain(model: Any) -> bool:
+def is_llama_like(model: Any) -> bool:
     """Whether `DecoderLayers` computes what this model does; elsewhere than in float32 on the CPU it need not."""
     config = model.config
     rope = getattr(getattr(model, "rotary_emb", None), "rope_type", None)
@@ -196,7 +199,8 @@ class DecoderLayers:
     """Token ids -> hidden states.
 
     Args:
-        model: the decoder without its head; `is_plain` holds. count: how many of its layers are wanted.
+        model: the decoder without its head; `is_llama_like` holds.
+        count: how many of its layers are wanted.
     """
 
     def __init__(self, model: Any, count: int) -> None:
@@ -213,7 +217,8 @@ class DecoderLayers:
     def __call__(self, ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """The states [batch, tokens, hidden] after each of `layers`; 0: before the first, depth: the model's output.
 
-        ids: [batch, tokens] int64, padded on the right: what comes later is never looked at.
+        Args:
+            ids: [batch, tokens] int64, padded on the right: what comes later is never looked at.
         """
         x = embedding(ids, self._words)
         cos, sin = self._cos_sin(x)

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from meswitch.cpu import fitting_threads
 from meswitch.durable import fsync_path, recover_directory, replace_directory
 from meswitch.router.base import OTHER, RouterError
-from meswitch.router.calibrate import auroc, calibration_error, temperature, threshold
+from meswitch.router.calibrate import COVERAGE, auroc, calibration_error, temperature, threshold
+from meswitch.router.choice import NONE_OF_THESE, ChoiceModel, ChoicePrompt
 from meswitch.router.data import Row, disguises, hold_out
-from meswitch.router.letters import NONE_OF_THESE, LetterModel, Prompt
-from meswitch.router.llm import LlmRouter, LlmSettings, ModelInfo, check_descriptions
-from meswitch.router.lora import add_adapters, merge_adapters, take_adapters
-from meswitch.router.store import Calibration, Provenance
-from meswitch.threads import fitting_threads
-from meswitch.version import __version__
+from meswitch.router.llm import (
+    Llm,
+    LlmRouter,
+    LlmSettings,
+    ModelInfo,
+    add_adapters,
+    check_descriptions,
+    merge_adapters,
+    take_adapters,
+)
+from meswitch.router.store import RouterProvenance, ScoreCalibration
 
 # Which questions a batch of the LLM router's training asks: its rows, the options they show, the words of both.
 
 
 _EXAMPLE = 120  # characters of a request that stands for a description
+_STATE = "state.json"
+_TENSORS = "state.safetensors"
+_FORMAT = "meswitch-router-training"
+Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
 
 
 class Asked:
     """The rows to train on, each with its copies without habits; and by expert, for examples."""
 
-    def __init__(self, rows: Sequence[Row], prompt: Prompt) -> None:
+    def __init__(self, rows: Sequence[Row], prompt: ChoicePrompt) -> None:
         self._prompt = prompt
         self.domains = [row.domain for row in rows]
         self.texts = [row.query for row in rows]
@@ -113,11 +123,6 @@ def draw_options(experts: list[str], settings: LlmSettings, step: int, generator
 # a resumed run goes on with the very bits of one that was never interrupted.
 
 
-_STATE = "state.json"
-_TENSORS = "state.safetensors"
-_FORMAT = "meswitch-router-training"
-
-
 def save_checkpoint(
     path: Path,
     step: int,
@@ -128,7 +133,8 @@ def save_checkpoint(
 ) -> None:
     """Replace the checkpoint at `path`. run: identifies data and settings. weights: name -> trained parameter.
 
-    mean: of the last steps' weights, or empty.
+    Args:
+        mean: of the last steps' weights, or empty.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -240,17 +246,10 @@ class Average:
             self._weights[name].copy_(value)
 
 
-COVERAGE = 0.99  # of known queries to answer, where the data has no `other` rows to set the threshold by
-
-Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
-
-
 def train_llm_router(
     rows: Sequence[Row],
     descriptions: Mapping[str, str],
-    model: Any,
-    tokenizer: Any,
-    info: ModelInfo,
+    llm: Llm,
     *,
     settings: LlmSettings | None = None,
     data_sha256: str = "",
@@ -259,15 +258,21 @@ def train_llm_router(
     save_every: int = 50,
     report: Report | None = None,
 ) -> LlmRouter:
-    """Fine-tune `model` (in place) to choose among the experts' descriptions; the same inputs give the same router.
+    """Fine-tune `llm.model` (in place) to choose among the experts' descriptions; the same inputs give the same router.
 
     Every question shows the options in a new order. Some leave experts out: their queries then belong to "none of
     these", so the model must read the options that are there. Rows of `other` always do. Some options are in other
     words, and some queries written in another way, so that it is the meaning of both that is learnt.
 
     Args:
-        model: a causal LM with float32 weights. descriptions: of all experts, in the family's order.
+        rows: labelled queries; a tenth of them (`settings.holdout`) calibrates.
+        descriptions: of all experts, in the family's order.
+        llm: with float32 weights.
+        settings: how to train, and how to ask then; None: the defaults.
+        data_sha256: of the file of rows, for the record.
+        fallback: who answers when the router abstains.
         checkpoint: a directory for the state after every `save_every` steps; a run goes on from what is there.
+        report: is told (steps done, in all, loss).
 
     Raises:
         RouterError: rows of a domain that is no expert, too few rows to hold some out, or a foreign checkpoint.
@@ -277,13 +282,12 @@ def train_llm_router(
     check_descriptions(descriptions)
     _check_rows(rows, descriptions)
     seen, held_out = hold_out(rows, settings.holdout, settings.seed)
-    router = LlmRouter(
-        model, tokenizer, info, descriptions, settings, Calibration(1.0, 0.0, 0.0, 0.0), _provenance(rows, data_sha256),
-        fallback=fallback,
-    )  # fmt: skip
+    provenance = RouterProvenance.of((row.domain for row in rows), data_sha256)
+    unmeasured = ScoreCalibration(1.0, 0.0, 0.0, 0.0)
+    router = LlmRouter(llm, descriptions, settings, unmeasured, provenance, fallback=fallback)
     if settings.weights != "reference":
-        run = _identity(rows, descriptions, info, settings)
-        router.tuned = _tune(router.letters, seen, descriptions, settings, run, checkpoint, save_every, report)
+        run = _identity(rows, descriptions, llm.info, settings)
+        router.tuned = _tune(router.chooser, seen, descriptions, settings, run, checkpoint, save_every, report)
     return calibrate(router, held_out)
 
 
@@ -296,7 +300,7 @@ def calibrate(router: LlmRouter, rows: Sequence[Row]) -> LlmRouter:
     confidence, best = (odds.double() / divisor).softmax(1)[:, :experts].max(1)
     known = targets < experts
     correct = (best == targets)[known]
-    router.calibration = Calibration(
+    router.calibration = ScoreCalibration(
         temperature=divisor,
         threshold=threshold(confidence[known], confidence[~known], COVERAGE),
         accuracy=float(correct.double().mean()) if len(correct) else 0.0,
@@ -308,7 +312,7 @@ def calibrate(router: LlmRouter, rows: Sequence[Row]) -> LlmRouter:
 
 
 def _tune(
-    letters: LetterModel,
+    chooser: ChoiceModel,
     rows: Sequence[Row],
     descriptions: Mapping[str, str],
     settings: LlmSettings,
@@ -318,7 +322,7 @@ def _tune(
     report: Report | None,
 ) -> dict[str, Tensor]:
     """What training changed: adapters, or all weights in the model's own dtype."""
-    model = letters.model
+    model = chooser.model
     stored = getattr(model.config, "dtype", None) or torch.float32
     if settings.weights == "lora":
         weights = add_adapters(model, settings.rank, settings.alpha, settings.top)
@@ -329,15 +333,15 @@ def _tune(
     )
     average = Average(weights, settings.steps, settings.average)
     done = load_checkpoint(checkpoint, run, weights, optimizer, average.mean) if checkpoint is not None else 0
-    asked = Asked(rows, letters.prompt)
+    asked = Asked(rows, chooser.prompt)
     mass = balanced(rows, settings.balance)
-    letters.forget()
-    with fitting_threads(model.device, letters.hidden_size):
+    chooser.forget()
+    with fitting_threads(model.device, chooser.hidden_size):
         for step in range(done, settings.steps):
             torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, if the model has any
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate(step, settings.steps, settings.warmup)
-            loss = _step(letters, asked, mass, descriptions, settings, step)
+            loss = _step(chooser, asked, mass, descriptions, settings, step)
             nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -359,7 +363,7 @@ def _tune(
 
 
 def _step(
-    letters: LetterModel,
+    chooser: ChoiceModel,
     rows: Asked,
     mass: Tensor,
     descriptions: Mapping[str, str],
@@ -379,9 +383,9 @@ def _step(
         asked.append(([rows.query(i, settings.disguise, generator) for i in chosen], options))
         domains = [rows.domains[i] for i in chosen]
         targets.append(torch.tensor([order.index(d if d in order else OTHER) for d in domains]))
-    device = letters.model.device
+    device = chooser.model.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = letters.forward(asked)
+        logits = chooser.forward(asked)
     losses = [cross_entropy(x, y.to(device), reduction="sum") for x, y in zip(logits, targets, strict=True)]
     loss = torch.stack(losses).sum() / settings.batch
     loss.backward()
@@ -415,16 +419,3 @@ def _identity(rows: Sequence[Row], descriptions: Mapping[str, str], info: ModelI
         dataclasses.asdict(settings),
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _provenance(rows: Sequence[Row], data_sha256: str) -> Provenance:
-    import transformers
-
-    return Provenance(
-        data_sha256=data_sha256,
-        rows=dict(sorted(Counter(row.domain for row in rows).items())),
-        meswitch=__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )

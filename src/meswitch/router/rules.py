@@ -8,18 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, text_of
-from meswitch.router.features import clip
-from meswitch.router.store import Given, check_members, check_no_tensors, open_member, register, write_router
-from meswitch.strict import Decoder
+from meswitch.jsonfile import Decoder
+from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, clip, text_of
+from meswitch.router.store import (
+    OpenOptions,
+    check_members,
+    check_no_tensors,
+    open_member,
+    register_router,
+    write_router,
+)
 
 
 @dataclass(frozen=True)
-class Request(Sequence[Mapping[str, Any]]):
+class RoutingRequest(Sequence[Mapping[str, Any]]):
     """A conversation with what came along with it: pass it to a router in place of the messages.
 
-    headers: names in any case. metadata: OpenAI's `metadata` field, a flat object. Routers without rules see only the
-    messages.
+    Args:
+        headers: names in any case.
+        metadata: OpenAI's `metadata` field, a flat object. Routers without rules see only the messages.
     """
 
     messages: Messages
@@ -44,8 +51,10 @@ class Request(Sequence[Mapping[str, Any]]):
 class Rule:
     """One rule. choose: an expert's name, or `other` for the fallback.
 
-    field: `text` (what the user asks), `system` (the system message), `header:NAME` or `metadata:NAME` of the request.
-    pattern: a regular expression that is searched there.
+    Args:
+        field: `text` (what the user asks), `system` (the system message), `header:NAME` or `metadata:NAME` of the
+            request.
+        pattern: a regular expression that is searched there.
     """
 
     choose: str
@@ -64,7 +73,7 @@ class RulesFile:
     tensors_sha256: str = ""
 
 
-@register("rules")
+@register_router("rules")
 class RulesRouter(Router):
     """The first rule that matches decides; what none matches goes to `router`, or abstains if there is none.
 
@@ -144,7 +153,7 @@ class RulesRouter(Router):
         write_router(Path(path), RulesFile("rules", self.experts, self.rules, {}), {}, members)  # type: ignore[arg-type]
 
     @classmethod
-    def open(cls, directory: Path, file: RulesFile, given: Given) -> "RulesRouter":
+    def open(cls, directory: Path, file: RulesFile, given: OpenOptions) -> "RulesRouter":
         """
         Raises:
             RouterError: damaged, or the router behind is not the one that it was saved with.
@@ -201,7 +210,7 @@ def _value(field_name: str, messages: Messages) -> str | None:
     if kind == "system":
         system = [message for message in messages if message.get("role") in ("system", "developer")]
         return clip(text_of(system)) if system else None
-    if not isinstance(messages, Request):
+    if not isinstance(messages, RoutingRequest):
         return None
     if kind == "header":
         return next((value for key, value in messages.headers.items() if key.lower() == name.lower()), None)

@@ -8,8 +8,11 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -18,19 +21,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from meswitch import __version__
 from meswitch.artifact.fingerprint import sha256_file
 from meswitch.durable import fsync_path, recover_directory, replace_directory
+from meswitch.jsonfile import Decoder
 from meswitch.router.base import Router, RouterError
-from meswitch.strict import Decoder
 
 FORMAT = "meswitch-router"
 VERSION = 2  # 2: an embedding router's `routes`, and `prior` and `own` of its settings
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
+ENTRY_POINTS = "meswitch.routers"
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class ScoreCalibration:
     """Fitted on held-out predictions, which also gave the figures (auroc is None without rows of `other`)."""
 
     temperature: float
@@ -41,7 +46,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
+class RouterProvenance:
     """What it was trained on (SHA-256 of the data file, rows of every domain), with what, and when (UTC)."""
 
     data_sha256: str
@@ -50,6 +55,25 @@ class Provenance:
     torch: str
     transformers: str
     created: str
+
+    @classmethod
+    def of(cls, domains: Iterable[str], data_sha256: str) -> "RouterProvenance":
+        """That of a training which ends now.
+
+        Args:
+            domains: of all its rows.
+            data_sha256: of the file of rows.
+        """
+        import transformers
+
+        return cls(
+            data_sha256=data_sha256,
+            rows=dict(sorted(Counter(domains).items())),
+            meswitch=__version__,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
 class File(Protocol):
@@ -64,29 +88,33 @@ class File(Protocol):
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the caller of `load_router` said; see there."""
+class OpenOptions:
+    """How a router on disk is opened; the fields are the arguments of `load_router`."""
 
     base: str | Path
-    fallback: str
-    threshold: float | None
-    model: Any
-    tokenizer: Any
-    device: str
-    llm: str | Path | None
+    fallback: str = "base"
+    threshold: float | None = None
+    model: Any = None
+    tokenizer: Any = None
+    device: str = "cpu"
+    llm: str | Path | None = None
 
 
 class StoredKind(Protocol):
     """A class of routers that can be written and read: one file of this package, imported by its `__init__`.
 
-    file: its part of `router.json`. unknown: what to do about experts that it does not know, beside training again.
+    Another package's is found by an entry point of the group `meswitch.routers`: the kind, and the module to import.
+
+    Args:
+        file: its part of `router.json`.
+        unknown: what to do about experts that it does not know, beside training again.
     """
 
     file: ClassVar[type[Any]]
     unknown: ClassVar[str]
 
     @classmethod
-    def open(cls, directory: Path, file: Any, given: Given) -> Router: ...
+    def open(cls, directory: Path, file: Any, given: OpenOptions) -> Router: ...
 
     @classmethod
     def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
@@ -97,7 +125,7 @@ _KINDS: dict[str, Any] = {}
 _R = TypeVar("_R", bound=Router)
 
 
-def register(name: str) -> Callable[[type[_R]], type[_R]]:
+def register_router(name: str) -> Callable[[type[_R]], type[_R]]:
     """A class decorator: routers whose `router.json` says this kind are opened by the class. See `StoredKind`."""
 
     def add(router: type[_R]) -> type[_R]:
@@ -118,7 +146,8 @@ def write_router(
 ) -> None:
     """Write to `<path>.partial`, flush to the disk, rename: `path` is never half a router.
 
-    members: routers that this one is made of; each becomes a directory in it.
+    Args:
+        members: routers that this one is made of; each becomes a directory in it.
 
     Raises:
         RouterError: `path` exists and is not a router, or cannot be written.
@@ -171,6 +200,9 @@ def read_file(path: Path) -> Any:
     if version > VERSION:
         raise RouterError(f"{name}: version: {version} is newer than this meswitch reads ({VERSION}); upgrade meswitch")
     kind = data.get("kind")
+    if isinstance(kind, str) and kind not in _KINDS:
+        for point in entry_points(group=ENTRY_POINTS, name=kind):
+            point.load()
     if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))
         raise RouterError(f"{name}: kind: {kind!r} is not known to this meswitch (it has {known})")
@@ -222,7 +254,8 @@ def read_all_tensors(path: Path, file: Any) -> dict[str, Tensor]:
 def check_members(path: Path, file: Any, names: Collection[str]) -> None:
     """Are the routers that this one is made of there, and the ones it was saved with?
 
-    names: which there must be; others are refused.
+    Args:
+        names: which there must be; others are refused.
 
     Raises:
         RouterError: names the member.
@@ -252,10 +285,14 @@ def load_router(
     """Load a router directory for a base.
 
     Args:
-        path: what `meswitch router train` wrote. base: the base's checkpoint directory or hub id.
+        path: what `meswitch router train` wrote.
+        base: the base's checkpoint directory or hub id.
         experts: the family's; the router's must be the same ones. None: do not compare.
-        fallback: who answers when the router abstains. threshold: instead of the calibrated one.
-        model, tokenizer: the base, if it is loaded already; give both. device: where to load models otherwise.
+        fallback: who answers when the router abstains.
+        threshold: instead of the calibrated one.
+        model: the base, if it is loaded already.
+        tokenizer: the base's; give both or none.
+        device: where to load models otherwise.
         llm: where an LLM router's model is now, if it is not where it was.
 
     Raises:
@@ -266,16 +303,16 @@ def load_router(
     file = read_file(directory)
     if experts is not None:
         check_experts(directory, file, experts)
-    return open_kind(directory, file, Given(base, fallback, threshold, model, tokenizer, device, llm))
+    return open_kind(directory, file, OpenOptions(base, fallback, threshold, model, tokenizer, device, llm))
 
 
-def open_kind(directory: Path, file: Any, given: Given) -> Router:
+def open_kind(directory: Path, file: Any, given: OpenOptions) -> Router:
     """The router of a directory whose `router.json` was read."""
     router: Router = _KINDS[file.kind].open(directory, file, given)
     return router
 
 
-def open_member(directory: Path, given: Given) -> Router:
+def open_member(directory: Path, given: OpenOptions) -> Router:
     """A router inside another one; it decides by its own threshold, if at all.
 
     Raises:

@@ -5,15 +5,25 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
+from meswitch import __version__
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
-from meswitch.server import embeddings, messages, reference, responses, route, tokens
-from meswitch.server.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
+from meswitch.server.answers import (
+    ChatCompletion,
+    ChatFormat,
+    Format,
+    Health,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    TextFormat,
+)
 from meswitch.server.auto import (
     AUTO,
     EXPERT,
@@ -22,27 +32,53 @@ from meswitch.server.auto import (
     ROUTE_SCORES,
     WANTED,
     AutoPolicy,
-    conversation_of,
-    with_circumstances,
+    routable_messages,
+    routing_request,
 )
 from meswitch.server.chat import Chat
+from meswitch.server.endpoints import OpenDecider, OpenEncoder, embedding_routes, routing_routes, token_routes
 from meswitch.server.errors import ApiError, install_error_handlers, without_paths
 from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
-from meswitch.server.formats import ChatFormat, Format, TextFormat
-from meswitch.server.generation import Generation, encoded
+from meswitch.server.generation import EventStream, Generation, encoded, whole_answer
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, Record, RequestLog
+from meswitch.server.messages import message_routes
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
-from meswitch.server.page import page_routes
+from meswitch.server.page import docs_routes, page_routes
+from meswitch.server.responses import response_routes
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
-from meswitch.server.stream import EventStream, answer
 from meswitch.tokenizer import Prompt
-from meswitch.version import __version__
 
 logger = logging.getLogger("meswitch.server")
 
 NOTE = "x-meswitch-note"  # what the expert cannot do of the request, and does without
+
+
+@dataclass(frozen=True, slots=True)
+class Web:
+    """How browsers and proxies reach the application.
+
+    Args:
+        allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
+        root_path: under which a proxy serves it, such as `/llm`.
+    """
+
+    allow_origins: Sequence[str] = ()
+    root_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OnDemandModels:
+    """Models beside the engine, each opened for the first request that needs it.
+
+    Args:
+        open_encoder: gives a base on the engine's weights, for embeddings; None for none.
+        open_decider: gives a router over routes that a request brings; None for none.
+    """
+
+    open_encoder: OpenEncoder | None = None
+    open_decider: OpenDecider | None = None
 
 
 def create_app(
@@ -52,29 +88,25 @@ def create_app(
     descriptions: Mapping[str, str] | None = None,
     keys: Keys | None = None,
     experts: Experts | None = None,
-    watch: bool = False,
+    on_demand: OnDemandModels | None = None,
     trace: Callable[[Record], None] | None = None,
-    allow_origins: Sequence[str] = (),
-    root_path: str = "",
+    web: Web | None = None,
     close_engine: bool = True,
-    open_encoder: embeddings.OpenEncoder | None = None,
-    open_decider: route.OpenDecider | None = None,
 ) -> FastAPI:
     """The application: serve it with uvicorn or any ASGI server, in one process.
 
     Args:
+        engine: answers.
         auto: says who answers; None for one without a router.
         descriptions: what the experts are good at, by name, for the models page.
         keys: of which clients must send one; None for those of the environment.
         experts: lets administrators change what is served; its descriptions then stand for `descriptions`.
-        watch: look every few seconds for experts that appear in its directory, or go.
-        allow_origins: sites whose pages may ask from a browser, such as `https://chat.example`; `*` for all.
-        trace: is told of every request at its end: see `tracing`.
-        root_path: under which a proxy serves it, such as `/llm`.
+        on_demand: for embeddings, and for routes that a request brings; None for neither.
+        trace: is told of every request at its end: see `logs.spans`.
+        web: how browsers and proxies reach it; None for neither.
         close_engine: whether the engine ends with the server.
-        open_encoder: gives a base on the engine's weights, for embeddings; None for none.
-        open_decider: gives a router over routes that a request brings; None for none.
     """
+    web, on_demand = web or Web(), on_demand or OnDemandModels()
     auto = auto or AutoPolicy(None, lambda: engine.names, base=engine.base_name)
     measured = Metrics(engine, auto)
     service = _Service(engine, auto, descriptions or {} if experts is None else experts.descriptions)
@@ -82,7 +114,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(_watch(experts)) if watch and experts is not None else None
+        watching = asyncio.create_task(_watch(experts)) if experts is not None and experts.is_watched else None
         yield
         if watching is not None:
             watching.cancel()
@@ -90,15 +122,15 @@ def create_app(
             await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="meswitch", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.servers = [{"url": root_path}] if root_path else []
+    app.servers = [{"url": web.root_path}] if web.root_path else []
     install_error_handlers(app)
     app.add_middleware(ApiKeyMiddleware, keys=keys)
-    app.add_middleware(NormalisingMiddleware, root_path=root_path)
+    app.add_middleware(NormalisingMiddleware, root_path=web.root_path)
     app.add_middleware(RequestLog, engine=engine, told=[measured.count, *([] if trace is None else [trace])])
-    if allow_origins:
+    if web.allow_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(allow_origins),
+            allow_origins=list(web.allow_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[EXPERT, NOTE, ROUTE_REASON, ROUTE_SCORE, ROUTE_SCORES, REQUEST_ID, "retry-after"],
@@ -139,12 +171,12 @@ def create_app(
         expert, _, chat = await service.begin_chat(body, request)
         return len(await encoded(engine.tokenizers[expert], chat.prompt, "messages"))
 
-    app.include_router(responses.routes(answer_chat))
-    app.include_router(messages.routes(answer_chat, count_tokens))
-    app.include_router(tokens.routes(engine, auto.check))
-    app.include_router(reference.routes(app))
-    app.include_router(embeddings.routes(engine, open_encoder, auto.check))
-    app.include_router(route.routes(auto, open_decider))
+    app.include_router(response_routes(answer_chat))
+    app.include_router(message_routes(answer_chat, count_tokens))
+    app.include_router(token_routes(engine, auto.check))
+    app.include_router(docs_routes(app))
+    app.include_router(embedding_routes(engine, on_demand.open_encoder, auto.check))
+    app.include_router(routing_routes(auto, on_demand.open_decider))
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -156,13 +188,13 @@ def create_app(
         """Continue texts or token ids."""
         prompts: Sequence[Prompt] = body.prompt
         wanted = request.headers.get(WANTED)
-        routable = conversation_of({"prompt": body.prompt}) if body.model == AUTO and wanted is None else []
-        asked = with_circumstances(routable, request.headers.items(), body.metadata)
+        routable = routable_messages({"prompt": body.prompt}) if body.model == AUTO and wanted is None else []
+        asked = routing_request(routable, request.headers.items(), body.metadata)
         chosen = await auto.choose(body.model, asked, wanted)
         generation = await Generation.start(engine, chosen.expert, prompts, body, "prompt")
         return await _respond(generation, TextFormat(chosen.expert, body), body, request, chosen.headers)
 
-    app.include_router(page_routes(root_path))
+    app.include_router(page_routes(web.root_path))
     if experts is not None:
         app.include_router(expert_routes(experts, engine, keys))
     return app
@@ -183,7 +215,7 @@ async def _respond(
 ) -> Response:
     if body.stream:
         return EventStream(generation, shape, headers)
-    return await answer(generation, shape, request, headers)
+    return await whole_answer(generation, shape, request, headers)
 
 
 class _Service:
@@ -196,7 +228,7 @@ class _Service:
 
     async def begin_chat(self, body: ChatRequest, request: Request) -> tuple[str, dict[str, str], Chat]:
         """Who answers a chat request, headers that say so, and what the request is for this expert."""
-        asked = with_circumstances(body.conversation(), request.headers.items(), body.metadata)
+        asked = routing_request(body.conversation(), request.headers.items(), body.metadata)
         chosen = await self._auto.choose(body.model, asked, request.headers.get(WANTED))
         tokenizer = self._engine.tokenizers[chosen.expert]
         if any(m.role in ("system", "developer") for m in body.messages) and not tokenizer.shows_system:

@@ -1,37 +1,72 @@
 """`model: "auto"`: one answer to who answers, for the server, vLLM's middleware and the front of several replicas.
 
-The router runs beside the event loop. Whatever happens to it, somebody answers.
+The router runs beside the event loop, and what it decided is remembered by what was asked. Whatever happens to it,
+somebody answers.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, unquote
 
-from meswitch.router import Request, Route, Router
-from meswitch.router.conversation import Reason
+from meswitch.router import Route, Router, RoutingRequest
+from meswitch.router.base import Messages, Reason
 from meswitch.server.errors import ApiError, without_paths
 from meswitch.server.keys import CALLER
 from meswitch.server.logs import RECORD
-from meswitch.server.route_cache import RouteCache, key_of
 
+T = TypeVar("T")
+
+ENTRY_BYTES = 512  # of a key, a decision and their places; 273 by tracemalloc, the rest is reserve
 logger = logging.getLogger("meswitch.server")
-
-Messages = Sequence[Mapping[str, Any]]
-
 AUTO = "auto"
 EXPERT, ROUTE_REASON, ROUTE_SCORE = "x-meswitch-expert", "x-meswitch-route-reason", "x-meswitch-route-score"
 ROUTE_SCORES = "x-meswitch-route-scores"
 WANTED = EXPERT  # of a request to `auto`: who is to answer this one, whatever the router would say
 ERROR = "error"  # the fallback of a family whose abstentions are errors
-
 _MAX_BATCH = 64
 _TIMEOUT = 30.0  # seconds; then the fallback answers
 _TOLD = 16  # scores in a header
 _NO_ROUTER = "there is none; make one with `meswitch router train` and start the server again"
+
+
+class RouteCache(Generic[T]):
+    """At most `budget` bytes, counting ENTRY_BYTES an entry. For one thread."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._entries: OrderedDict[bytes, T] = OrderedDict()
+
+    def get(self, key: bytes) -> T | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, key: bytes, value: T) -> None:
+        self._entries[key] = value
+        self._entries.move_to_end(key)
+        while self.nbytes > self.budget:
+            self._entries.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._entries) * ENTRY_BYTES
+
+
+def key_of(turns: Sequence[str]) -> bytes:
+    """32 bytes that stand for these texts in this order; nobody can make two conversations share them."""
+    digest = hashlib.sha256()
+    for turn in turns:
+        raw = turn.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "big"))
+        digest.update(raw)
+    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +104,9 @@ class RouteStats:
 
     Args:
         decided: (expert, reason) -> decisions, those from the cache included.
-        hits: decisions from the cache. batches: that were scored. scored: queries in them.
+        hits: decisions from the cache.
+        batches: that were scored.
+        scored: queries in them.
         seconds: that scoring took.
         cache_bytes: of remembered decisions.
         waiting: queries now.
@@ -116,12 +153,12 @@ class AutoPolicy:
     def has_router(self) -> bool:
         return self._queue is not None
 
-    async def choose(self, model: str, asked: Request, wanted: str | None = None) -> Choice:
+    async def choose(self, model: str, asked: RoutingRequest, wanted: str | None = None) -> Choice:
         """Who answers.
 
         Args:
             model: of the request: a name, or `auto`.
-            asked: see `with_circumstances`. Nobody reads it where the router does not choose.
+            asked: see `routing_request`. Nobody reads it where the router does not choose.
             wanted: the header `x-meswitch-expert` of the request; instead of the router's choice.
 
         Raises:
@@ -161,7 +198,7 @@ class AutoPolicy:
             raise self.unknown(model)
         _check_allowed(model)
 
-    async def decide(self, asked: Request) -> Decision:
+    async def decide(self, asked: RoutingRequest) -> Decision:
         """What the router says, without an answer.
 
         Raises:
@@ -181,8 +218,8 @@ class AutoPolicy:
         named = [(name.lower(), value) for name, value in headers]
         wanted = dict(named).get(WANTED)
         model = str(body.get("model"))
-        messages = [] if wanted is not None or model != AUTO else conversation_of(body)
-        return await self.choose(model, with_circumstances(messages, named, body.get("metadata")), wanted)
+        messages = [] if wanted is not None or model != AUTO else routable_messages(body)
+        return await self.choose(model, routing_request(messages, named, body.get("metadata")), wanted)
 
     def unknown(self, model: str) -> ApiError:
         """What to answer who asked for somebody who is not there."""
@@ -326,7 +363,7 @@ def _check_allowed(model: str) -> None:
         raise ApiError(403, message, param="model", code="model_not_allowed")
 
 
-def conversation_of(body: Mapping[str, Any]) -> Messages:
+def routable_messages(body: Mapping[str, Any]) -> Messages:
     """What the router reads of a request's JSON object, chat or plain text.
 
     Raises:
@@ -345,10 +382,10 @@ def conversation_of(body: Mapping[str, Any]) -> Messages:
     return [{"role": "user", "content": prompt}]
 
 
-def with_circumstances(messages: Messages, headers: Iterable[tuple[str, str]], metadata: Any) -> Request:
+def routing_request(messages: Messages, headers: Iterable[tuple[str, str]], metadata: Any) -> RoutingRequest:
     """The conversation with what rules may look at: headers that begin with `x-`, never a key or a cookie."""
     named = {name.lower(): value for name, value in headers if name.lower().startswith("x-")}
-    return Request(messages, named, metadata if isinstance(metadata, Mapping) else {})
+    return RoutingRequest(messages, named, metadata if isinstance(metadata, Mapping) else {})
 
 
 def _served_by(expert: str) -> dict[str, str]:

@@ -21,7 +21,12 @@ _PATH = re.compile(r"(?<![\w/.:])/(?!v1/)(?:[^\s/'\"`:,;()]+/)+[^\s/'\"`:,;()]*"
 
 
 class ApiError(Exception):
-    """An answer other than 200. param: the request's field that is wrong. code: for programs."""
+    """An answer other than 200.
+
+    Args:
+        param: the request's field that is wrong.
+        code: for programs.
+    """
 
     def __init__(
         self,

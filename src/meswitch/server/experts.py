@@ -15,15 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meswitch.engine import Engine, holds_expert
 from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
-from meswitch.family import Family
+from meswitch.family import NAME, RESERVED, Family
 from meswitch.server.errors import ApiError, without_paths
 from meswitch.server.keys import ADMIN_KEY_VARIABLE, CALLER, Keys
 
 logger = logging.getLogger("meswitch.server")
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 WATCH_SECONDS = 2.0
-_RESERVED = ("auto", "other", "error")
 
 Action = Literal["load", "reload", "pin", "unpin"]
 
@@ -47,8 +45,10 @@ class Experts:
         *,
         directory: Path | None = None,
         family: Path | None = None,
+        is_watched: bool = False,
     ) -> None:
         self.descriptions = dict(descriptions)
+        self.is_watched = is_watched
         self._engine, self._directory, self._family = engine, directory, family
         self._sources, self._of_family = dict(sources), set(sources)
         self._found: dict[str, Any] = {}  # by `scan`: name -> signature of what was tried last
@@ -88,7 +88,7 @@ class Experts:
             ApiError: nothing may be loaded, or not from there.
             MeswitchError: see `Engine.add_expert`.
         """
-        if name in _RESERVED:
+        if name in RESERVED:
             raise ApiError(400, f"name: {name!r} is reserved for routing", param="name", code="invalid_value")
         if self._directory is None:
             raise ApiError(403, "no experts may be loaded: server.experts_dir is not set", code="not_allowed")

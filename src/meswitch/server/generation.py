@@ -1,24 +1,35 @@
-"""From the engine's threads into the event loop: all answers to one HTTP request as one stream of pieces."""
+"""From the engine's threads into the event loop, and onto the wire.
+
+All answers to one HTTP request are one stream of pieces (`Generation`). They are sent whole or as server-sent events; a
+client that goes away ends its requests.
+"""
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
+from typing import Any, TypeVar
 
-from meswitch.engine import Chunk, Engine, Request
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from meswitch.engine import Chunk, Engine
+from meswitch.engine import Request as EngineRequest
 from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
-from meswitch.server.answers import Usage
+from meswitch.server.answers import Answer, Format, Usage
 from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError
-from meswitch.server.formats import Answer
+from meswitch.server.logs import GONE
 from meswitch.server.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 _ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "meswitch-encode")
+T = TypeVar("T")
 
 
 async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *, special: bool = True) -> list[int]:
@@ -71,7 +82,7 @@ class Generation:
         self._choices, self._chat = request.answers, chat
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
-        self._requests: list[Request] = []
+        self._requests: list[EngineRequest] = []
 
     @classmethod
     async def start(
@@ -149,7 +160,7 @@ class Generation:
         found = zip(texts, reasons, self._requests, logprobs, strict=True)
         return [Answer(text, reason, request, some) for text, reason, request, some in found]
 
-    def request(self, index: int) -> Request:
+    def request(self, index: int) -> EngineRequest:
         """The engine's, of answer `index`."""
         return self._requests[index]
 
@@ -172,3 +183,87 @@ class Generation:
 
 def _dead(engine: Engine) -> ApiError:
     return ApiError(503, f"the engine has stopped: {engine.failure}; restart the server", code="engine_unavailable")
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before the answer was complete."""
+
+
+async def whole_answer(generation: Generation, shape: Format, request: Request, headers: Mapping[str, str]) -> Response:
+    """The whole answer as JSON."""
+    try:
+        answers = await _while_connected(request.receive, generation.whole())
+        return JSONResponse(shape.whole(answers, generation.usage()).model_dump(mode="json"), headers=dict(headers))
+    except ClientGoneError:
+        return Response(status_code=GONE)
+    finally:
+        generation.cancel()
+
+
+class EventStream(StreamingResponse):
+    """The answer as server-sent events. Failures before the first piece still get their own status."""
+
+    def __init__(self, generation: Generation, shape: Format, headers: Mapping[str, str]) -> None:
+        quick = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may collect the pieces
+        events = _events(generation, shape)
+        super().__init__(events, headers={**headers, **quick}, media_type="text/event-stream")
+        self._generation, self._shape = generation, shape
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _while_connected(receive, self._send(send))
+        except ClientGoneError:
+            pass
+        finally:
+            self._generation.cancel()
+
+    async def _send(self, send: Send) -> None:
+        event = await anext(self._events)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        except ApiError as error:  # too late for a status
+            event = self._shape.failure(error)
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _events(generation: Generation, shape: Format) -> AsyncIterator[str]:
+    is_first = True
+    async for index, piece in generation.pieces():
+        for chunk in shape.begin(generation.request(index)) if is_first else []:
+            yield shape.event(chunk)
+        is_first = False
+        for chunk in shape.chunks(index, piece, generation.request(index)):
+            yield shape.event(chunk)
+    for chunk in shape.end(generation.usage()):
+        yield shape.event(chunk)
+    if shape.last:
+        yield shape.last
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which ends when the client goes away.
+
+    Raises:
+        ClientGoneError: it did.
+    """
+    job, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.done():
+            raise ClientGoneError
+        return job.result()
+    finally:
+        for task in (job, gone):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await gone
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from meswitch.errors import ConfigError
+from meswitch.family import NAME
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import RECORD
 from meswitch.server.page import PATHS
@@ -37,7 +38,7 @@ class ApiKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     models: tuple[str, ...] | None = None
     concurrency: int | None = Field(default=None, ge=1)
@@ -46,7 +47,7 @@ class ApiKey(BaseModel):
     @classmethod
     def of(cls, name: str, text: str, *, admin: bool = False) -> "ApiKey":
         """A key without limits."""
-        return cls(name=name, sha256=digest(text), admin=admin)
+        return cls(name=name, sha256=key_digest(text), admin=admin)
 
     def allows(self, model: str) -> bool:
         return self.models is None or model in self.models
@@ -92,7 +93,7 @@ class Keys:
         """
         headers = Headers(scope=scope)
         scheme, _, given = headers.get("authorization", "").strip().partition(" ")
-        hashed = digest(given.strip()) if scheme.lower() == "bearer" else ""
+        hashed = key_digest(given.strip()) if scheme.lower() == "bearer" else ""
         found = None
         for known, key in self._keys.items():  # as long for a good guess as for a bad one
             if hmac.compare_digest(hashed, known):
@@ -157,7 +158,7 @@ def _of_file(file: Path) -> list[ApiKey]:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{file}: key[{number}].{field}: {first['msg']}; see docs/server.md") from None
+            raise ConfigError(f"{file}: key[{number}].{field}: {first['msg']}; see docs/use/serve.md") from None
     for field in ("name", "sha256"):
         values = [getattr(key, field) for key in keys]
         twice = next((value for value in values if values.count(value) > 1), None)
@@ -196,6 +197,6 @@ class ApiKeyMiddleware:
                 self._keys.end(key)
 
 
-def digest(text: str) -> str:
+def key_digest(text: str) -> str:
     """Of a key's text, in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

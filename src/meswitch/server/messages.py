@@ -11,11 +11,9 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from meswitch.engine import Chunk
 from meswitch.engine import Request as EngineRequest
-from meswitch.server.answers import Event, Usage
-from meswitch.server.chat import Chat, chat_request
+from meswitch.server.answers import Answer, AnswerChat, Event, Format, Usage
+from meswitch.server.chat import AnswerPart, Chat, chat_request
 from meswitch.server.errors import ANTHROPIC_PATH, ApiError
-from meswitch.server.formats import Answer, AnswerChat, Format
-from meswitch.server.reader import Part
 from meswitch.server.schema import ChatRequest, SomeText, Strict, Text, content_text, neutral_only, refuse
 
 _IGNORED = {"service_tier", "metadata", "betas"}
@@ -199,7 +197,7 @@ class MessagesFormat(Format):
     def failure(self, error: ApiError) -> str:
         return f"event: error\ndata: {json.dumps(error.anthropic_body())}\n\n"
 
-    def _add(self, part: Part) -> list[BaseModel]:
+    def _add(self, part: AnswerPart) -> list[BaseModel]:
         events: list[BaseModel] = []
         kind = {"reasoning": "thinking", "content": "text", "call": "tool_use"}[part.kind]
         if part.call is not None:
@@ -244,7 +242,7 @@ class MessagesFormat(Format):
         return Event({**fields, "content": [dict(block) for block in self._blocks], **ended, "usage": counted})
 
 
-def routes(answer: AnswerChat, count: Callable[[ChatRequest, Request], Awaitable[int]]) -> APIRouter:
+def message_routes(answer: AnswerChat, count: Callable[[ChatRequest, Request], Awaitable[int]]) -> APIRouter:
     """`/v1/messages`.
 
     Args:

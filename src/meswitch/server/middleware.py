@@ -63,7 +63,7 @@ async def _unpacked(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
     headers = Headers(scope=scope)
     length = headers.get("content-length", "")
     if length.isdigit() and int(length) > MAX_BODY:
-        raise _too_large()
+        raise too_large()
     encoding = headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
         return scope, receive if length.isdigit() else await _limited(receive)
@@ -81,7 +81,7 @@ async def _unpacked(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         except zlib.error as error:
             raise ApiError(400, f"the body is not {encoding}: {error}", code="invalid_json") from None
         if len(body) > MAX_BODY:
-            raise _too_large()
+            raise too_large()
         more = message.get("more_body", False)
     if not unpacker.eof or unpacker.unused_data:
         raise ApiError(400, f"the body is not whole {encoding} data", code="invalid_json")
@@ -103,7 +103,7 @@ async def _limited(receive: Receive) -> Receive:
             break
         body += message.get("body", b"")
         if len(body) > MAX_BODY:
-            raise _too_large()
+            raise too_large()
         more = message.get("more_body", False)
     return _replayed(bytes(body), receive)
 
@@ -119,5 +119,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _too_large() -> ApiError:
+def too_large() -> ApiError:
+    """What a client gets whose body is larger than `MAX_BODY`."""
     return ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="request_too_large")

@@ -11,11 +11,9 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from meswitch.engine import Chunk
 from meswitch.engine import Request as EngineRequest
-from meswitch.server.answers import Event, Usage
-from meswitch.server.chat import Chat, chat_request
+from meswitch.server.answers import Answer, AnswerChat, Event, Format, Usage
+from meswitch.server.chat import AnswerPart, Chat, chat_request
 from meswitch.server.errors import ApiError
-from meswitch.server.formats import Answer, AnswerChat, Format
-from meswitch.server.reader import Part
 from meswitch.server.schema import Metadata, Strict, Text, content_text, neutral_only, refuse
 
 _TEXTS = ("text", "input_text", "output_text")
@@ -187,7 +185,7 @@ class ResponsesFormat(Format):
         event = self._event("error", message=said["message"], code=said["code"], param=said["param"])
         return self.event(event)
 
-    def _add(self, part: Part) -> list[BaseModel]:
+    def _add(self, part: AnswerPart) -> list[BaseModel]:
         """Write a part into the output; what is streamed of it."""
         events: list[BaseModel] = []
         kind = {"reasoning": "reasoning", "content": "message", "call": "function_call"}[part.kind]
@@ -212,7 +210,7 @@ class ResponsesFormat(Format):
         events.append(self._event(f"response.{name}.delta", **where, **delta))
         return events
 
-    def _open(self, kind: str, part: Part, events: list[BaseModel]) -> None:
+    def _open(self, kind: str, part: AnswerPart, events: list[BaseModel]) -> None:
         item: dict[str, Any] = {"type": kind, "status": "in_progress"}
         if part.call is not None:
             item |= {"id": f"fc_{uuid.uuid4().hex}", "call_id": part.call.id, "name": part.call.name, "arguments": ""}
@@ -289,7 +287,7 @@ class ResponsesFormat(Format):
         }
 
 
-def routes(answer: AnswerChat) -> APIRouter:
+def response_routes(answer: AnswerChat) -> APIRouter:
     """`/v1/responses`. answer: answers a chat request in a given shape."""
     router = APIRouter()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from meswitch.artifact import Artifact, Entry, ReadAhead, delta_from_parts
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import Delta, ExactDelta, PackedDelta, packed_shape, unfold
-from meswitch.codec.rows import BY_ROW, expand_rows
+from meswitch.codec.delta import BY_ROW, expand_rows
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, write_by
 from meswitch.tensorfile import DTYPES

@@ -1,4 +1,4 @@
-"""meswitch deltas inside vLLM: `--worker-cls meswitch.vllm.DeltaWorker`. See docs/vllm.md.
+"""meswitch deltas inside vLLM: `--worker-cls meswitch.vllm.DeltaWorker`. See docs/use/vllm.md.
 
 Nothing here is imported by the rest of the package, and vLLM only when a name is asked for.
 """

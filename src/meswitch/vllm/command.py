@@ -9,11 +9,11 @@ from pathlib import Path
 from meswitch.adapter import Adapter, is_adapter
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Manifest
+from meswitch.cpu import users_environment
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.family import Family
 from meswitch.ops.linear import MAX_TOKENS
-from meswitch.threads import users_environment
 from meswitch.vllm.settings import KEY
 
 FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router

@@ -11,7 +11,7 @@ from meswitch.ops.routing import MAX_TOKENS
 try:
     import vllm  # noqa: F401
 except ImportError as error:
-    raise ConfigError("vLLM is not installed; install meswitch[vllm] (on a CPU: see docs/vllm.md)") from error
+    raise ConfigError("vLLM is not installed; install meswitch[vllm] (on a CPU: see docs/use/vllm.md)") from error
 
 from meswitch.vllm import compat
 

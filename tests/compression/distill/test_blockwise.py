@@ -14,8 +14,8 @@ from meswitch import Artifact
 from meswitch.artifact.manifest import Manifest
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.blockwise import train_blocks
-from meswitch.compression.distill.recipe import Recipe, recipe_for
 from meswitch.compression.distill.student import TrainablePacked, read_batch
+from meswitch.compression.options import Recipe, recipe_for
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.text import load_calibration
 from meswitch.errors import ConfigError
@@ -45,6 +45,7 @@ def divergence(base, expert, delta, text):
     return total / tokens
 
 
+@pytest.mark.slow
 def test_the_divergence_falls_and_the_artifact_costs_no_more_bytes_and_is_served(family, tmp_path, text):
     pair = family / "base", family / "math"
     plain = meswitch.compress(*pair, tmp_path / "plain", calibration=text, distill=0)

@@ -5,8 +5,8 @@ import torch
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.distill.cost import Cost, cost_of, duration, end_to_end_bytes, scope_for, statement
-from meswitch.compression.distill.recipe import Recipe
+from meswitch.compression.distill.training import Cost, about_duration, cost_of, end_to_end_bytes, scope_for, statement
+from meswitch.compression.options import Recipe
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def expert(family):
     [(40, "about 40 seconds"), (89, "about 89 seconds"), (300, "about 5 minutes"), (9e4, "25 hours")],
 )
 def test_a_duration_is_told_in_one_unit(seconds, said):
-    assert duration(seconds).endswith(said)
+    assert about_duration(seconds).endswith(said)
 
 
 def test_the_statement_says_how_long_how_much_and_how_to_leave_it_out():
@@ -31,7 +31,7 @@ def test_the_statement_says_how_long_how_much_and_how_to_leave_it_out():
 
 
 def test_twice_the_steps_take_twice_as_long(expert, monkeypatch):
-    monkeypatch.setattr("meswitch.compression.distill.cost._rate", lambda dtype, device: 1e10)
+    monkeypatch.setattr("meswitch.compression.distill.training._operations_a_second", lambda dtype, device: 1e10)
     once, twice = (cost_of(expert, [100] * 40, Recipe(steps=steps), CPU).seconds for steps in (1000, 2000))
     assert twice == pytest.approx(2 * once)
 

@@ -7,8 +7,8 @@ import torch
 
 import meswitch
 from meswitch import Artifact
-from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.merge import load_merged
+from meswitch.compression.options import Recipe
 from meswitch.errors import ArtifactError, ConfigError
 
 
@@ -20,6 +20,7 @@ def text(family, tmp_path):
     return tmp_path / "text.jsonl"
 
 
+@pytest.mark.slow
 def test_distillation_lowers_the_divergence_on_held_out_text_and_costs_no_bytes(family, tmp_path, text):
     plain = meswitch.compress(family / "base", family / "math", tmp_path / "plain", calibration=text, distill=0)
     artifact = meswitch.compress(

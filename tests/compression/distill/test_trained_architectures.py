@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import meswitch
-from architectures import tiny
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.distill.recipe import Recipe
-from meswitch.compression.distill.student import build, read_batch
+from meswitch.compression.distill.student import build_student, read_batch
 from meswitch.compression.merge import load_merged
+from meswitch.compression.options import Recipe
 from meswitch.errors import IncompatibleError
+from tests.architectures import tiny
 
 CPU = torch.device("cpu")
 SHORT = Recipe(steps=12, batch=8, check_every=2, question_weight=1.0)
@@ -40,7 +40,7 @@ def test_a_student_computes_what_the_merged_model_does(pair, tmp_path, model_typ
     base, expert = pair(model_type)
     made = meswitch.compress(base, expert, tmp_path / "delta")
     checkpoints = Checkpoint.open(base).loaded, Checkpoint.open(expert).loaded
-    student = build(*checkpoints, made, SHORT, CPU, torch.float32)
+    student = build_student(*checkpoints, made, SHORT, CPU, torch.float32)
     merged = load_merged(base, tmp_path / "delta")
     with torch.no_grad():
         ours, theirs = (read_batch(model, [[5, 77, 1200], [9]], CPU) for model in (student.model, merged))

@@ -20,7 +20,6 @@ from meswitch.artifact import Artifact, Manifest, delta_from_parts
 from meswitch.artifact.manifest import Distillation, stored_name
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, restore_coded
-from meswitch.compression.distill.recipe import Recipe
 from meswitch.compression.distill.student import Student, attach
 from meswitch.compression.distill.training import (
     Sample,
@@ -36,6 +35,7 @@ from meswitch.compression.distill.training import (
     training_plan,
     weights,
 )
+from meswitch.compression.options import Recipe
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet
@@ -314,7 +314,8 @@ class _End:
         """KL(expert || student) in nats at a token, its mean as the recipe weighs.
 
         Args:
-            states: what the student's last block gave. learn: leave gradients in the student's parameters.
+            states: what the student's last block gave.
+            learn: leave gradients in the student's parameters.
         """
         wanted, found = self.job.tokens(batch, self.theirs), self.job.tokens(batch, states)
         weight = weights(batch, self.job.recipe.question_weight, self.job.device)

@@ -18,14 +18,13 @@ from meswitch.architecture import NORM, architecture_of, as_matrix
 from meswitch.artifact import Artifact, Manifest
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, Trainable, pack, unpack
-from meswitch.codec.coded import Group
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
+from meswitch.codec.registry import Group
 from meswitch.codec.words import nearest_words, signs_of
-from meswitch.compression.distill.recipe import Recipe, Scope
-from meswitch.compression.lazy_model import LazyModel, compute_dtype
-from meswitch.compression.partial_model import Call, PartialModel
-from meswitch.compression.placement import assembly, places_of
+from meswitch.compression.inputs import assembly, places_of
+from meswitch.compression.options import Recipe, Scope
+from meswitch.compression.partial_model import BlockCall, LazyModel, PartialModel, working_dtype
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.tensorfile import DTYPES
 
@@ -240,7 +239,13 @@ class TrainablePair(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """model: the compressed expert. matrices, norms: what is trained, by tensor name."""
+    """The compressed expert, to be trained.
+
+    Args:
+        model: of transformers.
+        matrices: that are trained, by tensor name.
+        norms: likewise.
+    """
 
     model: Any
     matrices: dict[str, Trainable]
@@ -275,8 +280,10 @@ def frozen(expert: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
 class Outputs:
     """What a model makes of a batch.
 
-    logits: [sequences, length, vocabulary] float32. hidden: the output of every block, [sequences, length,
-    hidden_size] each, if asked for. real: [sequences, length] bool, what is not padding.
+    Args:
+        logits: [sequences, length, vocabulary] float32.
+        hidden: the output of every block, [sequences, length, hidden_size] each, if asked for.
+        real: [sequences, length] bool, what is not padding.
     """
 
     logits: Tensor
@@ -297,7 +304,7 @@ def read_batch(model: Any, batch: list[list[int]], device: torch.device, *, hidd
     return Outputs(found.logits.float(), tuple(s for s in states if s.dim() == 3 and s.shape[:2] == ids.shape), real)
 
 
-def build(
+def build_student(
     base: Checkpoint,
     expert: Checkpoint,
     artifact: Artifact,
@@ -386,7 +393,7 @@ def check_trainable(expert: Checkpoint, scope: Scope, device: torch.device) -> N
     Raises:
         IncompatibleError: naming the reason.
     """
-    parts = PartialModel(expert, device, compute_dtype(device, expert.parameters))
+    parts = PartialModel(expert, device, working_dtype(device, expert.parameters))
     architecture, plan = parts.weights.architecture, parts.weights.plan
     shapes = {name: info.shape for name, info in expert.tensors.items()}
     roles = architecture.roles(shapes)
@@ -417,7 +424,7 @@ def check_trainable(expert: Checkpoint, scope: Scope, device: torch.device) -> N
             _try_gradient(parts, block.requires_grad_(), call, hidden)
 
 
-def _try_gradient(parts: PartialModel, block: nn.Module, call: Call, hidden: Tensor) -> None:
+def _try_gradient(parts: PartialModel, block: nn.Module, call: BlockCall, hidden: Tensor) -> None:
     leaving = hidden.detach().clone().requires_grad_()
     try:
         with torch.enable_grad():

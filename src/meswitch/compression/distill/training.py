@@ -1,30 +1,55 @@
-"""What both ways to distil share: text in batches, the divergence, the steps, and what the manifest says of them."""
+"""Training a compressed expert so that it says what the full one says: end to end, and what both ways share.
+
+BitDelta (arXiv 2402.10193, section 3.1) and ME-Switch (2406.09041) train scales end to end on logits, with fixed codes.
+Ours, unless a method's published recipe says otherwise (`options.Recipe`): codes are trained with their scales, salient
+weights and norms (`student`); the loss is the KL divergence from the full expert and the relative error of every
+block's output; what the user says counts less than what the assistant answers. Ours with every recipe: the state of
+least divergence on held-out text is kept. It needs both models in memory, unlike the rest of compression.
+"""
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.distill.recipe import Recipe
-from meswitch.compression.distill.student import Group
-from meswitch.compression.lazy_model import compute_dtype
-from meswitch.compression.saved_work import SavedWork, digest
+from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
+from meswitch.compression.distill.student import Group, Outputs, build_student, frozen, read_batch
+from meswitch.compression.options import Recipe, Scope
+from meswitch.compression.partial_model import working_dtype
+from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
+from meswitch.progress import Progress, silent
+from meswitch.units import format_bytes
 
 _HELD_OUT = 128  # sequences at most
 _HELD_OUT_BATCH = 16
 _POOL = 8  # batches that are sorted by length together
 _FLOAT32_PARAMETERS = 1 << 30
 _WARM_UP = 10  # steps
+END_TO_END_PARAMETERS = 2_000_000_000  # above, a step end to end takes seconds, and blocks need fewer of them
+STEP_TOKENS = 2048  # of a step that are in memory at once
+# For every parameter: expert, base, matrices as they are restored, latent weights, their gradients and AdamW's two
+# moments in 4 bytes each, the gradients of the matrices, levels.
+_BYTES_A_PARAMETER = 40
+_LOGITS = 8  # tensors as large as the logits of a step's part
+_STATES = 24  # numbers that a block keeps for the gradient, a token and a hidden unit
+_FREE = 0.8
+_WORK = 8  # operations for a parameter and token: forward of both models, backward of one
+_EFFICIENCY = 0.35  # of what a large product reaches
+_LAUNCHES = {"cuda": 1e-3, "cpu": 2e-4}  # seconds a step for every matrix that is restored
+_REMEMBERED = 1 << 28  # bytes of logits
 
 
 def check_text(sequences: list[list[int]]) -> None:
@@ -103,7 +128,8 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """KL(softmax(wanted) || softmax(found)) in nats.
 
     Args:
-        wanted, found: [..., vocabulary] float32 logits; the gradient is `found`'s alone.
+        wanted: [..., vocabulary] float32 logits.
+        found: likewise; the gradient is theirs alone.
 
     Returns:
         [...] float32.
@@ -141,9 +167,12 @@ def fit(
     """Train parameters and leave them in the state that was best on held-out text.
 
     Args:
-        text: batches without end. learn: leaves a batch's gradients in the parameters. held_out: what is to fall.
+        text: batches without end.
+        learn: leaves a batch's gradients in the parameters.
+        held_out: what is to fall.
         told: after every step: steps done, the held-out value at the last look and before the first step.
-        work, plan: where the state is saved now and then, and a digest of all that decides it.
+        work: where the state is saved now and then.
+        plan: a digest of all that decides it.
 
     Returns:
         the held-out value before the first step, and the best.
@@ -217,7 +246,7 @@ def training_plan(artifact: Artifact, text: CalibrationSet, recipe: Recipe, devi
 
 def training_dtype(expert: Checkpoint, device: torch.device) -> torch.dtype:
     """bfloat16 rounds away what a step changes; only where float32 would not fit is it worth that."""
-    return torch.float32 if expert.parameters <= _FLOAT32_PARAMETERS else compute_dtype(device, expert.parameters)
+    return torch.float32 if expert.parameters <= _FLOAT32_PARAMETERS else working_dtype(device, expert.parameters)
 
 
 @contextlib.contextmanager
@@ -247,3 +276,188 @@ def record(artifact: Artifact, recipe: Recipe, before: float, after: float) -> D
         question_weight=recipe.question_weight,
         scope=recipe.scope,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a training takes.
+
+    Args:
+        seconds: about, on this device as it is now.
+        nbytes: of the device's memory, at most.
+    """
+
+    seconds: float
+    nbytes: int
+
+
+def end_to_end_bytes(expert: Checkpoint) -> int:
+    """About how much memory a training end to end takes on the device."""
+    config = expert.config.get_text_config()
+    for_tokens = config.vocab_size * _LOGITS + config.num_hidden_layers * config.hidden_size * _STATES
+    return int(expert.parameters * _BYTES_A_PARAMETER + STEP_TOKENS * for_tokens * 4)
+
+
+def scope_for(expert: Checkpoint, device: torch.device) -> Scope:
+    """End to end where the whole model fits in the device's free memory as often as that takes, else block by block."""
+    if device.type != "cuda":
+        return "model"
+    fits = end_to_end_bytes(expert) <= _FREE * torch.cuda.mem_get_info(device)[0]
+    return "model" if fits and expert.parameters <= END_TO_END_PARAMETERS else "block"
+
+
+def cost_of(expert: Checkpoint, lengths: Sequence[int], recipe: Recipe, device: torch.device) -> Cost:
+    """What a training takes.
+
+    Args:
+        lengths: of the calibration text's sequences, in tokens.
+    """
+    mean = sum(min(length, recipe.length or length) for length in lengths) / len(lengths)
+    tokens = recipe.steps * recipe.batch * mean * 1.1  # a tenth is padding and looks at held-out text
+    work = tokens * expert.parameters * _WORK
+    matrices = sum(len(info.shape) > 1 for info in expert.tensors.values())
+    seconds = work / (_EFFICIENCY * _operations_a_second(training_dtype(expert, device), device))
+    if recipe.scope == "model":
+        seconds += recipe.steps * matrices * _LAUNCHES.get(device.type, 1e-3)
+        return Cost(seconds, end_to_end_bytes(expert))
+    config = expert.config.get_text_config()
+    # every block's states go through it three times more, and its weights are read twice
+    passes = 3 * sum(lengths) * expert.parameters * 2 / (_EFFICIENCY * _operations_a_second(torch.bfloat16, device))
+    largest = expert.parameters // max(1, config.num_hidden_layers)
+    head = 2 * config.vocab_size * config.hidden_size * 4
+    return Cost(seconds + passes + expert.nbytes / 1e9, max(largest * _BYTES_A_PARAMETER, head * 5))
+
+
+def statement(recipe: Recipe, cost: Cost) -> str:
+    """What a person is told before a training starts."""
+    way = "end to end" if recipe.scope == "model" else "block by block"
+    return (
+        f"training {way} for {recipe.steps} steps: takes {about_duration(cost.seconds)} and "
+        f"{format_bytes(cost.nbytes)} of memory; --distill 0 leaves it out"
+    )
+
+
+def about_duration(seconds: float) -> str:
+    """`about 40 seconds`, `about 12 minutes`, `about 5 hours`."""
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"about {seconds / unit:.0f} {name}"
+    return f"about {seconds:.0f} seconds"
+
+
+def _operations_a_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second that a large product reaches."""
+    side = 4096 if device.type == "cuda" else 512
+    one = torch.ones(side, side, device=device, dtype=dtype)
+    with fast_products():
+        best = float("inf")
+        for _ in range(3):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            one @ one
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def train_end_to_end(
+    base: Checkpoint,
+    expert: Checkpoint,
+    artifact: Artifact,
+    text: CalibrationSet,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    progress: Progress = silent,
+    work: SavedWork = NOWHERE,
+) -> tuple[dict[str, PackedDelta | LowRankDelta | CodedDelta | Tensor], Distillation]:
+    """Train an artifact's codes and scales, and what else the recipe says, on text.
+
+    Args:
+        work: where the state of the training is saved now and then, and found again.
+
+    Returns:
+        the tensors that changed, by name, and what was done. Held-out divergence never rises: if training does not
+        help, the start is returned.
+
+    Raises:
+        ConfigError: fewer than 10 sequences, or a method that has nothing to train. IncompatibleError: the model has
+            other layers than the artifact.
+    """
+    check_text(text.sequences)
+    dtype, question = training_dtype(expert, device), recipe.question_weight
+    teacher = frozen(expert, device, dtype)
+    student = build_student(base, expert, artifact, recipe, device, dtype)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    held, rest = split(text, recipe, generator)
+
+    def told(step: int, now: float, before: float) -> None:
+        progress("training", step, recipe.steps, f"held-out divergence {now:.4f} nats a token, {before:.4f} before")
+
+    full = _TeacherAnswers(teacher, sum(len(sample.ids) for sample in held), device)
+    before, best = fit(
+        student.groups(),
+        batches(rest, recipe.batch, generator),
+        lambda batch: _learn(teacher, student.model, batch, recipe, device),
+        lambda: mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device)),
+        recipe,
+        told,
+        work,
+        training_plan(artifact, text, recipe, device),
+    )
+    return student.trained(artifact), record(artifact, recipe, before, best)
+
+
+def _learn(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> None:
+    """Leave a batch's gradients in the student's parameters: a few sequences at a time, which bounds the memory."""
+    longest = max(len(sample.ids) for sample in batch)
+    few = max(1, STEP_TOKENS // longest)
+    parts = [batch[start : start + few] for start in range(0, len(batch), few)]
+    mass = [sum(sum(sample.weights(recipe.question_weight)) for sample in part) for part in parts]
+    with cached():  # the matrices are made once for all parts
+        for part, own in zip(parts, mass, strict=True):
+            loss = _loss(teacher, student, part, recipe, device)
+            (loss * (own / sum(mass))).backward(retain_graph=part is not parts[-1])
+
+
+def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> Tensor:
+    ids = [sample.ids for sample in batch]
+    with torch.no_grad():
+        wanted = read_batch(teacher, ids, device, hidden=recipe.hidden > 0)
+    found = read_batch(student, ids, device, hidden=recipe.hidden > 0)
+    if recipe.loss == "mse":
+        return F.mse_loss(found.logits[found.real], wanted.logits[found.real])
+    weight = torch.zeros(found.real.shape, device=device)
+    weight.masked_scatter_(found.real, weights(batch, recipe.question_weight, device))
+    loss = (divergence(wanted.logits, found.logits) * weight).sum()
+    for theirs, ours in zip(wanted.hidden, found.hidden, strict=True):
+        missed, power = ((ours - theirs).float().square().sum(-1), theirs.float().square().sum(-1))
+        loss = loss + recipe.hidden / len(found.hidden) * (missed * weight).sum() / (power * weight).sum()
+    return loss
+
+
+class _TeacherAnswers:
+    """The full expert's answers to held-out text, kept from one look to the next where they take few bytes."""
+
+    def __init__(self, teacher: Any, tokens: int, device: torch.device) -> None:
+        self._teacher, self._device = teacher, device
+        self._keeps = tokens * teacher.config.get_text_config().vocab_size * 4 <= _REMEMBERED
+        self._kept: dict[int, Outputs] = {}
+
+    def read(self, batch: list[Sample]) -> Outputs:
+        """batch: always the same that begins with this sample."""
+        number = batch[0].number
+        said = self._kept.get(number) or read_batch(self._teacher, [sample.ids for sample in batch], self._device)
+        if self._keeps:
+            self._kept[number] = said
+        return said
+
+
+@torch.inference_mode()
+def _divergence(
+    full: _TeacherAnswers, student: Any, batch: list[Sample], question: float, device: torch.device
+) -> float:
+    wanted, found = full.read(batch), read_batch(student, [sample.ids for sample in batch], device)
+    return float((divergence(wanted.logits, found.logits)[found.real] * weights(batch, question, device)).sum())

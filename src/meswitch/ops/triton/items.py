@@ -31,7 +31,7 @@ class _Items(NamedTuple):
     every: int = 1
 
 
-# What `benchmarks/ops_sweep.py` found best on an H100, by the most tokens and then the most likely pieces of a step:
+# What `benchmarks/kernels/sweep.py` found best on an H100, by the most tokens and then the likely pieces of a step:
 # for linears of few rows, of more, of long rows, of so many rows that they fill the chip unsplit; and, as small models
 # have them or parts of a model on several GPUs, of short rows, of very few rows, of many rows but not that many.
 _Table = dict[int, dict[int, _Items]]

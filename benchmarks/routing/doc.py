@@ -1,0 +1,340 @@
+"""Fill the tables of docs/results/routing.md from the stored results, and draw its plots.
+
+    python benchmarks/routing/doc.py            rewrite what is out of date
+    python benchmarks/routing/doc.py --check    say so instead, and exit 1
+
+Reads benchmarks/results/routing.json (`run.py`) and, if they are there, benchmarks/results/routing-llm.json, which
+`llm_router.py` and `cascade.py` write, and routing-described.json (`described.py`).
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import RESULTS, arguments_of, stored, update
+from benchmarks.common.markdown_tables import pipe
+from benchmarks.routing.plots import knows_all, measured, plots
+
+EXPERTS = ("math", "code", "instruct", "sql")
+LATER = "Not measured yet."
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def encoders(found: dict[str, Any]) -> str:
+    """Figures on rows of the training sources, and on other data sets."""
+    if not found:
+        return LATER
+    head = ["encoder", "rows", "accuracy", *EXPERTS, "sql without label", "ECE", "AUROC", "accepted", "MB", "CPU ms"]
+    rows = [
+        [
+            name,
+            kind,
+            share(data["accuracy"]),
+            *(share(data["per_domain"].get(expert)) for expert in EXPERTS),
+            share(data["unlabelled"].get("sql")),
+            share(data["ece"]),
+            share(data["auroc"]),
+            share(data["accepted_other"]),
+            f"{data['bytes'] / 1e6:.0f}",
+            # timed once, where nothing else ran: the rows decide little
+            f"{data['cpu_ms']['p50']:.1f} / {data['cpu_ms']['p95']:.1f}" if kind == "held out" else "-",
+        ]
+        for name, entry in found.items()
+        for kind, data in (("held out", entry.get("held_out")), ("shift", entry.get("dev")))
+        if data
+    ]
+    meta = next(iter(found.values()))["meta"]
+    return f"{pipe(head, *rows)}\n\n{meta['date']}, torch {meta['torch']}, one thread."
+
+
+def bars(found: dict[str, Any]) -> str:
+    """What the project asks of the embedding router, and who reaches it."""
+    checks: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool]]] = [
+        ("0.92 of all under shift", lambda _, dev: dev["accuracy"] >= 0.92),
+        ("0.88 of every expert's under shift", lambda _, dev: min(dev["per_domain"][name] for name in EXPERTS) >= 0.88),
+        ("AUROC 0.95 under shift", lambda _, dev: dev["auroc"] >= 0.95),
+        ("at most 0.20 of `other` accepted under shift", lambda _, dev: dev["accepted_other"] <= 0.2),
+        ("0.99 held out", lambda held, _: held["accuracy"] >= 0.99),
+        ("ECE 0.03 held out", lambda held, _: held["ece"] <= 0.03),
+        ("3 ms, p50", lambda held, _: held["cpu_ms"]["p50"] <= 3),
+        ("100 MB", lambda held, _: held["bytes"] <= 100e6),
+    ]
+    both = {name: (entry["held_out"], entry["dev"]) for name, entry in found.items() if entry.get("dev")}
+    if not both:
+        return LATER
+    rows = [[asked, *("yes" if met(*pair) else "no" for pair in both.values())] for asked, met in checks]
+    return pipe(["asked for", *both], *rows)
+
+
+def many(found: dict[str, Any]) -> str:
+    """Accuracy and cost against the number of experts."""
+    head = ["encoder", "experts", "accuracy", "CPU ms, p50", "heads, MB", "training, s"]
+    rows = [
+        [
+            name,
+            str(row["experts"]),
+            share(row["accuracy"]),
+            f"{row['cpu_ms']:.1f}",
+            f"{row['head_bytes'] / 1e6:.1f}",
+            f"{row['train_seconds']:.1f}",
+        ]
+        for name, entry in found.items()
+        for row in entry.get("many", [])
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def fifth(found: dict[str, Any]) -> str:
+    """An expert from 16 examples."""
+    head = ["encoder", "new expert", "others before", "others, added", "new, added", "others, trained", "new, trained"]
+    keys = ("before", "others_added", "new_added", "others_after", "new")
+    rows = [
+        [name, expert, *(share(row.get(key)) for key in keys)]
+        for name, entry in found.items()
+        for expert, row in entry.get("fifth", {}).items()
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def llm(data: Any) -> str:
+    """What the LLM router's own benchmark stored, but for experts that came by description."""
+    head = ["model", "parameters", "variant", "data", "rows", "accuracy", *EXPERTS, "ECE", "AUROC", "accepted"]
+    rows = [
+        [
+            str(row["model"]),
+            f"{row['params'] / 1e6:.0f} M",
+            str(row["variant"]),
+            str(row["data"]),
+            str(row["rows"]),
+            *_figures(row),
+            latency(row),
+            f"{row['bytes'] / 1e6:.0f}",
+            str(row.get("device", "-")),
+        ]
+        for row in measured(data, "llm")
+        if knows_all(row)
+    ]
+    return pipe([*head, "ms, p50 / p95", "MB", "device"], *rows) if rows else LATER
+
+
+def llm_settings(data: Any) -> str:
+    """LLM routers that were trained without some sources, on the rows of those."""
+    head = ["options", "training", "balance", "averaged", "sources left out", "rows", "accuracy", *EXPERTS]
+    rows = [
+        [
+            "in one order" if row["settings"]["settle"] >= 1 else "in random orders",
+            f"{row['settings']['steps']} x {row['settings']['batch']}",
+            f"{row['settings']['balance']:g}",
+            f"{row['settings'].get('average', 0):.0%}",
+            ", ".join(sorted(row["per_source"])),
+            str(row["rows"]),
+            share(row["accuracy"]),
+            *(share(row["per_domain"].get(expert)) for expert in EXPERTS),
+        ]
+        for row in measured(data, "llm")
+        if row["data"] == "left-out"
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def described(data: Any) -> str:
+    """Experts that an LLM router knows by their description alone."""
+    found = {(row["variant"], row["data"], row.get("device")): row for row in measured(data, "llm")}
+    head = ["new expert", "data", "rows", "training", "others before", "others after", "new", "AUROC before", "after"]
+    rows = []
+    for (variant, kind, device), after in found.items():
+        name = variant.removeprefix("added-")
+        before = found.get((f"without-{name}", kind, device))
+        if name == variant or before is None:
+            continue
+        expert = name.split("-")[0]
+        others = [share for other, share in after["per_domain"].items() if other not in (expert, "other")]
+        olds = [share for other, share in before["per_domain"].items() if other != "other"]
+        settings = after["settings"]
+        rows.append(
+            [
+                name,
+                kind,
+                str(after["rows"]),
+                f"{settings['steps']} x {settings['batch']}",
+                share(mean(olds)),
+                share(mean(others)),
+                share(after["per_domain"].get(expert)),
+                share(before["auroc"]),
+                share(after["auroc"]),
+            ]
+        )
+    return pipe(head, *rows) if rows else LATER
+
+
+def speed(data: Any) -> str:
+    """Single queries with and without CUDA graphs, and many together."""
+    found = [row for row in (data or {}).get("results", []) if "speed" in row]
+    head = ["model", "device", "graphs, ms p50 / p95", "without graphs, ms p50 / p95", "64 queries together, ms each"]
+    rows = [
+        [
+            f"{row['model']}, {row['dtype'].removeprefix('torch.')}",
+            row["device"],
+            *(f"{row['speed'][kind]['p50']:.1f} / {row['speed'][kind]['p95']:.1f}" for kind in ("graphs", "plain")),
+            f"{row['speed']['batch']['ms_a_query']:.2f}",
+        ]
+        for row in found
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def cascade(data: Any) -> str:
+    """A cheap router, an LLM router, and both as one."""
+    head = ["routers", "data", "rows", "asked the LLM", "accuracy", *EXPERTS, "ECE", "AUROC", "accepted"]
+    rows = [
+        [
+            str(row["variant"]),
+            str(row["data"]),
+            str(row["rows"]),
+            share(row["asked"]),
+            *_figures(row),
+            latency(row),
+            f"{row['bytes'] / 1e6:.0f}",
+        ]
+        for row in measured(data, "cascade")
+    ]
+    return pipe([*head, "ms, p50 / p95", "MB"], *rows) if rows else LATER
+
+
+def latency(row: dict[str, Any]) -> str:
+    return " / ".join(f"{row['latency_ms'][key]:.1f}" for key in ("p50", "p95") if key in row["latency_ms"])
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    own = (row["per_domain"].get(expert) for expert in EXPERTS)
+    return [share(x) for x in (row["accuracy"], *own, row["ece"], row["auroc"], row.get("accepted_other"))]
+
+
+def left_out(found: dict[str, Any]) -> str:
+    """Sources of the training data that the router was trained without."""
+    names = [name for name, entry in found.items() if entry.get("left_out")]
+    if not names:
+        return LATER
+    sources = found[names[0]]["left_out"]
+    rows = [
+        [source, row["domain"], str(row["rows"]), *(share(found[name]["left_out"][source]["bare"]) for name in names)]
+        for source, row in sources.items()
+    ]
+    return pipe(["source left out", "domain", "rows", *names], *rows)
+
+
+def answer(found: dict[str, Any], llm_found: dict[str, Any], said: dict[str, Any]) -> str:
+    """A row for each way to route: accuracy on sources it knows, and on three collections of sources it does not."""
+    if not said or "minilm-l6-int8" not in found:
+        return LATER
+    encoder = found["minilm-l6-int8"]["held_out"]
+    small = [f"{encoder['cpu_ms']['p50']:.1f}", f"{encoder['bytes'] / 1e6:.0f}"]
+    sets = ("held out", *SETS)
+    lined = {
+        "five lines an expert, nothing trained": [row for name, row in said["described"].items() if "lines" in name],
+        "trained on 5,469 queries": [said["trained"]["nothing"]],
+        "the same, starting from the lines": [row for name, row in said["trained"].items() if name != "nothing"],
+    }
+    rows = [
+        [
+            what,
+            *(share(mean(one[key]["accuracy"] for one in some) if key in some[0] else None) for key in sets),
+            *small,
+        ]
+        for what, some in lined.items()
+    ]
+    cascades = {(row["variant"], row["data"]): row for row in measured(llm_found, "cascade")}
+    names = {"llm": "a chat LLM of 135 M, fine-tuned", "cascade 0.05": "trained, and the chat LLM where it is unsure"}
+    for variant, what in names.items():
+        if (variant, "dev") in cascades:
+            held, dev = cascades[variant, "held-out"], cascades[variant, "dev"]
+            ms, size = f"{held['latency_ms']['p50']:.1f}", f"{held['bytes'] / 1e6:.0f}"
+            rows.append([what, share(held["accuracy"]), share(dev["accuracy"]), "-", "-", ms, size])
+    head = ["router", "known sources", "shift", *list(SETS.values())[1:], "ms a query, p50", "MB"]
+    return f"{pipe(head, *rows)}\n\nShare of the experts' queries that reach the right one; four experts. On a CPU."
+
+
+def places(found: dict[str, Any], llm_found: dict[str, Any]) -> dict[str, str]:
+    """What is to stand where."""
+    return {
+        "encoders": encoders(found),
+        "bars": bars(found),
+        "left out": left_out(found),
+        "many": many(found),
+        "fifth": fifth(found),
+        "llm": llm(llm_found),
+        "llm speed": speed(llm_found),
+        "llm settings": llm_settings(llm_found),
+        "described": described(llm_found),
+        "cascade": cascade(llm_found),
+    }
+
+
+SETS = {"dev": "shift", "choice": "15 sources", "final": "14 sources"}
+
+
+def by_lines(found: dict[str, Any]) -> str:
+    """Without training and with it, by each set of lines and data set."""
+    if not found:
+        return LATER
+    head = ["router", "lines", "data", "accuracy", *EXPERTS, "AUROC", "accepted", "ECE", "last layer, cosine"]
+    rows = []
+    for kind, part in (("untrained", found["described"]), ("trained", found.get("trained", {}))):
+        for name, entry in part.items():
+            for key, label in {**SETS, "held out": "held out"}.items():
+                if key in entry:
+                    data = entry[key]
+                    shares = [share(data["per_domain"].get(expert)) for expert in EXPERTS]
+                    rest = [share(data[field]) for field in ("auroc", "accepted_other", "ece")]
+                    naive = share(data.get("naive"))
+                    rows.append(
+                        [kind, name.removeprefix("four-"), label, share(data["accuracy"]), *shares, *rest, naive]
+                    )
+    return pipe(head, *rows)
+
+
+def fifth_by_lines(found: dict[str, Any]) -> str:
+    """An expert that comes by its lines to a trained router."""
+    head = ["new expert", "lines", "others before", "others after", "new"]
+    rows = [
+        [expert, name.removeprefix("four-"), *(share(data[key]) for key in ("others_before", "others_after", "new"))]
+        for name, entry in found.get("fifth", {}).items()
+        for expert, data in entry.items()
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def boards(found: dict[str, Any]) -> str:
+    """CLINC150 and BANKING77."""
+    head = ["board", "given", "accuracy", "macro-F1", "ECE", "OOS recall", "AUROC"]
+    fields = ("accuracy", "macro_f1", "ece", "oos_recall", "auroc")
+    rows = [
+        [board.upper(), given, *(share(data.get(field)) for field in fields)]
+        for board in ("clinc150", "banking77")
+        for given, data in found.get(board, {}).items()
+    ]
+    return pipe(head, *rows) if rows else LATER
+
+
+def main(arguments: list[str] | None = None) -> None:
+    results = {"type": Path, "default": RESULTS, "help": "directory of routing.json and routing-llm.json"}
+    options = arguments_of(__doc__, "results/routing.md", arguments, results=results)
+    found = (stored("routing.json", options.results) or {}).get("encoders", {})
+    llm_found = stored("routing-llm.json", options.results) or {}
+    command = "benchmarks/routing/doc.py"
+    said = stored("routing-described.json", options.results) or {}
+    filled = places(found, llm_found)
+    filled["answer"] = answer(found, llm_found, said)
+    filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}
+    update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)
+
+
+if __name__ == "__main__":
+    main()

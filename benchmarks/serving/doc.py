@@ -1,0 +1,134 @@
+"""Fill the embedded engine's tables of docs/results/serving.md from results of `cpu.py`, `residency.py`, `engine.py`.
+
+python benchmarks/serving/doc.py            rewrite what is out of date
+python benchmarks/serving/doc.py --check    say so instead, and exit 1
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
+
+from benchmarks.common.generated import Data, arguments_of, stored, update
+from benchmarks.common.markdown_tables import pipe
+
+LATER = "Not measured yet."
+
+
+def serving(found: Data) -> str:
+    """Both sides for each number of users, alone and beside busy processes."""
+    head = ["users", "experts", "busy processes", "engine, tokens/s", "merged, tokens/s", "by the clock", "by CPU time"]
+    rows: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for row in found["rows"]:
+        if row["what"] == "serving":
+            rows.setdefault((row["users"], row["experts"], row["busy"]), {})[row["engine"]] = row
+
+    def times(sides: dict[str, Any], key: str) -> str:
+        return f"{sides['embedded'][key] / sides['transformers'][key]:.2f}x"
+
+    table = [
+        [
+            *map(str, key),
+            *(f"{sides[name]['tokens_per_s']:.0f}" for name in ("embedded", "transformers")),
+            times(sides, "tokens_per_s"),
+            times(sides, "tokens_per_cpu_s"),
+        ]
+        for key, sides in rows.items()
+    ]
+    meta = found["meta"]
+    alone, *beside = [row["seconds"] for row in found["rows"] if row["what"] == "distillation"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    under = (
+        f"Merged weights took {meta['merged_bytes'] / 1e6:.0f} MB beside a base of {meta['base_bytes'] / 1e6:.0f} MB. "
+        f"A distillation of a few steps took {alone:.0f} s, and {beside[0]:.0f} s beside the busy processes. "
+        f"{meta['cores']} cores of an {meta['cpu']}, one thread for each side, best of {meta['repeats']}; the machine "
+        f"had a load of {meta['load']} from elsewhere or from this. {versions}, {meta['date']}."
+    )
+    return f"{pipe(head, *table)}\n\n{under}"
+
+
+def residency(found: Data) -> str:
+    """What requests waited for, in a row for each load."""
+    head = ["", "experts", "hits", "TTFT p50, p95, p99, ms", "of hits", "TPOT p50, p95, p99, ms", "failed", "MB moved"]
+
+    def three(row: Data, key: str) -> str:
+        return ", ".join(f"{row[key][p]:.0f}" for p in ("p50", "p95", "p99"))
+
+    table = [
+        [
+            row["what"] + (", in bursts" if row["arrivals"] == "bursts" else ""),
+            str(row["experts"]),
+            f"{row['hits']:.0%}",
+            three(row, "ttft_ms"),
+            three(row, "ttft_of_hits_ms"),
+            three(row, "tpot_ms"),
+            f"{row['failed']} of {row['requests']}",
+            f"{row['moved_mb']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    meta = found["meta"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    under = (
+        f"{meta['rate']:.0f} requests a second for {meta['seconds']:.0f} s, {meta['tokens']} new tokens each, by "
+        f"Zipf({meta['zipf']:g}); {meta['slots']} slots, room for {meta['host_experts']} experts in the host tier. "
+        f"{meta['cores']} cores, load {meta['load']}; {versions}, {meta['date']}."
+    )
+    return f"{pipe(head, *table)}\n\n{under}"
+
+
+def on_gpu(found: Data) -> str:
+    """Tokens a second and milliseconds a step, beside what the memory allows; then where a step's time goes."""
+    head = ["", "graphs", "requests", "experts", "tokens/s", "ms a step", "floor, ms", "first time, s", "later, s"]
+    table, parts, prompts = [], [], []
+    for row in found["rows"]:
+        graphs = {True: "yes", False: "no", None: "-"}[row.get("graphs")]
+        what = [row["model"] if row["engine"] == "embedded" else row["engine"], graphs]
+        asked = [str(row["requests"]), str(row["experts"]) if row["experts"] else "base"]
+        if "parts_ms" in row:
+            shares = ", ".join(f"{name} {ms:.2f}" for name, ms in row["parts_ms"].items() if ms >= 0.01)
+            kind = f"a prompt of {row['prompt']} tokens" if "prompt" in row else " requests, ".join(asked) + " experts"
+            parts.append(f"{what[0]}, {kind}: {shares}")
+        elif "ttft_ms" in row:
+            prompts.append(
+                f"- {what[0]}: the first token of a prompt of {row['prompt']} tokens comes after {row['ttft_ms']} ms, "
+                f"the first time after {row['ttft_first_ms']:.0f} ms."
+            )
+        else:
+            numbers = (
+                row["tokens_per_s"],
+                row["ms_per_step"],
+                row.get("floor_ms", "-"),
+                row["first_s"],
+                row["seconds"],
+            )
+            table.append([*what, *asked, *map(str, numbers)])
+    meta = found["meta"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    under = (
+        f"{meta['model']}; prompts of {meta['prompt']} tokens, {meta['new_tokens']} new ones each. The floor is "
+        f"reading the base's matrices and the experts' deltas once at the bandwidth of a copy, "
+        f"{meta['copy_tb_per_s']:.1f} TB/s. From start to ready {meta['ready_s']:.0f} s with {meta['caches']}. "
+        f"{meta['card']}, {versions}, {meta['date']}."
+    )
+    return "\n\n".join(
+        [pipe(head, *table), under, "\n".join(prompts), f"Milliseconds of the card in a step: {'; '.join(parts)}."]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = arguments_of(__doc__, "results/serving.md", arguments)
+    found, many = stored("serving-cpu.json"), stored("residency-cpu.json")
+    gpu = stored("engine-h200.json")
+    places = {
+        "the embedded engine on a GPU": on_gpu(gpu) if gpu else LATER,
+        "serving on a CPU": serving(found) if found else LATER,
+        "many experts on a CPU": residency(many) if many else LATER,
+    }
+    command = "benchmarks/serving/doc.py"
+    update(options.doc, command, places, {}, check=options.check, redraw=options.redraw)
+
+
+if __name__ == "__main__":
+    main()
