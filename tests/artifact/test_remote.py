@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import Cli
-from hub_server import TOKEN, HubServer
 
 import meswitch
 from meswitch.artifact import remote
@@ -16,6 +14,8 @@ from meswitch.artifact.card import GENERATED
 from meswitch.artifact.manifest import Manifest
 from meswitch.artifact.remote import RemoteName, files_of, remote_name
 from meswitch.errors import ArtifactError, ConfigError
+from tests.support.command_line import Cli
+from tests.support.hub_server import TOKEN, HubServer
 
 
 @pytest.fixture

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import Cli
-from meswitch.compression.distill.recipe import Recipe as Training
 
 import meswitch
 from meswitch.artifact.manifest import Manifest
 from meswitch.compression.options import Options, Solver
+from meswitch.compression.options import Recipe as Training
 from meswitch.compression.recipe import read_recipe, recipe_of
 from meswitch.compression.text import Source
 from meswitch.errors import ConfigError
+from tests.support.command_line import Cli
 
 
 @pytest.fixture(scope="module")

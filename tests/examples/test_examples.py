@@ -59,7 +59,7 @@ def test_an_adapter_answers_beside_deltas(run):
 
 @pytest.fixture(scope="module")
 def routed_family(family, deltas, tmp_path_factory):
-    from command_line import Cli
+    from tests.support.command_line import Cli
 
     root = tmp_path_factory.mktemp("routed")
     names = ("math", "code")
