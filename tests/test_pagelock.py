@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from meswitch import pagelock
 from meswitch.errors import CapacityError
-from meswitch.pagelock import copy, page_locked
+from meswitch.pagelock import copy_locked, page_locked
 
 MB = 1 << 20
 
@@ -28,7 +28,7 @@ def test_a_copy_is_cut_where_pieces_begin_and_leaves_nothing_out(first, count):
 def test_without_a_gpu_it_is_plain_memory():
     source = torch.randint(256, (1000,), dtype=torch.uint8)
     target = page_locked(1000, torch.device("cpu"))
-    copy(target, source)
+    copy_locked(target, source)
     assert target.equal(source)
 
 
@@ -41,9 +41,9 @@ def test_parts_of_locked_memory_go_to_a_gpu_and_back():
     assert host[-1:].is_pinned()
     for first, last in ((0, len(source)), (5, 33 * MB + 7), (len(source) - 1, len(source))):
         host.zero_()
-        copy(host[first:last], source[first:last])
+        copy_locked(host[first:last], source[first:last])
         back = torch.zeros_like(source[first:last])
-        copy(back, host[first:last], non_blocking=True)
+        copy_locked(back, host[first:last], non_blocking=True)
         assert back.equal(source[first:last])
         assert host[first:last].equal(source[first:last].cpu())
 

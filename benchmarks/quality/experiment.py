@@ -123,7 +123,7 @@ def _measured(
 
 
 def resolved(plan: Plan, expert: str, keywords: Keywords) -> Keywords:
-    """The keywords as `meswitch_lab.options` wants them: calibration files by their paths, a recipe as a `Recipe`."""
+    """The keywords as `meswitch_lab.options` wants them: calibration files by their paths, a `TrainingRecipe`."""
     known = [name for name in DOMAINS if (EXAMPLE / "calibration" / f"{name}.jsonl").exists()]
     other = known[(known.index(expert) + 1) % len(known)]
     names = {"{own}": _calibration(plan, expert), "{other}": _calibration(plan, other)}

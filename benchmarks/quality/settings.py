@@ -2,7 +2,7 @@
 
 To add a row, add a line. `calibration` is left out where the expert's own calibration file is meant, and can name it as
 `{own}`, and that of another expert as `{other}`: `self:{own}`, `{own}+self`. `distill` can be a dict: what differs
-from the method's `Recipe`. A keyword that is not known fails in its own row and stops no other.
+from the method's `TrainingRecipe`. A keyword that is not known fails in its own row and stops no other.
 """
 
 import json

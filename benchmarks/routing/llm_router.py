@@ -202,10 +202,10 @@ class Bench:
             return
         found = {}
         for name, graphs in (("graphs", True), ("plain", False)):
-            router.letters.graphs = graphs
+            router.chooser.graphs = graphs
             latency(router, rows)
             found[name] = latency(router, rows)
-        router.letters.graphs = True
+        router.chooser.graphs = True
         batch = [row.query for row in rows[:64]]
         times = []
         for _ in range(10):
@@ -214,7 +214,7 @@ class Bench:
             times.append((time.perf_counter() - start) * 1e3 / len(batch))
         found["batch"] = {"queries": len(batch), "ms_a_query": statistics.median(times)}
         print(label, "speed", json.dumps(rounded(found)), flush=True)
-        self.write(label, "speed", {"speed": found, "dtype": str(router.letters.model.dtype)}, router)
+        self.write(label, "speed", {"speed": found, "dtype": str(router.chooser.model.dtype)}, router)
 
     def write(self, label: str, data: str, figures: dict, router: LlmRouter) -> None:
         entry = {
@@ -259,7 +259,7 @@ def orders(router: LlmRouter, count: int) -> LlmRouter:
 
 def nbytes(router: LlmRouter) -> int:
     """Of the model's weights in memory."""
-    return sum(value.numel() * value.element_size() for value in router.letters.model.parameters())
+    return sum(value.numel() * value.element_size() for value in router.chooser.model.parameters())
 
 
 def measured_on(name: str) -> dict:

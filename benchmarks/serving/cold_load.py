@@ -67,7 +67,7 @@ def longest_wait(work: Callable[[], object]) -> float:
 
 def measure(directory: Path, repeats: int) -> dict[str, dict[str, float]]:
     from meswitch.artifact import Artifact, ReadAhead
-    from meswitch.pagelock import copy, page_locked
+    from meswitch.pagelock import copy_locked, page_locked
     from meswitch.slots.layout import Layout
 
     artifact = Artifact.open(directory)
@@ -93,7 +93,7 @@ def measure(directory: Path, repeats: int) -> dict[str, dict[str, float]]:
         "read ahead": ahead,
         **(locking if on_gpu else {}),
         "read ahead and laid out": lambda: layout.fill(artifact, buffer, device),
-        "copy into a slot": lambda: copy(slot, buffer, non_blocking=True),
+        "copy into a slot": lambda: copy_locked(slot, buffer, non_blocking=True),
     }
     taken = {name: seconds(work, 1 if name in locking else repeats) for name, work in steps.items()}
     waits = {name: longest_wait(work) for name, work in steps.items()} if on_gpu else {}

@@ -18,13 +18,13 @@ from torch import Tensor
 from meswitch.codec import CodecRequest, register
 from meswitch.codec.quantize import pack, packed_words, unpack
 from meswitch.codec.registry import Meta, Shapes
-from meswitch.compression.options import Recipe
+from meswitch.compression.options import TrainingRecipe
 from meswitch_lab.method import Encoded, Method
 from meswitch_lab.signs import TrainableSigns
 
 # Sections 3.1 and 3.2: scalars only, mean squared error of the logits on 800 sequences of 128 tokens, 4 a step, Adam.
 # The cosine is the authors' code's, which hands embedding, head and norms to AdamW as well.
-RECIPE = Recipe(
+RECIPE = TrainingRecipe(
     steps=200,
     learning_rate=1e-4,
     relative=False,

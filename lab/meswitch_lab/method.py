@@ -20,7 +20,7 @@ from meswitch.codec.quantize import (
     unpack,
 )
 from meswitch.codec.registry import Meta, Shapes
-from meswitch.compression.options import Recipe
+from meswitch.compression.options import TrainingRecipe
 
 Encoded = tuple[dict[str, Tensor], dict[str, int]]
 
@@ -61,15 +61,15 @@ class Method:
     uses_inputs: bool = False
     check: Callable[[CodecRequest], None] = _nothing
     sharing: Sharing | None = None
-    recipe: Recipe | None = None
-    trains: Callable[[Tensor, CodedDelta, Recipe, torch.device, torch.dtype], Trainable] | None = None
+    recipe: TrainingRecipe | None = None
+    trains: Callable[[Tensor, CodedDelta, TrainingRecipe, torch.device, torch.dtype], Trainable] | None = None
 
     @property
     def is_trainable(self) -> bool:
         return self.trains is not None
 
     def trainable(
-        self, base: Tensor, delta: CodedDelta, recipe: Recipe, device: torch.device, dtype: torch.dtype
+        self, base: Tensor, delta: CodedDelta, recipe: TrainingRecipe, device: torch.device, dtype: torch.dtype
     ) -> Trainable:
         if self.trains is None:
             raise TypeError(f"{self.name} has nothing to train")

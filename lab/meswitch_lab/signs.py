@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from meswitch.codec import CodedDelta
 from meswitch.codec.registry import Group
-from meswitch.compression.options import Recipe
+from meswitch.compression.options import TrainingRecipe
 
 ROW, COLUMN = 0, 1  # the axis of the scales, as `per-axis` records it
 
@@ -29,7 +29,7 @@ class TrainableSigns(nn.Module):
         part: str,
         base: Tensor,
         delta: CodedDelta,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:

@@ -2,7 +2,7 @@
 
 To lock pages the driver holds a lock that every launch takes: `pin_memory=True` stops all streams of the process for
 half a second a GB, and PyTorch keeps a power of two of bytes. Here the pages are asked for first, without the driver,
-and then locked piece by piece. A copy must not span two pieces, hence `copy`.
+and then locked piece by piece. A copy must not span two pieces, hence `copy_locked`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     """[nbytes] uint8 in host memory; for a GPU page-locked, and unlocked in the background once nobody holds it.
 
     Args:
-        device: what copies from it or to it, by `copy`.
+        device: what copies from it or to it, by `copy_locked`.
 
     Raises:
         CapacityError: the driver did not lock it.
@@ -52,7 +52,7 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     return tensor
 
 
-def copy(target: Tensor, source: Tensor, *, non_blocking: bool = False) -> None:
+def copy_locked(target: Tensor, source: Tensor, *, non_blocking: bool = False) -> None:
     """`target.copy_(source)` between a device and (a part of) what `page_locked` gave.
 
     Args:

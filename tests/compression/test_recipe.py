@@ -7,10 +7,9 @@ import pytest
 
 import meswitch
 from meswitch.artifact.manifest import Manifest
-from meswitch.compression.options import Options, Solver
-from meswitch.compression.options import Recipe as Training
+from meswitch.compression.options import Options, Solver, TrainingRecipe
 from meswitch.compression.recipe import read_recipe, recipe_of
-from meswitch.compression.text import Source
+from meswitch.compression.text import TextSource
 from meswitch.errors import ConfigError
 from tests.support.command_line import Cli
 
@@ -84,8 +83,8 @@ def test_no_path_of_a_machine_is_in_it(first, family):
         Options(target_bpw=2.25, embeddings="exact"),
         Options(group_size=None, salient=0),
         Options(calibration="self:questions.txt", calibration_tokens=99, distill=7, distill_scope="block"),
-        Options(calibration=Source(text=Path("self"), own=True)),
-        Options(calibration="text.txt", distill=Training(steps=3, betas=(0.5, 0.9), length=64)),
+        Options(calibration=TextSource(text=Path("self"), own=True)),
+        Options(calibration="text.txt", distill=TrainingRecipe(steps=3, betas=(0.5, 0.9), length=64)),
         Options(solver=Solver(salient_rule="random", refit=False), calibration="text.txt"),
         Options(method="svd", parameters={"rank": 4.0}),
     ],

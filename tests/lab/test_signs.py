@@ -12,7 +12,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.codec import encode_coded, find_codec
 from meswitch.compression.distill.training import train_end_to_end
 from meswitch.compression.merge import load_merged, merged_tensors
-from meswitch.compression.options import Options, Recipe, recipe_for
+from meswitch.compression.options import Options, TrainingRecipe, recipe_for
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
 from meswitch_lab.signs import TrainableSigns
@@ -25,7 +25,7 @@ SHORT = {"published": {"steps": 6}, "ours": {"steps": 6, "batch": 4}}
 
 
 def short(method, recipe):
-    start = recipe_for(method) if recipe == "published" else Recipe()
+    start = recipe_for(method) if recipe == "published" else TrainingRecipe()
     return dataclasses.replace(start, **SHORT[recipe])
 
 
@@ -64,7 +64,7 @@ def test_only_scales_change_and_norms_if_the_recipe_says_so(family, tmp_path, te
 def test_what_was_trained_is_what_is_stored(pair, tmp_path, text, method, case):
     base, expert = pair(change=0.3, **case)
     out = tmp_path / "delta"
-    recipe = Recipe(steps=12, batch=4, hidden=0.3, seed=3)
+    recipe = TrainingRecipe(steps=12, batch=4, hidden=0.3, seed=3)
     made = meswitch.compress(base, expert, out, method=method, calibration=text, embeddings="quantised", distill=recipe)
     info = made.manifest.method.distillation
     assert info.held_out_after < info.held_out_before
@@ -93,7 +93,7 @@ def test_a_trainable_matrix_starts_as_the_stored_one(method, relative, shape):
     base, delta = (torch.randn(*shape, generator=generator) for _ in range(2))
     extra = torch.ones(2, shape[1])
     coded = encode_coded(method, delta, Options(method=method).request("linear", *shape, 0), name="a", extra=extra)
-    recipe = Recipe(relative=relative)
+    recipe = TrainingRecipe(relative=relative)
     module = find_codec(method).trainable(base, coded, recipe, CPU, torch.float32)
     assert isinstance(module, TrainableSigns)
     assert torch.allclose(module.matrix(), torch.cat([base + coded.dequantize(), extra]), atol=1e-6)
@@ -123,7 +123,7 @@ def test_published_recipes_are_those_of_the_papers():
     for recipe in (bitdelta, per_axis):
         assert (recipe.loss, recipe.relative, recipe.norms) == ("mse", False, False)
     assert recipe_for("bitdelta", 7) == dataclasses.replace(bitdelta, steps=7)
-    assert recipe_for("me-switch") == recipe_for("rtn") == Recipe()
+    assert recipe_for("me-switch") == recipe_for("rtn") == TrainingRecipe()
 
 
 @pytest.mark.parametrize(("method", "steps"), [("bitdelta", 200), ("per-axis", 750), ("rtn", 300), ("me-switch", 300)])
@@ -158,7 +158,7 @@ def test_steps_alone_leave_the_rest_of_the_recipe_as_published(pair, tmp_path, t
 )
 def test_a_recipe_that_makes_no_sense_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        Recipe(**values)
+        TrainingRecipe(**values)
 
 
 def test_text_that_is_too_short_to_train_on_by_default_is_not_ignored(pair, tmp_path, text):
@@ -172,4 +172,6 @@ def test_a_method_without_scales_is_not_trained(pair, tmp_path, text):
     base, expert = pair()
     made = meswitch.compress(base, expert, tmp_path / "delta", method="svd")
     with pytest.raises(ConfigError, match="distill: the method svd has no scales to train"):
-        train_end_to_end(Checkpoint.open(base), Checkpoint.open(expert), made, TEN_PAIRS, Recipe(steps=1), device=CPU)
+        train_end_to_end(
+            Checkpoint.open(base), Checkpoint.open(expert), made, TEN_PAIRS, TrainingRecipe(steps=1), device=CPU
+        )

@@ -136,7 +136,7 @@ class Calibration:
 @dataclass(frozen=True, slots=True)
 class Distillation:
     """How scales, salient weights and norms were trained on the calibration text, and the divergence (KL from the full
-    expert, nats a token) on its held-out tenth before and after. The rest as in `compression.options.Recipe`.
+    expert, nats a token) on its held-out tenth before and after. The rest as in `compression.options.TrainingRecipe`.
 
     Args:
         steps: for each part where the scope is `block`.

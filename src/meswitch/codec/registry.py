@@ -152,7 +152,7 @@ class Codec(Protocol):
 
     @property
     def recipe(self) -> Any:
-        """The `Recipe` it was published with (`compression.options`); None trains by the default one."""
+        """The `TrainingRecipe` it was published with (`compression.options`); None trains by the default one."""
 
     @property
     def sharing(self) -> Sharing | None:

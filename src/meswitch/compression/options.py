@@ -28,8 +28,8 @@ Embeddings = Literal["quantised", "exact"]
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to train.
+class TrainingRecipe:
+    """How to train: a recipe.
 
     Args:
         steps: of training, every block's where it is done block by block.
@@ -79,10 +79,10 @@ class Recipe:
             raise ConfigError(f"recipe: {self.steps} steps at learning rate {self.learning_rate}: nothing to train")
 
 
-_BLOCKWISE = Recipe(steps=100, scope="block")
+_BLOCKWISE = TrainingRecipe(steps=100, scope="block")
 
 
-def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") -> Recipe:
+def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") -> TrainingRecipe:
     """A method's own recipe: the published one, or the default. steps: instead of its own.
 
     Raises:
@@ -93,7 +93,7 @@ def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") ->
     published = find_codec(method).recipe
     if scope == "block" and published is not None:
         raise ConfigError(f"distill_scope: block: {method}'s published recipe trains end to end; leave it out")
-    recipe = _BLOCKWISE if scope == "block" else published or Recipe()
+    recipe = _BLOCKWISE if scope == "block" else published or TrainingRecipe()
     return recipe if steps is None else dataclasses.replace(recipe, steps=steps)
 
 
@@ -145,7 +145,7 @@ class Solver:
 class Options:
     """What decides the bytes of an artifact.
 
-    Beside what the fields' help says: `calibration` may be a `text.TextSource`, and `distill` a `Recipe`.
+    Beside what the fields' help says: `calibration` may be a `text.TextSource`, and `distill` a `TrainingRecipe`.
     Three fields are for research and on no command line: `method`, the name of a codec; `parameters`, what only this
     codec takes (`Codec.parameters`); `solver`, the switches of the default one.
 
@@ -225,7 +225,7 @@ class Options:
         ),
     ] = None
     distill: Annotated[
-        int | Recipe | None,
+        int | TrainingRecipe | None,
         Setting(
             "Train codes, scales, salient weights and norms against the full expert on the calibration text for so "
             "many steps; 0 does not. It costs no bytes and closes most of the gap at 2 bits and less; how long it "
@@ -276,7 +276,7 @@ class Options:
         steps = self.asked_steps
         if steps and not self.has_scales:
             raise ConfigError(f"distill: the method {self.method} has no scales to train: 0 steps, or another method")
-        if isinstance(self.distill, Recipe) and self.distill_scope not in (None, self.distill.scope):
+        if isinstance(self.distill, TrainingRecipe) and self.distill_scope not in (None, self.distill.scope):
             scope = self.distill.scope
             raise ConfigError(f"distill_scope: {self.distill_scope}: the recipe says {scope}; say it there")
         if steps == 0 and self.distill_scope == "block":
@@ -297,11 +297,11 @@ class Options:
         """Steps of training that were asked for; None if that depends on the expert's size and the text."""
         if self.distill is None and self.distill_scope == "block":  # naming it asks for training, whatever the size
             return recipe_for(self.method, None, "block").steps
-        return self.distill.steps if isinstance(self.distill, Recipe) else self.distill
+        return self.distill.steps if isinstance(self.distill, TrainingRecipe) else self.distill
 
-    def recipe_for(self, scope: Scope) -> Recipe:
+    def recipe_for(self, scope: Scope) -> TrainingRecipe:
         """How to train, the method's own steps where none were asked for. scope: where none was."""
-        if isinstance(self.distill, Recipe):
+        if isinstance(self.distill, TrainingRecipe):
             return self.distill
         from meswitch.codec import find_codec
 

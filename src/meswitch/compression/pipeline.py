@@ -30,7 +30,7 @@ from meswitch.compression.distill.training import (
     statement,
     train_end_to_end,
 )
-from meswitch.compression.options import Options, Recipe, check_none_given
+from meswitch.compression.options import Options, TrainingRecipe, check_none_given
 from meswitch.compression.partial_model import check_blocks
 from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
@@ -133,7 +133,7 @@ def _text_and_recipe(
     progress: Progress,
     notice: Callable[[str], None],
     work: SavedWork,
-) -> tuple[CalibrationSet | None, Recipe | None]:
+) -> tuple[CalibrationSet | None, TrainingRecipe | None]:
     """Calibration text, if any is asked for, and how to train on it, if that is done."""
     steps = options.asked_steps
     recipe = options.recipe_for(scope_for(expert, device)) if options.has_scales and steps != 0 else None
@@ -167,8 +167,13 @@ def measured_tokens(options: Options, expert: Checkpoint, device: torch.device) 
 
 
 def _possible(
-    recipe: Recipe | None, expert: Checkpoint, device: torch.device, notice: Callable[[str], None], *, is_asked: bool
-) -> Recipe | None:
+    recipe: TrainingRecipe | None,
+    expert: Checkpoint,
+    device: torch.device,
+    notice: Callable[[str], None],
+    *,
+    is_asked: bool,
+) -> TrainingRecipe | None:
     """How to train, None if nobody asked for it and the model cannot be trained."""
     if recipe is None:
         return None

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meswitch.compression.options import SETTINGS, Options, Solver
-from meswitch.compression.options import Recipe as Training
+from meswitch.compression.options import SETTINGS, Options, Solver, TrainingRecipe
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
     from meswitch.artifact.manifest import Recipe
 
-_STRUCTURED: Mapping[str, type] = {"distill": Training, "solver": Solver}  # kept as JSON where they are such objects
+_STRUCTURED: Mapping[str, type] = {
+    "distill": TrainingRecipe,
+    "solver": Solver,
+}  # kept as JSON where they are such objects
 
 
 def recipe_of(options: Options, base: str | Path, expert: str | Path) -> "Recipe":

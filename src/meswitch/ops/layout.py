@@ -29,7 +29,7 @@ from torch import Tensor
 from meswitch.codec import PackedDelta, pack, unpack
 from meswitch.codec.quantize import SCALE_DTYPE, group_count
 from meswitch.errors import ConfigError
-from meswitch.pagelock import copy
+from meswitch.pagelock import copy_locked
 
 WORDS = 16  # of a row in a block: the K of one step of a matrix unit
 FIELDS = 8  # of a slot's row in the table
@@ -158,7 +158,7 @@ def write_by(device: torch.device, delta: PackedDelta, buffer: Tensor, shape: Sh
         return
     laid = torch.empty_like(buffer, device=device)
     write(delta, laid, shape)
-    copy(buffer, laid)
+    copy_locked(buffer, laid)
 
 
 def _write_salient(delta: PackedDelta, index: Tensor, salient: Tensor) -> None:

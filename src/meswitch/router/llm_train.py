@@ -45,7 +45,7 @@ _FORMAT = "meswitch-router-training"
 Report = Callable[[int, int, float], None]  # (steps done, in all, loss)
 
 
-class Asked:
+class TrainingRows:
     """The rows to train on, each with its copies without habits; and by expert, for examples."""
 
     def __init__(self, rows: Sequence[Row], prompt: ChoicePrompt) -> None:
@@ -80,7 +80,7 @@ def balanced(rows: Sequence[Row], balance: float) -> Tensor:
 
 
 def described(
-    name: str, descriptions: Mapping[str, str], rows: Asked, reword: float, generator: torch.Generator
+    name: str, descriptions: Mapping[str, str], rows: TrainingRows, reword: float, generator: torch.Generator
 ) -> str:
     """What a question says of a label: its description or, for the share `reword`, a part of it or a request."""
     if name == OTHER:
@@ -333,7 +333,7 @@ def _tune(
     )
     average = Average(weights, settings.steps, settings.average)
     done = load_checkpoint(checkpoint, run, weights, optimizer, average.mean) if checkpoint is not None else 0
-    asked = Asked(rows, chooser.prompt)
+    asked = TrainingRows(rows, chooser.prompt)
     mass = balanced(rows, settings.balance)
     chooser.forget()
     with fitting_threads(model.device, chooser.hidden_size):
@@ -364,7 +364,7 @@ def _tune(
 
 def _step(
     chooser: ChoiceModel,
-    rows: Asked,
+    rows: TrainingRows,
     mass: Tensor,
     descriptions: Mapping[str, str],
     settings: LlmSettings,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from meswitch.codec import Delta, ExactDelta
-from meswitch.pagelock import copy
+from meswitch.pagelock import copy_locked
 from meswitch.slots.layout import Layout
 from meswitch.slots.tables import SlotTables, table_layers
 from meswitch.slots.versions import Version
@@ -142,7 +142,7 @@ class DeviceTier:
             its tensors, views of the slot.
         """
         layout, buffer = version.layout, self.slots[index].buffer
-        copy(buffer[: layout.nbytes], source, non_blocking=True)
+        copy_locked(buffer[: layout.nbytes], source, non_blocking=True)
         if self.tables is not None:
             first = index * self.slot_bytes
             places = {name: (shape, first + offset) for name, (shape, offset) in layout.kernel_places().items()}

@@ -16,7 +16,7 @@ from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, padded_salient, salient_of_tiles
 from meswitch.ops.slots import SlotLinear
-from meswitch.pagelock import copy
+from meswitch.pagelock import copy_locked
 from meswitch.slots.tables import SlotTables, table_layers
 from meswitch.units import format_bytes
 from meswitch.vllm.norms import norm_vector
@@ -162,7 +162,7 @@ class Arena:
                     layer.has_own[slot] = False
             return
         place = self.memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
-        copy(place, expert.buffer, non_blocking=True)
+        copy_locked(place, expert.buffer, non_blocking=True)
         places = {
             layer.place.name: (layer.shape, slot * self.slot_bytes + layer.offset)
             for layer in self.layers

@@ -15,13 +15,13 @@ from meswitch.artifact.manifest import Manifest
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.blockwise import train_blocks
 from meswitch.compression.distill.student import TrainablePacked, read_batch
-from meswitch.compression.options import Recipe, recipe_for
+from meswitch.compression.options import TrainingRecipe, recipe_for
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.text import load_calibration
 from meswitch.errors import ConfigError
 
 CPU = torch.device("cpu")
-SHORT = Recipe(steps=12, batch=8, scope="block")
+SHORT = TrainingRecipe(steps=12, batch=8, scope="block")
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_naming_the_scope_asks_for_training_whatever_the_size(pair, tmp_path, te
     [
         ({"calibration": None}, "distill: needs calibration text"),
         ({"distill": 0}, "distill_scope: block: 0 steps train nothing"),
-        ({"distill": Recipe(steps=3)}, "distill_scope: block: the recipe says model"),
+        ({"distill": TrainingRecipe(steps=3)}, "distill_scope: block: the recipe says model"),
         ({"method": "bitdelta"}, "distill_scope: block: bitdelta's published recipe trains end to end"),
         ({"method": "svd"}, "distill: the method svd has no scales to train"),
     ],
@@ -226,7 +226,7 @@ def test_what_does_not_go_together_is_refused_before_the_work(pair, tmp_path, te
 )
 def test_a_recipe_that_makes_no_sense_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        Recipe(**values)
+        TrainingRecipe(**values)
 
 
 def test_our_recipe_trains_methods_that_store_signs_too(pair, tmp_path, text):

@@ -6,7 +6,7 @@ import torch
 import meswitch
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.distill.training import Cost, about_duration, cost_of, end_to_end_bytes, scope_for, statement
-from meswitch.compression.options import Recipe
+from meswitch.compression.options import TrainingRecipe
 
 CPU = torch.device("cpu")
 
@@ -25,14 +25,14 @@ def test_a_duration_is_told_in_one_unit(seconds, said):
 
 
 def test_the_statement_says_how_long_how_much_and_how_to_leave_it_out():
-    said = statement(Recipe(steps=300, scope="block"), Cost(600, 12_000_000_000))
+    said = statement(TrainingRecipe(steps=300, scope="block"), Cost(600, 12_000_000_000))
     assert said.startswith("training block by block for 300 steps: takes about 10 minutes and 12 GB of memory; ")
     assert said.endswith("--distill 0 leaves it out")
 
 
 def test_twice_the_steps_take_twice_as_long(expert, monkeypatch):
     monkeypatch.setattr("meswitch.compression.distill.training._operations_a_second", lambda dtype, device: 1e10)
-    once, twice = (cost_of(expert, [100] * 40, Recipe(steps=steps), CPU).seconds for steps in (1000, 2000))
+    once, twice = (cost_of(expert, [100] * 40, TrainingRecipe(steps=steps), CPU).seconds for steps in (1000, 2000))
     assert twice == pytest.approx(2 * once)
 
 

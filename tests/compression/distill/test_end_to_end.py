@@ -8,7 +8,7 @@ import torch
 import meswitch
 from meswitch import Artifact
 from meswitch.compression.merge import load_merged
-from meswitch.compression.options import Recipe
+from meswitch.compression.options import TrainingRecipe
 from meswitch.errors import ArtifactError, ConfigError
 
 
@@ -24,7 +24,11 @@ def text(family, tmp_path):
 def test_distillation_lowers_the_divergence_on_held_out_text_and_costs_no_bytes(family, tmp_path, text):
     plain = meswitch.compress(family / "base", family / "math", tmp_path / "plain", calibration=text, distill=0)
     artifact = meswitch.compress(
-        family / "base", family / "math", tmp_path / "delta", calibration=text, distill=Recipe(steps=12, codes=False)
+        family / "base",
+        family / "math",
+        tmp_path / "delta",
+        calibration=text,
+        distill=TrainingRecipe(steps=12, codes=False),
     )
     artifact.verify()
     info = artifact.manifest.method.distillation

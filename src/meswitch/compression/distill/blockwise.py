@@ -35,7 +35,7 @@ from meswitch.compression.distill.training import (
     training_plan,
     weights,
 )
-from meswitch.compression.options import Recipe
+from meswitch.compression.options import TrainingRecipe
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet
@@ -51,7 +51,7 @@ def train_blocks(
     expert: Checkpoint,
     artifact: Artifact,
     text: CalibrationSet,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     *,
     device: torch.device,
     progress: Progress = silent,
@@ -210,7 +210,7 @@ class _Job:
     base: Checkpoint
     expert: Checkpoint
     artifact: Artifact
-    recipe: Recipe
+    recipe: TrainingRecipe
     held: list[Sample]
     rest: list[Sample]
     generator: torch.Generator

@@ -23,7 +23,7 @@ from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
 from meswitch.codec.registry import Group
 from meswitch.codec.words import nearest_words, signs_of
 from meswitch.compression.inputs import assembly, places_of
-from meswitch.compression.options import Recipe, Scope
+from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import BlockCall, LazyModel, PartialModel, working_dtype
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.tensorfile import DTYPES
@@ -308,7 +308,7 @@ def build_student(
     base: Checkpoint,
     expert: Checkpoint,
     artifact: Artifact,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Student:
@@ -325,7 +325,7 @@ def attach(
     base: Checkpoint,
     expert: Checkpoint,
     artifact: Compressed,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     device: torch.device,
     dtype: torch.dtype,
     names: Callable[[str], str | None] = lambda name: name,
@@ -443,7 +443,7 @@ def _trainable(
     base: Tensor,
     delta: PackedDelta | LowRankDelta | CodedDelta,
     full: Tensor | None,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Trainable:

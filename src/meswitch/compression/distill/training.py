@@ -1,10 +1,10 @@
 """Training a compressed expert so that it says what the full one says: end to end, and what both ways share.
 
 BitDelta (arXiv 2402.10193, section 3.1) and ME-Switch (2406.09041) train scales end to end on logits, with fixed codes.
-Ours, unless a method's published recipe says otherwise (`options.Recipe`): codes are trained with their scales, salient
-weights and norms (`student`); the loss is the KL divergence from the full expert and the relative error of every
-block's output; what the user says counts less than what the assistant answers. Ours with every recipe: the state of
-least divergence on held-out text is kept. It needs both models in memory, unlike the rest of compression.
+Ours, unless a method's published recipe says otherwise (`options.TrainingRecipe`): codes are trained with their scales,
+salient weights and norms (`student`); the loss is the KL divergence from the full expert and the relative error of
+every block's output; what the user says counts less than what the assistant answers. Ours with every recipe: the
+state of least divergence on held-out text is kept. It needs both models in memory, unlike the rest of compression.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from meswitch.artifact.manifest import Distillation
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
 from meswitch.compression.distill.student import Group, Outputs, build_student, frozen, read_batch
-from meswitch.compression.options import Recipe, Scope
+from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import CalibrationSet
@@ -79,7 +79,9 @@ class Sample:
         return [question] * asked + [1.0] * (len(self.ids) - asked)
 
 
-def split(text: CalibrationSet, recipe: Recipe, generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
+def split(
+    text: CalibrationSet, recipe: TrainingRecipe, generator: torch.Generator
+) -> tuple[list[Sample], list[Sample]]:
     """A held-out tenth, and the rest, which is trained on."""
     samples = [
         Sample(ids, start, number)
@@ -159,7 +161,7 @@ def fit(
     text: Iterator[Any],
     learn: Callable[[Any], object],
     held_out: Callable[[], float],
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     told: Callable[[int, float, float], None],
     work: SavedWork,
     plan: str,
@@ -238,7 +240,7 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
 
 
-def training_plan(artifact: Artifact, text: CalibrationSet, recipe: Recipe, device: torch.device) -> str:
+def training_plan(artifact: Artifact, text: CalibrationSet, recipe: TrainingRecipe, device: torch.device) -> str:
     """A digest of all that decides what a training ends with."""
     start, way = artifact.manifest.to_json(), dataclasses.asdict(recipe)
     return digest(start, dataclasses.asdict(text.info), way, device.type)
@@ -260,7 +262,7 @@ def fast_products() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def record(artifact: Artifact, recipe: Recipe, before: float, after: float) -> Distillation:
+def record(artifact: Artifact, recipe: TrainingRecipe, before: float, after: float) -> Distillation:
     """What the manifest says of a training: the recipe as it applied, held-out divergence before and after."""
     return Distillation(
         steps=recipe.steps,
@@ -306,7 +308,7 @@ def scope_for(expert: Checkpoint, device: torch.device) -> Scope:
     return "model" if fits and expert.parameters <= END_TO_END_PARAMETERS else "block"
 
 
-def cost_of(expert: Checkpoint, lengths: Sequence[int], recipe: Recipe, device: torch.device) -> Cost:
+def cost_of(expert: Checkpoint, lengths: Sequence[int], recipe: TrainingRecipe, device: torch.device) -> Cost:
     """What a training takes.
 
     Args:
@@ -328,7 +330,7 @@ def cost_of(expert: Checkpoint, lengths: Sequence[int], recipe: Recipe, device: 
     return Cost(seconds + passes + expert.nbytes / 1e9, max(largest * _BYTES_A_PARAMETER, head * 5))
 
 
-def statement(recipe: Recipe, cost: Cost) -> str:
+def statement(recipe: TrainingRecipe, cost: Cost) -> str:
     """What a person is told before a training starts."""
     way = "end to end" if recipe.scope == "model" else "block by block"
     return (
@@ -367,7 +369,7 @@ def train_end_to_end(
     expert: Checkpoint,
     artifact: Artifact,
     text: CalibrationSet,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     *,
     device: torch.device,
     progress: Progress = silent,
@@ -410,7 +412,7 @@ def train_end_to_end(
     return student.trained(artifact), record(artifact, recipe, before, best)
 
 
-def _learn(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> None:
+def _learn(teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device) -> None:
     """Leave a batch's gradients in the student's parameters: a few sequences at a time, which bounds the memory."""
     longest = max(len(sample.ids) for sample in batch)
     few = max(1, STEP_TOKENS // longest)
@@ -422,7 +424,7 @@ def _learn(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, devi
             (loss * (own / sum(mass))).backward(retain_graph=part is not parts[-1])
 
 
-def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: Recipe, device: torch.device) -> Tensor:
+def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device) -> Tensor:
     ids = [sample.ids for sample in batch]
     with torch.no_grad():
         wanted = read_batch(teacher, ids, device, hidden=recipe.hidden > 0)
