@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import meswitch
-from meswitch.compression.extraction import extract_lora
+from meswitch.compression.extraction import LoraOptions, extract_lora
 
 FAMILY = Path(__file__).parent / "family"
 OUT = Path("runs/adapter_beside_deltas")
@@ -19,7 +19,7 @@ def main() -> None:
     base = FAMILY / "base"
     experts = {"math": OUT / "math", "instruct-lora": OUT / "instruct-lora"}
     meswitch.compress(base, FAMILY / "math", experts["math"])
-    extract_lora(base, FAMILY / "instruct", experts["instruct-lora"], 64, modules_to_save=True)
+    extract_lora(base, FAMILY / "instruct", experts["instruct-lora"], LoraOptions(rank=64, modules_to_save=True))
     question = [{"role": "user", "content": "Reverse the order of these words: garden silver market"}]
     with meswitch.Engine(base, experts) as engine:
         names = ["base", *experts]
