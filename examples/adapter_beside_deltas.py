@@ -19,7 +19,7 @@ def main() -> None:
     base = FAMILY / "base"
     experts = {"math": OUT / "math", "instruct-lora": OUT / "instruct-lora"}
     meswitch.compress(base, FAMILY / "math", experts["math"])
-    extract_lora(base, FAMILY / "instruct", experts["instruct-lora"], LoraOptions(64, modules_to_save=True))
+    extract_lora(base, FAMILY / "instruct", experts["instruct-lora"], LoraOptions(rank=64, modules_to_save=True))
     question = [{"role": "user", "content": "Reverse the order of these words: garden silver market"}]
     with meswitch.Engine(base, experts) as engine:
         names = ["base", *experts]

@@ -1,4 +1,4 @@
-"""A second reader of the artifact format, written from docs/format.md alone: base + artifact = checkpoint, bit for bit.
+"""A second reader of the artifact format, from docs/concepts/format.md alone: base + artifact = checkpoint, exactly.
 
     python examples/format_reader.py BASE ARTIFACT OUT.safetensors
 

@@ -182,7 +182,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
     os.umask(umask)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        _sort_metadata(temporary)
         temporary.chmod(0o666 & ~umask)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the metadata in the order of their names, in place: safetensors writes them in another order each time."""
+    with file.open("r+b") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = handle.read(length).decode()
+        begin = len('{"__metadata__":')
+        metadata, end = json.JSONDecoder().raw_decode(header, begin)
+        ordered = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False)
+        found = header[begin:end].encode()
+        if len(ordered.encode()) == len(found):  # it is another only if safetensors escapes what JSON need not
+            handle.seek(8 + begin)
+            handle.write(ordered.encode())
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -97,6 +97,18 @@ def test_a_repository_is_taken_in_place_of_a_directory(hub, run, math_delta, fam
     assert "#### 113" in answer
 
 
+def test_what_was_fetched_once_is_there_without_the_hub(hub, run, math_delta, monkeypatch):
+    from huggingface_hub import constants
+
+    run.ok("push", math_delta, "org/math-delta")
+    found = run.json("inspect", "hf://org/math-delta")
+    hub.close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    remote._snapshot.cache_clear()
+    assert run.json("inspect", "hf://org/math-delta") == found
+    assert "hf://org/other: the hub does not do it" in run.error("inspect", "hf://org/other")
+
+
 def test_a_smaller_artifact_leaves_nothing_of_a_larger_one(hub, run, math_delta):
     run.ok("push", math_delta, "org/math-delta")
     files = hub.repositories["org/math-delta"].branches["main"][-1][1]

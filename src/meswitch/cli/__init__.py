@@ -82,7 +82,7 @@ for _command in _MAKE:
 app.command("eval", rich_help_panel="Make and measure experts")(evaluate)
 for _command in _ASK:
     app.command(rich_help_panel="Ask them")(_command)
-app.command(rich_help_panel="Here")(doctor.doctor)
+app.command(rich_help_panel="This installation")(doctor.doctor)
 app.add_typer(router.app, name="router", rich_help_panel="Ask them")
 app.add_typer(deploy.app, name="deploy", rich_help_panel="Ask them")
 

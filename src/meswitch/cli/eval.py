@@ -139,9 +139,9 @@ def evaluate(
     artifact: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[[NAME=]ARTIFACT]...",
-            help="Directories that `meswitch compress` wrote. Each is compared with the --expert of its name, or with "
-            "the only one.",
+            metavar="[NAME=]ARTIFACT",
+            help="What `meswitch compress` wrote: directories, or hf://ORG/NAME. Each is compared with the --expert of "
+            "its name, or with the only one.",
         ),
     ] = None,
     models: Models = Models(),

@@ -19,7 +19,10 @@ EXACT_MEANS = "exact: merged, the fine-tune's tensors bit for bit; served by tur
 
 def inspect(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An artifact: what `meswitch compress` wrote; or a PEFT adapter.")
+        Path,
+        typer.Argument(
+            metavar="DIR|hf://ORG/NAME", help="An artifact: what `meswitch compress` wrote; or a PEFT adapter."
+        ),
     ],
     base: Annotated[
         str | None,

@@ -11,7 +11,9 @@ from meswitch.units import format_bytes
 
 def merge(
     base: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="The base that the artifact was compressed against.")],
-    delta: Annotated[Path, typer.Option(metavar="DIR", help="An artifact: what `meswitch compress` wrote.")],
+    delta: Annotated[
+        Path, typer.Option(metavar="DIR|hf://ORG/NAME", help="An artifact: what `meswitch compress` wrote.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint to create; it must not exist.")],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 def verify(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An artifact: what `meswitch compress` wrote; or a PEFT adapter.")
+        Path,
+        typer.Argument(
+            metavar="DIR|hf://ORG/NAME", help="An artifact: what `meswitch compress` wrote; or a PEFT adapter."
+        ),
     ],
     base: Annotated[
         str | None,
