@@ -26,7 +26,7 @@ from meswitch.engine.graphs import StaticSteps, own_tables
 from meswitch.engine.pages import PAGE, Pages, pages_for
 from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState
-from meswitch.engine.scheduler import Job, Scheduler
+from meswitch.engine.scheduler import Job, Pace, Scheduler
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError
 
 logger = logging.getLogger("meswitch.engine")
@@ -141,12 +141,13 @@ class Batch:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
         self._commands.put(request)
 
-    def compute_from_tables(self, slots: int, ranks: Mapping[str, int]) -> None:
+    def compute_from_tables(self, slots: int, ranks: Mapping[str, int], rows: int) -> None:
         """Compute steps over static buffers from now on, where they fit.
 
         Args:
             slots: of the expert store.
             ranks: see `own_tables`.
+            rows: of the largest such step.
 
         Raises:
             IncompatibleError: a layer of the model needs something else.
@@ -161,7 +162,7 @@ class Batch:
                 self._cache,
                 self._switch.buffers,
                 self._switch.tables,
-                rows=self._scheduler.max_tokens,
+                rows=min(rows, self._scheduler.max_tokens),
                 requests=self._scheduler.max_requests,
                 longest=self._pages * PAGE,
                 cuts_rows=self._cuts_rows,
@@ -207,6 +208,14 @@ class Batch:
             self._static = self._switch.tables = None
 
         self._between_steps(drop)
+
+    def forget_pace(self) -> None:
+        """Forget what steps with prompts took so far: the first of a kind compile kernels."""
+
+        def forget() -> None:
+            self._scheduler.pace = Pace()
+
+        self._between_steps(forget)
 
     def _between_steps(self, work: Callable[[], T]) -> T:
         """Do something in the thread that computes, and wait for what it gives."""

@@ -302,6 +302,9 @@ def _proven(
                 attachment.undo(model)
                 return (f"steps from tables end the batch: {error}",)
             logger.warning("steps run without CUDA graphs, which is slower: %s", reason)
+    batch.forget_pace()
+    if kernel and device.type == "cuda":  # what steps take now that all of it is compiled
+        run_prompts(batch, store, list(artifacts)[:2], PROMPTS, longest)
     return Opened(batch, store, ())
 
 
@@ -325,7 +328,8 @@ def _speed_up(
     """
     try:
         paged = base_text(batch) if longest > TEXT else []
-        batch.compute_from_tables(store.slot_count, _ranks(artifacts, tied))
+        # longer steps are proven with a prompt of a page
+        batch.compute_from_tables(store.slot_count, _ranks(artifacts, tied), MOST if longest > TEXT else MAX_TOKENS)
         found = _in_tables(batch, store, artifacts)
         if artifacts and not found:
             return "no expert has all of its tensors in tables"

@@ -124,7 +124,7 @@ class Scheduler:
         self.reused = 0  # tokens of prompts that were in the cache
         self.unsure: list[int] = []
         """Free pages whose numbers nobody has seen to be finite: to be cleared before the next step."""
-        self._pace = Pace()
+        self.pace = Pace()
 
     def plan(self) -> list[tuple[Job, Piece]]:
         """The next step: requests of one token first. Empty if nothing can be done."""
@@ -138,7 +138,7 @@ class Scheduler:
         step = [(job, Piece(1, job.computed, job.pages)) for job in singles]
         left = self.max_tokens - len(step)
         if step:
-            left = int(min(left, max(_LEAST, self._pace.within(PAUSE) - len(step))))
+            left = int(min(left, max(_LEAST, self.pace.within(PAUSE) - len(step))))
         for job in [job for job in self.running if job not in singles]:
             left -= self._add_prompt(step, job, left)
         while self.waiting and left > 0 and len(self.running) < self.max_requests and not is_full:
@@ -205,7 +205,7 @@ class Scheduler:
             job.computed = piece.past + piece.length
         prompts = sum(piece.length for _, piece in step if piece.length > 1)
         if prompts >= _LEAST:
-            self._pace.add(sum(piece.length for _, piece in step), seconds)
+            self.pace.add(sum(piece.length for _, piece in step), seconds)
 
     def know(self, job: Job) -> None:
         """Let others find a job's full pages, whose numbers have been seen to be finite."""
