@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from meswitch.ops import PrefillRouting, Routing, SlotLinear, expert_prefill, fused_linear
+from meswitch.ops.embed import embedding_rows
 from meswitch.ops.linear import expert_linear
-from meswitch.ops.restored import on_hopper
-from meswitch.ops.rows import embedding_rows
+from meswitch.ops.triton import on_hopper
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 

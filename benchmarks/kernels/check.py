@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.kernels.shapes import DEVICE, random_delta, spread
 from meswitch.ops import Routing, SlotLinear, expert_linear, fused_linear
+from meswitch.ops.layout import Variant
 from meswitch.ops.routing import BASE, bucket
-from meswitch.ops.slots import Variant
-from meswitch.ops.triton.ahead import Job, decode_job, fused_job
+from meswitch.ops.triton.ahead import Compilation, decode_job, fused_job
 from meswitch.ops.triton.items import choose_fused
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -49,7 +49,7 @@ def token_slots(case: dict) -> list[int]:
     return drawn if case["kernel"] == "decode" or len(drawn) < 4 else [BASE, *drawn[1:-1], BASE]
 
 
-def wanted(case: dict) -> Job:
+def wanted(case: dict) -> Compilation:
     """What `compile_ahead` takes."""
     slots = token_slots(case)
     routing = Routing.build(slots)

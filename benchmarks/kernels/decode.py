@@ -9,9 +9,9 @@ from benchmarks.kernels import compare
 from benchmarks.kernels.shapes import DEVICE, MODELS, Layer, delta_bytes, random_layer, spread
 from benchmarks.kernels.timing import graph_ms
 from meswitch.ops import Routing, expert_linear, fused_linear
+from meswitch.ops.layout import Variant
 from meswitch.ops.routing import bucket
-from meswitch.ops.slots import Variant
-from meswitch.ops.triton.ahead import Job, decode_job, fused_job
+from meswitch.ops.triton.ahead import Compilation, decode_job, fused_job
 from meswitch.ops.triton.items import choose_fused
 
 SPREADS = ("identical", "uniform", "zipf", "skewed")
@@ -154,7 +154,7 @@ def point(model: Model, batch: int, experts: int, name: str, copy: float) -> dic
     return row
 
 
-def wanted() -> list[Job]:
+def wanted() -> list[Compilation]:
     """What `compile_ahead` takes."""
     found = []
     for name, bits, points in PLAN:

@@ -18,11 +18,13 @@ from benchmarks.kernels import prefill_check
 from benchmarks.kernels import prefill_paths as paths
 from benchmarks.kernels.shapes import DEVICE, MODELS, Layer, random_layer
 from benchmarks.kernels.timing import copy_gb_s, graph_ms, graph_of, in_turn_ms
-from meswitch.ops import merge
-from meswitch.ops.merge import Tile, launch
-from meswitch.ops.prefill_routing import PrefillRouting
-from meswitch.ops.slots import Variant
-from meswitch.ops.triton.ahead import Job, compile_ahead, decode_job, merge_job, product_job
+from meswitch.ops.layout import Variant
+from meswitch.ops.prefill import MERGED
+from meswitch.ops.routing import PrefillRouting
+from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_job, merge_job, product_job
+from meswitch.ops.triton.items import MERGE_TILES
+from meswitch.ops.triton.items import MergeTile as Tile
+from meswitch.ops.triton.merge import merge_rows as launch
 
 MODEL, LAYERS, TOKENS = "mistral-7b", 3, 4096
 REPEATS = 15
@@ -33,11 +35,11 @@ CROSSOVER = [(tokens, experts) for tokens in (64, 128, 192, 256, 512, 1024, 2048
 TILES = [Tile(8, 4), Tile(8, 8), Tile(8, 8, 64), Tile(16, 8), Tile(16, 8, 80), Tile(16, 8, 64), Tile(32, 8), Tile(4, 4)]
 
 
-def wanted() -> list[Job]:
+def wanted() -> list[Compilation]:
     """What to compile beforehand."""
     found = [job for case in prefill_check.cases() for job in prefill_check.wanted(case)]
     v = Variant(two=True, one=False, group=128, salient=16)
-    for experts in range(1, merge.MOST + 1):
+    for experts in range(1, MERGED + 1):
         found += [merge_job(*SHAPES["qkv"], v, torch.bfloat16, experts, tile) for tile in TILES]
     found += [product_job(*shape, v, torch.bfloat16, False) for shape in SHAPES.values()]
     for lengths in [*EQUAL.values(), *SKEWED.values(), *([tokens] * experts for tokens, experts in _crossovers())]:
@@ -72,7 +74,7 @@ def merge_speed(layers: list[Layer], copy: float) -> list[dict]:
             print(f"merge E{experts} {tile}: {ms:.3f} ms, {moved / ms / copy:.0%} of copy", flush=True)
         best = min((row for row in found if row["experts"] == experts), key=lambda row: row["ms"])
         for count in {1: (1,), 4: (2, 3, 4)}[experts]:
-            merge.TILES[count] = Tile(best["rows"], best["warps"], best["registers"])
+            MERGE_TILES[count] = Tile(best["rows"], best["warps"], best["registers"])
     return found
 
 

@@ -5,11 +5,11 @@ import torch
 from benchmarks.kernels.check import judged
 from benchmarks.kernels.shapes import DEVICE, random_delta
 from meswitch.ops import SlotLinear
+from meswitch.ops.embed import embedding_rows
+from meswitch.ops.layout import Variant
 from meswitch.ops.prefill import SCRATCH, expert_prefill
-from meswitch.ops.prefill_routing import PrefillRouting
-from meswitch.ops.rows import embedding_rows
-from meswitch.ops.slots import Variant
-from meswitch.ops.triton.ahead import Job, decode_job, embedding_job, merge_job
+from meswitch.ops.routing import PrefillRouting
+from meswitch.ops.triton.ahead import Compilation, decode_job, embedding_job, merge_job
 
 STEPS = {
     "one": [0] * 512,
@@ -31,7 +31,7 @@ def cases() -> list[dict]:
     return found
 
 
-def wanted(case: dict) -> list[Job]:
+def wanted(case: dict) -> list[Compilation]:
     """What to compile for a case."""
     bits, shape = case["bits"], (case["rows"], case["width"])
     two, one = (True, True) if bits == 0 else (bits > 1, bits % 2 == 1)

@@ -6,10 +6,9 @@ from itertools import accumulate
 import torch
 
 from benchmarks.kernels.shapes import DEVICE, Layer
-from meswitch.ops import restored
-from meswitch.ops.merge import merge
-from meswitch.ops.prefill import expert_prefill
-from meswitch.ops.prefill_routing import PrefillRouting
+from meswitch.ops.prefill import expert_prefill, merge
+from meswitch.ops.routing import PrefillRouting, tile_table
+from meswitch.ops.triton.product import product
 
 Buffers = dict[int, torch.Tensor]
 Path = Callable[[], None]
@@ -47,12 +46,12 @@ def restoring(layers: list[Layer], x: Buffers, y: Buffers, lengths: list[int]) -
     """Every segment, however long or short, by the product that restores weights as it loads them."""
     ends = [0, *accumulate(lengths)]
     segments = [(ends[e], ends[e + 1], e) for e in range(len(lengths))]
-    tiles = restored.tile_table(segments, ends[-1]).to(DEVICE)
+    tiles = tile_table(segments, ends[-1]).to(DEVICE)
 
     def run() -> None:
         for layer in layers:
             rows, width = layer.weight.shape
-            restored.launch(y[rows], x[width], layer.weight, None, layer.deltas, tiles)
+            product(y[rows], x[width], layer.weight, None, layer.deltas, tiles)
 
     return run
 

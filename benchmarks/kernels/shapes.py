@@ -6,8 +6,7 @@ import torch
 
 from meswitch.codec import PackedDelta, pack
 from meswitch.ops import SlotLinear
-from meswitch.ops.layout import Shape, padded_salient
-from meswitch.ops.slots import Variant
+from meswitch.ops.layout import Shape, Variant, padded_salient
 
 # layers, then [out_features, in_features] of one layer's linears: query, key and value in one, gate and up in one
 MODELS = {

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from meswitch.ops import Routing
+from meswitch.ops.layout import Variant
 from meswitch.ops.routing import bucket
-from meswitch.ops.slots import Variant
-from meswitch.ops.triton.ahead import Job, compile_ahead, fused_job
+from meswitch.ops.triton.ahead import Compilation, compile_ahead, fused_job
+from meswitch.ops.triton.fused import fused
 from meswitch.ops.triton.items import BROAD_ROWS, Config, FusedConfig, choose_fused
-from meswitch.ops.triton.launch import fused
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 
@@ -69,7 +69,7 @@ def _cases(name: str) -> Iterator[tuple[Routing, int, tuple[int, int, str], str,
             yield routing, bucket(batch, least=8), case, linear, rows, width
 
 
-def wanted(name: str) -> list[Job]:
+def wanted(name: str) -> list[Compilation]:
     """What `compile_ahead` takes."""
     found = []
     for routing, columns, _, _, rows, width in _cases(name):

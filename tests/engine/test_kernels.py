@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.engine import static_attention
+from meswitch.engine import graphs
 from meswitch.engine.tables import OwnTables
 from meswitch.errors import ConfigError
 from tests.support.adapters import pairs, write_adapter
@@ -113,7 +113,7 @@ def no_kernel(*_):
     ("part", "name", "fault", "said"),
     [
         (OwnTables, "_put", lost_norms, "norm"),
-        (static_attention, "reference", no_kernel, "no kernel for heads of this width"),
+        (graphs, "reference", no_kernel, "no kernel for heads of this width"),
     ],
     ids=["wrong", "impossible"],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meswitch.engine.rotary import longest_unturned
+from meswitch.engine.turns import longest_unturned
 from tests.architectures import tiny
 from tests.architectures.course import follow
 

@@ -11,8 +11,16 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import mangle_type
 
-from meswitch.ops.slots import Variant
-from meswitch.ops.triton.ahead import Job, decode_jobs, embedding_job, fused_jobs, launched, prefill_jobs, product_job
+from meswitch.ops.layout import Variant
+from meswitch.ops.triton.ahead import (
+    Compilation,
+    decode_jobs,
+    embedding_job,
+    fused_jobs,
+    launched,
+    prefill_jobs,
+    product_job,
+)
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -24,7 +32,7 @@ TYPES = {
 OPTIONS = ("num_warps", "maxnreg", "launch_pdl")
 
 
-def jobs() -> list[Job]:
+def jobs() -> list[Compilation]:
     """Every kernel in its main variants."""
     two, odd = Variant(True, False, 128, 16), Variant(True, True, 0, 0)
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -41,7 +49,7 @@ def jobs() -> list[Job]:
     return list({job.key: job for job in found}.values())
 
 
-def compile_for(job: Job, capability: int) -> str:
+def compile_for(job: Compilation, capability: int) -> str:
     kernel, arguments = launched(job)
     constants = {name: value for name, value in job.constants.items() if name not in OPTIONS}
     options = {name: value for name, value in job.constants.items() if name in OPTIONS}

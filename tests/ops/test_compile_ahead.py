@@ -1,5 +1,7 @@
 """Kernels compiled ahead are those that a step launches: on a GPU by Triton's own cache, else by their constants."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -12,8 +14,7 @@ from meswitch.ops import (
     expert_prefill,
     fused_linear,
 )
-from meswitch.ops.triton import launch as launch_module
-from meswitch.ops.triton.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
+from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from tests.support.deltas import DEVICE, random_delta
 
 ROWS, WIDTH, DTYPE = 256, 1024, torch.bfloat16
@@ -74,15 +75,18 @@ def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
         def __getitem__(self, grid):
             def launch(*arguments, **constants):
                 launched.append(
-                    Job(self.name, DTYPE, ROWS, WIDTH, constants, self.name == "decode" and constants["SPLIT"] > 1)
+                    Compilation(
+                        self.name, DTYPE, ROWS, WIDTH, constants, self.name == "decode" and constants["SPLIT"] > 1
+                    )
                 )
                 return self.kernel[grid](*arguments, **constants)
 
             return launch
 
     for name in ("fused", "decode"):
-        kernel = getattr(launch_module, f"{name}_kernel")
-        monkeypatch.setattr(launch_module, f"{name}_kernel", Recorder(name, kernel))
+        module = importlib.import_module(f"meswitch.ops.triton.{name}")
+        kernel = getattr(module, f"{name}_kernel")
+        monkeypatch.setattr(module, f"{name}_kernel", Recorder(name, kernel))
     run(layer)
     known = {job.key for job in jobs(layer)}
     assert {job.kernel for job in launched} == {"fused", "decode"}

@@ -8,7 +8,7 @@ import torch
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, expert_linear
 from meswitch.ops.cpu import slot_matrix
-from meswitch.ops.slots import read_slot
+from meswitch.ops.layout import read_slot
 from meswitch.ops.triton.items import choose
 from tests.support.deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
 
@@ -81,7 +81,7 @@ def test_input_channels_are_split_among_programs():
 
 @pytest.mark.parametrize("group", [None, 32, 64])
 def test_more_codes_in_a_dot_and_whole_tiles_give_the_same(group):
-    from meswitch.ops.triton.launch import decode
+    from meswitch.ops.triton.decode import decode
 
     deltas = [random_delta(150, 1024, bits, group, salient=2, seed=bits) for bits in (2, 3)]
     layer = SlotLinear.build(deltas, DEVICE)

@@ -87,7 +87,7 @@ def test_a_token_gets_the_same_bits_whoever_shares_its_batch():
 
 
 def test_every_output_is_written_and_nothing_else():
-    from meswitch.ops.triton.launch import fused
+    from meswitch.ops.triton.fused import fused
 
     layer = SlotLinear.build([random_delta(50, 300, 2), None], DEVICE)
     x, weight = inputs(4, layer, torch.bfloat16)
@@ -100,7 +100,7 @@ def test_every_output_is_written_and_nothing_else():
 
 
 def test_the_order_in_which_items_start_changes_nothing():
-    from meswitch.ops.triton.launch import fused
+    from meswitch.ops.triton.fused import fused
 
     layer = SlotLinear.build([random_delta(150, 1024, 2, seed=seed) for seed in range(2)], DEVICE)
     x, weight = inputs(5, layer, torch.bfloat16)

@@ -7,9 +7,8 @@ import torch
 
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, embedding_rows, fused_linear
-from meswitch.ops.layout import Shape, read, salient_of_tiles, write
-from meswitch.ops.merge import merge
-from meswitch.ops.slots import Variant
+from meswitch.ops.layout import Shape, Variant, read, salient_of_tiles, write
+from meswitch.ops.prefill import merge
 from tests.support.deltas import DEVICE, TOLERANCE, error, expected, random_delta
 
 ROWS = [256, 128, 128]  # q, k and v of one matrix

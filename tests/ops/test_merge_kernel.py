@@ -5,7 +5,7 @@ import torch
 
 from meswitch.errors import ConfigError
 from meswitch.ops import SlotLinear
-from meswitch.ops.merge import merge
+from meswitch.ops.prefill import merge
 from tests.support.deltas import DEVICE, random_delta
 
 

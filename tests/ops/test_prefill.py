@@ -6,7 +6,7 @@ import torch
 from meswitch.errors import ConfigError
 from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill
 from meswitch.ops.prefill import block_rows
-from meswitch.ops.prefill_routing import LONG_FROM
+from meswitch.ops.routing import LONG_FROM
 from tests.support.deltas import DEVICE, random_delta
 
 LONG = 8  # here; where the decode kernel ends is a matter of speed
@@ -105,7 +105,7 @@ def test_long_segments_come_first_and_only_the_others_have_tiles():
 def test_layers_that_merge_leave_more_to_the_decode_kernel(monkeypatch):
     slots = [0] * 100 + [1] * 300
     assert PrefillRouting.build(slots, own_from=64).merging.own == ((0, 100), (100, 400))  # asked for
-    monkeypatch.setattr("meswitch.ops.prefill_routing.on_hopper", lambda device: True)
+    monkeypatch.setattr("meswitch.ops.routing.on_hopper", lambda device: True)
     routing = PrefillRouting.build(slots)
     assert (routing.own, routing.short) == (((0, 100), (100, 400)), None)
     merging = routing.merging

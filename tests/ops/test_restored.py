@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from meswitch.ops import PrefillRouting, SlotLinear, expert_prefill, static_prefill
-from meswitch.ops.restored import TOKENS, fits, launch, on_hopper, restores, tile_table, token_tiles
-from meswitch.ops.slots import Variant
-from meswitch.ops.static_routing import StaticRouting
+from meswitch.ops.layout import Variant
+from meswitch.ops.prefill import fits, restores
+from meswitch.ops.routing import TILE_TOKENS as TOKENS
+from meswitch.ops.routing import StaticRouting, tile_table, token_tiles
+from meswitch.ops.triton import on_hopper
+from meswitch.ops.triton.product import product as launch
 from tests.support.deltas import DEVICE, random_delta
 
 BF16, TWO = torch.bfloat16, Variant(1, False, 128, 16)

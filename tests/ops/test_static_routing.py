@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meswitch.ops import SlotLinear, static_prefill
-from meswitch.ops.prefill_routing import OWN_FROM
-from meswitch.ops.restored import TOKENS
-from meswitch.ops.static_routing import StaticRouting, most_tiles
+from meswitch.ops.routing import OWN_FROM, StaticRouting, most_tiles
+from meswitch.ops.routing import TILE_TOKENS as TOKENS
 from tests.support.deltas import expected, random_delta
 
 ROWS, SLOTS = 512, 3

@@ -7,7 +7,7 @@ import meswitch
 from meswitch.artifact import Artifact
 from meswitch.codec import PackedDelta
 from meswitch.errors import ConfigError
-from meswitch.ops.slots import read_slot
+from meswitch.ops.layout import read_slot
 from meswitch.slots import ExpertStore
 from meswitch.slots.layout import Layout, extra_name
 

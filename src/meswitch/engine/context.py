@@ -4,15 +4,15 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meswitch.codec import Delta
 from meswitch.engine.merged import MergedWeights
 from meswitch.engine.tables import LowRankTable, OwnTable, OwnTables
-from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear
+from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear, expert_prefill, fused_linear, static_prefill
 from meswitch.ops.routing import MAX_TOKENS
 from meswitch.ops.step import HEAD, TOKENS, Side, Step
 from meswitch.slots import ExpertStore
@@ -277,3 +277,31 @@ class Switch:
         assert self._store is not None
         # exact changes are never in a batch (`engine.runner`)
         return cast(Mapping[str, Delta | Tensor], self._store.tensors(slot))
+
+
+TRITON = "triton"
+
+
+def linear(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLinear | None, owners: Owners) -> Tensor:
+    """A linear layer, with packed deltas where there are some: [rows, in_features] -> [rows, out_features].
+
+    Args:
+        base: holds the base's weight.
+        layer: None if no expert changes it.
+    """
+    if layer is None or not owners.any:
+        return nn.functional.linear(x, base.weight, bias)
+    return product(x, base.weight, bias, layer, owners)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, owners: Owners) -> Tensor:
+    """`x W^T + x D^T + bias`, each row with its owner's D: [rows, in_features] -> [rows, out_features].
+
+    Up to 64 rows base and deltas are one launch, which reads each weight once. With more, cuBLAS computes the base, and
+    experts of many rows get weights of their own (`ops.prefill`).
+    """
+    if len(x) <= MAX_TOKENS:
+        return fused_linear(x, weight, layer, owners.routing, bias, backend=TRITON)
+    if isinstance(owners, TableOwners):
+        return static_prefill(x, weight, layer, owners.static, bias, backend=TRITON)
+    return expert_prefill(x, weight, layer, owners.prefill, bias, backend=TRITON)

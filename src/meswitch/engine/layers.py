@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meswitch.codec import Delta
-from meswitch.engine.context import BASE_SLOT, Owners, Rows, Switch
-from meswitch.engine.kernel import TRITON, linear, product
+from meswitch.engine.context import BASE_SLOT, TRITON, Owners, Rows, Switch, linear, product
 from meswitch.engine.parameters import ExpertParameters
 from meswitch.engine.tables import Own
 from meswitch.errors import MeswitchError

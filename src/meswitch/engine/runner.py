@@ -16,7 +16,7 @@ from torch import Tensor
 from meswitch.artifact import Artifact
 from meswitch.codec import EXACT
 from meswitch.cpu import free_bytes
-from meswitch.engine.attach import plan_attachment
+from meswitch.engine.attach import Survey, plan_attachment
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import Switch
 from meswitch.engine.graphs import MOST
@@ -36,10 +36,8 @@ from meswitch.engine.proof import (
     without_weights,
 )
 from meswitch.engine.request import Listener
-from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams, SamplingState
-from meswitch.engine.survey import Survey
-from meswitch.engine.turns import Turns
+from meswitch.engine.turns import Turns, longest_unturned
 from meswitch.engine.warm import PROMPTS, compile_kernels, run_prompts
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels

@@ -23,7 +23,6 @@ from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import Trial
 from meswitch.engine.request import Listener, stopped, tell
-from meswitch.engine.rotary import longest_unturned
 from meswitch.engine.sampling import SamplingParams, SamplingState, StepSampler, not_finite
 from meswitch.errors import IncompatibleError
 from meswitch.slots import ExpertStore
@@ -385,3 +384,23 @@ def _exchange(model: nn.Module, name: str, value: Tensor) -> Tensor:
     table[leaf] = value if keeps else nn.Parameter(value, requires_grad=False)  # type: ignore[index]
     assert isinstance(before, Tensor)
     return before
+
+
+def longest_unturned(config: Any) -> int | None:
+    """Tokens of a text up to which the rotary embedding is that of short texts; None if it is the same for all.
+
+    `longrope` (Phi-3, Phi-4) has two sets of frequencies and takes one of them for everything that is computed
+    together: the long one as soon as a single text is longer than those of pretraining. A short text beside a long one,
+    and the part of a long text that was computed while it was short, would come out otherwise than alone.
+
+    Args:
+        config: of a model, a `transformers.PreTrainedConfig`.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    limits = [
+        int(kind["original_max_position_embeddings"])
+        for kind in kinds
+        if kind.get("rope_type") == "longrope" and kind.get("short_factor") != kind.get("long_factor")
+    ]
+    return min(limits, default=None)

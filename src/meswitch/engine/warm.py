@@ -14,7 +14,7 @@ from meswitch.engine.proof import run
 from meswitch.errors import MeswitchError
 from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
 from meswitch.ops.step import step_sizes
-from meswitch.ops.triton.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
+from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 
 # Requests and tokens of each, for steps of every kind: deltas in the product, weights of an expert's own, many pieces.
@@ -35,7 +35,7 @@ def compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) ->
     logger.info("%d kernels are ready in %.0f s", count, time.perf_counter() - started)
 
 
-def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[Job]:
+def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[Compilation]:
     sizes = step_sizes(range(1, MAX_TOKENS + 1), slots)
     seen: set[tuple[Any, ...]] = set()
     for module in model.modules():

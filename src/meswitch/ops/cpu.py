@@ -12,8 +12,7 @@ from torch import Tensor
 
 from meswitch.codec import Delta, LowRankDelta
 from meswitch.ops import reference
-from meswitch.ops.layout import SALIENT_ROWS, Shape
-from meswitch.ops.slots import slot_shape
+from meswitch.ops.layout import SALIENT_ROWS, Shape, slot_shape
 
 
 def expert_matmul(x: Tensor, delta: Delta) -> Tensor:

@@ -1,9 +1,9 @@
 """A whole linear layer for long segments: each expert's tokens are multiplied once, by `W + D`.
 
 What a delta adds could be a second product, but the first already takes all of the matrix unit's time. On sm_90 a
-product of our own restores `W + D` as it reads W (`restored.py`). Elsewhere, and for segments so long that cuBLAS wins,
-it is merged block by block: `2 + 2 + bits / 8` bytes a weight for one expert. Short segments share the base's product
-and get their deltas from the decode kernel.
+product of our own restores `W + D` as it reads W (`triton.product`). Elsewhere, and for segments so long that cuBLAS
+wins, it is merged block by block: `2 + 2 + bits / 8` bytes a weight for one expert. Short segments share the base's
+product and get their deltas from the decode kernel.
 """
 
 import math
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
+from meswitch.ops.backend import KERNEL_DTYPES, chosen_backend
+from meswitch.ops.layout import SlotLinear, Variant, read_slot
 from meswitch.ops.linear import expert_linear
-from meswitch.ops.merge import MOST, merge
-from meswitch.ops.prefill_routing import PrefillRouting
-from meswitch.ops.restored import launch, restores
-from meswitch.ops.routing import Routing
-from meswitch.ops.slots import SlotLinear
+from meswitch.ops.routing import PrefillRouting, Routing
+from meswitch.ops.triton import on_hopper
 
+TILE_ROWS = 128  # of the product that restores weights
+CHANNELS, BLOCK = 64, 256  # of a step of its tile; of a block of words
+_HALF_BLOCK = 128  # channels: the smallest group of scales
+MERGED = 4  # experts of one launch that merges: their part of a tile is read ahead, one at a time
+_ALIGNED = 32  # rows: no tile may lie on both sides of a border of `layout.SALIENT_ROWS`
 SCRATCH = 512 << 20  # bytes of merged weights at a time
 _WAVE = 4096  # rows: with 1,024 tokens they are 128 tiles of 128 x 256, one for nearly every multiprocessor
 _LEAST_ROWS = 256
@@ -63,11 +67,11 @@ def expert_prefill(
     if routing.short is not None:
         expert_linear(y, tokens, layer, routing.short, backend)
     if restored and len(routing.tiles) > 1:
-        launch(y, tokens, weight, bias, layer, routing.tiles)
+        _restored_product(y, tokens, weight, bias, layer, routing.tiles)
     count = routing.long if restored else len(routing.own)
     merged, merged_slots = routing.own[:count], routing.own_slots[:count]
-    for e in range(0, count, MOST):
-        spans, slots = merged[e : e + MOST], merged_slots[e : e + MOST]
+    for e in range(0, count, MERGED):
+        spans, slots = merged[e : e + MERGED], merged_slots[e : e + MERGED]
         step = block_rows(layer.rows, layer.in_features, len(spans), scratch)
         room = weight.new_empty(len(spans) * step * layer.in_features)  # every block's: it may still be in the cache
         for start in range(0, layer.rows, step):
@@ -106,7 +110,7 @@ def static_prefill(
     if tiles is None or backend not in (None, "triton") or not restores(weight, layer.variant):
         return expert_linear(torch.nn.functional.linear(x, weight, bias), x, layer, every, backend)
     y = x.new_empty(len(x), layer.rows)
-    launch(y, x, weight, bias, layer, tiles)
+    _restored_product(y, x, weight, bias, layer, tiles)
     return expert_linear(y, x, layer, short, backend)
 
 
@@ -127,3 +131,101 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.mm(x, weight.T, out=out)
     else:
         torch.addmm(bias, x, weight.T, out=out)
+
+
+def _restored_product(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, tiles: Tensor
+) -> None:
+    from meswitch.ops.triton.product import product  # only now: its language is not part of every Triton
+
+    product(y, x, weight, bias, layer, tiles)
+
+
+def restores(weight: Tensor, variant: Variant) -> bool:
+    """Whether a layer's product can restore its deltas here."""
+    rows, width = weight.shape
+    return fits(rows, width, variant, weight.dtype) and weight.stride(0) % 8 == 0 and on_hopper(weight.device)
+
+
+def fits(rows: int, in_features: int, variant: Variant, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes a layer: bf16, whole tiles, deltas of 2 bits in groups of 128 channels and more."""
+    grouped = variant.group == 0 or variant.group >= _HALF_BLOCK
+    two_bits = variant.two == 1 and not variant.one
+    return rows % TILE_ROWS == 0 and in_features % BLOCK == 0 and grouped and two_bits and dtype == torch.bfloat16
+
+
+def merge(
+    weight: Tensor,
+    layer: SlotLinear,
+    slots: Tensor,
+    first: int,
+    last: int,
+    out: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """Rows `first` to `last` of the base's weight plus each expert's delta; an absent delta leaves the weight as it is.
+
+    Args:
+        weight: [rows, in_features] bf16 or fp16. slots: [experts] int32, none below 0. first: a multiple
+            of 32. out: [experts, last - first,
+            in_features] of weight's dtype, contiguous; written whole.
+        backend: `triton` or `reference`; by default triton on a GPU.
+
+    Returns:
+        out.
+
+    Raises:
+        ConfigError: the backend cannot serve this; the message names one that can.
+    """
+    backend = chosen_backend(backend, weight.device, "merge")
+    if weight.shape != (layer.rows, layer.in_features) or weight.stride(1) != 1:
+        raise ConfigError(f"shapes: weight {tuple(weight.shape)} for a layer of {layer.rows} x {layer.in_features}")
+    if out.shape != (len(slots), last - first, layer.in_features) or out.dtype != weight.dtype:
+        raise ConfigError(
+            f"out: {tuple(out.shape)} {out.dtype} for {len(slots)} experts' rows {first} to {last} of {weight.dtype}"
+        )
+    if first % _ALIGNED:
+        raise ConfigError(f"first: {first} is no multiple of {_ALIGNED}")
+    if not out.is_contiguous():
+        raise ConfigError("out: not contiguous")
+    if backend == "triton" and weight.dtype not in KERNEL_DTYPES:
+        raise ConfigError(
+            f"dtype: weight is {weight.dtype}: the triton backend takes bfloat16 or float16; "
+            "the backend 'reference' serves any"
+        )
+    torch.ops.meswitch.merge(out, weight, layer.arena, layer.table, slots, first, last, *layer.variant, backend)
+    return out
+
+
+@torch.library.custom_op("meswitch::merge", mutates_args=("out",))
+def _merge(
+    out: Tensor,
+    weight: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    first: int,
+    last: int,
+    two: int,
+    one: bool,
+    group: int,
+    salient: int,
+    backend: str,
+) -> None:
+    if backend == "triton":
+        from meswitch.ops.triton.merge import merge_rows
+
+        merge_rows(out, weight, arena, table, slots, first, last, Variant(two, one, group, salient))
+        return
+    for e, slot in enumerate(slots.tolist()):
+        delta = read_slot(arena, table[slot].tolist(), weight.shape[0], weight.shape[1], group)
+        merged = weight[first:last]
+        if delta is not None:
+            rows = torch.arange(first, last, device=weight.device)
+            merged = (merged.float() + delta.dequantize(rows)).to(weight.dtype)
+        out[e] = merged
+
+
+@_merge.register_fake
+def _(*_: object) -> None:
+    return None

@@ -1,10 +1,18 @@
-"""Which tokens of a step belong to which expert's slot, as the kernels read it."""
+"""Which tokens of a step belong to which expert's slot, as the kernels read it; all of it is known on the host.
 
-from collections.abc import Sequence
+`Routing` is for steps of few tokens, `PrefillRouting` for long prompts, whose experts get weights of their own, and
+`StaticRouting` for steps of many rows that a captured graph holds.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from meswitch.ops.triton import on_hopper
 
 BASE = -1
 MAX_TOKENS = 64  # of a piece, and of a step in the fused kernel
@@ -65,6 +73,28 @@ class Routing:
         slots, begins, positions = (place[: len(part)] for place, part in zip(places, parts, strict=True))
         return cls(slots, begins, positions, piece, likely_pieces(pieces))
 
+    @classmethod
+    def room(cls, rows: int, slots: int, piece: int, device: torch.device) -> "Routing":
+        """Buffers for any step of so many rows; of nobody so far."""
+        pieces = most_pieces(rows, slots, piece)
+        owners = torch.full((pieces,), BASE, dtype=torch.int32, device=device)
+        starts = torch.zeros(pieces + 1, dtype=torch.int32, device=device)
+        return cls(owners, starts, torch.arange(rows, dtype=torch.int32, device=device), piece, pieces)
+
+    def fill(self, token_slots: Sequence[int]) -> None:
+        """Sort a step's rows into these buffers.
+
+        Even without experts: a graph that was captured with some writes its rows in `order`.
+        """
+        found = Routing.build(token_slots, pieces=len(self.slots), piece=self.piece)
+        into(self.slots, found.slots)
+        into(self.starts, found.starts)
+        into(self.order, found.order)
+
+    def part(self, rows: int, pieces: int, likely: int) -> "Routing":
+        """As a step of so many rows reads these buffers."""
+        return Routing(self.slots[:pieces], self.starts[: pieces + 1], self.order[:rows], self.piece, likely)
+
 
 def most_pieces(tokens: int, slots: int, piece: int = PIECE) -> int:
     """Pieces that so many tokens of so many slots have at most, however they are spread."""
@@ -88,3 +118,191 @@ def by_slot(token_slots: Sequence[int]) -> dict[int, list[int]]:
 def bucket(count: int, least: int = 1) -> int:
     """The next power of two."""
     return max(least, 1 << max(count - 1, 0).bit_length())
+
+
+TILE_TOKENS = 256  # of a tile of the product that restores weights
+OWN_FROM = 64  # tokens of one expert from which the restoring product costs less than the decode kernel; measured
+MERGE_FROM = 256  # from which merging does, where weights can't be restored in the product
+LONG_FROM = 4096  # from which merging costs less than the restoring product
+
+
+def token_tiles(segments: Sequence[tuple[int, int, int]], tokens: int) -> list[tuple[int, int, int, int]]:
+    """First token of each tile, its segment's first token and end, the slot.
+
+    A step's last tile starts early enough to end with the step: rows that are not there take longer to fill with zeros
+    than to read, and what it computes of the tokens before its segment is not written.
+
+    Args:
+        segments: first token, end, slot. tokens: of the step.
+    """
+    last = max(0, tokens - TILE_TOKENS)
+    return [
+        (min(start, last), first, end, slot)
+        for first, end, slot in segments
+        for start in range(first, end, TILE_TOKENS)
+    ]
+
+
+def tile_table(segments: Sequence[tuple[int, int, int]], tokens: int) -> Tensor:
+    """[1 + tiles, 4] int32 on the host, as the kernel reads it: how many tiles in the first place, then the tiles.
+
+    Args:
+        segments: first token, end, slot. tokens: of the step.
+    """
+    tiles = token_tiles(segments, tokens)
+    return torch.tensor([(len(tiles), 0, 0, 0), *tiles], dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class PrefillRouting:
+    """Tokens brought together by slot, in the order in which the slots first appear.
+
+    A step whose tokens lie together already is used as it is, which saves two copies a layer; so a scheduler does well
+    to put one expert's requests side by side.
+
+    order: [tokens] int64, where each token of the sorted step comes from; None if it is sorted as it is. own: (first,
+    last) token of each segment that gets weights of its own, long ones first. own_slots: [own] int32. long: how many
+    are long. tiles: [1 + tiles, 4] int32, the others for `triton.product`. plain: (first, last) of the other tokens,
+    which get the base's weights. short: of these, those with an expert, for the decode kernel in pieces of at most
+    `MAX_TOKENS`, or None; positions are of the sorted step. token_slots: what it was built from,
+    if `own_from` was left to it.
+    """
+
+    order: Tensor | None
+    own: tuple[tuple[int, int], ...]
+    own_slots: Tensor
+    long: int
+    tiles: Tensor
+    plain: tuple[tuple[int, int], ...]
+    short: Routing | None
+    token_slots: Sequence[int] | None
+
+    @cached_property
+    def merging(self) -> "PrefillRouting":
+        """The same step for layers whose weights can't be restored in the product."""
+        if self.token_slots is None or all(end - first >= MERGE_FROM for first, end in self.own):
+            return self
+        return PrefillRouting.build(self.token_slots, self.own_slots.device, own_from=MERGE_FROM)
+
+    @classmethod
+    def build(
+        cls, token_slots: Sequence[int], device: torch.device | str = "cpu", *, own_from: int | None = None
+    ) -> "PrefillRouting":
+        """Sort a step's tokens.
+
+        Args:
+            token_slots: the slot of each token, `BASE` for none. own_from: the fewest tokens of an expert for which it
+                gets weights of its own; fewer go to the base's product and the decode kernel. By default what is best
+                on the device.
+        """
+        asked = own_from is not None
+        own_from = own_from or (OWN_FROM if on_hopper(torch.device(device)) else MERGE_FROM)
+        tokens = by_slot(token_slots)
+        order = [position for own in tokens.values() for position in own]
+        segments, plain, start, owners = [], [], 0, [BASE] * len(order)
+        for slot, own in tokens.items():
+            span = start, start + len(own)
+            start = span[1]
+            if slot != BASE and len(own) >= own_from:
+                segments.append((*span, slot))
+                continue
+            plain.append(span)
+            owners[slice(*span)] = [slot] * len(own)
+        segments.sort(key=lambda segment: segment[1] - segment[0] < LONG_FROM)
+        long = sum(end - first >= LONG_FROM for first, end, _ in segments)
+        tiles = tile_table(segments[long:], len(order))
+        return cls(
+            None if order == list(range(len(order))) else torch.tensor(order).to(device, non_blocking=True),
+            tuple((first, end) for first, end, _ in segments),
+            torch.tensor([slot for _, _, slot in segments], dtype=torch.int32).to(device, non_blocking=True),
+            long,
+            tiles.to(device, non_blocking=True),
+            _joined(plain),
+            Routing.build(owners, device, piece=MAX_TOKENS) if any(slot != BASE for slot in owners) else None,
+            None if asked else token_slots,
+        )
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Neighbouring spans as one, for one product."""
+    joined: list[tuple[int, int]] = []
+    for first, last in spans:
+        if joined and joined[-1][1] == first:
+            joined[-1] = joined[-1][0], last
+        else:
+            joined.append((first, last))
+    return tuple(joined)
+
+
+class StaticRouting:
+    """Buffers for any step of so many rows.
+
+    Args:
+        rows: of the largest step.
+        slots: of the expert store.
+
+    all: the rows of every expert, in pieces of up to `PIECE`. short: of experts without weights of their own.
+    tiles: [1 + room, 4] int32 for `triton.product`; None where no product restores weights.
+    """
+
+    def __init__(self, rows: int, slots: int, device: torch.device) -> None:
+        self._slots = slots
+        self.all, self.short = (Routing.room(rows, slots, PIECE, device) for _ in range(2))
+        self.tiles: Tensor | None = None
+        if on_hopper(device):
+            self.tiles = torch.zeros(1 + most_tiles(rows), 4, dtype=torch.int32, device=device)
+
+    def fill(self, token_slots: Sequence[int]) -> None:
+        """Say whose the rows are. token_slots: of as many rows as the graph has that is replayed, with padding."""
+        rows = len(self.all.order)
+        padded = [*token_slots, *[BASE] * (rows - len(token_slots))]
+        self.all.fill(padded)
+        if self.tiles is None:
+            return
+        segments = list(_segments(token_slots))
+        table = tile_table(segments, len(token_slots))
+        into(self.tiles, table)
+        for first, end, slot in segments:
+            if slot != BASE:
+                padded[first:end] = [BASE] * (end - first)
+        self.short.fill(padded)
+
+    def part(self, rows: int) -> tuple[Routing, Routing, Tensor | None]:
+        """`all`, `short` and `tiles` as a graph of so many rows reads them."""
+        pieces, likely = most_likely(rows, self._slots, PIECE)
+        every, short = (buffers.part(rows, pieces, likely) for buffers in (self.all, self.short))
+        return every, short, None if self.tiles is None else self.tiles[: 1 + most_tiles(rows)]
+
+
+def _segments(token_slots: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """First row, end and slot of each stretch that gets one expert's weights, or, as `BASE`, the base's."""
+    begun, start = 0, 0
+    for slot, own in itertools.groupby(token_slots):
+        end = start + sum(1 for _ in own)
+        if slot != BASE and end - start >= OWN_FROM:
+            if begun < start:
+                yield begun, start, BASE
+            yield start, end, slot
+            begun = end
+        start = end
+    if begun < start:
+        yield begun, start, BASE
+
+
+def most_tiles(rows: int) -> int:
+    """Of a step of so many rows, however they are spread."""
+    own = rows // OWN_FROM
+    return rows // TILE_TOKENS + 2 * own + 1
+
+
+def most_likely(rows: int, slots: int, piece: int) -> tuple[int, int]:
+    """How many pieces rows of so many slots have at most, and if they are spread evenly."""
+    most = most_pieces(rows, slots, piece)
+    return most, min(most, max(min(slots, rows), -(-rows // piece)))
+
+
+def into(target: Tensor, source: Tensor) -> None:
+    """Copy to the beginning of target, in the order of the current stream, without a wait."""
+    if target.device.type == "cuda":
+        source = source.pin_memory()
+    target[: len(source)].copy_(source, non_blocking=True)

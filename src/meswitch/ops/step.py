@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops import PrefillRouting, Routing
-from meswitch.ops.routing import BASE, MAX_TOKENS, PIECE
-from meswitch.ops.static_routing import StaticRouting, copy, cut, fill, most_likely, room
+from meswitch.ops.routing import BASE, MAX_TOKENS, PIECE, PrefillRouting, Routing, StaticRouting, into, most_likely
 
 TOKENS, HEAD = 0, 1  # rows of the model's layers, rows that reach the head
 
@@ -41,7 +39,7 @@ class Side:
         self.token_slots = torch.full((capacity,), BASE, dtype=torch.int32, device=device)
         self.host: list[int] = []
         self.active = False
-        self._few = room(self._small, slots, PIECE, device)
+        self._few = Routing.room(self._small, slots, PIECE, device)
         self._many = StaticRouting(self._recorded, slots, device) if self._recorded > self._small else None
         self._large: dict[int, Routing] = {}
         self._prefill: dict[int, PrefillRouting] = {}
@@ -63,13 +61,13 @@ class Side:
         self.host = list(token_slots)
         self.active = any(slot != BASE for slot in token_slots)
         self._large, self._prefill = {}, {}
-        copy(self.token_slots, torch.tensor(self.host, dtype=torch.int32))
+        into(self.token_slots, torch.tensor(self.host, dtype=torch.int32))
         if before > now:
             self.token_slots[now:before].fill_(BASE)
         if now > self._recorded:  # no graph holds such a step: it is sorted when a layer asks
             return
         if now <= self._small or self._many is None:
-            fill(self._few, self._padded(self._small))
+            self._few.fill(self._padded(self._small))
         else:
             self._many.fill(self.host)
 
@@ -89,7 +87,7 @@ class Side:
                 self._large[rows] = replace(routing, likely=likely)
             return self._large[rows]
         slots = len(set(self.host) - {BASE}) if self._specialized else self.slots
-        return cut(self._few, rows, *most_likely(min(rows, self._small), slots, PIECE))
+        return self._few.part(rows, *most_likely(min(rows, self._small), slots, PIECE))
 
     def static(self, rows: int) -> tuple[Routing, Routing, Tensor | None]:
         """A step of more than `MAX_TOKENS` rows that a graph holds, as `StaticRouting.part` gives it.

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops.layout import ABSENT, Shape
-from meswitch.ops.slots import SlotLinear, Variant
+from meswitch.ops.layout import ABSENT, Shape, SlotLinear, Variant
 
 
 class TableLayer(NamedTuple):

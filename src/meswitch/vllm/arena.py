@@ -14,8 +14,7 @@ from torch import Tensor
 from meswitch.artifact import Artifact, Entry
 from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.ops.layout import Shape, padded_salient, salient_of_tiles
-from meswitch.ops.slots import SlotLinear
+from meswitch.ops.layout import Shape, SlotLinear, padded_salient, salient_of_tiles
 from meswitch.pagelock import copy
 from meswitch.slots.tables import SlotTables, table_layers
 from meswitch.units import format_bytes

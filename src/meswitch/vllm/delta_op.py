@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from meswitch.ops import expert_linear, expert_prefill, fused_linear
+from meswitch.ops.layout import SlotLinear, Variant
 from meswitch.ops.routing import MAX_TOKENS
-from meswitch.ops.slots import SlotLinear, Variant
 from meswitch.ops.step import Step
 
 _current: list[Step] = []  # of the one model of this process

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from meswitch.ops.operators import KERNEL_DTYPES
+from meswitch.ops.backend import KERNEL_DTYPES
 from meswitch.ops.routing import MAX_TOKENS, most_pieces
 from meswitch.ops.step import step_sizes
-from meswitch.ops.triton.ahead import Job, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
+from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.layers import DeltaMethod
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR
@@ -37,7 +37,7 @@ def warm(arena: Arena, dtype: torch.dtype, rows: Sequence[int], most_tokens: int
 
 def _jobs(
     layer: Layer, slots: int, dtype: torch.dtype, rows: Sequence[int], most_tokens: int, specialized: bool
-) -> Iterator[Job]:
+) -> Iterator[Compilation]:
     place, linear = layer.place, layer.slots
     if linear is None or dtype not in KERNEL_DTYPES:
         return

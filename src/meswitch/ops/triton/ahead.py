@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meswitch.ops import merge, restored
-from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
-from meswitch.ops.slots import Variant
+from meswitch.ops.layout import Variant
+from meswitch.ops.prefill import MERGED, fits
+from meswitch.ops.routing import MAX_TOKENS, PIECE, TILE_TOKENS, bucket
+from meswitch.ops.triton import on_hopper
 
 if TYPE_CHECKING:
-    from meswitch.ops.triton.items import FusedConfig
+    from meswitch.ops.triton.items import FusedConfig, MergeTile
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Compilation:
     """A kernel and what Triton compiles it for: its arguments' types, what divides them, constants.
 
     kernel: `fused`, `decode`, `merge`, `product` or `rows`. rows, in_features: of the layer, or others of the same
@@ -38,7 +39,7 @@ class Job:
         return self.kernel, self.dtype, self.rows % 16, self.in_features % 16, self.scratch, constants
 
 
-def compile_ahead(jobs: Iterable[Job], workers: int | None = None) -> int:
+def compile_ahead(jobs: Iterable[Compilation], workers: int | None = None) -> int:
     """Compile for the current device into memory and Triton's cache on disk; what is there already costs little.
 
     Args:
@@ -66,16 +67,17 @@ def fused_job(
     config: "FusedConfig",
     bias: bool = False,
     again: bool = False,
-) -> Job:
-    """What `launch.fused` launches. again: of a routing of more pieces than likely ones."""
-    from meswitch.ops.triton.launch import fused_constants
+) -> Compilation:
+    """What `fused` launches. again: of a routing of more pieces than likely ones."""
+    from meswitch.ops.triton.fused import fused_constants
 
-    return Job("fused", dtype, rows, in_features, fused_constants(config, rows, in_features, variant, bias, again))
+    fixed = fused_constants(config, rows, in_features, variant, bias, again)
+    return Compilation("fused", dtype, rows, in_features, fixed)
 
 
 def fused_jobs(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int, int]]
-) -> Iterator[Job]:
+) -> Iterator[Compilation]:
     """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces)."""
     from meswitch.ops.triton.items import choose_fused
 
@@ -86,19 +88,19 @@ def fused_jobs(
 
 def decode_job(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, likely: int, piece: int = PIECE
-) -> Job:
+) -> Compilation:
     """What `expert_linear` launches in a step of so many likely pieces of at most `piece` tokens."""
+    from meswitch.ops.triton.decode import decode_constants
     from meswitch.ops.triton.items import choose
-    from meswitch.ops.triton.launch import constants
 
     config = choose(rows, in_features, likely, piece)
-    fixed = constants(config, rows, in_features, variant)
-    return Job("decode", dtype, rows, in_features, fixed, config.split > 1)
+    fixed = decode_constants(config, rows, in_features, variant)
+    return Compilation("decode", dtype, rows, in_features, fixed, config.split > 1)
 
 
 def decode_jobs(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, most: int, piece: int = PIECE
-) -> Iterator[Job]:
+) -> Iterator[Compilation]:
     """What it launches in steps of up to `most` likely pieces."""
     for likely in range(1, most + 1):
         yield decode_job(rows, in_features, variant, dtype, likely, piece)
@@ -110,35 +112,42 @@ def merge_job(
     variant: Variant,
     dtype: torch.dtype,
     experts: int,
-    tile: merge.Tile | None = None,
-) -> Job:
-    """What `merge` launches for up to `merge.MOST` experts."""
-    fixed = merge.merge_constants(experts, tile or merge.TILES[experts], rows, in_features, variant, dtype)
-    return Job("merge", dtype, rows, in_features, fixed | merge.constants(variant))
+    tile: "MergeTile | None" = None,
+) -> Compilation:
+    """What `merge` launches for up to `MERGED` experts."""
+    from meswitch.ops.triton.items import MERGE_TILES
+    from meswitch.ops.triton.merge import merge_constants, row_constants
+
+    fixed = merge_constants(experts, tile or MERGE_TILES[experts], rows, in_features, variant, dtype)
+    return Compilation("merge", dtype, rows, in_features, fixed | row_constants(variant))
 
 
-def product_job(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool) -> Job:
-    """What `restored.launch` launches."""
-    return Job("product", dtype, rows, in_features, restored.constants(variant, bias))
+def product_job(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool) -> Compilation:
+    """What `product` launches."""
+    from meswitch.ops.triton.product import product_constants
+
+    return Compilation("product", dtype, rows, in_features, product_constants(variant, bias))
 
 
 def prefill_jobs(
     rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, tokens: int
-) -> Iterator[Job]:
+) -> Iterator[Compilation]:
     """What `expert_prefill` launches in steps of up to so many tokens."""
-    if restored.fits(rows, in_features, variant, dtype) and restored.on_hopper(torch.device("cuda")):
+    if fits(rows, in_features, variant, dtype) and on_hopper(torch.device("cuda")):
         yield product_job(rows, in_features, variant, dtype, bias)
-    for experts in merge.TILES:
+    for experts in range(1, MERGED + 1):
         yield merge_job(rows, in_features, variant, dtype, experts)
     yield from decode_jobs(rows, in_features, variant, dtype, bucket(-(-tokens // MAX_TOKENS)), MAX_TOKENS)
 
 
-def embedding_job(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, extra: bool) -> Job:
+def embedding_job(rows: int, in_features: int, variant: Variant, dtype: torch.dtype, extra: bool) -> Compilation:
     """What `embedding_rows` launches. extra: experts have rows after the base's."""
-    return Job("rows", dtype, rows, in_features, merge.constants(variant) | {"EXTRA": extra, "num_warps": 1})
+    from meswitch.ops.triton.merge import row_constants
+
+    return Compilation("rows", dtype, rows, in_features, row_constants(variant) | {"EXTRA": extra, "num_warps": 1})
 
 
-def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
+def launched(job: Compilation) -> tuple[Any, tuple[Any, ...]]:
     """The kernel, and its arguments before the constants: a dtype for a pointer, numbers of the right divisors."""
     from meswitch.ops.triton.decode import decode_kernel
     from meswitch.ops.triton.fused import fused_kernel
@@ -158,12 +167,12 @@ def launched(job: Job) -> tuple[Any, tuple[Any, ...]]:
     return kernels[job.kernel], arguments[job.kernel]
 
 
-def _product(job: Job) -> tuple[Any, tuple[Any, ...]]:
-    from meswitch.ops.triton.product import product_kernel
+def _product(job: Compilation) -> tuple[Any, tuple[Any, ...]]:
+    from meswitch.ops.triton.product import descriptors, product_kernel
 
     own, i32, i64, rows, width = job.dtype, torch.int32, torch.int64, job.rows, job.in_features
-    x, weight = (torch.empty(n, width, dtype=own, device="meta") for n in (restored.TOKENS, rows))
+    x, weight = (torch.empty(n, width, dtype=own, device="meta") for n in (TILE_TOKENS, rows))
     return product_kernel, (
-        *(*restored.descriptors(x, weight), own, i32, i64, i32, own, own),
+        *(*descriptors(x, weight), own, i32, i64, i32, own, own),
         *(width, rows, rows, width),
     )

@@ -4,10 +4,18 @@ A tile's programs share its input channels, and the last of them adds up. Where 
 (WHOLE), the first `whole` tiles have one program each and the others follow, which evens out its end.
 """
 
+import math
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from meswitch.ops.layout import SlotLinear, Variant
+from meswitch.ops.routing import Routing
 from meswitch.ops.triton.delta import delta_tile
+from meswitch.ops.triton.items import Config, choose, places, shared_constants
 
 
 @triton.jit(do_not_specialize=["pieces", "whole"])
@@ -93,3 +101,30 @@ def decode_kernel(
     mask = ((m < last - first)[None, :]) & (n < N)[:, None]
     before = tl.load(out, mask=mask, other=0.0)
     tl.store(out, (before.to(tl.float32) + acc).to(before.dtype), mask=mask)
+
+
+def decode_constants(config: Config, rows: int, in_features: int, variant: Variant) -> dict[str, Any]:
+    """What the decode kernel is compiled for."""
+    own = {"SPLIT": config.split, "JOIN": config.join, "WHOLE": config.whole > 0}
+    return shared_constants(config, rows, in_features, variant) | own
+
+
+def decode(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, config: Config | None = None) -> None:
+    """`y += x D^T` in one launch; see `linear.expert_linear` for the shapes."""
+    rows, width, pieces = layer.rows, layer.in_features, routing.slots.numel()
+    layer = layer.for_pieces(pieces)
+    config = config or choose(rows, width, routing.likely, routing.piece)
+    tiles = math.ceil(rows / config.rows)
+    if config.split > 1:
+        size = tiles * pieces * config.split * config.rows * config.tokens
+        work = torch.empty(size, dtype=torch.float32, device=x.device)
+    else:
+        work = routing.starts  # not used
+    grid = (tiles, config.split, pieces)
+    if config.whole:
+        grid = ((config.whole + (tiles - config.whole) * config.split) * pieces, 1, 1)
+    decode_kernel[grid](
+        *(x, y, *places(layer, routing), work, layer.arrived, x.stride(0), y.stride(0), rows, width),
+        *(pieces, config.whole),
+        **decode_constants(config, rows, width, layer.variant),
+    )

@@ -10,10 +10,18 @@ the next kernel may start, and waits for all of this one before it reads anythin
 Columns are not tokens but places in the routing's order, so that an expert's tokens are neighbours.
 """
 
+import math
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from meswitch.ops.layout import SlotLinear, Variant
+from meswitch.ops.routing import Routing, bucket
 from meswitch.ops.triton.delta import bound, delta_tile
+from meswitch.ops.triton.items import FusedConfig, choose_fused, places, shared_constants
 
 
 @triton.jit
@@ -261,3 +269,49 @@ def fused_kernel(
                 *(y, bias, order, first, stride_y, tile, h, owned, tokens, base_parts, parts, N),
                 *(BIAS, BN, BASE_BN, M, PARTS, COLUMNS),
             )
+
+
+def fused_constants(
+    config: FusedConfig, rows: int, in_features: int, variant: Variant, bias: bool, again: bool = False
+) -> dict[str, Any]:
+    """What the fused kernel is compiled for. again: a program may take several pieces."""
+    return shared_constants(config.delta, rows, in_features, variant) | {
+        "BIAS": bias,
+        "BASE_BN": config.base_rows,
+        "BASE_BK": config.base_channels,
+        "M": config.columns,
+        "PARTS": config.base_split + config.delta.split,
+        "COLUMNS": min(config.columns, 8 * config.delta.warps),
+        "BASE_STAGES": config.base_stages,
+        "AGAIN": again,
+        "maxnreg": 200 if variant.one else 168,  # adding up at the end must not cost the loops their neighbours
+    }
+
+
+def fused(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: SlotLinear,
+    routing: Routing,
+    config: FusedConfig | None = None,
+) -> None:
+    """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes."""
+    rows, width, pieces, tokens = layer.rows, layer.in_features, routing.slots.numel(), len(x)
+    wave = min(routing.likely, pieces)
+    config = config or choose_fused(rows, width, routing.likely, bucket(tokens, least=8), layer.variant.planes)
+    tiles = math.ceil(rows / config.delta.rows)
+    parts = config.base_split, config.delta.split
+    base_items = tiles * (config.delta.rows // config.base_rows) * config.base_split
+    delta_items = tiles * wave * config.delta.split
+    size = tiles * sum(parts) * config.delta.rows * config.columns
+    work = torch.empty(size, dtype=torch.float32, device=x.device)
+    before = round(config.before * delta_items)
+    every = min(config.every, (base_items + delta_items - before) // base_items)
+    strides = x.stride(0), y.stride(0), weight.stride(0)
+    fused_kernel[(base_items + delta_items,)](
+        *(x, y, weight, y if bias is None else bias, *places(layer, routing), work, layer.arrived),
+        *(*strides, rows, width, tokens, pieces, wave, *parts, before, every),
+        **fused_constants(config, rows, width, layer.variant, bias is not None, pieces > wave),
+    )

@@ -1,10 +1,19 @@
-"""How the decode kernels cut a layer into programs: by its shape and a step's buckets, as measured on an H100."""
+"""How kernels cut a layer into programs: by its shape and a step's buckets, as measured on an H100.
 
+And what the decode kernel and the fused one share: constants, and the tensors that say where deltas lie.
+"""
+
+import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from meswitch.ops.routing import MAX_TOKENS, PIECE
+import torch
+from torch import Tensor
+
+from meswitch.ops.layout import SlotLinear, Variant
+from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing
+from meswitch.ops.triton import INTERPRET
 
 _T = TypeVar("_T")
 MOST_PIECES = 2 * MAX_TOKENS  # more of them choose no other items
@@ -220,3 +229,50 @@ def _table_of(rows: int, in_features: int) -> _Table:
 def _for(count: int, table: dict[int, _T]) -> _T:
     """The entry of the smallest key that is not below."""
     return next(entry for most, entry in table.items() if count <= most)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeTile:
+    """rows of a tile of 256 channels, the warps that work on it, and the most registers of a thread if it matters."""
+
+    rows: int
+    warps: int
+    registers: int | None = None
+
+
+MERGE_TILES = {  # by the experts of a launch
+    1: MergeTile(16, 8),
+    2: MergeTile(16, 8, 80),
+    3: MergeTile(16, 8, 80),
+    4: MergeTile(16, 8, 80),
+}
+
+
+@functools.cache
+def _early() -> dict[str, Any]:
+    """Whether kernels start while the one before them still runs: Hopper's programmatic dependent launch."""
+    early = not INTERPRET and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+def shared_constants(config: Config, rows: int, in_features: int, variant: Variant) -> dict[str, Any]:
+    """What the decode kernel and the fused one are compiled for."""
+    return {
+        "TWO": variant.two > 0,
+        "ONE": variant.one,
+        "SALIENT": variant.salient > 0,
+        "GROUP": variant.group,
+        "EVEN_K": in_features % 512 == 0,
+        "EVEN_N": rows % config.rows == 0,
+        "INTERPRET": INTERPRET,
+        "BN": config.rows,
+        "MT": config.tokens,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+        **_early(),
+    }
+
+
+def places(layer: SlotLinear, routing: Routing) -> tuple[Tensor, ...]:
+    """What tells a kernel where deltas lie and whose tokens are where."""
+    return layer.arena.view(torch.int32), layer.table, routing.slots, routing.starts, routing.order

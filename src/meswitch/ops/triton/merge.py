@@ -7,10 +7,18 @@ which a kernel that must write 2 bytes a weight has plenty: 27 instructions a we
 bf16 and at 2 bits, tiles without a salient channel take six instructions for two weights.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from meswitch.ops.layout import Variant
+from meswitch.ops.prefill import MERGED
+from meswitch.ops.triton import INTERPRET
 from meswitch.ops.triton.delta import bound, salient_index
+from meswitch.ops.triton.items import MERGE_TILES, MergeTile
 from meswitch.ops.triton.unpack import MERGE_BF16
 
 BLOCK = tl.constexpr(256)  # channels of a tile; divides the blocks of both kinds of planes
@@ -309,3 +317,49 @@ def rows_kernel(
             place = slot.to(tl.int64) * extra_rows + tl.minimum(own - N, extra_rows - 1)
             w = tl.load(extra + place * K + k, mask=k < K, other=0.0).to(tl.float32)
     tl.store(out + token.to(tl.int64) * K + k, w.to(out.dtype.element_ty), mask=k < K)
+
+
+def merge_rows(
+    out: Tensor,
+    weight: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    first: int,
+    last: int,
+    variant: Variant,
+    tile: MergeTile | None = None,
+) -> None:
+    """The Triton kernel, once for every `MERGED` experts; shapes as for `prefill.merge`."""
+    (rows, width), block = weight.shape, BLOCK.value
+    for e in range(0, len(slots), MERGED):
+        experts = min(MERGED, len(slots) - e)
+        used = tile or MERGE_TILES[experts]
+        merge_kernel[(-(-width // block), -(-(last - first) // used.rows))](
+            *(weight, out[e:], arena.view(torch.int32), table, slots[e:], first, last, weight.stride(0), rows, width),
+            **merge_constants(experts, used, last - first, width, variant, weight.dtype),
+            **row_constants(variant),
+        )
+
+
+def merge_constants(
+    experts: int, tile: MergeTile, rows: int, in_features: int, variant: Variant, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What `merge_kernel` is compiled for besides `row_constants`."""
+    even = in_features % BLOCK.value == 0 and rows % tile.rows == 0
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    fast = dtype == torch.bfloat16 and variant.two > 0 and not variant.one and not INTERPRET
+    return {"EXPERTS": experts, "EVEN": even, "FAST": fast, "ROWS": tile.rows, "num_warps": tile.warps, **limit}
+
+
+def row_constants(variant: Variant) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    block, group = BLOCK.value, variant.group
+    return {
+        "TWO": variant.two > 0,
+        "ONE": variant.one,
+        "SALIENT": variant.salient,
+        "GROUP": group,
+        "GROUPS": block // group if 0 < group < block else 1,
+        "INTERPRET": INTERPRET,
+    }

@@ -12,6 +12,11 @@ of a row are neighbours in the operand's layout (see `layout.py`). Salient chann
 first partition gathers their columns of x, 16 at a time.
 """
 
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,12 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from meswitch.ops import layout, restored
+from meswitch.ops import layout, prefill, routing
+from meswitch.ops.layout import SlotLinear, Variant
 from meswitch.ops.triton.unpack import RESTORE_BF16, RESTORE_REGISTERS
 
-ROWS, TOKENS = gl.constexpr(restored.ROWS), gl.constexpr(restored.TOKENS)
-CHANNELS, BLOCK = gl.constexpr(restored.CHANNELS), gl.constexpr(restored.BLOCK)
+ROWS, TOKENS = gl.constexpr(prefill.TILE_ROWS), gl.constexpr(routing.TILE_TOKENS)
+CHANNELS, BLOCK = gl.constexpr(prefill.CHANNELS), gl.constexpr(prefill.BLOCK)
 STEPS = gl.constexpr(4)  # of a block; as many have room in shared memory, so each has a place of its own
 SALIENT_ROWS = gl.constexpr(layout.SALIENT_ROWS)
 _HALF = gl.constexpr(64)  # rows of a partition
@@ -252,7 +259,7 @@ def product_kernel(
     SALIENT: gl.constexpr,
     BIAS: gl.constexpr,
 ):
-    """Rows of y that are some segment's tokens. segments: [1 + tiles, 4] int32, see `restored.tile_table`."""
+    """Rows of y that are some segment's tokens. segments: [1 + tiles, 4] int32, see `routing.tile_table`."""
     token_tiles = gl.load(segments)  # read here, not given: a graph that holds the launch serves steps of any number
     segments += 4
     NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
@@ -281,3 +288,43 @@ def product_kernel(
         [4, 4],
         [232, 40],
     )
+
+
+def product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, tiles: Tensor) -> None:
+    """Write the tokens of the tiles' segments, and no others.
+
+    Args:
+        y: [tokens, rows] bf16, rows are contiguous. x: [tokens, in_features]. weight: [rows, in_features].
+        bias: [rows]. tiles: [1 + room, 4] int32, as `tile_table` has them, with one tile at least.
+    """
+    rows, width = weight.shape
+    x = _reachable(x)
+    product_kernel[(min(_processors(x.device), rows // ROWS.value * (len(tiles) - 1)),)](
+        *descriptors(x, weight),
+        *(x, layer.arena.view(torch.int32), layer.table, tiles, y, y if bias is None else bias),
+        *(x.stride(0), y.stride(0), rows, width),
+        **product_constants(layer.variant, bias is not None),
+    )
+
+
+def _reachable(x: Tensor) -> Tensor:
+    """As the copy engine wants it: rows that begin at multiples of 16 bytes."""
+    fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptors(x: Tensor, weight: Tensor) -> tuple[Any, Any]:
+    """What the copy engine takes for a matrix and a tile of it."""
+    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=2 * CHANNELS.value, element_bitwidth=16, rank=2)
+    x_tiles = TensorDescriptor.from_tensor(x, [TOKENS.value, CHANNELS.value], swizzled)
+    return x_tiles, TensorDescriptor.from_tensor(weight, [ROWS.value, CHANNELS.value], swizzled)
+
+
+def product_constants(variant: Variant, bias: bool) -> dict[str, Any]:
+    """What the kernel is compiled for. maxnreg: of 12 warps; those that multiply take more, those that bring fewer."""
+    return {"GROUP": variant.group, "SALIENT": variant.salient > 0, "BIAS": bias, "num_warps": 4, "maxnreg": 168}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from meswitch.engine.attention import KVCache, Piece, StepPlaces
+from meswitch.engine.graphs import StaticPlaces
 from meswitch.engine.pages import PAGE
-from meswitch.engine.static_attention import StaticPlaces
 from meswitch.errors import IncompatibleError
 from tests.support.deltas import DEVICE
 

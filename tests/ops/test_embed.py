@@ -1,10 +1,10 @@
-"""Embeddings, heads and norms of mixed batches against plain loops."""
+"""Embeddings of mixed batches against plain loops."""
 
 import pytest
 import torch
 
 from meswitch.errors import ConfigError
-from meswitch.ops import Routing, SlotLinear, embedding_rows, head_logits, rms_norm
+from meswitch.ops import SlotLinear, embedding_rows
 from tests.support.deltas import DEVICE, random_delta
 
 
@@ -51,52 +51,6 @@ def test_rows_that_only_the_expert_has(backend):
     rows, expected = embedding_case(deltas, [0, 1, 1, 0, 1, 1, -1], extra_rows=4, backend=backend)
     assert torch.equal(rows[::3], expected[::3].to(rows.dtype))
     assert (rows - expected).norm() < 4e-3 * expected.norm()
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_logits_of_vocabularies_of_different_size(backend):
-    deltas = [random_delta(50, 256, 2, salient=2, seed=seed) for seed in range(3)]
-    layer = SlotLinear.build(deltas, DEVICE)
-    draw = torch.Generator().manual_seed(4)
-    token_slots, sizes = [0, -1, 1, 2, 0, 1], [48, 53, 50, 50]
-    x = torch.randn(6, 256, generator=draw).bfloat16()
-    weight, extra = torch.randn(50, 256, generator=draw).bfloat16(), torch.randn(3, 3, 256, generator=draw).bfloat16()
-    logits = head_logits(
-        *(x.to(DEVICE), weight.to(DEVICE), layer, Routing.build(token_slots, DEVICE), slots_tensor(token_slots)),
-        *(slots_tensor(sizes), extra.to(DEVICE), backend),
-    ).cpu()
-    assert logits.shape == (6, 53)
-    for row, token, slot in zip(logits.double(), x.double(), token_slots, strict=True):
-        whole = weight.double() + (0 if slot < 0 else deltas[slot].dequantize().double())
-        if slot >= 0:
-            whole = torch.cat([whole, extra[slot].double()])
-        size = sizes[slot]
-        expected = whole[:size] @ token
-        assert (row[:size] - expected).norm() < 1e-2 * expected.norm()
-        assert (row[size:] == -torch.inf).all()
-
-
-def test_a_head_without_extra_rows():
-    layer = SlotLinear.build([random_delta(40, 256, 2)], DEVICE)
-    x, weight = torch.ones(2, 256, device=DEVICE).bfloat16(), torch.ones(40, 256, device=DEVICE).bfloat16()
-    slots = [-1, 0]
-    logits = head_logits(
-        x, weight, layer, Routing.build(slots, DEVICE), slots_tensor(slots), slots_tensor([38, 40]), backend="triton"
-    )
-    assert (logits[0] == 256).all()
-    assert logits[1, :38].isfinite().all()
-    assert (logits[1, 38:] == -torch.inf).all()
-
-
-@pytest.mark.parametrize("shape", [(5, 32), (5, 3, 32)])
-def test_each_token_is_normalised_with_its_own_weights(shape):
-    x = torch.randn(shape, device=DEVICE).bfloat16()
-    weights = torch.randn(4, 32, device=DEVICE).bfloat16()
-    token_slots = [2, -1, 0, 0, 1]
-    y = rms_norm(x, weights, slots_tensor(token_slots), 1e-6)
-    for row, values, slot in zip(y, x, token_slots, strict=True):
-        expected = torch.nn.functional.rms_norm(values.float(), (32,), weights[slot].float(), 1e-6)
-        assert (row.float() - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_refusals_of_embeddings():

@@ -1,14 +1,11 @@
-"""Embeddings, heads and norms of a batch of many experts; nothing here waits for the device."""
+"""Embeddings of a batch of many experts; nothing here waits for the device."""
 
 import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops.linear import expert_linear
-from meswitch.ops.merge import constants
-from meswitch.ops.operators import chosen_backend
-from meswitch.ops.routing import Routing
-from meswitch.ops.slots import SlotLinear, Variant, read_slot
+from meswitch.ops.backend import chosen_backend
+from meswitch.ops.layout import SlotLinear, Variant, read_slot
 
 
 def embedding_rows(
@@ -47,54 +44,6 @@ def embedding_rows(
     )
 
 
-def head_logits(
-    x: Tensor,
-    weight: Tensor,
-    layer: SlotLinear,
-    routing: Routing,
-    token_slots: Tensor,
-    sizes: Tensor,
-    extra: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Each token's logits by its own expert, whose vocabulary may be smaller or larger than the base's.
-
-    Args:
-        x: [tokens, in_features]. weight: [rows, in_features], the base's. token_slots: [tokens] int32, -1 for the base.
-            sizes: [slots + 1] int32, each slot's vocabulary and at last the base's. extra: [slots, extra_rows,
-            in_features], the rows that the experts have after the base's.
-
-    Returns:
-        [tokens, rows + extra_rows] of x's dtype, -inf for tokens that the expert lacks.
-    """
-    tokens, rows = len(x), layer.rows
-    more = 0 if extra is None else extra.shape[1]
-    logits = x.new_empty(tokens, rows + more)
-    torch.mm(x, weight.T, out=logits[:, :rows])
-    expert_linear(logits[:, :rows], x, layer, routing, backend)
-    if extra is not None:
-        of_all = (x @ extra.flatten(0, 1).T).view(tokens, len(extra), more)
-        logits[:, rows:] = of_all[torch.arange(tokens, device=x.device), token_slots.long()]
-    beyond = torch.arange(rows + more, device=x.device) >= sizes[token_slots.long()][:, None]
-    return logits.masked_fill_(beyond, -torch.inf)
-
-
-def rms_norm(x: Tensor, weights: Tensor, token_slots: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm with each token's own weights.
-
-    Args:
-        x: [tokens, ..., features]. weights: [slots + 1, features], the base's last. token_slots: [tokens] int32, -1
-            for the base.
-
-    Returns:
-        As x; normalised in float32, rounded to x's dtype before the weights, as the models do.
-    """
-    wide = x.float()
-    normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    own = weights[token_slots.long()]
-    return normal * own.view(len(x), *[1] * (x.dim() - 2), -1)
-
-
 @torch.library.custom_op("meswitch::embedding_rows", mutates_args=())
 def _embedding_rows(
     ids: Tensor,
@@ -113,14 +62,14 @@ def _embedding_rows(
     rows, width = weight.shape
     out = weight.new_empty(len(ids), width)
     if backend == "triton":
-        from meswitch.ops.triton.merge import BLOCK, rows_kernel
+        from meswitch.ops.triton.merge import BLOCK, row_constants, rows_kernel
 
         rows_kernel[(-(-width // BLOCK.value), len(ids))](
             *(ids, token_slots, weight, extra, out, arena.view(torch.int32), table),
             *(weight.stride(0), extra_rows, rows, width),
             EXTRA=extra_rows > 0,
             num_warps=1,
-            **constants(Variant(two, one, group, salient)),
+            **row_constants(Variant(two, one, group, salient)),
         )
         return out
     out.zero_()
