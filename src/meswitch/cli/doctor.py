@@ -1,8 +1,6 @@
 """`meswitch doctor`: what this machine has, whether it works, and what is slow."""
 
-import importlib.metadata
 import os
-import platform
 import shutil
 import sys
 import time
@@ -57,6 +55,8 @@ def doctor(
 
 def examine() -> dict[str, Any]:
     """What there is, for JSON."""
+    import platform
+
     import torch
 
     from meswitch.codec import codec_names
@@ -166,6 +166,8 @@ def _without_gpu(facts: dict[str, Any]) -> list[Finding]:
 def _requirements() -> tuple[dict[str, tuple[str, str | None]], dict[str, dict[str, tuple[str, str | None, bool]]]]:
     """What meswitch needs and does not have: package -> (wanted, installed); and each extra's packages with whether
     they fit. Both as the installed package states them."""
+    import importlib.metadata
+
     from packaging.requirements import Requirement
 
     unfit: dict[str, tuple[str, str | None]] = {}
@@ -190,6 +192,8 @@ def _requirements() -> tuple[dict[str, tuple[str, str | None]], dict[str, dict[s
 
 
 def _version(package: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
