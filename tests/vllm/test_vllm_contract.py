@@ -4,14 +4,14 @@ import pytest
 
 from meswitch.errors import ConfigError
 from meswitch.vllm import compat
-from meswitch.vllm.settings import Settings
+from meswitch.vllm.settings import DeltaSettings
 
 pytestmark = pytest.mark.vllm
 
 
 def test_the_installed_vllm_keeps_the_contract():
-    assert compat.moved() == []
-    assert compat.moved(compat.SERVER_CONTRACT) == []
+    assert compat.missing_symbols() == []
+    assert compat.missing_symbols(compat.SERVER_CONTRACT) == []
     assert compat.OLDEST <= compat.version()[:2] <= compat.NEWEST
 
 
@@ -22,7 +22,7 @@ def test_a_symbol_that_moved_is_named():
         compat.Symbol("vllm.lora.nowhere", "Thing"),
         compat.Symbol("vllm.lora.utils", "replace_submodule", ("model", "colour")),
     )
-    gone, nowhere, changed = compat.moved(contract)
+    gone, nowhere, changed = compat.missing_symbols(contract)
     assert gone.startswith("vllm.lora.utils.replace_everything: gone")
     assert nowhere.startswith("vllm.lora.nowhere.Thing: gone")
     assert changed.startswith("vllm.lora.utils.replace_submodule: no longer takes colour")
@@ -40,7 +40,7 @@ def test_another_version_is_refused_only_where_something_is_missing(monkeypatch,
 
 
 def test_settings_name_the_field_that_is_wrong():
-    assert Settings.of({"meswitch": {"bits": 4, "experts": ["a"]}}) == Settings(bits=4, experts=("a",))
+    assert DeltaSettings.of({"meswitch": {"bits": 4, "experts": ["a"]}}) == DeltaSettings(bits=4, experts=("a",))
     for given, reason in (
         ({"bit": 4}, "additional_config.meswitch.bit: no such field"),
         ({"experts": "a"}, "additional_config.meswitch.experts: must be a list of texts"),
@@ -48,4 +48,4 @@ def test_settings_name_the_field_that_is_wrong():
         ({"bits": "4"}, "additional_config.meswitch.bits: must be a number"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            Settings.of({"meswitch": given})
+            DeltaSettings.of({"meswitch": given})

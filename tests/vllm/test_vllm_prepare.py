@@ -12,7 +12,7 @@ from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.vllm.arena import Arena, stored_names
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM, Place, Source, Unserved
 from meswitch.vllm.prepare import Target, check_covered, prepare
-from meswitch.vllm.settings import Settings
+from meswitch.vllm.settings import DeltaSettings
 
 ROWS, WIDTH = 2048, 64
 NORMS = "model.norm"
@@ -41,7 +41,7 @@ def slots(places, models):
 
 
 def target(places, *, allowed=(), rename=str, unserved=()):
-    return Target(places, unserved, rename, Settings(allow_uncovered=tuple(allowed)))
+    return Target(places, unserved, rename, DeltaSettings(allow_uncovered=tuple(allowed)))
 
 
 def test_whole_embeddings_do_not_fit_slots_made_for_packed_ones(artifact):

@@ -12,7 +12,7 @@ from meswitch.vllm.arena import Arena
 from meswitch.vllm.dry_step import Call
 from meswitch.vllm.norms import DeltaNorm, Formula, norm_vector
 from meswitch.vllm.places import NORM, Place, Source
-from meswitch.vllm.proof import prove
+from meswitch.vllm.proof import prove_layers
 
 WIDTH, TOKENS = 32, 7
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
@@ -33,7 +33,7 @@ class Model(nn.Module):
         self.norm = DeltaNorm(self.norm, self.arena.layers[0].vectors, self.step, axis)
 
     def prove(self, *shape):
-        return prove(self, self.arena, self.step, {"norm": [Call("normalise", (torch.randn(shape),))]})
+        return prove_layers(self, self.arena, self.step, {"norm": [Call("normalise", (torch.randn(shape),))]})
 
 
 @pytest.mark.parametrize(("axis", "shape"), [(0, (TOKENS, WIDTH)), (1, (1, TOKENS, WIDTH)), (1, (4, TOKENS, WIDTH))])

@@ -133,8 +133,7 @@ def test_linear_layers_add_the_delta_to_what_the_bases_method_computes(engine, d
     sql = slots.index(known["sql"][1])
 
     def compare(model):
-        from meswitch.vllm.delta_op import _current
-        from meswitch.vllm.layers import DeltaMethod
+        from meswitch.vllm.layers import DeltaMethod, _current
 
         step, found = _current[0], {}
         step.tokens.fill([sql, -1, sql])

@@ -282,7 +282,7 @@ class Switch:
 TRITON = "triton"
 
 
-def linear(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLinear | None, owners: Owners) -> Tensor:
+def base_with_deltas(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLinear | None, owners: Owners) -> Tensor:
     """A linear layer, with packed deltas where there are some: [rows, in_features] -> [rows, out_features].
 
     Args:
@@ -291,10 +291,10 @@ def linear(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLinear | None, 
     """
     if layer is None or not owners.any:
         return nn.functional.linear(x, base.weight, bias)
-    return product(x, base.weight, bias, layer, owners)
+    return product_with_deltas(x, base.weight, bias, layer, owners)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, owners: Owners) -> Tensor:
+def product_with_deltas(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, owners: Owners) -> Tensor:
     """`x W^T + x D^T + bias`, each row with its owner's D: [rows, in_features] -> [rows, out_features].
 
     Up to 64 rows base and deltas are one launch, which reads each weight once. With more, cuBLAS computes the base, and

@@ -26,6 +26,7 @@ from meswitch.engine.context import BASE_SLOT, StepContext, Switch, TableOwners
 from meswitch.engine.layers import Switchable, SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.scheduler import Job
+from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
 from meswitch.ops.routing import MAX_TOKENS
@@ -341,13 +342,8 @@ class StaticSteps:
         else:
             logits = self._forward(size)
         if size <= MAX_TOKENS or not self._cuts_rows:  # all rows have logits
-            return logits[:rows] if len(kept) == rows else logits[self._numbers(kept)]
+            return logits[:rows] if len(kept) == rows else logits[ints(kept, self._device)]
         return logits[: len(kept)]
-
-    def _numbers(self, rows: Sequence[int]) -> Tensor:
-        """[rows] int64 on the device."""
-        numbers = torch.tensor(rows, dtype=torch.int64)
-        return numbers.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else numbers
 
     def _fill(self, size: int, slots: Sequence[int], kept: Sequence[int]) -> None:
         """Say whose the rows are, and which logits are wanted."""
@@ -363,7 +359,7 @@ class StaticSteps:
         if head.host != owners:
             head.fill(owners)
         head.active = tokens.active
-        self._kept[: len(owners)].copy_(self._numbers([*kept, *[0] * more]))
+        self._kept[: len(owners)].copy_(ints([*kept, *[0] * more], self._device))
 
     def capture(self, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Record a graph of each size. In the thread that computes, with nothing else in it.

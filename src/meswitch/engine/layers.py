@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meswitch.codec import Delta
-from meswitch.engine.context import BASE_SLOT, TRITON, Owners, Rows, Switch, linear, product
+from meswitch.engine.context import (
+    BASE_SLOT,
+    TRITON,
+    Owners,
+    Rows,
+    Switch,
+    base_with_deltas,
+    product_with_deltas,
+)
 from meswitch.engine.parameters import ExpertParameters
 from meswitch.engine.tables import Own
 from meswitch.errors import MeswitchError
@@ -134,7 +142,7 @@ class SwitchableLinear(Switchable):
         inputs = x.reshape(-1, x.shape[-1])
         layer = None if self.transposed else self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
-            y = product(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
+            y = product_with_deltas(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
         else:
             y = self.base(x)
         outputs = y.view(-1, y.shape[-1])
@@ -155,7 +163,7 @@ class SwitchableLinear(Switchable):
         """[rows, in_features] -> [rows, out_features]."""
         layer, own = self.switch.kernel_layer(self.weight_name), self.switch.table(self.bias_name)
         low_rank = self.switch.low_rank(self.weight_name)
-        y = linear(inputs, self.base, self.base.bias if own is None else None, layer, owners)
+        y = base_with_deltas(inputs, self.base, self.base.bias if own is None else None, layer, owners)
         if own is not None:
             y = y + own.values[owners.slots]
         return y if low_rank is None else y + low_rank.product(inputs, owners.slots)
@@ -228,7 +236,7 @@ class SwitchableHead(Switchable):
             return owners.by_owner(inputs, self._own).view(*x.shape[:-1], self.vocabulary)
         layer = self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
-            base = product(inputs, self.base.weight, self.base.bias, layer, owners)
+            base = product_with_deltas(inputs, self.base.weight, self.base.bias, layer, owners)
         else:
             base = self.base(x)
         known = base.shape[-1]
@@ -254,7 +262,7 @@ class SwitchableHead(Switchable):
     def _by_tables(self, inputs: Tensor, owners: Owners) -> Tensor:
         """[rows, hidden] -> [rows, vocabulary]."""
         layer, own = self.switch.kernel_layer(self.weight_name), self.switch.table(self.bias_name)
-        logits = linear(inputs, self.base, None, layer, owners)
+        logits = base_with_deltas(inputs, self.base, None, layer, owners)
         if own is not None:
             logits = logits + own.values[owners.slots]
         if (low_rank := self.switch.low_rank(self.weight_name)) is not None:

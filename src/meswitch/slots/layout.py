@@ -32,7 +32,7 @@ _KERNEL, _EXTRA = "kernel", "weight_extra"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SlotPlace:
     """Where one stored tensor lies in the buffer, in bytes."""
 
     offset: int
@@ -53,7 +53,7 @@ class Layout:
         tied: names that are not stored -> the tensor that they share.
     """
 
-    places: dict[str, dict[str, Place]]
+    places: dict[str, dict[str, SlotPlace]]
     entries: dict[str, Entry]
     shapes: dict[str, Shape]
     nbytes: int
@@ -73,7 +73,7 @@ class Layout:
             IncompatibleError: a tensor is compressed by a method that no op reads. ConfigError: by sizes that no kernel
                 reads; the message names the tensor and the backend that does.
         """
-        places: dict[str, dict[str, Place]] = {}
+        places: dict[str, dict[str, SlotPlace]] = {}
         entries: dict[str, Entry] = {}
         shapes: dict[str, Shape] = {}
         offset = 0
@@ -99,7 +99,7 @@ class Layout:
                         shape = packed_shape(entry.base_rows, entry.matrix[1], entry.bits or 0)
                     wanted.append((suffix, shape, DTYPES[part.dtype]))
             for suffix, shape, dtype in wanted:
-                places[name][suffix] = place = Place(offset, math.prod(shape) * dtype.itemsize, shape, dtype)
+                places[name][suffix] = place = SlotPlace(offset, math.prod(shape) * dtype.itemsize, shape, dtype)
                 offset += -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
         known = artifact.manifest.tensors
         shared = {name: source for name, source in tied.items() if name not in known and source in known}

@@ -84,7 +84,7 @@ class Arena:
     """The slots.
 
     Args:
-        models: what must fit, see `Settings.models`. extra_rows: tokens after the base's.
+        models: what must fit, see `DeltaSettings.models`. extra_rows: tokens after the base's.
     """
 
     def __init__(

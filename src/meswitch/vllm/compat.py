@@ -1,6 +1,6 @@
 """All that meswitch knows of vLLM's versions and of its private parts. Nothing else here names a private symbol.
 
-`moved()` says by name what an unknown version lacks; a test runs it against the installed one.
+`missing_symbols()` says by name what an unknown version lacks; a test runs it against the installed one.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ def is_plain(method: object) -> bool:
     return type(method) is UnquantizedLinearMethod
 
 
-def moved(contract: tuple[Symbol, ...] = CONTRACT) -> list[str]:
+def missing_symbols(contract: tuple[Symbol, ...] = CONTRACT) -> list[str]:
     """One line for each symbol of the contract that the installed vLLM does not have."""
     problems = []
     for symbol in contract:
@@ -175,7 +175,7 @@ def check() -> None:
         ConfigError: naming each symbol.
     """
     found = version()
-    problems = moved()
+    problems = missing_symbols()
     text = f"vLLM {'.'.join(map(str, found))}"
     span = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
     if problems:

@@ -43,7 +43,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenLayer:
     """What dry steps showed of a model.
 
     Args:
@@ -142,7 +142,7 @@ def _gives_queries(forward: Callable[..., Any]) -> Callable[..., Any]:
     return passing
 
 
-def look(step: DryStep, places: Sequence[Place]) -> Seen:
+def look(step: DryStep, places: Sequence[Place]) -> SeenLayer:
     """Run two steps and watch the layers."""
     watch = _Watch(places)
     with watch.patched():
@@ -160,7 +160,7 @@ def look(step: DryStep, places: Sequence[Place]) -> Seen:
             unserved.append(Unserved.of(place, answer))
         else:
             found.append(replace(place, axis=answer))
-    return Seen(found, unserved, first, logits)
+    return SeenLayer(found, unserved, first, logits)
 
 
 @dataclass

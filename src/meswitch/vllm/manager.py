@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.lora.layers import LoRAMapping, LoRAMappingType, VocabParallelEmbeddingWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -20,19 +21,21 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
-from meswitch.ops.routing import BASE
-from meswitch.ops.step import Step
+from meswitch.ops.backend import KERNEL_DTYPES
+from meswitch.ops.routing import BASE, MAX_TOKENS, most_pieces
+from meswitch.ops.step import Step, step_sizes
+from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import HostTier, Loader
-from meswitch.vllm import compat, delta_op, layers
-from meswitch.vllm.arena import Arena, Prepared
+from meswitch.vllm import compat, layers
+from meswitch.vllm.arena import Arena, Layer, Prepared
 from meswitch.vllm.base import Base
-from meswitch.vllm.dry_step import TOKENS, DryStep, Seen, look
-from meswitch.vllm.places import Place, Unserved, survey
+from meswitch.vllm.dry_step import TOKENS, DryStep, SeenLayer, look
+from meswitch.vllm.layers import DeltaMethod
+from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, Place, Unserved, survey
 from meswitch.vllm.prefetch import FAILED, LOADING, READY
 from meswitch.vllm.prepare import Target, check_covered, prepare
-from meswitch.vllm.proof import FAULTS, in_short, prove, prove_step
-from meswitch.vllm.settings import KEY, Settings
-from meswitch.vllm.warm import warm
+from meswitch.vllm.proof import FAULTS, in_short, prove_layers, prove_step
+from meswitch.vllm.settings import KEY, DeltaSettings
 
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 NO_LORA = 0  # vLLM's id of the base
@@ -69,7 +72,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         config = kwargs["vllm_config"]
-        self.settings = Settings.of(config.additional_config)
+        self.settings = DeltaSettings.of(config.additional_config)
         if not compat.supports_lora(model):  # vLLM has no LoRA layers for it; deltas need none
             self.settings = dataclasses.replace(self.settings, lora=False)
         self.arena: Arena | None = None
@@ -100,7 +103,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
             )
         specialized = compat.graphs_by_experts(config)
         self.step = Step(self.max_num_batched_tokens, self.lora_slots, self.device, specialized)
-        delta_op.install(self.step)
+        layers.read_step(self.step)
         layers.install(model, self.arena, self.step, replace_submodule)
         # for experts that nobody took yet; those that somebody did are in vLLM's cache, by vLLM's ids
         self._slot_bytes = self.arena.nbytes // max(1, self.arena.count)
@@ -112,7 +115,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         self.target = self._prove(model, dry, seen)
         log.info("meswitch: %s for deltas", self.arena.describe())
 
-    def _look(self, model: nn.Module, dry: DryStep, config: Any) -> Seen:
+    def _look(self, model: nn.Module, dry: DryStep, config: Any) -> SeenLayer:
         """The layers that can be served, as far as the model itself shows it."""
         started = time.monotonic()
         is_read = self.settings.check_base and compat.reads_checkpoint(config)
@@ -133,11 +136,11 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
         log.info("meswitch: layers looked at in %.1f s", time.monotonic() - started)
         return dataclasses.replace(seen, unserved=[*unserved, *seen.unserved])
 
-    def _prove(self, model: nn.Module, dry: DryStep, seen: Seen) -> Target:
+    def _prove(self, model: nn.Module, dry: DryStep, seen: SeenLayer) -> Target:
         """Compare layers with merged ones, and give those that disagree back to vLLM."""
         started = time.monotonic()
         assert self.arena is not None
-        unserved = [*seen.unserved, *prove(model, self.arena, self.step, seen.calls)]
+        unserved = [*seen.unserved, *prove_layers(model, self.arena, self.step, seen.calls)]
         layers.uninstall(model, self.arena, {layer.name for layer in unserved}, replace_submodule)
         if (reason := prove_step(dry, self.step, seen.logits)) is not None:
             raise IncompatibleError(f"{type(model).__name__}: {reason}; serve it merged (`meswitch merge`)")
@@ -336,3 +339,45 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
 
 def _source(directory: Path) -> Source:
     return directory.resolve(), sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
+
+
+log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
+
+
+def warm(arena: Arena, dtype: torch.dtype, rows: Sequence[int], most_tokens: int, specialized: bool) -> None:
+    """Compile what the layers of an arena on a GPU launch.
+
+    Args:
+        dtype: of the activations. rows: of the steps that graphs hold, none if there are no graphs. most_tokens: of any
+            step. specialized: see `ops.step.Side`.
+    """
+    if arena.device.type != "cuda":
+        return
+    started = time.monotonic()
+    small = [count for count in rows if count <= MAX_TOKENS] or list(range(1, MAX_TOKENS + 1))
+    with torch.cuda.device(arena.device):
+        count = compile_ahead(
+            job for layer in arena.layers for job in _jobs(layer, arena.count, dtype, small, most_tokens, specialized)
+        )
+    log.info("meswitch: %d kernels ready in %.1f s", count, time.monotonic() - started)
+
+
+def _jobs(
+    layer: Layer, slots: int, dtype: torch.dtype, rows: Sequence[int], most_tokens: int, specialized: bool
+) -> Iterator[Compilation]:
+    place, linear = layer.place, layer.slots
+    if linear is None or dtype not in KERNEL_DTYPES:
+        return
+    method = place.module.quant_method
+    about = linear.rows, linear.in_features, linear.variant, dtype
+    if isinstance(method, DeltaMethod) and method.fused:
+        bias = getattr(place.module, "bias", None) is not None
+        counts = range(1, slots + 1) if specialized else [slots]
+        yield from fused_jobs(*about, bias, {size for n in counts for size in step_sizes(rows, n)})
+        yield from prefill_jobs(*about, bias, most_tokens)
+        return
+    if place.kind == EMBEDDING:
+        yield embedding_job(*about, layer.extra is not None)
+    if place.kind in (LINEAR, HEAD, EMBEDDING):  # an embedding may be the head as well
+        yield from decode_jobs(*about, most_pieces(MAX_TOKENS, slots))
+        yield from decode_jobs(*about, most_pieces(most_tokens, slots, MAX_TOKENS), MAX_TOKENS)

@@ -14,7 +14,7 @@ from meswitch.ops.layout import write_by
 from meswitch.pagelock import page_locked
 from meswitch.vllm.arena import Arena, Layer, Prepared, Rename, stored_names
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place, Source, Unserved
-from meswitch.vllm.settings import KEY, Settings
+from meswitch.vllm.settings import KEY, DeltaSettings
 from meswitch.vllm.shard import conform, join, on_device, take_columns, take_rows
 
 _SHOWN = 12  # layers that a refusal names
@@ -110,7 +110,7 @@ class Target:
     places: Sequence[Place]
     unserved: Sequence[Unserved]
     rename: Rename
-    settings: Settings
+    settings: DeltaSettings
     elsewhere: tuple[str, ...] = ()
 
     def leaves_out(self, stored: str) -> bool:

@@ -35,7 +35,7 @@ _SIZE, _REST = 0.03, 0.1  # how far off the change may be in size, and as a whol
 FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, MeswitchError)
 
 
-def prove(model: nn.Module, arena: Arena, step: Step, calls: Mapping[str, Sequence[Call]]) -> list[Unserved]:
+def prove_layers(model: nn.Module, arena: Arena, step: Step, calls: Mapping[str, Sequence[Call]]) -> list[Unserved]:
     """Compare one layer of each kind; the slots are empty afterwards.
 
     Args:

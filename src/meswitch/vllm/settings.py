@@ -12,7 +12,7 @@ DIRECTORY_VARIABLE = "MESWITCH_DELTA_DIR"  # where a server finds experts by nam
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class DeltaSettings:
     """Slots have fixed addresses, so their size is fixed at start.
 
     experts: artifacts that must fit, by path; the slots then take what the largest of each layer needs. Without any,
@@ -34,7 +34,7 @@ class Settings:
     host_bytes: int | None = None
 
     @classmethod
-    def of(cls, additional_config: Any) -> "Settings":
+    def of(cls, additional_config: Any) -> "DeltaSettings":
         """Read `vllm_config.additional_config`.
 
         Raises:
