@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.engine.batching import Batch
-from meswitch.engine.context import Switch
+from meswitch.engine.context import StepContext, Switch
 from meswitch.engine.pages import PAGE
 from meswitch.errors import CapacityError, ConfigError, MeswitchError
 from tests.architectures import tiny
@@ -89,6 +89,27 @@ def test_what_a_step_raises_ends_the_request_that_caused_it_alone(engine):
     finally:
         hook.remove()
     assert engine.failure is None
+
+
+def test_a_step_that_cannot_be_laid_out_leaves_its_owners_to_no_other_step(engine, monkeypatch):
+    """The next step of the same requests has the same layout, but what is known is that of the step before."""
+    prompt, build, left = [5], StepContext.build, []
+
+    def answer(name):
+        return engine.generate([prompt], model=name, max_new_tokens=8)[0].tokens
+
+    def no_memory(*args):
+        if left:
+            raise RuntimeError(left.pop())
+        return build(*args)
+
+    monkeypatch.setattr(StepContext, "build", no_memory)
+    wanted, others = answer("base"), answer("math")
+    assert wanted != others
+    left.append("out of memory")
+    with pytest.raises(MeswitchError, match="out of memory"):
+        answer("base")
+    assert answer("base") == wanted
 
 
 def test_a_listener_that_raises_ends_nothing(engine):
@@ -173,6 +194,15 @@ def test_numbers_that_nobody_has_seen_are_not_left_for_the_next_in_their_pages(l
             beside = [ask(batch, "long", [1] * (PAGE + 9)), ask(batch, "short", [2] * 9)]
         assert [one.wait().error for one in beside] == [None, None]
         assert ask(batch, "alone", [2] * 9).wait().tokens == beside[1].tokens
+
+
+def test_a_prompt_that_fills_the_cache_alone_is_refused_even_if_nothing_is_to_be_made(llama):
+    """It would wait for a page that there is not, and all after it with it."""
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=PAGE) as batch:
+        with pytest.raises(CapacityError, match="65 tokens are more than the KV cache has, 64"):
+            ask(batch, "whole", [5] * PAGE, new=0)
+        assert ask(batch, "nearly", [5] * (PAGE - 1), new=0).wait().error is None
+        assert len(ask(batch, "later", [5, 6]).wait().tokens) == 4
 
 
 @pytest.mark.parametrize("end", ["failed", "closed"])

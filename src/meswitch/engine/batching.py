@@ -118,7 +118,7 @@ class Batch:
         """
         if not tokens:
             raise ConfigError("prompt: it is empty")
-        longest = len(tokens) + params.max_new_tokens
+        longest = len(tokens) + max(1, params.max_new_tokens)  # a prompt that is only scored gets a page for one, too
         if longest > self._pages * PAGE:
             raise CapacityError(f"{longest} tokens are more than the KV cache has, {self._pages * PAGE}")
         owner = f"expert {owner}" if owner else f"request {request}"
@@ -404,9 +404,10 @@ class Batch:
         slots = [job.slot for job, _ in step]
         layout = lengths, slots, rows
         if layout != self._layout:  # of most steps it is that of the step before
-            self._layout = layout
+            self._layout = ()  # if building fails, whose rows are where is not known, and the next step builds anew
             kept = rows if self._cuts_rows else None
             self._context = StepContext.build(lengths, slots, kept, self.device, self._switch.buffers)
+            self._layout = layout
         self._switch.step = self._context
         cut = {"logits_to_keep": wanted} if self._cuts_rows else {}
         places = StepPlaces(self._cache, pieces, self.device)
