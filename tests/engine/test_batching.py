@@ -3,6 +3,8 @@
 import contextlib
 import random
 import threading
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
+from meswitch.engine import graphs
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import StepContext, Switch
 from meswitch.engine.pages import PAGE
+from meswitch.engine.proof import Trial, mixed_tokens
 from meswitch.errors import CapacityError, ConfigError, MeswitchError
 from tests.architectures import tiny
 from tests.support.models import continued
@@ -203,6 +207,29 @@ def test_a_prompt_that_fills_the_cache_alone_is_refused_even_if_nothing_is_to_be
             ask(batch, "whole", [5] * PAGE, new=0)
         assert ask(batch, "nearly", [5] * (PAGE - 1), new=0).wait().error is None
         assert len(ask(batch, "later", [5, 6]).wait().tokens) == 4
+
+
+@pytest.mark.parametrize("pages", [3, 8, 100])
+@pytest.mark.parametrize("most", [65, 100, 200, 511, 512])
+def test_steps_of_the_proof_have_the_rows_of_each_graph(llama, most, pages):
+    """Else a graph would serve whose logits nobody has compared. It takes steps of more rows than the next smaller."""
+
+    def watch(model, args, given):
+        seen.append(given["input_ids"].numel())
+
+    trial, held, seen = Trial.of(llama, 256), SimpleNamespace(slot_count=1), []
+    sizes = sorted({min(size, most) for size in graphs.SIZES})
+    with batch_of(llama, max_batch_tokens=most, kv_tokens=pages * PAGE) as batch:
+        llama.register_forward_pre_hook(
+            lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        for smaller, size in pairwise([0, *sizes]):
+            seen.clear()
+            found = mixed_tokens(batch, held, {}, trial, size)
+            if smaller < pages * (PAGE - 1):  # of others no step can be, if each request takes a page
+                assert smaller < max(seen) <= size
+                assert len(seen) == 1
+            assert all(logits.isfinite().all() for _, _, logits in found)
 
 
 @pytest.mark.parametrize("end", ["failed", "closed"])
