@@ -1,8 +1,10 @@
 """The running batch: equal beginnings are computed once for an expert and never found by another; faults stay alone."""
 
 import contextlib
+import logging
 import random
 import threading
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -207,6 +209,27 @@ def test_a_prompt_that_fills_the_cache_alone_is_refused_even_if_nothing_is_to_be
             ask(batch, "whole", [5] * PAGE, new=0)
         assert ask(batch, "nearly", [5] * (PAGE - 1), new=0).wait().error is None
         assert len(ask(batch, "later", [5, 6]).wait().tokens) == 4
+
+
+def test_what_a_failed_step_had_computed_is_free_before_its_requests_are_tried_alone(llama, monkeypatch):
+    """Else a step that needs too much memory keeps it from those that need little."""
+    monkeypatch.setattr(logging.getLogger("meswitch.engine"), "disabled", True)  # pytest keeps what is logged
+    computed, still_there = [], []
+
+    def run_out_of_memory(module, args, options):
+        still_there.append(any(made() is not None for made in computed))
+        made = torch.zeros(1)
+        computed.append(weakref.ref(made))
+        if bool((options["input_ids"] == 7).any()):
+            raise torch.OutOfMemoryError("out of memory")
+
+    llama.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        with batch.together():
+            asked = [ask(batch, str(last), [5, last]) for last in (6, 7, 8)]
+        assert [one.wait().error for one in asked] == [None, "OutOfMemoryError: out of memory", None]
+    assert len(still_there) >= 5  # all together, each alone, a token of the base
+    assert not any(still_there)
 
 
 @pytest.mark.parametrize("pages", [3, 8, 100])

@@ -425,10 +425,12 @@ class Batch:
     def _without_culprits(self, step: Sequence[tuple[Job, Piece]], error: Exception) -> None:
         """Fail the requests whose tokens cannot be computed: each is tried alone, and the others go on."""
         if len(step) > 1:
+            _let_go(error)
             for job, piece in step:
                 self._step([(job, piece)])
             return
         logger.error("a step of the running batch failed", exc_info=error)
+        _let_go(error)
         job, _ = step[0]
         self._run_base(job.pages[-1])
         self._end(job, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
@@ -461,6 +463,13 @@ class Batch:
     def _tell_forever(self) -> None:
         while (told := self._told.get()) is not None:
             tell(*told)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what a failed step had computed, which its traceback holds: what is tried next may need the memory."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _rows_kept(job: Job, piece: Piece) -> int:
