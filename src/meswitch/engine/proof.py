@@ -35,6 +35,8 @@ Steps = Literal["eager", "tokens", "prompts"]  # computed without tables; from t
 LENGTHS = (7, 5, 9)  # tokens of the trial's requests; no two sums of them are alike
 NEW_TOKENS = 3
 TEXT = PAGE + 9  # tokens of a text of more than one page, with its continuation
+PROOF_PAGES = 4  # that the prompts of `prove` take together
+_PROMPTS = 8  # of a step of many rows, at least: of a page each, they fill the largest graph
 _PATIENCE = 600  # seconds for a step of a large model on a slow machine
 # In float32 nothing but the order of sums differs. In 16 bit what is lost in rounding is as large as a small delta:
 # there the part of the difference that points the expert's way must be the expert's.
@@ -256,7 +258,8 @@ def mixed_tokens(
     """What the base and two experts give in one step.
 
     Args:
-        rows: of the step: single tokens, and more of them prompts of one token again and again.
+        rows: of the step: single tokens, where the cache has a page for each; else prompts of one token again and
+            again, each of a page at most.
 
     Returns:
         expert's name, "" for the base; token; [vocabulary] logits. Of each row that was computed.
@@ -267,10 +270,13 @@ def mixed_tokens(
             slots[name] = store.acquire(name)
         owners = {"": BASE_SLOT, **slots}
         pairs = [(name, token) for token in trial.prompts[0][:2] for name in owners]
-        count = rows if rows <= MAX_TOKENS else 2 * len(pairs)
-        asked = [pairs[row % len(pairs)] for row in range(count)] if rows > 1 else pairs[len(slots) :][:1]
+        most = rows if rows <= MAX_TOKENS else max(_PROMPTS, 2 * len(pairs))
+        count = min(most, max(1, batch.kv_tokens // PAGE))
+        asked = [pairs[row % len(pairs)] for row in range(count)] if count > 1 else pairs[len(slots) :][:1]
         with _seen(batch) as found:
-            prompts = [[token] * (rows // count) for _, token in asked]
+            # together they have as many tokens as the step has rows; with the one that is made, each fits into its page
+            lengths = [min(PAGE - 1, (rows + row) // count) for row in range(count)]
+            prompts = [[token] * length for (_, token), length in zip(asked, lengths, strict=True)]
             run(batch, "tokens", prompts, [owners[name] for name, _ in asked], 1)
     finally:
         for slot in slots.values():

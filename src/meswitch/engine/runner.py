@@ -23,6 +23,7 @@ from meswitch.engine.merged import SHARE, MergedWeights
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import (
+    PROOF_PAGES,
     TEXT,
     Proof,
     Steps,
@@ -284,7 +285,7 @@ def _proven(
     if faults:
         attachment.undo(model)
         return tuple(faults)
-    longest = max_length(model.config)
+    longest = min(max_length(model.config), sizes.kv_tokens)
     if kernel and device.type == "cuda":
         run_prompts(batch, store, list(artifacts)[:2], PROMPTS, longest)
     if kernel and sizes.cuda_graphs:
@@ -312,13 +313,14 @@ def _speed_up(proof: Proof, artifacts: Mapping[str, Artifact], trial: Trial, lon
     so what it gives is the same: each size is replayed with experts in it, and a text of several pages is continued.
 
     Args:
-        longest: text that the model takes, in tokens.
+        longest: text that the model and the cache take, in tokens.
     """
     batch, store, tied = proof.batch, proof.store, proof.stored.tied
     try:
         paged = base_text(batch) if longest > TEXT else []
-        # longer steps are proven with a prompt of a page
-        batch.compute_from_tables(store.slot_count, _ranks(artifacts, tied), MOST if longest > TEXT else MAX_TOKENS)
+        # steps of more rows are proven with a prompt of more than a page beside two others
+        is_large = longest > TEXT and batch.kv_tokens >= PROOF_PAGES * PAGE
+        batch.compute_from_tables(store.slot_count, _ranks(artifacts, tied), MOST if is_large else MAX_TOKENS)
         found = _in_tables(batch, store, artifacts)
         if artifacts and not found:
             return "no expert has all of its tensors in tables"

@@ -2,7 +2,7 @@
 
 The step's routing is not among its arguments: how many experts a step has must not be traced. So the operator's body
 looks it up, as vLLM's attention does with its metadata; a captured graph keeps the kernel with the static buffers.
-Needs no vLLM.
+vLLM itself is not needed here.
 """
 
 import torch
