@@ -46,13 +46,19 @@ def test_sizes_may_be_written_with_units(tmp_path):
     ("text", "message"),
     [
         (MINIMAL + "[engine]\nslots = 0\n", r"engine\.slots: .*greater than or equal to 1.*\(got 0\)"),
-        (MINIMAL + "[engine]\nslot = 4\n", r"engine\.slot: no such field; did you mean slots\? all .* docs/use/family\.md"),
+        (
+            MINIMAL + "[engine]\nslot = 4\n",
+            r"engine\.slot: no such field; did you mean slots\? all .* docs/use/family\.md",
+        ),
         (MINIMAL.replace("[[expert]]", "[[experts]]"), r"experts: no such field; did you mean expert\?"),
         (MINIMAL + "[router]\nzebra = 1\n", r"router\.zebra: no such field; all fields are in docs/use/family\.md"),
         (MINIMAL + "[compress]\nbits = 5\n", r"compress\.bits: "),
         (MINIMAL + '[server]\nallow_origins = ["https://a.example/"]\n', r"server\.allow_origins\.0: "),
         (MINIMAL + '[server]\nallow_origins = ["a.example"]\n', r"server\.allow_origins\.0: "),
-        (MINIMAL + '[compress]\ngroup_size = "column"\n', r"compress\.group_size: 'column' is neither a number nor 'row'"),
+        (
+            MINIMAL + '[compress]\ngroup_size = "column"\n',
+            r"compress\.group_size: 'column' is neither a number nor 'row'",
+        ),
         (MINIMAL + '[engine]\nhost_bytes = "lots"\n', r"engine\.host_bytes: 'lots' is not a size"),
         (MINIMAL + '[router]\nfallback = "poetry"\n', r"router\.fallback: 'poetry' is none of base, math"),
         (MINIMAL + MINIMAL.partition("\n")[2].partition("\n")[2], "expert.name: 'math' is used twice"),
