@@ -77,7 +77,7 @@ def test_what_cannot_be_served_is_refused_by_name_when_it_is_loaded(pair, tmp_pa
 
 def test_layers_are_traced_without_a_break(family, deltas):
     """vLLM does not compile on a CPU where LoRA is on: the layers by themselves, with the tokens' number unknown."""
-    from meswitch.vllm.layers import _current
+    from meswitch.vllm.delta_op import _current
 
     with with_deltas(family / "base", **settings(lora=False)) as engine:
         ask(engine, [PROMPT], [("math", 1, deltas["math"])], max_tokens=1)

@@ -13,7 +13,7 @@ def test_one_trace_serves_steps_of_all_sizes_with_and_without_experts():
     table = [random_delta(50, 128, 2, 64, seed=seed) for seed in range(3, 6)]
     layer, embedding = SlotLinear.build(deltas), SlotLinear.build(table)
     step = Step(200, 3, torch.device("cpu"))
-    delta_op.install(step)
+    delta_op.read_step(step)
     draw = torch.Generator().manual_seed(0)
     words = torch.randn(50, 128, generator=draw)
     weight, bias = torch.randn(64, 128, generator=draw), torch.randn(64, generator=draw)

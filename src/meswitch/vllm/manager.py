@@ -26,7 +26,7 @@ from meswitch.ops.routing import BASE, MAX_TOKENS, most_pieces
 from meswitch.ops.step import Step, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import HostTier, Loader
-from meswitch.vllm import compat, layers
+from meswitch.vllm import compat, delta_op, layers
 from meswitch.vllm.arena import Arena, Layer, Prepared
 from meswitch.vllm.base import Base
 from meswitch.vllm.dry_step import TOKENS, DryStep, SeenLayer, look
@@ -103,7 +103,7 @@ class DeltaModelManager(LRUCacheLoRAModelManager):
             )
         specialized = compat.graphs_by_experts(config)
         self.step = Step(self.max_num_batched_tokens, self.lora_slots, self.device, specialized)
-        layers.read_step(self.step)
+        delta_op.read_step(self.step)
         layers.install(model, self.arena, self.step, replace_submodule)
         # for experts that nobody took yet; those that somebody did are in vLLM's cache, by vLLM's ids
         self._slot_bytes = self.arena.nbytes // max(1, self.arena.count)
