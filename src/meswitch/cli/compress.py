@@ -115,7 +115,9 @@ def compress_command(
                 again.options,
             )
         if base is None or out is None or not expert:
-            raise ConfigError("--base, --expert and --out are needed, or --family; see `meswitch compress --help`")
+            needed = {"--base": base, "--expert": expert, "--out": out}
+            left_out = ", ".join(option for option, value in needed.items() if not value)
+            raise ConfigError(f"{left_out}: needed beside the others, or give a family.toml (--family) instead of all")
         if len(expert) > 1:
             raise ConfigError("--expert: one at a time; a family.toml (--family) compresses several")
         console.quiet()

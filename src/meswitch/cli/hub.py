@@ -64,9 +64,12 @@ def push_command(
     repository: RepositoryArgument,
     card: Card = Card(),
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is created; the account's default.")
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Who may see a repository that is created. Default: the account's setting."
+        ),
     ] = None,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The message of the commit.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the artifact, print the model card and end; nothing is sent.")
     ] = False,
@@ -102,6 +105,8 @@ def push_command(
     with console.progress("verify") as progress:
         opened.verify(progress)
     text = model_card(opened, about)
+    if about.base is None and (opened.manifest.recipe is None or opened.manifest.recipe.base is None):
+        console.note("the card says BASE where the base's hub id belongs; give it with --base ORG/NAME")
     if dry_run:
         if as_json:
             console.print_json({"repository": name.repository, "card": text, "pushed": None})

@@ -182,9 +182,10 @@ def _show(found: dict[str, Any]) -> None:
             "about a third of it, one that changed a tenth of the weights a fifteenth. What equals the base's costs "
             "nothing."
         )
+    own = expert["name"] == found["base"]["name"]
     console.show(
         console.pairs(
-            f"{expert['name']} over {found['base']['name']}",
+            f"an expert of {expert['name']}'s shapes" if own else f"{expert['name']} over {found['base']['name']}",
             {
                 "method": how,
                 "full checkpoint": f"{format_bytes(expert['bytes'])}, {expert['parameters']:,} parameters in "
