@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from meswitch import Family
-from meswitch.errors import ArtifactError, ConfigError
+from meswitch.errors import ArtifactError
 from meswitch.launch import engine_from_family, policy_from_family, router_from_family
 from meswitch.router import RouterError
 from tests.support.http_server import QUESTIONS, ask_with, user
@@ -119,12 +121,13 @@ def test_serve_prints_where_it_listens_answers_and_stops_on_a_signal(family_file
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(family_file):
-    from meswitch.cli.serve import serve_command
+    from meswitch.cli import app
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port}: .*choose another"):
-            serve_command(family=family_file, port=port)
+        result = CliRunner().invoke(app, ["serve", str(family_file), "--port", str(port)])
+    assert result.exit_code == 1
+    assert re.search(f"--port {port}: .*choose another", " ".join(result.output.split()))
 
 
 @pytest.mark.parametrize(
