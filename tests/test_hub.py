@@ -143,6 +143,12 @@ def test_a_configuration_alone_is_fetched_alone(pair, hub):
     assert served.asked == ["config.json"]
 
 
+def test_a_hub_that_cannot_be_reached_is_told_apart_from_a_wrong_name(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="org/absent: no such directory here, and the hub cannot be reached"):
+        read_config("org/absent")
+
+
 def test_a_repository_that_is_not_there_is_one_line(hub, pair):
     hub(pair()[0])
     with pytest.raises(CheckpointError, match=r"org/other: neither a directory here nor a model that the hub gives \("):

@@ -2,11 +2,13 @@
 
 import gzip
 import lzma
+import os
+from pathlib import Path
 
 import pytest
 
 from meswitch.errors import ArtifactError, CheckpointError
-from meswitch.jsonfile import read_json
+from meswitch.jsonfile import read_json, read_json_lines
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14483464192\n"
 
@@ -53,3 +55,13 @@ def test_an_object_is_read_whatever_its_spaces(tmp_path):
 def test_a_missing_file_is_the_error_that_was_asked_for(tmp_path):
     with pytest.raises(ArtifactError, match="No such file or directory"):
         read_json(tmp_path / "none.json", ArtifactError)
+
+
+def test_a_pipe_is_refused_as_files_are_read_twice():
+    read, write = os.pipe()
+    os.close(write)
+    try:
+        with pytest.raises(ArtifactError, match=rf"/dev/fd/{read}: is a pipe, and is read more than once"):
+            list(read_json_lines(Path(f"/dev/fd/{read}"), ArtifactError))
+    finally:
+        os.close(read)

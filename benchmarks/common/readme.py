@@ -28,6 +28,7 @@ def memory() -> str:
     """One figure of the compression under a memory limit."""
     data = load("compress-memory-7b.json")
     sizes = f"({data['checkpoint_gb']:.1f} GB each) becomes a {data['artifact_gb']:.2f} GB artifact"
+    sizes += f" of {data['bits_per_weight']:.2f} bits a weight"
     limits = f"limited to {data['limit_gib']:.0f} GiB, with {data['peak_rss_gib']:.1f} GiB resident at most"
     return f"a Mistral-7B-shaped pair {sizes} in a process whose address space is {limits}"
 

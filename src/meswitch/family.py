@@ -4,17 +4,36 @@ This is an edge of the package (pydantic); codec, artifact, ops, experts and eng
 """
 
 import dataclasses
+import difflib
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
 
 from meswitch.compression.options import SETTINGS, Options, Setting, check_given
 from meswitch.errors import ConfigError, UnknownExpertError
 from meswitch.units import parse_bytes
 
-Bytes = Annotated[int, Field(ge=1)]
+
+def _size(value: Any) -> Any:
+    """A text such as `16GiB` as a number of bytes, anything else as it is."""
+    try:
+        return parse_bytes(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+Bytes = Annotated[int, BeforeValidator(_size), Field(ge=1)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of an expert, and of an API key
 RESERVED = ("auto", "other", "error")  # mean something where requests are routed
 ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$"  # of a site, as browsers write it: no path, no slash at the end
@@ -53,10 +72,18 @@ def _compress_field(setting: Setting, default: Any) -> tuple[Any, Any]:
     if isinstance(setting.kind, tuple):
         return Literal[setting.kind] | None, default
     kind: Any = Annotated[setting.kind, Field(ge=setting.least, le=setting.most)]
-    if setting.word is not None:
-        word = setting.word  # a union would tell of both its halves what is wrong
-        return Annotated[kind, WrapValidator(lambda value, check: value if value == word else check(value))], default
-    return kind | None if setting.none is None else kind | Literal[setting.none], default
+    word = setting.word if setting.none is None else setting.none
+    if word is None:
+        return kind | None, default
+
+    def or_word(value: Any, check: Any) -> Any:  # a union would tell of both its halves what is wrong
+        if value == word:
+            return value
+        if isinstance(value, str):
+            raise ValueError(f"{value!r} is neither a number nor {word!r}")
+        return check(value)
+
+    return Annotated[kind, WrapValidator(or_word)], default
 
 
 if TYPE_CHECKING:
@@ -113,14 +140,6 @@ class EngineSection(_Section):
     max_batch_tokens: int = Field(default=2048, ge=1)
     kv_cache_tokens: int = Field(default=32768, ge=256)
     max_queue: int = Field(default=1024, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sizes(cls, data: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(data, dict):
-            return data
-        named = {name: data[name] for name in ("host_bytes", "merged_bytes") if isinstance(data.get(name), str)}
-        return data | {name: parse_bytes(size) for name, size in named.items()}
 
 
 class ServerSection(_Section):
@@ -222,9 +241,24 @@ def _explain(file: Path, item: Any) -> str:
     field = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        message = "no such field; see docs/use/family.md for the fields there are"
+        near = difflib.get_close_matches(str(item["loc"][-1]), _fields(item["loc"][:-1]), n=1)
+        message = f"no such field; {f'did you mean {near[0]}? ' if near else ''}all fields are in docs/use/family.md"
     elif item["type"] == "missing":
         message = "this field is required"
-    elif "input" in item and item["loc"]:
+    elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "name":
+        message = f"{item['input']!r}: letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+    elif "input" in item and item["loc"] and repr(item["input"]) not in message:
         message = f"{message} (got {item['input']!r})"
     return f"{file}: {field}: {message}" if field else f"{file}: {message}"
+
+
+def _fields(place: tuple[int | str, ...]) -> list[str]:
+    """The fields that a section has, or the sections of the file."""
+    sections: dict[str, type[BaseModel]] = {
+        "base": BaseSection, "compress": CompressSection, "expert": ExpertSection, "router": RouterSection,
+        "engine": EngineSection, "server": ServerSection,
+    }  # fmt: skip
+    if not place:
+        return list(sections)
+    section = sections.get(str(place[0]))
+    return list(section.model_fields) if section is not None else []

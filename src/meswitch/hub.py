@@ -60,7 +60,12 @@ def _asked(source: str, ask: Callable[[], str]) -> Path:
 
     try:
         return Path(ask())
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: no such directory here, and the hub cannot be reached for a model of this name; check the path "
+            "or the connection"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{source}: neither a directory here nor a model that the hub gives ({reason}); "

@@ -188,6 +188,8 @@ def _opened(file: Path, error: type[MeswitchError]) -> Iterator[IO[bytes]]:
     except OSError as reason:
         raise error(f"{file}: cannot be opened ({reason.strerror})") from None
     with raw:
+        if not raw.seekable():
+            raise error(f"{file}: is a pipe, and is read more than once; write it to a file first")
         head = raw.read(len(_GZIP))
         raw.seek(0)
         if head == _GZIP:

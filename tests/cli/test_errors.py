@@ -36,7 +36,7 @@ COMMANDS = [
             "against which {math} was compressed; use that base",
         ),
         ("merge --base {family}/base --delta {math} --out {tmp}", "{tmp}: already exists; choose another --out"),
-        ("compress --base {family}/base", "--base, --expert and --out are needed, or --family"),
+        ("compress --base {family}/base", "--expert, --out: needed beside the others, or give a family.toml"),
         ("compress --base {family}/base --expert a --expert b --out {tmp}/o", "--expert: one at a time"),
         ("compress {pair} --out {math}", "{math}: already exists; use --overwrite to replace it"),
         ("compress {pair} --out {tmp}/o --group-size many", "--group-size: 'many' is neither a number nor `row`"),
@@ -66,7 +66,7 @@ def test_every_wrong_field_of_a_family_gets_its_line(cli, tmp_path):
     lines = result.stderr.splitlines()
     assert len(lines) == 2
     assert f"error: {tmp_path}/family.toml: compress.bits: Input should be less than or equal to 4 (got 9)" in lines
-    assert f"error: {tmp_path}/family.toml: engine.slotz: no such field; see docs/use/family.md" in lines[1]
+    assert f"error: {tmp_path}/family.toml: engine.slotz: no such field; did you mean slots?" in lines[1]
 
 
 def test_a_family_without_a_router_says_how_to_train_one(cli, new_family):

@@ -47,5 +47,5 @@ def test_an_expert_without_a_tokenizer_can_be_compressed_and_this_is_said(cli, f
     expert = shutil.copytree(family / "sql", tmp_path / "sql")
     (expert / "tokenizer.json").unlink()
     done = cli.ok("compress", "--base", family / "base", "--expert", expert, "--out", tmp_path / "out")
-    assert f"{expert}: no tokenizer's files: what is made can be merged, not served" in done.stderr
+    assert f"{expert} has no tokenizer's files: what is made can be merged, not served" in done.stderr
     assert "none: the artifact can be merged, not served" in cli.ok("verify", tmp_path / "out").stdout

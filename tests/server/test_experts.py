@@ -93,12 +93,13 @@ def test_an_expert_is_loaded_pinned_reloaded_and_unloaded(url, place):
 
 
 def test_top_shows_it_in_a_terminal(url, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     answer(url, "math")
     shown = CliRunner().invoke(command, ["top", url, "--once"])
     assert shown.exit_code == 0
     assert re.search(r"base: \d running, \d waiting", shown.output)
     assert re.search(r"math\b.*\bdevice\b", shown.output)
+    assert re.search("running +requests +hits +loads +evictions +failures +version", shown.output), "not cut"
     asked = json.loads(CliRunner().invoke(command, ["top", f"{url}/v1", "--json"]).output)
     assert asked["engine"]["generated_tokens"] >= 4
     for wrong in ("http://127.0.0.1:9", "nothing"):

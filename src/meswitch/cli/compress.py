@@ -48,7 +48,7 @@ class Run:
 
 @takes()
 @option_groups
-def compress(
+def compress_command(
     base: Annotated[
         str | None, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint, as a directory or a hub id.")
     ] = None,
@@ -115,7 +115,9 @@ def compress(
                 again.options,
             )
         if base is None or out is None or not expert:
-            raise ConfigError("--base, --expert and --out are needed, or --family; see `meswitch compress --help`")
+            needed = {"--base": base, "--expert": expert, "--out": out}
+            left_out = ", ".join(option for option, value in needed.items() if not value)
+            raise ConfigError(f"{left_out}: needed beside the others, or give a family.toml (--family) instead of all")
         if len(expert) > 1:
             raise ConfigError("--expert: one at a time; a family.toml (--family) compresses several")
         console.quiet()
@@ -127,7 +129,7 @@ def compress(
     if as_json:
         console.print_json(rows if family is not None else rows[0])
     else:
-        console.show(table(rows))
+        console.show(compressed_table(rows))
 
 
 def _again(source: Path, given: Mapping[str, Any]) -> "Again":
@@ -269,7 +271,7 @@ def _row(name: str, artifact: "Artifact", seconds: float | None, notices: list[s
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
+def compressed_table(rows: list[dict[str, Any]]) -> Any:
     made = console.table("", "expert", "full", "compressed", "smaller", "bits/weight", "all files", "seconds")
     for row in rows:
         made.add_row(

@@ -135,7 +135,7 @@ class Work:
 
 
 @option_groups
-def evaluate(
+def eval_command(
     artifact: Annotated[
         list[str] | None,
         typer.Argument(
@@ -194,7 +194,10 @@ def evaluate(
         experts, deltas = _named("--expert", models.expert or []), _named("ARTIFACT", artifact or [])
     own += _questions(asked)
     if not own and not foreign:
-        raise ConfigError("--questions or --tasks: what is asked? give a file of questions or names of lm-eval tasks")
+        beside = "" if models.family is None else ", or name `questions` and a `checker` for experts in the family.toml"
+        raise ConfigError(
+            f"--questions or --tasks: what is asked? give a file of questions or names of lm-eval tasks{beside}"
+        )
 
     import torch
 

@@ -59,14 +59,17 @@ class Card:
 
 
 @option_groups
-def push(
+def push_command(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What `meswitch compress` wrote.")],
     repository: RepositoryArgument,
     card: Card = Card(),
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is created; the account's default.")
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Who may see a repository that is created. Default: the account's setting."
+        ),
     ] = None,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The message of the commit.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the artifact, print the model card and end; nothing is sent.")
     ] = False,
@@ -102,6 +105,8 @@ def push(
     with console.progress("verify") as progress:
         opened.verify(progress)
     text = model_card(opened, about)
+    if about.base is None and (opened.manifest.recipe is None or opened.manifest.recipe.base is None):
+        console.note("the card says BASE where the base's hub id belongs; give it with --base ORG/NAME")
     if dry_run:
         if as_json:
             console.print_json({"repository": name.repository, "card": text, "pushed": None})
@@ -119,7 +124,7 @@ def push(
         typer.echo("the repository's own README.md stays; --dry-run prints the generated one")
 
 
-def pull(
+def pull_command(
     repository: RepositoryArgument,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The directory to create.", show_default="the repository's name")

@@ -62,7 +62,7 @@ class Log:
 
 
 @option_groups
-def serve(
+def serve_command(
     family: Annotated[Path, typer.Argument(metavar="FILE", help="A family.toml, or the directory that holds one.")],
     address: Address = Address(),
     slots: Annotated[
@@ -269,7 +269,10 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
     if summary["merged_budget"]:
         sizes += f", merged weights at most {format_bytes(summary['merged_budget'])}"
-    console.show(table, f"Memory: base {base}, {sizes}")
+    page = f"{summary['url'].removesuffix('/v1')}/"
+    console.show(
+        table, f"Memory: base {base}, {sizes}\nTry it in a browser: {page}; in another terminal: meswitch top {page}"
+    )
     if summary["runner"] == "turns":
         console.note(
             "experts take turns, which is slower than one batch for all"

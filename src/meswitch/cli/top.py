@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _TIMEOUT = 10.0
 
 
-def top(
+def top_command(
     url: Annotated[str, typer.Argument(metavar="URL", help="The server's address.")] = "http://127.0.0.1:8000",
     seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end; throughput needs two looks.")] = False,
@@ -56,6 +56,7 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
         found: its object.
         rate: tokens a second since the look before, None at the first.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -81,15 +82,19 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
         ("host", memory["host"], engine["host_budget"] or 2 * memory["host"] or 1, format_bytes(memory["host"])),
     ):
         bars.add_row(name, ProgressBar(total=max(total, 1), completed=used, width=30), text)
+    counted = ("running", "requests", "hits", "loads", "evictions", "failures")
     table = Table(
-        "expert", "where", "bytes", "running", "requests", "hits", "loads", "evictions", "failures", "version"
-    )
-    for column in table.columns[2:9]:
+        "expert", "where", "bytes", *counted, "version", box=SIMPLE_HEAD, padding=0, pad_edge=False
+    )  # fits 80 columns
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for column in table.columns[2:]:
         column.justify = "right"
     for row in found["data"]:
         name = f"{row['id']} (pinned)" if row["pinned"] else row["id"]
-        counts = [str(row[field]) for field in ("running", "requests", "hits", "loads", "evictions", "failures")]
-        table.add_row(name, row["place"], format_bytes(row["bytes"]), *counts, row["version"][:8])
+        table.add_row(
+            name, row["place"], format_bytes(row["bytes"]), *(str(row[field]) for field in counted), row["version"][:8]
+        )
     return Group(head, "", bars, "", table)
 
 

@@ -95,7 +95,10 @@ def compress(
         notice(line)
     check_destination(out, overwrite)
     if not has_tokenizer(target.directory):
-        notice(f"{target.directory}: no tokenizer's files: what is made can be merged, not served")
+        notice(
+            f"{target.directory} has no tokenizer's files: what is made can be merged, not served; "
+            "if it speaks with the base's tokenizer, copy the base's tokenizer files there first"
+        )
     else:
         ChatTokenizer.open(target.directory.name, target.directory)
     with SavedWork(out) as work:

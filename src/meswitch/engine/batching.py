@@ -155,13 +155,10 @@ class Batch:
 
         def prepare() -> None:
             self._switch.tables = own_tables(self._model, slots, ranks)
-            assert self._switch.buffers is not None
             self._static = StaticSteps(
                 self._model,
                 self._switch,
                 self._cache,
-                self._switch.buffers,
-                self._switch.tables,
                 rows=min(rows, self._scheduler.max_tokens),
                 requests=self._scheduler.max_requests,
                 longest=self._pages * PAGE,

@@ -30,7 +30,6 @@ from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
 from meswitch.ops.routing import MAX_TOKENS
-from meswitch.ops.step import Step
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -273,10 +272,8 @@ class StaticSteps:
 
     Args:
         model: the base with its wrapped layers.
-        switch: their running step.
+        switch: their running step, with the kernels' buffers and the tables that the layers look up.
         cache: keys and values.
-        step: the kernels' buffers.
-        tables: what the layers look up.
         rows: of the largest step.
         requests: of the largest step.
         longest: tokens of the longest text.
@@ -291,16 +288,16 @@ class StaticSteps:
         model: Any,
         switch: Switch,
         cache: KVCache,
-        step: Step,
-        tables: OwnTables,
         *,
         rows: int,
         requests: int,
         longest: int,
         cuts_rows: bool,
     ) -> None:
-        self._model, self._switch, self._tables = model, switch, tables
-        self._step, self._device = step, step.tokens.token_slots.device
+        assert switch.buffers is not None
+        assert switch.tables is not None
+        self._model, self._switch, self._tables, self._step = model, switch, switch.tables, switch.buffers
+        self._device = switch.buffers.tokens.token_slots.device
         self.sizes = tuple(sorted({min(size, rows) for size in SIZES}))
         self._places = StaticPlaces(cache, sorted({min(MAX_TOKENS, rows), self.sizes[-1]}), longest, self._device)
         self._spare, self._requests, self._cuts_rows = cache.spare, requests, cuts_rows
@@ -308,7 +305,7 @@ class StaticSteps:
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.expert_steps = 0
         self._told: set[str] = set()  # owners of whom the log has been told
-        self.nbytes = tables.nbytes
+        self.nbytes = self._tables.nbytes
         """Device memory of the graphs, and of what the layers look up."""
 
     def run(self, step: Sequence[tuple[Job, Piece]]) -> Tensor | None:

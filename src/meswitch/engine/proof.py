@@ -173,64 +173,77 @@ def without_weights(model: nn.Module, parts: Iterable[str]) -> Iterator[None]:
             table[name] = value
 
 
-def prove(
-    model: Any,
-    batch: Batch,
-    switch: Switch,
-    attachment: Attachment,
-    stored: StoredTensors,
-    survey: Survey,
-    store: ExpertStore,
-    artifacts: Mapping[str, Artifact],
-    trial: Trial,
-    *,
-    steps: Steps = "eager",
-) -> list[str]:
-    """Compare every kind of wrapped block with itself under merged weights.
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Compares every kind of wrapped block with itself under merged weights.
 
     Args:
-        model: the base with its wrappers. batch, switch: that run it.
-        steps: which to look at.
-
-    Returns:
-        what does not agree, a line each: module, class and reason; empty if all do.
+        model: the base with its wrappers.
+        batch: that runs it.
+        switch: whose tokens are where.
+        attachment: what was wrapped.
+        stored: how stored tensors become parameters.
+        survey: how modules are called.
+        store: of the experts.
     """
-    units = _units(model, attachment, stored)
-    if not units:
-        return []
-    reasons: list[str] = []
-    for number, names in enumerate(_rounds(units, artifacts, store.slot_count)):
-        slots: dict[int, str] = {}
-        try:
-            for name in names:
-                slots[store.acquire(name)] = name
-            witnesses = [
-                _Witness(unit, switch, survey, slots, artifacts, stored, steps != "eager") for unit in units.values()
-            ]
-            order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
-            prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
-            if steps == "tokens":
-                prompts = [[prompt[place]] for place, prompt in enumerate(prompts)]
-            elif steps == "prompts":  # of more rows than the fused kernel takes, and one of so many for itself
-                prompts = [(prompt * MAX_TOKENS)[: 24 if place else MAX_TOKENS] for place, prompt in enumerate(prompts)]
-            for prompt, slot in zip(prompts, order, strict=True):
-                if slot in slots:
-                    _say_added(prompt, artifacts[slots[slot]], model)
-            handles = [handle for witness in witnesses for handle in witness.watch(model)]
+
+    model: Any
+    batch: Batch
+    switch: Switch
+    attachment: Attachment
+    stored: StoredTensors
+    survey: Survey
+    store: ExpertStore
+
+    def faults(self, artifacts: Mapping[str, Artifact], trial: Trial, steps: Steps = "eager") -> list[str]:
+        """Run steps with experts in them.
+
+        Args:
+            artifacts: of the experts.
+            steps: which to look at.
+
+        Returns:
+            what does not agree, a line each: module, class and reason; empty if all do.
+        """
+        units = _units(self.model, self.attachment, self.stored)
+        if not units:
+            return []
+        reasons: list[str] = []
+        for number, names in enumerate(_rounds(units, artifacts, self.store.slot_count)):
+            slots: dict[int, str] = {}
             try:
-                run(batch, f"proof-{number}", prompts, order)
-                if steps == "eager":  # steps of one row, too
-                    run(batch, f"alone-{number}", prompts[:1], order[:1])
+                for name in names:
+                    slots[self.store.acquire(name)] = name
+                witnesses = [
+                    _Witness(unit, self.switch, self.survey, slots, artifacts, self.stored, steps != "eager")
+                    for unit in units.values()
+                ]
+                order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
+                prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
+                if steps == "tokens":
+                    prompts = [[prompt[place]] for place, prompt in enumerate(prompts)]
+                elif steps == "prompts":  # of more rows than the fused kernel takes, and one of so many for itself
+                    prompts = [
+                        (prompt * MAX_TOKENS)[: 24 if place else MAX_TOKENS] for place, prompt in enumerate(prompts)
+                    ]
+                for prompt, slot in zip(prompts, order, strict=True):
+                    if slot in slots:
+                        _say_added(prompt, artifacts[slots[slot]], self.model)
+                handles = [handle for witness in witnesses for handle in witness.watch(self.model)]
+                try:
+                    run(self.batch, f"proof-{number}", prompts, order)
+                    if steps == "eager":  # steps of one row, too
+                        run(self.batch, f"alone-{number}", prompts[:1], order[:1])
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                reasons += [line for witness in witnesses for line in witness.found()]
             finally:
-                for handle in handles:
-                    handle.remove()
-            reasons += [line for witness in witnesses for line in witness.found()]
-        finally:
-            for slot in slots:
-                store.release(slot)
-        if reasons:
-            break
-    return reasons
+                for slot in slots:
+                    self.store.release(slot)
+            if reasons:
+                break
+        return reasons
 
 
 def most_changed(artifacts: Mapping[str, Artifact]) -> list[str]:

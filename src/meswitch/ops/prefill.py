@@ -82,7 +82,7 @@ def expert_prefill(
         for start in range(0, layer.rows, step):
             end = min(start + step, layer.rows)
             block = room[: len(spans) * (end - start) * layer.in_features].view(len(spans), -1, layer.in_features)
-            merge(weight, layer, slots, start, end, block, backend)
+            merged_rows(weight, layer, slots, start, end, block, backend)
             own_bias = None if bias is None else bias[start:end]
             for (first, last), own in zip(spans, block, strict=True):
                 _product(tokens[first:last], own, own_bias, y[first:last, start:end])
@@ -162,7 +162,7 @@ def fits(rows: int, in_features: int, variant: Variant, dtype: torch.dtype) -> b
     return rows % TILE_ROWS == 0 and in_features % BLOCK == 0 and grouped and two_bits and dtype == torch.bfloat16
 
 
-def merge(
+def merged_rows(
     weight: Tensor,
     layer: SlotLinear,
     slots: Tensor,

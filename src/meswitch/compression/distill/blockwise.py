@@ -86,7 +86,9 @@ def train_blocks(
     def told(part: int, what: str) -> Callable[[int, float, float], None]:
         def tell(step: int, now: float, before: float) -> None:
             done = part * recipe.steps + step
-            progress("training", done, parts * recipe.steps, f"{what} {now:.4g}, {before:.4g} before")
+            # equal until it has been measured again
+            value = f"{before:.4g} before" if now == before else f"{now:.4g}, {before:.4g} before"
+            progress("training", done, parts * recipe.steps, f"{what} {value}")
 
         return tell
 

@@ -396,7 +396,9 @@ def train_end_to_end(
     held, rest = split(text, recipe, generator)
 
     def told(step: int, now: float, before: float) -> None:
-        progress("training", step, recipe.steps, f"held-out divergence {now:.4f} nats a token, {before:.4f} before")
+        # equal until it has been measured again
+        what = f"{before:.4f} nats a token before" if now == before else f"{now:.4f} nats a token, {before:.4f} before"
+        progress("training", step, recipe.steps, f"held-out divergence {what}")
 
     full = _TeacherAnswers(teacher, sum(len(sample.ids) for sample in held), device)
     before, best = fit(
