@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.engine import graphs
+from meswitch.engine import graphs, sampling
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import StepContext, Switch
 from meswitch.engine.pages import PAGE
@@ -178,9 +178,9 @@ def llama():
     return AutoModelForCausalLM.from_config(tiny.config_of("llama")).eval()
 
 
-def ask(batch, name, tokens, new=4):
+def ask(batch, name, tokens, new=4, params=None):
     told = Told()
-    batch.submit(name, tokens, -1, SamplingParams(new), [], told)
+    batch.submit(name, tokens, -1, params or SamplingParams(new), [], told)
     return told
 
 
@@ -230,6 +230,27 @@ def test_what_a_failed_step_had_computed_is_free_before_its_requests_are_tried_a
         assert [one.wait().error for one in asked] == [None, "OutOfMemoryError: out of memory", None]
     assert len(still_there) >= 5  # all together, each alone, a token of the base
     assert not any(still_there)
+
+
+@pytest.mark.parametrize("length", [3, PAGE + 30], ids=["whole", "in-parts"])
+def test_a_prompt_that_cannot_be_scored_ends_alone(llama, monkeypatch, length):
+    score = sampling.token_logprobs
+
+    def no_memory(logits, tokens, top):
+        if 7 in tokens:
+            raise torch.OutOfMemoryError("out of memory")
+        return score(logits, tokens, top)
+
+    monkeypatch.setattr(sampling, "token_logprobs", no_memory)
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=8 * PAGE) as batch:
+        wanted = [ask(batch, "before", [5, 6, 8]).wait().tokens, ask(batch, "scored before", [5, 8, 6]).wait().tokens]
+        with batch.together():
+            scored = SamplingParams(4, prompt_logprobs=1)
+            found = [ask(batch, "plain", [5, 6, 8]), ask(batch, "scored", [5, 7] * length, params=scored)]
+            found.append(ask(batch, "scored well", [5, 8, 6], params=scored))
+        assert found[1].wait().error == "its prompt cannot be scored (OutOfMemoryError)"
+        assert [found[0].wait().tokens, found[2].wait().tokens] == wanted
+        assert batch.failure is None
 
 
 @pytest.mark.parametrize("pages", [3, 8, 100])

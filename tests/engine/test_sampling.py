@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from meswitch import Engine
 from meswitch.engine.grammar import Grammar, is_available
 from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState, StepSampler
-from meswitch.engine.scores import _cut, token_logprobs
+from meswitch.engine.scores import TokenScores, _cut, token_logprobs
 from meswitch.errors import ConfigError
 
 SIZE = 50
@@ -113,6 +113,19 @@ def test_what_parameters_leave_no_token_fails_by_name():
     assert "leave no token" in failed[0]
     assert tokens[1] >= 0
     assert matcher.taken == []
+
+
+def test_log_probabilities_that_cannot_be_computed_end_those_who_want_them_alone(monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(TokenScores, "of", no_memory)
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0], [0.0, 1.0, 5.0]])
+    states = [SamplingState(params) for params in (SamplingParams(), SamplingParams(logprobs=1), SamplingParams())]
+    tokens, failed = Sampler(torch.float32)(logits, states).read()
+    assert (tokens[0], tokens[2]) == (1, 2)
+    assert list(failed) == [1]
+    assert "the server's log says why" in failed[1]
 
 
 def test_a_grammar_that_fails_ends_its_own_request():

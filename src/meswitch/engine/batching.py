@@ -342,8 +342,9 @@ class Batch:
             # Only now it took what it took, and a slot whose last request is cancelled next may be overwritten.
             torch.cuda.current_stream(self.device).synchronize()
         self._scheduler.done(step, time.perf_counter() - began)
-        ready = [job for job, piece in step if piece.past + piece.length == len(job.tokens)]
         logits = self._score_prompts(step, logits)
+        whole = [job for job, piece in step if piece.past + piece.length == len(job.tokens)]
+        ready = [job for job in whole if job.id in self._jobs]  # without those whose prompt could not be scored
         if not ready:
             return
         names = tuple(job.id for job in ready)
@@ -363,7 +364,10 @@ class Batch:
                 self._tell(job)
 
     def _score_prompts(self, step: Sequence[tuple[Job, Piece]], logits: Tensor) -> Tensor:
-        """Give prompts that want it their log probabilities; the rows of last tokens, which are sampled, are left."""
+        """Give prompts that want it their log probabilities; the rows of last tokens, which are sampled, are left.
+
+        A prompt that cannot be scored, such as for want of memory, ends its request and no other.
+        """
         if not any(job.state.scores_prompt for job, _ in step):
             return logits
         kept = [_rows_kept(job, piece) for job, piece in step]
@@ -371,9 +375,13 @@ class Batch:
         row = 0
         for (job, piece), count in zip(step, kept, strict=True):
             if job.state.scores_prompt:
-                job.state.score_prompt(piece.past, logits[row : row + count])
+                try:
+                    job.state.score_prompt(piece.past, logits[row : row + count])
+                except Exception as error:
+                    logger.exception("a prompt cannot be scored")
+                    self._end(job, f"its prompt cannot be scored ({type(error).__name__})")
             row += count
-            if piece.past + piece.length == len(job.tokens):
+            if job.id in self._jobs and piece.past + piece.length == len(job.tokens):
                 sampled.append(row - 1)
         return logits[torch.tensor(sampled, dtype=torch.int64, device=logits.device)]
 

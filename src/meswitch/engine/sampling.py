@@ -334,7 +334,11 @@ class Sampler:
             return Sampled(tokens, states, self._explain)
         index = ints(wanted, device)
         top = max(states[row].params.logprobs or 0 for row in wanted)
-        scores = TokenScores.of(_rows(logits, wanted, index), tokens[index].clamp(min=0), top)
+        try:
+            scores = TokenScores.of(_rows(logits, wanted, index), tokens[index].clamp(min=0), top)
+        except Exception:  # such as too little memory: rows that want none go on
+            logger.exception("log probabilities cannot be computed")
+            return Sampled(tokens.index_fill(0, index, FAILED), states, self._explain)
         return Sampled(tokens, states, self._explain, (wanted, scores))
 
     def _among(self, logits: Tensor, states: list[SamplingState], rows: list[int], tokens: Tensor) -> Tensor:
