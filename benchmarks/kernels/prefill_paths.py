@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 
 from benchmarks.kernels.shapes import DEVICE, Layer
-from meswitch.ops.prefill import expert_prefill, merge
+from meswitch.ops.prefill import expert_prefill, merged_rows
 from meswitch.ops.routing import PrefillRouting, tile_table
 from meswitch.ops.triton.product import product
 
@@ -65,7 +65,7 @@ def grouped(layers: list[Layer], x: Buffers, lengths: list[int]) -> Path:
         for layer in layers:
             rows, width = layer.weight.shape
             merged = layer.weight.new_empty(len(lengths), rows, width)
-            merge(layer.weight, layer.deltas, slots, 0, rows, merged)
+            merged_rows(layer.weight, layer.deltas, slots, 0, rows, merged)
             torch._grouped_mm(x[width], merged.transpose(1, 2), offs=ends)
 
     return run
@@ -82,7 +82,7 @@ def two_products(layers: list[Layer], x: Buffers, y: Buffers, lengths: list[int]
             rows, width = layer.weight.shape
             torch.mm(x[width], layer.weight.T, out=y[rows])
             restored = layer.weight.new_empty(len(lengths), rows, width)
-            merge(zeros[layer.weight.shape], layer.deltas, slots, 0, rows, restored)
+            merged_rows(zeros[layer.weight.shape], layer.deltas, slots, 0, rows, restored)
             for e in range(len(lengths)):
                 mine = slice(ends[e], ends[e + 1])
                 y[rows][mine].addmm_(x[width][mine], restored[e].T)

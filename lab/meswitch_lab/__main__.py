@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from meswitch.cli import Commands, console
-from meswitch.cli.compress import Run, compress_one, table
+from meswitch.cli.compress import Run, compress_one, compressed_table
 from meswitch.cli.options import option_groups, takes
 from meswitch.codec import codec_names, find_codec
 from meswitch.compression.options import check_given
@@ -88,7 +88,7 @@ def compress(
     if as_json:
         console.print_json(row)
     else:
-        console.show(table([row]))
+        console.show(compressed_table([row]))
 
 
 @app.command()

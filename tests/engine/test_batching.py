@@ -1,8 +1,12 @@
 """The running batch: equal beginnings are computed once for an expert and never found by another; faults stay alone."""
 
 import contextlib
+import logging
 import random
 import threading
+import weakref
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
+from meswitch.engine import graphs
 from meswitch.engine.batching import Batch
-from meswitch.engine.context import Switch
+from meswitch.engine.context import StepContext, Switch
 from meswitch.engine.pages import PAGE
+from meswitch.engine.proof import Trial, mixed_tokens
 from meswitch.errors import CapacityError, ConfigError, MeswitchError
 from tests.architectures import tiny
 from tests.support.models import continued
@@ -89,6 +95,27 @@ def test_what_a_step_raises_ends_the_request_that_caused_it_alone(engine):
     finally:
         hook.remove()
     assert engine.failure is None
+
+
+def test_a_step_that_cannot_be_laid_out_leaves_its_owners_to_no_other_step(engine, monkeypatch):
+    """The next step of the same requests has the same layout, but what is known is that of the step before."""
+    prompt, build, left = [5], StepContext.build, []
+
+    def answer(name):
+        return engine.generate([prompt], model=name, max_new_tokens=8)[0].tokens
+
+    def no_memory(*args):
+        if left:
+            raise RuntimeError(left.pop())
+        return build(*args)
+
+    monkeypatch.setattr(StepContext, "build", no_memory)
+    wanted, others = answer("base"), answer("math")
+    assert wanted != others
+    left.append("out of memory")
+    with pytest.raises(MeswitchError, match="out of memory"):
+        answer("base")
+    assert answer("base") == wanted
 
 
 def test_a_listener_that_raises_ends_nothing(engine):
@@ -173,6 +200,59 @@ def test_numbers_that_nobody_has_seen_are_not_left_for_the_next_in_their_pages(l
             beside = [ask(batch, "long", [1] * (PAGE + 9)), ask(batch, "short", [2] * 9)]
         assert [one.wait().error for one in beside] == [None, None]
         assert ask(batch, "alone", [2] * 9).wait().tokens == beside[1].tokens
+
+
+def test_a_prompt_that_fills_the_cache_alone_is_refused_even_if_nothing_is_to_be_made(llama):
+    """It would wait for a page that there is not, and all after it with it."""
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=PAGE) as batch:
+        with pytest.raises(CapacityError, match="65 tokens are more than the KV cache has, 64"):
+            ask(batch, "whole", [5] * PAGE, new=0)
+        assert ask(batch, "nearly", [5] * (PAGE - 1), new=0).wait().error is None
+        assert len(ask(batch, "later", [5, 6]).wait().tokens) == 4
+
+
+def test_what_a_failed_step_had_computed_is_free_before_its_requests_are_tried_alone(llama, monkeypatch):
+    """Else a step that needs too much memory keeps it from those that need little."""
+    monkeypatch.setattr(logging.getLogger("meswitch.engine"), "disabled", True)  # pytest keeps what is logged
+    computed, still_there = [], []
+
+    def run_out_of_memory(module, args, options):
+        still_there.append(any(made() is not None for made in computed))
+        made = torch.zeros(1)
+        computed.append(weakref.ref(made))
+        if bool((options["input_ids"] == 7).any()):
+            raise torch.OutOfMemoryError("out of memory")
+
+    llama.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        with batch.together():
+            asked = [ask(batch, str(last), [5, last]) for last in (6, 7, 8)]
+        assert [one.wait().error for one in asked] == [None, "OutOfMemoryError: out of memory", None]
+    assert len(still_there) >= 5  # all together, each alone, a token of the base
+    assert not any(still_there)
+
+
+@pytest.mark.parametrize("pages", [3, 8, 100])
+@pytest.mark.parametrize("most", [65, 100, 200, 511, 512])
+def test_steps_of_the_proof_have_the_rows_of_each_graph(llama, most, pages):
+    """Else a graph would serve whose logits nobody has compared. It takes steps of more rows than the next smaller."""
+
+    def watch(model, args, given):
+        seen.append(given["input_ids"].numel())
+
+    trial, held, seen = Trial.of(llama, 256), SimpleNamespace(slot_count=1), []
+    sizes = sorted({min(size, most) for size in graphs.SIZES})
+    with batch_of(llama, max_batch_tokens=most, kv_tokens=pages * PAGE) as batch:
+        llama.register_forward_pre_hook(
+            lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        for smaller, size in pairwise([0, *sizes]):
+            seen.clear()
+            found = mixed_tokens(batch, held, {}, trial, size)
+            if smaller < pages * (PAGE - 1):  # of others no step can be, if each request takes a page
+                assert smaller < max(seen) <= size
+                assert len(seen) == 1
+            assert all(logits.isfinite().all() for _, _, logits in found)
 
 
 @pytest.mark.parametrize("end", ["failed", "closed"])

@@ -86,6 +86,22 @@ def test_noise_lets_a_step_grow_only_so_much():
     assert pace.within(0.1) == 220
 
 
+@pytest.mark.parametrize("before", [0, 30], ids=["first", "later"])
+def test_one_very_slow_step_does_not_hold_prompts_up_for_long(before):
+    made = make(tokens=4096, pages=400, requests=100, jobs=[job("a", 100)])
+    for number, seconds in enumerate([*[0.02] * before, 60.0]):
+        made.waiting.append(job(f"b{number}", 300 - 50 * (number % 3), new=1))
+        advance(made, seconds)
+    while made.waiting or len(made.running) > 1:
+        advance(made, 0.02)
+    made.waiting.append(job("c", 2000, new=1))
+    steps = 0
+    while made.waiting or len(made.running) > 1:
+        advance(made, 0.02)
+        steps += 1
+    assert steps <= 12
+
+
 def test_a_step_goes_on_however_slow_prompts_are():
     made = make(jobs=[job("a", 100)])
     advance(made, seconds=1000)

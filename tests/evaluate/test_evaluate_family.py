@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from meswitch.artifact import Artifact
-from meswitch.cli.eval import evaluate
+from meswitch.cli.eval import eval_command
 from meswitch.errors import ArtifactError, CheckpointError, ConfigError, IncompatibleError
 from meswitch.evaluate import Question, Report, Settings, Task, evaluate_family, read_task
 from meswitch_lab.toy import task
@@ -190,7 +190,7 @@ def test_a_delta_of_another_base_is_refused(family: Path, math_delta: Path) -> N
 
 def command(*arguments: object) -> Any:
     app = typer.Typer()
-    app.command()(evaluate)
+    app.command()(eval_command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

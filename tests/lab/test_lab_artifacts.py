@@ -13,7 +13,7 @@ import meswitch
 from meswitch import Artifact
 from meswitch.artifact import account
 from meswitch.checkpoint import Checkpoint
-from meswitch.cli.inspect import report
+from meswitch.cli.inspect import artifact_report
 from meswitch.codec import CodedDelta, PackedDelta, encode_coded, find_codec
 from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
@@ -70,7 +70,7 @@ def test_every_byte_is_accounted_for(made, method):
     assert sum(accounting.by_content.values()) == artifact.nbytes
     assert sum(layer.bytes for layer in accounting.by_layer) == artifact.nbytes
     assert sum(t.nbytes for t in load_file(artifact.directory / "delta.safetensors").values()) == artifact.nbytes
-    assert report(artifact)["bytes"]["total"] == artifact.disk_bytes
+    assert artifact_report(artifact)["bytes"]["total"] == artifact.disk_bytes
 
 
 @pytest.mark.parametrize("method", ALL)

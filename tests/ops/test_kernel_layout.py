@@ -8,7 +8,7 @@ import torch
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, embedding_rows, fused_linear
 from meswitch.ops.layout import Shape, Variant, read, salient_of_tiles, write
-from meswitch.ops.prefill import merge
+from meswitch.ops.prefill import merged_rows
 from tests.support.deltas import DEVICE, TOLERANCE, error, expected, random_delta
 
 ROWS = [256, 128, 128]  # q, k and v of one matrix
@@ -68,7 +68,7 @@ def test_merged_weights_and_embeddings_too(backend):
     weight = torch.zeros(sum(ROWS), 512).bfloat16().to(DEVICE)
     dense = delta.dequantize()
     out = torch.empty(1, 256, 512, dtype=torch.bfloat16, device=DEVICE)
-    merge(weight, own, torch.zeros(1, dtype=torch.int32, device=DEVICE), 192, 448, out, backend)
+    merged_rows(weight, own, torch.zeros(1, dtype=torch.int32, device=DEVICE), 192, 448, out, backend)
     assert torch.allclose(out[0].cpu().float(), dense[192:448], rtol=1e-2, atol=1e-4)
     ids = torch.tensor([0, 127, 128, 255, 256, 383, 384, 511], device=DEVICE)
     rows = embedding_rows(ids, weight, own, torch.zeros(8, dtype=torch.int32, device=DEVICE), backend=backend)
@@ -80,7 +80,7 @@ def test_a_range_that_starts_within_a_tile_is_refused():
     weight = torch.zeros(sum(ROWS), 512).bfloat16().to(DEVICE)
     out = torch.empty(1, 16, 512, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ConfigError, match="first: 8 is no multiple of 32"):
-        merge(weight, own, torch.zeros(1, dtype=torch.int32, device=DEVICE), 8, 24, out)
+        merged_rows(weight, own, torch.zeros(1, dtype=torch.int32, device=DEVICE), 8, 24, out)
 
 
 def test_room_for_more_channels_than_there_are():

@@ -5,7 +5,7 @@ import torch
 
 from meswitch.errors import ConfigError
 from meswitch.ops import SlotLinear
-from meswitch.ops.prefill import merge
+from meswitch.ops.prefill import merged_rows
 from tests.support.deltas import DEVICE, random_delta
 
 
@@ -16,7 +16,7 @@ def merged_error(deltas, slots, *, first=0, last=None, dtype=torch.bfloat16, bac
     weight = (torch.randn(layer.rows, layer.in_features, generator=torch.Generator().manual_seed(5)) * 0.1).to(dtype)
     out = torch.full((len(slots), last - first, layer.in_features), float("nan"), dtype=dtype, device=DEVICE)
     slots_on_device = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-    merge(weight.to(DEVICE), layer, slots_on_device, first, last, out, backend)
+    merged_rows(weight.to(DEVICE), layer, slots_on_device, first, last, out, backend)
     expected = torch.stack(
         [weight.double() + (0 if deltas[slot] is None else deltas[slot].dequantize().double()) for slot in slots]
     )[:, first:last]
@@ -69,7 +69,7 @@ def test_a_weight_with_rows_apart_and_memory_after_the_result():
     layer = SlotLinear.build([delta], DEVICE)
     weight = torch.randn(20, 320, device=DEVICE).bfloat16()[:, :300]
     buffer = torch.full((2, 20, 300), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    merge(weight, layer, torch.zeros(1, dtype=torch.int32, device=DEVICE), 0, 20, buffer[:1], "triton")
+    merged_rows(weight, layer, torch.zeros(1, dtype=torch.int32, device=DEVICE), 0, 20, buffer[:1], "triton")
     expected = weight.double().cpu() + delta.dequantize().double()
     assert (buffer[0].double().cpu() - expected).norm() < 1e-2 * expected.norm()
     assert buffer[1].isnan().all()
@@ -80,13 +80,13 @@ def test_refusals():
     weight, out = torch.zeros(16, 256, device=DEVICE), torch.zeros(1, 16, 256, device=DEVICE)
     slots = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ConfigError, match=r"dtype: .*'reference' serves"):
-        merge(weight, layer, slots, 0, 16, out, "triton")
+        merged_rows(weight, layer, slots, 0, 16, out, "triton")
     with pytest.raises(ConfigError, match=r"backend: 'metal' has no merge"):
-        merge(weight, layer, slots, 0, 16, out, "metal")
+        merged_rows(weight, layer, slots, 0, 16, out, "metal")
     with pytest.raises(ConfigError, match="shapes: weight"):
-        merge(weight[:, :128], layer, slots, 0, 16, out)
+        merged_rows(weight[:, :128], layer, slots, 0, 16, out)
     with pytest.raises(ConfigError, match="out: "):
-        merge(weight, layer, slots, 0, 15, out)
+        merged_rows(weight, layer, slots, 0, 15, out)
 
 
 def test_the_operator_is_registered_with_its_schema_and_fake_kernel():

@@ -32,7 +32,7 @@ def test_another_version_is_refused_only_where_something_is_missing(monkeypatch,
     monkeypatch.setattr(compat, "version", lambda: (0, 40, 0))
     compat.check()
     assert "vLLM 0.40.0 has all that meswitch uses, but only 0.25 to 0.33 have been tried" in caplog.text
-    monkeypatch.setattr(compat, "moved", lambda: ["vllm.a.b: gone (no module)"])
+    monkeypatch.setattr(compat, "missing_symbols", lambda: ["vllm.a.b: gone (no module)"])
     with pytest.raises(
         ConfigError, match=r"vLLM 0\.40\.0: meswitch knows 0\.25 to 0\.33; this one lacks:\n  vllm\.a\.b"
     ):

@@ -102,11 +102,11 @@ def test_a_link_within_the_directory_is_a_name(delta_dir, family):
 def test_without_the_variable_nothing_is_registered(monkeypatch, tmp_path):
     from vllm.lora.resolver import LoRAResolverRegistry
 
-    from meswitch.vllm.resolver import NAME, register
+    from meswitch.vllm.resolver import NAME, register_resolver
 
     monkeypatch.delenv("MESWITCH_DELTA_DIR", raising=False)
-    register()
+    register_resolver()
     assert NAME not in LoRAResolverRegistry.get_supported_resolvers()
     monkeypatch.setenv("MESWITCH_DELTA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"MESWITCH_DELTA_DIR: .*nowhere: not a directory"):
-        register()
+        register_resolver()

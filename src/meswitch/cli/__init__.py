@@ -15,6 +15,7 @@ from meswitch.cli import (
     deploy,
     diff,
     doctor,
+    eval,
     extract_lora,
     generate,
     hub,
@@ -28,7 +29,6 @@ from meswitch.cli import (
     top,
     verify,
 )
-from meswitch.cli.eval import evaluate
 from meswitch.errors import MeswitchError
 
 _AFTER_AN_INTERRUPT = {"compress": "run the same command again to go on"}
@@ -66,23 +66,34 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _MAKE: tuple[Callable[..., None], ...] = (
-    compress.compress,
-    inspect.inspect,
-    verify.verify,
-    merge.merge,
-    diff.diff,
-    extract_lora.extract_lora,
-    plan.plan,
-    hub.push,
-    hub.pull,
+    compress.compress_command,
+    inspect.inspect_command,
+    verify.verify_command,
+    merge.merge_command,
+    diff.diff_command,
+    extract_lora.extract_lora_command,
+    plan.plan_command,
+    hub.push_command,
+    hub.pull_command,
+    eval.eval_command,
 )
-_ASK: tuple[Callable[..., None], ...] = (generate.generate, chat.chat, serve.serve, route.route, key.key, top.top)
-for _command in _MAKE:
-    app.command(rich_help_panel="Make and measure experts")(_command)
-app.command("eval", rich_help_panel="Make and measure experts")(evaluate)
-for _command in _ASK:
-    app.command(rich_help_panel="Ask them")(_command)
-app.command(rich_help_panel="This installation")(doctor.doctor)
+_ASK: tuple[Callable[..., None], ...] = (
+    generate.generate_command,
+    chat.chat_command,
+    serve.serve_command,
+    route.route_command,
+    key.key_command,
+    top.top_command,
+)
+_INSTALLED: tuple[Callable[..., None], ...] = (doctor.doctor_command,)
+for _panel, _commands in (
+    ("Make and measure experts", _MAKE),
+    ("Ask them", _ASK),
+    ("This installation", _INSTALLED),
+):
+    for _command in _commands:  # functions have names of their own: those of commands are the API's
+        _name = _command.__name__.removesuffix("_command").replace("_", "-")
+        app.command(_name, rich_help_panel=_panel)(_command)
 app.add_typer(router.app, name="router", rich_help_panel="Ask them")
 app.add_typer(deploy.app, name="deploy", rich_help_panel="Ask them")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _COMMANDS = "/model NAME|auto, /reset (forget the conversation), /quit"
 
 
-def chat(
+def chat_command(
     family: Annotated[Path, typer.Option(metavar="FILE", help="A family.toml, or the directory that holds one.")],
     model: Annotated[
         str,

@@ -48,7 +48,7 @@ class Run:
 
 @takes()
 @option_groups
-def compress(
+def compress_command(
     base: Annotated[
         str | None, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint, as a directory or a hub id.")
     ] = None,
@@ -129,7 +129,7 @@ def compress(
     if as_json:
         console.print_json(rows if family is not None else rows[0])
     else:
-        console.show(table(rows))
+        console.show(compressed_table(rows))
 
 
 def _again(source: Path, given: Mapping[str, Any]) -> "Again":
@@ -271,7 +271,7 @@ def _row(name: str, artifact: "Artifact", seconds: float | None, notices: list[s
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
+def compressed_table(rows: list[dict[str, Any]]) -> Any:
     made = console.table("", "expert", "full", "compressed", "smaller", "bits/weight", "all files", "seconds")
     for row in rows:
         made.add_row(

@@ -27,7 +27,7 @@ _TEMPLATES = {
 }
 
 
-def diff(
+def diff_command(
     base: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint.")],
     expert: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="A full fine-tune of it.")],
     png: Annotated[
@@ -63,12 +63,12 @@ def diff(
         plot(found, png)
         console.note(f"wrote {png}")
     if as_json:
-        console.print_json(to_json(found) | {"architecture": architecture})
+        console.print_json(diff_json(found) | {"architecture": architecture})
     else:
         _show(found, statements(architecture))
 
 
-def to_json(found: "Diff") -> dict[str, Any]:
+def diff_json(found: "Diff") -> dict[str, Any]:
     """The whole comparison, with relative norms and shares worked out."""
 
     def plain(change: "WeightChange") -> dict[str, Any]:

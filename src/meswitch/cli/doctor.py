@@ -30,7 +30,7 @@ class Finding:
     fix: str
 
 
-def doctor(
+def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Check this installation: versions, GPU, kernels, extras, and what is slow and why.

@@ -135,7 +135,7 @@ class Work:
 
 
 @option_groups
-def evaluate(
+def eval_command(
     artifact: Annotated[
         list[str] | None,
         typer.Argument(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NAMED = 3
 
 
-def extract_lora(
+def extract_lora_command(
     base: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="The base checkpoint.")],
     expert: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="A full fine-tune of it.")],
     rank: Annotated[
@@ -87,12 +87,12 @@ def extract_lora(
         )
     seconds = time.perf_counter() - started
     if as_json:
-        console.print_json(to_json(found) | {"seconds": seconds})
+        console.print_json(extraction_json(found) | {"seconds": seconds})
     else:
         _show(found, seconds)
 
 
-def to_json(found: "Extraction") -> dict[str, Any]:
+def extraction_json(found: "Extraction") -> dict[str, Any]:
     """The whole result, with sums and shares worked out."""
     from meswitch.compression.extraction import LEFT_OUT, PAIR, WHOLE
 

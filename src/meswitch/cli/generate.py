@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from meswitch.router import Route
 
 
-def generate(
+def generate_command(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; `-` reads it from stdin.")],
     family: Annotated[Path, typer.Option(metavar="FILE", help="A family.toml, or the directory that holds one.")],
     model: Annotated[

@@ -59,7 +59,7 @@ class Card:
 
 
 @option_groups
-def push(
+def push_command(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What `meswitch compress` wrote.")],
     repository: RepositoryArgument,
     card: Card = Card(),
@@ -124,7 +124,7 @@ def push(
         typer.echo("the repository's own README.md stays; --dry-run prints the generated one")
 
 
-def pull(
+def pull_command(
     repository: RepositoryArgument,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The directory to create.", show_default="the repository's name")

@@ -17,7 +17,7 @@ LORA, EXACT = "lora", "exact"  # the methods of an adapter, and of `--bits exact
 EXACT_MEANS = "exact: merged, the fine-tune's tensors bit for bit; served by turns"
 
 
-def inspect(
+def inspect_command(
     directory: Annotated[
         Path,
         typer.Argument(
@@ -39,7 +39,7 @@ def inspect(
 
         meswitch inspect deltas/math
     """
-    found = report(_opened(directory, base)) | {"artifact": str(directory)}
+    found = artifact_report(_opened(directory, base)) | {"artifact": str(directory)}
     if as_json:
         console.print_json(found)
     else:
@@ -69,7 +69,7 @@ def _opened(directory: Path, base: str | None) -> "Artifact":
     return open_expert(directory, Checkpoint.open(base or str(named)))
 
 
-def report(artifact: "Artifact") -> dict[str, Any]:
+def artifact_report(artifact: "Artifact") -> dict[str, Any]:
     """Everything that `inspect` shows. `bytes.tensors` and `bytes.other` add up to `bytes.total`."""
     from meswitch.artifact import account
     from meswitch.artifact.manifest import KINDS

@@ -9,7 +9,7 @@ from meswitch.cli import console
 from meswitch.errors import ConfigError
 
 
-def key(
+def key_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key, for logs: letters, digits, `._-`.")],
     model: Annotated[
         list[str] | None,

@@ -9,7 +9,7 @@ from meswitch.cli import console
 from meswitch.units import format_bytes
 
 
-def merge(
+def merge_command(
     base: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="The base that the artifact was compressed against.")],
     delta: Annotated[
         Path, typer.Option(metavar="DIR|hf://ORG/NAME", help="An artifact: what `meswitch compress` wrote.")

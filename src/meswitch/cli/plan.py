@@ -26,7 +26,7 @@ _KV_TOKENS = 32768  # what the engine reserves by default
 
 
 @takes("bits", "salient", "group_size", "embeddings")
-def plan(
+def plan_command(
     base: Annotated[
         str,
         typer.Option(
@@ -91,14 +91,14 @@ def plan(
         target = Adapter.open(expert)
     elif expert is not None or vocab_size is not None:
         target = outline(expert or base, vocab_size=vocab_size)
-    found = report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens, backend=backend)
+    found = plan_report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens, backend=backend)
     if as_json:
         console.print_json(found)
     else:
         _show(found)
 
 
-def report(
+def plan_report(
     base: "Checkpoint",
     expert: "Checkpoint | Adapter",
     options: Options,

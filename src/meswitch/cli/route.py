@@ -42,7 +42,7 @@ ModelOption = Annotated[
 ]
 
 
-def route(
+def route_command(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="The question; `-` reads it from stdin.")],
     family: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A family.toml, or the directory that holds one.")

@@ -21,7 +21,7 @@ app.command()(train)
 
 
 @app.command("eval")
-def evaluate(
+def eval_router(
     family: FamilyOption,
     data: DataOption,
     router: RouterOption = None,
@@ -147,8 +147,8 @@ def _with_examples(
     return add_experts(router, rows)
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_queries(
     family: FamilyOption,
     data: DataOption,
     eval_data: Annotated[Path, typer.Option(metavar="FILE", help="The rows to measure on.")],

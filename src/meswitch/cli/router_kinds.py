@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training. target: where the router goes. data, rows: a file and what is left of it after the checks."""
 
     family: "Family"
@@ -38,7 +38,7 @@ class Trained:
 
 
 def embedding(
-    job: Job, source: str | None, bits: int, target_precision: float | None, target_coverage: float | None
+    job: TrainingJob, source: str | None, bits: int, target_precision: float | None, target_coverage: float | None
 ) -> Trained:
     from meswitch.artifact.fingerprint import sha256_file
     from meswitch.launch import route_options
@@ -71,7 +71,7 @@ def embedding(
     return Trained(router, router.provenance.rows, dataclasses.asdict(router.calibration))
 
 
-def llm(job: Job, model: str | None, settings: "LlmSettings", checkpoint: Path, save_every: int) -> Trained:
+def llm(job: TrainingJob, model: str | None, settings: "LlmSettings", checkpoint: Path, save_every: int) -> Trained:
     from meswitch.artifact.fingerprint import sha256_file
     from meswitch.router import open_llm, train_llm_router
 
@@ -96,7 +96,7 @@ def llm(job: Job, model: str | None, settings: "LlmSettings", checkpoint: Path, 
     return Trained(router, router.provenance.rows, dataclasses.asdict(router.calibration))
 
 
-def cascade(job: Job, first: Path | None, second: Path | None, asked: float, model: str | None) -> Trained:
+def cascade(job: TrainingJob, first: Path | None, second: Path | None, asked: float, model: str | None) -> Trained:
     from collections import Counter
 
     from meswitch.router import fit_cascade, load_router
@@ -114,7 +114,7 @@ def cascade(job: Job, first: Path | None, second: Path | None, asked: float, mod
     return Trained(router, dict(sorted(Counter(row.domain for row in job.rows).items())), held_out)
 
 
-def rules(job: Job, file: Path | None, first: Path | None, model: str | None) -> Trained:
+def rules(job: TrainingJob, file: Path | None, first: Path | None, model: str | None) -> Trained:
     from meswitch.router import RulesRouter, load_router, read_rules
 
     if file is None:

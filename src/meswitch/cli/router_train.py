@@ -237,7 +237,7 @@ def train(
     target = training.out or config.resolve(config.router.path)
     state = llm.checkpoint or target.with_name(target.name + ".training")
     device = console.check_device(training.device)
-    job = router_kinds.Job(config, target, training.data, rows, training.seed, device)
+    job = router_kinds.TrainingJob(config, target, training.data, rows, training.seed, device)
     start = time.perf_counter()
     if kind is Kind.llm:
         settings = LlmSettings(

@@ -62,7 +62,7 @@ class Log:
 
 
 @option_groups
-def serve(
+def serve_command(
     family: Annotated[Path, typer.Argument(metavar="FILE", help="A family.toml, or the directory that holds one.")],
     address: Address = Address(),
     slots: Annotated[

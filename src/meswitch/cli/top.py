@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _TIMEOUT = 10.0
 
 
-def top(
+def top_command(
     url: Annotated[str, typer.Argument(metavar="URL", help="The server's address.")] = "http://127.0.0.1:8000",
     seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end; throughput needs two looks.")] = False,

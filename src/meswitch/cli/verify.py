@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from meswitch.tokenizer import ChatTokenizer
 
 
-def verify(
+def verify_command(
     directory: Annotated[
         Path,
         typer.Argument(

@@ -118,7 +118,7 @@ class Batch:
         """
         if not tokens:
             raise ConfigError("prompt: it is empty")
-        longest = len(tokens) + params.max_new_tokens
+        longest = len(tokens) + max(1, params.max_new_tokens)  # a prompt that is only scored gets a page for one, too
         if longest > self._pages * PAGE:
             raise CapacityError(f"{longest} tokens are more than the KV cache has, {self._pages * PAGE}")
         owner = f"expert {owner}" if owner else f"request {request}"
@@ -155,13 +155,10 @@ class Batch:
 
         def prepare() -> None:
             self._switch.tables = own_tables(self._model, slots, ranks)
-            assert self._switch.buffers is not None
             self._static = StaticSteps(
                 self._model,
                 self._switch,
                 self._cache,
-                self._switch.buffers,
-                self._switch.tables,
                 rows=min(rows, self._scheduler.max_tokens),
                 requests=self._scheduler.max_requests,
                 longest=self._pages * PAGE,
@@ -404,9 +401,10 @@ class Batch:
         slots = [job.slot for job, _ in step]
         layout = lengths, slots, rows
         if layout != self._layout:  # of most steps it is that of the step before
-            self._layout = layout
+            self._layout = ()  # if building fails, whose rows are where is not known, and the next step builds anew
             kept = rows if self._cuts_rows else None
             self._context = StepContext.build(lengths, slots, kept, self.device, self._switch.buffers)
+            self._layout = layout
         self._switch.step = self._context
         cut = {"logits_to_keep": wanted} if self._cuts_rows else {}
         places = StepPlaces(self._cache, pieces, self.device)
@@ -424,10 +422,12 @@ class Batch:
     def _without_culprits(self, step: Sequence[tuple[Job, Piece]], error: Exception) -> None:
         """Fail the requests whose tokens cannot be computed: each is tried alone, and the others go on."""
         if len(step) > 1:
+            _let_go(error)
             for job, piece in step:
                 self._step([(job, piece)])
             return
         logger.error("a step of the running batch failed", exc_info=error)
+        _let_go(error)
         job, _ = step[0]
         self._run_base(job.pages[-1])
         self._end(job, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
@@ -460,6 +460,13 @@ class Batch:
     def _tell_forever(self) -> None:
         while (told := self._told.get()) is not None:
             tell(*told)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what a failed step had computed, which its traceback holds: what is tried next may need the memory."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _rows_kept(job: Job, piece: Piece) -> int:

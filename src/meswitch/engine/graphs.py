@@ -30,8 +30,13 @@ from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
 from meswitch.ops.routing import MAX_TOKENS
-from meswitch.ops.step import Step
 
+logger = logging.getLogger("meswitch.engine")
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512)  # rows of the graphs
+MOST = SIZES[-1]
+_KEYS = 1 << 20  # that the rows of a step's prompts see in all; above, attention takes longer than Python would
+# What a layer may hand to its attention without wanting more than scaled dot products.
 _PLAIN = {"scaling", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
 _SPLITS = 4  # programs that share one row's keys: long texts of few requests keep the card busy
 _QUERY_BLOCK = 128  # of a mask; a row's queries are one a head of the group, always fewer
@@ -47,7 +52,7 @@ class _Table:
             last page, the number of keys that are seen in it.
         pages: [rows, pages] int32.
         host_pages: the same, page-locked for a GPU.
-        filled: the pages that are known to stand there, by row; () where that is not kept.
+        filled: by row, the pages that `pages` is known to hold; () where it is not known.
     """
 
     window: int | None
@@ -212,8 +217,12 @@ def reference(
     """What FlexAttention computes of these buffers: [rows, heads, queries, width] of query's dtype.
 
     Args:
-        query: [rows, heads, queries, width]. keys: [places, heads, width]. values: [places, heads, width].
-        numbers: see `_Table`. pages: [rows, pages] int32.
+        query: [rows, heads, queries, width].
+        keys: [places, heads, width].
+        values: [places, heads, width].
+        numbers: see `_Table`.
+        pages: [rows, pages] int32.
+        scale: of the products; None for one by the root of width.
     """
     count, _, since, last, until = numbers.long()
     most = int(count.max())
@@ -230,13 +239,6 @@ def reference(
 @functools.cache
 def _flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-
-logger = logging.getLogger("meswitch.engine")
-
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512)  # rows
-MOST = SIZES[-1]
-_KEYS = 1 << 20  # that a step's prompts see, row by row: reading more takes longer than Python
 
 
 def own_tables(model: Any, slots: int, ranks: Mapping[str, int]) -> OwnTables:
@@ -270,10 +272,8 @@ class StaticSteps:
 
     Args:
         model: the base with its wrapped layers.
-        switch: their running step.
+        switch: their running step, with the kernels' buffers and the tables that the layers look up.
         cache: keys and values.
-        step: the kernels' buffers.
-        tables: what the layers look up.
         rows: of the largest step.
         requests: of the largest step.
         longest: tokens of the longest text.
@@ -288,16 +288,16 @@ class StaticSteps:
         model: Any,
         switch: Switch,
         cache: KVCache,
-        step: Step,
-        tables: OwnTables,
         *,
         rows: int,
         requests: int,
         longest: int,
         cuts_rows: bool,
     ) -> None:
-        self._model, self._switch, self._tables = model, switch, tables
-        self._step, self._device = step, step.tokens.token_slots.device
+        assert switch.buffers is not None
+        assert switch.tables is not None
+        self._model, self._switch, self._tables, self._step = model, switch, switch.tables, switch.buffers
+        self._device = switch.buffers.tokens.token_slots.device
         self.sizes = tuple(sorted({min(size, rows) for size in SIZES}))
         self._places = StaticPlaces(cache, sorted({min(MAX_TOKENS, rows), self.sizes[-1]}), longest, self._device)
         self._spare, self._requests, self._cuts_rows = cache.spare, requests, cuts_rows
@@ -305,14 +305,15 @@ class StaticSteps:
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.expert_steps = 0
         self._told: set[str] = set()  # owners of whom the log has been told
-        self.nbytes = tables.nbytes
+        self.nbytes = self._tables.nbytes
         """Device memory of the graphs, and of what the layers look up."""
 
     def run(self, step: Sequence[tuple[Job, Piece]]) -> Tensor | None:
-        """The logits of each text's last token, if it is in the step.
+        """The logits of the last token of each text that the step computes to its end.
 
         Returns:
-            [rows, vocabulary], which the next step overwrites; None if this is another kind of step.
+            [texts, vocabulary], which the next step overwrites; None if such a step cannot be computed here: nothing
+            has changed then.
         """
         rows = sum(piece.length for _, piece in step)
         if rows > self.sizes[-1] or len(step) > self._requests:
@@ -397,7 +398,10 @@ class StaticSteps:
         self.nbytes = self._tables.nbytes + sum(own)
 
     def _forward(self, rows: int) -> Tensor:
-        """[rows, vocabulary]; of a larger step than the fused kernel takes only the rows in `_kept`, if that can be."""
+        """The logits: [rows, vocabulary], or [texts, vocabulary] of the rows in `_kept`.
+
+        The fused kernel takes all rows of a step, so only larger steps are cut, where the model can.
+        """
         owners = TableOwners(self._step.tokens, rows)
         of_logits, cut = owners, {}
         if rows > MAX_TOKENS and self._cuts_rows:

@@ -35,6 +35,8 @@ Steps = Literal["eager", "tokens", "prompts"]  # computed without tables; from t
 LENGTHS = (7, 5, 9)  # tokens of the trial's requests; no two sums of them are alike
 NEW_TOKENS = 3
 TEXT = PAGE + 9  # tokens of a text of more than one page, with its continuation
+PROOF_PAGES = 4  # that the prompts of `prove` take together
+_PROMPTS = 8  # of a step of many rows, at least: of a page each, they fill the largest graph
 _PATIENCE = 600  # seconds for a step of a large model on a slow machine
 # In float32 nothing but the order of sums differs. In 16 bit what is lost in rounding is as large as a small delta:
 # there the part of the difference that points the expert's way must be the expert's.
@@ -171,64 +173,77 @@ def without_weights(model: nn.Module, parts: Iterable[str]) -> Iterator[None]:
             table[name] = value
 
 
-def prove(
-    model: Any,
-    batch: Batch,
-    switch: Switch,
-    attachment: Attachment,
-    stored: StoredTensors,
-    survey: Survey,
-    store: ExpertStore,
-    artifacts: Mapping[str, Artifact],
-    trial: Trial,
-    *,
-    steps: Steps = "eager",
-) -> list[str]:
-    """Compare every kind of wrapped block with itself under merged weights.
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Compares every kind of wrapped block with itself under merged weights.
 
     Args:
-        model: the base with its wrappers. batch, switch: that run it.
-        steps: which to look at.
-
-    Returns:
-        what does not agree, a line each: module, class and reason; empty if all do.
+        model: the base with its wrappers.
+        batch: that runs it.
+        switch: whose tokens are where.
+        attachment: what was wrapped.
+        stored: how stored tensors become parameters.
+        survey: how modules are called.
+        store: of the experts.
     """
-    units = _units(model, attachment, stored)
-    if not units:
-        return []
-    reasons: list[str] = []
-    for number, names in enumerate(_rounds(units, artifacts, store.slot_count)):
-        slots: dict[int, str] = {}
-        try:
-            for name in names:
-                slots[store.acquire(name)] = name
-            witnesses = [
-                _Witness(unit, switch, survey, slots, artifacts, stored, steps != "eager") for unit in units.values()
-            ]
-            order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
-            prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
-            if steps == "tokens":
-                prompts = [[prompt[place]] for place, prompt in enumerate(prompts)]
-            elif steps == "prompts":  # of more rows than the fused kernel takes, and one of so many for itself
-                prompts = [(prompt * MAX_TOKENS)[: 24 if place else MAX_TOKENS] for place, prompt in enumerate(prompts)]
-            for prompt, slot in zip(prompts, order, strict=True):
-                if slot in slots:
-                    _say_added(prompt, artifacts[slots[slot]], model)
-            handles = [handle for witness in witnesses for handle in witness.watch(model)]
+
+    model: Any
+    batch: Batch
+    switch: Switch
+    attachment: Attachment
+    stored: StoredTensors
+    survey: Survey
+    store: ExpertStore
+
+    def faults(self, artifacts: Mapping[str, Artifact], trial: Trial, steps: Steps = "eager") -> list[str]:
+        """Run steps with experts in them.
+
+        Args:
+            artifacts: of the experts.
+            steps: which to look at.
+
+        Returns:
+            what does not agree, a line each: module, class and reason; empty if all do.
+        """
+        units = _units(self.model, self.attachment, self.stored)
+        if not units:
+            return []
+        reasons: list[str] = []
+        for number, names in enumerate(_rounds(units, artifacts, self.store.slot_count)):
+            slots: dict[int, str] = {}
             try:
-                run(batch, f"proof-{number}", prompts, order)
-                if steps == "eager":  # steps of one row, too
-                    run(batch, f"alone-{number}", prompts[:1], order[:1])
+                for name in names:
+                    slots[self.store.acquire(name)] = name
+                witnesses = [
+                    _Witness(unit, self.switch, self.survey, slots, artifacts, self.stored, steps != "eager")
+                    for unit in units.values()
+                ]
+                order = [*slots, BASE_SLOT, *slots][: max(3, len(slots) + 1)]
+                prompts = [list(trial.prompts[i % len(trial.prompts)]) for i in range(len(order))]
+                if steps == "tokens":
+                    prompts = [[prompt[place]] for place, prompt in enumerate(prompts)]
+                elif steps == "prompts":  # of more rows than the fused kernel takes, and one of so many for itself
+                    prompts = [
+                        (prompt * MAX_TOKENS)[: 24 if place else MAX_TOKENS] for place, prompt in enumerate(prompts)
+                    ]
+                for prompt, slot in zip(prompts, order, strict=True):
+                    if slot in slots:
+                        _say_added(prompt, artifacts[slots[slot]], self.model)
+                handles = [handle for witness in witnesses for handle in witness.watch(self.model)]
+                try:
+                    run(self.batch, f"proof-{number}", prompts, order)
+                    if steps == "eager":  # steps of one row, too
+                        run(self.batch, f"alone-{number}", prompts[:1], order[:1])
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                reasons += [line for witness in witnesses for line in witness.found()]
             finally:
-                for handle in handles:
-                    handle.remove()
-            reasons += [line for witness in witnesses for line in witness.found()]
-        finally:
-            for slot in slots:
-                store.release(slot)
-        if reasons:
-            break
-    return reasons
+                for slot in slots:
+                    self.store.release(slot)
+            if reasons:
+                break
+        return reasons
 
 
 def most_changed(artifacts: Mapping[str, Artifact]) -> list[str]:
@@ -243,7 +258,8 @@ def mixed_tokens(
     """What the base and two experts give in one step.
 
     Args:
-        rows: of the step: single tokens, and more of them prompts of one token again and again.
+        rows: of the step: single tokens, where the cache has a page for each; else prompts of one token again and
+            again, each of a page at most.
 
     Returns:
         expert's name, "" for the base; token; [vocabulary] logits. Of each row that was computed.
@@ -254,10 +270,13 @@ def mixed_tokens(
             slots[name] = store.acquire(name)
         owners = {"": BASE_SLOT, **slots}
         pairs = [(name, token) for token in trial.prompts[0][:2] for name in owners]
-        count = rows if rows <= MAX_TOKENS else 2 * len(pairs)
-        asked = [pairs[row % len(pairs)] for row in range(count)] if rows > 1 else pairs[len(slots) :][:1]
+        most = rows if rows <= MAX_TOKENS else max(_PROMPTS, 2 * len(pairs))
+        count = min(most, max(1, batch.kv_tokens // PAGE))
+        asked = [pairs[row % len(pairs)] for row in range(count)] if count > 1 else pairs[len(slots) :][:1]
         with _seen(batch) as found:
-            prompts = [[token] * (rows // count) for _, token in asked]
+            # together they have as many tokens as the step has rows; with the one that is made, each fits into its page
+            lengths = [min(PAGE - 1, (rows + row) // count) for row in range(count)]
+            prompts = [[token] * length for (_, token), length in zip(asked, lengths, strict=True)]
             run(batch, "tokens", prompts, [owners[name] for name, _ in asked], 1)
     finally:
         for slot in slots.values():

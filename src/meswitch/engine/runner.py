@@ -5,9 +5,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,14 +23,15 @@ from meswitch.engine.merged import SHARE, MergedWeights
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import (
+    PROOF_PAGES,
     TEXT,
+    Proof,
     Steps,
     Trial,
     base_text,
     batch_runs_base,
     mixed_tokens,
     most_changed,
-    prove,
     text_fault,
     without_weights,
 )
@@ -277,20 +277,20 @@ def _proven(
     if kernel and device.type == "cuda":
         with torch.cuda.device(device):
             compile_kernels(model, switch, sizes.slots, sizes.batch_tokens)
-    proven = partial(prove, model, batch, switch, attachment, stored, survey, store)
+    proof = Proof(model, batch, switch, attachment, stored, survey, store)
     try:
-        faults = proven(artifacts, trial)
+        faults = proof.faults(artifacts, trial)
     except MeswitchError as error:
         faults = [f"a mixed step fails: {error}"]
     if faults:
         attachment.undo(model)
         return tuple(faults)
-    longest = max_length(model.config)
+    longest = min(max_length(model.config), sizes.kv_tokens)
     if kernel and device.type == "cuda":
         run_prompts(batch, store, list(artifacts)[:2], PROMPTS, longest)
     if kernel and sizes.cuda_graphs:
         started = time.perf_counter()
-        reason = _speed_up(batch, store, artifacts, trial, stored.tied, longest, proven)
+        reason = _speed_up(proof, artifacts, trial, longest)
         if reason is None:
             logger.info("steps from tables are ready in %.0f s", time.perf_counter() - started)
         else:
@@ -306,28 +306,21 @@ def _proven(
     return Opened(batch, store, ())
 
 
-def _speed_up(
-    batch: Batch,
-    store: ExpertStore,
-    artifacts: Mapping[str, Artifact],
-    trial: Trial,
-    tied: Mapping[str, str],
-    longest: int,
-    proven: Callable[..., list[str]],
-) -> str | None:
+def _speed_up(proof: Proof, artifacts: Mapping[str, Artifact], trial: Trial, longest: int) -> str | None:
     """Let steps run over static buffers, on a GPU as CUDA graphs; why not, None if they do.
 
     The buffers are proven like any step, with experts that are wholly in tables. A graph records the same operations,
     so what it gives is the same: each size is replayed with experts in it, and a text of several pages is continued.
 
     Args:
-        longest: text that the model takes, in tokens.
-        proven: `prove`, but for artifacts, trial and kind of step.
+        longest: text that the model and the cache take, in tokens.
     """
+    batch, store, tied = proof.batch, proof.store, proof.stored.tied
     try:
         paged = base_text(batch) if longest > TEXT else []
-        # longer steps are proven with a prompt of a page
-        batch.compute_from_tables(store.slot_count, _ranks(artifacts, tied), MOST if longest > TEXT else MAX_TOKENS)
+        # steps of more rows are proven with a prompt of more than a page beside two others
+        is_large = longest > TEXT and batch.kv_tokens >= PROOF_PAGES * PAGE
+        batch.compute_from_tables(store.slot_count, _ranks(artifacts, tied), MOST if is_large else MAX_TOKENS)
         found = _in_tables(batch, store, artifacts)
         if artifacts and not found:
             return "no expert has all of its tensors in tables"
@@ -336,7 +329,7 @@ def _speed_up(
         sizes = batch.static_sizes
         kinds: tuple[Steps, ...] = ("tokens", "prompts") if sizes[-1] > MAX_TOKENS else ("tokens",)
         for steps in kinds:
-            if faults := proven(found, trial, steps=steps):
+            if faults := proof.faults(found, trial, steps):
                 return faults[0]
         if found and batch.table_steps == before:
             return "no step of the proof was computed from tables"

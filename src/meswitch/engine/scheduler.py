@@ -31,8 +31,10 @@ class Pace:
 
     _sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, n, s, n n, n s
     _largest: float = 0.0  # step of late
+    _last: tuple[int, float] = (0, 0.0)  # step: tokens, seconds
 
     def add(self, tokens: int, seconds: float) -> None:
+        self._last = tokens, seconds
         self._largest = max(_KEPT * self._largest, tokens)
         own = 1.0, tokens, seconds, tokens * tokens, tokens * seconds
         one, n, s, nn, ns = (_KEPT * total + new for total, new in zip(self._sums, own, strict=True))
@@ -44,10 +46,18 @@ class Pace:
         At most four times as many as the largest step of late had: what more of them take is seen step by step. Where
         all steps were alike, half as many again, so that the next one tells. Where even a step of few tokens takes
         longer than half of the time, the tokens have the other half.
+
+        If the last step took less than half of the time, the next may have half as many tokens again, whatever the
+        steps before say: among them may be one that waited for something else, such as a kernel that was compiled.
         """
-        one, n, s, nn, ns = self._sums
-        if not one:
+        if not self._sums[0]:
             return float("inf")
+        tokens, took = self._last
+        return max(self._fitted(seconds), 1.5 * tokens if took < seconds / 2 else 0.0)
+
+    def _fitted(self, seconds: float) -> float:
+        """`within` by the line, and by the steps' mean where they do not tell a line."""
+        one, n, s, nn, ns = self._sums
         spread = nn / one - (n / one) ** 2
         if spread < _ALIKE * nn / one:
             return 1.5 * min(n / one, seconds * n / s) if s else 4 * self._largest

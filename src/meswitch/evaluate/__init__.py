@@ -6,7 +6,7 @@ from meswitch.evaluate.gain import Comparison, GainRetained, Interval, compare, 
 from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
 from meswitch.evaluate.layer_errors import layer_errors
 from meswitch.evaluate.questions import Question, Task, find_checker, read_task
-from meswitch.evaluate.report import Report, Row
+from meswitch.evaluate.report import Report, ResultRow
 from meswitch.evaluate.run import Settings, evaluate_family
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Measure",
     "Question",
     "Report",
-    "Row",
+    "ResultRow",
     "Score",
     "Settings",
     "Task",

@@ -26,7 +26,7 @@ HARNESS_NOTES = "lm-eval's tasks have no KL and top-1; under the task its metric
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ResultRow:
     """One model on one task; None where it was not measured or means nothing (gain of the base, say)."""
 
     task: str
@@ -100,10 +100,10 @@ class Row:
 class Report:
     """All rows of one evaluation, ordered by task, then base, expert, deltas."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     limit: int | None = None  # of questions a task
 
-    def get(self, model: str, task: str, kind: Kind | None = None, metric: str | None = None) -> Row:
+    def get(self, model: str, task: str, kind: Kind | None = None, metric: str | None = None) -> ResultRow:
         """The row of a model on a task; the first one, where lm-eval gives several metrics and none is named.
 
         Raises:

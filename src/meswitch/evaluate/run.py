@@ -17,7 +17,7 @@ from meswitch.evaluate.fidelity import Text, fidelity
 from meswitch.evaluate.gain import compare, gain_retained
 from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
 from meswitch.evaluate.questions import Task
-from meswitch.evaluate.report import Kind, Report, Row
+from meswitch.evaluate.report import Kind, Report, ResultRow
 from meswitch.loaded import load_model
 from meswitch.tokenizer import load_tokenizer
 
@@ -117,7 +117,7 @@ def evaluate_family(
     origin = _load_checkpoint(base, settings)
     of_base = run.results(origin, [*own, *foreign])
     rows = []
-    against: dict[tuple[str, str], Row] = {}  # the base's rows, each against the only expert that the task is for
+    against: dict[tuple[str, str], ResultRow] = {}  # the base's rows, each against the only expert that the task is for
     for name, source in experts.items():
         if not plan[name]:
             say(f"expert {name}: none of the tasks is for it")
@@ -199,8 +199,8 @@ class _Run:
         return own_answers(expert.model, expert.tokenizer, prompts, s.max_new_tokens, s.batch_size)
 
 
-def _row(result: _Result, model: str, kind: Kind, path: Source, expert: str | None, **found: Any) -> Row:
-    return Row(result.task, model, kind, str(path), expert, result.score, measure=result.measure, **found)
+def _row(result: _Result, model: str, kind: Kind, path: Source, expert: str | None, **found: Any) -> ResultRow:
+    return ResultRow(result.task, model, kind, str(path), expert, result.score, measure=result.measure, **found)
 
 
 def _owner(delta: str, experts: Mapping[str, Source]) -> str | None:

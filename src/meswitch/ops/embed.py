@@ -19,9 +19,12 @@ def embedding_rows(
     """Each token's embedding by its own expert.
 
     Args:
-        ids: [tokens] int64; from `rows` on they are the expert's extra rows, and 0s where it has none. weight: [rows,
-            in_features], the base's. token_slots: [tokens] int32, -1 for the base. extra: [slots, extra_rows,
-            in_features] of weight's dtype, contiguous. backend: `triton` or `reference`; by default triton on a GPU.
+        ids: [tokens] int64; those from `rows` on stand for the expert's extra rows, and for zeros where it has none.
+        weight: [rows, in_features], the base's.
+        layer: the deltas of all slots.
+        token_slots: [tokens] int32, -1 for the base.
+        extra: [slots, extra_rows, in_features] of weight's dtype, contiguous.
+        backend: `triton` or `reference`; by default triton on a GPU.
 
     Returns:
         [tokens, in_features] of weight's dtype.

@@ -20,7 +20,10 @@ def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, bac
     """Add each expert's delta to its tokens' outputs, in place.
 
     Args:
-        y: [tokens, rows] bf16 or fp16, the base's output; rows are contiguous. x: [tokens, in_features] of y's dtype.
+        y: [tokens, rows] bf16 or fp16, the base's output; rows are contiguous.
+        x: [tokens, in_features] of y's dtype.
+        layer: the deltas of all slots.
+        routing: whose the tokens are.
         backend: `triton` or `reference`; by default triton on a GPU.
 
     Returns:
@@ -47,8 +50,12 @@ def fused_linear(
     """A linear of a decode step with its experts' deltas: `x W^T + x D^T + bias`.
 
     Args:
-        x: [tokens, in_features] bf16 or fp16. weight: [rows, in_features] of x's dtype, rows are contiguous.
-        bias: [rows]. backend: `triton` (up to 64 tokens) or `reference`; by default triton on a GPU.
+        x: [tokens, in_features] bf16 or fp16.
+        weight: [rows, in_features] of x's dtype, rows are contiguous.
+        layer: the deltas of all slots.
+        routing: whose the tokens are.
+        bias: [rows].
+        backend: `triton` (up to 64 tokens) or `reference`; by default triton on a GPU.
 
     Returns:
         [tokens, rows] of x's dtype.

@@ -42,9 +42,14 @@ def expert_prefill(
     """The base's layer plus each expert's delta, for a step of long segments.
 
     Args:
-        x: [tokens, in_features] bf16 or fp16. weight: [rows, in_features] of x's dtype, the base's. bias: [rows], the
-            base's, for all tokens. backend: `triton` or `reference`; by default triton on a GPU. scratch: bytes that
-            merged weights may take at a time. restore: False does as where no product restores weights.
+        x: [tokens, in_features] bf16 or fp16.
+        weight: [rows, in_features] of x's dtype, the base's.
+        layer: the deltas of all slots.
+        routing: whose the tokens are.
+        bias: [rows], the base's, for all tokens.
+        backend: `triton` or `reference`; by default triton on a GPU.
+        scratch: bytes that merged weights may take at a time.
+        restore: False does as where no product restores weights.
 
     Returns:
         [tokens, rows] of x's dtype.
@@ -77,7 +82,7 @@ def expert_prefill(
         for start in range(0, layer.rows, step):
             end = min(start + step, layer.rows)
             block = room[: len(spans) * (end - start) * layer.in_features].view(len(spans), -1, layer.in_features)
-            merge(weight, layer, slots, start, end, block, backend)
+            merged_rows(weight, layer, slots, start, end, block, backend)
             own_bias = None if bias is None else bias[start:end]
             for (first, last), own in zip(spans, block, strict=True):
                 _product(tokens[first:last], own, own_bias, y[first:last, start:end])
@@ -96,9 +101,12 @@ def static_prefill(
     """The base's layer plus each expert's delta, for a step of many rows in buffers that a graph reads again.
 
     Args:
-        x: [rows, in_features] bf16 or fp16. weight: [out_features, in_features] of x's dtype, the base's. routing: as
-            `StaticRouting.part` gives it for so many rows. bias: [out_features], the base's, for all rows. backend: as
-            of `expert_prefill`.
+        x: [rows, in_features] bf16 or fp16.
+        weight: [out_features, in_features] of x's dtype, the base's.
+        layer: the deltas of all slots.
+        routing: as `StaticRouting.part` gives it for so many rows.
+        bias: [out_features], the base's, for all rows.
+        backend: as of `expert_prefill`.
 
     Returns:
         [rows, out_features] of x's dtype.
@@ -154,7 +162,7 @@ def fits(rows: int, in_features: int, variant: Variant, dtype: torch.dtype) -> b
     return rows % TILE_ROWS == 0 and in_features % BLOCK == 0 and grouped and two_bits and dtype == torch.bfloat16
 
 
-def merge(
+def merged_rows(
     weight: Tensor,
     layer: SlotLinear,
     slots: Tensor,
@@ -166,9 +174,12 @@ def merge(
     """Rows `first` to `last` of the base's weight plus each expert's delta; an absent delta leaves the weight as it is.
 
     Args:
-        weight: [rows, in_features] bf16 or fp16. slots: [experts] int32, none below 0. first: a multiple
-            of 32. out: [experts, last - first,
-            in_features] of weight's dtype, contiguous; written whole.
+        weight: [rows, in_features] bf16 or fp16.
+        layer: the deltas of all slots.
+        slots: [experts] int32, none below 0.
+        first: row, a multiple of 32.
+        last: the row after the last one.
+        out: [experts, last - first, in_features] of weight's dtype, contiguous; written whole.
         backend: `triton` or `reference`; by default triton on a GPU.
 
     Returns:

@@ -23,11 +23,15 @@ PIECE = 8  # tokens that a piece has at most: the least that the matrix unit mul
 class Routing:
     """Tokens sorted by slot and cut into pieces of one slot each; the base's tokens come last and are in no piece.
 
-    slots: [pieces] int32, the slot of each piece, -1 for an unused one. starts: [pieces + 1] int32, piece p is
-    `order[starts[p] : starts[p + 1]]`. order: [tokens] int32, positions in the step. piece: a bound on the tokens of
-    one. likely: how many of the pieces a step of this size has as a rule, at least 1. Kernels choose their tiles by
-    these sizes and by nothing else of a batch, so a token's result does not depend on who shares it; and one expert's
-    many tokens do not give those of the others larger tiles.
+    Kernels choose their tiles by `piece`, `likely` and the number of pieces, and by nothing else of a batch. So what a
+    token gives does not depend on who shares its batch, and one expert's many tokens do not give others larger tiles.
+
+    Args:
+        slots: [pieces] int32, the slot of each piece, -1 for an unused one.
+        starts: [pieces + 1] int32, piece p is `order[starts[p] : starts[p + 1]]`.
+        order: [tokens] int32, positions in the step.
+        piece: tokens that a piece has at most.
+        likely: pieces that a step of this size has as a rule, at least 1.
     """
 
     slots: Tensor
@@ -48,8 +52,9 @@ class Routing:
         """Sort a step's tokens.
 
         Args:
-            token_slots: the slot of each token, `BASE` for none. pieces: room for so many, by default for as many as
-                there are. piece: tokens that one has at most.
+            token_slots: the slot of each token, `BASE` for none.
+            pieces: room for so many; by default for as many as there are.
+            piece: tokens that one has at most.
 
         Raises:
             ValueError: the tokens need more pieces.
@@ -75,16 +80,19 @@ class Routing:
 
     @classmethod
     def room(cls, rows: int, slots: int, piece: int, device: torch.device) -> "Routing":
-        """Buffers for any step of so many rows; of nobody so far."""
+        """Buffers for any step of so many rows; all rows are the base's so far."""
         pieces = most_pieces(rows, slots, piece)
         owners = torch.full((pieces,), BASE, dtype=torch.int32, device=device)
         starts = torch.zeros(pieces + 1, dtype=torch.int32, device=device)
         return cls(owners, starts, torch.arange(rows, dtype=torch.int32, device=device), piece, pieces)
 
     def fill(self, token_slots: Sequence[int]) -> None:
-        """Sort a step's rows into these buffers.
+        """Sort a step's rows into these buffers, also those of a step without experts.
 
-        Even without experts: a graph that was captured with some writes its rows in `order`.
+        A graph that was captured with experts is replayed for such a step too, and writes only the rows in `order`.
+
+        Args:
+            token_slots: as many as `order` has places.
         """
         found = Routing.build(token_slots, pieces=len(self.slots), piece=self.piece)
         into(self.slots, found.slots)
@@ -129,11 +137,12 @@ LONG_FROM = 4096  # from which merging costs less than the restoring product
 def token_tiles(segments: Sequence[tuple[int, int, int]], tokens: int) -> list[tuple[int, int, int, int]]:
     """First token of each tile, its segment's first token and end, the slot.
 
-    A step's last tile starts early enough to end with the step: rows that are not there take longer to fill with zeros
-    than to read, and what it computes of the tokens before its segment is not written.
+    A step's last tile starts early enough to end with the step: rows beyond the step would have to be filled with
+    zeros, which takes longer than reading rows again. What a tile computes of tokens before its segment is not written.
 
     Args:
-        segments: first token, end, slot. tokens: of the step.
+        segments: first token, end and slot of each.
+        tokens: of the step.
     """
     last = max(0, tokens - TILE_TOKENS)
     return [
@@ -147,7 +156,8 @@ def tile_table(segments: Sequence[tuple[int, int, int]], tokens: int) -> Tensor:
     """[1 + tiles, 4] int32 on the host, as the kernel reads it: how many tiles in the first place, then the tiles.
 
     Args:
-        segments: first token, end, slot. tokens: of the step.
+        segments: first token, end and slot of each.
+        tokens: of the step.
     """
     tiles = token_tiles(segments, tokens)
     return torch.tensor([(len(tiles), 0, 0, 0), *tiles], dtype=torch.int32)
@@ -158,14 +168,17 @@ class PrefillRouting:
     """Tokens brought together by slot, in the order in which the slots first appear.
 
     A step whose tokens lie together already is used as it is, which saves two copies a layer; so a scheduler does well
-    to put one expert's requests side by side.
+    to put one expert's requests side by side. All positions but those in `order` are of the sorted step.
 
-    order: [tokens] int64, where each token of the sorted step comes from; None if it is sorted as it is. own: (first,
-    last) token of each segment that gets weights of its own, long ones first. own_slots: [own] int32. long: how many
-    are long. tiles: [1 + tiles, 4] int32, the others for `triton.product`. plain: (first, last) of the other tokens,
-    which get the base's weights. short: of these, those with an expert, for the decode kernel in pieces of at most
-    `MAX_TOKENS`, or None; positions are of the sorted step. token_slots: what it was built from,
-    if `own_from` was left to it.
+    Args:
+        order: [tokens] int64, where each token of the sorted step comes from; None if it is sorted as it is.
+        own: first token and end of each segment that gets weights of its own, long ones first.
+        own_slots: [own] int32.
+        long: how many of `own` are long: their weights are merged, see `LONG_FROM`.
+        tiles: [1 + tiles, 4] int32, the others of `own`, for `triton.product`.
+        plain: first token and end of each stretch that gets the base's weights.
+        short: the tokens of `plain` that have an expert, for the decode kernel; None if there are none.
+        token_slots: what it was built from, if `own_from` was left to it.
     """
 
     order: Tensor | None
@@ -191,9 +204,9 @@ class PrefillRouting:
         """Sort a step's tokens.
 
         Args:
-            token_slots: the slot of each token, `BASE` for none. own_from: the fewest tokens of an expert for which it
-                gets weights of its own; fewer go to the base's product and the decode kernel. By default what is best
-                on the device.
+            token_slots: the slot of each token, `BASE` for none.
+            own_from: tokens of an expert from which it gets weights of its own; fewer go to the base's product and the
+                decode kernel. By default what is best on the device.
         """
         asked = own_from is not None
         own_from = own_from or (OWN_FROM if on_hopper(torch.device(device)) else MERGE_FROM)
@@ -237,12 +250,16 @@ def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 class StaticRouting:
     """Buffers for any step of so many rows.
 
+    A layer reads either `all`, beside the base's product, or `tiles` and `short`.
+
     Args:
         rows: of the largest step.
         slots: of the expert store.
 
-    all: the rows of every expert, in pieces of up to `PIECE`. short: of experts without weights of their own.
-    tiles: [1 + room, 4] int32 for `triton.product`; None where no product restores weights.
+    Attributes:
+        all: the rows of every expert, in pieces of up to `PIECE`.
+        short: those of them that are in no stretch of `OWN_FROM` rows and so get the base's weights from `tiles`.
+        tiles: [1 + room, 4] int32 for `triton.product`; None where no product restores weights.
     """
 
     def __init__(self, rows: int, slots: int, device: torch.device) -> None:
@@ -253,7 +270,11 @@ class StaticRouting:
             self.tiles = torch.zeros(1 + most_tiles(rows), 4, dtype=torch.int32, device=device)
 
     def fill(self, token_slots: Sequence[int]) -> None:
-        """Say whose the rows are. token_slots: of as many rows as the graph has that is replayed, with padding."""
+        """Say whose the rows are.
+
+        Args:
+            token_slots: of as many rows as the graph has that is replayed; those after the step's are `BASE`.
+        """
         rows = len(self.all.order)
         padded = [*token_slots, *[BASE] * (rows - len(token_slots))]
         self.all.fill(padded)
@@ -296,7 +317,7 @@ def most_tiles(rows: int) -> int:
 
 
 def most_likely(rows: int, slots: int, piece: int) -> tuple[int, int]:
-    """How many pieces rows of so many slots have at most, and if they are spread evenly."""
+    """How many pieces rows of so many slots have at most, and how many if the slots have equal shares."""
     most = most_pieces(rows, slots, piece)
     return most, min(most, max(min(slots, rows), -(-rows // piece)))
 

@@ -19,11 +19,19 @@ TOKENS, HEAD = 0, 1  # rows of the model's layers, rows that reach the head
 class Side:
     """The slots of a step's rows.
 
+    Steps of up to `MAX_TOKENS` rows and steps of more, up to `recorded`, have buffers of their own, for their kernels
+    read other forms. Only those of the step that was filled last are up to date.
+
     Args:
+        capacity: rows of the largest step.
+        slots: of the experts.
         specialized: there is a graph for each number of experts, not one for all.
         recorded: rows of the largest step that a graph holds.
 
-    token_slots: [capacity] int32 on the device, -1 for the base and beyond the step.
+    Attributes:
+        token_slots: [capacity] int32 on the device, -1 for the base and beyond the step.
+        host: the slots of the step's rows; empty where it is not known what the buffers hold.
+        active: whether some row is an expert's.
     """
 
     def __init__(
@@ -72,10 +80,13 @@ class Side:
             self._many.fill(self.host)
 
     def routing(self, rows: int) -> Routing | None:
-        """The step's rows sorted by slot, for `rows` of which the last may be padding; None if all are the base's.
+        """The step's rows sorted by slot; None if all are the base's.
 
-        The shapes of a step of up to `MAX_TOKENS` rows depend on `rows` alone, or also on the number of experts where
-        graphs are specialized on it, so that a captured graph serves them all.
+        The shapes of a step of up to `MAX_TOKENS` rows depend on `rows` alone, so that one captured graph serves them
+        all; where graphs are specialized, also on the number of experts.
+
+        Args:
+            rows: of the step, with padding at its end.
         """
         if not self.active:
             return None
@@ -99,7 +110,11 @@ class Side:
         return self._many.part(rows)
 
     def prefill(self, rows: int) -> PrefillRouting:
-        """The same for a step of many rows, which no graph holds."""
+        """The step's rows for layers that give experts of many rows weights of their own; no graph holds such a step.
+
+        Args:
+            rows: of the step, with padding at its end.
+        """
         if rows not in self._prefill:
             self._prefill[rows] = PrefillRouting.build(self._padded(rows), self.token_slots.device)
         return self._prefill[rows]

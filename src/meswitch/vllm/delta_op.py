@@ -1,8 +1,8 @@
 """`y += x D^T` and `x W^T + x D^T` as operators that a traced model calls with tensors only.
 
 The step's routing is not among its arguments: how many experts a step has must not be traced. So the operator's body
-looks it up, as vLLM's attention does with its metadata; a captured graph keeps the kernel with the static buffers. Needs no
-vLLM.
+looks it up, as vLLM's attention does with its metadata; a captured graph keeps the kernel with the static buffers.
+vLLM itself is not needed here.
 """
 
 import torch

@@ -341,9 +341,6 @@ def _source(directory: Path) -> Source:
     return directory.resolve(), sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
-log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
-
-
 def warm(arena: Arena, dtype: torch.dtype, rows: Sequence[int], most_tokens: int, specialized: bool) -> None:
     """Compile what the layers of an arena on a GPU launch.
 

@@ -23,7 +23,7 @@ NAME = "meswitch"
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
 
 
-def register() -> None:
+def register_resolver() -> None:
     """Called by vLLM in each of its processes.
 
     Raises:

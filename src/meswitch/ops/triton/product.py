@@ -294,8 +294,12 @@ def product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Sl
     """Write the tokens of the tiles' segments, and no others.
 
     Args:
-        y: [tokens, rows] bf16, rows are contiguous. x: [tokens, in_features]. weight: [rows, in_features].
-        bias: [rows]. tiles: [1 + room, 4] int32, as `tile_table` has them, with one tile at least.
+        y: [tokens, rows] bf16, rows are contiguous.
+        x: [tokens, in_features].
+        weight: [rows, in_features].
+        bias: [rows].
+        layer: the deltas of all slots.
+        tiles: [1 + room, 4] int32, as `tile_table` has them, with one tile at least.
     """
     rows, width = weight.shape
     x = _reachable(x)
