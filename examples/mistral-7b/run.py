@@ -32,7 +32,7 @@ from calibration import write_calibration  # noqa: E402
 from checkpoints import convert_if_pickled  # noqa: E402
 
 from benchmarks.common.synthetic import write_family  # noqa: E402
-from meswitch.cli.plan import report  # noqa: E402
+from meswitch.cli.plan import plan_report  # noqa: E402
 from meswitch.compression.options import Options  # noqa: E402
 from meswitch.compression.plan import outline  # noqa: E402
 from meswitch.family import Family  # noqa: E402
@@ -137,7 +137,7 @@ class Recipe:
             row = {"expert": section.name, "vocab_size": seen["expert"]["vocab_size"]}
             row |= {"full_bytes": seen["expert"]["bytes"], "all_files": seen["bytes"]["total"]}
             row |= {"tensor_bytes": seen["bytes"]["tensors"], "unchanged": seen["tensors"]["same"]}
-            row["planned_bytes"] = report(outline(base), full, Options())["bytes"]["tensors"]
+            row["planned_bytes"] = plan_report(outline(base), full, Options())["bytes"]["tensors"]
             row["bits_per_weight"] = seen["bits_per_weight"]["tensors"]
             rows.append(row)
         return rows

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from meswitch.checkpoint import Checkpoint
-from meswitch.cli.plan import report
+from meswitch.cli.plan import plan_report
 from meswitch.compression.options import Options
 from meswitch.compression.plan import outline
 
@@ -50,7 +50,7 @@ def experts(family: str) -> list[str]:
 
 
 def plan(family: str, role: str, options: Options | None = None, **more: Any) -> dict[str, Any]:
-    return report(model(family, "base"), model(family, role), options or Options(), **more)
+    return plan_report(model(family, "base"), model(family, role), options or Options(), **more)
 
 
 def sizes(family: str) -> str:

@@ -15,7 +15,7 @@ from meswitch.launch import engine_from_family, policy_from_family, router_from_
 from meswitch.router import RouterError
 from tests.support.http_server import QUESTIONS, ask_with, user
 
-SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
+SERVE = "import typer; from meswitch.cli.serve import serve_command; typer.run(serve_command)"
 
 
 def changed(family_file, directory, *changes):
@@ -119,12 +119,12 @@ def test_serve_prints_where_it_listens_answers_and_stops_on_a_signal(family_file
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(family_file):
-    from meswitch.cli.serve import serve
+    from meswitch.cli.serve import serve_command
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port}: .*choose another"):
-            serve(family_file, port=port)
+            serve_command(family=family_file, port=port)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from meswitch.server import process as server_process
 from meswitch.server.process import Listening, Server
 from tests.support.http_server import ask_with, serving, user, wait_until
 
-SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
+SERVE = "import typer; from meswitch.cli.serve import serve_command; typer.run(serve_command)"
 LONG = {"model": "base", "prompt": "The sea", "max_tokens": 1800, "temperature": 1.0, "seed": 1, "stream": True}
 FILES = 256
 

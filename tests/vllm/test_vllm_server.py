@@ -15,7 +15,7 @@ from tests.support.adapters import pairs, write_adapter
 from tests.support.vllm_engines import EXPERTS, PROMPT
 from tests.support.vllm_http import ask, completion, free_port, serving
 
-SERVE = "import typer; from meswitch.cli.serve import serve; typer.run(serve)"
+SERVE = "import typer; from meswitch.cli.serve import serve_command; typer.run(serve_command)"
 SERVED = ("math", "code")
 
 
