@@ -277,6 +277,22 @@ def test_a_family_says_what_its_experts_are_asked(family: Path, math_delta: Path
     assert rows[4]["score"]["correct"] == 4
 
 
+def test_a_delta_without_a_source_is_compared_with_no_other_expert(
+    family: Path, math_delta: Path, questions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "family.toml").write_text(
+        f'base = {{ path = "{family}/base" }}\n'
+        f'[[expert]]\nname = "code"\ndelta = "nowhere"\nsource = "{family}/code"\n'
+        f'[[expert]]\nname = "law"\ndelta = "{math_delta}"\n'
+    )
+    asked = ("--questions", questions, "--checker", "number", "-n", 2, "--max-new-tokens", 8)
+    result = command("--family", tmp_path, *asked, "--json")
+    assert result.exit_code == 0, result.output
+    rows = {(row["model"], row["kind"]): row for row in json.loads(result.stdout)["rows"]}
+    assert set(rows) == {("base", "base"), ("code", "expert"), ("law", "delta")}
+    assert rows["law", "delta"]["expert"] is None
+
+
 def test_questions_can_be_for_one_expert_of_several(family: Path) -> None:
     experts = ("--expert", family / "math", "--expert", family / "code")
     asked = ("--questions", f"math={family}/questions/math.jsonl", "--checker", "number", "-n", 2)

@@ -273,7 +273,8 @@ def _show(facts: dict[str, Any], found: list[Finding]) -> None:
         or "none",
         "kernels": facts["kernels"]["reason"],
         "methods": ", ".join(facts["codecs"]),
-        "extras": "\n".join(f"{name}: {_extra(packages)}" for name, packages in facts["extras"].items() if packages),
+        "extras": "\n".join(f"{name}: {_extra(packages)}" for name, packages in facts["extras"].items() if packages)
+        + "\n(pip install 'meswitch[NAME]' adds one)",
     }
     if facts["environment"]:
         rows["environment"] = ", ".join(f"{name}={value}" for name, value in facts["environment"].items())

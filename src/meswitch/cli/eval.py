@@ -215,7 +215,11 @@ def eval_command(
         getattr(torch, work.dtype),
         HarnessSettings(lm_eval.apply_chat_template, lm_eval.num_fewshot, lm_eval.include_path),
     )
-    report = evaluate_family(origin, experts, deltas, tasks=[*own, *foreign], settings=settings, say=console.note)
+    # in a family a delta without a `source` is of no other expert, though there be one only
+    owners = {name: name if name in experts else None for name in deltas} if models.family is not None else None
+    report = evaluate_family(
+        origin, experts, deltas, tasks=[*own, *foreign], owners=owners, settings=settings, say=console.note
+    )
     if out is not None:
         from meswitch.durable import write_text
 

@@ -71,12 +71,13 @@ def evaluate_family(
     deltas: Mapping[str, Source] | None = None,
     *,
     tasks: Sequence[Task | str],
+    owners: Mapping[str, str | None] | None = None,
     settings: Settings = Settings(),
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Ask the base, every full expert and every delta artifact the same questions.
 
-    A delta belongs to the expert of its name, or to the only expert. At most three models are in memory at a time:
+    At most three models are in memory at a time:
     base, one expert, one of its deltas.
 
     Args:
@@ -86,6 +87,8 @@ def evaluate_family(
         tasks: questions of one's own (`read_task`), and names of lm-eval tasks, which have a row for each of their
             metrics and no fidelity. A task that names an expert is asked of it, its deltas and the base, any other of
             every model.
+        owners: the expert that each delta is compared with, None for one of no expert here. Left out, it is the expert
+            of the delta's name, or the only one.
         settings: how to measure.
         say: is told a line of progress before each step.
 
@@ -97,7 +100,7 @@ def evaluate_family(
         IncompatibleError: a delta of another base.
     """
     deltas = deltas or {}
-    owners = {delta: _owner(delta, experts) for delta in deltas}
+    owners = {delta: _owner(delta, experts) for delta in deltas} if owners is None else owners
     plan = _plan(experts, owners, tasks)
     _device(settings)
     checkpoint = Checkpoint.open(base)  # what is wrong is said now, not after minutes of measuring

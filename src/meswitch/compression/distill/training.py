@@ -397,7 +397,7 @@ def train_end_to_end(
 
     def told(step: int, now: float, before: float) -> None:
         # equal until it has been measured again
-        what = f"{before:.4f} nats a token before" if now == before else f"{now:.4f} nats a token, {before:.4f} before"
+        what = f"{before:.3g} nats a token before" if now == before else f"{now:.3g} nats a token, {before:.3g} before"
         progress("training", step, recipe.steps, f"held-out divergence {what}")
 
     full = _TeacherAnswers(teacher, sum(len(sample.ids) for sample in held), device)
