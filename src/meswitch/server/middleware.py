@@ -2,11 +2,11 @@
 
 import re
 import zlib
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from meswitch.asgi import replayed
 from meswitch.server.errors import ApiError
 
 MAX_BODY = 8 << 20  # bytes of a request, unpacked: a million tokens and more
@@ -87,7 +87,7 @@ async def _unpacked(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         raise ApiError(400, f"the body is not whole {encoding} data", code="invalid_json")
     kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
     scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
-    return scope, _replayed(bytes(body), receive)
+    return scope, replayed(bytes(body), receive)
 
 
 async def _limited(receive: Receive) -> Receive:
@@ -105,18 +105,7 @@ async def _limited(receive: Receive) -> Receive:
         if len(body) > MAX_BODY:
             raise too_large()
         more = message.get("more_body", False)
-    return _replayed(bytes(body), receive)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    unread = [body]
-
-    async def again() -> dict[str, Any]:
-        if unread:
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-        return dict(await receive())
-
-    return again
+    return replayed(bytes(body), receive)
 
 
 def too_large() -> ApiError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from meswitch.artifact.manifest import MANIFEST_NAME
-from meswitch.vllm.asgi import COMPLETIONS, Receive, Scope, Send, is_post, replayed, whole_body
+from meswitch.asgi import COMPLETIONS, Receive, Scope, Send, is_post, replayed, whole_body
 from meswitch.vllm.settings import DIRECTORY_VARIABLE
 
 READY, LOADING, FAILED = "ready", "loading", "failed"  # what a worker says of an expert
