@@ -29,7 +29,7 @@ from meswitch.engine.scheduler import Job
 from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
-from meswitch.ops.routing import MAX_TOKENS
+from meswitch.ops.routing import MAX_TOKENS, into
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -146,12 +146,9 @@ class StaticPlaces:
             writes += [piece.pages[position // PAGE] * PAGE + position % PAGE for position in own]
         more = self._rows - len(ids)
         inputs = [[*ids, *[0] * more], [*positions, *[0] * more], [*writes, *[self._writes_nowhere] * more]]
-        self._copy(self._inputs, torch.tensor(inputs))
+        into(self._inputs, torch.tensor(inputs))
         for table in self._tables.values():
-            self._copy(table.numbers, table.fill(pieces))
-
-    def _copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source.pin_memory() if self._is_flex else source, non_blocking=True)
+            into(table.numbers, table.fill(pieces))
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
@@ -360,7 +357,7 @@ class StaticSteps:
         if head.host != owners:
             head.fill(owners)
         head.active = tokens.active
-        self._kept[: len(owners)].copy_(ints([*kept, *[0] * more], self._device))
+        into(self._kept, torch.tensor([*kept, *[0] * more], dtype=torch.int64))
 
     def capture(self, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Record a graph of each size. In the thread that computes, with nothing else in it.
