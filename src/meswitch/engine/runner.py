@@ -271,7 +271,8 @@ def _proven(
     budget = 0 if kernel else merged_budget(sizes.merged_bytes, device, model.dtype)
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
     capacity = max(sizes.batch_tokens, MAX_TOKENS)
-    buffers = Step(capacity, sizes.slots, device, recorded=MOST) if kernel else None
+    recorded = MOST if sizes.cuda_graphs else MAX_TOKENS  # without graphs no step reads the larger buffers
+    buffers = Step(capacity, sizes.slots, device, recorded=recorded) if kernel else None
     switch.connect(store, deltas, MergedWeights(budget) if budget else None, buffers)
     attachment.apply(model, switch)
     if kernel and device.type == "cuda":
