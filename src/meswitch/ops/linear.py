@@ -35,7 +35,7 @@ def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, bac
     backend = chosen_backend(backend, x.device, "expert_linear")
     if backend == "triton":
         _check(y, x, layer, routing)
-    _call_expert_linear(y, x, *flat(layer, routing), backend)
+    _call_expert_linear(y, x, *_flat(layer, routing), backend)
     return y
 
 
@@ -66,7 +66,7 @@ def fused_linear(
     backend = chosen_backend(backend, x.device, "expert_linear")
     if backend == "triton":
         _check_fused(x, weight, layer, routing)
-    return _call_fused_linear(x, weight, bias, *flat(layer, routing), backend)
+    return _call_fused_linear(x, weight, bias, *_flat(layer, routing), backend)
 
 
 def _check_fused(x: Tensor, weight: Tensor, layer: SlotLinear, routing: Routing) -> None:
@@ -115,7 +115,7 @@ def _check_dtypes(x: Tensor, other: Tensor, name: str) -> None:
         )
 
 
-def flat(layer: SlotLinear, routing: Routing) -> tuple[Any, ...]:
+def _flat(layer: SlotLinear, routing: Routing) -> tuple[Any, ...]:
     """As the operators take them, from `arena` to `salient`."""
     step = routing.slots, routing.starts, routing.order, routing.piece, routing.likely
     return layer.arena, layer.table, layer.arrived, *step, *layer.variant
