@@ -159,6 +159,19 @@ def test_a_slow_client_is_cut(bounded, sent, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+def test_a_head_without_an_end_is_cut(bounded):
+    url, bounds = bounded
+    with open_to(url) as one, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        one.sendall(b"GET /health HTTP/1.1\r\n")
+        for _ in range(1000):  # 64 MB
+            one.sendall(b"X-Much: " + b"a" * 65000 + b"\r\n")
+        pytest.fail("it was read to its end")
+    assert wait_until(lambda: len(bounds) == 0)
+    with open_to(url) as one:
+        one.sendall(b"GET /health HTTP/1.1\r\nX-Much: " + b"a" * 8000 + b"\r\n\r\n")
+        assert one.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_with_all_connections_busy_one_more_is_told_to_come_again(bounded):
     url, bounds = bounded
     with httpx.Client(base_url=url, timeout=20) as client:
