@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, unquote
 
+from meswitch.errors import MeswitchError
 from meswitch.router import Route, Router, RoutingRequest
 from meswitch.router.base import Messages, Reason
 from meswitch.server.errors import ApiError, without_paths
@@ -312,7 +313,10 @@ class RouterQueue:
             while self._waiting:
                 batch, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
                 start = time.perf_counter()
-                decisions = await asyncio.to_thread(self._route, [messages for messages, _ in batch])
+                try:
+                    decisions = await asyncio.to_thread(self._route, [messages for messages, _ in batch])
+                except MeswitchError:  # its thread is gone, and the engine says so
+                    decisions = [self._failed] * len(batch)
                 self._seconds += time.perf_counter() - start
                 self._batches += 1
                 self._scored += len(batch)

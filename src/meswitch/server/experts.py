@@ -1,5 +1,6 @@
 """Experts come and go: what is served now, and how that is changed while it is."""
 
+import asyncio
 import logging
 import re
 import threading
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -234,7 +234,7 @@ def expert_routes(experts: Experts, engine: Engine, keys: Keys) -> APIRouter:
 
     async def done(work: Any, *arguments: Any) -> None:
         try:
-            await run_in_threadpool(work, *arguments)
+            await asyncio.to_thread(work, *arguments)
         except MeswitchError as error:
             logger.warning("experts: %s", error)
             raise _refused(error) from error

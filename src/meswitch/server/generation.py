@@ -9,7 +9,6 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
@@ -29,8 +28,9 @@ from meswitch.server.errors import ApiError
 from meswitch.server.logs import GONE
 from meswitch.server.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
+from meswitch.workers import Workers
 
-_ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "meswitch-encode")
+ENCODERS = Workers(min(4, os.cpu_count() or 1), "meswitch-encode")
 _AT_ONCE = 16  # pieces that are handed out before the event loop looks at other things
 T = TypeVar("T")
 _Pieces = asyncio.Queue[tuple[int, Chunk]]
@@ -98,7 +98,7 @@ async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *
         return tokenizer.encode(prompt)
 
     try:
-        return await asyncio.get_running_loop().run_in_executor(_ENCODERS, encode)
+        return await asyncio.get_running_loop().run_in_executor(ENCODERS, encode)
     except MeswitchError as error:
         raise ApiError.refused(error, prompt_field) from error
 
@@ -155,7 +155,7 @@ class Generation:
             ApiError: the engine refuses one of them; then none runs.
         """
         made = cls(engine, model, prompts, request, prompt_field, chat)
-        submitting = asyncio.get_running_loop().run_in_executor(_ENCODERS, copy_context().run, made._submit)
+        submitting = asyncio.get_running_loop().run_in_executor(ENCODERS, copy_context().run, made._submit)
         try:
             await asyncio.shield(submitting)
         except asyncio.CancelledError:  # the client is gone; the thread may still submit
