@@ -49,6 +49,7 @@ class ToolFormat:
         start: what a call begins with; empty if it begins with the answer and with `{`, `[` or a special token.
         end: what it ends with; empty if the answer ends with it.
         read: what stands between -> (name, arguments) of each call; None if it is none.
+        vllm: the name of vLLM's parser for them.
         shown: special tokens that are needed to see a call.
     """
 
@@ -57,6 +58,7 @@ class ToolFormat:
     start: str
     end: str
     read: Callable[[str], "list[tuple[str, Any]] | None"]
+    vllm: str
     shown: tuple[str, ...] = ()
 
     def calls(self, body: str) -> list[ToolCall]:
@@ -173,12 +175,18 @@ def read_mistral_calls(body: str) -> list[tuple[str, Any]] | None:
     return found or None
 
 
-JSON = ToolFormat("json", (), "", "", read_json_calls, ("<|python_tag|>",))
+JSON = ToolFormat("json", (), "", "", read_json_calls, "llama3_json", ("<|python_tag|>",))
 FORMATS = (
-    ToolFormat("qwen-xml", ("<tool_call>", "<function="), "<tool_call>", "</tool_call>", read_xml_call),
-    ToolFormat("hermes", ("<tool_call>",), "<tool_call>", "</tool_call>", read_json_calls),
+    ToolFormat("qwen-xml", ("<tool_call>", "<function="), "<tool_call>", "</tool_call>", read_xml_call, "qwen3_xml"),
+    ToolFormat("hermes", ("<tool_call>",), "<tool_call>", "</tool_call>", read_json_calls, "hermes"),
     ToolFormat(
-        "mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]", "", read_mistral_calls, ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+        "mistral",
+        ("[TOOL_CALLS]",),
+        "[TOOL_CALLS]",
+        "",
+        read_mistral_calls,
+        "mistral",
+        ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     ),
     JSON,
 )
