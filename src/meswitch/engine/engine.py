@@ -290,6 +290,10 @@ class Engine:
         """Steps that were begun."""
         return self._batch.steps
 
+    def step_sizes(self) -> dict[int, int]:
+        """Requests of a step -> steps; where experts take turns, requests of a turn -> turns."""
+        return dict(self._batch.sizes)
+
     def load(self) -> dict[str, int]:
         """Requests that wait and run now."""
         with self._lock:
