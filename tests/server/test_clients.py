@@ -51,6 +51,7 @@ VLLM = {  # what vLLM 0.32 does in another way; docs/use/api.md lists it
     "test_a_demanded_call_is_made": SPACES,
     "test_a_demanded_call_is_streamed": SPACES,
     "test_calls_are_read_where_the_model_chooses_to_make_them": "tools take the place of structured_outputs",
+    "test_strict_tools_bind_calls_that_the_model_chooses_to_make": "structured_outputs beside tools is not refused",
     "test_results_of_calls_are_sent_back": SPACES,
     "test_thoughts_are_told_from_the_answer": "needs --reasoning-parser, and the field is called reasoning",
     "test_openai_responses": "an answer that was cut ends with response.completed",
@@ -165,6 +166,15 @@ def test_calls_are_read_where_the_model_chooses_to_make_them(ask):
     assert len(ask(**asked, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
     plain = ask(tools=[WEATHER], tool_choice="none", extra_body=written, max_tokens=200)
     assert plain.choices[0].message.content == text  # text like any other
+
+
+@needs_grammar
+def test_strict_tools_bind_calls_that_the_model_chooses_to_make(ask):
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+    said = ask(tools=[strict, TIME], max_tokens=20).choices[0].message.content
+    assert said == ask(tools=[WEATHER, TIME], max_tokens=20).choices[0].message.content  # text is free
+    with pytest.raises(openai.BadRequestError, match="structured_outputs: not together with strict tools"):
+        ask(tools=[strict], extra_body={"structured_outputs": {"choice": ["a"]}})
 
 
 @needs_grammar

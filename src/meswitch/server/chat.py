@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from meswitch.engine.grammar import EXTRA, Grammar, is_available
+from meswitch.engine.grammar import EXTRA, Grammar, is_available, marked
 from meswitch.errors import ConfigError
 from meswitch.server.errors import ApiError
 from meswitch.server.schema import ChatRequest
@@ -60,6 +60,11 @@ class ToolFormat:
     read: Callable[[str], "list[tuple[str, Any]] | None"]
     vllm: str
     shown: tuple[str, ...] = ()
+
+    @property
+    def is_marked_json(self) -> bool:
+        """Whether a call is JSON between two marks."""
+        return bool(self.start and self.end) and self.read is read_json_calls
 
     def calls(self, body: str) -> list[ToolCall]:
         """Calls in what stands between start and end; none if it cannot be read."""
@@ -375,12 +380,12 @@ class Chat:
         self._forced = bool(request.demanded)
         tools = [tool.for_template() for tool in request.offered]
         self.prompt = Conversation(request.conversation(), tools, request.chat_template_kwargs, request.continues)
-        for tool in request.offered:
-            if tool.function.strict and not self._forced:
-                raise ConfigError(
-                    "tools: strict is kept where a call is demanded (tool_choice 'required' or a function's name); "
-                    "leave strict out, or demand a call"
-                )
+        self._strict = request.strict and not self._forced
+        if self._strict and not self._format.is_marked_json:
+            raise ConfigError(
+                f"tools: strict: this expert writes calls as {self._format.name}, whose beginning no grammar can tell "
+                "from text; leave strict out, or demand a call (tool_choice 'required' or a function's name)"
+            )
 
     @cached_property
     def _thinking(self) -> bool:
@@ -395,10 +400,15 @@ class Chat:
             ConfigError: there is nothing that could follow it, or a tool's schema cannot be used.
         """
         after = THOUGHT if self._thinking else ""
+        if (self._forced or self._strict) and not is_available():
+            raise ConfigError(f"tools: a call that fits its schema {EXTRA}")
         if self._forced:
-            if not is_available():
-                raise ConfigError(f"tool_choice: a demanded call {EXTRA}")
             return calls_grammar([tool.for_template() for tool in self._request.demanded], after)
+        if self._strict:
+            start, end = self._format.start, self._format.end
+            tools = [tool.for_template(any_arguments=not tool.function.strict) for tool in self._request.offered]
+            are_tokens = {start, end} <= set(self._tokenizer.hidden.values())
+            return marked(calls_grammar(tools).text, start, end, are_tokens=are_tokens, after=after)
         found = self._request.grammar
         return None if found is None else Grammar(found.kind, found.text, after)
 
