@@ -130,18 +130,27 @@ async def ask_again_and_again(url: str, right: dict, until: float, seed: int, se
                 seen.wrong.append(f"{model} ({expert}): {question!r}: {text!r}")
 
 
-def look(url: str, pid: int, seconds: float, every: float) -> tuple[list[float], list[dict[str, float]]]:
-    """(seconds of each look at `/health`, what the server took then); in a process that does nothing else."""
-    taken, found, until = [], [], time.monotonic() + seconds
+def look(url: str, pid: int, seconds: float, every: float) -> tuple[list[float], list[dict[str, float]], list[float]]:
+    """(seconds of each look at `/health`, what the server took then, how late this process woke up before each look).
+
+    In a process that does nothing else: how late it wakes up is what the machine's load costs anybody.
+    """
+    taken, found, late, until = [], [], [], time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=60) as client:
         while time.monotonic() < until:
             began = time.perf_counter()
             client.get("/health")
             taken.append(time.perf_counter() - began)
-            if len(taken) % 10 == 1:
+            if len(taken) % 40 == 1:
                 found.append(resources(pid))
+            began = time.perf_counter()
             time.sleep(every)
-    return taken, found
+            late.append(time.perf_counter() - began - every)
+    return taken, found, late
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[int(len(values) * 0.99)]
 
 
 async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
@@ -155,9 +164,9 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
         until = time.monotonic() + seconds
         asking = [ask_again_and_again(url, right, until, seed, seen) for seed in range(clients)]
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            looking = asyncio.get_running_loop().run_in_executor(pool, look, url, pid, seconds, 0.2)
+            looking = asyncio.get_running_loop().run_in_executor(pool, look, url, pid, seconds, 0.05)
             await asyncio.gather(*asking)
-            health, curve = await looking
+            health, curve, late = await looking
         await asyncio.sleep(7)  # connections that were kept alive are closed
         after = resources(pid)
         state = (await client.get("/v1/experts")).json()["engine"]
@@ -171,7 +180,10 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
         "tokens_per_second": round(state["generated_tokens"] / seconds, 1),
         "first_piece_p50_s": round(statistics.median(seen.first), 3),
         "longest_gap_s": round(max(seen.gaps), 3),
-        "health_p99_s": round(sorted(health)[int(len(health) * 0.99)], 4),
+        "health_p50_s": round(statistics.median(health), 4),
+        "health_p99_s": round(p99(health), 4),
+        "wake_up_p99_s": round(p99(late), 4),
+        "load_average": round(os.getloadavg()[0], 1),
         "before": before,
         "middle": middle,
         "after": after,

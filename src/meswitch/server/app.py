@@ -45,6 +45,7 @@ from meswitch.server.logs import REQUEST_ID, Record, RequestLog
 from meswitch.server.messages import message_routes
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
+from meswitch.server.pace import TurnMiddleware
 from meswitch.server.page import docs_routes, page_routes
 from meswitch.server.responses import response_routes
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
@@ -135,6 +136,7 @@ def create_app(
     app.add_middleware(ApiKeyMiddleware, keys=keys)
     app.add_middleware(NormalisingMiddleware, root_path=web.root_path)
     app.add_middleware(RequestLog, engine=engine, told=[measured.count, *([] if trace is None else [trace])])
+    app.add_middleware(TurnMiddleware)
     if web.allow_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -7,12 +7,10 @@ client that goes away ends its requests.
 import asyncio
 import contextlib
 import os
-from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -26,57 +24,13 @@ from meswitch.server.answers import Answer, Format, Usage
 from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import GONE
+from meswitch.server.pace import PIECES
 from meswitch.server.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
 from meswitch.workers import Workers
 
 ENCODERS = Workers(min(4, os.cpu_count() or 1), "meswitch-encode")
-_AT_ONCE = 16  # pieces that are handed out before the event loop looks at other things
 T = TypeVar("T")
-_Pieces = asyncio.Queue[tuple[int, Chunk]]
-
-
-class Deliveries:
-    """Pieces of answers on their way from the engine's threads to those who send them, in one event loop.
-
-    A step of the engine gives every stream a piece at the same moment. The loop is woken once for all of them, and they
-    are handed out a few at a time: what else comes, such as a question to `/health`, waits for those few only.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiting: deque[tuple[_Pieces, tuple[int, Chunk]]] = deque()
-        self._is_woken = False
-
-    @classmethod
-    def here(cls) -> "Deliveries":
-        """Of the event loop that runs."""
-        loop = asyncio.get_running_loop()
-        return _deliveries.setdefault(loop, cls(loop))
-
-    def post(self, pieces: _Pieces, index: int, chunk: Chunk) -> None:
-        """From any thread, which must survive a loop that was closed meanwhile: then nobody waits any more."""
-        if self._loop.is_closed():
-            return
-        self._waiting.append((pieces, (index, chunk)))
-        if not self._is_woken:
-            self._is_woken = True
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._hand_out)
-
-    def _hand_out(self) -> None:
-        for _ in range(_AT_ONCE):
-            if not self._waiting:
-                self._is_woken = False
-                if not self._waiting:  # looked at again: whoever posted before the line above did not wake the loop
-                    return
-                self._is_woken = True
-            pieces, piece = self._waiting.popleft()
-            pieces.put_nowait(piece)
-        self._loop.call_soon(self._hand_out)
-
-
-_deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, Deliveries] = WeakKeyDictionary()
 
 
 async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *, special: bool = True) -> list[int]:
@@ -127,8 +81,8 @@ class Generation:
             raise ApiError(400, message, param=field, code="invalid_value")
         self._engine, self._model, self._prompts, self._request = engine, model, prompts, request
         self._choices, self._chat = request.answers, chat
-        self._deliveries = Deliveries.here()
-        self._pieces: _Pieces = asyncio.Queue()
+        self._deliveries = PIECES.here()
+        self._pieces: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
         self._requests: list[EngineRequest] = []
 
     @classmethod
@@ -176,7 +130,7 @@ class Generation:
         for prompt in self._prompts:
             tokens: Prompt = prompt
             for choice in range(self._choices):
-                listen = partial(self._deliveries.post, self._pieces, len(self._requests))
+                listen = partial(self._post, len(self._requests))
                 params = self._request.params(choice, grammar, shown)
                 started = self._engine.submit(tokens, model=self._model, params=params, on_chunk=listen)
                 self._requests.append(started)
@@ -221,6 +175,9 @@ class Generation:
         """End what still runs."""
         for request in self._requests:
             self._engine.cancel(request)
+
+    def _post(self, index: int, chunk: Chunk) -> None:
+        self._deliveries.post(partial(self._pieces.put_nowait, (index, chunk)))
 
 
 def _dead(engine: Engine) -> ApiError:
