@@ -1,10 +1,10 @@
 """Many streaming clients against one `meswitch serve`: every answer is checked, and nothing may grow.
 
-    python benchmarks/serving/load.py --clients 256 --seconds 600
+    python benchmarks/serving/load.py --clients 256 32 --seconds 600
 
 Each client asks one of the family's models or `auto` again and again, and compares each answer with the one that was
-given to the same question alone. The example family's experts are compressed first. Prints one JSON object; the status
-is 1 if an answer was wrong, something grew, or a limit was passed.
+given to the same question alone. The example family's experts are compressed first, and each number of clients gets a
+server of its own. Prints one JSON object; the status is 1 if an answer was wrong, something grew or a limit was passed.
 """
 
 import argparse
@@ -21,7 +21,10 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -211,23 +214,48 @@ def faults(found: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=256)
+    parser.add_argument("--clients", type=int, nargs="+", default=[256, 32])
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         file = family_in(Path(directory), options.slots)
-        command = [sys.executable, "-m", "meswitch", "serve", str(file), "--port", "0", "--json"]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            url = json.loads(server.stdout.readline())["url"].removesuffix("/v1")
-            found = asyncio.run(run(url, server.pid, options.clients, options.seconds))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            status = server.wait(timeout=60)
+        rows = [served(file, clients, options.seconds) for clients in options.clients]
+    meta = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "slots": options.slots,
+        "tokens": TOKENS,
+        "versions": {name: version(name) for name in ("meswitch", "torch", "uvicorn", "uvloop")},
+    }
+    text = json.dumps({"meta": meta, "rows": rows}, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+    sys.exit(any(row["faults"] for row in rows))
+
+
+def served(file: Path, clients: int, seconds: float) -> dict[str, Any]:
+    """What so many clients saw of a server of its own, what it took, and what must not be of it."""
+    command = [sys.executable, "-m", "meswitch", "serve", str(file), "--port", "0", "--json"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        url = json.loads(server.stdout.readline())["url"].removesuffix("/v1")
+        found = asyncio.run(run(url, server.pid, clients, seconds))
+        found["cpu_s"] = sum(cpu_seconds(server.pid))
+    finally:
+        server.send_signal(signal.SIGTERM)
+        status = server.wait(timeout=60)
     found["faults"] = faults(found) + ([f"the server ends with status {status}"] if status else [])
-    print(json.dumps(found, indent=1))
-    sys.exit(bool(found["faults"]))
+    return found
+
+
+def cpu_seconds(pid: int) -> tuple[float, float]:
+    """In the program and in the system, of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / ticks, int(fields[12]) / ticks
 
 
 if __name__ == "__main__":
