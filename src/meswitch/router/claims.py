@@ -38,7 +38,9 @@ class Answers(Protocol):
     """What answers: `meswitch.Engine` is one."""
 
     base_name: str
-    tokenizers: Mapping[str, Any]
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]: ...
 
     def generate(self, prompts: Sequence[Any], *, model: str | None = None, **params: Any) -> list[Any]: ...
 
