@@ -9,7 +9,9 @@ a fixed seed; the queries stay outside this repository (licences differ).
 """
 
 import argparse
+import functools
 import gzip
+import hashlib
 import json
 import random
 import subprocess
@@ -183,6 +185,20 @@ SOURCES = (
     Source("nlupp_hotels", "other", "PolyAI-LDN/task-specific-datasets", _HOTELS, array("text"), "last"),
     Source("snips_playlist", "other", "sonos/nlu-benchmark", _SNIPS.format("AddToPlaylist"), snips, "last"),
 )  # fmt: skip
+
+
+def reread(query: str) -> str | None:
+    """The domain of a query of `choice` whose source says `instruct`, but whose text asks for something else.
+
+    `reread.txt` has what somebody found who read all 479 rows of instruct: hash, domain and source.
+    """
+    return _reread().get(hashlib.sha256(query.encode()).hexdigest()[:12])
+
+
+@functools.cache
+def _reread() -> dict[str, str]:
+    lines = (Path(__file__).parent / "reread.txt").read_text().splitlines()
+    return {line.split()[0]: line.split()[1] for line in lines}
 
 
 def read_source(source: Source, clones: Path) -> list[dict[str, str]]:
