@@ -1,21 +1,24 @@
-"""`meswitch router train`."""
+"""`meswitch router train`: its options, and what it does for each kind of router."""
 
+import dataclasses
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meswitch.cli import console, router_kinds
+from meswitch.cli import console
 from meswitch.cli.options import option_groups
-from meswitch.cli.route import FamilyOption, ModelOption
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from meswitch.router import Row
+    from meswitch.family import Family
+    from meswitch.router import LlmSettings, Row
+    from meswitch.router.store import Keepable
 
 
 class Kind(StrEnum):
@@ -47,6 +50,15 @@ _ROWS = (
     'JSON lines of `{"query": ..., "domain": ..., "source": ...}`; the domain is an expert\'s name, or `other` for '
     "queries that none of them is for."
 )
+FamilyOption = Annotated[Path, typer.Option(metavar="FILE", help="A family.toml, or the directory that holds one.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        show_default="where it was when the router was trained; for training, the base",
+        help="An LLM router's causal LM: a checkpoint directory or a hub id.",
+    ),
+]
 DataOption = Annotated[Path, typer.Option(metavar="FILE", help=_ROWS)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model runs.")]
@@ -230,14 +242,14 @@ def train(
         return read_rows(file, config.names)
 
     rows = read(training.data) if training.data else []  # before a model is loaded: a typing error shows at once
-    rows, leaked = router_kinds.without_leaks(rows, training.eval_data, training.leaks, read)
+    rows, leaked = _without_leaks(rows, training.eval_data, training.leaks, read)
     duplicates = 0
     if kind is Kind.llm:
         rows, duplicates = drop_duplicates(rows)
     target = training.out or config.resolve(config.router.path)
     state = llm.checkpoint or target.with_name(target.name + ".training")
     device = console.check_device(training.device)
-    job = router_kinds.TrainingJob(config, target, training.data, rows, training.seed, device)
+    job = _Job(config, target, training.data, rows, training.seed, device)
     start = time.perf_counter()
     if kind is Kind.llm:
         settings = LlmSettings(
@@ -254,15 +266,15 @@ def train(
             permutations=llm.permutations,
             seed=training.seed,
         )
-        trained = router_kinds.llm(job, llm.model, settings, state, llm.save_every)
+        trained = _llm_router(job, llm.model, settings, state, llm.save_every)
     elif kind is Kind.cascade:
-        trained = router_kinds.cascade(job, pair.first, pair.second, pair.asked, llm.model)
+        trained = _cascade_router(job, pair.first, pair.second, pair.asked, llm.model)
     elif kind is Kind.rules:
-        trained = router_kinds.rules(job, pair.rules, pair.first, llm.model)
+        trained = _rules_router(job, pair.rules, pair.first, llm.model)
     else:
         precision, coverage = embedding.target_precision, embedding.target_coverage
-        trained = router_kinds.embedding(job, embedding.encoder, embedding.bits, precision, coverage)
-    router_kinds.finish(trained, target, state)
+        trained = _embedding_router(job, embedding.encoder, embedding.bits, precision, coverage)
+    _finish(trained, target, state)
     told = {
         "router": str(target),
         "kind": kind.value,
@@ -287,3 +299,145 @@ def _show_training(told: Mapping[str, object]) -> None:
     names = {"held_out": "held-out figures", "leaked": "left out or kept: also in --eval-data"}
     rows = {names.get(name, name): text(value) for name, value in told.items() if value not in ({}, 0)}
     console.show(console.pairs("", rows))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One training. target: where the router goes. data, rows: a file and what is left of it after the checks."""
+
+    family: "Family"
+    target: Path
+    data: Path | None
+    rows: Sequence["Row"]
+    seed: int
+    device: str
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A router, and what to say about it: counts of rows by domain and held-out figures."""
+
+    router: "Keepable"
+    rows: dict[str, int]
+    held_out: dict[str, Any]
+
+
+def _embedding_router(
+    job: _Job, source: str | None, bits: int, target_precision: float | None, target_coverage: float | None
+) -> _Trained:
+    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.launch import route_options
+    from meswitch.router import Encoder, TextEncoder, open_encoder, train_router
+    from meswitch.router.train import default_settings
+
+    assert job.data is not None
+    config = job.family
+    encoder: TextEncoder
+    if source is None:
+        encoder = Encoder.load(config.resolve_model(config.base.path), job.device)
+    else:
+        encoder = open_encoder(source, job.device, bits)
+    settings = dataclasses.replace(
+        default_settings(encoder, job.seed, len(config.names)),
+        target_precision=target_precision,
+        target_coverage=target_coverage,
+    )
+    with console.progress("router") as progress:
+        router = train_router(
+            job.rows,
+            config.names,
+            encoder,
+            settings=settings,
+            options=route_options(config),
+            data_sha256=sha256_file(job.data),
+            fallback=config.router.fallback,
+            progress=lambda done, total: progress("reading queries", done, total, ""),
+        )
+    return _Trained(router, router.provenance.rows, dataclasses.asdict(router.calibration))
+
+
+def _llm_router(job: _Job, model: str | None, settings: "LlmSettings", checkpoint: Path, save_every: int) -> _Trained:
+    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.router import open_llm, train_llm_router
+
+    assert job.data is not None
+    config = job.family
+    source = config.resolve_model(model or config.base.path)
+    llm = open_llm(source, job.device)
+    if settings.weights != "reference":
+        llm.model.float()  # small steps are lost in 16 bit
+    with console.progress("router") as progress:
+        router = train_llm_router(
+            job.rows,
+            {expert.name: expert.description for expert in config.expert},
+            llm,
+            settings=settings,
+            data_sha256=sha256_file(job.data),
+            fallback=config.router.fallback,
+            checkpoint=checkpoint,
+            save_every=save_every,
+            report=lambda done, total, loss: progress("training", done, total, f"loss {loss:.3f}"),
+        )
+    return _Trained(router, router.provenance.rows, dataclasses.asdict(router.calibration))
+
+
+def _cascade_router(job: _Job, first: Path | None, second: Path | None, asked: float, model: str | None) -> _Trained:
+    from collections import Counter
+
+    from meswitch.router import fit_cascade, load_router
+
+    if first is None or second is None:
+        raise ConfigError("--kind cascade: needs --first DIR and --second DIR, two routers that are trained already")
+    config = job.family
+    base = config.resolve_model(config.base.path)
+    one, two = (
+        load_router(path, base, experts=config.names, device=job.device, llm=model if path == second else None)
+        for path in (first, second)
+    )
+    router = fit_cascade(one, two, job.rows, asked=asked if asked < 1 else None, fallback=config.router.fallback)
+    held_out = dataclasses.asdict(router.calibration) | {"margin": router.margin, "weight": router.weight}
+    return _Trained(router, dict(sorted(Counter(row.domain for row in job.rows).items())), held_out)
+
+
+def _rules_router(job: _Job, file: Path | None, first: Path | None, model: str | None) -> _Trained:
+    from meswitch.router import RulesRouter, load_router, read_rules
+
+    if file is None:
+        raise ConfigError("--kind rules: needs --rules FILE, a TOML file of [[rule]] tables")
+    config = job.family
+    base = config.resolve_model(config.base.path)
+    behind = None if first is None else load_router(first, base, experts=config.names, device=job.device, llm=model)
+    router = RulesRouter(read_rules(file), config.names, behind, fallback=config.router.fallback)
+    return _Trained(router, {}, {"rules": len(router.rules)})
+
+
+def _finish(trained: _Trained, target: Path, checkpoint: Path) -> None:
+    """Write the router; only then is the checkpoint of no use."""
+    trained.router.save(target)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _without_leaks(
+    rows: Sequence["Row"], eval_data: Path | None, leaks: str, read: Callable[[Path], list["Row"]]
+) -> tuple[list["Row"], dict[str, int]]:
+    """Training rows without those that `eval_data` has too, and how many there were of each kind.
+
+    Raises:
+        ConfigError: there are some, and `leaks` is `refuse`.
+    """
+    from meswitch.router import find_leakage
+
+    if eval_data is None:
+        return list(rows), {}
+    found = find_leakage(read(eval_data), rows)
+    counts = found.counts()
+    if found.rows and leaks == "refuse":
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if kind != "conflicts")
+        raise ConfigError(
+            f"--eval-data: {eval_data} has queries of the training data ({told}); remove them, or `--leaks drop` to "
+            "train without them"
+        )
+    if leaks == "drop":
+        gone = set(found.rows)
+        rows = [row for i, row in enumerate(rows) if i not in gone]
+    return list(rows), counts
