@@ -5,7 +5,17 @@ import torch
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.distill.training import Cost, about_duration, cost_of, end_to_end_bytes, scope_for, statement
+from meswitch.compression.distill.training import (
+    Cost,
+    Sample,
+    about_duration,
+    cost_of,
+    end_to_end_bytes,
+    in_batches,
+    scope_for,
+    statement,
+    step_tokens_for,
+)
 from meswitch.compression.options import TrainingRecipe
 
 CPU = torch.device("cpu")
@@ -42,6 +52,26 @@ def test_a_gpu_trains_end_to_end_what_fits_in_its_free_memory(expert, monkeypatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (bytes_free, 2 * bytes_free))
     assert scope_for(expert, torch.device("cuda")) == scope
     assert scope_for(expert, CPU) == "model"
+
+
+def test_a_gpu_takes_a_step_in_parts_as_large_as_its_free_memory_allows(expert, monkeypatch):
+    def tokens(bytes_free):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (bytes_free, 2 * bytes_free))
+        return step_tokens_for(expert, torch.device("cuda"))
+
+    least, most = tokens(0), tokens(1 << 50)
+    assert least == step_tokens_for(expert, CPU) < most
+    between = end_to_end_bytes(expert, least + 1000) - end_to_end_bytes(expert, 0)
+    assert least < tokens(4 * between) <= least + 1000
+    assert tokens(1 << 49) == most
+
+
+def test_text_is_read_every_sample_once_in_batches_of_bounded_size():
+    samples = [Sample([1] * length, 0, number) for number, length in enumerate([512] * 20 + [3] * 500 + [9000])]
+    found = list(in_batches(samples))
+    assert sorted(sample.number for batch in found for sample in batch) == list(range(len(samples)))
+    assert max(len(batch) * max(len(sample.ids) for sample in batch) for batch in found if len(batch) > 1) <= 8192
+    assert len(found) < 6
 
 
 def test_what_a_cpu_leaves_out_is_said_before_the_work_with_its_price(family, tmp_path, monkeypatch):

@@ -34,12 +34,14 @@ from meswitch.progress import Progress, silent
 from meswitch.units import format_bytes
 
 _HELD_OUT = 128  # sequences at most
-_HELD_OUT_BATCH = 16
+_READ_TOKENS = 8192  # that are read together, padding included
 _POOL = 8  # batches that are sorted by length together
 _FLOAT32_PARAMETERS = 1 << 30
 _WARM_UP = 10  # steps
 END_TO_END_PARAMETERS = 2_000_000_000  # above, a step end to end takes seconds, and blocks need fewer of them
-STEP_TOKENS = 2048  # of a step that are in memory at once
+STEP_TOKENS = 2048  # of a step that are in memory at once, at least
+_MOST_STEP_TOKENS = 8192  # more are no faster
+_STEP_SHARE = 0.25  # of a GPU's free memory for a step's tokens: others may train beside
 # For every parameter: expert, base, matrices as they are restored, latent weights, their gradients and AdamW's two
 # moments in 4 bytes each, the gradients of the matrices, levels.
 _BYTES_A_PARAMETER = 40
@@ -105,9 +107,14 @@ def batches(samples: list[Sample], size: int, generator: torch.Generator) -> Ite
 
 def in_batches(samples: list[Sample]) -> Iterator[list[Sample]]:
     """Every sample once, in batches of similar lengths."""
-    ordered = sorted(samples, key=lambda sample: len(sample.ids))
-    for start in range(0, len(ordered), _HELD_OUT_BATCH):
-        yield ordered[start : start + _HELD_OUT_BATCH]
+    batch: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: len(sample.ids)):
+        if batch and (len(batch) + 1) * len(sample.ids) > _READ_TOKENS:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
 
 
 def weights(batch: list[Sample], question: float, device: torch.device) -> Tensor:
@@ -293,11 +300,23 @@ class Cost:
     nbytes: int
 
 
-def end_to_end_bytes(expert: Checkpoint) -> int:
+def end_to_end_bytes(expert: Checkpoint, step_tokens: int = STEP_TOKENS) -> int:
     """About how much memory a training end to end takes on the device."""
+    return int(expert.parameters * _BYTES_A_PARAMETER + step_tokens * _bytes_a_token(expert))
+
+
+def step_tokens_for(expert: Checkpoint, device: torch.device) -> int:
+    """How many tokens of a step are in memory at once: a GPU with room takes a step in fewer, larger parts."""
+    if device.type != "cuda":
+        return STEP_TOKENS
+    room = _STEP_SHARE * torch.cuda.mem_get_info(device)[0]
+    return min(_MOST_STEP_TOKENS, max(STEP_TOKENS, int(room / _bytes_a_token(expert))))
+
+
+def _bytes_a_token(expert: Checkpoint) -> int:
+    """Of the device's memory, what a token of a step takes."""
     config = expert.config.get_text_config()
-    for_tokens = config.vocab_size * _LOGITS + config.num_hidden_layers * config.hidden_size * _STATES
-    return int(expert.parameters * _BYTES_A_PARAMETER + STEP_TOKENS * for_tokens * 4)
+    return 4 * (config.vocab_size * _LOGITS + config.num_hidden_layers * config.hidden_size * _STATES)
 
 
 def scope_for(expert: Checkpoint, device: torch.device) -> Scope:
@@ -321,7 +340,7 @@ def cost_of(expert: Checkpoint, lengths: Sequence[int], recipe: TrainingRecipe, 
     seconds = work / (_EFFICIENCY * _operations_a_second(training_dtype(expert, device), device))
     if recipe.scope == "model":
         seconds += recipe.steps * matrices * _LAUNCHES.get(device.type, 1e-3)
-        return Cost(seconds, end_to_end_bytes(expert))
+        return Cost(seconds, end_to_end_bytes(expert, step_tokens_for(expert, device)))
     config = expert.config.get_text_config()
     # every block's states go through it three times more, and its weights are read twice
     passes = 3 * sum(lengths) * expert.parameters * 2 / (_EFFICIENCY * _operations_a_second(torch.bfloat16, device))
@@ -400,11 +419,12 @@ def train_end_to_end(
         what = f"{before:.3g} nats a token before" if now == before else f"{now:.3g} nats a token, {before:.3g} before"
         progress("training", step, recipe.steps, f"held-out divergence {what}")
 
+    tokens = step_tokens_for(expert, device)
     full = _TeacherAnswers(teacher, sum(len(sample.ids) for sample in held), device)
     before, best = fit(
         student.groups(),
         batches(rest, recipe.batch, generator),
-        lambda batch: _learn(teacher, student.model, batch, recipe, device),
+        lambda batch: _learn(teacher, student.model, batch, recipe, device, tokens),
         lambda: mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device)),
         recipe,
         told,
@@ -414,10 +434,12 @@ def train_end_to_end(
     return student.trained(artifact), record(artifact, recipe, before, best)
 
 
-def _learn(teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device) -> None:
-    """Leave a batch's gradients in the student's parameters: a few sequences at a time, which bounds the memory."""
+def _learn(
+    teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device, tokens: int
+) -> None:
+    """Leave a batch's gradients in the student's parameters: so many tokens at a time, which bounds the memory."""
     longest = max(len(sample.ids) for sample in batch)
-    few = max(1, STEP_TOKENS // longest)
+    few = max(1, tokens // longest)
     parts = [batch[start : start + few] for start in range(0, len(batch), few)]
     mass = [sum(sum(sample.weights(recipe.question_weight)) for sample in part) for part in parts]
     with cached():  # the matrices are made once for all parts
