@@ -314,7 +314,6 @@ the same base, all in one batch, or merged into a checkpoint.
 ## How to use it
 
 ```
-pip install meswitch
 meswitch pull {about.repository} --out {name}
 meswitch merge --base {where} --delta {name} --out {name}-full    # an ordinary checkpoint, for any other tool
 ```
