@@ -1,13 +1,15 @@
 """The embedded engine on a GPU, beside transformers and what the memory allows.
 
-    python benchmarks/serving/engine.py --work DIR [--layers 32] [--tokenizer examples/family/base] [--json FILE]
+    python benchmarks/serving/engine.py --work DIR [--layers 32] [--tokenizer examples/family/base] [--vllm]
+        [--json FILE]
 
 A base of Mistral-7B's shapes with random weights, and one fine-tune of it, compressed by the default without text and
 served under several names: what a step costs does not depend on the numbers. Prompts are 24 tokens, answers 48. A
 step's milliseconds are those of one token more: the time of 48 tokens less that of 8, over 40. `first_s` is the first
 request of a kind after the engine says that it is ready, `seconds` the later ones. Peers, in the same run: the base by
-transformers' `generate` and by its continuous batching. The floor is reading what a step must read, the base's matrices
-once and the deltas of its experts once, at the measured bandwidth of a copy.
+transformers' `generate` and by its continuous batching; with `--vllm`, base and experts by vLLM with meswitch, in a
+process beside, which starts while the engine does and is measured after it. The floor is reading what a step must
+read, the base's matrices once and the deltas of its experts once, at the measured bandwidth of a copy.
 """
 
 import argparse
@@ -17,9 +19,10 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,10 +50,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=Path("examples/family/base"))
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM with meswitch too; it must be installed")
+    parser.add_argument("--as-vllm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("meswitch").setLevel(logging.DEBUG)
+    if options.as_vllm:
+        vllm(options.work)
+        return
     artifact = made(options.work, options.layers, options.tokenizer)
     bandwidth = copy_bandwidth()
     report: dict[str, Any] = {"meta": {}, "rows": []}
@@ -74,7 +82,11 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    embedded(options, artifact, bandwidth, report, keep)
+    torch.cuda.empty_cache()
+    beside = Beside(options.work, options.json) if options.vllm else None
+    embedded(options, artifact, bandwidth, report, keep, beside)
+    for row in beside.rows() if beside else ():
+        keep(row)
     if not options.no_peers:
         peers(options.work / "base", keep)
 
@@ -114,7 +126,12 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def embedded(
-    options: argparse.Namespace, artifact: Path, bandwidth: float, report: dict[str, Any], keep: Callable[[Row], None]
+    options: argparse.Namespace,
+    artifact: Path,
+    bandwidth: float,
+    report: dict[str, Any],
+    keep: Callable[[Row], None],
+    beside: "Beside | None",
 ) -> None:
     cached = any(Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")).glob("*/fused_kernel.*"))
     started = time.perf_counter()
@@ -123,11 +140,14 @@ def embedded(
     report["meta"]["ready_s"] = round(time.perf_counter() - started, 1)
     report["meta"]["caches"] = "kernels in Triton's cache" if cached else "no kernel in Triton's cache"
     report["meta"]["memory"] = engine.memory()
+    report["meta"]["memory_allocated"] = torch.cuda.memory_allocated()
     print(json.dumps(report["meta"]), flush=True)
     size = max(expert.bytes for expert in engine.store.residency())
     base = engine.memory()["base"]
     for name in NAMES:  # what a load takes is not what is measured here
         engine.store.release(engine.store.acquire(name))
+    if beside:
+        report["meta"]["vllm_ready_s"] = beside.ready()
     with engine:
         for requests, experts_asked in KINDS:
             names = NAMES[:experts_asked] or ["base"]
@@ -220,6 +240,84 @@ def kind_of(kernel: str) -> str:
         "Memset": "copies",
     }
     return next((kind for word, kind in kinds.items() if word in kernel), "the rest")
+
+
+class Beside:
+    """vLLM with meswitch in a process of its own: it starts at once, and measures when it is asked for its rows.
+
+    Args:
+        json: beside whose file it writes what vLLM logs.
+    """
+
+    def __init__(self, work: Path, json: Path | None) -> None:
+        log = (json or work / "engine.json").with_suffix(".vllm.log").open("w")
+        variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--as-vllm", "--work", str(work)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        self.process = subprocess.Popen(command, env=os.environ | variables, text=True, **pipes)
+
+    def ready(self) -> float | None:
+        """Seconds that its start took; None if it ended."""
+        return next((row["ready_s"] for row in self._told()), None)
+
+    def rows(self) -> Iterator[Row]:
+        if self.process.poll() is None:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            yield from self._told()
+        if self.process.wait():
+            print(f"vLLM: ended with {self.process.returncode}", flush=True)
+
+    def _told(self) -> Iterator[Row]:
+        return (json.loads(line) for line in self.process.stdout if line.startswith('{"'))
+
+
+def vllm(work: Path) -> None:
+    """Start, say so, wait for a line, and print a row for each kind."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    started = time.perf_counter()
+    artifact = str(work / "artifact")
+    settings = {"experts": [artifact], "lora": False, "check_base": False}
+    engine = LLM(
+        model=str(work / "base"),
+        load_format="dummy",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_num_seqs=128,
+        enable_prefix_caching=False,
+        seed=0,
+        gpu_memory_utilization=0.4,
+        kv_cache_memory_bytes=8 << 30,
+        attention_backend=os.environ.get("ATTENTION_BACKEND"),
+        compilation_config={"cudagraph_capture_sizes": [1, 8, 32, 64]},  # meswitch's kernels for decoding take 64
+        enable_lora=True,
+        max_loras=len(NAMES),
+        max_cpu_loras=16,
+        max_lora_rank=8,
+        worker_cls="meswitch.vllm.DeltaWorker",
+        additional_config={"meswitch": settings},
+    )
+    experts = {name: LoRARequest(name, number, artifact) for number, name in enumerate(NAMES, start=1)}
+
+    def ask(requests: int, names: list[str], new: int) -> int:
+        done = engine.generate(
+            [{"prompt_token_ids": [5 + number] * PROMPT} for number in range(requests)],
+            SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False),
+            lora_request=[experts.get(names[number % len(names)]) for number in range(requests)],
+            use_tqdm=False,
+        )
+        return sum(len(answer.outputs[0].token_ids) for answer in done)
+
+    ask(len(NAMES), NAMES, 2)  # loads them
+    print(json.dumps({"ready_s": round(time.perf_counter() - started, 1)}), flush=True)
+    sys.stdin.readline()
+    for requests, experts_asked in KINDS:
+        names = NAMES[:experts_asked] or ["base"]
+        row = measured(lambda new, r=requests, n=names: ask(r, n, new), requests)
+        print(json.dumps({"engine": "vllm", "requests": requests, "experts": experts_asked} | row), flush=True)
 
 
 def peers(base: Path, keep: Callable[[Row], None]) -> None:
