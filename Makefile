@@ -10,7 +10,7 @@ CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-ray test-clients test-vllm docs package lint types clean
+.PHONY: help install demo test test-all test-ray test-clients test-vllm docs package lint types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +27,10 @@ demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (un
 	$(BIN)/python examples/demo.py
 
 # Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up.
-test: $(STAMP)  ## all tests
+test: $(STAMP)  ## the tests, but for the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(RAY_STAMP): pyproject.toml constraints.txt
