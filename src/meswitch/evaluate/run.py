@@ -15,11 +15,10 @@ from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
-from meswitch.evaluate.answers import MAX_NEW_TOKENS, Score, accuracy, own_answers
 from meswitch.evaluate.fidelity import Fidelity, Text, fidelity
 from meswitch.evaluate.gain import Z95, Comparison, GainRetained, Interval, compare, gain_retained
 from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
-from meswitch.evaluate.questions import Task
+from meswitch.evaluate.questions import MAX_NEW_TOKENS, Score, Task, accuracy, own_answers
 from meswitch.loaded import load_model
 from meswitch.tokenizer import load_tokenizer
 

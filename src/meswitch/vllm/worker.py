@@ -35,10 +35,9 @@ from meswitch.vllm.base import Base
 from meswitch.vllm.dry_step import TOKENS, DryStep, SeenLayer, look
 from meswitch.vllm.layers import DeltaMethod
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, Place, Unserved, survey
-from meswitch.vllm.prefetch import FAILED, LOADING, READY
 from meswitch.vllm.prepare import Target, check_covered, prepare
 from meswitch.vllm.proof import FAULTS, in_short, prove_layers, prove_step
-from meswitch.vllm.settings import KEY, DeltaSettings
+from meswitch.vllm.settings import FAILED, KEY, LOADING, READY, DeltaSettings
 
 
 class DeltaWorker(compat.worker_class()):  # type: ignore[misc]
