@@ -1,4 +1,5 @@
-"""Fill the embedded engine's tables of docs/results/serving.md from results of `cpu.py`, `residency.py`, `engine.py`.
+"""Fill the embedded engine's tables of docs/results/serving.md from results of `cpu.py`, `residency.py`, `load.py`,
+`engine.py`.
 
 python benchmarks/serving/doc.py            rewrite what is out of date
 python benchmarks/serving/doc.py --check    say so instead, and exit 1
@@ -78,6 +79,35 @@ def residency(found: Data) -> str:
     return f"{pipe(head, *table)}\n\n{under}"
 
 
+def clients(found: Data) -> str:
+    """What many streaming clients saw, in a row for each number of them."""
+    head = ["clients", "minutes", "right answers", "wrong or failed", "tokens/s", "longest pause of a stream, s"]
+    head += ["/health p50, ms", "/health p99, ms", "an idle process wakes up late, p99, ms", "RSS middle, end, MB"]
+    table = [
+        [
+            str(row["clients"]),
+            f"{row['seconds'] / 60:g}",
+            str(row["right"]),
+            str(len(row["wrong"]) + sum(row["failed"].values())),
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['longest_gap_s']:.2f}",
+            *(f"{row[key] * 1e3:.0f}" for key in ("health_p50_s", "health_p99_s", "wake_up_p99_s")),
+            ", ".join(f"{row[when]['rss_mb']:.0f}" for when in ("middle", "after")),
+        ]
+        for row in found["rows"]
+    ]
+    meta = found["meta"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+    under = (
+        f"Each client asks the base, one of four experts or `auto` for {meta['tokens']} tokens, again and again; "
+        f"{meta['slots']} slots. Clients and server share {meta['cores']} cores, beside other work: a load "
+        f"average of {', '.join(str(row['load_average']) for row in found['rows'])} at the end. The process that asks "
+        "`/health` says how late it wakes up from a sleep of 50 ms: so much of a look is the machine's. "
+        f"{versions}, {meta['date']}."
+    )
+    return f"{pipe(head, *table)}\n\n{under}"
+
+
 def on_gpu(found: Data) -> str:
     """Tokens a second and milliseconds a step, beside what the memory allows; then where a step's time goes."""
     head = ["", "graphs", "requests", "experts", "tokens/s", "ms a step", "floor, ms", "first time, s", "later, s"]
@@ -119,12 +149,13 @@ def on_gpu(found: Data) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "results/serving.md", arguments)
-    found, many = stored("serving-cpu.json"), stored("residency-cpu.json")
+    found, many, load = stored("serving-cpu.json"), stored("residency-cpu.json"), stored("load-cpu.json")
     gpu = stored("engine-h200.json")
     places = {
         "the embedded engine on a GPU": on_gpu(gpu) if gpu else LATER,
         "serving on a CPU": serving(found) if found else LATER,
         "many experts on a CPU": residency(many) if many else LATER,
+        "many clients on a CPU": clients(load) if load else LATER,
     }
     command = "benchmarks/serving/doc.py"
     update(options.doc, command, places, {}, check=options.check, redraw=options.redraw)

@@ -1,10 +1,10 @@
 """Many streaming clients against one `meswitch serve`: every answer is checked, and nothing may grow.
 
-    python benchmarks/serving/load.py --clients 256 --seconds 600
+    python benchmarks/serving/load.py --clients 256 32 --seconds 600
 
 Each client asks one of the family's models or `auto` again and again, and compares each answer with the one that was
-given to the same question alone. The example family's experts are compressed first. Prints one JSON object; the status
-is 1 if an answer was wrong, something grew, or a limit was passed.
+given to the same question alone. The example family's experts are compressed first, and each number of clients gets a
+server of its own. Prints one JSON object; the status is 1 if an answer was wrong, something grew or a limit was passed.
 """
 
 import argparse
@@ -21,7 +21,10 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -130,18 +133,27 @@ async def ask_again_and_again(url: str, right: dict, until: float, seed: int, se
                 seen.wrong.append(f"{model} ({expert}): {question!r}: {text!r}")
 
 
-def look(url: str, pid: int, seconds: float, every: float) -> tuple[list[float], list[dict[str, float]]]:
-    """(seconds of each look at `/health`, what the server took then); in a process that does nothing else."""
-    taken, found, until = [], [], time.monotonic() + seconds
+def look(url: str, pid: int, seconds: float, every: float) -> tuple[list[float], list[dict[str, float]], list[float]]:
+    """(seconds of each look at `/health`, what the server took then, how late this process woke up before each look).
+
+    In a process that does nothing else: how late it wakes up is what the machine's load costs anybody.
+    """
+    taken, found, late, until = [], [], [], time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=60) as client:
         while time.monotonic() < until:
             began = time.perf_counter()
             client.get("/health")
             taken.append(time.perf_counter() - began)
-            if len(taken) % 10 == 1:
+            if len(taken) % 40 == 1:
                 found.append(resources(pid))
+            began = time.perf_counter()
             time.sleep(every)
-    return taken, found
+            late.append(time.perf_counter() - began - every)
+    return taken, found, late
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[int(len(values) * 0.99)]
 
 
 async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
@@ -155,9 +167,9 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
         until = time.monotonic() + seconds
         asking = [ask_again_and_again(url, right, until, seed, seen) for seed in range(clients)]
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            looking = asyncio.get_running_loop().run_in_executor(pool, look, url, pid, seconds, 0.2)
+            looking = asyncio.get_running_loop().run_in_executor(pool, look, url, pid, seconds, 0.05)
             await asyncio.gather(*asking)
-            health, curve = await looking
+            health, curve, late = await looking
         await asyncio.sleep(7)  # connections that were kept alive are closed
         after = resources(pid)
         state = (await client.get("/v1/experts")).json()["engine"]
@@ -171,7 +183,10 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
         "tokens_per_second": round(state["generated_tokens"] / seconds, 1),
         "first_piece_p50_s": round(statistics.median(seen.first), 3),
         "longest_gap_s": round(max(seen.gaps), 3),
-        "health_p99_s": round(sorted(health)[int(len(health) * 0.99)], 4),
+        "health_p50_s": round(statistics.median(health), 4),
+        "health_p99_s": round(p99(health), 4),
+        "wake_up_p99_s": round(p99(late), 4),
+        "load_average": round(os.getloadavg()[0], 1),
         "before": before,
         "middle": middle,
         "after": after,
@@ -199,23 +214,48 @@ def faults(found: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=256)
+    parser.add_argument("--clients", type=int, nargs="+", default=[256, 32])
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         file = family_in(Path(directory), options.slots)
-        command = [sys.executable, "-m", "meswitch", "serve", str(file), "--port", "0", "--json"]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            url = json.loads(server.stdout.readline())["url"].removesuffix("/v1")
-            found = asyncio.run(run(url, server.pid, options.clients, options.seconds))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            status = server.wait(timeout=60)
+        rows = [served(file, clients, options.seconds) for clients in options.clients]
+    meta = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "slots": options.slots,
+        "tokens": TOKENS,
+        "versions": {name: version(name) for name in ("meswitch", "torch", "uvicorn", "uvloop")},
+    }
+    text = json.dumps({"meta": meta, "rows": rows}, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+    sys.exit(any(row["faults"] for row in rows))
+
+
+def served(file: Path, clients: int, seconds: float) -> dict[str, Any]:
+    """What so many clients saw of a server of its own, what it took, and what must not be of it."""
+    command = [sys.executable, "-m", "meswitch", "serve", str(file), "--port", "0", "--json"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        url = json.loads(server.stdout.readline())["url"].removesuffix("/v1")
+        found = asyncio.run(run(url, server.pid, clients, seconds))
+        found["cpu_s"] = sum(cpu_seconds(server.pid))
+    finally:
+        server.send_signal(signal.SIGTERM)
+        status = server.wait(timeout=60)
     found["faults"] = faults(found) + ([f"the server ends with status {status}"] if status else [])
-    print(json.dumps(found, indent=1))
-    sys.exit(bool(found["faults"]))
+    return found
+
+
+def cpu_seconds(pid: int) -> tuple[float, float]:
+    """In the program and in the system, of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / ticks, int(fields[12]) / ticks
 
 
 if __name__ == "__main__":

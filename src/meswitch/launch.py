@@ -149,6 +149,33 @@ def open_family_router(
     return add_described(router, new) if isinstance(router, EmbeddingRouter) and grows else router
 
 
+def with_expert(router: "Router", option: "RouteOption") -> "Router":
+    """A router that chooses among one more expert, too, or knows other things of one that it chooses among.
+
+    Raises:
+        RouterError: too little is said of it, or this kind of router learns nothing without being trained again.
+    """
+    from meswitch.router import DescribedRouter, EmbeddingRouter, RouterError, RulesRouter
+    from meswitch.router.train import add_described
+
+    if isinstance(router, DescribedRouter):
+        own = None if router.threshold == router.prototypes.threshold else router.threshold
+        options = [*(known for known in router.options if known.name != option.name), option]
+        return DescribedRouter(options, router.space, fallback=router.fallback, threshold=own)
+    if option.name in router.experts:
+        return router
+    if isinstance(router, EmbeddingRouter):
+        return add_described(router, [option])
+    if isinstance(router, RulesRouter):
+        behind = None if router.router is None else with_expert(router.router, option)
+        names = (*router.experts, option.name)
+        return RulesRouter(router.rules, names, behind, fallback=router.fallback, threshold=router.threshold)
+    raise RouterError(
+        f"domain: {option.name!r}: a router of the kind {type(router).__name__} must be trained again for one more "
+        "expert; `meswitch router train`"
+    )
+
+
 def is_trained(directory: Path) -> bool:
     """Whether a router was written here, whole or damaged."""
     from meswitch.router.store import JSON_NAME
@@ -233,6 +260,7 @@ def policy_from_family(family: Family, engine: "Engine | None" = None) -> tuple[
         fallback=family.router.fallback,
         no_router=problem or "",
         prefetch=None if engine is None else engine.prefetch,
+        grow=with_expert,
     )
     return policy, problem
 
@@ -248,8 +276,12 @@ def keys_from_family(family: Family) -> "list[ApiKey]":
     return read_keys(None if family.server.keys is None else family.resolve(family.server.keys))
 
 
-def experts_from_family(family: Family, engine: "Engine") -> "Experts":
-    """What changes the experts of a running server."""
+def experts_from_family(family: Family, engine: "Engine", auto: "AutoPolicy | None" = None) -> "Experts":
+    """What changes the experts of a running server.
+
+    Args:
+        auto: see `policy_from_family`; it takes in experts that come later.
+    """
     from meswitch.server.experts import Experts
 
     directory = family.server.experts_dir
@@ -260,6 +292,7 @@ def experts_from_family(family: Family, engine: "Engine") -> "Experts":
         directory=None if directory is None else family.resolve(directory),
         family=family.directory / "family.toml",
         is_watched=family.server.watch_experts,
+        auto=auto,
     )
 
 

@@ -112,6 +112,27 @@ def test_bad_requests_are_refused_as_by_one_server(client):
     assert [model.id for model in client.models.list()] == ["base", "math", "code", "auto"]
 
 
+def test_all_protocols_are_answered(client, alone):
+    made = client.responses.create(model="auto", input=QUESTIONS["math"], max_output_tokens=40)
+    assert (made.output_text, made.model) == (alone["math"], "math")
+    body = {"model": "code", "max_tokens": 40, "messages": [{"role": "user", "content": QUESTIONS["code"]}]}
+    for model in ("code", "auto"):
+        said = client.post("/messages", body=body | {"model": model}, cast_to=object)
+        assert (said["content"][0]["text"], said["model"]) == (alone["code"], "code")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.post("/messages", body=body | {"model": "poetry"}, cast_to=object)
+    assert caught.value.body["type"] == "not_found_error"  # in the protocol's own form
+
+
+def test_experts_are_listed_and_cannot_be_changed(client):
+    rows = client.get("/experts", cast_to=object)["data"]
+    assert [row["id"] for row in rows] == list(EXPERTS)
+    for path in ("/experts", "/experts/math/pin", "/load_lora_adapter"):
+        with pytest.raises(openai.InternalServerError, match=r"those of family\.toml") as caught:
+            client.post(path, body={"name": "x", "path": "y"}, cast_to=object)
+        assert (caught.value.status_code, caught.value.code) == (501, "not_supported")
+
+
 def test_a_lost_replica_loses_no_request_that_has_not_begun_to_answer(client, alone):
     name = ask(client, "math", "3 + 3?")[1]["x-meswitch-replica"]
     actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["name"].endswith(name)]

@@ -77,7 +77,7 @@ def test_a_step_that_does_not_end_fails_its_requests_until_it_does(engine, monke
 
 def test_an_idle_thread_has_all_the_time_there_is():
     thread, told = threading.current_thread(), []
-    dog = Watchdog([Watched("idles", thread, lambda: False, lambda: 0)], told.append, limit=1)
+    dog = Watchdog([Watched("idles", thread.is_alive, lambda: False, lambda: 0)], told.append, limit=1)
     dog.close()
     for now in (0, 10, 1000):
         dog.look(now)
@@ -87,7 +87,7 @@ def test_an_idle_thread_has_all_the_time_there_is():
 
 def test_a_problem_is_reported_once():
     thread, told = threading.current_thread(), []
-    dog = Watchdog([Watched("works", thread, lambda: True, lambda: 0)], told.append, limit=1)
+    dog = Watchdog([Watched("works", thread.is_alive, lambda: True, lambda: 0)], told.append, limit=1)
     dog.close()
     for now in (5, 5.5, 7, 8):
         dog.look(now)

@@ -134,6 +134,9 @@ def test_metrics_count_answers_by_expert(address, engine):
     assert metric(address, 'meswitch_expert_resident{expert="math",place="device"}') == 1
     assert metric(address, 'meswitch_memory_bytes{purpose="slots"}') == engine.store.device_bytes
     assert metric(address, 'meswitch_http_responses_total{status="200"}') >= 1
+    assert metric(address, "meswitch_batch_size_count") == metric(address, "meswitch_steps_total") > 2
+    assert metric(address, 'meswitch_batch_size_bucket{le="1.0"}') >= 3
+    assert metric(address, "meswitch_batch_size_sum") >= metric(address, "meswitch_batch_size_count")
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(address):

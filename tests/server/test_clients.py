@@ -1,8 +1,9 @@
 """What real clients do against a server: openai, LangChain, LiteLLM, instructor, Anthropic and lm-eval.
 
 By default against the embedded engine, with an expert whose chat template knows tools and thoughts. To run them against
-another server, such as `meswitch serve --engine vllm`, name it: `MESWITCH_CLIENTS_URL=http://127.0.0.1:8000` and
-`MESWITCH_CLIENTS_MODEL=name`. Tests of a client that is not installed are skipped.
+another server, name it: `MESWITCH_CLIENTS_URL=http://127.0.0.1:8000` and `MESWITCH_CLIENTS_MODEL=name`. If it is
+`meswitch serve --engine vllm`, also `MESWITCH_CLIENTS_ENGINE=vllm`: what vLLM does in another way is expected then.
+Tests of a client that is not installed are skipped.
 """
 
 import asyncio
@@ -45,6 +46,23 @@ PARAMETERS = {
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "It.", "parameters": PARAMETERS}}
 TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
+SPACES = "xgrammar lets spaces stand between the parts of a call, without a limit; the toy model writes nothing else"
+VLLM = {  # what vLLM 0.32 does in another way; docs/use/api.md lists it
+    "test_a_demanded_call_is_made": SPACES,
+    "test_a_demanded_call_is_streamed": SPACES,
+    "test_calls_are_read_where_the_model_chooses_to_make_them": "tools take the place of structured_outputs",
+    "test_strict_tools_bind_calls_that_the_model_chooses_to_make": "structured_outputs beside tools is not refused",
+    "test_results_of_calls_are_sent_back": SPACES,
+    "test_thoughts_are_told_from_the_answer": "needs --reasoning-parser, and the field is called reasoning",
+    "test_openai_responses": "an answer that was cut ends with response.completed",
+    "test_openai_responses_with_tools_and_schemas": SPACES,
+    "test_openai_embeddings": "no /v1/embeddings",
+    "test_tokenize_and_back": "param of an error is body.prompt",
+    "test_a_request_keeps_its_id": "any text is taken for an id",
+    "test_anthropic_calls_tools": SPACES,
+    "test_anthropic_gets_errors_in_its_own_form": "types of errors have vLLM's names",
+    "test_litellm": SPACES,
+}
 needs_grammar = pytest.mark.skipif(not is_available(), reason="needs llguidance")
 
 
@@ -53,6 +71,13 @@ class Weather(BaseModel):
 
     city: Literal["Rome", "Oslo"]
     days: Literal[1, 2]
+
+
+@pytest.fixture(autouse=True)
+def known_difference(request):
+    reason = VLLM.get(request.node.originalname) if os.environ.get("MESWITCH_CLIENTS_ENGINE") == "vllm" else None
+    if reason is not None:
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +166,15 @@ def test_calls_are_read_where_the_model_chooses_to_make_them(ask):
     assert len(ask(**asked, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
     plain = ask(tools=[WEATHER], tool_choice="none", extra_body=written, max_tokens=200)
     assert plain.choices[0].message.content == text  # text like any other
+
+
+@needs_grammar
+def test_strict_tools_bind_calls_that_the_model_chooses_to_make(ask):
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+    said = ask(tools=[strict, TIME], max_tokens=20).choices[0].message.content
+    assert said == ask(tools=[WEATHER, TIME], max_tokens=20).choices[0].message.content  # text is free
+    with pytest.raises(openai.BadRequestError, match="structured_outputs: not together with strict tools"):
+        ask(tools=[strict], extra_body={"structured_outputs": {"choice": ["a"]}})
 
 
 @needs_grammar

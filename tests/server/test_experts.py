@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from meswitch import Family
 from meswitch.cli import app as command
-from meswitch.launch import app_from_family, engine_from_family, experts_from_family
+from meswitch.launch import app_from_family, engine_from_family, experts_from_family, policy_from_family
 from meswitch.server.auto import AutoPolicy
 from meswitch.server.keys import ApiKey, Keys
 from tests.support.http_server import ask_with, serving, user, wait_until
@@ -187,3 +187,43 @@ def test_what_appears_in_the_directory_is_served(served, place, deltas):
     experts.scan()
     assert wait_until(lambda: models(url) == ["base", "math", "code-v1"])
     experts.remove("code-v1")
+
+
+@pytest.fixture(scope="module")
+def routed(family, deltas, tmp_path_factory):
+    """The address of a family that is routed by descriptions."""
+    root = tmp_path_factory.mktemp("routed")
+    (root / "family.toml").write_text(text_of(family, {"math": deltas["math"], "sql": deltas["sql"]}))
+    shutil.copytree(deltas["code"], root / "more" / "code")
+    config = Family.load(root)
+    with engine_from_family(config) as engine:
+        auto, problem = policy_from_family(config, engine)
+        assert problem is None
+        keys = Keys([ApiKey.of("admin", "admin's", admin=True)])
+        experts = experts_from_family(config, engine, auto)
+        with serving(app_from_family(config, engine, auto, keys, experts)) as url:
+            yield url
+
+
+def test_auto_chooses_an_expert_that_came_later(routed):
+    query = "Write a Python function that returns the sum of a list."
+    asked = {"model": "auto", "messages": user(query), "max_tokens": 2}
+    before = httpx.post(f"{routed}/v1/chat/completions", json=asked, timeout=30)
+    assert before.headers["x-meswitch-route-scores"].count("=") == 3  # math, sql and none of them
+    made = post(routed, "experts", name="code", path="code", description="Programming.", examples=[query])
+    assert (made.status_code, made.json()["routed"], "not_routed" in made.json()) == (201, True, False)
+    after = httpx.post(f"{routed}/v1/chat/completions", json=asked, timeout=30)  # not what was remembered
+    scores = dict(pair.split("=") for pair in after.headers["x-meswitch-route-scores"].split(","))
+    assert float(scores["code"]) > max(float(score) for name, score in scores.items() if name != "code")
+    assert after.json()["model"] == "code"
+    assert httpx.delete(f"{routed}/v1/experts/code", headers=ADMIN).status_code == 200
+    gone = httpx.post(f"{routed}/v1/chat/completions", json=asked, timeout=30)
+    assert (gone.status_code, gone.json()["model"]) == (200, "base")
+
+
+def test_an_expert_of_which_nothing_is_said_is_told_to_be_asked_by_name(routed, url):
+    made = post(routed, "experts", name="silent", path="code").json()
+    assert (made["routed"], "description: missing" in made["not_routed"]) == (False, True)
+    assert answer(routed, "silent")
+    assert "no router" in post(url, "experts", name="later", path="code-v1").json()["not_routed"]
+    assert httpx.delete(f"{url}/v1/experts/later", headers=ADMIN).status_code == 200

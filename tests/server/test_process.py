@@ -19,7 +19,7 @@ import pytest
 from meswitch.server import create_app
 from meswitch.server import process as server_process
 from meswitch.server.process import Listening, Server
-from tests.support.http_server import ask_with, serving, user, wait_until
+from tests.support.http_server import ask_with, is_idle, serving, user, wait_until
 
 SERVE = "import typer; from meswitch.cli.serve import serve_command; typer.run(serve_command)"
 LONG = {"model": "base", "prompt": "The sea", "max_tokens": 1800, "temperature": 1.0, "seed": 1, "stream": True}
@@ -109,6 +109,24 @@ def test_a_hang_up_reads_the_family_again_and_answers_get_their_time_at_the_end(
     assert "Traceback" not in server.stderr.read()
 
 
+@pytest.mark.slow
+def test_a_log_on_a_full_disk_keeps_nobody_from_an_answer(family_file):
+    command = [sys.executable, "-c", SERVE, str(family_file), "--port", "0", "--json", "--log-level", "info"]
+    with open("/dev/full", "w") as full:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, text=True)
+        try:
+            url = json.loads(server.stdout.readline())["url"].removesuffix("/v1")
+            for number in range(200):  # more than a buffer holds
+                assert httpx.get(f"{url}/v1/models/nobody-{number}").status_code == 404
+            client = ask_with(url)
+            for model in ("math", "code", "auto"):
+                assert client.completions.create(model=model, prompt="add", max_tokens=2).choices
+            assert httpx.get(f"{url}/health").status_code == 200
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 def test_with_a_certificate_it_speaks_https(engine, tmp_path):
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -127,7 +145,7 @@ def test_with_a_certificate_it_speaks_https(engine, tmp_path):
 @pytest.fixture
 def bounded(engine, monkeypatch):
     """(address, its bounds) of a server with room for 8, and little patience."""
-    for name, seconds in (("HEAD_SECONDS", 0.5), ("BODY_SECONDS", 1.0), ("_LOOK_EVERY", 0.1)):
+    for name, seconds in (("HEAD_SECONDS", 0.5), ("BODY_SECONDS", 1.0), ("READ_SECONDS", 1.0), ("_LOOK_EVERY", 0.1)):
         monkeypatch.setattr(server_process, name, seconds)
     server = Server(create_app(engine, close_engine=False), engine, Listening(connections=8))
     with serving(server.config.app, server) as url:
@@ -157,6 +175,36 @@ def test_a_slow_client_is_cut(bounded, sent, caplog):
             assert one.recv(100) == b""
     assert wait_until(lambda: len(bounds) == 0)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_and_others_are_answered(bounded, engine):
+    url, bounds = bounded
+    body = {**LONG, "max_tokens": 1000, "n": 8, "logprobs": 20}  # some 20 MB
+    raw = json.dumps(body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = url.removeprefix("http://").split(":")
+        one.connect((host, int(port)))
+        one.sendall(head % len(raw) + raw)
+        assert wait_until(lambda: engine.load()["running"] == 8)
+        answer = ask_with(url).completions.create(model="math", prompt="a", max_tokens=2)
+        assert answer.usage.completion_tokens == 2
+        assert wait_until(lambda: len(bounds) == 0, 60)  # while it is there and does not read
+    assert wait_until(lambda: is_idle(engine))
+
+
+def test_a_head_without_an_end_is_cut(bounded):
+    url, bounds = bounded
+    with open_to(url) as one, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        one.sendall(b"GET /health HTTP/1.1\r\n")
+        for _ in range(1000):  # 64 MB
+            one.sendall(b"X-Much: " + b"a" * 65000 + b"\r\n")
+        pytest.fail("it was read to its end")
+    assert wait_until(lambda: len(bounds) == 0)
+    with open_to(url) as one:
+        one.sendall(b"GET /health HTTP/1.1\r\nX-Much: " + b"a" * 8000 + b"\r\n\r\n")
+        assert one.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_with_all_connections_busy_one_more_is_told_to_come_again(bounded):

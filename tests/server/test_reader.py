@@ -1,11 +1,15 @@
 """An answer's text becomes thoughts, words and calls, whatever pieces it comes in, and loses nothing."""
 
 import json
+import shutil
 
 import pytest
 
-from meswitch.errors import ConfigError
-from meswitch.server.chat import FORMATS, JSON, AnswerReader, calls_grammar, tool_format
+from meswitch.engine.grammar import GrammarMatcher, is_available
+from meswitch.errors import ConfigError, MeswitchError
+from meswitch.server.chat import FORMATS, JSON, AnswerReader, Chat, calls_grammar, tool_format
+from meswitch.server.schema import ChatRequest
+from meswitch.tokenizer import ChatTokenizer
 
 HERMES = next(form for form in FORMATS if form.name == "hermes")
 XML = next(form for form in FORMATS if form.name == "qwen-xml")
@@ -115,3 +119,40 @@ def test_definitions_of_two_tools_stay_apart():
     recursive = {"type": "function", "function": {"name": "f", "parameters": {"items": {"$ref": "#"}}}}
     with pytest.raises(ConfigError, match=r"^tools\[0\]\.function\.parameters: refers to itself"):
         calls_grammar([recursive])
+
+
+@pytest.fixture
+def chat_of(family, tmp_path):
+    """Gives a strict chat request for an expert with a template."""
+
+    def chat(template):
+        shutil.copytree(family / "base", tmp_path / "expert", dirs_exist_ok=True)
+        (tmp_path / "expert" / "chat_template.jinja").write_text("{{ tools }}{{ messages }}" + template)
+        weather = {"name": "weather", "parameters": {"properties": {"city": {"const": "Rome"}}}, "strict": True}
+        tools = [{"type": "function", "function": one} for one in (weather, {"name": "time"})]
+        request = ChatRequest(model="a", messages=[{"role": "user", "content": "Hi"}], tools=tools)
+        tokenizer = ChatTokenizer.open("a", tmp_path / "expert")
+        return Chat(request, tokenizer), tokenizer
+
+    return chat
+
+
+@pytest.mark.skipif(not is_available(), reason="needs llguidance")
+def test_strict_binds_the_arguments_of_that_tool_alone(chat_of):
+    chat, tokenizer = chat_of("<tool_call>")
+    for name, city, fits in [("weather", "Rome", True), ("weather", "Oslo", False), ("time", "Oslo", True)]:
+        text = f'So. <tool_call>\n{{"name": "{name}", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+        matcher = GrammarMatcher(chat.grammar, tokenizer)
+        try:
+            for token in tokenizer.text_ids(text, special=False):
+                matcher.accept(token)
+        except MeswitchError:
+            assert not fits
+        else:
+            assert fits
+
+
+@pytest.mark.parametrize(("template", "name"), [("", "json"), ("[TOOL_CALLS]", "mistral")])
+def test_strict_is_refused_where_no_grammar_can_tell_a_call_from_text(chat_of, template, name):
+    with pytest.raises(ConfigError, match=f"tools: strict: this expert writes calls as {name}"):
+        chat_of(template)

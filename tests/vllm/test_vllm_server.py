@@ -1,13 +1,15 @@
 """`meswitch serve --engine vllm`: vLLM's own server, the family's experts as models, `auto`, loading at run time."""
 
+import itertools
 import json
 import shlex
+import shutil
 import sys
 
 import pytest
 from safetensors.torch import load_file
 
-from meswitch import Family
+from meswitch import Family, compress
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.router import Encoder, Row, train_router
 from meswitch.vllm.command import command
@@ -56,6 +58,17 @@ def test_an_adapter_is_served_by_vllm_s_own_lora_beside_deltas(family, deltas, t
         command(Family.load(tmp_path), "127.0.0.1", 8123, 2)
 
 
+def test_a_template_with_tools_switches_their_parser_on(family, tmp_path):
+    for name in ("base", "math"):
+        shutil.copytree(family / name, tmp_path / name)
+        text = "{% if tools %}<tool_call>{% endif %}{{ messages }}"
+        (tmp_path / name / "chat_template.jinja").write_text(text)
+    compress(tmp_path / "base", tmp_path / "math", tmp_path / "delta")
+    (tmp_path / "family.toml").write_text('[base]\npath = "base"\n[[expert]]\nname = "math"\ndelta = "delta"\n')
+    arguments = command(Family.load(tmp_path), "127.0.0.1", 8123, 2)
+    assert arguments[arguments.index("--enable-auto-tool-choice") + 1 :][:2] == ["--tool-call-parser", "hermes"]
+
+
 def test_the_command_line_of_a_family(family_file, family, deltas):
     arguments = command(Family.load(family_file), "127.0.0.1", 8123, 2)
     assert arguments[:2] == ["serve", str(family / "base")]
@@ -63,7 +76,11 @@ def test_the_command_line_of_a_family(family_file, family, deltas):
     assert f"--lora-modules math={deltas['math']} code={deltas['code']} --additional-config" in line
     assert "--worker-cls meswitch.vllm.DeltaWorker --enable-lora --max-loras 2 --max-cpu-loras 2" in line
     middlewares = "--middleware meswitch.vllm.prefetch.Prefetch --middleware meswitch.vllm.auto.AutoRouting"
-    assert line.endswith(f"size\": 64}}' {middlewares}")
+    assert line.endswith(middlewares)
+    options = dict(itertools.pairwise(arguments))
+    assert json.loads(options["--override-generation-config"]) == {"temperature": 0.0}
+    assert json.loads(options["--structured-outputs-config"])["disable_any_whitespace"]
+    assert "--tool-call-parser" not in options  # the family's template knows no tools
     assert "--specialize-active-lora" in arguments
     settings = json.loads(arguments[arguments.index("--additional-config") + 1])
     assert settings == {"meswitch": {"experts": [str(deltas["math"]), str(deltas["code"])], "lora": False}}

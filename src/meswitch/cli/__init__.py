@@ -50,6 +50,7 @@ _MAKE: tuple[Callable[..., None], ...] = (
     artifacts.inspect_command,
     artifacts.verify_command,
     artifacts.merge_command,
+    artifacts.quantize_command,
     diff.diff_command,
     compress.extract_lora_command,
     plan.plan_command,

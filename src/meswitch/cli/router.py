@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meswitch.cli import console
-from meswitch.cli.router_train import DataOption, DeviceOption, FamilyOption, JsonOption, ModelOption, OutOption, train
+from meswitch.cli import console, router_train
+from meswitch.cli.router_train import DataOption, DeviceOption, FamilyOption, JsonOption, ModelOption, OutOption
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ ThresholdOption = Annotated[
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Train and measure the router that `model: auto` asks.")
-app.command()(train)
+app.add_typer(router_train.app, name="train")
 
 
 @app.command("eval")

@@ -131,7 +131,7 @@ def serve_command(
     keys = Keys(keys_from_family(config))
     with engine_from_family(config) as engine:
         auto, problem = policy_from_family(config, engine)
-        experts = experts_from_family(config, engine)
+        experts = experts_from_family(config, engine, auto)
 
         def reload() -> None:
             keys.replace(keys_from_family(Family.load(family)))

@@ -22,18 +22,21 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from meswitch.asgi import COMPLETIONS, is_post
 from meswitch.deploy.replica import Head, Refused, Replica, Routed, ranked
 from meswitch.family import Family
 from meswitch.launch import keys_from_family
 from meswitch.server.auto import AUTO, EXPERT
-from meswitch.server.errors import ApiError
+from meswitch.server.errors import ANTHROPIC_PATH, ApiError
 from meswitch.server.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys
-from meswitch.server.middleware import MAX_BODY, too_large
+from meswitch.server.middleware import MAX_BODY, too_large, with_authorization
 
 logger = logging.getLogger("meswitch.deploy")
 ATTEMPTS = 3  # replicas that are tried
 _LOST = (RayActorError, ReplicaUnavailableError)
 _UNAVAILABLE = 503  # what a replica says whose engine has stopped
+_CHANGES = ("/v1/experts", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_FIXED = "experts of several replicas are those of family.toml; change it and run `meswitch deploy ray` again"
 _RESIDENCY_SECONDS = 1.0  # between two looks at what a replica holds
 
 
@@ -71,7 +74,9 @@ class Front:
 
     async def __call__(self, request: Request) -> Response:
         try:
-            key = self._keys.check(request.scope)
+            key = self._keys.check({**request.scope, "headers": with_authorization(request.scope["headers"])})
+            if request.method != "GET" and request.url.path.startswith(_CHANGES):
+                raise ApiError(501, _FIXED, code="not_supported")
             body = await _body(request)
             asked = _json(body)
             expert = str(asked.get("model", ""))
@@ -86,12 +91,13 @@ class Front:
                     self._keys.end(key)
                     raise
         except ApiError as error:
-            return error.response()
+            return error.response(request.url.path)
         return await self._answered(request, asked, expert, body)
 
     async def _answered(self, request: Request, asked: dict[str, Any], expert: str, body: bytes) -> Response:
         said: dict[str, str] = {}
-        if request.method == "POST" and expert == AUTO and (found := await self._route(asked, request)) is not None:
+        is_routed = is_post(request.scope, (*COMPLETIONS, ANTHROPIC_PATH)) and expert == AUTO
+        if is_routed and (found := await self._route(asked, request)) is not None:
             if isinstance(found, Refused):
                 return JSONResponse(found.body, found.status, found.headers)
             expert = found.expert

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meswitch.family import Family
-from meswitch.launch import app_from_family, engine_from_family, policy_from_family
+from meswitch.launch import app_from_family, engine_from_family, experts_from_family, policy_from_family
 from meswitch.server.errors import ApiError
 from meswitch.server.keys import Keys
 
@@ -142,7 +142,8 @@ class Replica:
         self._auto, problem = policy_from_family(config, self._engine)
         if problem is not None:
             logger.error("auto does not work: %s", problem)
-        self._app = app_from_family(config, self._engine, self._auto, Keys())  # the front asks for them
+        experts = experts_from_family(config, self._engine)  # they are listed; the front lets nobody change them
+        self._app = app_from_family(config, self._engine, self._auto, Keys(), experts)  # the front asks for keys
 
     async def choose(self, asked: dict[str, Any], headers: list[tuple[str, str]]) -> Routed | Refused:
         """Who is to answer a request for `auto`.

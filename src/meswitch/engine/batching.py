@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
@@ -62,6 +63,8 @@ class Batch:
         """Is shown each step's requests and their logits, [rows, vocabulary], if somebody wants to look."""
         self.steps = 0
         """Steps that were begun: whoever watches the thread that computes sees by it that it goes on."""
+        self.sizes: Counter[int] = Counter()
+        """Requests of a step -> steps."""
         self._model, self._switch = model, switch
         self.device = next(model.parameters()).device
         config = model.config.get_text_config()
@@ -332,6 +335,7 @@ class Batch:
     def _step(self, step: Sequence[tuple[Job, Piece]]) -> None:
         """Compute one step and give every request its next token."""
         self.steps += 1
+        self.sizes[len(step)] += 1
         began = time.perf_counter()
         try:
             logits = self._forward(step)

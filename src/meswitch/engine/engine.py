@@ -34,6 +34,7 @@ from meswitch.errors import CapacityError, ConfigError, ContextLengthError, Load
 from meswitch.loaded import load_model
 from meswitch.slots import Held, Version
 from meswitch.tokenizer import ChatTokenizer, Prompt
+from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -120,7 +121,8 @@ class Engine:
         self._admitted = 0
         self.generated_tokens = 0
         """Tokens of all answers so far."""
-        self._watchdog = Watchdog(self._watched(), self._fail_all, also=self.store.end_overdue)
+        self._helpers: dict[Workers, Watched] = {}
+        self._watchdog = Watchdog(self._watched(), self._report, also=self.store.end_overdue)
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
 
     @property
@@ -288,6 +290,10 @@ class Engine:
         """Steps that were begun."""
         return self._batch.steps
 
+    def step_sizes(self) -> dict[int, int]:
+        """Requests of a step -> steps; where experts take turns, requests of a turn -> turns."""
+        return dict(self._batch.sizes)
+
     def load(self) -> dict[str, int]:
         """Requests that wait and run now."""
         with self._lock:
@@ -313,6 +319,21 @@ class Engine:
             "graphs": self._batch.graph_bytes,
             "host": self.store.host.nbytes,
         }
+
+    def watch(self, what: str, workers: Workers) -> None:
+        """Count the end of one of these threads as the engine's failure, too: what waits for them then fails.
+
+        Args:
+            what: they do.
+            workers: of whoever asks the engine.
+        """
+        self._helpers[workers] = Watched(what, workers.are_alive)
+        self._watchdog.watched.append(self._helpers[workers])
+
+    def forget(self, workers: Workers) -> None:
+        """Watch these no more, if they were watched; their end is meant then."""
+        if workers in self._helpers:
+            self._watchdog.watched.remove(self._helpers.pop(workers))
 
     def stop(self, reason: str) -> None:
         """Take no more requests, and end those that wait or run with an error: `failure` is the reason from now on."""
@@ -379,19 +400,29 @@ class Engine:
         return tokenizer
 
     def _watched(self) -> list[Watched]:
-        """The threads that every request needs. Those that load experts are not among them: a disk that does not answer
-        stops the requests of its own experts alone."""
+        """The threads that requests need. Those that load experts must be there, but may take their time: a disk that
+        does not answer stops the requests of its own experts alone."""
 
         def computes() -> bool:
             return bool(self._running)
 
         threads = [
-            Watched(what, thread, computes, lambda: self._batch.steps) for what, thread in self._batch.threads.items()
+            Watched(what, thread.is_alive, computes, lambda: self._batch.steps)
+            for what, thread in self._batch.threads.items()
         ]
+        admission = self._admission.is_alive
         return [
-            Watched("admits requests", self._admission, lambda: not self._events.empty(), lambda: self._admitted),
+            Watched("admits requests", admission, lambda: not self._events.empty(), lambda: self._admitted),
             *threads,
+            *(Watched(what, workers.are_alive) for what, workers in self.store.workers.items()),
         ]
+
+    def _report(self, problem: str) -> None:
+        """From the watchdog: what waits for a thread that is not there would wait for ever."""
+        self._fail_all(problem)
+        for workers in list(self._helpers):
+            if not workers.are_alive():
+                workers.fail(f"the engine has stopped: {problem}")
 
     def _fail_all(self, reason: str) -> None:
         """End what waits and runs: nothing more comes of it."""

@@ -15,8 +15,8 @@ import numpy as np
 from meswitch.errors import ConfigError, MeswitchError
 from meswitch.tokenizer import ChatTokenizer
 
-Kind = Literal["json_schema", "one_line", "regex", "lark", "choice"]
-KINDS: tuple[Kind, ...] = ("json_schema", "one_line", "regex", "lark", "choice")
+Kind = Literal["json_schema", "one_line", "regex", "lark", "choice", "marked"]
+KINDS: tuple[Kind, ...] = ("json_schema", "one_line", "regex", "lark", "choice", "marked")
 MAX_GRAMMAR = 1 << 16  # characters
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # name -> schema
 # What says, or may say, that an object has other properties.
@@ -32,8 +32,10 @@ class Grammar:
 
     Args:
         kind: `json_schema`; `one_line`, the same without line breaks and spaces to choose; `regex`; `lark`, a
-            context-free grammar in Lark's form; `choice`.
-        text: the schema as JSON, the expression, the grammar, or a JSON list of texts, one of which is the answer.
+            context-free grammar in Lark's form; `choice`; `marked`, any text in which what stands between two marks is
+            JSON of a schema, in one line.
+        text: the schema as JSON, the expression, the grammar, a JSON list of texts, one of which is the answer, or
+            what `marked` gives.
         after: a text, such as the end of a thought; what comes before and it are free. Empty for none.
 
     Raises:
@@ -49,6 +51,19 @@ class Grammar:
             raise ConfigError(f"grammar: the kind {self.kind!r} is none of {', '.join(KINDS)}")
         if not isinstance(self.text, str) or len(self.text) > MAX_GRAMMAR:
             raise ConfigError(f"grammar: expected a text of up to {MAX_GRAMMAR} characters")
+
+
+def marked(schema: str, start: str, end: str, *, are_tokens: bool, after: str = "") -> Grammar:
+    """A grammar of any text in which what stands between two marks is JSON of a schema, a line of its own.
+
+    Args:
+        schema: as JSON.
+        start: the mark before it, such as `<tool_call>`.
+        end: the mark behind it.
+        are_tokens: whether the marks are special tokens.
+        after: see `Grammar`.
+    """
+    return Grammar("marked", json.dumps([json.loads(schema), start, end, are_tokens]), after)
 
 
 ANY_JSON = Grammar("json_schema", '{"type": "object"}')
@@ -134,7 +149,19 @@ def _compiled(grammar: Grammar) -> str:
     if grammar.kind == "choice":
         texts = json.loads(grammar.text)
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts)))
+    if grammar.kind == "marked":
+        return str(LLMatcher.grammar_from_lark(_marked_lark(*json.loads(grammar.text))))
     return str(LLMatcher.grammar_from_lark(grammar.text))
+
+
+def _marked_lark(schema: Any, start: str, end: str, are_tokens: bool) -> str:
+    body = json.dumps(_closed(schema) | {"x-guidance": {"whitespace_pattern": " ?"}})
+    if are_tokens:
+        begin, last = f"call: TEXT {start}", end
+    else:  # lazy: it ends with the first mark, so that none stands in the free text
+        begin, last = f"opening[lazy]: TEXT {json.dumps(start)}\ncall: opening", json.dumps(end)
+    free = "start: call* rest\nrest: TEXT\nTEXT: /(.|\\n)*/"
+    return f'%llguidance {{}}\n{free}\n{begin} "\\n" %json {body} "\\n" {last}\n'
 
 
 def _closed(schema: Any) -> Any:

@@ -80,6 +80,8 @@ class Runner(Protocol):
 
     @property
     def steps(self) -> int: ...  # grows while it gets on with its requests
+    @property
+    def sizes(self) -> Mapping[int, int]: ...  # requests of a step, or of a turn -> how many there were
 
     @property
     def threads(self) -> Mapping[str, threading.Thread]: ...  # what each does -> a thread that lives until `close`

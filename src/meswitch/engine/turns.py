@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +86,7 @@ class Turns:
         self.kv_tokens = kv_tokens
         self.failure: str | None = None
         self.steps = 0
+        self.sizes: Counter[int] = Counter()
         """Tokens of a turn's requests that were made, and turns that were taken."""
         self._model, self._stored, self._store = model, stored, store
         self._device = next(model.parameters()).device
@@ -205,6 +206,7 @@ class Turns:
 
     def _take_turn(self, turn: list[_Job]) -> None:
         self.steps += 1
+        self.sizes[len(turn)] += 1
         try:
             self._become(turn[0].slot)
             answered = self._score_prompts(turn)

@@ -15,25 +15,25 @@ _EVERY = 1.0
 
 @dataclass(slots=True)
 class Watched:
-    """One thread.
+    """One thread, or some that do the same.
 
     Args:
-        what: it does, for whoever reads that it has ended.
-        thread: the thread itself.
+        what: they do, for whoever reads that one has ended.
+        alive: whether all of them are there.
         busy: whether it has something to do.
         progress: a number that changes while it gets on with that.
     """
 
     what: str
-    thread: threading.Thread
-    busy: Callable[[], bool]
-    progress: Callable[[], int]
+    alive: Callable[[], bool]
+    busy: Callable[[], bool] = lambda: False
+    progress: Callable[[], int] = lambda: 0
     _seen: int = -1
     _since: float = field(default=0.0)
 
     def problem(self, now: float, limit: float) -> str | None:
         """What is wrong with it now, if anything is."""
-        if not self.thread.is_alive():
+        if not self.alive():
             return f"the thread that {self.what} has ended"
         progress = self.progress()
         if progress != self._seen or not self.busy():
@@ -61,21 +61,29 @@ class Watchdog:
         also: Callable[[float], None] = lambda now: None,
         limit: float = STALL_SECONDS,
     ) -> None:
-        self.failure: str | None = None
-        """What is wrong now. A thread that has ended stays so; one that goes on again is well again."""
-        self._watched, self._report, self._also, self._limit = watched, report, also, limit
+        self._failure: str | None = None
+        self.watched = list(watched)
+        """May change while it looks."""
+        self._report, self._also, self._limit = report, also, limit
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meswitch-watchdog", daemon=True)
         self._thread.start()
 
+    @property
+    def failure(self) -> str | None:
+        """What is wrong now. A thread that has ended stays so; one that goes on again is well again."""
+        if not self._thread.is_alive() and not self._closed.is_set():
+            return "the thread that watches the others has ended"
+        return self._failure
+
     def look(self, now: float) -> None:
         """Look at every thread once. now: seconds of a clock that never goes back."""
-        problems = [problem for one in self._watched if (problem := one.problem(now, self._limit)) is not None]
-        before, self.failure = self.failure, problems[0] if problems else None
-        if self.failure is not None and before is None:
-            logger.error("%s", self.failure)
-            self._report(self.failure)
-        elif self.failure is None and before is not None:
+        problems = [problem for one in list(self.watched) if (problem := one.problem(now, self._limit)) is not None]
+        before, self._failure = self._failure, problems[0] if problems else None
+        if self._failure is not None and before is None:
+            logger.error("%s", self._failure)
+            self._report(self._failure)
+        elif self._failure is None and before is not None:
             logger.warning("the engine goes on: %s no more", before)
 
     def close(self) -> None:

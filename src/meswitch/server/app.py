@@ -39,19 +39,22 @@ from meswitch.server.chat import Chat
 from meswitch.server.endpoints import OpenDecider, OpenEncoder, embedding_routes, routing_routes, token_routes
 from meswitch.server.errors import ApiError, install_error_handlers, without_paths
 from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
-from meswitch.server.generation import EventStream, Generation, encoded, whole_answer
+from meswitch.server.generation import ENCODERS, EventStream, Generation, encoded, whole_answer
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, Record, RequestLog
 from meswitch.server.messages import message_routes
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
+from meswitch.server.pace import TurnMiddleware
 from meswitch.server.page import docs_routes, page_routes
 from meswitch.server.responses import response_routes
 from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.tokenizer import Prompt
+from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.server")
 
+_HELPERS = 8  # threads for what must not hold the event loop up
 NOTE = "x-meswitch-note"  # what the expert cannot do of the request, and does without
 
 
@@ -114,10 +117,16 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        helpers = Workers(_HELPERS, "meswitch-server")
+        asyncio.get_running_loop().set_default_executor(helpers)
+        engine.watch("encodes prompts", ENCODERS)
+        engine.watch("routes and changes experts", helpers)
         watching = asyncio.create_task(_watch(experts)) if experts is not None and experts.is_watched else None
         yield
         if watching is not None:
             watching.cancel()
+        engine.forget(ENCODERS)
+        engine.forget(helpers)
         if close_engine:
             await asyncio.to_thread(engine.close)
 
@@ -127,6 +136,7 @@ def create_app(
     app.add_middleware(ApiKeyMiddleware, keys=keys)
     app.add_middleware(NormalisingMiddleware, root_path=web.root_path)
     app.add_middleware(RequestLog, engine=engine, told=[measured.count, *([] if trace is None else [trace])])
+    app.add_middleware(TurnMiddleware)
     if web.allow_origins:
         app.add_middleware(
             CORSMiddleware,

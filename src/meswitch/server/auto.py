@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote, unquote
 
-from meswitch.router import Route, Router, RoutingRequest
+from meswitch.errors import MeswitchError
+from meswitch.router import Route, RouteOption, Router, RoutingRequest
 from meswitch.router.base import Messages, Reason
 from meswitch.server.errors import ApiError, without_paths
 from meswitch.server.keys import CALLER
@@ -32,6 +33,7 @@ ERROR = "error"  # the fallback of a family whose abstentions are errors
 _MAX_BATCH = 64
 _TIMEOUT = 30.0  # seconds; then the fallback answers
 _TOLD = 16  # scores in a header
+Grow = Callable[[Router, RouteOption], Router]
 _NO_ROUTER = "there is none; make one with `meswitch router train` and start the server again"
 
 
@@ -132,6 +134,7 @@ class AutoPolicy:
             router is an error.
         no_router: why there is none, for who asks for `auto` all the same.
         prefetch: is called in a thread with each expert that was chosen.
+        grow: gives a router that knows one more expert, or raises a MeswitchError; None: none can be added.
     """
 
     def __init__(
@@ -143,15 +146,40 @@ class AutoPolicy:
         fallback: str | None = None,
         no_router: str = _NO_ROUTER,
         prefetch: Callable[[str], None] | None = None,
+        grow: Grow | None = None,
     ) -> None:
         failed = base if fallback in (None, ERROR) else str(fallback)
         self._queue = None if router is None else RouterQueue(router, names, failed, prefetch=prefetch)
-        self._names = names
+        self._names, self._grow = names, grow
         self._no_router = without_paths(no_router)
 
     @property
     def has_router(self) -> bool:
         return self._queue is not None
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Whom the router chooses among."""
+        return () if self._queue is None else self._queue.router.experts
+
+    def learn(self, option: RouteOption) -> str | None:
+        """Choose among one more expert from now on. From a thread: the router computes for that.
+
+        Args:
+            option: its name, and what is said of it.
+
+        Returns:
+            Why the router does not choose it; None if it does.
+        """
+        if self._queue is None:
+            return self._no_router
+        if self._grow is None:
+            return "this server's router is fixed"
+        try:
+            self._queue.replace(self._grow(self._queue.router, option))
+        except MeswitchError as error:
+            return without_paths(str(error))
+        return None
 
     async def choose(self, model: str, asked: RoutingRequest, wanted: str | None = None) -> Choice:
         """Who answers.
@@ -256,22 +284,26 @@ class RouterQueue:
         prefetch: Callable[[str], None] | None = None,
         cache_bytes: int = 4 << 20,
     ) -> None:
-        self._router = router
+        self.router = router
         self._names = names
         self._failed = Decision(fallback, None, "failed")
         self._waiting: list[tuple[Messages, asyncio.Future[Decision]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._prefetch = prefetch
         self._background: set[asyncio.Task[None]] = set()
-        self._cache: RouteCache[Decision] = RouteCache(cache_bytes)
+        self._cache: RouteCache[Decision] = RouteCache(cache_bytes)  # what this router decided
         self._decided: dict[tuple[str, str], int] = {}
         self._batches = self._scored = self._hits = 0
         self._seconds = 0.0
 
+    def replace(self, router: Router) -> None:
+        """Ask another router from now on. From any thread."""
+        self.router, self._cache = router, RouteCache(self._cache.budget)
+
     async def decide(self, messages: Messages) -> Decision:
         """Never raises because of the router."""
-        key = self._key(messages)
-        decision = self._cache.get(key) if key else None
+        key, cache = self._key(messages), self._cache
+        decision = cache.get(key) if key else None
         if decision is not None and decision.expert not in (ERROR, *self._names()):
             decision = None  # it was served when this was remembered
         if decision is not None:
@@ -279,7 +311,7 @@ class RouterQueue:
         else:
             decision = await self._ask(messages)
             if key and decision.reason != "failed":
-                self._cache.put(key, decision)
+                cache.put(key, decision)
         which = (decision.expert, decision.reason)
         self._decided[which] = self._decided.get(which, 0) + 1
         self._start_prefetch(decision.expert)
@@ -312,7 +344,10 @@ class RouterQueue:
             while self._waiting:
                 batch, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
                 start = time.perf_counter()
-                decisions = await asyncio.to_thread(self._route, [messages for messages, _ in batch])
+                try:
+                    decisions = await asyncio.to_thread(self._route, [messages for messages, _ in batch])
+                except MeswitchError:  # its thread is gone, and the engine says so
+                    decisions = [self._failed] * len(batch)
                 self._seconds += time.perf_counter() - start
                 self._batches += 1
                 self._scored += len(batch)
@@ -325,7 +360,7 @@ class RouterQueue:
     def _key(self, messages: Messages) -> bytes | None:
         """What the decision depends on; None for messages that the router will refuse."""
         try:
-            return key_of(self._router.inputs(messages))
+            return key_of(self.router.inputs(messages))
         except Exception:  # noqa: BLE001 - whatever is wrong with them, the router says it
             return None
 
@@ -337,20 +372,20 @@ class RouterQueue:
         task.add_done_callback(self._background.discard)
 
     def _route(self, queries: list[Messages]) -> list[Decision]:
+        router = self.router
         try:
-            routes = self._router.route_batch(queries)
-            return [self._decision(route) for route in routes]
+            return [self._decision(router, route) for route in router.route_batch(queries)]
         except Exception:
             if len(queries) > 1:  # one bad query must not take the others with it
                 return [decision for query in queries for decision in self._route([query])]
             logger.exception("the router failed; %s answers", self._failed.expert)
             return [self._failed] * len(queries)
 
-    def _decision(self, route: Route) -> Decision:
+    def _decision(self, router: Router, route: Route) -> Decision:
         if route.choice not in self._names() and not (route.choice == ERROR and route.reason == "abstained"):
             logger.error("the router chose %r, which is not served; %s answers", route.choice, self._failed.expert)
             return self._failed
-        best = max(route.scores[name] for name in self._router.experts)
+        best = max(route.scores[name] for name in router.experts)
         return Decision(route.choice, best, route.reason, route.scores)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from meswitch.engine.grammar import EXTRA, Grammar, is_available
+from meswitch.engine.grammar import EXTRA, Grammar, is_available, marked
 from meswitch.errors import ConfigError
 from meswitch.server.errors import ApiError
 from meswitch.server.schema import ChatRequest
@@ -49,6 +49,7 @@ class ToolFormat:
         start: what a call begins with; empty if it begins with the answer and with `{`, `[` or a special token.
         end: what it ends with; empty if the answer ends with it.
         read: what stands between -> (name, arguments) of each call; None if it is none.
+        vllm: the name of vLLM's parser for them.
         shown: special tokens that are needed to see a call.
     """
 
@@ -57,7 +58,13 @@ class ToolFormat:
     start: str
     end: str
     read: Callable[[str], "list[tuple[str, Any]] | None"]
+    vllm: str
     shown: tuple[str, ...] = ()
+
+    @property
+    def is_marked_json(self) -> bool:
+        """Whether a call is JSON between two marks."""
+        return bool(self.start and self.end) and self.read is read_json_calls
 
     def calls(self, body: str) -> list[ToolCall]:
         """Calls in what stands between start and end; none if it cannot be read."""
@@ -173,12 +180,18 @@ def read_mistral_calls(body: str) -> list[tuple[str, Any]] | None:
     return found or None
 
 
-JSON = ToolFormat("json", (), "", "", read_json_calls, ("<|python_tag|>",))
+JSON = ToolFormat("json", (), "", "", read_json_calls, "llama3_json", ("<|python_tag|>",))
 FORMATS = (
-    ToolFormat("qwen-xml", ("<tool_call>", "<function="), "<tool_call>", "</tool_call>", read_xml_call),
-    ToolFormat("hermes", ("<tool_call>",), "<tool_call>", "</tool_call>", read_json_calls),
+    ToolFormat("qwen-xml", ("<tool_call>", "<function="), "<tool_call>", "</tool_call>", read_xml_call, "qwen3_xml"),
+    ToolFormat("hermes", ("<tool_call>",), "<tool_call>", "</tool_call>", read_json_calls, "hermes"),
     ToolFormat(
-        "mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]", "", read_mistral_calls, ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+        "mistral",
+        ("[TOOL_CALLS]",),
+        "[TOOL_CALLS]",
+        "",
+        read_mistral_calls,
+        "mistral",
+        ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     ),
     JSON,
 )
@@ -367,12 +380,12 @@ class Chat:
         self._forced = bool(request.demanded)
         tools = [tool.for_template() for tool in request.offered]
         self.prompt = Conversation(request.conversation(), tools, request.chat_template_kwargs, request.continues)
-        for tool in request.offered:
-            if tool.function.strict and not self._forced:
-                raise ConfigError(
-                    "tools: strict is kept where a call is demanded (tool_choice 'required' or a function's name); "
-                    "leave strict out, or demand a call"
-                )
+        self._strict = request.strict and not self._forced
+        if self._strict and not self._format.is_marked_json:
+            raise ConfigError(
+                f"tools: strict: this expert writes calls as {self._format.name}, whose beginning no grammar can tell "
+                "from text; leave strict out, or demand a call (tool_choice 'required' or a function's name)"
+            )
 
     @cached_property
     def _thinking(self) -> bool:
@@ -387,10 +400,15 @@ class Chat:
             ConfigError: there is nothing that could follow it, or a tool's schema cannot be used.
         """
         after = THOUGHT if self._thinking else ""
+        if (self._forced or self._strict) and not is_available():
+            raise ConfigError(f"tools: a call that fits its schema {EXTRA}")
         if self._forced:
-            if not is_available():
-                raise ConfigError(f"tool_choice: a demanded call {EXTRA}")
             return calls_grammar([tool.for_template() for tool in self._request.demanded], after)
+        if self._strict:
+            start, end = self._format.start, self._format.end
+            tools = [tool.for_template(any_arguments=not tool.function.strict) for tool in self._request.offered]
+            are_tokens = {start, end} <= set(self._tokenizer.hidden.values())
+            return marked(calls_grammar(tools).text, start, end, are_tokens=are_tokens, after=after)
         found = self._request.grammar
         return None if found is None else Grammar(found.kind, found.text, after)
 

@@ -1,21 +1,23 @@
 """Experts come and go: what is served now, and how that is changed while it is."""
 
+import asyncio
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from meswitch.engine import Engine, holds_expert
 from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.family import NAME, RESERVED, Family
+from meswitch.router import RouteOption
+from meswitch.server.auto import AutoPolicy
 from meswitch.server.errors import ApiError, without_paths
 from meswitch.server.keys import ADMIN_KEY_VARIABLE, CALLER, Keys
 
@@ -35,6 +37,7 @@ class Experts:
         descriptions: what they are good at, by name; kept up to date for the models page.
         directory: those that clients with an admin key may load are in it; None: they may load none.
         family: the file that `reread` reads again.
+        auto: is told of experts that come.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class Experts:
         directory: Path | None = None,
         family: Path | None = None,
         is_watched: bool = False,
+        auto: AutoPolicy | None = None,
     ) -> None:
         self.descriptions = dict(descriptions)
-        self.is_watched = is_watched
+        self.is_watched, self._auto = is_watched, auto
         self._engine, self._directory, self._family = engine, directory, family
         self._sources, self._of_family = dict(sources), set(sources)
         self._found: dict[str, Any] = {}  # by `scan`: name -> signature of what was tried last
@@ -57,6 +61,7 @@ class Experts:
     def rows(self) -> list[dict[str, Any]]:
         """One expert a row: where it is, its bytes, version and counts."""
         counts, kept = self._engine.store.counts(), self._engine.store.kept
+        routed = () if self._auto is None else self._auto.experts
         rows = []
         for row in self._engine.store.residency():
             done = counts.get(row.expert)
@@ -69,6 +74,7 @@ class Experts:
                     "bytes": row.bytes,
                     "running": row.pins,
                     "pinned": row.expert in kept,
+                    "routed": row.expert in routed,
                     "version": row.version.rpartition(":")[2][:16],
                     "description": self.descriptions.get(row.expert, ""),
                     **(asdict(done) if done is not None else {}),
@@ -76,13 +82,17 @@ class Experts:
             )
         return rows
 
-    def add(self, name: str, path: str, description: str = "") -> None:
+    def add(self, name: str, path: str, description: str = "", examples: Sequence[str] = ()) -> str | None:
         """Serve what is in a directory below the allowed one.
 
         Args:
             name: of the expert.
             path: of an artifact or an adapter, relative to the allowed directory, or absolute and inside it.
             description: what it is good at.
+            examples: queries for it.
+
+        Returns:
+            Why `auto` does not choose it; None if it does.
 
         Raises:
             ApiError: nothing may be loaded, or not from there.
@@ -99,6 +109,7 @@ class Experts:
         if not source.is_dir():
             raise ApiError(404, f"path: {path!r}: no such directory", param="path", code="not_found")
         self._serve(name, source, description)
+        return self._join(RouteOption(name, description, tuple(examples)))
 
     def remove(self, name: str) -> None:
         """Serve an expert no more.
@@ -152,6 +163,8 @@ class Experts:
                 self.descriptions[name] = section.description
             else:
                 self._try(name, source, section.description)
+                if name in self._sources:
+                    self._join(RouteOption(name, section.description, section.examples))
             self._of_family.add(name)
 
     def scan(self) -> None:
@@ -178,6 +191,15 @@ class Experts:
                 if not known:  # a new version of one that is served is noticed by its next request
                     self._try(name, path.resolve(), self.descriptions.get(name, ""))
 
+    def _join(self, option: RouteOption) -> str | None:
+        """Let the router know of an expert. Gives the reason why it does not choose it, None if it does."""
+        if self._auto is None:
+            return "this server has no router"
+        reason = self._auto.learn(option)
+        if reason is not None:
+            logger.warning("auto does not choose expert %s: %s", option.name, reason)
+        return reason
+
     def _try(self, name: str, source: Path, description: str) -> None:
         try:
             self._serve(name, source, description)
@@ -201,6 +223,7 @@ class NewExpert(_Body):
     name: str = Field(pattern=NAME, max_length=128)
     path: str = Field(min_length=1)
     description: str = Field(default="", max_length=1024)
+    examples: list[Annotated[str, Field(min_length=1, max_length=4096)]] = Field(default_factory=list, max_length=256)
 
 
 class LoadLora(BaseModel):
@@ -232,9 +255,9 @@ def expert_routes(experts: Experts, engine: Engine, keys: Keys) -> APIRouter:
             message = "this needs an admin key; send the header `Authorization: Bearer <key>`"
         raise ApiError(403, message, code="not_allowed")
 
-    async def done(work: Any, *arguments: Any) -> None:
+    async def done(work: Any, *arguments: Any) -> Any:
         try:
-            await run_in_threadpool(work, *arguments)
+            return await asyncio.to_thread(work, *arguments)
         except MeswitchError as error:
             logger.warning("experts: %s", error)
             raise _refused(error) from error
@@ -257,10 +280,11 @@ def expert_routes(experts: Experts, engine: Engine, keys: Keys) -> APIRouter:
 
     @routes.post("/v1/experts", status_code=201)
     async def load_expert(body: NewExpert) -> dict[str, Any]:
-        """Serve one more expert."""
+        """Serve one more expert; `auto` chooses it too if the router learns it by what is said of it here."""
         check_admin()
-        await done(experts.add, body.name, body.path, body.description)
-        return next(row for row in experts.rows() if row["id"] == body.name)
+        reason = await done(experts.add, body.name, body.path, body.description, body.examples)
+        row = next(row for row in experts.rows() if row["id"] == body.name)
+        return row | ({} if reason is None else {"not_routed": reason})
 
     @routes.delete("/v1/experts/{name}")
     async def unload_expert(name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
@@ -25,10 +24,12 @@ from meswitch.server.answers import Answer, Format, Usage
 from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import GONE
+from meswitch.server.pace import PIECES
 from meswitch.server.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
+from meswitch.workers import Workers
 
-_ENCODERS = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "meswitch-encode")
+ENCODERS = Workers(min(4, os.cpu_count() or 1), "meswitch-encode")
 T = TypeVar("T")
 
 
@@ -51,7 +52,7 @@ async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *
         return tokenizer.encode(prompt)
 
     try:
-        return await asyncio.get_running_loop().run_in_executor(_ENCODERS, encode)
+        return await asyncio.get_running_loop().run_in_executor(ENCODERS, encode)
     except MeswitchError as error:
         raise ApiError.refused(error, prompt_field) from error
 
@@ -80,7 +81,7 @@ class Generation:
             raise ApiError(400, message, param=field, code="invalid_value")
         self._engine, self._model, self._prompts, self._request = engine, model, prompts, request
         self._choices, self._chat = request.answers, chat
-        self._loop = asyncio.get_running_loop()
+        self._deliveries = PIECES.here()
         self._pieces: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
         self._requests: list[EngineRequest] = []
 
@@ -108,7 +109,7 @@ class Generation:
             ApiError: the engine refuses one of them; then none runs.
         """
         made = cls(engine, model, prompts, request, prompt_field, chat)
-        submitting = asyncio.get_running_loop().run_in_executor(_ENCODERS, copy_context().run, made._submit)
+        submitting = asyncio.get_running_loop().run_in_executor(ENCODERS, copy_context().run, made._submit)
         try:
             await asyncio.shield(submitting)
         except asyncio.CancelledError:  # the client is gone; the thread may still submit
@@ -176,9 +177,7 @@ class Generation:
             self._engine.cancel(request)
 
     def _post(self, index: int, chunk: Chunk) -> None:
-        # from the engine's thread, which must survive a loop that was closed meanwhile: then nobody waits any more
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, chunk))
+        self._deliveries.post(partial(self._pieces.put_nowait, (index, chunk)))
 
 
 def _dead(engine: Engine) -> ApiError:

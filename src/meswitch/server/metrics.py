@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 from starlette.responses import Response
@@ -15,6 +15,7 @@ from meswitch.server.logs import Record
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _BY_EXPERT = ("expert",)
 
 
@@ -85,12 +86,20 @@ class _Now(Collector):
         yield _gauge("kv_cache_tokens", "Tokens that the KV cache holds.", self._engine.kv_tokens)
         yield _gauge("kv_cache_used_tokens", "Tokens of it that running requests use.", self._engine.kv_used_tokens)
         yield _counter("steps", "Steps of the batch.", self._engine.steps)
+        yield self._sizes()
         memory = GaugeMetricFamily("meswitch_memory_bytes", "Memory by purpose.", labels=["purpose"])
         for purpose, size in self._engine.memory().items():
             memory.add_metric([purpose], size)
         yield memory
         yield from self._experts()
         yield from self._router()
+
+    def _sizes(self) -> Metric:
+        found = self._engine.step_sizes()
+        buckets = [(f"{most}.0", sum(count for size, count in found.items() if size <= most)) for most in _SIZES]
+        buckets.append(("+Inf", sum(found.values())))
+        total = sum(size * count for size, count in found.items())
+        return HistogramMetricFamily("meswitch_batch_size", "Requests of a step.", buckets=buckets, sum_value=total)
 
     def _experts(self) -> Iterator[Metric]:
         resident = GaugeMetricFamily("meswitch_expert_resident", "1 where an expert is.", labels=["expert", "place"])

@@ -2,6 +2,7 @@
 
 import re
 import zlib
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,9 +35,7 @@ class NormalisingMiddleware:
             path = path[len(self._root_path) :]
         path = path.rstrip("/") or "/"
         scope = {**scope, "path": path}
-        headers = dict(scope["headers"])
-        if b"x-api-key" in headers and b"authorization" not in headers:
-            scope["headers"] = [*scope["headers"], (b"authorization", b"Bearer " + headers[b"x-api-key"])]
+        scope["headers"] = with_authorization(scope["headers"])
         if scope["method"] == "HEAD":
             scope["method"], send = "GET", _without_body(send)
         try:
@@ -45,6 +44,14 @@ class NormalisingMiddleware:
             await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+def with_authorization(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers of a request whose key is in `authorization`, also one of Anthropic's clients."""
+    named = dict(headers)
+    if b"x-api-key" in named and b"authorization" not in named:
+        return [*headers, (b"authorization", b"Bearer " + named[b"x-api-key"])]
+    return list(headers)
 
 
 def _without_body(send: Send) -> Send:

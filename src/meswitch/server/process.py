@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from meswitch.engine import Engine
 HEAD_SECONDS = 15.0  # from the connection, or the last answer, to the last byte of a request's head
 BODY_SECONDS = 120.0  # for the body
 READ_SECONDS = 60.0  # without taking a byte of the answer
+HEAD_BYTES = 1 << 16  # of a request's head
 _LOOK_EVERY = 1.0
 _RESERVED_FILES = 64  # for experts that are read, the router and logs
 _FULL = json.dumps(
@@ -38,6 +40,9 @@ _REFUSAL = (
 logger = logging.getLogger("meswitch.server")
 _LAST_WORDS = 2.0  # seconds for error events to reach their clients
 _IDLE_SECONDS = 1.0  # for connections without a request to close by themselves at the end
+# So long a thread waits for another to give the interpreter away. With Python's 5 ms the event loop would wait for the
+# thread that computes again and again while a step's pieces are sent.
+_SWITCH_SECONDS = 0.0005
 _BACKLOG = 128  # connections that are accepted at one go, before `Connections` sees any of them
 
 
@@ -124,6 +129,7 @@ class _Bounded:
 
     def connection_made(self, transport: Any) -> None:
         self.since = self.loop.time()  # it waits for a request's head, or its body
+        self._head_bytes = 0
         self._unread_since: float | None = None
         super().connection_made(transport)  # type: ignore[misc]
         if not self.bounds.enter(self):
@@ -139,8 +145,11 @@ class _Bounded:
             return
         waited = self.is_idle
         super().data_received(data)  # type: ignore[misc]
+        self._head_bytes = self._head_bytes + len(data) if waited and self.is_idle else 0
         if waited and not self.is_idle:
             self.since = self.loop.time()  # the head is there
+        elif self._head_bytes > HEAD_BYTES:
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         self.since = self.loop.time()
@@ -220,6 +229,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         protocol = self.config.http_protocol_class
         self.config.http_protocol_class = self.bounds.protocol(protocol)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

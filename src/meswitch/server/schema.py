@@ -259,9 +259,11 @@ class Tool(Strict):
     type: Literal["function"]
     function: Function
 
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self, *, any_arguments: bool = False) -> dict[str, Any]:
+        """any_arguments: without the schema of its arguments."""
         function: dict[str, Any] = {"name": self.function.name, "description": self.function.description}
         parameters = self.function.parameters or {"type": "object", "properties": {}}
+        parameters = {"type": "object"} if any_arguments else parameters
         return {"type": "function", "function": function | {"parameters": parameters}}
 
 
@@ -489,6 +491,8 @@ class ChatRequest(GenerationRequest):
             raise refuse("unsupported", "response_format", "not together with tools that may be called")
         if self.demanded and self.structured_outputs is not None:
             raise refuse("unsupported", "structured_outputs", "not together with a call that is demanded")
+        if self.strict and self.structured_outputs is not None:
+            raise refuse("unsupported", "structured_outputs", "not together with strict tools")
         if any(message.prefix for message in self.messages[:-1]):
             raise refuse("bad_value", "messages", "prefix: only in the last message")
         if self.continues and self.messages[-1].role != "assistant":
@@ -523,8 +527,19 @@ class ChatRequest(GenerationRequest):
         return self.tools if self.tool_choice == "required" else []
 
     @property
+    def strict(self) -> bool:
+        """Whether arguments of some tool's calls must fit its schema."""
+        return any(tool.function.strict for tool in self.offered)
+
+    @property
     def grammar_field(self) -> str:
-        return "tools" if self.demanded else "response_format" if self.response_format else "structured_outputs"
+        return (
+            "tools"
+            if self.demanded or self.strict
+            else "response_format"
+            if self.response_format
+            else "structured_outputs"
+        )
 
     @property
     def grammar(self) -> Grammar | None:

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from meswitch.errors import (
     MeswitchError,
     UnknownExpertError,
 )
+from meswitch.workers import Workers
 
 T = TypeVar("T")
 
@@ -39,15 +40,15 @@ class Loader:
 
     def __init__(self, threads: int, name: str, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._pool = ThreadPoolExecutor(threads, name)
+        self.workers = Workers(threads, name)
 
     def start(self, work: Callable[[], T]) -> Future[T]:
         """Have something done. Whatever it raises is the future's."""
-        return self._pool.submit(self._do, work)
+        return self.workers.submit(self._do, work)
 
     def close(self) -> None:
         """Begin nothing more. What runs is not waited for: its disk may never answer."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.workers.shutdown(wait=False, cancel_futures=True)
 
     def _do(self, work: Callable[[], T]) -> T:
         if self._device.type != "cuda":

@@ -43,6 +43,7 @@ from meswitch.slots.loader import Loader, load_error
 from meswitch.slots.tables import SlotTables
 from meswitch.slots.versions import Accept, Plan, Signature, Version, Versions, manifest_digest
 from meswitch.units import format_bytes
+from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.slots")
 
@@ -443,6 +444,16 @@ class ExpertStore:
     @property
     def slot_count(self) -> int:
         return len(self._device.slots)
+
+    @property
+    def workers(self) -> dict[str, Workers]:
+        """What threads do -> the threads, without which experts are not loaded."""
+        return {
+            "opens experts": self._openers.workers,
+            "reads experts": self._readers.workers,
+            "fills slots": self._copier.workers,
+            "looks for new versions": self._versions.workers,
+        }
 
     def describe(self) -> str:
         return f"{self.slot_count} slots of {format_bytes(self.slot_bytes)} for {len(self.artifacts)} experts"

