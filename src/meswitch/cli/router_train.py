@@ -15,7 +15,6 @@ from typer.core import TyperGroup
 
 from meswitch.cli import console
 from meswitch.cli.options import option_groups
-from meswitch.cli.route import FamilyOption, ModelOption
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,6 +77,15 @@ _ROWS = (
     'JSON lines of `{"query": ..., "domain": ..., "source": ...}`; the domain is an expert\'s name, or `other` for '
     "queries that none of them is for."
 )
+FamilyOption = Annotated[Path, typer.Option(metavar="FILE", help="A family.toml, or the directory that holds one.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        show_default="where it was when the router was trained; for training, the base",
+        help="An LLM router's causal LM: a checkpoint directory or a hub id.",
+    ),
+]
 DataOption = Annotated[Path, typer.Option(metavar="FILE", help=_ROWS)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the model runs.")]
