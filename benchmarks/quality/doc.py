@@ -141,6 +141,28 @@ def large() -> str:
     return f"{pipe(head, *rows)}\n\n{said}"
 
 
+def quantised() -> str:
+    """What `quantised_base.py` measured."""
+    data = stored("quality-quantised-base.json")
+    if data is None:
+        return "Not measured yet: `python benchmarks/quality/quantised_base.py`."
+    meta, found = data["meta"], {(row["base"], row["way"], row["expert"]): row for row in data["rows"]}
+    experts = list(dict.fromkeys(row["expert"] for row in data["rows"]))
+    said = {
+        "fine-tune": "the fine-tune, rounded",
+        "plain delta": "a delta from the 16-bit base",
+        "own delta": "a delta from the rounded base",
+    }
+    rows = []
+    for base, way in dict.fromkeys((base, way) for base, way, _ in found):
+        own = [found[base, way, expert] for expert in experts]
+        name = "the fine-tune" if base == "16 bit" and way == "fine-tune" else said[way]
+        rows.append([base, name, *(f"{row['correct']}" for row in own), *(f"{row['kl']:.5f}" for row in own)])
+    head = ["base", "what is served", *experts, *(f"KL {expert}" for expert in experts)]
+    note = f"Right of {meta['questions']} questions. {meta['date']}, torch {meta['torch']}, {meta['device']}."
+    return f"{pipe(head, *rows)}\n\n{note}"
+
+
 def places(stores: Stores) -> dict[str, str]:
     """What is to stand where."""
     return {
@@ -151,6 +173,7 @@ def places(stores: Stores) -> dict[str, str]:
         "demo": demo(),
         "levels": levels(),
         "large": large(),
+        "quantised": quantised(),
         "cost": cost(stores),
         "cost 7b": cost_7b(),
         "provenance": provenance(stores),

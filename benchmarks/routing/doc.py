@@ -4,7 +4,8 @@
     python benchmarks/routing/doc.py --check    say so instead, and exit 1
 
 Reads benchmarks/results/routing.json (`run.py`) and, if they are there, benchmarks/results/routing-llm.json, which
-`llm_router.py` and `cascade.py` write, and routing-described.json (`described.py`).
+`llm_router.py` and `cascade.py` write, and routing-described.json, routing-context.json and routing-claims.json, which
+the scripts of these names write.
 """
 
 import sys
@@ -231,7 +232,7 @@ def left_out(found: dict[str, Any]) -> str:
 
 
 def answer(found: dict[str, Any], llm_found: dict[str, Any], said: dict[str, Any]) -> str:
-    """A row for each way to route: accuracy on sources it knows, and on three collections of sources it does not."""
+    """A row for each way to route: accuracy on sources it knows, and on collections of sources it does not."""
     if not said or "minilm-l6-int8" not in found:
         return LATER
     encoder = found["minilm-l6-int8"]["held_out"]
@@ -256,7 +257,7 @@ def answer(found: dict[str, Any], llm_found: dict[str, Any], said: dict[str, Any
         if (variant, "dev") in cascades:
             held, dev = cascades[variant, "held-out"], cascades[variant, "dev"]
             ms, size = f"{held['latency_ms']['p50']:.1f}", f"{held['bytes'] / 1e6:.0f}"
-            rows.append([what, share(held["accuracy"]), share(dev["accuracy"]), "-", "-", ms, size])
+            rows.append([what, share(held["accuracy"]), share(dev["accuracy"]), *["-"] * (len(SETS) - 1), ms, size])
     head = ["router", "known sources", "shift", *list(SETS.values())[1:], "ms a query, p50", "MB"]
     return f"{pipe(head, *rows)}\n\nShare of the experts' queries that reach the right one; four experts. On a CPU."
 
@@ -277,7 +278,7 @@ def places(found: dict[str, Any], llm_found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-SETS = {"dev": "shift", "choice": "15 sources", "final": "14 sources"}
+SETS = {"dev": "shift", "choice": "15 sources", "final": "14 sources", "last": "9 sources"}
 
 
 def by_lines(found: dict[str, Any]) -> str:
@@ -298,6 +299,60 @@ def by_lines(found: dict[str, Any]) -> str:
                         [kind, name.removeprefix("four-"), label, share(data["accuracy"]), *shares, *rest, naive]
                     )
     return pipe(head, *rows)
+
+
+def reread(found: dict[str, Any]) -> str:
+    """The 15 sources without the rows of instruct that ask for something else."""
+    parts = {
+        "five lines an expert, nothing trained": [row for name, row in found["described"].items() if "lines" in name],
+        "trained from the lines": [row for name, row in found.get("trained", {}).items() if name != "nothing"],
+    }
+    rows = []
+    for what, some in parts.items():
+        data = [row["choice"] for row in some if "reread" in row.get("choice", {})]
+        if data:
+            pairs = [(one["accuracy"], one["reread"]["accuracy"]) for one in data]
+            own = [(one["per_domain"]["instruct"], one["reread"]["instruct"]) for one in data]
+            rows.append([what, *(share(mean(pair[i] for pair in some)) for some in (pairs, own) for i in (0, 1))])
+    head = ["router", "as labelled", "without those rows", "instruct, as labelled", "without those rows"]
+    return pipe(head, *rows) if rows else LATER
+
+
+def context(found: dict[str, Any]) -> str:
+    """What tells a question to a database."""
+    if not found:
+        return LATER
+    head = ["what the router sees", "sql, by lines", "others", "sql, trained from lines", "others"]
+    rows = [
+        [way, *(share(found[kind][way][key]) for kind in ("lines", "trained") for key in ("sql", "others"))]
+        for way in found["lines"]
+    ]
+    counts = found["meta"]["rows"]
+    return (
+        f"{pipe(head, *rows)}\n\n{counts['sql']} questions to three databases and {counts['others']} queries for the "
+        "other experts; share that reaches the right one, means over the three sets of lines, never abstaining."
+    )
+
+
+def claims(found: dict[str, Any]) -> str:
+    """Routers of what experts claim."""
+    if not found:
+        return LATER
+    names = list(next(iter(found["routers"].values())))
+    heads = [f"{name}, {what}" for name in names for what in ("accuracy", "lowest domain")]
+    rows = [
+        [kind, *(part for name in names for part in _claimed(routers[name]))]
+        for kind, routers in found["routers"].items()
+    ]
+    meta = found["meta"]
+    return (
+        f"{pipe(['trained on', *heads], *rows)}\n\n{meta['test']} queries of the toy family. "
+        f"{meta['right']:.0%} of the claims that became rows are right."
+    )
+
+
+def _claimed(data: dict[str, Any]) -> tuple[str, str]:
+    return share(data["accuracy"]), share(min(data["per_domain"][name] for name in EXPERTS))
 
 
 def fifth_by_lines(found: dict[str, Any]) -> str:
@@ -333,6 +388,9 @@ def main(arguments: list[str] | None = None) -> None:
     filled = places(found, llm_found)
     filled["answer"] = answer(found, llm_found, said)
     filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}
+    filled["reread"] = reread(said) if said else LATER
+    filled["context"] = context(stored("routing-context.json", options.results) or {})
+    filled["claims"] = claims(stored("routing-claims.json", options.results) or {})
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)
 
 

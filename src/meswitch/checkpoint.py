@@ -16,6 +16,7 @@ from meswitch.configuration import read_config
 from meswitch.errors import AdapterError, CheckpointError, listed
 from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.jsonfile import disguise, read_json
+from meswitch.quantised import FORMATS, METHOD, as_weights, is_readable, quantisation
 from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header, read_index
 
 # What makes an expert speak (and see): copied into its artifact as it is.
@@ -63,7 +64,8 @@ class Checkpoint:
         ties: of a `loaded` checkpoint, names that have no tensor of their own -> the names whose tensors they are.
         left_out: stored tensors that are not in `tensors`, since the model does not load them.
         is_stored: whether `tensors` is what the files hold, under their names; else see `loaded`.
-        content: what a fingerprint is taken of; None for `tensors`.
+        content: what a fingerprint is taken of; None for `tensors`. Of a quantised checkpoint whose weights are read it
+            is what its files hold.
     """
 
     source: str
@@ -94,7 +96,11 @@ class Checkpoint:
                     f"{source}: no such directory; give a checkpoint directory or a hub id such as org/name"
                 )
             directory = fetch_checkpoint(str(source), (*COMPANION_FILES, ADAPTER_CONFIG))
-        return cls(str(source), directory, _stored(directory))
+        stored = _stored(directory)
+        config = quantisation(directory)
+        if config is None or not is_readable(config):
+            return cls(str(source), directory, stored)
+        return cls(str(source), directory, as_weights(directory, stored), content=stored)
 
     @cached_property
     def config(self) -> Any:
@@ -107,8 +113,25 @@ class Checkpoint:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether its linear layers hold something else than weights, as the configuration says."""
+        """Whether its files hold something else than weights for linear layers, as the configuration says."""
         return bool(getattr(self.config, "quantization_config", None))
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether `tensors` are weights: plain ones, or those that a quantised checkpoint's codes stand for."""
+        return self.content is not None or not self.is_quantised
+
+    @property
+    def unread_reason(self) -> str:
+        """Why the codes of a quantised checkpoint are not read as weights."""
+        found = getattr(self.config, "quantization_config", None) or {}
+        found = found if isinstance(found, Mapping) else found.to_dict()
+        method, stored_as = found.get("quant_method"), found.get("format")
+        return (
+            f"its weights are quantised by {method or 'a method without a name'}"
+            + (f" as {stored_as}" if stored_as else "")
+            + f"; of quantised bases those of {METHOD} are read ({', '.join(FORMATS)})"
+        )
 
     @cached_property
     def loaded(self) -> "Checkpoint":

@@ -9,37 +9,19 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meswitch.architecture import WRAPPERS, Architecture, Conversion, LoadPlan, architecture_of, unwrapped
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError, listed
-from meswitch.tensorfile import TensorInfo, tensor_bytes
+from meswitch.tensorfile import BuiltTensor, TensorInfo
 
 _PREFIX_PARTS = 3  # parts of a name that may stand before all names
 _BLOCK = 16 << 20  # bytes that are compared at a time
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltTensor(TensorInfo):
-    """A parameter that is made of several stored tensors, each time it is read.
-
-    Args:
-        make: gives it.
-    """
-
-    make: Callable[[], Tensor]
-
-    def read_bytes(self, start: int = 0, count: int | None = None) -> bytearray:
-        stop = self.nbytes if count is None else start + count
-        return bytearray(tensor_bytes(self.make())[start:stop])
-
-    def read(self, *, pinned: bool = False) -> Tensor:
-        made = self.make().contiguous()
-        return made.pin_memory() if pinned else made
 
 
 def as_loaded(checkpoint: Checkpoint) -> Checkpoint:
@@ -104,7 +86,7 @@ def alike(base: Checkpoint, expert: Checkpoint) -> tuple[Checkpoint, Checkpoint]
         if any(right.info(name) is None for name in left.tensors):
             ours, theirs = _in_parameters(ours, theirs)
             break
-    return replace(ours, content=content), theirs
+    return replace(ours, content=base.content or content), theirs
 
 
 def find(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
@@ -160,6 +142,8 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
     Raises:
         CheckpointError: a parameter is not stored: transformers would fill it with random numbers.
     """
+    if checkpoint.is_quantised:
+        return _dequantised(checkpoint, architecture, dtype, **options)
     import transformers
 
     model, found = architecture.model_class.from_pretrained(
@@ -175,6 +159,34 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
             f"{checkpoint.directory}: {type(model).__name__}: {listed(absent)} not stored under a name that "
             f"transformers {transformers.__version__} loads; fetch the checkpoint again, or save it with this version"
         )
+    return model
+
+
+def _dequantised(
+    checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *, attn_implementation: str | None = None
+) -> Any:
+    """The model of a quantised checkpoint, with the weights that its codes stand for.
+
+    Raises:
+        CheckpointError: they are not read.
+    """
+    from meswitch.compression.partial_model import LazyModel
+
+    if not checkpoint.holds_weights:
+        raise CheckpointError(f"{checkpoint.directory}: {checkpoint.unread_reason}; give the checkpoint in 16 bit")
+    loaded = checkpoint.loaded
+    kept = getattr(architecture.config, "dtype", None) or torch.bfloat16
+    weights = LazyModel(
+        architecture.config,
+        loaded.tensors,
+        loaded.read,
+        checkpoint.directory,
+        torch.device("cpu"),
+        kept if dtype == "auto" else dtype,
+    )
+    model = weights.load()
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
     return model
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # numbers that are weights as they are
 _HEADER_LIMIT = 100_000_000
+_SHARD_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,25 @@ class TensorInfo:
                 if not got:
                     raise MeswitchError(f"{self.file}: ends inside tensor {self.name}; fetch the file again")
                 done += got
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltTensor(TensorInfo):
+    """A parameter that is made of several stored tensors, each time it is read.
+
+    Args:
+        make: gives it.
+    """
+
+    make: Callable[[], Tensor]
+
+    def read_bytes(self, start: int = 0, count: int | None = None) -> bytearray:
+        stop = self.nbytes if count is None else start + count
+        return bytearray(tensor_bytes(self.make())[start:stop])
+
+    def read(self, *, pinned: bool = False) -> Tensor:
+        made = self.make().contiguous()
+        return made.pin_memory() if pinned else made
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -184,6 +204,43 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str,
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         _sort_metadata(temporary)
         temporary.chmod(0o666 & ~umask)
+
+
+class Shards:
+    """The weights of a checkpoint as they are written: one file, or several with an index.
+
+    Args:
+        directory: to write them in; it holds no others.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._pending: dict[str, Tensor] = {}
+        self._files: list[Path] = []
+        self._places: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor, and write those that are kept once they are many."""
+        self._pending[name] = tensor
+        if sum(kept.nbytes for kept in self._pending.values()) >= _SHARD_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write the rest, and the index if there are several files."""
+        self._flush()
+        if len(self._files) == 1:
+            self._files[0].rename(self.directory / WEIGHTS)
+            return
+        index = {"metadata": {}, "weight_map": self._places}
+        (self.directory / INDEX).write_text(json.dumps(index, indent=1))
+
+    def _flush(self) -> None:
+        if self._pending:
+            file = self.directory / f"model-{len(self._files) + 1:05d}.safetensors"
+            write_tensors(file, self._pending)
+            self._files.append(file)
+            self._places |= dict.fromkeys(self._pending, file.name)
+            self._pending = {}
 
 
 def _sort_metadata(file: Path) -> None:

@@ -345,7 +345,7 @@ def test_layers_without_a_pair_are_noted(base, tmp_path):
 def test_a_quantised_base_is_refused(base, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", pairs(base, "q_proj", "v_proj"))
     edit_config(base, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(IncompatibleError, match="quantization_config: an adapter is added to weights"):
+    with pytest.raises(IncompatibleError, match="quantization_config: its weights are quantised by bitsandbytes"):
         converted(base, adapter, tmp_path / "delta")
 
 

@@ -66,10 +66,14 @@ def test_probabilities_sum_to_one_and_none_of_these_is_among_them(described):
     assert sum(route.scores.values()) == pytest.approx(1.0)
 
 
-def test_an_examples_score_without_it_is_that_of_routes_that_never_had_it(options, space, monkeypatch):
+@pytest.mark.parametrize("many", [False, True])
+def test_an_examples_score_without_it_is_that_of_routes_that_never_had_it(many, options, all_rows, space, monkeypatch):
+    if many:  # each is then the mean of its lines
+        lines = list(dict.fromkeys(row.query for row in all_rows))
+        options = [RouteOption(f"r{i}", lines[i * 12], tuple(lines[i * 12 + 1 : i * 12 + 6])) for i in range(20)]
     found = []
-    whole = module._LeftOut.scores
-    monkeypatch.setattr(module._LeftOut, "scores", lambda self: found.append(whole(self)) or found[0])
+    whole = module._left_out
+    monkeypatch.setattr(module, "_left_out", lambda *given: found.append(whole(*given)) or found[0])
     fit_prototypes(options, space)
     line = options[0].examples[2]
     fewer = [RouteOption(o.name, o.description, tuple(e for e in o.examples if e != line)) for o in options]

@@ -11,7 +11,7 @@ from meswitch.cli import app
 from meswitch.router import LlmSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
-LLM = ("--kind", "llm", "--weights", "full", "--steps", "2", "--batch", "2", "--max-tokens", "16")
+LLM = ("llm", "--weights", "full", "--steps", "2", "--batch", "2", "--max-tokens", "16")
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def run(project, *words):
 
 
 def train(project, *words):
-    done = run(project, "router", "train", "--family", "@", "--json", *words)
+    done = run(project, "router", "train", *words, "--family", "@", "--json")
     assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def llm(project):
-    return train(project, "--data", "@train.jsonl", "--eval-data", "@dev.jsonl", "--out", "@llm", *LLM)
+    return train(project, *LLM, "--data", "@train.jsonl", "--eval-data", "@dev.jsonl", "--out", "@llm")
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +94,15 @@ def test_an_embedding_router_learns_a_new_expert_from_examples(embedding, projec
 
 
 def test_rules_are_not_updated(embedding, project):
-    train(project, "--kind", "rules", "--rules", "@rules.toml", "--out", "@plain-rules")
+    train(project, "rules", "--rules", "@rules.toml", "--out", "@plain-rules")
     done = run(project, "router", "update", "--family", "@", "--router", "@plain-rules")
     assert done.exit_code == 1
     assert "only LLM and embedding routers" in done.stderr
 
 
 def test_a_cascade_of_two_trained_routers(llm, embedding, project):
-    words = ("--kind", "cascade", "--first", "@router", "--second", "@llm", "--asked", "0.1", "--out", "@cascade")
-    told = train(project, "--data", "@dev.jsonl", *words)
+    words = ("--first", "@router", "--second", "@llm", "--asked", "0.1", "--out", "@cascade")
+    told = train(project, "cascade", "--data", "@dev.jsonl", *words)
     assert 0 <= told["held_out"]["weight"] <= 1
     question = "Ravi shares 8 books equally among 4 friends. How many books does each friend get?"
     done = run(project, "route", "--family", "@", "--router", "@cascade", "--json", question)
@@ -110,7 +110,7 @@ def test_a_cascade_of_two_trained_routers(llm, embedding, project):
 
 
 def test_rules_before_a_router(embedding, project):
-    train(project, "--kind", "rules", "--rules", "@rules.toml", "--first", "@router", "--out", "@rules")
+    train(project, "rules", "--rules", "@rules.toml", "--first", "@router", "--out", "@rules")
     choice = [
         json.loads(run(project, "route", "--family", "@", "--router", "@rules", "--json", query).stdout)["choice"]
         for query in ("SELECT a poem", "If I have 3 apples and buy 4, how many do I have?")
@@ -121,9 +121,12 @@ def test_rules_before_a_router(embedding, project):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--kind", "llm"), "--data: a router of kind llm"),
-        (("--kind", "cascade", "--data", "@dev.jsonl"), "needs --first DIR and --second DIR"),
-        (("--kind", "rules"), "needs --rules FILE"),
+        ((), "--data: a router of kind embedding"),
+        (("--data", "@train.jsonl", "--rows", "@rows"), "--rows: only with --self"),
+        (("--kind", "llm"), "Missing option '--data'"),
+        (("cascade", "--data", "@dev.jsonl"), "Missing option '--first'"),
+        (("rules",), "Missing option '--rules'"),
+        (("tree",), "No such command 'tree'"),
         (
             ("--data", "@train.jsonl", "--eval-data", "@train.jsonl", "--leaks", "refuse"),
             "queries of the training data",
@@ -132,8 +135,8 @@ def test_rules_before_a_router(embedding, project):
     ],
 )
 def test_what_is_missing_is_named(project, words, message):
-    done = run(project, "router", "train", "--family", "@", "--out", "@nowhere", *words)
-    assert done.exit_code == 1
+    done = run(project, "router", "train", *words, "--family", "@", "--out", "@nowhere")
+    assert done.exit_code != 0
     assert message in done.stderr
 
 
@@ -146,7 +149,10 @@ def test_check_counts_what_two_files_share(project):
     assert told["conflicts"] == 0
 
 
-@pytest.mark.parametrize("command", ["route", "router train", "router eval", "router update", "router check"])
+TRAIN = [f"router train {kind}" for kind in ("embedding", "llm", "cascade", "rules")]
+
+
+@pytest.mark.parametrize("command", ["route", *TRAIN, "router eval", "router update", "router check"])
 def test_every_option_is_documented(command):
     from typer.main import get_command
 
@@ -154,7 +160,7 @@ def test_every_option_is_documented(command):
     for word in command.split():
         found = found.commands[word]
     page = (DOCS / "use" / "cli.md").read_text()
-    general, text = page.split("\n## ")[0], page.split(f"\n## {command}\n")[1].split("\n## ")[0]
+    general, text = page.split("\n## ")[0], page.split(f"\n## {' '.join(command.split()[:2])}\n")[1].split("\n## ")[0]
     for option in found.params:
         name = option.opts[0]
         if name.startswith("--") and name != "--help":
@@ -164,7 +170,8 @@ def test_every_option_is_documented(command):
 def test_the_command_trains_an_llm_router_with_the_settings_of_the_python_api():
     from typer.main import get_command
 
-    options = {option.name: option.default for option in get_command(app).commands["router"].commands["train"].params}
+    command = get_command(app).commands["router"].commands["train"].commands["llm"]
+    options = {option.name: option.default for option in command.params}
     plain = LlmSettings()
     for name in ("steps", "batch", "rank", "top", "settle", "max_tokens", "permutations"):
         assert options[name] == getattr(plain, name), name

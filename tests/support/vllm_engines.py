@@ -60,6 +60,24 @@ def ask(engine, prompts, adapters=None, **params):
     return [tuple(output.outputs[0].token_ids) for output in outputs]
 
 
+def behind(engine, adapter, prompt, answer):
+    """How much less likely than the likeliest token an answer's worst one is to an expert that is asked alone."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    (output,) = engine.generate(
+        [{"prompt_token_ids": [*prompt, *answer]}],
+        SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, prompt_logprobs=1),
+        lora_request=adapter and LoRARequest(adapter[0], adapter[1], str(adapter[2])),
+        use_tqdm=False,
+    )
+    places = output.prompt_logprobs[len(prompt) :]
+    return max(
+        max(entry.logprob for entry in place.values()) - place[token].logprob
+        for token, place in zip(answer, places, strict=True)
+    )
+
+
 def adapters_of(deltas):
     """(name, id, directory) by name; the base is None."""
     return {"base": None} | {name: (name, i + 1, path) for i, (name, path) in enumerate(deltas.items())}

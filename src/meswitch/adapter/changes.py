@@ -199,10 +199,9 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Changes:
         CheckpointError: the adapter holds something that this base has no place for.
         IncompatibleError: its shapes are not the base's, or the base is quantised.
     """
-    if base.is_quantised:
+    if not base.holds_weights:
         raise IncompatibleError(
-            f"{base.directory}/config.json: quantization_config: an adapter is added to weights; give the base in "
-            "16 bit"
+            f"{base.directory}/config.json: quantization_config: {base.unread_reason}; give the base in 16 bit"
         )
     _check_config(adapter, base)
     found = _Base(adapter, base.loaded, architecture_of(base.config))

@@ -315,7 +315,10 @@ class Artifact:
         if found != wanted.fingerprint and not self._loads_alike(base):
             fix = "use that base or compress again"
             if base.is_quantised:
-                fix = "use that base in 16 bit, or serve the quantised one with vLLM (`meswitch serve --engine vllm`)"
+                fix = (
+                    "use that base in 16 bit, serve the quantised one with vLLM (`meswitch serve --engine vllm`), or "
+                    "compress again against the quantised one, so that the deltas repair its error"
+                )
             raise IncompatibleError(
                 f"{base.directory}: its fingerprint {found[15:27]}… is not the {wanted.fingerprint[15:27]}… of "
                 f"{wanted.name!r}, against which {self.directory} was compressed; {fix}"

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meswitch.cli import console
+from meswitch.cli import console, router_train
 from meswitch.cli.route import FamilyOption, ModelOption, RouterOption, ThresholdOption, open_router
-from meswitch.cli.router_train import DataOption, DeviceOption, JsonOption, OutOption, train
+from meswitch.cli.router_train import DataOption, DeviceOption, JsonOption, OutOption
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
     from meswitch.router import EmbeddingRouter, Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Train and measure the router that `model: auto` asks.")
-app.command()(train)
+app.add_typer(router_train.app, name="train")
 
 
 @app.command("eval")

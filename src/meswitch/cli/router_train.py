@@ -1,30 +1,61 @@
-"""`meswitch router train`."""
+"""`meswitch router train`: one subcommand for each kind of router."""
 
+import dataclasses
+import json
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from meswitch.cli import console, router_kinds
+from meswitch.cli import console
 from meswitch.cli.options import option_groups
 from meswitch.cli.route import FamilyOption, ModelOption
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
+    from meswitch.family import Family
     from meswitch.router import Row
+    from meswitch.router.store import Keepable
 
 
-class Kind(StrEnum):
-    """Routers that can be made."""
+class Kinds(TyperGroup):
+    """The subcommand may be left out: `embedding` is meant then. `--kind KIND` may stand for it too."""
 
-    embedding = "embedding"
-    llm = "llm"
-    cascade = "cascade"
-    rules = "rules"
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for i, word in enumerate(args):
+            if word == "--kind" or word.startswith("--kind="):
+                kind = word.partition("=")[2] or (args[i + 1] if i + 1 < len(args) else "")
+                rest = args[:i] + args[i + (2 if word == "--kind" else 1) :]
+                return super().parse_args(ctx, [kind, *rest])
+        if args and args[0].startswith("-") and args[0] not in ("--help", "-h"):
+            args = ["embedding", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=Kinds, no_args_is_help=True)
+
+
+@app.callback()
+def train() -> None:
+    """Train the family's router.
+
+    What decides is one of these kinds; without a name, `embedding`. Rows of `other` teach a router when to abstain. The
+    figures shown are from rows that were held out.
+
+    Examples:
+
+        meswitch router train --family family.toml --data train.jsonl
+        meswitch router train --family family.toml --self --data log.jsonl --encoder ./all-MiniLM-L6-v2 --bits 8
+        meswitch router train llm --family family.toml --data train.jsonl --model ./SmolLM2 --out llm-router
+        meswitch router train cascade --family family.toml --data calib.jsonl --first router --second llm-router
+        meswitch router train rules --family family.toml --rules rules.toml --first router
+    """
 
 
 class Weights(StrEnum):
@@ -58,18 +89,20 @@ OutOption = Annotated[
         help="Where to write the router. A router that is there is replaced in one step.",
     ),
 ]
-_EMBEDDING, _LLM, _PAIR = "Embedding router", "LLM router", "Cascade and rules"
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
-    """What is trained, on what."""
+class Place:
+    """Where the router goes."""
 
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", show_default="none; only rules need none", help=_ROWS)
-    ] = None
-    kind: Annotated[Kind, typer.Option(help="What decides: see below.")] = Kind.embedding
     out: OutOption = None
+    device: DeviceOption = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What is done to rows before training."""
+
     eval_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Rows that the router will be measured on; they must not be trained on."),
@@ -79,7 +112,26 @@ class Training:
         typer.Option(help="Training rows that equal, or nearly equal, one of --eval-data: leave out, fail, keep."),
     ] = Leaks.drop
     seed: Annotated[int, typer.Option(help="Decides which rows are held out, and in which order they come.")] = 0
-    device: DeviceOption = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Rows that nobody labelled."""
+
+    self_: Annotated[
+        bool,
+        typer.Option(
+            "--self",
+            help="Let the experts label the queries of --data, by how sure each is of its answer; labels that are "
+            "there do not count. Without --data they write queries first. The family's engine runs for it.",
+        ),
+    ] = False
+    written: Annotated[
+        int, typer.Option(min=10, help="With --self and without --data: queries that each expert writes.")
+    ] = 100
+    rows: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --self: also write the rows that come of it to FILE.")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +142,6 @@ class EmbeddingOptions:
         str | None,
         typer.Option(
             metavar="DIR",
-            rich_help_panel=_EMBEDDING,
             show_default="the family's base",
             help="Whose hidden states to read: a directory or hub id of a sentence encoder, a causal LM, or static "
             "embeddings (one safetensors matrix and tokenizer.json).",
@@ -98,21 +149,17 @@ class EmbeddingOptions:
     ] = None
     bits: Annotated[
         int,
-        typer.Option(
-            rich_help_panel=_EMBEDDING, help="8 keeps a sentence encoder's linear layers as int8, on the CPU."
-        ),
+        typer.Option(help="8 keeps a sentence encoder's linear layers as int8, on the CPU."),
     ] = 32
     target_precision: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=_EMBEDDING,
             help="Choose the threshold so that this share of what is answered is right, on held-out rows.",
         ),
     ] = None
     target_coverage: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=_EMBEDDING,
             help="Choose the threshold so that this share of the experts' rows is answered.",
         ),
     ] = None
@@ -126,156 +173,332 @@ class LlmOptions:
     weights: Annotated[
         Weights,
         typer.Option(
-            rich_help_panel=_LLM,
             help="Train adapters (needs `meswitch[lora]`), all weights, or none: then only the threshold is fitted.",
         ),
     ] = Weights.lora
-    steps: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Of training.")] = 300
-    batch: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Queries a step.")] = 16
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 300
+    batch: Annotated[int, typer.Option(min=1, help="Queries a step.")] = 16
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=0.0, rich_help_panel=_LLM, show_default="1e-3 for lora, 5e-5 for full", help="At its peak."),
+        typer.Option(min=0.0, show_default="1e-3 for lora, 5e-5 for full", help="At its peak."),
     ] = None
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Of the adapters.")] = 16
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 16
     top: Annotated[
         float,
-        typer.Option(min=0.05, max=1.0, rich_help_panel=_LLM, help="Share of the blocks with adapters, from the last."),
+        typer.Option(min=0.05, max=1.0, help="Share of the blocks with adapters, from the last."),
     ] = 0.5
     settle: Annotated[
         float,
         typer.Option(
             min=0.0,
-            rich_help_panel=_LLM,
             help="Share of the steps in which the options pass from the family's order to random ones. 1000 keeps one "
             "order: the least training, but position then carries the answer, and no expert can be added.",
         ),
     ] = 0.25
-    max_tokens: Annotated[
-        int, typer.Option(min=8, rich_help_panel=_LLM, help="Of a query; of a longer one its beginning and end.")
-    ] = 192
-    permutations: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_LLM, help="Orders of the options that an answer is averaged over.")
-    ] = 1
+    max_tokens: Annotated[int, typer.Option(min=8, help="Of a query; of a longer one its beginning and end.")] = 192
+    permutations: Annotated[int, typer.Option(min=1, help="Orders of the options that an answer is averaged over.")] = 1
     checkpoint: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            rich_help_panel=_LLM,
             show_default="beside --out",
             help="The state of an unfinished training; the same command goes on from there.",
         ),
     ] = None
-    save_every: Annotated[int, typer.Option(min=1, rich_help_panel=_LLM, help="Steps between checkpoints.")] = 50
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50
 
 
-@dataclass(frozen=True, slots=True)
-class PairOptions:
-    """Of a cascade and of rules."""
-
-    first: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", rich_help_panel=_PAIR, help="A trained router: asked first, or behind the rules."),
-    ] = None
-    second: Annotated[
-        Path | None, typer.Option(metavar="DIR", rich_help_panel=_PAIR, help="A trained router: asked when unsure.")
-    ] = None
-    asked: Annotated[
-        float,
-        typer.Option(
-            min=0.0, max=1.0, rich_help_panel=_PAIR, help="Share of queries for the second router; 1 asks both always."
-        ),
-    ] = 0.2
-    rules: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=_PAIR, help="TOML: [[rule]] tables of choose, field and pattern."),
-    ] = None
+CascadeFirst = Annotated[Path, typer.Option("--first", metavar="DIR", help="A trained router: asked first.")]
+CascadeSecond = Annotated[Path, typer.Option("--second", metavar="DIR", help="A trained router: asked when unsure.")]
+RulesFirst = Annotated[
+    Path | None, typer.Option("--first", metavar="DIR", help="A trained router: decides what no rule does.")
+]
+RulesOption = Annotated[
+    Path, typer.Option("--rules", metavar="FILE", help="TOML: [[rule]] tables of choose, field and pattern.")
+]
+AskedOption = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Share of queries for the second router; 1 asks both always.")
+]
 
 
+@app.command()
 @option_groups
-def train(
+def embedding(
+    *,
     family: FamilyOption,
-    training: Training,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", show_default="none", help=_ROWS)] = None,
+    place: Place,
+    checks: Checks,
+    claims: Claims,
     embedding: EmbeddingOptions,
-    llm: LlmOptions,
-    pair: PairOptions,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the family's router on labelled queries.
+    """Linear heads over an encoder's hidden states and the queries' words.
 
-    - **embedding**: linear heads over an encoder's hidden states and the queries' words. Seconds to train, milliseconds
-      to ask. Every expert needs 5 different queries; a few hundred are better.
-    - **llm**: a chat model answers a multiple-choice question over the experts' descriptions. Slower, but a new expert
-      needs no more than a description: `meswitch router update`.
-    - **cascade**: a cheap router first, a better one where the first is unsure. Give --data that neither has seen.
-    - **rules**: patterns on the text, headers or metadata decide before any model.
-
-    Rows of `other` teach a router when to abstain. The figures shown are from rows that were held out.
+    Seconds to train, milliseconds to ask. Every expert needs 5 different queries; a few hundred are better. Where each
+    expert of the family has three `examples` or more, training starts from them.
 
     Examples:
 
         meswitch router train --family family.toml --data train.jsonl
-        meswitch router train --family family.toml --data train.jsonl --kind llm --model ./SmolLM2 --out llm-router
-        meswitch router train --family family.toml --data calib.jsonl --kind cascade --first router --second llm-router
+        meswitch router train --family family.toml --self --data log.jsonl --encoder ./all-MiniLM-L6-v2 --bits 8
     """
     console.quiet()
-    from meswitch.family import Family
-    from meswitch.router import LlmSettings, read_rows
+    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.launch import route_options
+    from meswitch.router import Encoder, TextEncoder, open_encoder, read_rows, train_router
+    from meswitch.router.train import default_settings
+
+    job = Job.of(family, place)
+    if data is None and not claims.self_:
+        raise ConfigError("--data: a router of kind embedding is trained on rows; give a file of them, or --self")
+    if claims.rows is not None and not claims.self_:
+        raise ConfigError("--rows: only with --self, which makes rows")
+    if claims.self_:
+        rows = job.claimed(claims, data, checks.seed)
+    else:
+        assert data is not None
+        rows = read_rows(data, job.family.names)
+    rows, leaked = without_leaks(rows, checks, job.family.names)
+    encoder: TextEncoder
+    if embedding.encoder is None:
+        encoder = Encoder.load(job.base, job.device)
+    else:
+        encoder = open_encoder(embedding.encoder, job.device, embedding.bits)
+    settings = dataclasses.replace(
+        default_settings(encoder, checks.seed, len(job.family.names)),
+        target_precision=embedding.target_precision,
+        target_coverage=embedding.target_coverage,
+    )
+    with console.progress("router") as progress:
+        router = train_router(
+            rows,
+            job.family.names,
+            encoder,
+            settings=settings,
+            options=route_options(job.family),
+            data_sha256="" if data is None else sha256_file(data),
+            fallback=job.family.router.fallback,
+            progress=lambda done, total: progress("reading queries", done, total, ""),
+        )
+    held_out = dataclasses.asdict(router.calibration)
+    job.finish(router, "embedding", as_json, rows=router.provenance.rows, leaked=leaked, held_out=held_out)
+
+
+@app.command()
+@option_groups
+def llm(
+    family: FamilyOption,
+    data: DataOption,
+    place: Place,
+    checks: Checks,
+    llm: LlmOptions,
+    as_json: JsonOption = False,
+) -> None:
+    """A chat model answers a multiple-choice question over the experts' descriptions.
+
+    Slower than an embedding router, but a new expert needs no more than a description: `meswitch router update`. Rows
+    that are there twice count once.
+
+    Example:
+
+        meswitch router train llm --family family.toml --data train.jsonl --model ./SmolLM2 --out llm-router
+    """
+    console.quiet()
+    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.router import LlmSettings, open_llm, read_rows, train_llm_router
     from meswitch.router.data import drop_duplicates
 
-    config, kind = Family.load(family), training.kind
-    if training.data is None and kind is not Kind.rules:
-        raise ConfigError(f"--data: a router of kind {kind} is trained on rows; give a file of them")
-
-    def read(file: Path) -> list["Row"]:
-        return read_rows(file, config.names)
-
-    rows = read(training.data) if training.data else []  # before a model is loaded: a typing error shows at once
-    rows, leaked = router_kinds.without_leaks(rows, training.eval_data, training.leaks, read)
-    duplicates = 0
-    if kind is Kind.llm:
-        rows, duplicates = drop_duplicates(rows)
-    target = training.out or config.resolve(config.router.path)
-    state = llm.checkpoint or target.with_name(target.name + ".training")
-    device = console.check_device(training.device)
-    job = router_kinds.TrainingJob(config, target, training.data, rows, training.seed, device)
-    start = time.perf_counter()
-    if kind is Kind.llm:
-        settings = LlmSettings(
-            weights=llm.weights,
-            steps=llm.steps,
-            batch=llm.batch,
-            question=min(4, llm.batch),
-            learning_rate=llm.learning_rate or (1e-3 if llm.weights == "lora" else 5e-5),
-            rank=llm.rank,
-            alpha=2 * llm.rank,
-            top=llm.top,
-            settle=llm.settle,
-            max_tokens=llm.max_tokens,
-            permutations=llm.permutations,
-            seed=training.seed,
+    job = Job.of(family, place)
+    rows, leaked = without_leaks(read_rows(data, job.family.names), checks, job.family.names)
+    rows, duplicates = drop_duplicates(rows)
+    settings = LlmSettings(
+        weights=llm.weights.value,
+        steps=llm.steps,
+        batch=llm.batch,
+        question=min(4, llm.batch),
+        learning_rate=llm.learning_rate or (1e-3 if llm.weights == "lora" else 5e-5),
+        rank=llm.rank,
+        alpha=2 * llm.rank,
+        top=llm.top,
+        settle=llm.settle,
+        max_tokens=llm.max_tokens,
+        permutations=llm.permutations,
+        seed=checks.seed,
+    )
+    state = llm.checkpoint or job.target.with_name(job.target.name + ".training")
+    model = open_llm(job.family.resolve_model(llm.model or job.family.base.path), job.device)
+    if settings.weights != "reference":
+        model.model.float()  # small steps are lost in 16 bit
+    with console.progress("router") as progress:
+        router = train_llm_router(
+            rows,
+            {expert.name: expert.description for expert in job.family.expert},
+            model,
+            settings=settings,
+            data_sha256=sha256_file(data),
+            fallback=job.family.router.fallback,
+            checkpoint=state,
+            save_every=llm.save_every,
+            report=lambda done, total, loss: progress("training", done, total, f"loss {loss:.3f}"),
         )
-        trained = router_kinds.llm(job, llm.model, settings, state, llm.save_every)
-    elif kind is Kind.cascade:
-        trained = router_kinds.cascade(job, pair.first, pair.second, pair.asked, llm.model)
-    elif kind is Kind.rules:
-        trained = router_kinds.rules(job, pair.rules, pair.first, llm.model)
-    else:
-        precision, coverage = embedding.target_precision, embedding.target_coverage
-        trained = router_kinds.embedding(job, embedding.encoder, embedding.bits, precision, coverage)
-    router_kinds.finish(trained, target, state)
-    told = {
-        "router": str(target),
-        "kind": kind.value,
-        "rows": trained.rows,
-        "duplicates": duplicates,
-        "leaked": leaked,
-        "held_out": trained.held_out,
-        "seconds": time.perf_counter() - start,
-    }
-    if as_json:
-        console.print_json(told)
-    else:
-        _show_training(told)
+    held_out = dataclasses.asdict(router.calibration)
+    rows_of = router.provenance.rows
+    job.finish(router, "llm", as_json, rows=rows_of, duplicates=duplicates, leaked=leaked, held_out=held_out)
+    shutil.rmtree(state, ignore_errors=True)  # of no use once the router is written
+
+
+@app.command()
+@option_groups
+def cascade(
+    family: FamilyOption,
+    data: DataOption,
+    first: CascadeFirst,
+    second: CascadeSecond,
+    place: Place,
+    checks: Checks,
+    asked: AskedOption = 0.2,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A cheap router first, a better one where the first is unsure.
+
+    Give --data that neither has seen: it decides what unsure means.
+
+    Example:
+
+        meswitch router train cascade --family family.toml --data calib.jsonl --first router --second llm-router
+    """
+    console.quiet()
+    from collections import Counter
+
+    from meswitch.router import fit_cascade, load_router, read_rows
+
+    job = Job.of(family, place)
+    names = job.family.names
+    rows, leaked = without_leaks(read_rows(data, names), checks, names)
+    one, two = (
+        load_router(path, job.base, experts=names, device=job.device, llm=model if path == second else None)
+        for path in (first, second)
+    )
+    router = fit_cascade(one, two, rows, asked=asked if asked < 1 else None, fallback=job.family.router.fallback)
+    held_out = dataclasses.asdict(router.calibration) | {"margin": router.margin, "weight": router.weight}
+    counts = dict(sorted(Counter(row.domain for row in rows).items()))
+    job.finish(router, "cascade", as_json, rows=counts, leaked=leaked, held_out=held_out)
+
+
+@app.command()
+@option_groups
+def rules(
+    family: FamilyOption,
+    rules: RulesOption,
+    place: Place,
+    first: RulesFirst = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Patterns on the text, headers or metadata decide before any model.
+
+    Example:
+
+        meswitch router train rules --family family.toml --rules rules.toml --first router --out ruled
+    """
+    console.quiet()
+    from meswitch.router import RulesRouter, load_router, read_rules
+
+    job = Job.of(family, place)
+    names = job.family.names
+    behind = None if first is None else load_router(first, job.base, experts=names, device=job.device, llm=model)
+    router = RulesRouter(read_rules(rules), names, behind, fallback=job.family.router.fallback)
+    job.finish(router, "rules", as_json, held_out={"rules": len(router.rules)})
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training: of which family, where the router goes, and when it began."""
+
+    family: "Family"
+    base: Path
+    target: Path
+    device: str
+    started: float
+
+    @classmethod
+    def of(cls, family: Path, place: Place) -> "Job":
+        from meswitch.family import Family
+
+        config = Family.load(family)
+        target = place.out or config.resolve(config.router.path)
+        device = console.check_device(place.device)
+        return cls(config, Path(config.resolve_model(config.base.path)), target, device, time.perf_counter())
+
+    def claimed(self, claims: Claims, data: Path | None, seed: int) -> list["Row"]:
+        """Rows of what the experts claim, of the queries of a file or of what they write themselves."""
+        from meswitch.durable import write_text
+        from meswitch.launch import engine_from_family
+        from meswitch.router.claims import claim_queries, read_queries, write_queries
+
+        queries = None if data is None else read_queries(data)
+        with engine_from_family(self.family) as engine, console.progress("router") as progress:
+            if queries is None:
+                progress("writing queries", 0, 0, "")
+                queries = write_queries(engine, self.family.names, claims.written, seed)
+            told = lambda done, total: progress("asking experts", done, total, f"{len(queries)} queries")  # noqa: E731
+            rows = claim_queries(engine, queries, self.family.names, told)
+        if claims.rows is not None:
+            write_text(claims.rows, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+        return rows
+
+    def finish(
+        self,
+        router: "Keepable",
+        kind: str,
+        as_json: bool,
+        *,
+        rows: Mapping[str, int] | None = None,
+        duplicates: int = 0,
+        leaked: Mapping[str, int] | None = None,
+        held_out: Mapping[str, Any],
+    ) -> None:
+        """Write the router and say what it is."""
+        router.save(self.target)
+        told = {
+            "router": str(self.target),
+            "kind": kind,
+            "rows": rows or {},
+            "duplicates": duplicates,
+            "leaked": leaked or {},
+            "held_out": held_out,
+            "seconds": time.perf_counter() - self.started,
+        }
+        if as_json:
+            console.print_json(told)
+        else:
+            _show_training(told)
+
+
+def without_leaks(rows: Sequence["Row"], checks: Checks, names: Sequence[str]) -> tuple[list["Row"], dict[str, int]]:
+    """Training rows without those that `--eval-data` has too, and how many there were of each kind.
+
+    Raises:
+        ConfigError: there are some, and `--leaks` is `refuse`.
+    """
+    from meswitch.router import find_leakage, read_rows
+
+    if checks.eval_data is None:
+        return list(rows), {}
+    found = find_leakage(read_rows(checks.eval_data, names), rows)
+    counts = found.counts()
+    if found.rows and checks.leaks is Leaks.refuse:
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if kind != "conflicts")
+        raise ConfigError(
+            f"--eval-data: {checks.eval_data} has queries of the training data ({told}); remove them, or "
+            "`--leaks drop` to train without them"
+        )
+    if checks.leaks is Leaks.drop:
+        gone = set(found.rows)
+        rows = [row for i, row in enumerate(rows) if i not in gone]
+    return list(rows), counts
 
 
 def _show_training(told: Mapping[str, object]) -> None:

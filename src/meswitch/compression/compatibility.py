@@ -17,8 +17,8 @@ from meswitch.artifact.manifest import Entry
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import INACTIVE, TRAINING, UNREAD, config_differences
 from meswitch.errors import IncompatibleError, listed
-from meswitch.loaded import BuiltTensor, alike
-from meswitch.tensorfile import WEIGHT_DTYPES
+from meswitch.loaded import alike
+from meswitch.tensorfile import WEIGHT_DTYPES, BuiltTensor
 
 _PAIR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 LARGE = 0.3  # ||delta|| / ||base||; fine-tunes of 7B models move by 0.01 to 0.05
@@ -66,12 +66,16 @@ def check_same_computation(base: Checkpoint, expert: Checkpoint) -> None:
     Raises:
         IncompatibleError: naming the field and both values.
     """
-    for checkpoint in (base, expert):
-        if checkpoint.is_quantised:
-            raise IncompatibleError(
-                f"{checkpoint.directory}/config.json: quantization_config: a delta is taken between weights; give the "
-                "checkpoint in 16 bit that this was made from"
-            )
+    if not base.holds_weights:
+        raise IncompatibleError(
+            f"{base.directory}/config.json: quantization_config: {base.unread_reason}; give the checkpoint in 16 bit "
+            "that this was made from"
+        )
+    if expert.is_quantised:
+        raise IncompatibleError(
+            f"{expert.directory}/config.json: quantization_config: a delta is taken from an expert's own weights; give "
+            "the checkpoint in 16 bit that this was made from"
+        )
     file = f"{expert.directory}/config.json"
     if expert.config.model_type != base.config.model_type:
         part = getattr(base.config, "text_config", None)

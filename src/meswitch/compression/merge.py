@@ -20,11 +20,8 @@ from meswitch.compression.partial_model import LazyModel
 from meswitch.configuration import read_config
 from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.loaded import BuiltTensor
 from meswitch.progress import Progress, silent
-from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, write_tensors
-
-_SHARD_BYTES = 2 << 30
+from meswitch.tensorfile import BuiltTensor, Shards, TensorInfo
 
 
 def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -103,32 +100,14 @@ def merge(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     wanted = getattr(torch, dtype) if dtype else None
-    weight_map: dict[str, str] = {}
-    pending: dict[str, Tensor] = {}
-    shards: list[Path] = []
-
-    def flush() -> None:
-        if pending:
-            path = partial / f"model-{len(shards) + 1:05d}.safetensors"
-            write_tensors(path, pending)
-            shards.append(path)
-            weight_map.update(dict.fromkeys(pending, path.name))
-            pending.clear()
-
+    shards = Shards(partial)
     done, total = 0, sum(math.prod(entry.shape) for entry in artifact.manifest.tensors.values())
     for name in artifact.manifest.tensors:
         tensor = restored_tensor(checkpoint, artifact, name, wanted)
         done += tensor.numel()
         progress("merging", done, total, name)
-        pending[name] = tensor
-        if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
-            flush()
-    flush()
-    if len(shards) == 1:
-        shards[0].rename(partial / WEIGHTS)
-    else:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=1))
+        shards.add(name, tensor)
+    shards.finish()
     for name in artifact.manifest.companions:
         shutil.copyfile(artifact.directory / name, partial / name)
     if wanted is not None:

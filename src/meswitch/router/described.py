@@ -1,9 +1,10 @@
 """Routes known by what is said of them: a name, a description, example lines. No training, no labelled queries.
 
 A text becomes the means of its tokens in the encoder's upper half of layers, each of length one, less the mean of
-everyday requests (`everyday.txt`). A route is the weighted mean of its lines; a query belongs to the nearest route, in
-a metric that counts directions less in which the examples of one route differ among themselves. The origin, where
-everyday requests lie, stands for "none of these".
+everyday requests (`everyday.txt`). A route is its lines: a query is as near to it as to the nearest ones. (Of many
+routes, each is narrow: it is the mean of its lines.) Nearness is measured in a metric that counts directions less in
+which the examples of one route differ among themselves. A route that everyday requests are near to is near to
+everything, so that counts against it. The origin, where everyday requests lie, stands for "none of these".
 
 Probabilities come from the lines themselves. Each example is left out of its route and scored: how far it wins says
 how sure a score is. The same example without its route, and the everyday requests, show what a query for nobody scores.
@@ -45,6 +46,10 @@ ENOUGH = 3  # example lines of each route, from which they help a trained router
 _MAX_TOKENS = 64  # of a text: the beginning and the end
 _DESCRIBED = 2.0  # how many examples a description weighs; 1 and 3 were little different
 _SHRINK = 4.0  # of the metric towards plain distance; 1 to 4 were little different
+MANY = 16  # routes, from which they are taken to be intents of one application rather than domains
+_SOFTNESS = 0.3  # how far lines behind the nearest one count; 0.1 to 0.6 were little different
+_HUB = 0.25  # how much of a route's nearness to everyday requests is taken off; 0.25 to 0.75 were little different
+_HUB_LINES = 10  # everyday requests, the nearest ones, that say how near
 _TEMPERATURE = 0.025  # of scores, where examples say nothing else
 _TEMPERATURE_BARE = 0.03  # of routes without examples
 _MOST_BARE = 0.4  # the highest threshold of routes without examples
@@ -110,12 +115,20 @@ def layers_of(encoder: TextEncoder) -> tuple[int, ...]:
 
 
 class Space:
-    """Texts -> vectors, of one encoder. The lines of routes are kept, as the same ones come again."""
+    """Texts -> vectors, of one encoder. The lines of routes are kept, as the same ones come again.
+
+    `form` [width] weighs the layers where routes are few: zero for those that say only what a text is about.
+    """
 
     def __init__(self, encoder: TextEncoder) -> None:
         self.encoder = encoder
         self.layers = layers_of(encoder)
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        # A sentence encoder's last layers know what a text is about, those below also what is wanted.
+        top = encoder.depth if isinstance(encoder, Encoder) else round(encoder.depth * 5 / 6)
+        low = [layer <= top for layer in self.layers]
+        share = torch.tensor(low if any(low) else [True] * len(low)).float()
+        self.form = (share * (len(share) / share.sum()) ** 0.5).repeat_interleave(encoder.hidden_size)
         raw = self._raw(EVERYDAY)
         self.middle = raw.mean(0)
         self.background = raw - self.middle
@@ -154,8 +167,11 @@ class Prototypes:
     """Routes as points, and how sure a score is; float32.
 
     Args:
-        weight: [width, routes]; a route's score is linear in the text's vector.
-        bias: [routes].
+        weight: [width, points]; the nearness to a point is linear in the text's vector.
+        bias: [points].
+        owner: [points] int64, the point's route.
+        heights: [points], the logarithm of the point's share in its route.
+        hub: [routes], what is taken off a route's score.
         temperature: of scores.
         slope: the log-odds that any route is for a text are slope x (the best score - cut).
         cut: see there.
@@ -164,14 +180,26 @@ class Prototypes:
 
     weight: Tensor
     bias: Tensor
-    temperature: float
-    slope: float
-    cut: float
-    threshold: float
+    owner: Tensor
+    heights: Tensor
+    hub: Tensor
+    temperature: float = _TEMPERATURE
+    slope: float = 1.0
+    cut: float = 0.0
+    threshold: float = 0.0
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, routes], before the temperature. x: [n, width]."""
-        return x @ self.weight + self.bias
+        return self.together(x @ self.weight + self.bias, self.heights)
+
+    def together(self, near: Tensor, heights: Tensor) -> Tensor:
+        """[n, routes], of the nearness to each point [n, points]."""
+        scaled = near / _SOFTNESS + heights
+        index = self.owner.expand_as(scaled)
+        shape = (len(near), len(self.hub))
+        top = scaled.new_full(shape, -torch.inf).scatter_reduce(1, index, scaled, "amax")
+        rest = scaled.new_zeros(shape).scatter_add(1, index, (scaled - top.gather(1, index)).exp())
+        return _SOFTNESS * (top + rest.log()) - self.hub
 
     def odds(self, x: Tensor) -> Tensor:
         """[n]: log-odds that some route is for the text."""
@@ -191,24 +219,83 @@ def fit_prototypes(options: Sequence[RouteOption], space: Space) -> Prototypes:
         RouterError: see `check_options`.
     """
     check_options(options)
-    texts = [_described(option) for option in options] + [line for option in options for line in option.examples]
-    vectors = space.lines(texts)
-    said, counts = vectors[: len(options)], torch.tensor([len(option.examples) for option in options])
-    examples, owner = vectors[len(options) :], torch.arange(len(options)).repeat_interleave(counts)
-    own = torch.tensor([_DESCRIBED if option.description.strip() else 0.0 for option in options])
-    if not len(examples):
-        own = own.clamp_min(1.0)
-    total = (own + counts)[:, None]
-    points = (said * own[:, None]).index_add(0, owner, examples) / total
-    residuals = _residuals(examples, owner, counts)
-    metric = _metric(residuals)
-    weight, bias = _linear(points, metric)
+    lines = _Lines.of(options, space)
+    metric, residuals = lines.metric()
+    weight = metric @ lines.points().T
+    bias = -0.5 * (lines.points() * weight.T).sum(1)
+    heights = (lines.weights / lines.total()[lines.owner]).log()
+    found = Prototypes(lines.scale[:, None] * weight, bias, lines.owner, heights, torch.zeros(len(options)))
+    nearest = found.logits(space.background).topk(_HUB_LINES, 0).values.mean(0)
+    found = replace(found, hub=_HUB * nearest)
     # an example of a route that has nothing else cannot be left out of it
-    left = [i for i, k in enumerate(owner.tolist()) if float(total[k]) > 1]
-    if not left or len(options) < 2:
-        return _uncalibrated(weight, bias, space, bool(len(examples)))
-    without = _LeftOut(points, metric, residuals, examples, owner, counts, total)
-    return _calibrated(weight, bias, space, without.scores()[left], owner[left])
+    route = lines.owner[lines.group]
+    left = lines.total()[route] > 1
+    if not bool(left.any()) or len(options) < 2:
+        return _uncalibrated(found, space, bool(len(lines.examples)))
+    scores = _left_out(lines, metric, residuals, weight, bias, found)
+    return _calibrated(found, space, scores[left], route[left])
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """What is said of the routes, as vectors, and which lines make a point together.
+
+    Args:
+        examples: [n, width].
+        group: [n] int64, each example's point.
+        sums: [points, width], of the lines' vectors times what they weigh.
+        weights: [points], what the lines of each weigh.
+        owner: [points] int64, each point's route.
+        counts: [routes] int64, examples of each.
+        scale: [width], of the vectors.
+    """
+
+    examples: Tensor
+    group: Tensor
+    sums: Tensor
+    weights: Tensor
+    owner: Tensor
+    counts: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, options: Sequence[RouteOption], space: Space) -> "_Lines":
+        texts = [line for option in options for line in option.examples]
+        route = torch.tensor([i for i, option in enumerate(options) for _ in option.examples], dtype=torch.int64)
+        # of a name alone something is known too, where there is nothing else
+        said = [i for i, option in enumerate(options) if option.description.strip()] or range(len(options))
+        apart = bool(texts) and len(options) < MANY
+        scale = space.form if apart else torch.ones_like(space.form)
+        vectors = scale * space.lines([*texts, *(_described(options[i]) for i in said)])
+        routes = torch.cat([route, torch.tensor([*said], dtype=torch.int64)])
+        shares = torch.cat([torch.ones(len(texts)), torch.full((len(said),), _DESCRIBED if texts else 1.0)])
+        group = torch.arange(len(routes)) if apart else routes
+        owner = routes if apart else torch.arange(len(options))
+        sums = torch.zeros(len(owner), vectors.shape[1]).index_add(0, group, shares[:, None] * vectors)
+        weights = torch.zeros(len(owner)).index_add(0, group, shares)
+        counts = torch.bincount(route, minlength=len(options))
+        return cls(vectors[: len(texts)], group[: len(texts)], sums, weights, owner, counts, scale)
+
+    def points(self) -> Tensor:
+        """[points, width]."""
+        return self.sums / self.weights[:, None]
+
+    def total(self) -> Tensor:
+        """[routes]: what all lines of a route weigh."""
+        return torch.zeros(len(self.counts)).index_add(0, self.owner, self.weights)
+
+    def metric(self) -> tuple[Tensor, Tensor]:
+        """The inverse of the covariance within routes, shrunk to the identity, [width, width], and what it is made of.
+
+        That is [n, width]: examples less the mean of their route's; zero where it has but one.
+        """
+        width, route = self.examples.shape[1], self.owner[self.group]
+        means = torch.zeros(len(self.counts), width).index_add(0, route, self.examples)
+        residuals = self.examples - (means / self.counts.clamp_min(1)[:, None])[route]
+        if not bool(residuals.any()):
+            return torch.eye(width), residuals
+        covariance = residuals.T @ residuals / _mean_variance(residuals)
+        return torch.linalg.inv((covariance + _SHRINK * torch.eye(width)) / (1 + _SHRINK)), residuals
 
 
 def _described(option: RouteOption) -> str:
@@ -216,78 +303,50 @@ def _described(option: RouteOption) -> str:
     return f"{name}: {option.description}" if option.description.strip() else name
 
 
-def _residuals(examples: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
-    """[n, width]: examples less the mean of their route's; zero where it has but one."""
-    means = torch.zeros(len(counts), examples.shape[1]).index_add(0, owner, examples) / counts.clamp_min(1)[:, None]
-    return examples - means[owner]
-
-
-def _scale(residuals: Tensor) -> Tensor:
+def _mean_variance(residuals: Tensor) -> Tensor:
     """What the covariance within routes is divided by, so that its mean variance is one."""
     return (residuals.square().sum() / residuals.shape[1]).clamp_min(1e-12)
 
 
-def _metric(residuals: Tensor) -> Tensor:
-    """[width, width]: the inverse of the covariance within routes, shrunk to the identity."""
-    width = residuals.shape[1]
-    if not bool(residuals.any()):
-        return torch.eye(width)
-    covariance = residuals.T @ residuals / _scale(residuals)
-    return torch.linalg.inv((covariance + _SHRINK * torch.eye(width)) / (1 + _SHRINK))
+def _left_out(
+    lines: _Lines, metric: Tensor, residuals: Tensor, weight: Tensor, bias: Tensor, found: Prototypes
+) -> Tensor:
+    """[n, routes]: scores of each example with its point, its route and the metric as they are without it.
 
-
-def _linear(points: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-    weight = metric @ points.T
-    return weight, -0.5 * (points * weight.T).sum(1)
-
-
-@dataclass(frozen=True, slots=True)
-class _LeftOut:
-    """What `fit_prototypes` has, for scores of its own examples as if it had not seen them.
+    The metric without one example differs by a product of a vector with itself (Sherman and Morrison's formula).
 
     Args:
-        points: [routes, width].
         metric: [width, width].
         residuals: [n, width].
-        examples: [n, width].
-        owner: [n] int64.
-        counts: [routes] int64.
-        total: [routes, 1], what all lines of a route weigh.
+        weight: [width, points].
+        bias: [points].
     """
-
-    points: Tensor
-    metric: Tensor
-    residuals: Tensor
-    examples: Tensor
-    owner: Tensor
-    counts: Tensor
-    total: Tensor
-
-    def scores(self) -> Tensor:
-        """[n, routes]: each example's route without it, in a metric without it (Sherman and Morrison's formula)."""
-        total = self.total[self.owner]
-        own = (self.points[self.owner] * total - self.examples) / (total - 1).clamp_min(1e-6)
-        turned = self.residuals @ self.metric
-        several = self.counts[self.owner].float()
-        share = several / (several - 1).clamp_min(1) / (_scale(self.residuals) * (1 + _SHRINK))
-        share = torch.where(several > 1, share, 0.0)
-        gain = share / (1 - share * (turned * self.residuals).sum(1)).clamp_min(1e-6)
-        along = (turned * self.examples).sum(1)
-        weight, bias = _linear(self.points, self.metric)
-        to_points = turned @ self.points.T
-        scores = self.examples @ weight + bias + gain[:, None] * to_points * (along[:, None] - 0.5 * to_points)
-        to_own = (turned * own).sum(1)
-        distance = ((self.examples - 0.5 * own) * (own @ self.metric)).sum(1)
-        scores[torch.arange(len(own)), self.owner] = distance + gain * to_own * (along - 0.5 * to_own)
-        return scores
+    examples, group, points = lines.examples, lines.group, lines.points()
+    every, owner = torch.arange(len(group)), lines.owner[group]
+    turned = residuals @ metric
+    several = lines.counts[owner].float()
+    share = several / (several - 1).clamp_min(1) / (_mean_variance(residuals) * (1 + _SHRINK))
+    share = torch.where(several > 1, share, 0.0)
+    gain = share / (1 - share * (turned * residuals).sum(1)).clamp_min(1e-6)
+    along, to_points = (turned * examples).sum(1), turned @ points.T
+    near = examples @ weight + bias + gain[:, None] * to_points * (along[:, None] - 0.5 * to_points)
+    rest = lines.weights[group] - 1
+    own = (lines.sums[group] - examples) / rest.clamp_min(1e-6)[:, None]
+    to_own = (turned * own).sum(1)
+    distance = ((examples - 0.5 * own) * (own @ metric)).sum(1) + gain * to_own * (along - 0.5 * to_own)
+    near[every, group] = torch.where(rest > 0, distance, -torch.inf)
+    total = lines.total()[owner]
+    heights = found.heights + (total / (total - 1).clamp_min(1e-6)).log()[:, None] * (lines.owner == owner[:, None])
+    heights[every, group] = (rest / (total - 1).clamp_min(1e-6)).clamp_min(1e-6).log()
+    return found.together(near, heights)
 
 
-def _calibrated(weight: Tensor, bias: Tensor, space: Space, scores: Tensor, targets: Tensor) -> Prototypes:
+def _calibrated(found: Prototypes, space: Space, scores: Tensor, targets: Tensor) -> Prototypes:
     divisor = _temperature(scores, targets)
     inside = scores.amax(1)
     rest = scores.clone()
     rest[torch.arange(len(targets)), targets] = -torch.inf
-    everyday = space.background @ weight + bias
+    everyday = found.logits(space.background)
     # Everyday requests that a route is clearly for are no requests for nobody.
     everyday = everyday[everyday.amax(1) < inside.quantile(0.25)]
     outside = torch.cat([rest, everyday])
@@ -296,7 +355,7 @@ def _calibrated(weight: Tensor, bias: Tensor, space: Space, scores: Tensor, targ
     spread = float(((high.var(correction=0) + low.var(correction=0)) / 2).clamp_min(1e-6))
     slope = gap / spread
     cut = float(high.mean() + low.mean()) / 2 - math.log(_KNOWN / (1 - _KNOWN)) / slope
-    fitted = Prototypes(weight, bias, divisor, slope, cut, 0.0)
+    fitted = replace(found, temperature=divisor, slope=slope, cut=cut)
     which = torch.cat([scores, outside])
     best = (which / divisor).softmax(1).max(1)
     confidence = best.values.double() * torch.sigmoid(fitted.slope * (which.amax(1).double() - fitted.cut))
@@ -314,12 +373,12 @@ def _temperature(scores: Tensor, targets: Tensor) -> float:
     return float(grid[(losses + prior).argmin()])
 
 
-def _uncalibrated(weight: Tensor, bias: Tensor, space: Space, examples: bool) -> Prototypes:
+def _uncalibrated(found: Prototypes, space: Space, examples: bool) -> Prototypes:
     """With descriptions alone nothing can be left out: only everyday requests say what a score means."""
-    everyday = (space.background @ weight + bias).amax(1)
+    everyday = found.logits(space.background).amax(1)
     slope = 1.5 / float(everyday.std().clamp_min(1e-3))
-    cut = float(everyday.quantile(0.75))
-    fitted = Prototypes(weight, bias, _TEMPERATURE if examples else _TEMPERATURE_BARE, slope, cut, 0.0)
+    temperature = _TEMPERATURE if examples else _TEMPERATURE_BARE
+    fitted = replace(found, temperature=temperature, slope=slope, cut=float(everyday.quantile(0.75)))
     taken = fitted.log_scores(space.background)[:, :-1].amax(1).exp()
     return replace(fitted, threshold=min(_MOST_BARE, float(taken.quantile(0.75))))
 

@@ -261,7 +261,7 @@ class EmbeddingSettings:
     style: bool = False
     lower: bool = True
     prior: float = 1.5
-    own: float = 0.3
+    own: float = 0.15
     target_precision: float | None = None
     target_coverage: float | None = None
     folds: int = 5
