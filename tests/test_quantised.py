@@ -151,39 +151,135 @@ def test_parts_that_contradict_each_other_are_refused(bases, tmp_path):
     name = next(name for name in tensors if name.endswith("weight_scale"))
     tensors[name] = tensors[name][:3]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"weight_scale is \[3, 1\]"):
-        Checkpoint.open(damaged).read(name.removesuffix("_scale"))
+    with pytest.raises(CheckpointError, match=r"weight_scale .* \[3, 1\]: no group of config_groups fits it"):
+        Checkpoint.open(damaged)
 
 
-@pytest.mark.parametrize("width", [8, 20, 33])
-def test_groups_blocks_and_zero_points_are_spread_over_their_channels(tmp_path, width):
-    generator = torch.Generator().manual_seed(width)
-    codes = torch.randint(-8, 8, (6, width), generator=generator).to(torch.int8)
-    scale, zero = torch.rand(6, 1, generator=generator) + 0.1, torch.randint(-3, 3, (6, 1), generator=generator)
-    blocks = torch.rand(2, 2, generator=generator) + 0.1
-    save_file(
-        {
-            "a.weight": codes,
-            "a.weight_scale": scale,
-            "a.weight_zero_point": zero.to(torch.int8),
-            "b.weight": codes.clone(),
-            "b.weight_scale": blocks,
-            "a.bias": torch.ones(6),
-        },
-        tmp_path / "model.safetensors",
-    )
-    method = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "config_groups": {"a": {"weights": {"strategy": "block"}}},
+def stored(directory, tensors, weights, stored_as="pack-quantized", **more):
+    """What is read of these tensors, with a configuration that has these groups of weights."""
+    groups = {f"group_{i}": {"targets": ["Linear"], "weights": each} for i, each in enumerate(weights)}
+    method = {"quant_method": "compressed-tensors", "format": stored_as, "config_groups": groups, **more}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": method}))
+    return {name: info.read() for name, info in Checkpoint.open(directory).tensors.items()}
+
+
+def packed(codes, bits):
+    """Whole numbers as the format packs them along their rows."""
+    count = 32 // bits
+    words = torch.zeros(codes.shape[0], -(-codes.shape[1] // count), dtype=torch.int64)
+    for at in range(codes.shape[1]):
+        words[:, at // count] |= (codes[:, at].long() + 2 ** (bits - 1)) << (at % count * bits)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def numbers(rows, width, bits=4):
+    generator = torch.Generator().manual_seed(rows * width)
+    half = 2 ** (bits - 1)
+    return torch.randint(-half, half, (rows, width), generator=generator).to(torch.int8)
+
+
+def positive(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(len(shape))) + 0.1
+
+
+GROUPS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}
+BLOCKS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "block", "block_structure": [4, 8]}
+ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+@pytest.mark.parametrize("width", [8, 20, 33, 48])  # of 48, a matrix of six rows has as many scales as a row has
+def test_scales_of_blocks_reach_as_far_as_the_configuration_says(tmp_path, width):
+    codes, scale = numbers(6, width), positive(2, -(-width // 8))
+    found = stored(tmp_path, {"a.weight": codes, "a.weight_scale": scale}, [BLOCKS], "int-quantized")
+    whole = scale.repeat_interleave(4, 0)[:6].repeat_interleave(8, 1)[:, :width]
+    assert torch.equal(found["a.weight"], codes.float() * whole)
+
+
+def test_as_many_scales_of_blocks_as_rows_are_no_scales_of_rows(tmp_path):
+    codes, scale = numbers(8, 32), positive(2, 4)
+    found = stored(tmp_path, {"a.weight": codes, "a.weight_scale": scale}, [BLOCKS], "int-quantized")
+    assert torch.equal(found["a.weight"], codes.float() * scale.repeat_interleave(4, 0).repeat_interleave(8, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 16])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_zero_points_are_taken_off(tmp_path, rows, is_packed):
+    codes, zero, scale = numbers(rows, 24), numbers(rows, 3), positive(rows, 3)
+    tensors = {
+        "a.weight_packed": packed(codes, 4),
+        "a.weight_shape": torch.tensor([rows, 24]),
+        "a.weight_scale": scale,
+        "a.weight_zero_point": packed(zero.T, 4).T if is_packed else zero,
+        "a.bias": torch.ones(rows),
     }
-    (tmp_path / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": method}))
-    from meswitch.quantised import as_weights
-    from meswitch.tensorfile import read_header
+    found = stored(tmp_path, tensors, [GROUPS | {"symmetric": False}])
+    assert sorted(found) == ["a.bias", "a.weight"]
+    spread = (codes - zero.repeat_interleave(8, 1)).float()
+    assert torch.equal(found["a.weight"], spread * scale.repeat_interleave(8, 1))
+    del tensors["a.weight_zero_point"]
+    with pytest.raises(CheckpointError, match="no group of config_groups fits it"):
+        stored(tmp_path, tensors, [GROUPS | {"symmetric": False}])
 
-    found = as_weights(tmp_path, read_header(tmp_path / "model.safetensors"))
-    assert sorted(found) == ["a.bias", "a.weight", "b.weight"]
-    assert torch.allclose(found["a.weight"].read(), (codes.float() - zero) * scale)
-    wide = -(-width // 2)
-    whole = blocks.repeat_interleave(3, 0).repeat_interleave(wide, 1)[:, :width]
-    assert torch.allclose(found["b.weight"].read(), codes.float() * whole)
+
+def test_groups_need_not_lie_in_the_order_of_the_channels(tmp_path):
+    codes, scale = numbers(6, 24), positive(6, 3)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)) % 3
+    tensors = {
+        "a.weight_packed": packed(codes, 4),
+        "a.weight_shape": torch.tensor([6, 24]),
+        "a.weight_scale": scale,
+        "a.weight_g_idx": order.int(),
+    }
+    assert torch.equal(stored(tmp_path, tensors, [GROUPS])["a.weight"], codes.float() * scale[:, order])
+    tensors["a.weight_g_idx"] = torch.full((24,), -1, dtype=torch.int32)  # as it is stored if they do
+    in_order = codes.float() * scale.repeat_interleave(8, 1)
+    assert torch.equal(stored(tmp_path, tensors, [GROUPS])["a.weight"], in_order)
+    tensors["a.weight_g_idx"] = order.int() + 1
+    with pytest.raises(CheckpointError, match="weight_g_idx does not give each of 24 channels one of 3 groups"):
+        stored(tmp_path, tensors, [GROUPS])
+
+
+def test_each_matrix_is_read_by_the_group_of_layers_that_fits_it(tmp_path):
+    narrow, wide = numbers(6, 24), numbers(6, 24, 8)
+    tensors = {
+        "a.weight_packed": packed(narrow, 4),
+        "a.weight_shape": torch.tensor([6, 24]),
+        "a.weight_scale": positive(6, 3),
+        "b.weight_packed": packed(wide, 8),
+        "b.weight_shape": torch.tensor([6, 24]),
+        "b.weight_scale": positive(6, 1),
+    }
+    found = stored(tmp_path, tensors, [GROUPS, ROWS])
+    assert torch.equal(found["a.weight"], narrow.float() * positive(6, 3).repeat_interleave(8, 1))
+    assert torch.equal(found["b.weight"], wide.float() * positive(6, 1))
+    with pytest.raises(CheckpointError, match=r"b: 6 x 24, .*: no group of config_groups fits it"):
+        stored(tmp_path, tensors, [GROUPS])
+    with pytest.raises(CheckpointError, match=r"b: 6 x 24, .*: several groups of config_groups fit it"):
+        stored(tmp_path, tensors, [GROUPS, ROWS, ROWS | {"num_bits": 7}])
+
+
+def test_weights_beside_scales_are_not_codes(tmp_path):
+    tensors = {"a.weight": torch.ones(6, 24, dtype=torch.bfloat16), "a.weight_scale": positive(6, 1)}
+    with pytest.raises(CheckpointError, match=r"stored as weight bfloat16 \[6, 24\].*no group"):
+        stored(tmp_path, tensors, [ROWS], "int-quantized")
+    tensors = {"a.weight": numbers(6, 24), "a.weight_scale": positive(6, 1), "a.weight_global_scale": positive(1)}
+    with pytest.raises(CheckpointError, match=r"a\.weight_global_scale: a part of quantised weights that is not known"):
+        stored(tmp_path, tensors, [ROWS], "int-quantized")
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "transform_config: its weights are rot"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config: .* \(sparse-24-bitmask\)"),
+        ({"format": "mixed-precision"}, "compressed-tensors as mixed-precision"),
+        ({"quant_method": "fp8"}, "quantised by fp8 as pack-quantized"),
+    ],
+)
+def test_what_else_a_base_may_be_is_refused_by_name(family, bases, tmp_path, more, named):
+    other = shutil.copytree(bases["int4"], tmp_path / "base")
+    config = json.loads((other / "config.json").read_text())["quantization_config"]
+    edit_config(other, quantization_config=config | more)
+    with pytest.raises(IncompatibleError, match=named):
+        meswitch.compress(other, family / "math", tmp_path / "delta")

@@ -16,7 +16,7 @@ from meswitch.configuration import read_config
 from meswitch.errors import AdapterError, CheckpointError, listed
 from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.jsonfile import disguise, read_json
-from meswitch.quantised import FORMATS, METHOD, as_weights, is_readable, quantisation
+from meswitch.quantised import as_weights, described, quantisation, unread_reason
 from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header, read_index
 
 # What makes an expert speak (and see): copied into its artifact as it is.
@@ -98,7 +98,7 @@ class Checkpoint:
             directory = fetch_checkpoint(str(source), (*COMPANION_FILES, ADAPTER_CONFIG))
         stored = _stored(directory)
         config = quantisation(directory)
-        if config is None or not is_readable(config):
+        if config is None or unread_reason(config) is not None:
             return cls(str(source), directory, stored)
         return cls(str(source), directory, as_weights(directory, stored), content=stored)
 
@@ -114,7 +114,11 @@ class Checkpoint:
     @property
     def is_quantised(self) -> bool:
         """Whether its files hold something else than weights for linear layers, as the configuration says."""
-        return bool(getattr(self.config, "quantization_config", None))
+        return self._quantisation is not None
+
+    @cached_property
+    def _quantisation(self) -> Mapping[str, Any] | None:
+        return described(self.config.to_dict())
 
     @property
     def holds_weights(self) -> bool:
@@ -124,14 +128,7 @@ class Checkpoint:
     @property
     def unread_reason(self) -> str:
         """Why the codes of a quantised checkpoint are not read as weights."""
-        found = getattr(self.config, "quantization_config", None) or {}
-        found = found if isinstance(found, Mapping) else found.to_dict()
-        method, stored_as = found.get("quant_method"), found.get("format")
-        return (
-            f"its weights are quantised by {method or 'a method without a name'}"
-            + (f" as {stored_as}" if stored_as else "")
-            + f"; of quantised bases those of {METHOD} are read ({', '.join(FORMATS)})"
-        )
+        return unread_reason(self._quantisation or {}) or "its weights are not read"
 
     @cached_property
     def loaded(self) -> "Checkpoint":

@@ -36,18 +36,39 @@ KINDS = {
 _SHARES = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}  # of the largest weight, that a scale reaches to
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+_GIVE = "give a checkpoint in 16 bit"
 
 
 def quantisation(directory: Path) -> Mapping[str, Any] | None:
     """What a checkpoint's `config.json` says of how its weights are stored; None if they are plain."""
     file = directory / "config.json"
-    found = read_json(file).get("quantization_config") if file.is_file() else None
-    return found if isinstance(found, Mapping) else None
+    return described(read_json(file)) if file.is_file() else None
 
 
-def is_readable(config: Mapping[str, Any]) -> bool:
-    """Whether `as_weights` reads what a configuration describes."""
-    return config.get("quant_method") == METHOD and config.get("format") in FORMATS
+def described(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The same of a configuration: of a model with images it may be that of its text model."""
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(found, Mapping) and found:
+            return found
+    return None
+
+
+def unread_reason(config: Mapping[str, Any]) -> str | None:
+    """Why `as_weights` does not read what a configuration describes; None if it does."""
+    method, stored_as = config.get("quant_method"), config.get("format")
+    if method != METHOD or stored_as not in FORMATS:
+        return (
+            f"its weights are quantised by {method or 'a method without a name'}"
+            + (f" as {stored_as}" if stored_as else "")
+            + f"; of quantised bases those of {METHOD} are read ({', '.join(FORMATS)})"
+        )
+    if (config.get("transform_config") or {}).get("config_groups"):
+        return "transform_config: its weights are rotated, and its activations as it computes; such bases are not read"
+    sparsity = (config.get("sparsity_config") or {}).get("format")
+    if sparsity not in (None, "dense"):
+        return f"sparsity_config: its weights are stored without their zeros ({sparsity}); such bases are not read"
+    return None
 
 
 def as_weights(directory: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -58,13 +79,11 @@ def as_weights(directory: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, 
         tensors: as they are stored.
 
     Raises:
-        CheckpointError: parts of a matrix are missing or contradict each other.
+        CheckpointError: parts of a matrix are missing, or contradict each other or the configuration.
     """
     config = read_json(directory / "config.json")
     dtype = _dtype(config)
-    schemes = _schemes(config["quantization_config"])
-    bits = {scheme.get("num_bits", 8) for scheme in schemes}
-    has_blocks = any(scheme.get("strategy") == "block" for scheme in schemes)
+    layouts = _layouts(described(config) or {})
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -72,114 +91,192 @@ def as_weights(directory: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, 
             found[name] = info
         elif leaf in ("weight", "weight_packed"):
             parts = {part: tensors[f"{owner}.{part}"] for part in _PARTS if f"{owner}.{part}" in tensors}
-            matrix = _Matrix(f"{directory}: {owner}", parts, min(bits) if len(bits) == 1 else 0, has_blocks)
-            shape = matrix.shape
+            matrix = _matrix(f"{directory}: {owner}", parts, layouts)
             make = functools.partial(matrix.weights, dtype)
-            nbytes = math.prod(shape) * dtype.itemsize
-            found[f"{owner}.weight"] = BuiltTensor(f"{owner}.weight", dtype, shape, info.file, 0, nbytes, make)
-        elif leaf not in _PARTS and not leaf.endswith(("_scale", "_zero_point", "_global_scale")):
+            nbytes = math.prod(matrix.shape) * dtype.itemsize
+            found[f"{owner}.weight"] = BuiltTensor(f"{owner}.weight", dtype, matrix.shape, info.file, 0, nbytes, make)
+        elif leaf.startswith("weight_") and leaf not in _PARTS:
+            raise CheckpointError(f"{info.file}: {name}: a part of quantised weights that is not known; {_GIVE}")
+        elif leaf not in _PARTS and not leaf.endswith(("_scale", "_zero_point")):
             found[name] = info  # such as its bias
     return dict(sorted(found.items()))
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    named = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    named = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     found = getattr(torch, str(named).removeprefix("torch."), None)
     return found if found in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def _schemes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """How weights are stored, of each group of layers."""
-    groups = config.get("config_groups") or {}
-    return [scheme.get("weights") or {} for scheme in groups.values() if isinstance(scheme, Mapping)]
-
-
 @dataclass(frozen=True, slots=True)
-class _Matrix:
-    """The stored parts of one matrix.
+class _Layout:
+    """How the matrices of a group of layers are stored.
+
+    Args:
+        bits: of a code.
+        is_float: whether codes are FP8; else they are whole numbers.
+        is_symmetric: whether there are no zero points.
+        high: rows that share a scale; 0: all.
+        wide: input channels that share a scale; 0: all.
+    """
+
+    bits: int
+    is_float: bool
+    is_symmetric: bool
+    high: int
+    wide: int
+
+    def blocks(self, rows: int, width: int) -> tuple[int, int]:
+        """Rows and channels that share a scale in a matrix of this size."""
+        return min(self.high or rows, rows), min(self.wide or width, width)
+
+    def grid(self, rows: int, width: int) -> tuple[int, int]:
+        """How many scales a matrix has, along its rows and along its channels."""
+        high, wide = self.blocks(rows, width)
+        return -(-rows // high), -(-width // wide)
+
+    def fits(self, parts: Mapping[str, TensorInfo], rows: int, width: int) -> bool:
+        """Whether the parts of a matrix have the shapes and dtypes of this layout."""
+        grid, scale = self.grid(rows, width), parts["weight_scale"].shape
+        if scale != grid and not (len(scale) < 2 and (math.prod(scale), 1) == grid):
+            return False
+        if not self.is_symmetric and "weight_zero_point" not in parts:
+            return False
+        if "weight" in parts:
+            return self.bits <= 8 and parts["weight"].dtype == (torch.float8_e4m3fn if self.is_float else torch.int8)
+        packed = parts["weight_packed"]
+        if self.is_float or not 1 <= self.bits <= 8 or packed.dtype != torch.int32:
+            return False
+        return packed.shape == (rows, -(-width // (32 // self.bits)))
+
+
+def _layouts(config: Mapping[str, Any]) -> list[_Layout]:
+    """How weights are stored, of each group of layers. A group of another kind is left out, so that nothing fits it."""
+    found = []
+    for scheme in (config.get("config_groups") or {}).values():
+        weights = (scheme.get("weights") if isinstance(scheme, Mapping) else None) or {"strategy": "none"}
+        blocks = _blocks(weights)
+        if blocks is not None:
+            kind = str(weights.get("type", "int")).lower()
+            found.append(_Layout(weights.get("num_bits", 8), kind == "float", weights.get("symmetric", True), *blocks))
+    return found
+
+
+def _blocks(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and channels that share a scale, 0 for all; None if it is not known."""
+    size, block = weights.get("group_size"), weights.get("block_structure")
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    if strategy == "group" and isinstance(size, int) and size > 0:
+        return 1, size
+    if strategy == "block" and block:
+        high, wide = block.split("x") if isinstance(block, str) else block
+        return int(high), int(wide)
+    return {"tensor": (0, 0), "channel": (1, 0)}.get(strategy)
+
+
+def _matrix(where: str, parts: Mapping[str, TensorInfo], layouts: Sequence[_Layout]) -> "_Matrix":
+    """A matrix by its stored parts.
 
     Args:
         where: for messages.
         parts: by what they are called in the format.
-        bits: of a packed code; 0 if the configuration names several.
-        has_blocks: whether scales may be those of blocks.
+        layouts: those that the configuration names.
+
+    Raises:
+        CheckpointError: its size is not known, or not exactly one layout fits it.
+    """
+    if "weight" in parts and "weight_packed" in parts:
+        raise CheckpointError(f"{where}: stored twice, as weight and as weight_packed; save it anew")
+    if "weight" in parts:
+        shape = parts["weight"].shape
+    elif "weight_shape" in parts:
+        shape = tuple(parts["weight_shape"].read().tolist())
+    else:
+        raise CheckpointError(f"{where}: weight_shape: missing, so that its size is not known; save it anew")
+    if len(shape) != 2 or min(shape) < 1:
+        raise CheckpointError(f"{where}: its weight is {list(shape)}; quantised matrices only are read")
+    rows, width = shape
+    fitting = [layout for layout in layouts if layout.fits(parts, rows, width)]
+    alike = {(layout.bits if "weight_packed" in parts else 8, layout.blocks(rows, width)) for layout in fitting}
+    if len(alike) != 1:
+        stored = ", ".join(
+            f"{part} {str(parts[part].dtype).removeprefix('torch.')} {list(parts[part].shape)}"
+            for part in ("weight", "weight_packed", "weight_scale", "weight_zero_point")
+            if part in parts
+        )
+        fault = "several groups of config_groups fit it" if alike else "no group of config_groups fits it"
+        raise CheckpointError(f"{where}: {rows} x {width}, stored as {stored}: {fault} (quantization_config); {_GIVE}")
+    return _Matrix(where, parts, rows, width, fitting[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """The stored parts of one matrix, and how they are laid out.
+
+    Args:
+        where: for messages.
+        parts: by what they are called in the format.
+        rows: of the matrix.
+        width: its input channels.
+        layout: the one that fits.
     """
 
     where: str
     parts: Mapping[str, TensorInfo]
-    bits: int
-    has_blocks: bool
+    rows: int
+    width: int
+    layout: _Layout
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """[rows, in_features].
-
-        Raises:
-            CheckpointError: it is not known, or no matrix.
-        """
-        if "weight" in self.parts:
-            shape = self.parts["weight"].shape
-        elif "weight_shape" in self.parts:
-            shape = tuple(self.parts["weight_shape"].read().tolist())
-        else:
-            raise CheckpointError(f"{self.where}: weight_shape: missing, so that its size is not known; save it anew")
-        if len(shape) != 2 or min(shape) < 1:
-            raise CheckpointError(f"{self.where}: its weight is {list(shape)}; quantised matrices only are read")
-        return shape
+    def shape(self) -> tuple[int, int]:
+        """[rows, in_features]."""
+        return self.rows, self.width
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """[rows, in_features]."""
-        codes, scale = self.codes().float(), self.parts["weight_scale"].read().float()
-        rows, width = codes.shape
-        zero = self._zero_points(scale.shape)
-        places = self.parts["weight_g_idx"].read().long() if "weight_g_idx" in self.parts else None
-        codes = codes if zero is None else codes.sub_(self._spread(zero, rows, width, places))
-        return codes.mul_(self._spread(scale, rows, width, places)).to(dtype)
-
-    def codes(self) -> Tensor:
-        """[rows, in_features], whole numbers or FP8 as they are stored."""
         if "weight" in self.parts:
-            return self.parts["weight"].read()
-        width = self.shape[1]
-        return _unpacked(self.parts["weight_packed"].read(), self._known_bits, width)
+            codes = self.parts["weight"].read()
+        else:
+            codes = _unpacked(self.parts["weight_packed"].read(), self.layout.bits, self.width)
+        groups, zero = self._groups(), self._zero_points()
+        codes = codes.float()
+        if zero is not None:
+            codes.sub_(self._spread(zero, groups))
+        return codes.mul_(self._spread(self.parts["weight_scale"].read().float(), groups)).to(dtype)
 
-    @property
-    def _known_bits(self) -> int:
-        if not 1 <= self.bits <= 8:
+    def _groups(self) -> Tensor:
+        """[in_features], which scale of its row a channel has. Groups need not lie in the order of the channels."""
+        count = self.layout.grid(*self.shape)[1]
+        stored = self.parts["weight_g_idx"].read().long() if "weight_g_idx" in self.parts else torch.tensor([-1])
+        if (stored == -1).any():  # as the format says that they do lie in order
+            return torch.arange(self.width) // self.layout.blocks(*self.shape)[1]
+        if stored.shape != (self.width,) or not 0 <= int(stored.min()) <= int(stored.max()) < count:
             raise CheckpointError(
-                f"{self.where}: packed codes, and config.json does not say of how many bits all of them are; give a "
-                "checkpoint in 16 bit, or one with the same number of bits everywhere"
+                f"{self.where}: weight_g_idx does not give each of {self.width} channels one of {count} groups; {_GIVE}"
             )
-        return self.bits
+        return stored
 
-    def _zero_points(self, shape: Sequence[int]) -> Tensor | None:
+    def _zero_points(self) -> Tensor | None:
         if "weight_zero_point" not in self.parts:
             return None
+        high, wide = self.layout.grid(*self.shape)
         stored = self.parts["weight_zero_point"].read()
-        if "weight_packed" not in self.parts or stored.dtype != torch.int32 or tuple(stored.shape) == tuple(shape):
+        if "weight_packed" in self.parts and stored.dtype == torch.int32:  # packed along the rows
+            if stored.shape == (-(-high // (32 // self.layout.bits)), wide):
+                return _unpacked(stored.T.contiguous(), self.layout.bits, high).T.float()
+        elif stored.numel() == high * wide:
             return stored.float()
-        return _unpacked(stored.T.contiguous(), self._known_bits, shape[0]).T.float()  # packed along the rows
-
-    def _spread(self, values: Tensor, rows: int, width: int, places: Tensor | None) -> Tensor:
-        """Scales or zero points as a tensor that a [rows, in_features] matrix is multiplied with.
-
-        Args:
-            places: [in_features], of groups that do not lie in the order of the channels.
-        """
-        if values.numel() in (1, rows):
-            return values.reshape(-1, 1)
-        if values.dim() == 2 and values.shape[0] == rows:
-            groups = values.shape[1]
-            if places is None:
-                places = torch.arange(width) // -(-width // groups)
-            return values[:, places]
-        if self.has_blocks and values.dim() == 2:
-            high, wide = -(-rows // values.shape[0]), -(-width // values.shape[1])
-            return values.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :width]
         raise CheckpointError(
-            f"{self.where}: weight_scale is {list(values.shape)} for a matrix of {rows} x {width}: neither by row nor "
-            "by group or block"
+            f"{self.where}: weight_zero_point is {list(stored.shape)} beside scales of {high} x {wide}; {_GIVE}"
         )
+
+    def _spread(self, values: Tensor, groups: Tensor) -> Tensor:
+        """Scales or zero points as a tensor that a [rows, in_features] matrix is multiplied with."""
+        values = values.reshape(self.layout.grid(*self.shape))
+        high, _ = self.layout.blocks(*self.shape)
+        values = values.repeat_interleave(high, 0)[: self.rows] if len(values) > 1 and high > 1 else values
+        return values if values.shape[1] == 1 else values[:, groups]
 
 
 def _unpacked(packed: Tensor, bits: int, width: int) -> Tensor:
@@ -273,7 +370,8 @@ def _codes(weight: Tensor, kind: str, group: int | None) -> dict[str, Tensor]:
     groups = weight.float().view(rows, -1, group or width)
     if kind == "fp8":
         scale = _scale(groups, torch.finfo(torch.float8_e4m3fn).max, weight.dtype)
-        codes = (groups / scale.float()).to(torch.float8_e4m3fn)
+        most = torch.finfo(torch.float8_e4m3fn).max  # beyond it older torch gives NaN: a scale may be rounded down
+        codes = (groups / scale.float()).clamp_(-most, most).to(torch.float8_e4m3fn)
         return {"weight": codes.view(rows, width), "weight_scale": scale.view(rows, -1)}
     _, bits, _ = KINDS[kind]
     top = 2 ** (bits - 1) - 1
