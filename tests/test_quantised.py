@@ -12,6 +12,8 @@ from meswitch import Engine
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError, IncompatibleError
 from meswitch.quantised import quantise
+from meswitch.router.encoder import Encoder
+from meswitch.router.llm import open_llm
 from tests.support.models import edit_config
 
 KINDS = ("int8", "fp8", "int4")
@@ -283,3 +285,37 @@ def test_what_else_a_base_may_be_is_refused_by_name(family, bases, tmp_path, mor
     edit_config(other, quantization_config=config | more)
     with pytest.raises(IncompatibleError, match=named):
         meswitch.compress(other, family / "math", tmp_path / "delta")
+
+
+def test_a_router_reads_and_trains_a_quantised_model(family, bases):
+    encoders = [Encoder.load(path) for path in (family / "base", bases["int8"])]
+    assert encoders[1].depth == encoders[0].depth
+    plain, quantised = (encoder.encode(["How many apples?", "Write a function."], [2, 4], 64) for encoder in encoders)
+    assert 0 < (quantised - plain).norm() < 0.1 * plain.norm()
+    shallow = Encoder.load(bases["int8"], last=2)
+    assert torch.allclose(
+        shallow.encode(["How many apples?"], [2], 64), encoders[1].encode(["How many apples?"], [2], 64)
+    )
+    llm = open_llm(bases["int8"])
+    assert all(parameter.requires_grad for parameter in llm.model.parameters())
+    assert not hasattr(llm.model.config, "quantization_config")
+
+
+def test_a_router_refuses_a_model_of_another_method(family, tmp_path):
+    other = shutil.copytree(family / "base", tmp_path / "gptq")
+    edit_config(other, quantization_config={"quant_method": "gptq", "bits": 4})
+    for load in (Encoder.load, open_llm):
+        with pytest.raises(CheckpointError, match="quantised by gptq"):
+            load(other)
+
+
+def test_what_a_text_model_is_stored_in_may_be_said_of_it_alone(bases, tmp_path):
+    moved = shutil.copytree(bases["int4"], tmp_path / "base")
+    config = json.loads((moved / "config.json").read_text())
+    config["text_config"] = {"quantization_config": config.pop("quantization_config"), "torch_dtype": "float16"}
+    del config["dtype"]
+    (moved / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.mlp.up_proj.weight"
+    found = Checkpoint.open(moved).tensors[name].read()
+    assert found.dtype == torch.float16
+    assert torch.allclose(found.float(), Checkpoint.open(bases["int4"]).read(name).float(), rtol=0.01)

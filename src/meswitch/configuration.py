@@ -9,6 +9,7 @@ may be read of a configuration, so a field may count that does not matter, and n
 """
 
 import ast
+import copy
 import functools
 import importlib
 import inspect
@@ -83,6 +84,15 @@ def read_config(source: str | Path) -> Any:
         raise CheckpointError(
             f"{file}: transformers {transformers.__version__} does not take it as {model_type!r}: {_one_line(error)}"
         ) from error
+
+
+def without_quantisation(config: Any) -> Any:
+    """A copy of a configuration that says nothing of how weights are stored."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def _unknown(fields: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meswitch.architecture import WRAPPERS, Architecture, Conversion, LoadPlan, architecture_of, unwrapped
 from meswitch.checkpoint import Checkpoint
+from meswitch.configuration import without_quantisation
 from meswitch.errors import CheckpointError, listed
 from meswitch.tensorfile import BuiltTensor, TensorInfo
 
@@ -143,7 +144,7 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
         CheckpointError: a parameter is not stored: transformers would fill it with random numbers.
     """
     if checkpoint.is_quantised:
-        return _dequantised(checkpoint, architecture, dtype, **options)
+        return dequantised(checkpoint, architecture, dtype, **options)
     import transformers
 
     model, found = architecture.model_class.from_pretrained(
@@ -162,10 +163,16 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
     return model
 
 
-def _dequantised(
+def dequantised(
     checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *, attn_implementation: str | None = None
 ) -> Any:
-    """The model of a quantised checkpoint, with the weights that its codes stand for.
+    """The model of a quantised checkpoint, with the weights that its codes stand for. It is no longer quantised.
+
+    Args:
+        checkpoint: with codes in its files.
+        architecture: of all of it, of its language model, or of its first layers.
+        dtype: as `from_pretrained` takes it.
+        attn_implementation: likewise.
 
     Raises:
         CheckpointError: they are not read.
@@ -175,16 +182,17 @@ def _dequantised(
     if not checkpoint.holds_weights:
         raise CheckpointError(f"{checkpoint.directory}: {checkpoint.unread_reason}; give the checkpoint in 16 bit")
     loaded = checkpoint.loaded
-    kept = getattr(architecture.config, "dtype", None) or torch.bfloat16
+    config = without_quantisation(architecture.config)
+    kept = getattr(config, "dtype", None) or torch.bfloat16
     weights = LazyModel(
-        architecture.config,
+        config,
         loaded.tensors,
         loaded.read,
         checkpoint.directory,
         torch.device("cpu"),
         kept if dtype == "auto" else dtype,
     )
-    model = weights.load()
+    model = weights.load().requires_grad_(True)  # as `from_pretrained` gives it
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     return model

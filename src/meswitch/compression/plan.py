@@ -22,7 +22,7 @@ from meswitch.codec import stored_shapes
 from meswitch.compression.compatibility import matched
 from meswitch.compression.convert import base_info, expert_info, roles_of
 from meswitch.compression.options import Options, check_none_given
-from meswitch.configuration import read_config
+from meswitch.configuration import read_config, without_quantisation
 from meswitch.errors import ConfigError
 from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo
 
@@ -188,7 +188,7 @@ def _from_config(source: str | Path, *, unquantised: bool = False) -> Outline:
     """The layout of a model from its configuration, under the names that a saved checkpoint has."""
     config = read_config(source)
     if unquantised:
-        del config.quantization_config
+        config = without_quantisation(config)
     nowhere = Path()
     tensors = {
         name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), nowhere, 0, tensor.numel() * tensor.itemsize)

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from meswitch.architecture import architecture_of
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, ConfigError
+from meswitch.loaded import dequantised
 from meswitch.router.base import clip
 from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_llama_like
 from meswitch.tokenizer import load_tokenizer
@@ -102,7 +104,10 @@ class Encoder:
         with quiet_loading(report=last is None):
             config = read_config(checkpoint.directory)
             depth = _cut(config.get_text_config(), last)
-            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
+            if checkpoint.is_quantised:
+                model: Any = dequantised(checkpoint, architecture_of(config), dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, config=config, dtype=dtype)
             tokenizer = load_tokenizer(checkpoint.directory, config)
         encoder = cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint))
         encoder.depth = depth
@@ -279,6 +284,10 @@ class SentenceEncoder:
         if bits == 8 and device != "cpu":
             raise ConfigError(f"encoder bits 8: only on the CPU, not on {device}; use 32")
         checkpoint = Checkpoint.open(source)
+        if checkpoint.is_quantised:
+            raise CheckpointError(
+                f"{source}: is quantised; give a sentence encoder whose weights are stored as they are"
+            )
         with quiet_loading():
             model = AutoModel.from_pretrained(checkpoint.directory, dtype=torch.float32, trust_remote_code=False)
             tokenizer = load_tokenizer(checkpoint.directory)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meswitch.architecture import architecture_of
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.cpu import fitting_threads
 from meswitch.errors import CheckpointError, ConfigError
+from meswitch.loaded import dequantised
 from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
 from meswitch.router.choice import NONE_OF_THESE, ChoiceModel, ChoicePrompt
 from meswitch.router.store import (
@@ -387,7 +389,10 @@ def open_llm(source: str | Path, device: str = "cpu", info: ModelInfo | None = N
 
     checkpoint = Checkpoint.open(source)
     dtype = torch.float32 if device == "cpu" else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, trust_remote_code=False)
+    if checkpoint.is_quantised:
+        model: Any = dequantised(checkpoint, architecture_of(checkpoint.config), dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=dtype, trust_remote_code=False)
     if info is None:
         path = str(Path(source).resolve()) if Path(source).is_dir() else str(source)
         info = ModelInfo(path, fingerprint(checkpoint), sum(value.numel() for value in model.parameters()))
