@@ -123,12 +123,12 @@ class Checkpoint:
     @property
     def holds_weights(self) -> bool:
         """Whether `tensors` are weights: plain ones, or those that a quantised checkpoint's codes stand for."""
-        return self.content is not None or not self.is_quantised
+        return self._quantisation is None or unread_reason(self._quantisation) is None
 
     @property
     def unread_reason(self) -> str:
-        """Why the codes of a quantised checkpoint are not read as weights."""
-        return unread_reason(self._quantisation or {}) or "its weights are not read"
+        """Why the codes of a quantised checkpoint are not read as weights, where they are not."""
+        return unread_reason(self._quantisation or {}) or ""
 
     @cached_property
     def loaded(self) -> "Checkpoint":

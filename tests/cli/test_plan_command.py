@@ -54,6 +54,14 @@ def test_added_tokens_cost_their_rows_twice(cli):
     assert found["bytes"]["by_content"]["added rows"] == 2 * 2 * 4096 * 2  # tokens, matrices, hidden size, bf16
 
 
+def test_a_quantised_base_is_planned_as_the_weights_that_are_read(cli, family, tmp_path):
+    cli.ok("quantize", "--base", family / "base", "--to", "int4", "--out", tmp_path / "int4")
+    plain = cli.json("plan", "--base", family / "base")
+    for base in (tmp_path / "int4", tmp_path / "int4/config.json"):
+        found = cli.json("plan", "--base", base)
+        assert (found["bytes"], found["memory"]) == (plain["bytes"], plain["memory"])
+
+
 def test_options_change_the_plan_as_they_change_the_artifact(cli):
     base = CONFIGS / "mistral-7b/base"
     plain = cli.json("plan", "--base", base)["bytes"]

@@ -92,8 +92,8 @@ def plan_command(
         if vocab_size is not None:
             raise ConfigError(f"--vocab-size: {expert} is a PEFT adapter, whose tensors say it; leave it out")
         target = Adapter.open(expert)
-    elif expert is not None or vocab_size is not None:
-        target = outline(expert or base, vocab_size=vocab_size)
+    elif expert is not None or vocab_size is not None or source.is_quantised:
+        target = outline(expert or base, vocab_size=vocab_size, unquantised=expert is None)
     found = plan_report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens, backend=backend)
     if as_json:
         console.print_json(found)
