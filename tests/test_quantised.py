@@ -14,6 +14,7 @@ from meswitch.errors import CheckpointError, IncompatibleError
 from meswitch.quantised import quantise
 from meswitch.router.encoder import Encoder
 from meswitch.router.llm import open_llm
+from meswitch.vllm.base import Base
 from tests.support.models import edit_config
 
 KINDS = ("int8", "fp8", "int4")
@@ -319,3 +320,23 @@ def test_what_a_text_model_is_stored_in_may_be_said_of_it_alone(bases, tmp_path)
     found = Checkpoint.open(moved).tensors[name].read()
     assert found.dtype == torch.float16
     assert torch.allclose(found.float(), Checkpoint.open(bases["int4"]).read(name).float(), rtol=0.01)
+
+
+def test_vllm_knows_a_base_whose_head_is_quantised_too(family, bases, tmp_path):
+    artifact = meswitch.compress(family / "base", family / "math", tmp_path / "delta")
+    whole = shutil.copytree(bases["int8"], tmp_path / "base")
+    tensors = load_file(whole / "model.safetensors")
+    for owner in ("lm_head", "model.embed_tokens"):
+        weight = tensors.pop(f"{owner}.weight")
+        scale = weight.abs().amax(1, keepdim=True) / 100
+        tensors |= {
+            f"{owner}.weight_packed": packed((weight / scale).round().to(torch.int8), 8),
+            f"{owner}.weight_scale": scale,
+            f"{owner}.weight_shape": torch.tensor(weight.shape),
+        }
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    Base(str(whole)).check(artifact)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompatibleError, match=r"model\.norm\.weight is not that of 'base'"):
+        Base(str(whole)).check(artifact)
