@@ -1,8 +1,10 @@
 """What the server does around the router: remembers, counts, fetches ahead, lets clients decide."""
 
 import asyncio
+import contextlib
 import json
 import re
+import threading
 from pathlib import Path
 
 import httpx
@@ -10,7 +12,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from meswitch.router import Router
+from meswitch.router import RouteOption, Router
 from meswitch.server import create_app
 from meswitch.server.auto import ENTRY_BYTES, AutoPolicy, RouteCache, key_of, routing_request
 from tests.support.http_server import QUESTIONS, ask_with, policy, serving, user, wait_until
@@ -198,3 +200,22 @@ def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes():
 
 def test_texts_that_join_to_the_same_are_not_the_same_conversation():
     assert key_of(["ab", "c"]) != key_of(["a", "bc"]) != key_of(["abc"])
+
+
+def test_experts_that_come_at_once_are_all_learned(counting):
+    both = threading.Barrier(2)
+
+    def grow(router, option):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # both have read the router now, if they may
+        made = Counting()
+        made.experts = (*router.experts, option.name)
+        return made
+
+    auto = AutoPolicy(counting, lambda: (), base="base", grow=grow)
+    coming = [threading.Thread(target=auto.learn, args=(RouteOption(name, "sums"),)) for name in ("sql", "law")]
+    for one in coming:
+        one.start()
+    for one in coming:
+        one.join()
+    assert sorted(auto.experts) == ["code", "law", "math", "sql"]

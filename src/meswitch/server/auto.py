@@ -7,6 +7,7 @@ somebody answers.
 import asyncio
 import hashlib
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -151,6 +152,7 @@ class AutoPolicy:
         failed = base if fallback in (None, ERROR) else str(fallback)
         self._queue = None if router is None else RouterQueue(router, names, failed, prefetch=prefetch)
         self._names, self._grow = names, grow
+        self._learning = threading.Lock()
         self._no_router = without_paths(no_router)
 
     @property
@@ -176,7 +178,8 @@ class AutoPolicy:
         if self._grow is None:
             return "this server's router is fixed"
         try:
-            self._queue.replace(self._grow(self._queue.router, option))
+            with self._learning:  # two that come at once must not each start from the router without the other
+                self._queue.replace(self._grow(self._queue.router, option))
         except MeswitchError as error:
             return without_paths(str(error))
         return None
