@@ -94,6 +94,20 @@ def test_a_problem_is_reported_once():
     assert len(told) == 1
 
 
+def test_a_second_problem_is_reported_too():
+    alive, told = threading.current_thread().is_alive, []
+    ended = threading.Event()
+    stalled = Watched("works", alive, lambda: True, lambda: 0)
+    dog = Watchdog([stalled, Watched("helps", lambda: not ended.is_set())], told.append, limit=1)
+    dog.close()
+    for now in (5, 7):
+        dog.look(now)
+    ended.set()  # whoever waits for it must be told, though something else was wrong before
+    for now in (8, 9):
+        dog.look(now)
+    assert [" ".join(each.split()[2:4]) for each in told] == ["that works", "that helps"]
+
+
 def test_who_watches_is_told_of_every_end_once_and_before_the_answer_is_read(engine):
     seen = []
     engine.observers.append(seen.append)

@@ -86,8 +86,9 @@ class Turns:
         self.kv_tokens = kv_tokens
         self.failure: str | None = None
         self.steps = 0
-        self.sizes: Counter[int] = Counter()
         """Tokens of a turn's requests that were made, and turns that were taken."""
+        self.sizes: Counter[int] = Counter()
+        """Requests of a turn -> turns."""
         self._model, self._stored, self._store = model, stored, store
         self._device = next(model.parameters()).device
         self._threads = StepThreads(self._device, model.config.get_text_config().hidden_size)

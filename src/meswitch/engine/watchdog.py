@@ -62,6 +62,7 @@ class Watchdog:
         limit: float = STALL_SECONDS,
     ) -> None:
         self._failure: str | None = None
+        self._unwell: list[Watched] = []
         self.watched = list(watched)
         """May change while it looks."""
         self._report, self._also, self._limit = report, also, limit
@@ -78,12 +79,15 @@ class Watchdog:
 
     def look(self, now: float) -> None:
         """Look at every thread once. now: seconds of a clock that never goes back."""
-        problems = [problem for one in list(self.watched) if (problem := one.problem(now, self._limit)) is not None]
-        before, self._failure = self._failure, problems[0] if problems else None
-        if self._failure is not None and before is None:
-            logger.error("%s", self._failure)
-            self._report(self._failure)
-        elif self._failure is None and before is not None:
+        found = [(one, one.problem(now, self._limit)) for one in list(self.watched)]
+        problems = [(one, problem) for one, problem in found if problem is not None]
+        known, self._unwell = self._unwell, [one for one, _ in problems]
+        before, self._failure = self._failure, problems[0][1] if problems else None
+        for one, problem in problems:
+            if not any(one is other for other in known):
+                logger.error("%s", problem)
+                self._report(problem)
+        if self._failure is None and before is not None:
             logger.warning("the engine goes on: %s no more", before)
 
     def close(self) -> None:
