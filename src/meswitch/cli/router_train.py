@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Kinds(TyperGroup):
-    """The subcommand may be left out: `embedding` is meant then. `--kind KIND` may stand for it too."""
+    """The subcommand may be left out: `default` is meant then. `--kind KIND` may stand for it too."""
 
     default = "embedding"
 
