@@ -111,8 +111,8 @@ def clients(found: Data) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     under = (
         f"Each client asks the base, one of four experts or `auto` for {meta['tokens']} tokens, again and again; "
-        f"{meta['slots']} slots. Clients and server share {meta['cores']} cores with other work, as the load average at "
-        "the end says; `nice` below 0 takes the cores from it. The process that asks `/health` says how late it wakes "
+        f"{meta['slots']} slots. Clients and server share {meta['cores']} cores with other work (the load average "
+        "is that at the end); `nice` below 0 takes cores from it. The process that asks `/health` says how late it wakes "
         "up from a sleep of 50 ms: so much of a look is the machine's. "
         f"{versions}, {meta['date']}."
     )
