@@ -112,7 +112,7 @@ def clients(found: Data) -> str:
     under = (
         f"Each client asks the base, one of four experts or `auto` for {meta['tokens']} tokens, again and again; "
         f"{meta['slots']} slots. Clients and server share {meta['cores']} cores with other work (the load average "
-        "is that at the end); `nice` below 0 takes cores from it. The process that asks `/health` says how late it wakes "
+        "is that at the end); `nice` below 0 takes cores from it. Who asks `/health` says how late it wakes "
         "up from a sleep of 50 ms: so much of a look is the machine's. "
         f"{versions}, {meta['date']}."
     )
