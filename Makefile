@@ -10,7 +10,7 @@ CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-ray test-clients test-vllm docs package lint types clean
+.PHONY: help install demo test test-all test-ray test-clients test-vllm docs package lint types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,11 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## the environment in .venv, at the versions of constraints.txt
 
-demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (under 5 minutes on 2 cores)
+demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (under 2 minutes on 2 idle cores)
 	$(BIN)/python examples/demo.py
 
 # Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up.
-test: $(STAMP)  ## all tests
+test: $(STAMP)  ## the tests, but for the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(RAY_STAMP): pyproject.toml constraints.txt
@@ -62,7 +65,7 @@ $(VLLM_STAMP): pyproject.toml
 test-vllm: $(VLLM_STAMP)  ## real vLLM on the CPU
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
-docs: $(STAMP)  ## the site in build/site, its links checked (read it: python -m http.server -d build/site)
+docs: $(STAMP)  ## the site in build/site, its links checked (open build/site/index.html)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 package:  ## sdist and wheel, installed and used in an environment of their own

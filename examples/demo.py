@@ -1,8 +1,9 @@
 """The whole of meswitch on a real family: compress four fine-tunes, train a router, serve, ask, count.
 
-    make demo          (or: python examples/demo.py [--out runs/demo])
+    make demo          (or: python examples/demo.py [--fresh] [--json FILE])
 
-Every step is the command that a user would type; the questions go through the `openai` client, all at once.
+Every step is the command that a user would type. The experts and the router do not need each other, so as many of them
+are made at a time as there are cores. The questions go through the `openai` client, all at once.
 """
 
 import argparse
@@ -13,22 +14,23 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from openai import AsyncOpenAI
 from rich.console import Console
 from rich.table import Table
 
-from meswitch import Artifact
 from meswitch.cli.console import quiet
-from meswitch.evaluate import answer
-from meswitch.family import Family
 from meswitch.units import format_bytes
-from meswitch_lab.toy import Question, draw
+
+if TYPE_CHECKING:  # what loads torch is imported when the commands, which load it too, are done
+    from meswitch.family import Family
+    from meswitch_lab.toy import Question
 
 EXAMPLE = Path(__file__).parent / "family"
 QUESTIONS = {"math": 12, "code": 10, "instruct": 10, "sql": 8}
@@ -48,36 +50,62 @@ class Answer:
     tokens: int
 
 
-def step(*command: str) -> None:
-    """Show a command and run it."""
-    console.print(f"\n[bold]$ meswitch {' '.join(command)}[/]")
-    subprocess.run([*MESWITCH, *command], check=True)
+def together(commands: list[list[str]]) -> None:
+    """Run commands, as many at a time as there are cores, and show what they say."""
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+
+    def run(command: list[str]) -> None:
+        console.print(f"[bold]$ meswitch {' '.join(command)}[/]")
+        with subprocess.Popen(
+            [*MESWITCH, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                is_table = line.startswith(" ") or not line.strip()
+                said += [line] if is_table else []
+                if not is_table:
+                    console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+            console.print("".join(said).rstrip(), markup=False, highlight=False, soft_wrap=True)
+        if process.returncode:
+            sys.exit(f"meswitch {command[0]} failed; its message is above")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
+        for job in [pool.submit(run, command) for command in commands]:
+            job.result()
 
 
 @contextmanager
-def server(family: Path) -> Iterator[dict]:
-    """A running `meswitch serve` and its summary."""
+def server(family: Path) -> Iterator[Callable[[], dict]]:
+    """A starting `meswitch serve`; what is given waits until it runs and returns its summary."""
     command = ["serve", str(family), "--port", "0", "--json"]
     console.print(f"\n[bold]$ meswitch {' '.join(command)}[/]")
     process = subprocess.Popen([*MESWITCH, *command], stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            sys.exit("the server did not start; its message is above")
-        summary = json.loads(line)
-        console.print(f"{summary['url']}: {len(summary['experts'])} experts, {summary['slots']} slots")
-        yield summary
+        yield lambda: started(process)
     finally:
         process.terminate()
         process.wait(timeout=60)
 
 
-async def ask_all(url: str, questions: list[Question], models: list[str]) -> tuple[list[Answer], float]:
+def started(process: subprocess.Popen) -> dict:
+    """What a server says when it runs."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        sys.exit("the server did not start; its message is above")
+    summary = json.loads(line)
+    console.print(f"{summary['url']}: {len(summary['experts'])} experts, {summary['slots']} slots")
+    return summary
+
+
+async def ask_all(url: str, questions: "list[Question]", models: list[str]) -> tuple[list[Answer], float]:
     """All questions at once; the answers in their order, and the seconds it took."""
+    from openai import AsyncOpenAI
+
     async with AsyncOpenAI(base_url=url, api_key="unused", timeout=300) as client:
 
-        async def ask(question: Question, model: str) -> Answer:
+        async def ask(question: "Question", model: str) -> Answer:
             reply = await client.chat.completions.create(
                 model=model, messages=[{"role": "user", "content": question.prompt}], max_tokens=MAX_TOKENS
             )
@@ -89,10 +117,12 @@ async def ask_all(url: str, questions: list[Question], models: list[str]) -> tup
         return list(answers), time.perf_counter() - started
 
 
-def full_answers(family: Family, questions: list[Question]) -> list[str]:
+def full_answers(family: "Family", questions: "list[Question]") -> list[str]:
     """Each question answered by its uncompressed fine-tune, with plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from meswitch.evaluate import answer
 
     texts: dict[str, str] = {}
     for section in family.expert:
@@ -103,7 +133,7 @@ def full_answers(family: Family, questions: list[Question]) -> list[str]:
     return [texts[q.prompt] for q in questions]
 
 
-def share_right(questions: list[Question], texts: list[str], full: list[str], domain: str) -> str:
+def share_right(questions: "list[Question]", texts: list[str], full: list[str], domain: str) -> str:
     """How many of a domain's answers are right. SQL has no exact check: right is what the full fine-tune says."""
     rows = [(q, text, wanted) for q, text, wanted in zip(questions, texts, full, strict=True) if q.domain == domain]
     right = sum(q.check(text) if q.check else text == wanted for q, text, wanted in rows)
@@ -111,9 +141,11 @@ def share_right(questions: list[Question], texts: list[str], full: list[str], do
 
 
 def rows(
-    family: Family, questions: list[Question], results: dict[str, list[Answer]], full: list[str]
+    family: "Family", questions: "list[Question]", results: dict[str, list[Answer]], full: list[str]
 ) -> list[list[str]]:
     """One row an expert, as `COLUMNS`."""
+    from meswitch import Artifact
+
     texts = {way: [a.text for a in answers] for way, answers in results.items()}
     found = []
     for section in family.expert:
@@ -147,28 +179,33 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="compress and train again what is there already")
     parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
-    quiet()
-    started = time.perf_counter()
-    family = Family.load(EXAMPLE)
-    step("compress", "--family", str(EXAMPLE), *(["--overwrite"] if options.fresh else []))
-    step("router", "train", "--family", str(EXAMPLE), "--data", str(EXAMPLE / "routing.jsonl"))
-    questions = [q for domain, n in QUESTIONS.items() for q in draw(domain, n, SEED)]
+    began = time.perf_counter()
+    again = ["--overwrite"] if options.fresh else []
+    compressions = [["compress", "--family", str(EXAMPLE), "--expert", name, *again] for name in reversed(QUESTIONS)]
+    together([*compressions, ["router", "train", "--family", str(EXAMPLE), "--data", str(EXAMPLE / "routing.jsonl")]])
     results: dict[str, list[Answer]] = {}
     seconds = 0.0
-    with server(EXAMPLE) as summary:
+    with server(EXAMPLE) as running:
+        console.print("while it starts: the questions to the full fine-tunes, one after another, with transformers")
+        from meswitch.family import Family
+        from meswitch_lab.toy import draw
+
+        quiet()
+        family = Family.load(EXAMPLE)
+        questions = [q for domain, n in QUESTIONS.items() for q in draw(domain, n, SEED)]
+        full = full_answers(family, questions)
+        summary = running()
         console.print(f"asking {len(questions)} questions at once, three ways: auto, by the expert's name, the base")
         ways = {"auto": ["auto"] * len(questions), "named": [q.domain for q in questions]}
         ways["base"] = ["base"] * len(questions)
         for way, models in ways.items():
             results[way], took = asyncio.run(ask_all(summary["url"], questions, models))
             seconds = took if way == "auto" else seconds
-    console.print("asking the full fine-tunes the same, one after another, with transformers")
-    full = full_answers(family, questions)
     found = rows(family, questions, results, full)
     console.print(report(found))
     right = sum(a.served_by == q.domain for q, a in zip(questions, results["auto"], strict=True))
     tokens = sum(a.tokens for a in results["auto"])
-    total = time.perf_counter() - started
+    total = time.perf_counter() - began
     console.print(
         f"routed right: {right}/{len(questions)}; auto: {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} "
         f"tokens/s, {len(QUESTIONS)} experts in one batch. sql counts answers equal to the full fine-tune's.\n"

@@ -100,3 +100,11 @@ def test_the_whole_vision_language_model_is_laid_out():
 def test_a_model_that_does_not_generate_is_refused_by_name():
     with pytest.raises(CheckpointError, match="model_type: 'vit'"):
         architecture_of(AutoConfig.for_model("vit"))
+
+
+def test_the_same_names_lead_to_one_plan_and_others_to_another():
+    architecture = layout("llama")
+    names = list(architecture.stored_layout())
+    plan = architecture.load_plan(names)
+    assert architecture.load_plan(dict.fromkeys(reversed(names))) is plan
+    assert architecture.load_plan(names[1:]) != plan

@@ -162,7 +162,7 @@ def _score(plan: Plan, model: Any, tokenizer: Any, domain: str) -> Score | None:
 
 
 def _outcomes(score: Score) -> dict[str, Any]:
-    """As `evaluate.report.Row.to_dict` stores them: 1 is right, in the order of `draw`."""
+    """As `evaluate.ResultRow.to_dict` stores them: 1 is right, in the order of `draw`."""
     return {"correct": score.correct, "outcomes": "".join("01"[right] for right in score.outcomes)}
 
 

@@ -5,7 +5,7 @@
     python examples/mistral-7b/run.py --synthetic                        random weights of the true widths, one layer
 
 Every step is the command that a user would type, and everything is written below --out. The real run needs
-`pip install 'meswitch[lm-eval]'`, access to the models, and the disk and memory that README.md lists.
+`pip install '.[lm-eval]'`, access to the models, and the disk and memory that README.md lists.
 """
 
 import argparse

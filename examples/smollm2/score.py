@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meswitch.evaluate import Score, Text, answer, compare, divergences, gain_retained, total
-from meswitch.evaluate.answers import prompt_ids
+from meswitch.evaluate.questions import prompt_ids
 from tasks import Row, Task
 
 RIGHT = ("n", "base", "full", "accuracy", "gain", "gain_low", "gain_high", "lost", "won", "p")  # see `compared`

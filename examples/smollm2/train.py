@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.checkpoint import COMPANION_FILES
 from meswitch.durable import replace_directory
-from meswitch.evaluate.answers import prompt_ids
+from meswitch.evaluate.questions import prompt_ids
 from tasks import Row
 
 MAX_LENGTH = 640  # longer rows are left out

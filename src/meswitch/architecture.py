@@ -55,6 +55,7 @@ WRAPPERS = re.compile(r"^(?:module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_chec
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Dimensions that a stored tensor of a role has, where that matters: some are reshaped while they are loaded.
 _DIMENSIONS = dict.fromkeys((EMBEDDING, HEAD, LINEAR, TRANSPOSED), (2,)) | dict.fromkeys(STACKS, (2, 3))
+_PLANS = 8  # of an architecture that are remembered: checkpoint, base and artifacts name few sets of tensors
 _ROUTER_NAMES = ("gate", "gating", "wg")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
@@ -163,6 +164,7 @@ class Architecture:
         self.model = self._lay_out()
         self.model.tie_weights()
         self.tied: Mapping[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        self._plans: dict[frozenset[str], LoadPlan] = {}
 
     def _lay_out(self) -> Any:
         try:
@@ -267,7 +269,12 @@ class Architecture:
 
     def load_plan(self, stored: Collection[str]) -> LoadPlan:
         """How tensors of these names are loaded."""
-        return _plan(self.model, self.parts, self.tied, stored)
+        key = frozenset(stored)
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = _plan(self.model, self.parts, self.tied, key)
+        return self._plans[key]
 
     def roles(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """The role of every stored tensor.

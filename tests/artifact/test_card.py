@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 import meswitch
-from meswitch.artifact.card import About, model_card, read_quality
 from meswitch.artifact.manifest import Recipe
+from meswitch.artifact.remote import About, model_card, read_quality
 from meswitch.errors import ConfigError
 from meswitch.evaluate import Settings, evaluate_family
 from meswitch_lab.toy import task

@@ -10,9 +10,8 @@ import pytest
 
 import meswitch
 from meswitch.artifact import remote
-from meswitch.artifact.card import GENERATED
 from meswitch.artifact.manifest import Manifest
-from meswitch.artifact.remote import RemoteName, files_of, remote_name
+from meswitch.artifact.remote import GENERATED, RemoteName, files_of, remote_name
 from meswitch.errors import ArtifactError, ConfigError
 from tests.support.command_line import Cli
 from tests.support.hub_server import TOKEN, HubServer

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from meswitch.cli.support import statements, support
+from meswitch.cli.plan import statements, support
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def test_a_command_of_the_documents_parses(page, line):
     command, words = get_command(app), [word for word in shlex.split(line)[1:] if word != "..."]
     while hasattr(command, "commands") and not words[0].startswith("-"):
         command = command.commands[words.pop(0)]
+    if hasattr(command, "default"):  # of a group that may be called without a subcommand
+        command = command.commands[command.default]
     context = command.context_class(command)
     command.make_parser(context).parse_args(list(words))
 

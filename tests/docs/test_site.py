@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.chromium import PROGRAM, Page
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *ROOT.glob("*/README.md")]
@@ -42,6 +44,19 @@ def test_the_site_loads_nothing_from_elsewhere(site):
     for page in pages:
         loaded = re.findall(r"<(?:script|link|img)[^>]*?(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
         assert loaded == [], page.name
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="needs Chromium")
+def test_a_page_that_was_opened_as_a_file_is_searched(site, tmp_path):
+    page = Page(tmp_path, (site / "use" / "serve.html").as_uri())
+    try:
+        page.until("document.querySelector('[data-md-component=search-query]') !== null")
+        page.js("document.querySelector('[data-md-toggle=search]').click()")
+        page.js("document.querySelector('[data-md-component=search-query]').focus()")
+        page.type("salient")
+        page.until("document.querySelector('.md-search-result__link')?.href.startsWith('file:') === true", seconds=60)
+    finally:
+        page.close()
 
 
 def test_the_long_tables_are_folded_and_are_tables(site):

@@ -6,7 +6,7 @@ import torch
 
 from meswitch.errors import ConfigError
 from meswitch.evaluate import answer
-from meswitch.evaluate.answers import generate, prompt_ids, stop_ids
+from meswitch.evaluate.questions import generate, prompt_ids, stop_ids
 from meswitch_lab.toy import accuracy, draw
 
 Loaded = tuple[Any, Any]

@@ -34,6 +34,7 @@ def run(tmp_path):
     return script
 
 
+@pytest.mark.slow
 def test_compress_and_serve_is_20_lines_and_answers_rightly(run):
     code = [line for line in (EXAMPLES / "compress_and_serve.py").read_text().splitlines() if line.strip()]
     imports = [line for line in code if line.startswith(("import ", "from ", '"""'))]
@@ -42,6 +43,7 @@ def test_compress_and_serve_is_20_lines_and_answers_rightly(run):
     assert "mine: '9*9=81. 32+81=113. #### 113'" in said
 
 
+@pytest.mark.slow
 def test_an_own_fine_tune_is_trained_compressed_and_measured(run, tmp_path):
     said = run("own_fine_tune.py", "--steps", 2, "--limit", 4)
     assert "bits a weight" in said

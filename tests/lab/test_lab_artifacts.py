@@ -13,7 +13,7 @@ import meswitch
 from meswitch import Artifact
 from meswitch.artifact import account
 from meswitch.checkpoint import Checkpoint
-from meswitch.cli.inspect import artifact_report
+from meswitch.cli.artifacts import artifact_report
 from meswitch.codec import CodedDelta, PackedDelta, encode_coded, find_codec
 from meswitch.compression.merge import load_merged, merge, merged_tensors
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError

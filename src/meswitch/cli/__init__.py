@@ -1,4 +1,4 @@
-"""The command line: one file a command. Heavy packages are imported where a command uses them."""
+"""The command line. Heavy packages are imported where a command uses them."""
 
 import errno
 from collections.abc import Callable
@@ -8,28 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from meswitch import __version__
-from meswitch.cli import (
-    chat,
-    compress,
-    console,
-    deploy,
-    diff,
-    doctor,
-    eval,
-    extract_lora,
-    generate,
-    hub,
-    inspect,
-    key,
-    merge,
-    plan,
-    quantize,
-    route,
-    router,
-    serve,
-    top,
-    verify,
-)
+from meswitch.cli import artifacts, ask, compress, console, diff, doctor, eval, hub, plan, router, serve
 from meswitch.errors import MeswitchError
 
 _AFTER_AN_INTERRUPT = {"compress": "run the same command again to go on"}
@@ -68,24 +47,24 @@ app = typer.Typer(
 )
 _MAKE: tuple[Callable[..., None], ...] = (
     compress.compress_command,
-    inspect.inspect_command,
-    verify.verify_command,
-    merge.merge_command,
-    quantize.quantize_command,
+    artifacts.inspect_command,
+    artifacts.verify_command,
+    artifacts.merge_command,
+    artifacts.quantize_command,
     diff.diff_command,
-    extract_lora.extract_lora_command,
+    compress.extract_lora_command,
     plan.plan_command,
     hub.push_command,
     hub.pull_command,
     eval.eval_command,
 )
 _ASK: tuple[Callable[..., None], ...] = (
-    generate.generate_command,
-    chat.chat_command,
+    ask.generate_command,
+    ask.chat_command,
     serve.serve_command,
-    route.route_command,
-    key.key_command,
-    top.top_command,
+    router.route_command,
+    serve.key_command,
+    serve.top_command,
 )
 _INSTALLED: tuple[Callable[..., None], ...] = (doctor.doctor_command,)
 for _panel, _commands in (
@@ -97,7 +76,7 @@ for _panel, _commands in (
         _name = _command.__name__.removesuffix("_command").replace("_", "-")
         app.command(_name, rich_help_panel=_panel)(_command)
 app.add_typer(router.app, name="router", rich_help_panel="Ask them")
-app.add_typer(deploy.app, name="deploy", rich_help_panel="Ask them")
+app.add_typer(serve.deploy_app, name="deploy", rich_help_panel="Ask them")
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.support import statements, support
+from meswitch.cli.plan import statements, support
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:

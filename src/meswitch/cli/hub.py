@@ -89,7 +89,7 @@ def push_command(
     """
     console.quiet()
     from meswitch.artifact import Artifact
-    from meswitch.artifact.card import About, model_card, read_quality
+    from meswitch.artifact.remote import About, model_card, read_quality
     from meswitch.artifact.remote import push as run
 
     name = _repository(repository)

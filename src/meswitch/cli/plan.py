@@ -1,4 +1,7 @@
-"""`meswitch plan`: what an expert will take, and what fits, before anything is downloaded or compressed."""
+"""`meswitch plan`: what an expert will take, and what fits, before anything is downloaded or compressed.
+
+`support` says what can be done with a base of some architecture: `meswitch diff` shows it too.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from meswitch.cli import console
-from meswitch.cli.inspect import EXACT, EXACT_MEANS, LORA, layer_table, lora_parameters
+from meswitch.cli.artifacts import EXACT, EXACT_MEANS, LORA, layer_table, lora_parameters
 from meswitch.cli.options import takes
-from meswitch.cli.support import statements, support
 from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError
 from meswitch.units import format_bytes, parse_bytes
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
     from meswitch.compression.plan import Memory
+
 
 # Columns of the table of contents: what a tensor is for.
 _MATRICES, _TABLES, _REST = "linear layers", "embedding, head", "norms, biases, rest"
@@ -258,3 +261,49 @@ def _size(text: str) -> int:
         return parse_bytes(f"{text}GB" if text.replace(".", "", 1).isdigit() else text)
     except ConfigError as error:
         raise ConfigError(f"--memory: {error}") from None
+
+
+def support(config: Any) -> dict[str, Any]:
+    """For JSON: the model type, the class that is served, what was tried with it, and why vLLM does not serve it.
+
+    `tried` is None for a model type that nobody tried: whether it can be calibrated is found out when compression
+    starts, and what serves it is proven when an engine opens. See `meswitch.architecture.Tried` for its fields.
+    """
+    from meswitch.architecture import architecture_of, model_class, tried
+    from meswitch.vllm.support import vllm_support
+
+    known = tried(config.model_type)
+    return {
+        "model_type": config.model_type,
+        "class": model_class(config, text_only=True).__name__,
+        "tried": known and dataclasses.asdict(known),
+        "vllm": vllm_support(architecture_of(config)),  # reasons why not, none if it is served
+    }
+
+
+def statements(found: dict[str, Any]) -> dict[str, str]:
+    """What `support` found, as lines to read; all reasons for each no."""
+    import transformers
+
+    known, name = found["tried"], found["class"]
+    in_vllm = "\n".join(f"no: {reason}" for reason in found["vllm"]) or "yes"
+    if known is None:
+        return {
+            "compresses": f"{name}: not tried with this model type; what cannot be compressed or calibrated is refused "
+            "before any work",
+            "served here": "not tried with this model type; proven when an engine opens, which names what it refuses",
+            "served in vLLM": in_vllm,
+        }
+    ways = {
+        "batch": "all experts in one running batch",
+        "turns": f"experts by turns, slower: {known['reason']}",
+        None: f"no: {known['reason']}",
+    }
+    version = known["transformers"]
+    other = "" if version == transformers.__version__ else f" (with transformers {version})"
+    return {
+        "compresses": f"{name}: " + ("yes" if known["compressed"] else f"no: {known['reason']}"),
+        "calibrates": "yes" if known["calibrated"] else f"no: {known['uncalibrated']}",
+        "served here": ways[known["runner"]] + other,
+        "served in vLLM": in_vllm,
+    }

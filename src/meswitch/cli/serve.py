@@ -1,9 +1,10 @@
-"""`meswitch serve`: the OpenAI-compatible server of a family."""
+"""`meswitch serve` and what goes with a server: `deploy` on several machines, `key` for users, `top` to watch."""
 
 import json
 import os
 import re
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,8 @@ from meswitch.cli.options import option_groups
 from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from meswitch.engine import Engine
     from meswitch.family import Family
     from meswitch.server.process import Listening
@@ -282,3 +285,217 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
         console.note(f"{summary['faster_engine']} (docs/use/serve.md, which engine when)")
     if not summary["api_key"] and summary["host"] not in ("127.0.0.1", "::1"):
         console.note("open to the network without a key; set MESWITCH_API_KEY to ask for one")
+
+
+deploy_app = typer.Typer(no_args_is_help=True, help="Serve a family from several replicas behind one endpoint.")
+
+
+@deploy_app.callback()
+def _deploy() -> None:
+    """Serve a family from several replicas behind one endpoint."""
+
+
+@deploy_app.command()
+def ray(
+    family: Annotated[Path, typer.Argument(metavar="FILE", help="A family.toml that every node can read.")],
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the base, each with its own experts resident.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for a replica.")] = 0,
+    cpus: Annotated[float, typer.Option(min=0, help="CPU cores that Ray reserves for a replica.")] = 1,
+    ongoing: Annotated[
+        int, typer.Option(min=1, help="Requests that a replica takes at a time; more go to others.")
+    ] = 64,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 8000,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster, `auto` for this machine's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one line of JSON.")] = False,
+) -> None:
+    """Serve a family from several replicas on Ray Serve; needs `pip install 'meswitch[ray]'`.
+
+    A request goes to a replica that has its expert on the device, if that one has room; a request whose replica is
+    lost before it answered goes to another. Ctrl-C ends the application and, unless `--address` is given, Ray with it.
+
+    Example:
+
+        meswitch deploy ray family.toml --replicas 2 --gpus 1
+    """
+    console.quiet()
+    try:
+        import ray as cluster
+        from ray import serve
+    except ImportError:
+        raise ConfigError("deploy ray: Ray is not installed; run `pip install 'meswitch[ray]'`") from None
+    from meswitch.deploy.ray_app import Arguments, build
+
+    arguments = Arguments(family=family, replicas=replicas, gpus=gpus, cpus=cpus, ongoing=ongoing)
+    application = build(arguments)  # before the cluster is started: a typing error shows at once
+    cluster.init(address=address, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(application, name="meswitch", route_prefix="/")
+        summary = {"url": f"http://{host}:{port}/v1", "replicas": replicas}
+        text = f"meswitch serves {summary['url']} from {replicas} replicas of {family}"
+        print(json.dumps(summary) if as_json else text, flush=True)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.note("stopping")
+    finally:
+        serve.delete("meswitch")
+        if address is None:
+            serve.shutdown()
+            cluster.shutdown()
+
+
+def key_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the key, for logs: letters, digits, `._-`.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A model that it may ask for, `auto` among them; repeatable, default all."),
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at a time; default no limit.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="It may load and unload experts.")] = False,
+) -> None:
+    """Make an API key: the key goes to stderr, its table for the file that `server.keys` names to stdout.
+
+    The table holds a hash, so it is no secret. SIGHUP makes a running server read the file again.
+
+    Example:
+
+        meswitch key team-a --model auto --model math --concurrency 8 >> keys.toml
+    """
+    from pydantic import ValidationError
+
+    from meswitch.server.keys import ApiKey, key_digest, new_key
+
+    text = new_key()
+    try:
+        made = ApiKey(
+            name=name,
+            sha256=key_digest(text),
+            models=tuple(model) if model else None,
+            concurrency=concurrency,
+            admin=admin,
+        )
+    except ValidationError as error:
+        raise ConfigError(f"NAME: {name!r}: {error.errors()[0]['msg']}") from None
+    lines = ["[[key]]", f'name = "{made.name}"', f'sha256 = "{made.sha256}"']
+    if made.models is not None:
+        lines.append(f"models = [{', '.join(_quoted(one) for one in made.models)}]")
+    if made.concurrency is not None:
+        lines.append(f"concurrency = {made.concurrency}")
+    if made.admin:
+        lines.append("admin = true")
+    console.note(f"the key of {made.name}, shown this once: {text}")
+    typer.echo("\n".join([*lines, ""]))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)  # a basic string of TOML is written as one of JSON
+
+
+_TIMEOUT = 10.0
+
+
+def top_command(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The server's address.")] = "http://127.0.0.1:8000",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end; throughput needs two looks.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the server says as one line of JSON.")] = False,
+) -> None:
+    """Show a server's experts, memory and throughput, until Ctrl-C.
+
+    The key of MESWITCH_ADMIN_KEY or MESWITCH_API_KEY is sent, if one is set.
+
+    Example:
+
+        meswitch top http://127.0.0.1:8000
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    found = _ask(url)
+    if as_json:
+        print(json.dumps(found))
+        return
+    if once:
+        Console().print(view(found, None))
+        return
+    before, when = found, time.monotonic()
+    with Live(view(found, None), screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(seconds)
+            found, now = _ask(url), time.monotonic()
+            made = found["engine"]["generated_tokens"] - before["engine"]["generated_tokens"]
+            live.update(view(found, made / (now - when)), refresh=True)
+            before, when = found, now
+
+
+def view(found: dict[str, Any], rate: float | None) -> "Group":
+    """What `GET /v1/experts` says, to look at.
+
+    Args:
+        found: its object.
+        rate: tokens a second since the look before, None at the first.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    from meswitch.units import format_bytes
+
+    engine, memory = found["engine"], found["engine"]["memory"]
+    device = sum(memory[name] for name in ("base", "slots", "kv_cache", "merged"))
+    taken = sum(row["slot"] is not None for row in found["data"])
+    head = f"{engine['base']}: {engine['running']} running, {engine['waiting']} waiting"
+    head += "" if rate is None else f", {rate:.1f} tokens/s"
+    bars = Table.grid(padding=(0, 2))
+    for name, used, total, text in (
+        ("base", memory["base"], device, format_bytes(memory["base"])),
+        ("slots", taken, engine["slots"], f"{taken} of {engine['slots']}, {format_bytes(memory['slots'])}"),
+        (
+            "KV cache",
+            engine["kv_used_tokens"],
+            engine["kv_tokens"],
+            f"{engine['kv_used_tokens']} of {engine['kv_tokens']} tokens, {format_bytes(memory['kv_cache'])}",
+        ),
+        ("merged", memory["merged"], device, format_bytes(memory["merged"])),
+        ("host", memory["host"], engine["host_budget"] or 2 * memory["host"] or 1, format_bytes(memory["host"])),
+    ):
+        bars.add_row(name, ProgressBar(total=max(total, 1), completed=used, width=30), text)
+    counted = ("running", "requests", "hits", "loads", "evictions", "failures")
+    table = Table(
+        "expert", "where", "bytes", *counted, "version", box=SIMPLE_HEAD, padding=0, pad_edge=False
+    )  # fits 80 columns
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in found["data"]:
+        name = f"{row['id']} (pinned)" if row["pinned"] else row["id"]
+        table.add_row(
+            name, row["place"], format_bytes(row["bytes"]), *(str(row[field]) for field in counted), row["version"][:8]
+        )
+    return Group(head, "", bars, "", table)
+
+
+def _ask(url: str) -> dict[str, Any]:
+    """Raises ConfigError: the server does not answer, or not to us."""
+    import urllib.error
+    import urllib.request
+
+    address = f"{url.rstrip('/').removesuffix('/v1')}/v1/experts"
+    key = os.environ.get("MESWITCH_ADMIN_KEY") or os.environ.get("MESWITCH_API_KEY")
+    try:
+        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+            found: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        fix = "set MESWITCH_API_KEY" if error.code == 401 else "is it a server of meswitch?"
+        raise ConfigError(f"{address}: status {error.code}; {fix}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(f"{address}: no answer ({reason}); is `meswitch serve` running there?") from None
+    return found

@@ -236,7 +236,7 @@ def find_codec(name: str | None) -> Codec:
     if name is None or name not in _CODECS:
         raise ValueError(
             f"method: {name!r} is none of {', '.join(codec_names())}; install the package that brings it "
-            "(other papers' methods: pip install 'meswitch[lab]')"
+            "(other papers' methods are in meswitch_lab)"
         )
     return _CODECS[name]
 

@@ -1,13 +1,10 @@
 """Is a compressed expert still as good? Questions with a check, fidelity to the full expert, and honest intervals."""
 
-from meswitch.evaluate.answers import Score, accuracy, answer, own_answers
-from meswitch.evaluate.fidelity import Divergence, Fidelity, Text, divergences, fidelity, total
+from meswitch.evaluate.fidelity import Divergence, Fidelity, Text, divergences, fidelity, layer_errors, total
 from meswitch.evaluate.gain import Comparison, GainRetained, Interval, compare, gain_retained, wilson
 from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
-from meswitch.evaluate.layer_errors import layer_errors
-from meswitch.evaluate.questions import Question, Task, find_checker, read_task
-from meswitch.evaluate.report import Report, ResultRow
-from meswitch.evaluate.run import Settings, evaluate_family
+from meswitch.evaluate.questions import Question, Score, Task, accuracy, answer, find_checker, own_answers, read_task
+from meswitch.evaluate.run import Report, ResultRow, Settings, evaluate_family
 
 __all__ = [
     "Comparison",

@@ -16,9 +16,8 @@ from typing import Any
 
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.asgi import COMPLETIONS, Receive, Scope, Send, is_post, replayed, whole_body
-from meswitch.vllm.settings import DIRECTORY_VARIABLE
+from meswitch.vllm.settings import DIRECTORY_VARIABLE, LOADING
 
-READY, LOADING, FAILED = "ready", "loading", "failed"  # what a worker says of an expert
 LOAD = "/v1/load_lora_adapter"
 _POLL = 0.005, 0.05  # seconds between questions, at first and at last
 _PATIENCE = 300.0

@@ -1,4 +1,7 @@
-"""`--additional-config '{"meswitch": {...}}'`: what the engine must know before it has seen an expert."""
+"""`--additional-config '{"meswitch": {...}}'`: what the engine must know before it has seen an expert.
+
+And the words that several processes of a server share: names of variables, and what a worker says of an expert.
+"""
 
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -9,6 +12,7 @@ from meswitch.errors import ConfigError
 
 KEY = "meswitch"
 DIRECTORY_VARIABLE = "MESWITCH_DELTA_DIR"  # where a server finds experts by name
+READY, LOADING, FAILED = "ready", "loading", "failed"  # what a worker says of an expert that is read ahead
 
 
 @dataclass(frozen=True, slots=True)
