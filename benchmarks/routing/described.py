@@ -181,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, metavar="DIR[:8]", help="8: int8 linear layers")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--time", type=Path, metavar="FILE", help="only time the routers by lines, on these queries")
     parser.add_argument("--train", type=Path)
     parser.add_argument("--clinc", type=Path)
     parser.add_argument("--banking", type=Path)
@@ -190,6 +191,13 @@ def main() -> None:
     space = Space(Remembering(open_encoder(directory, bits=int(bits or 32))))
     data = {name: read_rows(file, EXPERTS) for name, _, file in (text.partition("=") for text in options.data)}
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.time:
+        rows = read_rows(options.time, EXPERTS)
+        for name, given in lines().items():
+            router = DescribedRouter(given, Space(space.encoder.encoder))
+            found["described"][f"{name} lines"]["cpu_ms"] = cpu_ms(router, rows)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        return
     parts = {}
     if data:
         parts["described"] = lambda: described(space, data)

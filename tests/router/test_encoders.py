@@ -7,7 +7,16 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from meswitch.errors import ConfigError
-from meswitch.router import Encoder, RouterError, load_router, open_encoder, train_router
+from meswitch.router import (
+    DescribedRouter,
+    Encoder,
+    RouteOption,
+    RouterError,
+    Space,
+    load_router,
+    open_encoder,
+    train_router,
+)
 from meswitch.router.encoder import SentenceEncoder, StaticEncoder
 
 EXPERTS = ("math", "code", "instruct", "sql")
@@ -49,6 +58,16 @@ def test_a_sentence_encoder_gives_the_mean_of_its_hidden_states(bert):
     states = encoder.model(input_ids=ids, output_hidden_states=True).hidden_states
     expected = torch.cat([states[1].mean(1), states[3].mean(1)], 1)
     torch.testing.assert_close(encoder.encode(TEXTS, (1, 3), 64)[:1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_few_routes_are_scored_without_the_layers_that_do_not_count(bert):
+    space = Space(open_encoder(bert))
+    few = DescribedRouter([RouteOption(text, "", (text, f"{text} now")) for text in ("apples", "boats")], space)
+    assert (space.layers, few.prototypes.layers) == ((2, 3), (2,))
+    every = few.prototypes.log_scores(space(TEXTS))
+    torch.testing.assert_close(few.prototypes.log_scores(space(TEXTS, few.prototypes.layers)), every)
+    many = DescribedRouter([RouteOption(f"route {i}", "", (f"number {i}",)) for i in range(16)], space)
+    assert many.prototypes.layers == (2, 3)
 
 
 def test_every_layer_of_a_bert_is_what_transformers_computes_padded_or_not(bert):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Kinds(TyperGroup):
     """The subcommand may be left out: `embedding` is meant then. `--kind KIND` may stand for it too."""
 
+    default = "embedding"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for i, word in enumerate(args):
             if word == "--kind" or word.startswith("--kind="):
@@ -33,7 +35,7 @@ class Kinds(TyperGroup):
                 rest = args[:i] + args[i + (2 if word == "--kind" else 1) :]
                 return super().parse_args(ctx, [kind, *rest])
         if args and args[0].startswith("-") and args[0] not in ("--help", "-h"):
-            args = ["embedding", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from torch.nn.functional import cross_entropy, logsigmoid, normalize, pad
 
 from meswitch.cpu import fitting_threads
 from meswitch.jsonfile import json_kind
@@ -117,7 +117,7 @@ def layers_of(encoder: TextEncoder) -> tuple[int, ...]:
 class Space:
     """Texts -> vectors, of one encoder. The lines of routes are kept, as the same ones come again.
 
-    `form` [width] weighs the layers where routes are few: zero for those that say only what a text is about.
+    Where routes are few, only the layers `low` count, by `form` [width]; the others say only what a text is about.
     """
 
     def __init__(self, encoder: TextEncoder) -> None:
@@ -126,16 +126,20 @@ class Space:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         # A sentence encoder's last layers know what a text is about, those below also what is wanted.
         top = encoder.depth if isinstance(encoder, Encoder) else round(encoder.depth * 5 / 6)
-        low = [layer <= top for layer in self.layers]
-        share = torch.tensor(low if any(low) else [True] * len(low)).float()
+        self.low = tuple(layer for layer in self.layers if layer <= top) or self.layers
+        share = torch.tensor([layer in self.low for layer in self.layers]).float()
         self.form = (share * (len(share) / share.sum()) ** 0.5).repeat_interleave(encoder.hidden_size)
         raw = self._raw(EVERYDAY)
         self.middle = raw.mean(0)
         self.background = raw - self.middle
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """[len(texts), layers x hidden_size] float32."""
-        return self._raw(texts) - self.middle
+    def __call__(self, texts: Sequence[str], layers: Sequence[int] | None = None) -> Tensor:
+        """[len(texts), layers x hidden_size] float32.
+
+        Args:
+            layers: the first ones of `self.layers`, where the rest does not count.
+        """
+        return self._raw(texts, layers) - self.middle
 
     def lines(self, texts: Sequence[str]) -> Tensor:
         """The same, of texts that will be asked for again."""
@@ -148,18 +152,19 @@ class Space:
         return torch.stack(rows)
 
     def of_states(self, states: Tensor) -> Tensor:
-        """Vectors of hidden states [n, layers x hidden_size] that somebody has computed already."""
+        """Vectors of hidden states [n, layers x hidden_size] that somebody has computed, of the first layers."""
         return self._unit(states) - self.middle
 
-    def _raw(self, texts: Sequence[str]) -> Tensor:
+    def _raw(self, texts: Sequence[str], layers: Sequence[int] | None = None) -> Tensor:
         with fitting_threads(self.encoder.device, self.encoder.hidden_size):
-            states = self.encoder.encode(texts, self.layers, _MAX_TOKENS)
+            states = self.encoder.encode(texts, layers or self.layers, _MAX_TOKENS)
         with torch.inference_mode(False):
             return self._unit(states.clone())
 
     def _unit(self, states: Tensor) -> Tensor:
-        count = len(self.layers)
-        return normalize(states.unflatten(1, (count, -1)), dim=2).flatten(1) / count**0.5
+        count, width = len(self.layers), self.encoder.hidden_size
+        units = normalize(states.unflatten(1, (-1, width)), dim=2).flatten(1) / count**0.5
+        return pad(units, (0, count * width - units.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,7 @@ class Prototypes:
         owner: [points] int64, the point's route.
         heights: [points], the logarithm of the point's share in its route.
         hub: [routes], what is taken off a route's score.
+        layers: of the encoder, those that count.
         temperature: of scores.
         slope: the log-odds that any route is for a text are slope x (the best score - cut).
         cut: see there.
@@ -183,6 +189,7 @@ class Prototypes:
     owner: Tensor
     heights: Tensor
     hub: Tensor
+    layers: tuple[int, ...]
     temperature: float = _TEMPERATURE
     slope: float = 1.0
     cut: float = 0.0
@@ -224,7 +231,8 @@ def fit_prototypes(options: Sequence[RouteOption], space: Space) -> Prototypes:
     weight = metric @ lines.points().T
     bias = -0.5 * (lines.points() * weight.T).sum(1)
     heights = (lines.weights / lines.total()[lines.owner]).log()
-    found = Prototypes(lines.scale[:, None] * weight, bias, lines.owner, heights, torch.zeros(len(options)))
+    weighted, hub = lines.scale[:, None] * weight, torch.zeros(len(options))
+    found = Prototypes(weighted, bias, lines.owner, heights, hub, lines.layers)
     nearest = found.logits(space.background).topk(_HUB_LINES, 0).values.mean(0)
     found = replace(found, hub=_HUB * nearest)
     # an example of a route that has nothing else cannot be left out of it
@@ -248,6 +256,7 @@ class _Lines:
         owner: [points] int64, each point's route.
         counts: [routes] int64, examples of each.
         scale: [width], of the vectors.
+        layers: of the encoder, those that count.
     """
 
     examples: Tensor
@@ -257,6 +266,7 @@ class _Lines:
     owner: Tensor
     counts: Tensor
     scale: Tensor
+    layers: tuple[int, ...]
 
     @classmethod
     def of(cls, options: Sequence[RouteOption], space: Space) -> "_Lines":
@@ -274,7 +284,8 @@ class _Lines:
         sums = torch.zeros(len(owner), vectors.shape[1]).index_add(0, group, shares[:, None] * vectors)
         weights = torch.zeros(len(owner)).index_add(0, group, shares)
         counts = torch.bincount(route, minlength=len(options))
-        return cls(vectors[: len(texts)], group[: len(texts)], sums, weights, owner, counts, scale)
+        layers = space.low if apart else space.layers
+        return cls(vectors[: len(texts)], group[: len(texts)], sums, weights, owner, counts, scale, layers)
 
     def points(self) -> Tensor:
         """[points, width]."""
@@ -403,7 +414,7 @@ class Prior:
         """[n, experts + 1] float32: log-odds of each expert among them, and that any is for the text.
 
         Args:
-            states: [n, layers x hidden_size], of `space.layers`.
+            states: [n, layers x hidden_size], of `prototypes.layers`.
         """
         x = self.space.of_states(states)
         return torch.cat([self.prototypes.logits(x) / self.prototypes.temperature, self.prototypes.odds(x)[:, None]], 1)
@@ -444,7 +455,7 @@ class DescribedRouter(Router):
     def scores(self, messages_batch: Sequence[Messages]) -> list[dict[str, float]]:
         if not messages_batch:
             return []
-        x = self.space([text_of(messages) for messages in messages_batch])
+        x = self.space([text_of(messages) for messages in messages_batch], self.prototypes.layers)
         rows = self.prototypes.log_scores(x).exp().tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in rows]
 

@@ -553,7 +553,7 @@ def extract(
     progress: Progress | None = None,
 ) -> Features:
     """Everything that the heads see of some texts."""
-    said = () if prior is None else prior.space.layers
+    said = () if prior is None else prior.prototypes.layers
     layers = sorted({*settings.layers, *settings.known_layers, *said})
     states = encoder.encode(texts, layers, settings.max_tokens, progress)
     with torch.inference_mode(False):  # plain tensors, so that training may differentiate through them
