@@ -181,8 +181,8 @@ def main() -> None:
     options = parser.parse_args()
     began = time.perf_counter()
     again = ["--overwrite"] if options.fresh else []
-    made = [["compress", "--family", str(EXAMPLE), "--expert", name, *again] for name in reversed(QUESTIONS)]
-    together([*made, ["router", "train", "--family", str(EXAMPLE), "--data", str(EXAMPLE / "routing.jsonl")]])
+    compressions = [["compress", "--family", str(EXAMPLE), "--expert", name, *again] for name in reversed(QUESTIONS)]
+    together([*compressions, ["router", "train", "--family", str(EXAMPLE), "--data", str(EXAMPLE / "routing.jsonl")]])
     results: dict[str, list[Answer]] = {}
     seconds = 0.0
     with server(EXAMPLE) as running:

@@ -1,4 +1,4 @@
-"""`meswitch inspect`, `verify`, `merge` and `quantize`: what an artifact holds, whether it is whole, checkpoints made of it."""
+"""`meswitch inspect`, `verify`, `merge` and `quantize`: what an artifact holds, is it whole, checkpoints made of it."""
 
 import dataclasses
 from pathlib import Path

@@ -14,16 +14,6 @@ from fastapi.responses import JSONResponse, Response
 from meswitch import __version__
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
-from meswitch.server.answers import (
-    ChatCompletion,
-    ChatFormat,
-    Format,
-    Health,
-    ModelCard,
-    ModelList,
-    TextCompletion,
-    TextFormat,
-)
 from meswitch.server.auto import (
     AUTO,
     EXPERT,
@@ -35,20 +25,30 @@ from meswitch.server.auto import (
     routable_messages,
     routing_request,
 )
-from meswitch.server.chat import Chat
 from meswitch.server.endpoints import OpenDecider, OpenEncoder, embedding_routes, routing_routes, token_routes
 from meswitch.server.errors import ApiError, install_error_handlers, without_paths
 from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
 from meswitch.server.generation import ENCODERS, EventStream, Generation, encoded, whole_answer
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, Record, RequestLog
-from meswitch.server.messages import message_routes
 from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware
 from meswitch.server.pace import TurnMiddleware
 from meswitch.server.page import docs_routes, page_routes
-from meswitch.server.responses import response_routes
-from meswitch.server.schema import ChatRequest, CompletionRequest, GenerationRequest
+from meswitch.server.protocol.answers import (
+    ChatCompletion,
+    ChatFormat,
+    Format,
+    Health,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    TextFormat,
+)
+from meswitch.server.protocol.chat import Chat
+from meswitch.server.protocol.messages import message_routes
+from meswitch.server.protocol.responses import response_routes
+from meswitch.server.protocol.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.tokenizer import Prompt
 from meswitch.workers import Workers
 

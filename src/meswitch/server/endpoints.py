@@ -20,10 +20,10 @@ from meswitch.errors import MeswitchError
 from meswitch.router import Decider, Selection, parse_options
 from meswitch.router.encoder import TextEncoder
 from meswitch.server.auto import ERROR, AutoPolicy, routing_request
-from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError
 from meswitch.server.generation import encoded
-from meswitch.server.schema import ChatRequest, Message, Metadata, Strict, Text, Tool, neutral_only, refuse
+from meswitch.server.protocol.chat import Chat
+from meswitch.server.protocol.schema import ChatRequest, Message, Metadata, Strict, Text, Tool, neutral_only, refuse
 from meswitch.tokenizer import ChatTokenizer
 
 MAX_INPUTS = 256

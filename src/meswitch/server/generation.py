@@ -20,12 +20,12 @@ from meswitch.engine import Chunk, Engine
 from meswitch.engine import Request as EngineRequest
 from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
-from meswitch.server.answers import Answer, Format, Usage
-from meswitch.server.chat import Chat
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import GONE
 from meswitch.server.pace import PIECES
-from meswitch.server.schema import GenerationRequest
+from meswitch.server.protocol.answers import Answer, Format, Usage
+from meswitch.server.protocol.chat import Chat
+from meswitch.server.protocol.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
 from meswitch.workers import Workers
 

@@ -17,7 +17,7 @@ from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, IncompatibleError
 from meswitch.family import Family
 from meswitch.ops.linear import MAX_TOKENS
-from meswitch.server.chat import tool_format
+from meswitch.server.protocol.chat import tool_format
 from meswitch.vllm.settings import KEY
 
 FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router

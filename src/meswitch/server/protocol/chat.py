@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from meswitch.engine.grammar import EXTRA, Grammar, is_available, marked
 from meswitch.errors import ConfigError
 from meswitch.server.errors import ApiError
-from meswitch.server.schema import ChatRequest
+from meswitch.server.protocol.schema import ChatRequest
 from meswitch.tokenizer import ChatTokenizer, Conversation
 
 _ID_LETTERS = string.ascii_letters + string.digits

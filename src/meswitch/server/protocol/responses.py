@@ -11,10 +11,10 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from meswitch.engine import Chunk
 from meswitch.engine import Request as EngineRequest
-from meswitch.server.answers import Answer, AnswerChat, Event, Format, Usage
-from meswitch.server.chat import AnswerPart, Chat, chat_request
 from meswitch.server.errors import ApiError
-from meswitch.server.schema import Metadata, Strict, Text, content_text, neutral_only, refuse
+from meswitch.server.protocol.answers import Answer, AnswerChat, Event, Format, Usage
+from meswitch.server.protocol.chat import AnswerPart, Chat, chat_request
+from meswitch.server.protocol.schema import Metadata, Strict, Text, content_text, neutral_only, refuse
 
 _TEXTS = ("text", "input_text", "output_text")
 _IGNORED = {"user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}

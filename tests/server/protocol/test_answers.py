@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from meswitch.server.answers import Format, TextFormat
-from meswitch.server.chat import AnswerReader
 from meswitch.server.errors import ApiError
-from meswitch.server.messages import MessagesFormat
-from meswitch.server.responses import ResponsesFormat, ResponsesRequest
-from meswitch.server.schema import CompletionRequest
+from meswitch.server.protocol.answers import Format, TextFormat
+from meswitch.server.protocol.chat import AnswerReader
+from meswitch.server.protocol.messages import MessagesFormat
+from meswitch.server.protocol.responses import ResponsesFormat, ResponsesRequest
+from meswitch.server.protocol.schema import CompletionRequest
 
 ERROR = ApiError(500, "model 'math': its numbers are not finite", code="engine_error")
 

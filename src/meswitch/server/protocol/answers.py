@@ -17,9 +17,9 @@ from pydantic import BaseModel, RootModel, SerializerFunctionWrapHandler, model_
 
 from meswitch.engine import Chunk, Request
 from meswitch.engine.scores import TokenLogprobs
-from meswitch.server.chat import AnswerPart, AnswerReader, Chat
 from meswitch.server.errors import ApiError
-from meswitch.server.schema import ChatRequest, CompletionRequest
+from meswitch.server.protocol.chat import AnswerPart, AnswerReader, Chat
+from meswitch.server.protocol.schema import ChatRequest, CompletionRequest
 from meswitch.tokenizer import ChatTokenizer
 
 _LEAST = -9999.0  # JSON has no infinity; vLLM writes the same

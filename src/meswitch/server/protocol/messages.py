@@ -11,10 +11,10 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from meswitch.engine import Chunk
 from meswitch.engine import Request as EngineRequest
-from meswitch.server.answers import Answer, AnswerChat, Event, Format, Usage
-from meswitch.server.chat import AnswerPart, Chat, chat_request
 from meswitch.server.errors import ANTHROPIC_PATH, ApiError
-from meswitch.server.schema import ChatRequest, SomeText, Strict, Text, content_text, neutral_only, refuse
+from meswitch.server.protocol.answers import Answer, AnswerChat, Event, Format, Usage
+from meswitch.server.protocol.chat import AnswerPart, Chat, chat_request
+from meswitch.server.protocol.schema import ChatRequest, SomeText, Strict, Text, content_text, neutral_only, refuse
 
 _IGNORED = {"service_tier", "metadata", "betas"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

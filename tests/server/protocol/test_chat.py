@@ -7,8 +7,8 @@ import pytest
 
 from meswitch.engine.grammar import GrammarMatcher, is_available
 from meswitch.errors import ConfigError, MeswitchError
-from meswitch.server.chat import FORMATS, JSON, AnswerReader, Chat, calls_grammar, tool_format
-from meswitch.server.schema import ChatRequest
+from meswitch.server.protocol.chat import FORMATS, JSON, AnswerReader, Chat, calls_grammar, tool_format
+from meswitch.server.protocol.schema import ChatRequest
 from meswitch.tokenizer import ChatTokenizer
 
 HERMES = next(form for form in FORMATS if form.name == "hermes")
