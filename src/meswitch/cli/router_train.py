@@ -28,8 +28,6 @@ class Kinds(TyperGroup):
 
     default = "embedding"
 
-    default = "embedding"
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for i, word in enumerate(args):
             if word == "--kind" or word.startswith("--kind="):
