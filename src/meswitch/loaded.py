@@ -18,6 +18,7 @@ from torch import Tensor
 from meswitch.architecture import WRAPPERS, Architecture, Conversion, LoadPlan, architecture_of, unwrapped
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError, listed
+from meswitch.lazymodel import LazyModel
 from meswitch.tensorfile import BuiltTensor, TensorInfo
 
 _PREFIX_PARTS = 3  # parts of a name that may stand before all names
@@ -170,8 +171,6 @@ def _dequantised(
     Raises:
         CheckpointError: they are not read.
     """
-    from meswitch.compression.partial_model import LazyModel
-
     if not checkpoint.holds_weights:
         raise CheckpointError(f"{checkpoint.directory}: {checkpoint.unread_reason}; give the checkpoint in 16 bit")
     loaded = checkpoint.loaded
