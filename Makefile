@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## the environment in .venv, at the versions of constraints.txt
 
-demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (under 2 minutes on 2 idle cores)
+demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (about 2 minutes on 2 idle cores)
 	$(BIN)/python examples/demo.py
 
 # Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up.

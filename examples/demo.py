@@ -55,7 +55,7 @@ def together(commands: list[list[str]]) -> None:
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
 
     def run(command: list[str]) -> None:
-        console.print(f"[bold]$ meswitch {' '.join(command)}[/]")
+        console.print(f"[bold]$ meswitch {' '.join(command)}[/]", soft_wrap=True)
         with subprocess.Popen(
             [*MESWITCH, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
@@ -79,7 +79,7 @@ def together(commands: list[list[str]]) -> None:
 def server(family: Path) -> Iterator[Callable[[], dict]]:
     """A starting `meswitch serve`; what is given waits until it runs and returns its summary."""
     command = ["serve", str(family), "--port", "0", "--json"]
-    console.print(f"\n[bold]$ meswitch {' '.join(command)}[/]")
+    console.print(f"\n[bold]$ meswitch {' '.join(command)}[/]", soft_wrap=True)
     process = subprocess.Popen([*MESWITCH, *command], stdout=subprocess.PIPE, text=True)
     try:
         yield lambda: started(process)

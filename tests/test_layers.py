@@ -31,6 +31,7 @@ ROOT = {
     "errors",
     "hub",
     "jsonfile",
+    "lazymodel",
     "loaded",
     "pagelock",
     "progress",

@@ -81,11 +81,22 @@ def residency(found: Data) -> str:
 
 def clients(found: Data) -> str:
     """What many streaming clients saw, in a row for each number of them."""
-    head = ["clients", "minutes", "right answers", "wrong or failed", "tokens/s", "longest pause of a stream, s"]
+    head = [
+        "clients",
+        "nice",
+        "load average",
+        "minutes",
+        "right answers",
+        "wrong or failed",
+        "tokens/s",
+        "longest pause of a stream, s",
+    ]
     head += ["/health p50, ms", "/health p99, ms", "an idle process wakes up late, p99, ms", "RSS middle, end, MB"]
     table = [
         [
             str(row["clients"]),
+            str(row["nice"]),
+            str(row["load_average"]),
             f"{row['seconds'] / 60:g}",
             str(row["right"]),
             str(len(row["wrong"]) + sum(row["failed"].values())),
@@ -100,9 +111,9 @@ def clients(found: Data) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     under = (
         f"Each client asks the base, one of four experts or `auto` for {meta['tokens']} tokens, again and again; "
-        f"{meta['slots']} slots. Clients and server share {meta['cores']} cores, beside other work: a load "
-        f"average of {', '.join(str(row['load_average']) for row in found['rows'])} at the end. The process that asks "
-        "`/health` says how late it wakes up from a sleep of 50 ms: so much of a look is the machine's. "
+        f"{meta['slots']} slots. Clients and server share {meta['cores']} cores with other work (the load average "
+        "is that at the end); `nice` below 0 takes cores from it. Who asks `/health` says how late it wakes "
+        "up from a sleep of 50 ms: so much of a look is the machine's. "
         f"{versions}, {meta['date']}."
     )
     return f"{pipe(head, *table)}\n\n{under}"

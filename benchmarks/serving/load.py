@@ -187,6 +187,7 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> dict:
         "health_p99_s": round(p99(health), 4),
         "wake_up_p99_s": round(p99(late), 4),
         "load_average": round(os.getloadavg()[0], 1),
+        "nice": os.nice(0),
         "before": before,
         "middle": middle,
         "after": after,

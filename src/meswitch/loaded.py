@@ -19,6 +19,7 @@ from meswitch.architecture import WRAPPERS, Architecture, Conversion, LoadPlan, 
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import without_quantisation
 from meswitch.errors import CheckpointError, listed
+from meswitch.lazymodel import LazyModel
 from meswitch.tensorfile import BuiltTensor, TensorInfo
 
 _PREFIX_PARTS = 3  # parts of a name that may stand before all names
@@ -177,8 +178,6 @@ def dequantised(
     Raises:
         CheckpointError: they are not read.
     """
-    from meswitch.compression.partial_model import LazyModel
-
     if not checkpoint.holds_weights:
         raise CheckpointError(f"{checkpoint.directory}: {checkpoint.unread_reason}; give the checkpoint in 16 bit")
     loaded = checkpoint.loaded

@@ -9,9 +9,10 @@ import meswitch
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.convert import LEAST_TOKENS
 from meswitch.compression.inputs import Walk
-from meswitch.compression.partial_model import LazyModel, PartialModel
+from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.text import load_calibration
 from meswitch.errors import CheckpointError, IncompatibleError
+from meswitch.lazymodel import LazyModel
 from tests.architectures import tiny
 
 CPU = torch.device("cpu")

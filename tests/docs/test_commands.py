@@ -39,10 +39,11 @@ LINES = sorted({(str(page.relative_to(ROOT)), line) for page in PAGES for line i
 @pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line[:60]}" for page, line in LINES])
 def test_a_command_of_the_documents_parses(page, line):
     command, words = get_command(app), [word for word in shlex.split(line)[1:] if word != "..."]
-    while hasattr(command, "commands") and not words[0].startswith("-"):
-        command = command.commands[words.pop(0)]
-    if hasattr(command, "default"):  # of a group that may be called without a subcommand
-        command = command.commands[command.default]
+    while hasattr(command, "commands"):
+        name = getattr(command, "default", None) if words[0].startswith("-") else words.pop(0)
+        if name is None:
+            break
+        command = command.commands[name]
     context = command.context_class(command)
     command.make_parser(context).parse_args(list(words))
 

@@ -16,12 +16,12 @@ RULES = "Answer in few words. The rules are these: river stone cloud table. " * 
 QUESTIONS = ["Tom has 23 apples. How many now?", "Write river in capitals", "What is 3 + 4?", "List all users"]
 TEXTS = [rules + question for rules in ("", RULES[:150], RULES) for question in QUESTIONS]
 NEW_TOKENS = 12
-EACH, SLOTS, ARRIVALS = 5, 3, 300
+EACH, SLOTS, ARRIVALS = 10, 6, 2000
 
 
 @pytest.fixture(scope="module")
 def engine(family, deltas):
-    """Twenty experts, four of them different, in a cache that is too small for all requests."""
+    """Forty experts, four of them different, in a cache that is too small for all requests."""
     experts = {f"{kind}{number}": deltas[kind] for number in range(EACH) for kind in KINDS}
     options = {"slots": SLOTS, "kv_cache_tokens": 2048, "max_queue": 2 * ARRIVALS}
     with Engine(family / "base", experts, device="cpu", **options) as engine:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Kinds(TyperGroup):
-    """The subcommand may be left out: `embedding` is meant then. `--kind KIND` may stand for it too."""
+    """The subcommand may be left out: `default` is meant then. `--kind KIND` may stand for it too."""
 
     default = "embedding"
 
@@ -102,7 +102,7 @@ OutOption = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Destination:
     """Where the router goes."""
 
     out: OutOption = None
@@ -237,7 +237,7 @@ def embedding(
     *,
     family: FamilyOption,
     data: Annotated[Path | None, typer.Option(metavar="FILE", show_default="none", help=_ROWS)] = None,
-    place: Place,
+    place: Destination,
     checks: Checks,
     claims: Claims,
     embedding: EmbeddingOptions,
@@ -259,7 +259,7 @@ def embedding(
     from meswitch.router import Encoder, TextEncoder, open_encoder, read_rows, train_router
     from meswitch.router.train import default_settings
 
-    job = Job.of(family, place)
+    job = Training.of(family, place)
     if data is None and not claims.self_:
         raise ConfigError("--data: a router of kind embedding is trained on rows; give a file of them, or --self")
     if claims.rows is not None and not claims.self_:
@@ -300,7 +300,7 @@ def embedding(
 def llm(
     family: FamilyOption,
     data: DataOption,
-    place: Place,
+    place: Destination,
     checks: Checks,
     llm: LlmOptions,
     as_json: JsonOption = False,
@@ -319,7 +319,7 @@ def llm(
     from meswitch.router import LlmSettings, open_llm, read_rows, train_llm_router
     from meswitch.router.data import drop_duplicates
 
-    job = Job.of(family, place)
+    job = Training.of(family, place)
     rows, leaked = without_leaks(read_rows(data, job.family.names), checks, job.family.names)
     rows, duplicates = drop_duplicates(rows)
     settings = LlmSettings(
@@ -365,7 +365,7 @@ def cascade(
     data: DataOption,
     first: CascadeFirst,
     second: CascadeSecond,
-    place: Place,
+    place: Destination,
     checks: Checks,
     asked: AskedOption = 0.2,
     model: ModelOption = None,
@@ -384,7 +384,7 @@ def cascade(
 
     from meswitch.router import fit_cascade, load_router, read_rows
 
-    job = Job.of(family, place)
+    job = Training.of(family, place)
     names = job.family.names
     rows, leaked = without_leaks(read_rows(data, names), checks, names)
     one, two = (
@@ -402,7 +402,7 @@ def cascade(
 def rules(
     family: FamilyOption,
     rules: RulesOption,
-    place: Place,
+    place: Destination,
     first: RulesFirst = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
@@ -416,7 +416,7 @@ def rules(
     console.quiet()
     from meswitch.router import RulesRouter, load_router, read_rules
 
-    job = Job.of(family, place)
+    job = Training.of(family, place)
     names = job.family.names
     behind = None if first is None else load_router(first, job.base, experts=names, device=job.device, llm=model)
     router = RulesRouter(read_rules(rules), names, behind, fallback=job.family.router.fallback)
@@ -424,7 +424,7 @@ def rules(
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Training:
     """One training: of which family, where the router goes, and when it began."""
 
     family: "Family"
@@ -434,7 +434,7 @@ class Job:
     started: float
 
     @classmethod
-    def of(cls, family: Path, place: Place) -> "Job":
+    def of(cls, family: Path, place: Destination) -> "Training":
         from meswitch.family import Family
 
         config = Family.load(family)

@@ -16,10 +16,10 @@ from meswitch.architecture import as_matrix, from_matrix
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import EXACT, ExactDelta
-from meswitch.compression.partial_model import LazyModel
 from meswitch.configuration import read_config
 from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError
+from meswitch.lazymodel import LazyModel
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import BuiltTensor, Shards, TensorInfo
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
 from meswitch.checkpoint import Checkpoint, cache_bytes
-from meswitch.compression.partial_model import LazyModel, working_dtype
+from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,
@@ -32,6 +32,7 @@ from meswitch.compression.text import (
 )
 from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
+from meswitch.lazymodel import LazyModel
 from meswitch.progress import Progress, silent
 from meswitch.tokenizer import ChatTokenizer
 from meswitch.units import format_bytes

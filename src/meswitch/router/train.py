@@ -173,7 +173,7 @@ def default_settings(encoder: TextEncoder, seed: int = 0, experts: int = 0) -> E
         bits=getattr(encoder, "bits", 32),
         seed=seed,
         # A base of any size says less of what a line means than an encoder of sentences (the family of the examples).
-        prior=0.75 if small else 1.5,
+        prior=0.25 if small else 1.5,
         own=0.5 if small else 0.15,
     )
     if small or experts < MANY:

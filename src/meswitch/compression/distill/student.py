@@ -24,8 +24,9 @@ from meswitch.codec.registry import Group
 from meswitch.codec.words import nearest_words, signs_of
 from meswitch.compression.inputs import assembly, places_of
 from meswitch.compression.options import Scope, TrainingRecipe
-from meswitch.compression.partial_model import BlockCall, LazyModel, PartialModel, working_dtype
+from meswitch.compression.partial_model import BlockCall, PartialModel, working_dtype
 from meswitch.errors import ConfigError, IncompatibleError
+from meswitch.lazymodel import LazyModel
 from meswitch.tensorfile import DTYPES
 
 _NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
