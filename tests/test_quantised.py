@@ -262,6 +262,19 @@ def test_each_matrix_is_read_by_the_group_of_layers_that_fits_it(tmp_path):
         stored(tmp_path, tensors, [GROUPS, ROWS, ROWS | {"num_bits": 7}])
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [None, {"strategy": ["group"]}, {"group_size": "x"}, {"num_bits": "many"}, {"strategy": "tensor_group"}, 4]
+    + [{"strategy": "block", "block_structure": value} for value in (None, [8], [0, -8], "8")],
+)
+def test_a_group_of_layers_that_says_nonsense_fits_nothing(tmp_path, weights):
+    tensors = {"a.weight": numbers(6, 24), "a.weight_scale": positive(2, 3)}
+    with pytest.raises(CheckpointError, match="no group of config_groups fits it"):
+        stored(tmp_path, tensors, [weights], "int-quantized")
+    found = stored(tmp_path, tensors, [weights, BLOCKS], "int-quantized")
+    assert found["a.weight"].isfinite().all()
+
+
 def test_weights_beside_scales_are_not_codes(tmp_path):
     tensors = {"a.weight": torch.ones(6, 24, dtype=torch.bfloat16), "a.weight_scale": positive(6, 1)}
     with pytest.raises(CheckpointError, match=r"stored as weight bfloat16 \[6, 24\].*no group"):
@@ -276,6 +289,9 @@ def test_weights_beside_scales_are_not_codes(tmp_path):
     [
         ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "transform_config: its weights are rot"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config: .* \(sparse-24-bitmask\)"),
+        ({"sparsity_config": "sparse"}, r"sparsity_config: .* \(sparse\)"),
+        ({"transform_config": ["u"]}, "transform_config: its weights are rotated"),
+        ({"config_groups": ["u"]}, "no group of config_groups fits it"),
         ({"format": "mixed-precision"}, "compressed-tensors as mixed-precision"),
         ({"quant_method": "fp8"}, "quantised by fp8 as pack-quantized"),
     ],
@@ -284,7 +300,7 @@ def test_what_else_a_base_may_be_is_refused_by_name(family, bases, tmp_path, mor
     other = shutil.copytree(bases["int4"], tmp_path / "base")
     config = json.loads((other / "config.json").read_text())["quantization_config"]
     edit_config(other, quantization_config=config | more)
-    with pytest.raises(IncompatibleError, match=named):
+    with pytest.raises((CheckpointError, IncompatibleError), match=named):
         meswitch.compress(other, family / "math", tmp_path / "delta")
 
 

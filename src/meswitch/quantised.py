@@ -7,6 +7,7 @@ asymmetric. A weight is (code - zero point) x scale. What a checkpoint says of a
 they are.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -63,9 +64,11 @@ def unread_reason(config: Mapping[str, Any]) -> str | None:
             + (f" as {stored_as}" if stored_as else "")
             + f"; of quantised bases those of {METHOD} are read ({', '.join(FORMATS)})"
         )
-    if (config.get("transform_config") or {}).get("config_groups"):
+    transform = config.get("transform_config") or {}
+    if not isinstance(transform, Mapping) or transform.get("config_groups"):
         return "transform_config: its weights are rotated, and its activations as it computes; such bases are not read"
-    sparsity = (config.get("sparsity_config") or {}).get("format")
+    sparsity = config.get("sparsity_config") or {}
+    sparsity = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
     if sparsity not in (None, "dense"):
         return f"sparsity_config: its weights are stored without their zeros ({sparsity}); such bases are not read"
     return None
@@ -152,27 +155,33 @@ class _Layout:
 
 
 def _layouts(config: Mapping[str, Any]) -> list[_Layout]:
-    """How weights are stored, of each group of layers. A group of another kind is left out, so that nothing fits it."""
-    found = []
-    for scheme in (config.get("config_groups") or {}).values():
-        weights = (scheme.get("weights") if isinstance(scheme, Mapping) else None) or {"strategy": "none"}
-        blocks = _blocks(weights)
-        if blocks is not None:
-            kind = str(weights.get("type", "int")).lower()
-            found.append(_Layout(weights.get("num_bits", 8), kind == "float", weights.get("symmetric", True), *blocks))
+    """How weights are stored, of each group of layers. One that is not understood is left out: then nothing fits it."""
+    groups, found = config.get("config_groups"), []
+    for scheme in groups.values() if isinstance(groups, Mapping) else ():
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # values of other kinds
+            found.append(_layout(scheme.get("weights")))
     return found
 
 
-def _blocks(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and channels that share a scale, 0 for all; None if it is not known."""
-    size, block = weights.get("group_size"), weights.get("block_structure")
+def _layout(weights: Mapping[str, Any]) -> _Layout:
+    """Of one group.
+
+    Raises:
+        ValueError: scales of another kind.
+    """
+    size: Any = weights.get("group_size")
+    block: Any = weights.get("block_structure")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    if strategy == "group" and isinstance(size, int) and size > 0:
-        return 1, size
-    if strategy == "block" and block:
-        high, wide = block.split("x") if isinstance(block, str) else block
-        return int(high), int(wide)
-    return {"tensor": (0, 0), "channel": (1, 0)}.get(strategy)
+    if strategy == "group" and size > 0:
+        high, wide = 1, int(size)
+    elif strategy == "block":
+        high, wide = (int(part) for part in (block.split("x") if isinstance(block, str) else block))
+    elif strategy in ("tensor", "channel"):
+        high, wide = int(strategy == "channel"), 0
+    else:
+        raise ValueError(strategy)
+    is_float = weights.get("type", "int").lower() == "float"
+    return _Layout(int(weights.get("num_bits", 8)), is_float, weights.get("symmetric", True), high, wide)
 
 
 def _matrix(where: str, parts: Mapping[str, TensorInfo], layouts: Sequence[_Layout]) -> "_Matrix":
