@@ -275,7 +275,7 @@ def test_extra_rows_are_kept_as_they_are():
 @pytest.mark.parametrize(
     ("method", "meta", "message"),
     [
-        ("gzip", {}, "method: 'gzip' is none of me-switch.*pip install"),
+        ("gzip", {}, "method: 'gzip' is none of me-switch.*install the package that brings it"),
         (None, None, "method: None is none of"),
         ("svd", None, "meta.rank: missing field"),
         ("svd", {"rank": 2, "depth": 1}, "meta.depth: unknown field"),
