@@ -116,6 +116,21 @@ def test_an_expert_that_no_task_is_for_is_not_loaded(family: Path) -> None:
     assert "expert code: none of the tasks is for it" in said
 
 
+def test_a_delta_that_no_task_is_for_is_not_loaded(family: Path, math_delta: Path) -> None:
+    said: list[str] = []
+    found = evaluate_family(
+        family / "base",
+        {"code": family / "code"},
+        {"math": math_delta},
+        owners={"math": None},
+        tasks=[task("code", 1, 2, "code")],
+        settings=FEWER,
+        say=said.append,
+    )
+    assert [row.model for row in found.rows] == ["base", "code"]
+    assert "delta math: none of the tasks is for it" in said
+
+
 def test_a_delta_of_any_name_is_compared_with_the_only_expert(family: Path, math_delta: Path) -> None:
     found = evaluate_family(
         family / "base",
@@ -180,9 +195,11 @@ def test_a_checkpoint_without_a_tokenizer_is_named(family: Path, tmp_path: Path)
         evaluate_family(tmp_path, {}, tasks=[ANY])
 
 
-def test_a_delta_of_another_base_is_refused(family: Path, math_delta: Path) -> None:
-    with pytest.raises(IncompatibleError):
-        evaluate_family(family / "code", {}, {"math": math_delta}, tasks=[ANY])
+def test_a_delta_of_another_base_is_refused_before_any_question_is_asked(family: Path, math_delta: Path) -> None:
+    asked: list[str] = []
+    with pytest.raises(IncompatibleError, match="its fingerprint"):
+        evaluate_family(family / "code", {}, {"math": math_delta}, tasks=[ANY], say=asked.append)
+    assert asked == []
 
 
 # -- the command ------------------------------------------------------------------------------------------------

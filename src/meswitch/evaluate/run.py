@@ -12,6 +12,7 @@ import torch
 from meswitch import __version__
 from meswitch.adapter import is_adapter, open_expert
 from meswitch.architecture import architecture_of
+from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
@@ -261,8 +262,9 @@ def evaluate_family(
     for source in experts.values():
         if not is_adapter(source):
             Checkpoint.open(source)
+    known = fingerprint(checkpoint) if deltas else None
     for source in (*deltas.values(), *filter(is_adapter, experts.values())):
-        open_expert(source, checkpoint)
+        open_expert(source, checkpoint).check_base(checkpoint, known=known)
     own = {task.name: task for task in tasks if isinstance(task, Task)}
     foreign = [task for task in tasks if isinstance(task, str)]
     run = _Run(settings, say, own, Harness(foreign, settings.harness) if foreign else None)
@@ -306,6 +308,9 @@ def evaluate_family(
                     )
                 )
     for delta in (delta for delta, owner in owners.items() if owner is None):
+        if not plan[delta]:
+            say(f"delta {delta}: none of the tasks is for it")
+            continue
         say(f"delta {delta}: {deltas[delta]}")
         merged, bits = _load_delta(base, deltas[delta], settings)
         for result in run.results(merged, plan[delta]).values():
