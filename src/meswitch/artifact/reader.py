@@ -309,7 +309,8 @@ class Artifact:
                 done += 0 if info is None else info.nbytes
                 if not _is(info, entry):
                     raise IncompatibleError(
-                        f"{base.directory}: {name} is not the tensor that {self.directory} was compressed against"
+                        f"{base.directory}: {name} is not the tensor that {self.directory} was compressed against; "
+                        f"give its base, which was called {wanted.name!r}, or compress again"
                     )
         found = known or fingerprint(base)
         if found != wanted.fingerprint and not self._loads_alike(base):
