@@ -140,6 +140,14 @@ def test_what_is_missing_is_named(project, words, message):
     assert message in done.stderr
 
 
+def test_a_rule_for_no_expert_is_named_with_its_file(project):
+    file = project / "chess.toml"
+    file.write_text('[[rule]]\nchoose = "chess"\nfield = "text"\npattern = "rook"\n')
+    done = run(project, "router", "train", "rules", "--rules", "@chess.toml", "--family", "@", "--out", "@nowhere")
+    assert done.exit_code == 1
+    assert f"{file}: rule[0].choose: 'chess' is none of" in done.stderr
+
+
 def test_check_counts_what_two_files_share(project):
     done = run(project, "router", "check", "--family", "@", "--data", "@train.jsonl", "--eval-data", "@train.jsonl")
     assert done.exit_code == 1

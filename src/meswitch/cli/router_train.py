@@ -414,12 +414,16 @@ def rules(
         meswitch router train rules --family family.toml --rules rules.toml --first router --out ruled
     """
     console.quiet()
-    from meswitch.router import RulesRouter, load_router, read_rules
+    from meswitch.router import RouterError, RulesRouter, load_router, read_rules
 
     job = Training.of(family, place)
     names = job.family.names
     behind = None if first is None else load_router(first, job.base, experts=names, device=job.device, llm=model)
-    router = RulesRouter(read_rules(rules), names, behind, fallback=job.family.router.fallback)
+    given = read_rules(rules)
+    try:
+        router = RulesRouter(given, names, behind, fallback=job.family.router.fallback)
+    except RouterError as error:
+        raise RouterError(f"{rules}: {error}") from None
     job.finish(router, "rules", as_json, held_out={"rules": len(router.rules)})
 
 
