@@ -89,6 +89,13 @@ def test_a_family_without_a_router_serves_auto_by_its_descriptions(family_file, 
     assert set(router_from_family(config, engine).route("hello").scores) == {"math", "code", "other"}
 
 
+def test_experts_with_a_description_alone_are_named(family_file, router_directory, engine, tmp_path, caplog):
+    config = changed(family_file, tmp_path, (str(router_directory), "none/here"))
+    policy_from_family(config, engine)
+    bare = [expert.name for expert in config.expert if not expert.examples]
+    assert f"(of {', '.join(bare)} a description alone" in caplog.text
+
+
 def test_a_router_of_other_experts_costs_auto_alone(family_file, engine, tmp_path):
     config = changed(family_file, tmp_path, ('name = "code"', 'name = "python"'))
     _, problem = policy_from_family(config, engine)
