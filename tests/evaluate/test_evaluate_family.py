@@ -310,6 +310,14 @@ def test_a_delta_without_a_source_is_compared_with_no_other_expert(
     assert rows["law", "delta"]["expert"] is None
 
 
+def test_questions_that_are_not_there_are_named_with_the_expert(family: Path, tmp_path: Path) -> None:
+    (tmp_path / "family.toml").write_text(
+        f'base = {{ path = "{family}/base" }}\n[[expert]]\nname = "law"\ndelta = "nowhere"\nquestions = "none.jsonl"\n'
+    )
+    result = command("--family", tmp_path)
+    assert f"expert 'law': questions: {tmp_path / 'none.jsonl'}: no such file" in str(result.exception)
+
+
 def test_questions_can_be_for_one_expert_of_several(family: Path) -> None:
     experts = ("--expert", family / "math", "--expert", family / "code")
     asked = ("--questions", f"math={family}/questions/math.jsonl", "--checker", "number", "-n", 2)

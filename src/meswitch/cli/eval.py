@@ -188,7 +188,7 @@ def eval_command(
 
         family = Family.load(models.family)
         origin, experts, deltas = _members(family, models.family)
-        own += _questions_of(family, asked.limit)
+        own += _questions_of(family, models.family, asked.limit)
     else:
         origin = str(models.base)
         experts, deltas = _named("--expert", models.expert or []), _named("ARTIFACT", artifact or [])
@@ -266,7 +266,7 @@ def _questions(asked: Asked) -> Iterator["Task"]:
         yield read_task(path, asked.checker, expert=expert, limit=asked.limit)
 
 
-def _questions_of(family: "Family", limit: int | None) -> Iterator["Task"]:
+def _questions_of(family: "Family", path: Path, limit: int | None) -> Iterator["Task"]:
     """The tasks of a family's experts, named after them."""
     from meswitch.evaluate import read_task
 
@@ -276,6 +276,8 @@ def _questions_of(family: "Family", limit: int | None) -> Iterator["Task"]:
             if checker is not None and checker.rpartition(":")[0].endswith(".py"):
                 checker = str(family.resolve(checker))
             file = family.resolve(section.questions)
+            if not file.exists():
+                raise ConfigError(f"{path}: expert {section.name!r}: questions: {file}: no such file")
             yield read_task(file, checker, name=section.name, expert=section.name, limit=limit)
 
 
