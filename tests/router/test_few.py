@@ -70,7 +70,7 @@ def test_a_router_that_knows_no_others_can_grow(all_rows, few, encoder):
         ([], "examples: none"),
         ([Row("2 + 2", "math")] * 5, "'math' is known"),
         ([Row("x", OTHER)] * 5, "'other' is known"),
-        ([Row("the same", "law")] * 9, "'law' has 1 distinct examples"),
+        ([Row("the same", "law")] * 9, "'law' has 1 different ones"),
     ],
 )
 def test_examples_that_cannot_add_an_expert(old, rows, message):

@@ -406,7 +406,8 @@ def add_described(router: EmbeddingRouter, options: Sequence[RouteOption]) -> Em
             raise RouterError(f"domain: {option.name!r} is known to the router; examples can only add experts")
         if len(lines) < LEAST_EXAMPLES:
             raise RouterError(
-                f"domain: {option.name!r} has {len(lines)} distinct examples; at least {LEAST_EXAMPLES} are needed"
+                f"examples: {option.name!r} has {len(lines)} different ones (a description counts as one); "
+                f"at least {LEAST_EXAMPLES} are needed"
             )
     for option in options:
         router = _with_expert(router, option)
