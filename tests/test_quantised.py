@@ -108,7 +108,7 @@ def test_artifacts_of_one_base_are_refused_over_the_other(family, bases, deltas,
     quantised, plain = (Checkpoint.open(path) for path in (bases["int8"], family / "base"))
     of_plain = meswitch.compress(plain.directory, family / "math", tmp_path / "plain")
     of_plain.check_base(plain)
-    with pytest.raises(IncompatibleError, match="compress again against the quantised one"):
+    with pytest.raises(IncompatibleError, match="compress again against this quantised one"):
         of_plain.check_base(quantised)
     of_quantised = meswitch.Artifact.open(deltas / "math")
     of_quantised.check_base(quantised)

@@ -146,7 +146,7 @@ def test_a_quantised_base_is_known_by_what_is_left_of_it(family, quantised, delt
     artifact = Artifact.open(deltas["math"])
     Base(str(family / "base")).check(artifact)
     Base(str(quantised)).check(artifact)
-    with pytest.raises(IncompatibleError, match="serve the quantised one with vLLM"):  # what the embedded engine asks
+    with pytest.raises(IncompatibleError, match="vLLM serves both together"):  # what the embedded engine asks
         artifact.check_base(Checkpoint.open(quantised))
     rescaled = quantise(family / "base", tmp_path / "rescaled", rescaled=True)
     with pytest.raises(IncompatibleError, match=r"layers\.0\.input_layernorm\.weight is not that of .*\(AWQ"):

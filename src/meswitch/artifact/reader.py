@@ -317,8 +317,8 @@ class Artifact:
             fix = "use that base or compress again"
             if base.is_quantised:
                 fix = (
-                    "use that base in 16 bit, serve the quantised one with vLLM (`meswitch serve --engine vllm`), or "
-                    "compress again against the quantised one, so that the deltas repair its error"
+                    "use that base, or compress again against this quantised one, so that the deltas repair its error; "
+                    "if this one was made from that base, vLLM serves both together (`meswitch serve --engine vllm`)"
                 )
             raise IncompatibleError(
                 f"{base.directory}: its fingerprint {found[15:27]}… is not the {wanted.fingerprint[15:27]}… of "
