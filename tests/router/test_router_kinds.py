@@ -123,6 +123,7 @@ def test_rules_before_a_router(embedding, project):
     [
         ((), "--data: a router of kind embedding"),
         (("--data", "@train.jsonl", "--rows", "@rows"), "--rows: only with --self"),
+        (("--self", "--data", "@train.jsonl", "--encoder", "@no-encoder"), "no-encoder: no such"),
         (("--kind", "llm"), "Missing option '--data'"),
         (("cascade", "--data", "@dev.jsonl"), "Missing option '--first'"),
         (("rules",), "Missing option '--rules'"),

@@ -264,17 +264,17 @@ def embedding(
         raise ConfigError("--data: a router of kind embedding is trained on rows; give a file of them, or --self")
     if claims.rows is not None and not claims.self_:
         raise ConfigError("--rows: only with --self, which makes rows")
+    encoder: TextEncoder | None = None
+    if embedding.encoder is not None:  # before the experts are asked, which takes longest
+        encoder = open_encoder(embedding.encoder, job.device, embedding.bits)
     if claims.self_:
         rows = job.claimed(claims, data, checks.seed)
     else:
         assert data is not None
         rows = read_rows(data, job.family.names)
     rows, leaked = without_leaks(rows, checks, job.family.names)
-    encoder: TextEncoder
-    if embedding.encoder is None:
+    if encoder is None:
         encoder = Encoder.load(job.base, job.device)
-    else:
-        encoder = open_encoder(embedding.encoder, job.device, embedding.bits)
     settings = dataclasses.replace(
         default_settings(encoder, checks.seed, len(job.family.names)),
         target_precision=embedding.target_precision,
