@@ -16,7 +16,7 @@ from meswitch.configuration import read_config
 from meswitch.errors import AdapterError, CheckpointError, listed
 from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.jsonfile import disguise, read_json
-from meswitch.quantised import as_weights, described, quantisation, unread_reason
+from meswitch.quantised import as_weights, quantisation, quantisation_of, unread_reason
 from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header, read_index
 
 # What makes an expert speak (and see): copied into its artifact as it is.
@@ -118,7 +118,7 @@ class Checkpoint:
 
     @cached_property
     def _quantisation(self) -> Mapping[str, Any] | None:
-        return described(self.config.to_dict())
+        return quantisation_of(self.config.to_dict())
 
     @property
     def holds_weights(self) -> bool:

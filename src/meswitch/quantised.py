@@ -43,10 +43,10 @@ _GIVE = "give a checkpoint in 16 bit"
 def quantisation(directory: Path) -> Mapping[str, Any] | None:
     """What a checkpoint's `config.json` says of how its weights are stored; None if they are plain."""
     file = directory / "config.json"
-    return described(read_json(file)) if file.is_file() else None
+    return quantisation_of(read_json(file)) if file.is_file() else None
 
 
-def described(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def quantisation_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The same of a configuration: of a model with images it may be that of its text model."""
     for part in (config, config.get("text_config")):
         found = part.get("quantization_config") if isinstance(part, Mapping) else None
@@ -86,7 +86,7 @@ def as_weights(directory: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, 
     """
     config = read_json(directory / "config.json")
     dtype = _dtype(config)
-    layouts = _layouts(described(config) or {})
+    layouts = _layouts(quantisation_of(config) or {})
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         owner, _, leaf = name.rpartition(".")
