@@ -126,3 +126,22 @@ def test_a_router_whose_replacement_was_stopped_is_opened(tmp_path):
     RulesRouter([Rule("math", "text", "sum")], ("math",)).save(target)
     target.rename(durable._waiting(target))
     assert load_router(target, tmp_path).experts == ("math",)
+
+
+def test_a_directory_takes_its_place_only_if_it_was_filled_without_an_error(tmp_path):
+    target = tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "left").write_text("by a run that was stopped")
+    with durable.replacing_directory(target) as partial:
+        assert list(partial.iterdir()) == []
+        assert not target.exists()
+        (partial / "file").write_text("one")
+
+    def fail() -> None:
+        with durable.replacing_directory(target) as partial:
+            (partial / "file").write_text("two")
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        fail()
+    assert (target / "file").read_text() == "one"

@@ -20,6 +20,16 @@ def replacing(file: Path) -> Iterator[Path]:
     temporary.replace(file)
 
 
+@contextlib.contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target` to fill; when the block ends without an error, it becomes `target`."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    replace_directory(partial, target)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file, or replace the one that is there."""
     with replacing(file) as temporary:

@@ -31,7 +31,7 @@ from meswitch.compression.partial_model import check_blocks, working_dtype
 from meswitch.compression.pipeline import measured_tokens
 from meswitch.compression.text import load_calibration
 from meswitch.cpu import fitting_threads
-from meswitch.durable import recover_directory, replace_directory
+from meswitch.durable import recover_directory, replacing_directory
 from meswitch.errors import ConfigError
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import write_tensors
@@ -195,18 +195,15 @@ def extract_lora(
         made.run(walk)
     if not any(item.how == PAIR for item in made.found):
         raise ConfigError(f"{target.directory}: no linear layer changed, so there is nothing for a LoRA to hold")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    added_kept = made.added_rows == 0 or made.keeps_added
-    if added_kept:  # a tokenizer with tokens that the model lacks would be worse than the base's
-        for file in target.companions():
-            if file.name != "config.json":
-                shutil.copyfile(file, partial / file.name)
-    write_tensors(partial / WEIGHTS_NAME, {f"{_PREFIX}{name}": tensor for name, tensor in made.tensors.items()})
-    (partial / ADAPTER_CONFIG).write_text(json.dumps(made.config(str(base)), indent=2) + "\n")
-    changes_of(Adapter.open(partial), opened)  # it is read as any other adapter is
-    replace_directory(partial, out)
+    with replacing_directory(out) as partial:
+        added_kept = made.added_rows == 0 or made.keeps_added
+        if added_kept:  # a tokenizer with tokens that the model lacks would be worse than the base's
+            for file in target.companions():
+                if file.name != "config.json":
+                    shutil.copyfile(file, partial / file.name)
+        write_tensors(partial / WEIGHTS_NAME, {f"{_PREFIX}{name}": tensor for name, tensor in made.tensors.items()})
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(made.config(str(base)), indent=2) + "\n")
+        changes_of(Adapter.open(partial), opened)  # it is read as any other adapter is
     nbytes = sum(tensor.nbytes for tensor in made.tensors.values())
     return Extraction(out, made.rank, tuple(made.found), made.added_rows, added_kept, nbytes, target.nbytes)
 

@@ -17,7 +17,7 @@ from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import EXACT, ExactDelta
 from meswitch.configuration import read_config
-from meswitch.durable import replace_directory
+from meswitch.durable import replacing_directory
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.lazymodel import LazyModel
 from meswitch.progress import Progress, silent
@@ -96,25 +96,22 @@ def merge(
     checkpoint = Checkpoint.open(base)
     artifact = open_expert(delta, checkpoint)
     artifact.check_base(checkpoint)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    wanted = getattr(torch, dtype) if dtype else None
-    shards = Shards(partial)
-    done, total = 0, sum(math.prod(entry.shape) for entry in artifact.manifest.tensors.values())
-    for name in artifact.manifest.tensors:
-        tensor = restored_tensor(checkpoint, artifact, name, wanted)
-        done += tensor.numel()
-        progress("merging", done, total, name)
-        shards.add(name, tensor)
-    shards.finish()
-    for name in artifact.manifest.companions:
-        shutil.copyfile(artifact.directory / name, partial / name)
-    if wanted is not None:
-        config = json.loads((partial / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
-    replace_directory(partial, out)
+    with replacing_directory(out) as partial:
+        wanted = getattr(torch, dtype) if dtype else None
+        shards = Shards(partial)
+        done, total = 0, sum(math.prod(entry.shape) for entry in artifact.manifest.tensors.values())
+        for name in artifact.manifest.tensors:
+            tensor = restored_tensor(checkpoint, artifact, name, wanted)
+            done += tensor.numel()
+            progress("merging", done, total, name)
+            shards.add(name, tensor)
+        shards.finish()
+        for name in artifact.manifest.companions:
+            shutil.copyfile(artifact.directory / name, partial / name)
+        if wanted is not None:
+            config = json.loads((partial / "config.json").read_text())
+            config.pop("torch_dtype", None)
+            (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
     return out
 
 

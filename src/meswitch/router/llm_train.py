@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from meswitch.cpu import fitting_threads
-from meswitch.durable import fsync_path, recover_directory, replace_directory
+from meswitch.durable import fsync_path, recover_directory, replacing_directory
 from meswitch.router.base import OTHER, RouterError
 from meswitch.router.calibrate import COVERAGE, auroc, calibration_error, temperature, threshold
 from meswitch.router.choice import NONE_OF_THESE, ChoiceModel, ChoicePrompt
@@ -136,19 +135,16 @@ def save_checkpoint(
     Args:
         mean: of the last steps' weights, or empty.
     """
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {f"weight.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
-    tensors |= {f"mean.{name}": value.detach().cpu().contiguous() for name, value in mean.items()}
-    for name, value in weights.items():
-        for key, item in optimizer.state.get(value, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = item.detach().cpu().contiguous()
-    save_file(tensors, partial / _TENSORS)
-    (partial / _STATE).write_text(json.dumps({"format": _FORMAT, "step": step, "run": run}) + "\n")
-    for part in (partial / _TENSORS, partial / _STATE):
-        fsync_path(part)
-    replace_directory(partial, path)
+    with replacing_directory(path) as partial:
+        tensors = {f"weight.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+        tensors |= {f"mean.{name}": value.detach().cpu().contiguous() for name, value in mean.items()}
+        for name, value in weights.items():
+            for key, item in optimizer.state.get(value, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = item.detach().cpu().contiguous()
+        save_file(tensors, partial / _TENSORS)
+        (partial / _STATE).write_text(json.dumps({"format": _FORMAT, "step": step, "run": run}) + "\n")
+        for part in (partial / _TENSORS, partial / _STATE):
+            fsync_path(part)
 
 
 def load_checkpoint(

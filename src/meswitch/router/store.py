@@ -7,7 +7,6 @@ checksum differ from what `router.json` says. Nothing is unpickled.
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from meswitch import __version__
 from meswitch.artifact.fingerprint import sha256_file
-from meswitch.durable import fsync_path, recover_directory, replace_directory
+from meswitch.durable import fsync_path, recover_directory, replacing_directory
 from meswitch.jsonfile import Decoder
 from meswitch.router.base import Router, RouterError
 
@@ -158,20 +157,17 @@ def write_router(
     raw = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     file = dataclasses.replace(file, tensors_sha256=hashlib.sha256(raw).hexdigest())
     head = {"format": FORMAT, "version": VERSION}
-    partial = path.with_name(path.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if members is not None:
-            for name, member in members.items():
-                member.save(partial / name)
-            checksums = {name: sha256_file(partial / name / JSON_NAME) for name in members}
-            file = dataclasses.replace(file, members=checksums)
-        (partial / TENSORS_NAME).write_bytes(raw)
-        (partial / JSON_NAME).write_text(json.dumps(head | dataclasses.asdict(file), indent=2) + "\n")
-        for part in (partial / TENSORS_NAME, partial / JSON_NAME):
-            fsync_path(part)
-        replace_directory(partial, path)
+        with replacing_directory(path) as partial:
+            if members is not None:
+                for name, member in members.items():
+                    member.save(partial / name)
+                checksums = {name: sha256_file(partial / name / JSON_NAME) for name in members}
+                file = dataclasses.replace(file, members=checksums)
+            (partial / TENSORS_NAME).write_bytes(raw)
+            (partial / JSON_NAME).write_text(json.dumps(head | dataclasses.asdict(file), indent=2) + "\n")
+            for part in (partial / TENSORS_NAME, partial / JSON_NAME):
+                fsync_path(part)
     except OSError as error:
         raise RouterError(f"{path}: cannot be written: {error}") from error
 
