@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meswitch.durable import replace_directory, write_text
+from meswitch.codec.quantize import pack
+from meswitch.durable import replacing_directory, write_text
 from meswitch.errors import CheckpointError, ConfigError, listed
 from meswitch.jsonfile import read_json
 from meswitch.progress import Progress, silent
@@ -330,23 +330,21 @@ def quantise(base: str | Path, out: str | Path, kind: str, progress: Progress = 
     if not chosen:
         raise CheckpointError(f"{source.directory}: has no linear layers that can be quantised")
     group = _group_size([source.tensors[name].shape[1] for name in chosen]) if kind == "int4" else None
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shards = Shards(partial)
-    for done, (name, info) in enumerate(source.tensors.items()):
-        progress("quantising", done, len(source.tensors), name)
-        owner, value = name.removesuffix(".weight"), info.read()
-        parts = _codes(value, kind, group) if name in chosen else None
-        for part, stored in {name: value}.items() if parts is None else parts.items():
-            shards.add(part if parts is None else f"{owner}.{part}", stored)
-    shards.finish()
-    for file in source.companions():
-        shutil.copyfile(file, partial / file.name)
-    ignored = sorted(path for path in layers if path not in chosen.values())
-    config = read_json(partial / "config.json") | {"quantization_config": _configured(kind, group, ignored)}
-    write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    replace_directory(partial, out)
+    with replacing_directory(out) as partial:
+        shards = Shards(partial)
+        for done, (name, info) in enumerate(source.tensors.items()):
+            progress("quantising", done, len(source.tensors), name)
+            if name not in chosen:
+                shards.add(name, info.read())
+                continue
+            for part, value in _codes(info.read(), kind, group).items():
+                shards.add(name.removesuffix("weight") + part, value)
+        shards.finish()
+        for file in source.companions():
+            shutil.copyfile(file, partial / file.name)
+        ignored = sorted(path for path in layers if path not in chosen.values())
+        config = read_json(partial / "config.json") | {"quantization_config": _configured(kind, group, ignored)}
+        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     return out
 
 
@@ -378,8 +376,8 @@ def _codes(weight: Tensor, kind: str, group: int | None) -> dict[str, Tensor]:
     rows, width = weight.shape
     groups = weight.float().view(rows, -1, group or width)
     if kind == "fp8":
-        scale = _scale(groups, torch.finfo(torch.float8_e4m3fn).max, weight.dtype)
         most = torch.finfo(torch.float8_e4m3fn).max  # beyond it older torch gives NaN: a scale may be rounded down
+        scale = _scale(groups, most, weight.dtype)
         codes = (groups / scale.float()).clamp_(-most, most).to(torch.float8_e4m3fn)
         return {"weight": codes.view(rows, width), "weight_scale": scale.view(rows, -1)}
     _, bits, _ = KINDS[kind]
@@ -390,7 +388,8 @@ def _codes(weight: Tensor, kind: str, group: int | None) -> dict[str, Tensor]:
         error = (_rounded(groups, tried, top) * tried.float() - groups).square().sum(-1)
         scale = tried if not scale.numel() else torch.where((error < least)[:, :, None], tried, scale)
         least = torch.minimum(error, least)
-    packed = _packed(_rounded(groups, scale, top).view(rows, width).to(torch.int8), bits)
+    codes = (_rounded(groups, scale, top) + 2 ** (bits - 1)).to(torch.uint8)
+    packed = pack(codes.view(rows, width), bits)
     return {"weight_packed": packed, "weight_scale": scale.view(rows, -1), "weight_shape": torch.tensor([rows, width])}
 
 
@@ -402,11 +401,3 @@ def _scale(groups: Tensor, top: float, dtype: torch.dtype) -> Tensor:
 
 def _rounded(groups: Tensor, scale: Tensor, top: int) -> Tensor:
     return (groups / scale.float()).round_().clamp_(-top - 1, top)
-
-
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    """The reverse of `_unpacked`."""
-    count = 32 // bits
-    filled = F.pad(codes.long() + 2 ** (bits - 1), (0, -codes.shape[1] % count))
-    words = (filled.view(len(codes), -1, count) << (torch.arange(count) * bits)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -162,7 +162,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: [rows, in_features] any integer dtype, values in [0, 2**bits).
-        bits: 1, 2, 3 or 4.
+        bits: 1 to 8.
 
     Returns:
         [rows, ceil(in_features * bits / 32)] int32.
