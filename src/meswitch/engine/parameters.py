@@ -62,7 +62,8 @@ class StoredTensors:
                     )
         transposed = frozenset(name for name, (role, _) in roles.items() if role in LIE_TRANSPOSED)
         # a tied head is stored nowhere, or by the experts that untied it: it has a name of its own here
-        given = {target for name in shapes for target in architecture.load_plan(shapes).parameters_of(name)}
+        own = architecture.load_plan(shapes)
+        given = {target for name in shapes for target in own.parameters_of(name)}
         plan = architecture.load_plan([*shapes, *(set(architecture.tied) - given)])
         names = {target: name for name in plan.by_source for target in plan.parameters_of(name)}
         tied = {names[target]: names[source] for target, source in architecture.tied.items() if source in names}

@@ -80,6 +80,7 @@ class Runner(Protocol):
 
     @property
     def steps(self) -> int: ...  # grows while it gets on with its requests
+
     @property
     def sizes(self) -> Mapping[int, int]: ...  # requests of a step, or of a turn -> how many there were
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from meswitch.artifact import Artifact, fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import IncompatibleError, listed
-from meswitch.tensorfile import INDEX, WEIGHTS, BuiltTensor, TensorInfo
+from meswitch.tensorfile import INDEX, WEIGHT_DTYPES, WEIGHTS, BuiltTensor, TensorInfo
 from meswitch.vllm.places import NORM, Place, Source, Unserved
 from meswitch.vllm.support import CONVOLVES, ORDERED, TURNED
 
@@ -119,10 +119,8 @@ def _differences(place: Place, base: Checkpoint, names: Mapping[str, str]) -> It
             info = _info(base, names, f"{source.module}.{leaf}")
             if info is None and leaf == "weight" and place.tied is not None:
                 info = _info(base, names, f"{place.tied}.weight")
-            if info is None or not info.dtype.is_floating_point or info.dtype.itemsize < 2 or not count:
-                continue
-            if isinstance(info, BuiltTensor):  # quantised
-                continue
+            if info is None or isinstance(info, BuiltTensor) or info.dtype not in WEIGHT_DTYPES or not count:
+                continue  # there is none, or it is quantised
             compare = _vector if leaf == "bias" or place.kind == NORM else _matrix
             if (reason := compare(place, source, at, info, leaf)) is not None:
                 yield reason
