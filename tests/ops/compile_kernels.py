@@ -23,6 +23,7 @@ from meswitch.ops.triton.ahead import (
 )
 
 TYPES = {
+    torch.int8: "*i8",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
