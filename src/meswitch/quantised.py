@@ -97,7 +97,8 @@ def as_weights(directory: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, 
             matrix = _matrix(f"{directory}: {owner}", parts, layouts)
             make = functools.partial(matrix.weights, dtype)
             nbytes = math.prod(matrix.shape) * dtype.itemsize
-            found[f"{owner}.weight"] = BuiltTensor(f"{owner}.weight", dtype, matrix.shape, info.file, 0, nbytes, make)
+            name = f"{owner}.weight"
+            found[name] = QuantisedTensor(name, dtype, matrix.shape, info.file, 0, nbytes, make, matrix)
         elif leaf.startswith("weight_") and leaf not in _PARTS:
             raise CheckpointError(f"{info.file}: {name}: a part of quantised weights that is not known; {_GIVE}")
         elif leaf not in _PARTS and not leaf.endswith(("_scale", "_zero_point")):
@@ -244,15 +245,17 @@ class _Matrix:
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """[rows, in_features]."""
-        if "weight" in self.parts:
-            codes = self.parts["weight"].read()
-        else:
-            codes = _unpacked(self.parts["weight_packed"].read(), self.layout.bits, self.width)
         groups, zero = self._groups(), self._zero_points()
-        codes = codes.float()
+        codes = self._codes().float()
         if zero is not None:
             codes.sub_(self._spread(zero, groups))
         return codes.mul_(self._spread(self.parts["weight_scale"].read().float(), groups)).to(dtype)
+
+    def _codes(self) -> Tensor:
+        """[rows, in_features] int8 or float8_e4m3fn."""
+        if "weight" in self.parts:
+            return self.parts["weight"].read()
+        return _unpacked(self.parts["weight_packed"].read(), self.layout.bits, self.width)
 
     def _groups(self) -> Tensor:
         """[in_features], which scale of its row a channel has. Groups need not lie in the order of the channels."""
@@ -287,9 +290,41 @@ class _Matrix:
         values = values.repeat_interleave(high, 0)[: self.rows] if len(values) > 1 and high > 1 else values
         return values if values.shape[1] == 1 else values[:, groups]
 
+    def by_row(self) -> tuple[Tensor, Tensor] | None:
+        """As `QuantisedTensor.by_row`."""
+        if self.layout.grid(*self.shape)[1] != 1 or "weight_zero_point" in self.parts:
+            return None
+        codes = self._codes()
+        if codes.is_floating_point() and bool((codes.view(torch.int8) & 0x7F == 0x7F).any()):
+            return None
+        scale = self._spread(self.parts["weight_scale"].read().float(), torch.zeros(0)).expand(self.rows, 1)
+        return codes.contiguous(), scale[:, 0].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedTensor(BuiltTensor):
+    """A matrix of a quantised checkpoint, which is read as weights.
+
+    Args:
+        matrix: its stored parts.
+    """
+
+    matrix: _Matrix
+
+    def by_row(self) -> tuple[Tensor, Tensor] | None:
+        """Its codes, where one scale a row makes weights of them.
+
+        Returns:
+            [rows, in_features] int8 or float8_e4m3fn, [rows] float32. None for groups of channels or zero points, and
+            for codes that are NaN.
+        """
+        return self.matrix.by_row()
+
 
 def _unpacked(packed: Tensor, bits: int, width: int) -> Tensor:
     """int32 words of `32 // bits` codes, lowest first -> [rows, width] int8, codes less the middle of their range."""
+    if bits == 8:  # a byte each; no detour over numbers of 64 bits
+        return (packed.contiguous().view(torch.uint8)[:, :width] ^ 0x80).view(torch.int8)
     shifts = torch.arange(32 // bits) * bits
     codes = (packed[:, :, None].long() >> shifts) & (2**bits - 1)
     return (codes.view(len(packed), -1)[:, :width] - 2 ** (bits - 1)).to(torch.int8)

@@ -173,7 +173,7 @@ def dequantise_job(rows: int, in_features: int, dtype: torch.dtype, codes: torch
 
 
 def launched(job: Compilation) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel, and its arguments before the constants: a dtype for a pointer, numbers of the right divisors, None."""
+    """The kernel, and its arguments before the constants: dtypes for pointers, numbers of the right divisors, None."""
     from meswitch.ops.triton.codes import dequantise_kernel
     from meswitch.ops.triton.decode import decode_kernel
     from meswitch.ops.triton.fused import fused_kernel

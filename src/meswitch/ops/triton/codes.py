@@ -14,17 +14,16 @@ _ROWS, _CHANNELS = 4, 1024  # of a tile
 @triton.jit
 def numbers(codes, FLOAT: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr):
     """int8 -> bf16 or fp16 of the same shape, exact. FLOAT: the bits are those of FP8 e4m3."""
-    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     if INTERPRET:
         if FLOAT:
             codes = codes.to(tl.float8e4nv, bitcast=True)
-        return codes.to(tl.float32).to(dtype)
+        return codes.to(tl.float32).to(tl.bfloat16 if BF16 else tl.float16)
+    elif BF16:
+        asm: tl.constexpr = FP8_BF16 if FLOAT else INT8_BF16
+        return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
-        if FLOAT:
-            asm: tl.constexpr = FP8_BF16 if BF16 else FP8_FP16
-        else:
-            asm: tl.constexpr = INT8_BF16 if BF16 else INT8_FP16
-        return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [codes], dtype=dtype, is_pure=True, pack=4)
+        asm: tl.constexpr = FP8_FP16 if FLOAT else INT8_FP16
+        return tl.inline_asm_elementwise(asm, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
 
 
 @triton.jit

@@ -77,9 +77,9 @@ def restore_asm(step: int) -> str:
 def byte_asm(is_float: bool, dtype: str) -> str:
     """PTX that turns four bytes into four exact 16-bit floats: $2 into the pairs $0 and $1.
 
-    A whole number's byte goes into the mantissa of a float whose units it counts, beside the high byte that makes it
-    one: in bf16 as two floats, for its mantissa has no room for the sign bit, in fp16 with the sign bit turned. The bits
-    of an FP8 e4m3 number are moved to their places in the wider float, whose exponent counts from another number.
+    A whole number's byte goes into the mantissa of a float that counts ones, below the high byte that makes it one: in
+    bf16 as two floats, for its mantissa has no room for the sign bit, in fp16 with the sign bit turned. The bits of an
+    FP8 number are moved to their places in the wider float, and a factor corrects its exponent.
 
     Args:
         is_float: the bytes are FP8 e4m3, none of them NaN; else int8.
