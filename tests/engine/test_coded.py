@@ -11,11 +11,13 @@ from meswitch import Engine
 from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
-from meswitch.engine.coded import CodedLinear, Workspace, coded_layers
+from meswitch.engine import coded
+from meswitch.engine.coded import CodedLinear, Workspace, coded_layers, codes_fault, restore_weights
+from meswitch.launch import _base_beside
 from meswitch.loaded import load_model
 from meswitch.ops.codes import Codes
 from meswitch.quantised import quantise
-from tests.engine.test_kernels import FEW_ROWS, check, keep_tokens
+from tests.engine.test_kernels import FEW_ROWS, PROMPTS, check, keep_tokens
 from tests.support.deltas import DEVICE
 
 pytest.importorskip("triton")
@@ -97,3 +99,97 @@ def test_answers_over_codes_are_those_over_their_weights(opened, kind, graphs, c
         assert memory["base"] == 2 * (whole - matrices) + matrices + 4 * sum(x.out_features for x in held.values())
         assert memory["scratch"] == 2 * max(layer.held.codes.numel() for layer in held.values())
     assert "7 of the base's 7 linear layers are held in 8 bits" in caplog.text
+
+
+def test_what_the_kernels_give_is_compared_before_anybody_is_answered(monkeypatch):
+    layer = layer_of(50, 96, bias=True)
+    model = nn.Sequential(nn.Linear(96, 96), layer)
+    assert codes_fault(model) is None
+    right = coded.fused_linear
+
+    def wrong(*arguments):
+        return right(*arguments) * 1.02
+
+    monkeypatch.setattr(coded, "fused_linear", wrong)
+    assert codes_fault(model) == ("1: the kernel's product differs by 0.02 of its norm from that of restored weights")
+    monkeypatch.setattr(coded, "fused_linear", right)
+    monkeypatch.setattr(Workspace, "restored", lambda self, codes: codes.codes.to(self.dtype))
+    assert codes_fault(model) == "1: restored weights are not those of its codes"
+
+
+def test_weights_are_restored_where_they_are_needed():
+    layer = layer_of(50, 96, bias=True)
+    model, x = nn.Sequential(layer), torch.randn(70, 96).half().to(DEVICE)
+    with torch.no_grad():
+        before = model(x)
+        restore_weights(model)
+        assert type(model[0]) is nn.Linear
+        assert torch.equal(model(x), before)
+
+
+@pytest.fixture
+def base_in_codes(opened):
+    def make(kind="int8"):
+        return opened(kind)[0]
+
+    return make
+
+
+def test_a_base_whose_product_is_wrong_is_served_by_its_weights(base_in_codes, monkeypatch, caplog):
+    monkeypatch.setattr(coded, "fused_linear", lambda x, held, *_: x.new_zeros(len(x), held.shape[0]))
+    with Engine(base_in_codes(), {}, **OPTIONS) as engine:
+        assert not list(coded_layers(engine.model))
+        assert engine.memory()["scratch"] == 0
+        assert engine.generate([PROMPTS["short"]], max_new_tokens=1)[0].tokens
+    assert "weights are restored in 16 bit, which takes twice the memory: model.layers.0" in caplog.text
+
+
+def test_groups_of_channels_are_restored(base_in_codes, caplog):
+    with caplog.at_level(logging.INFO), Engine(base_in_codes("int4"), {}, **OPTIONS) as engine:
+        assert not list(coded_layers(engine.model))
+    assert "restored in 16 bit: its codes have scales of groups" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, OPTIONS | {"runner": "turns"}], ids=["cpu", "turns"])
+def test_without_the_kernels_weights_are_restored(base_in_codes, options):
+    with Engine(base_in_codes(), {}, **options) as engine:
+        assert not list(coded_layers(engine.model))
+
+
+def test_experts_that_take_turns_get_weights_in_place_of_codes(pair, tmp_path):
+    base, expert = pair("mistral", change=0.5, num_hidden_layers=1)
+    base = quantise(base, tmp_path / "base-8", "int8")
+    meswitch.compress(base, expert, tmp_path / "exact", bits="exact")
+    with Engine(base, {"exact": tmp_path / "exact"}, **OPTIONS) as engine:
+        assert engine.takes_turns
+        assert not list(coded_layers(engine.model))
+        check(engine, {"exact": load_merged(base, tmp_path / "exact")}, [("exact", "short")])
+
+
+def test_a_router_beside_the_engine_reads_the_same_codes(base_in_codes):
+    base = base_in_codes()
+    checkpoint = Checkpoint.open(base)
+    plain = load_model(checkpoint, architecture_of(checkpoint.config), torch.float32).model
+    with Engine(base, {}, **OPTIONS) as engine, torch.no_grad():
+        beside = _base_beside(engine)
+        theirs, ours = dict(coded_layers(engine.model.model)), dict(coded_layers(beside))
+        assert theirs.keys() == ours.keys() != set()
+        for name, layer in ours.items():
+            assert layer.codes.data_ptr() == theirs[name].codes.data_ptr()
+            assert layer.workspace is not theirs[name].workspace
+        ids = torch.tensor([PROMPTS["short"]])
+        found = beside(ids.to(DEVICE)).last_hidden_state.float().cpu()
+        wanted = plain(ids).last_hidden_state
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_on_a_gpu_answers_over_codes_are_those_over_their_weights(opened, kind):
+    base, artifacts = opened(kind)
+    models = models_of(base, artifacts)
+    with Engine(base, artifacts, device="cuda", slots=2, kv_cache_tokens=8192) as engine:
+        assert len(list(coded_layers(engine.model))) == 7
+        assert engine.memory()["graphs"] > 0
+        assert not engine.takes_turns
+        check(engine, models, [("three", "short"), ("base", "short"), ("three", "long"), ("base", "long")] * 3)
