@@ -20,7 +20,7 @@ from meswitch.ops.codes import Codes
 from meswitch.ops.layout import Variant
 from meswitch.ops.routing import MAX_TOKENS, PIECE
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, dequantise_job, fused_jobs
-from meswitch.quantised import QuantisedTensor
+from meswitch.quantised import QuantisedTensor, linear_layers
 from meswitch.units import format_bytes
 
 logger = logging.getLogger("meswitch.opening")
@@ -149,19 +149,14 @@ def hold_codes(weights: LazyModel, checkpoint: Checkpoint, *, op_backend: str | 
         return
     model, plan, workspace = weights.model, weights.plan, Workspace(weights.dtype)
     shared = {*plan.tied, *plan.tied.values()}
-    head, found, linear = model.get_output_embeddings(), 0, 0
-    for path, module in list(model.named_modules()):
-        name = f"{path}.weight"
-        if type(module) is not nn.Linear or module is head:
+    layers, found = linear_layers(model, plan), 0
+    for stored, path in layers.items():
+        info, name = checkpoint.tensors[stored], f"{path}.weight"
+        if not isinstance(info, QuantisedTensor) or name in shared or weights.dtype_of(name) != weights.dtype:
             continue
-        linear += 1
-        rule = plan.by_target.get(name)
-        if rule is None or not rule.renames or name in shared or weights.dtype_of(name) != weights.dtype:
-            continue
-        stored = checkpoint.tensors[rule.sources[0]]
-        codes = stored.by_row() if isinstance(stored, QuantisedTensor) else None
+        codes = info.by_row()
         if codes is not None:
-            model.set_submodule(path, CodedLinear(Codes(*codes), module.bias, workspace))
+            model.set_submodule(path, CodedLinear(Codes(*codes), model.get_submodule(path).bias, workspace))
             found += 1
     if not found:
         logger.info("the base's weights are restored in 16 bit: its codes have scales of groups, or zero points")
@@ -169,7 +164,7 @@ def hold_codes(weights: LazyModel, checkpoint: Checkpoint, *, op_backend: str | 
     nbytes, whole = codes_bytes(model), sum(2 * layer.held.codes.numel() for _, layer in coded_layers(model))
     logger.info(
         "%d of the base's %d linear layers are held in 8 bits: %s instead of %s",
-        *(found, linear, format_bytes(nbytes), format_bytes(whole)),
+        *(found, len(layers), format_bytes(nbytes), format_bytes(whole)),
     )
 
 
