@@ -1,4 +1,4 @@
-"""A base in 8 bits in the embedded engine on a GPU: its codes held, beside the same base restored in 16 bit.
+"""A base in 8 or 4 bits in the embedded engine on a GPU: its codes held, beside the same base restored in 16 bit.
 
     python benchmarks/serving/quantised.py --work DIR [--kind int8] [--layers 32] [--tokenizer examples/family/base]
         [--json FILE]
@@ -46,7 +46,7 @@ Answers = dict[str, list[list[Any]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and artifacts are written, or are")
-    parser.add_argument("--kind", choices=("int8", "fp8"), default="int8")
+    parser.add_argument("--kind", choices=("int8", "fp8", "int4"), default="int8")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokenizer", type=Path, default=Path("examples/family/base"))
     parser.add_argument("--json", type=Path, default=RESULTS / "quantised-base-h200.json")

@@ -52,7 +52,7 @@ def fused_linear(
 
     Args:
         x: [tokens, in_features] bf16 or fp16.
-        weight: [rows, in_features] of x's dtype, rows are contiguous; or in 8 bits.
+        weight: [rows, in_features] of x's dtype, rows are contiguous; or codes.
         layer: the deltas of all slots.
         routing: whose the tokens are.
         bias: [rows].
@@ -177,7 +177,7 @@ def _fused_linear(
     salient: int,
     backend: str,
 ) -> Tensor:
-    layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
+    layer = SlotLinear(arena, table, arrived, weight.shape[0], x.shape[1], Variant(two, one, group, salient))
     routing = Routing(slots, starts, order, piece, likely)
     if backend == "triton":
         from meswitch.ops.triton.fused import fused
@@ -185,9 +185,11 @@ def _fused_linear(
         y = x.new_empty(len(x), len(weight))
         fused(y, x, weight, bias, layer, routing, scale=scale)
         return y
-    sums = x.float() @ weight.float().T
-    if scale is not None:
-        sums *= scale
+    if scale is None:
+        sums = x.float() @ weight.float().T
+    else:
+        held = Codes(weight, scale)
+        sums = x.float() @ held.numbers().mul_(held.scales()).T
     if bias is not None:
         sums += bias.float()
     return (sums + _delta(x, layer, routing, backend)).to(x.dtype)
