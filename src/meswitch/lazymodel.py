@@ -102,6 +102,10 @@ class LazyModel:
                     loaded = self._set(module, name, loaded, made[target], f"{prefix}{name}")
         return module
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which a parameter is kept: the model's, or float32 where its class says so."""
+        return torch.float32 if any(re.search(pattern, name) for pattern in self._float32) else self.dtype
+
     def _source(self, name: str) -> str | None:
         """The parameter that is stored for this one: itself, or one that it is tied to."""
         given = self.plan.by_target
@@ -125,8 +129,7 @@ class LazyModel:
     def _parameter(self, value: Tensor, name: str) -> nn.Parameter:
         value = value.to(self.device)  # moved in its own dtype: half the bytes, and the device converts faster
         if value.is_floating_point():
-            exact = any(re.search(pattern, name) for pattern in self._float32)
-            value = value.to(torch.float32 if exact else self.dtype)
+            value = value.to(self.dtype_of(name))
         if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
             value = value.contiguous().clone()  # alone in its memory: `inputs.Observer` knows it by that
         return nn.Parameter(value, requires_grad=False)
