@@ -19,7 +19,7 @@ from meswitch.architecture import WRAPPERS, Architecture, Conversion, LoadPlan, 
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import without_quantisation
 from meswitch.errors import CheckpointError, listed
-from meswitch.lazymodel import LazyModel
+from meswitch.lazymodel import LazyModel, attend_at_any_length
 from meswitch.tensorfile import BuiltTensor, TensorInfo
 
 _PREFIX_PARTS = 3  # parts of a name that may stand before all names
@@ -156,6 +156,7 @@ def load_model(
         return dequantised(checkpoint, architecture, dtype, prepare=prepare, **options)
     import transformers
 
+    attend_at_any_length()
     model, found = architecture.model_class.from_pretrained(
         checkpoint.directory,
         config=copy.deepcopy(architecture.config),
