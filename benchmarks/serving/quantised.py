@@ -10,7 +10,8 @@ the first token of a prompt of 512. At last the same questions are asked of both
 tokens agree until the first that does not, and how far apart the log probabilities of the prompts' tokens are. What
 asking alone or at once makes of one engine's answers is the measure for both. Random weights have many near ties.
 
-One kind a run; a file that has rows of others keeps them. Whatever lies in DIR already is not made again.
+One kind a run, of which `--prepare` is the first half; a file that has rows of others keeps them. Whatever lies in DIR
+already is not made again.
 """
 
 import argparse
@@ -52,12 +53,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokenizer", type=Path, default=Path("examples/family/base"))
     parser.add_argument("--json", type=Path, default=RESULTS / "quantised-base-h200.json")
+    parser.add_argument("--prepare", action="store_true", help="write what is measured, and measure nothing")
     parser.add_argument("--as-engine", choices=(HELD, RESTORED), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_engine:
         serve(options.work, options.kind, options.as_engine)
         return
     prepare(options.work, options.kind, options.layers, options.tokenizer)
+    if options.prepare:
+        return
     report = json.loads(options.json.read_text()) if options.json.is_file() else {"rows": []}
     report["meta"] = {
         "card": torch.cuda.get_device_name(),
@@ -90,10 +94,12 @@ def main() -> None:
 
 def prepare(work: Path, kind: str, layers: int, tokenizer: Path) -> None:
     """Write the base, the base in codes, and the artifact over it; the expert stays for another kind's artifact."""
-    if not (work / "expert").is_dir():
+    written = work / "written"
+    if not written.exists():
         started = time.perf_counter()
         config = synthetic.MODELS["mistral-7b"] | {"num_hidden_layers": layers}
         synthetic.write_pair(work, config, int(3e9), tokenizer=tokenizer, device="cuda")
+        written.touch()
         print(f"checkpoints: {time.perf_counter() - started:.0f} s", flush=True)
     if not (work / kind).is_dir():
         started = time.perf_counter()

@@ -344,8 +344,11 @@ class QuantisedTensor(BuiltTensor):
 
 def _unpacked(packed: Tensor, bits: int, width: int) -> Tensor:
     """int32 words of `32 // bits` codes, lowest first -> [rows, width] int8, codes less the middle of their range."""
-    if bits == 8:  # a byte each; no detour over numbers of 64 bits
-        return (packed.contiguous().view(torch.uint8)[:, :width] ^ 0x80).view(torch.int8)
+    if bits in (8, 4):  # one or two a byte: no detour over numbers of 64 bits
+        found = packed.contiguous().view(-1).view(torch.uint8)
+        if bits == 4:
+            found = torch.stack([found & 15, found >> 4], 1)
+        return found.view(len(packed), -1)[:, :width].contiguous().view(torch.int8) - 2 ** (bits - 1)
     shifts = torch.arange(32 // bits) * bits
     codes = (packed[:, :, None].long() >> shifts) & (2**bits - 1)
     return (codes.view(len(packed), -1)[:, :width] - 2 ** (bits - 1)).to(torch.int8)
