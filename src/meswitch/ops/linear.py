@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops import cpu, reference
-from meswitch.ops.backend import KERNEL_DTYPES, chosen_backend
+from meswitch.ops.backend import BACKENDS, KERNEL_DTYPES, chosen_backend
 from meswitch.ops.codes import Codes
-from meswitch.ops.layout import SlotLinear, Variant, read_slot
+from meswitch.ops.layout import SlotLinear, Variant
 from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing
 
 
@@ -224,10 +223,7 @@ def _delta(x: Tensor, layer: SlotLinear, routing: Routing, backend: str) -> Tens
     for slot, segments in owned.items():  # an expert's matrix is restored once, however many segments it has
         where = layer.arena, layer.table[slot].tolist(), layer.rows, layer.in_features, layer.variant.group
         tokens = torch.cat(segments)
-        if backend == "cpu":
-            matrix = cpu.slot_matrix(*where)
-            if matrix is not None:
-                added[tokens] = x[tokens].float() @ matrix.T
-        elif (delta := read_slot(*where)) is not None:
-            added[tokens] = reference.expert_matmul(x[tokens], delta)
+        own = BACKENDS[backend].slot_matmul(x[tokens], *where)
+        if own is not None:
+            added[tokens] = own
     return added
