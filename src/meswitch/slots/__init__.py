@@ -1,5 +1,5 @@
 """Experts' way from disk through host memory into device slots. See `store` for the embedded engine's; `host`, `loader`
-and `tables` are both engines'."""
+and the tables of `layout` are both engines'."""
 
 from meswitch.slots.host import HostTier
 from meswitch.slots.loader import Loader

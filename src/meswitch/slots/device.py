@@ -11,8 +11,7 @@ from torch import Tensor
 
 from meswitch.codec import Delta, ExactDelta
 from meswitch.pagelock import copy
-from meswitch.slots.layout import Layout
-from meswitch.slots.tables import SlotTables, table_layers
+from meswitch.slots.layout import Layout, SlotTables, table_layers
 from meswitch.slots.versions import Version
 
 Tensors = Mapping[str, Delta | ExactDelta | Tensor]

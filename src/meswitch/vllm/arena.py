@@ -16,7 +16,7 @@ from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, SlotLinear, padded_salient, salient_of_tiles
 from meswitch.pagelock import copy
-from meswitch.slots.tables import SlotTables, table_layers
+from meswitch.slots.layout import SlotTables, table_layers
 from meswitch.units import format_bytes
 from meswitch.vllm.norms import norm_vector
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place
