@@ -1,8 +1,7 @@
-"""Experts' way from disk through host memory into device slots. See `store` for the embedded engine's; `host`, `loader`
-and the tables of `layout` are both engines'."""
+"""Experts' way from disk through host memory into device slots. See `store` for the embedded engine's; `host` and
+the tables of `layout` are both engines'."""
 
-from meswitch.slots.host import HostTier
-from meswitch.slots.loader import Loader
+from meswitch.slots.host import HostTier, Loader
 from meswitch.slots.store import ExpertStore, Held, Residency
 from meswitch.slots.versions import Version
 
