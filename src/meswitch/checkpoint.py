@@ -1,5 +1,6 @@
-"""A Hugging Face checkpoint, read one tensor at a time."""
+"""A Hugging Face checkpoint, read one tensor at a time, and known by its content (`fingerprint`)."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from meswitch.errors import AdapterError, CheckpointError, listed
 from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.jsonfile import disguise, read_json
 from meswitch.quantised import as_weights, quantisation, quantisation_of, unread_reason
-from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header, read_index
+from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo, read_header, read_index
 
 # What makes an expert speak (and see): copied into its artifact as it is.
 COMPANION_FILES = (
@@ -41,6 +42,7 @@ COMPANION_FILES = (
 )
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BLOCK, _BLOCKS = 4096, 16  # bytes of a tensor that its fingerprint reads at a place, and places
 _CONVERT = "convert it with `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` of transformers"
 # What weights are there instead: what to call them, their names, what to do.
 _OTHER_WEIGHTS = (
@@ -316,3 +318,35 @@ def _no_weights(directory: Path) -> CheckpointError:
 def _has_weights(directory: Path) -> bool:
     names = (WEIGHTS, INDEX, ADAPTER_CONFIG, "pytorch_model.bin", "pytorch_model.bin.index.json")
     return directory.is_dir() and any((directory / name).is_file() for name in names)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Which base is this? By content, not by path, and cheap enough to ask at every start.
+
+    Every tensor's name, dtype and shape and 16 evenly spaced blocks of 4 KiB of its bytes are hashed: a few dozen MB of
+    a 14 GB base. A fine-tune moves all weights, so it tells bases apart; the full SHA-256 of every base tensor is in an
+    artifact's manifest too, and `meswitch verify --base` compares those.
+
+    Returns:
+        `sampled-sha256:<64 hex digits>`, independent of how the tensors are spread over files.
+    """
+    digest = hashlib.sha256()
+    content = checkpoint.tensors if checkpoint.content is None else checkpoint.content
+    for name, info in sorted(content.items()):
+        digest.update(f"{name}\n{NAMES[info.dtype]}\n{list(info.shape)}\n".encode())
+        for block in _sample(info):
+            digest.update(block)
+    return f"sampled-sha256:{digest.hexdigest()}"
+
+
+def _sample(info: TensorInfo) -> list[bytearray]:
+    if info.nbytes <= _BLOCK * _BLOCKS:
+        return [info.read_bytes()]
+    step = (info.nbytes - _BLOCK) // (_BLOCKS - 1)
+    return [info.read_bytes(i * step, _BLOCK) for i in range(_BLOCKS)]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a whole file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -20,7 +20,6 @@ from types import TracebackType
 
 from torch import Tensor
 
-from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -34,6 +33,7 @@ from meswitch.artifact.manifest import (
     stored_name,
 )
 from meswitch.artifact.reader import Artifact
+from meswitch.checkpoint import sha256_file
 from meswitch.codec import CodedDelta, Delta
 from meswitch.durable import fsync_path, recover_directory, replace_directory, write_text
 from meswitch.errors import ArtifactError, MeswitchError

@@ -140,7 +140,7 @@ def _again(source: Path, given: Mapping[str, Any]) -> "Again":
     Raises:
         ConfigError: its calibration text is not here.
     """
-    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.checkpoint import sha256_file
     from meswitch.compression.recipe import read_recipe
     from meswitch.compression.text import TextSource
 

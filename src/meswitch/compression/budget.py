@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import EMBEDDING, HEAD, STACKS, Conversion, from_matrix
-from meswitch.artifact.accounting import layer_type
+from meswitch.artifact.reader import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
     Rank,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meswitch.adapter import find_adapter, open_expert
 from meswitch.architecture import architecture_of
-from meswitch.artifact.accounting import layer_type
+from meswitch.artifact.reader import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.compatibility import ANOTHER_BASE, LARGE, another_base, matched
 from meswitch.compression.merge import as_checkpoint
