@@ -31,7 +31,6 @@ ROOT = {
     "errors",
     "hub",
     "jsonfile",
-    "lazymodel",
     "loaded",
     "pagelock",
     "progress",

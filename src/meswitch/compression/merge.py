@@ -19,7 +19,7 @@ from meswitch.codec import EXACT, ExactDelta
 from meswitch.configuration import read_config
 from meswitch.durable import replacing_directory
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.lazymodel import LazyModel
+from meswitch.loaded import LazyModel
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import BuiltTensor, Shards, TensorInfo
 

@@ -32,7 +32,7 @@ from meswitch.compression.text import (
 )
 from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
-from meswitch.lazymodel import LazyModel
+from meswitch.loaded import LazyModel
 from meswitch.progress import Progress, silent
 from meswitch.tokenizer import ChatTokenizer
 from meswitch.units import format_bytes

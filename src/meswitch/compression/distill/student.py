@@ -26,7 +26,7 @@ from meswitch.compression.inputs import assembly, places_of
 from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import BlockCall, PartialModel, working_dtype
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.lazymodel import LazyModel
+from meswitch.loaded import LazyModel
 from meswitch.tensorfile import DTYPES
 
 _NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
