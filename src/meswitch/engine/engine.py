@@ -22,6 +22,7 @@ from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import Artifact, fingerprint
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
+from meswitch.cpu import Workers
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
@@ -34,7 +35,6 @@ from meswitch.errors import CapacityError, ConfigError, ContextLengthError, Load
 from meswitch.loaded import load_model
 from meswitch.slots import Held, Version
 from meswitch.tokenizer import ChatTokenizer, Prompt
-from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.engine")
 

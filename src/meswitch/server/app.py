@@ -12,6 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from meswitch import __version__
+from meswitch.cpu import Workers
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
 from meswitch.server.auto import (
@@ -50,7 +51,6 @@ from meswitch.server.protocol.messages import message_routes
 from meswitch.server.protocol.responses import response_routes
 from meswitch.server.protocol.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.tokenizer import Prompt
-from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.server")
 

@@ -16,6 +16,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from meswitch.cpu import Workers
 from meswitch.engine import Chunk, Engine
 from meswitch.engine import Request as EngineRequest
 from meswitch.engine.scores import TokenLogprobs
@@ -27,7 +28,6 @@ from meswitch.server.protocol.answers import Answer, Format, Usage
 from meswitch.server.protocol.chat import Chat
 from meswitch.server.protocol.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
-from meswitch.workers import Workers
 
 ENCODERS = Workers(min(4, os.cpu_count() or 1), "meswitch-encode")
 T = TypeVar("T")

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from meswitch.cpu import Workers
 from meswitch.errors import (
     ArtifactError,
     CapacityError,
@@ -23,7 +24,6 @@ from meswitch.errors import (
     UnknownExpertError,
 )
 from meswitch.units import format_bytes
-from meswitch.workers import Workers
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
