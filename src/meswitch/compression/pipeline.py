@@ -13,7 +13,7 @@ import torch
 
 from meswitch.adapter import Adapter, find_adapter, write_artifact
 from meswitch.artifact import Artifact, rewrite
-from meswitch.artifact.writer import check_destination
+from meswitch.artifact.writer import SavedWork, check_destination
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Rank, Spec
 from meswitch.compression.budget import specs_within
@@ -32,7 +32,6 @@ from meswitch.compression.distill.training import (
 )
 from meswitch.compression.options import Options, TrainingRecipe, check_none_given
 from meswitch.compression.partial_model import check_blocks
-from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
 from meswitch.cpu import fitting_threads
 from meswitch.errors import IncompatibleError

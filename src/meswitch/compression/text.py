@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from meswitch.artifact.manifest import Calibration
+from meswitch.artifact.writer import NOWHERE, SavedWork
 from meswitch.checkpoint import Checkpoint, sha256_file
-from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.errors import ConfigError
 from meswitch.jsonfile import json_kind, read_json_rows, read_lines
 from meswitch.progress import Progress, silent

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
+from meswitch.artifact.writer import NOWHERE, SavedWork, digest
 from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.compression.partial_model import working_dtype
-from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,
     SELF,
