@@ -1,4 +1,4 @@
-"""Requests as clients send them -> requests as the routes expect them."""
+"""Requests as clients send them -> requests as the routes expect them; reading a body before the application does."""
 
 import re
 import zlib
@@ -7,10 +7,40 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from meswitch.asgi import replayed
 from meswitch.server.errors import ApiError
 
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 MAX_BODY = 8 << 20  # bytes of a request, unpacked: a million tokens and more
+
+
+def is_post(scope: Scope, paths: tuple[str, ...]) -> bool:
+    return bool(scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in paths)
+
+
+async def whole_body(receive: Receive) -> bytes | None:
+    """None if the client has gone."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """For the application: the body once more, then what else comes."""
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
 
 
 class NormalisingMiddleware:
