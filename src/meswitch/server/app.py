@@ -33,8 +33,7 @@ from meswitch.server.generation import ENCODERS, EventStream, Generation, encode
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, Record, RequestLog
 from meswitch.server.metrics import Metrics
-from meswitch.server.middleware import NormalisingMiddleware
-from meswitch.server.pace import TurnMiddleware
+from meswitch.server.middleware import NormalisingMiddleware, TurnMiddleware
 from meswitch.server.page import docs_routes, page_routes
 from meswitch.server.protocol.answers import (
     ChatCompletion,

@@ -1,5 +1,6 @@
 """Requests as clients send them -> requests as the routes expect them; reading a body before the application does."""
 
+import asyncio
 import re
 import zlib
 from collections.abc import Sequence
@@ -8,8 +9,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meswitch.server.errors import ApiError
+from meswitch.server.generation import Crowds
 
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+REQUESTS = Crowds(2)  # a millisecond each until the engine has them
 MAX_BODY = 8 << 20  # bytes of a request, unpacked: a million tokens and more
 
 
@@ -148,3 +151,17 @@ async def _limited(receive: Receive) -> Receive:
 def too_large() -> ApiError:
     """What a client gets whose body is larger than `MAX_BODY`."""
     return ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="request_too_large")
+
+
+class TurnMiddleware:
+    """Requests that come at the same moment begin a few at a time. Those that ask for no answer do not wait."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            turn = asyncio.Event()
+            REQUESTS.here().post(turn.set)
+            await turn.wait()
+        await self._app(scope, receive, send)
