@@ -18,9 +18,9 @@ from meswitch.ops.layout import Shape, SlotLinear, padded_salient, salient_of_ti
 from meswitch.pagelock import copy
 from meswitch.slots.layout import SlotTables, table_layers
 from meswitch.units import format_bytes
-from meswitch.vllm.norms import norm_vector
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place
 from meswitch.vllm.shard import cut_group, joint_group, joint_shape
+from meswitch.vllm.support import norm_vector
 
 Rename = Callable[[str], str]
 

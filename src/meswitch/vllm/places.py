@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from meswitch.vllm import compat
-from meswitch.vllm.norms import formula_of
-from meswitch.vllm.support import CONVOLVES, MIXTURE, ROUTES, STATE_SPACE, STATE_SPACES, TABLE, UNKNOWN
+from meswitch.vllm.support import CONVOLVES, MIXTURE, ROUTES, STATE_SPACE, STATE_SPACES, TABLE, UNKNOWN, formula_of
 
 LINEAR, EMBEDDING, HEAD, NORM = "linear", "embedding", "head", "norm"
 FUSED = "use_fused_embedding"  # of one rank of several on GPUs: the embedding reads its table without its method
