@@ -25,38 +25,20 @@ def read_step(step: Step) -> None:
 
 
 def _add_delta(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    arrived: Tensor,
-    side: int,
-    two: int,
-    one: bool,
-    group: int,
-    salient: int,
+    y: Tensor, x: Tensor, arena: Tensor, table: Tensor, arrived: Tensor, side: int, variant: list[int]
 ) -> None:
     routing = _current[0].sides[side].routing(len(x))
     if routing is None:
         return
-    layer = SlotLinear(arena, table, arrived, y.shape[1], x.shape[1], Variant(two, one, group, salient))
+    layer = SlotLinear(arena, table, arrived, y.shape[1], x.shape[1], _variant(variant))
     expert_linear(y, x, layer, routing)
 
 
 def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    arena: Tensor,
-    table: Tensor,
-    arrived: Tensor,
-    two: int,
-    one: bool,
-    group: int,
-    salient: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, arena: Tensor, table: Tensor, arrived: Tensor, variant: list[int]
 ) -> Tensor:
     side = _current[0].tokens
-    layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
+    layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], _variant(variant))
     if side.active and len(x) > MAX_TOKENS:
         return expert_prefill(x, weight, layer, side.prefill(len(x)), bias)
     routing = side.routing(len(x))
@@ -65,15 +47,20 @@ def _linear(
     return fused_linear(x, weight, layer, routing, bias)
 
 
+def _variant(numbers: list[int]) -> Variant:
+    """As the operators take it: a list, for it is the same in every step."""
+    two, one, group, salient = numbers
+    return Variant(two, bool(one), group, salient)
+
+
 # Not `torch.library.custom_op`: its checks cost more than a small layer on a CPU.
 _library = torch.library.Library("meswitch_vllm", "DEF")
 _library.define(
-    "add_delta(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor(b!) arrived, int side, int two, bool one, "
-    "int group, int salient) -> ()"
+    "add_delta(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor(b!) arrived, int side, int[] variant) -> ()"
 )
 _library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor(a!) arrived, int two, bool one, "
-    "int group, int salient) -> Tensor"
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor arena, Tensor table, Tensor(a!) arrived, int[] variant) "
+    "-> Tensor"
 )
 _library.impl("add_delta", _add_delta, "CompositeExplicitAutograd")
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
@@ -90,7 +77,7 @@ def add_delta(y: Tensor, x: Tensor, layer: SlotLinear, side: int) -> None:
         y: [rows, layer.rows], rows are contiguous. x: [rows, layer.in_features] of y's dtype. side: `step.TOKENS` or
             `step.HEAD`.
     """
-    torch.ops.meswitch_vllm.add_delta(y, x, layer.arena, layer.table, layer.arrived, side, *layer.variant)
+    torch.ops.meswitch_vllm.add_delta(y, x, layer.arena, layer.table, layer.arrived, side, layer.variant)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear) -> Tensor:
@@ -103,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear) ->
         [rows, layer.rows].
     """
     found: Tensor = torch.ops.meswitch_vllm.linear(
-        x, weight, bias, layer.arena, layer.table, layer.arrived, *layer.variant
+        x, weight, bias, layer.arena, layer.table, layer.arrived, layer.variant
     )
     return found
 
