@@ -18,8 +18,8 @@ from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import write_by
 from meswitch.pagelock import page_locked
 from meswitch.vllm.arena import Arena, Layer, Prepared, Rename, cut_group, joint_group, stored_names
+from meswitch.vllm.command import KEY, DeltaSettings
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place, Source, Unserved
-from meswitch.vllm.settings import KEY, DeltaSettings
 
 _SHOWN = 12  # layers that a refusal names
 

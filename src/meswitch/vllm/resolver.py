@@ -17,7 +17,7 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.vllm.base import Base
-from meswitch.vllm.settings import DIRECTORY_VARIABLE
+from meswitch.vllm.command import DIRECTORY_VARIABLE
 
 NAME = "meswitch"
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers
