@@ -26,13 +26,12 @@ from meswitch.server.auto import (
     routable_messages,
     routing_request,
 )
-from meswitch.server.endpoints import OpenDecider, OpenEncoder, embedding_routes, routing_routes, token_routes
+from meswitch.server.endpoints import Metrics, OpenDecider, OpenEncoder, embedding_routes, routing_routes, token_routes
 from meswitch.server.errors import ApiError, install_error_handlers, without_paths
 from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
 from meswitch.server.generation import ENCODERS, EventStream, Generation, encoded, whole_answer
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, Record, RequestLog
-from meswitch.server.metrics import Metrics
 from meswitch.server.middleware import NormalisingMiddleware, TurnMiddleware
 from meswitch.server.page import docs_routes, page_routes
 from meswitch.server.protocol.answers import (
