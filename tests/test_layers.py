@@ -29,7 +29,6 @@ ROOT = {
     "cpu",
     "durable",
     "errors",
-    "hub",
     "jsonfile",
     "loaded",
     "pagelock",

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import LoadPlan, architecture_of
-from meswitch.configuration import read_config
+from meswitch.configuration import from_hub, is_hub_id, read_config
 from meswitch.errors import AdapterError, CheckpointError, listed
-from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.jsonfile import disguise, read_json
 from meswitch.quantised import as_weights, quantisation, quantisation_of, unread_reason
 from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo, read_header, read_index
@@ -318,6 +317,36 @@ def _no_weights(directory: Path) -> CheckpointError:
 def _has_weights(directory: Path) -> bool:
     names = (WEIGHTS, INDEX, ADAPTER_CONFIG, "pytorch_model.bin", "pytorch_model.bin.index.json")
     return directory.is_dir() and any((directory / name).is_file() for name in names)
+
+
+def fetch_checkpoint(source: str, companions: Iterable[str]) -> Path:
+    """A repository's weights and companion files, in the Hugging Face cache.
+
+    A repository often holds the same weights several times (`consolidated.safetensors`, `original/`,
+    `model.fp16.safetensors`, `pytorch_model.bin`). What is fetched is what transformers would load:
+    `model.safetensors`, or the files that its index names.
+
+    Args:
+        source: `org/name`.
+        companions: names of files to fetch beside the weights, where the repository has them.
+
+    Returns:
+        the directory of the snapshot. It has no weights if the repository has none in safetensors.
+
+    Raises:
+        CheckpointError: the hub does not give it, or its index is damaged.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch(names: Iterable[str], revision: str | None = None) -> Path:
+        return from_hub(source, lambda: snapshot_download(source, revision=revision, allow_patterns=list(names)))
+
+    directory = fetch([*companions, INDEX])
+    commit = directory.name  # all files are those of one commit, though the repository changes meanwhile
+    directory = fetch([WEIGHTS], commit)
+    if not (directory / WEIGHTS).is_file() and (directory / INDEX).is_file():
+        directory = fetch(sorted(set(read_index(directory / INDEX).values())), commit)
+    return directory
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

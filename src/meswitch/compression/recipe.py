@@ -26,7 +26,7 @@ _STRUCTURED: Mapping[str, type] = {
 def recipe_of(options: Options, base: str | Path, expert: str | Path) -> "Recipe":
     """As the manifest records it. base, expert: as they were given; a directory's name is not kept here."""
     from meswitch.artifact.manifest import Recipe
-    from meswitch.hub import is_hub_id
+    from meswitch.configuration import is_hub_id
 
     texts = {name: _text(name, value) for name, value in options.given().items()}
     sources = (str(source) if is_hub_id(source) else None for source in (base, expert))
