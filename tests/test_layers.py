@@ -32,7 +32,6 @@ ROOT = {
     "jsonfile",
     "loaded",
     "pagelock",
-    "progress",
     "tensorfile",
     "units",
 }

@@ -24,8 +24,8 @@ from meswitch.codec.quantize import pack
 from meswitch.durable import replacing_directory, write_text
 from meswitch.errors import CheckpointError, ConfigError, listed
 from meswitch.jsonfile import read_json
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import BuiltTensor, Shards, TensorInfo
+from meswitch.units import Progress, silent
 
 METHOD = "compressed-tensors"
 # What `quantise` writes: format, bits, kind of number. Weights only: activations stay in 16 bit.

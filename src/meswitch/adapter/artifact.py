@@ -22,9 +22,9 @@ from meswitch.artifact.writer import companion_digests
 from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint, sha256_file
 from meswitch.codec import LowRankDelta
 from meswitch.jsonfile import read_json
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import NAMES
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
+from meswitch.units import Progress, silent
 
 METHOD = "lora"  # as manifests name it
 _CONFIG = "config.json"

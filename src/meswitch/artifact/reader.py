@@ -35,8 +35,8 @@ from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
+from meswitch.units import Progress, silent
 
 _THREADS = 4
 _AHEAD = 8  # tensors: what is read and not asked for yet stays small

@@ -52,7 +52,7 @@ from meswitch.compression.inputs import Walk
 from meswitch.compression.options import Options
 from meswitch.compression.partial_model import working_dtype
 from meswitch.errors import ConfigError
-from meswitch.progress import Progress, silent
+from meswitch.units import Progress, silent
 
 _SAMPLE = 256  # rows
 _SALIENT = (0, 1, 2, 4)  # multiples of one channel in 512

@@ -50,8 +50,8 @@ from meswitch.compression.recipe import recipe_of
 from meswitch.compression.text import CalibrationSet
 from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
-from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, TensorInfo, tensor_bytes
+from meswitch.units import Progress
 
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
 

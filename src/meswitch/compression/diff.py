@@ -18,8 +18,8 @@ from meswitch.configuration import FieldDifference, config_differences
 from meswitch.errors import CheckpointError, ConfigError, MeswitchError
 from meswitch.jsonfile import read_json
 from meswitch.loaded import alike
-from meswitch.progress import Progress, silent
 from meswitch.tokenizer import has_tokenizer, load_tokenizer
+from meswitch.units import Progress, silent
 
 _BLOCK = 1 << 21  # weights in float64 at a time
 _NOT_A_CHANGE = {"_from_model_config", "_name_or_path", "transformers_version"}

@@ -33,8 +33,8 @@ from meswitch.compression.text import load_calibration
 from meswitch.cpu import fitting_threads
 from meswitch.durable import recover_directory, replacing_directory
 from meswitch.errors import ConfigError
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import write_tensors
+from meswitch.units import Progress, silent
 
 PAIR, WHOLE, LEFT_OUT = "pair", "whole", "left out"
 _PREFIX = "base_model.model."

@@ -33,9 +33,8 @@ from meswitch.compression.text import (
 from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
 from meswitch.loaded import LazyModel
-from meswitch.progress import Progress, silent
 from meswitch.tokenizer import ChatTokenizer
-from meswitch.units import format_bytes
+from meswitch.units import Progress, format_bytes, silent
 
 QUESTION, ANSWER = 96, 160  # tokens at most that the expert invents of each
 LENGTH = QUESTION + ANSWER  # of a sequence, unless a file asks a longer question

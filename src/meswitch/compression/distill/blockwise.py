@@ -39,7 +39,7 @@ from meswitch.compression.distill.training import (
 from meswitch.compression.options import TrainingRecipe
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.text import CalibrationSet
-from meswitch.progress import Progress, silent
+from meswitch.units import Progress, silent
 
 _LOGITS = 1 << 26  # that are made at once, at most
 Changed = dict[str, PackedDelta | LowRankDelta | CodedDelta | Tensor]

@@ -30,8 +30,7 @@ from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
-from meswitch.progress import Progress, silent
-from meswitch.units import format_bytes
+from meswitch.units import Progress, format_bytes, silent
 
 _HELD_OUT = 128  # sequences at most
 _READ_TOKENS = 8192  # that are read together, padding included
