@@ -12,13 +12,14 @@ from meswitch.codec.delta import (
 )
 from meswitch.codec.exact import EXACT, EXACT_DTYPES, ExactDelta, encode_exact, same_bits
 from meswitch.codec.lowrank import LowRankDelta, Rank, encode_pair, pair_shapes, spectrum
-from meswitch.codec.me_switch import ME_SWITCH, PackedCodec
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, pack, quantize, unpack
 from meswitch.codec.registry import (
     BPW,
+    ME_SWITCH,
     Codec,
     CodecRequest,
     CodedDelta,
+    PackedCodec,
     Parameter,
     Sharing,
     Trainable,
