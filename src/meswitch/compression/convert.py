@@ -44,9 +44,8 @@ from meswitch.codec import (
 )
 from meswitch.compression.compatibility import SMALL, LargeDeltas
 from meswitch.compression.inputs import Inputs, Walk
-from meswitch.compression.options import Options
+from meswitch.compression.options import Options, recipe_of
 from meswitch.compression.partial_model import working_dtype
-from meswitch.compression.recipe import recipe_of
 from meswitch.compression.text import CalibrationSet
 from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
