@@ -149,6 +149,7 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
         return dequantised(checkpoint, architecture, dtype, **options)
     import transformers
 
+    attend_at_any_length()
     model, found = architecture.model_class.from_pretrained(
         checkpoint.directory,
         config=copy.deepcopy(architecture.config),
@@ -387,6 +388,7 @@ class LazyModel:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        attend_at_any_length()
         self.source, self.device, self.dtype = source, device, dtype
         self._read = read
         self.architecture = architecture_of(config)
@@ -477,6 +479,15 @@ class LazyModel:
         if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
             value = value.contiguous().clone()  # alone in its memory: `inputs.Observer` knows it by that
         return nn.Parameter(value, requires_grad=False)
+
+
+def attend_at_any_length() -> None:
+    """Let torch attend by kernels that take all shapes, in this process.
+
+    Its first choice on some GPUs is cuDNN's, which makes a plan for each new shape of queries and keys: 0.1 to 0.4 s on
+    an H200. Texts have all lengths, so most prompts of a server and batches of a training would wait for one.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def drop(modules: Iterable[nn.Module]) -> None:

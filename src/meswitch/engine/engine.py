@@ -232,7 +232,8 @@ class Engine:
             raise ConfigError(f"model: {len(models)} names for {len(prompts)} prompts")
         options = SamplingParams(**params)
         pairs = zip(prompts, models, strict=True)
-        requests = [self.submit(prompt, model=name, params=options) for prompt, name in pairs]
+        with self._batch.together():
+            requests = [self.submit(prompt, model=name, params=options) for prompt, name in pairs]
         return [request.result() for request in requests]
 
     def stream(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Iterator[Chunk]:

@@ -99,6 +99,8 @@ class Runner(Protocol):
         sampling: SamplingState | None = None,
     ) -> None: ...
 
+    def together(self) -> contextlib.AbstractContextManager[None]: ...  # what is submitted inside starts at once
+
     def cancel(self, request: str) -> None: ...
 
     def close(self) -> None: ...
@@ -275,7 +277,7 @@ def _proven(
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
     capacity = max(sizes.batch_tokens, MAX_TOKENS)
     recorded = MOST if sizes.cuda_graphs else MAX_TOKENS  # without graphs no step reads the larger buffers
-    buffers = Step(capacity, sizes.slots, device, recorded=recorded) if kernel else None
+    buffers = Step(capacity, sizes.slots, device, specialized=True, recorded=recorded) if kernel else None
     switch.connect(store, deltas, MergedWeights(budget) if budget else None, buffers)
     attachment.apply(model, switch)
     if kernel and device.type == "cuda":
@@ -339,11 +341,16 @@ def _speed_up(proof: Proof, artifacts: Mapping[str, Artifact], trial: Trial, lon
             return "no step of the proof was computed from tables"
         if batch.device.type != "cuda":
             return None
-        wanted = {size: mixed_tokens(batch, store, found, trial, size) for size in sizes}
+
+        def given(size: int, experts: int) -> list[tuple[str, int, Tensor]]:
+            with batch.graphs_of_at_least(experts):
+                return mixed_tokens(batch, store, found, trial, size, min(experts, 2))
+
+        wanted = [given(*graph) for graph in batch.static_graphs]
         batch.capture(_told)
-        for size in sizes:
-            if fault := _replay_fault(wanted[size], mixed_tokens(batch, store, found, trial, size)):
-                return f"{size} rows: {fault}"
+        for (size, experts), recorded in zip(batch.static_graphs, wanted, strict=True):
+            if fault := _replay_fault(recorded, given(size, experts)):
+                return f"{size} rows of {experts} experts: {fault}"
         batch_runs_base(batch, trial, contextlib.nullcontext(), "replay")
         return text_fault(paged, base_text(batch)) if paged else None
     except Exception as error:

@@ -13,7 +13,7 @@ from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.proof import run
 from meswitch.errors import MeswitchError
 from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
-from meswitch.ops.step import step_sizes
+from meswitch.ops.step import expert_counts, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 
@@ -36,7 +36,7 @@ def compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) ->
 
 
 def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[Compilation]:
-    sizes = step_sizes(range(1, MAX_TOKENS + 1), slots)
+    sizes = {size for count in expert_counts(slots) for size in step_sizes(range(1, MAX_TOKENS + 1), count)}
     seen: set[tuple[Any, ...]] = set()
     for module in model.modules():
         if not isinstance(module, SwitchableLinear | SwitchableHead | SwitchableEmbedding):
