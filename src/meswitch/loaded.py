@@ -134,19 +134,27 @@ def _names(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str
     )
 
 
-def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, **options: Any) -> Any:
+def load_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    dtype: Any,
+    *,
+    prepare: Callable[["LazyModel", Checkpoint], None] | None = None,
+    **options: Any,
+) -> Any:
     """A checkpoint's model, loaded by transformers.
 
     Args:
         architecture: the checkpoint's, or that of its language model alone.
         dtype: as `from_pretrained` takes it.
+        prepare: as of `dequantised`, for a quantised checkpoint only.
         options: for `from_pretrained` too.
 
     Raises:
         CheckpointError: a parameter is not stored: transformers would fill it with random numbers.
     """
     if checkpoint.is_quantised:
-        return dequantised(checkpoint, architecture, dtype, **options)
+        return dequantised(checkpoint, architecture, dtype, prepare=prepare, **options)
     import transformers
 
     attend_at_any_length()
@@ -167,7 +175,12 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
 
 
 def dequantised(
-    checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *, attn_implementation: str | None = None
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    dtype: Any,
+    *,
+    attn_implementation: str | None = None,
+    prepare: Callable[["LazyModel", Checkpoint], None] | None = None,
 ) -> Any:
     """The model of a quantised checkpoint, with the weights that its codes stand for. It is no longer quantised.
 
@@ -176,6 +189,8 @@ def dequantised(
         architecture: of all of it, of its language model, or of its first layers.
         dtype: as `from_pretrained` takes it.
         attn_implementation: likewise.
+        prepare: is given the model before its weights are read, and the checkpoint under the names that it loads; a
+            module that is put in another's place there is left as it is.
 
     Raises:
         CheckpointError: they are not read.
@@ -193,6 +208,8 @@ def dequantised(
         torch.device("cpu"),
         kept if dtype == "auto" else dtype,
     )
+    if prepare is not None:
+        prepare(weights, loaded)
     model = weights.load().requires_grad_(True)  # as `from_pretrained` gives it
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
@@ -451,6 +468,10 @@ class LazyModel:
                     loaded = self._set(module, name, loaded, made[target], f"{prefix}{name}")
         return module
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which a parameter is kept: the model's, or float32 where its class says so."""
+        return torch.float32 if any(re.search(pattern, name) for pattern in self._float32) else self.dtype
+
     def _source(self, name: str) -> str | None:
         """The parameter that is stored for this one: itself, or one that it is tied to."""
         given = self.plan.by_target
@@ -474,8 +495,7 @@ class LazyModel:
     def _parameter(self, value: Tensor, name: str) -> nn.Parameter:
         value = value.to(self.device)  # moved in its own dtype: half the bytes, and the device converts faster
         if value.is_floating_point():
-            exact = any(re.search(pattern, name) for pattern in self._float32)
-            value = value.to(torch.float32 if exact else self.dtype)
+            value = value.to(self.dtype_of(name))
         if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
             value = value.contiguous().clone()  # alone in its memory: `inputs.Observer` knows it by that
         return nn.Parameter(value, requires_grad=False)

@@ -170,10 +170,13 @@ def plan_report(
     """Everything that `plan` shows. limit: bytes of the device. `bytes` is as in `inspect`, with `by_role` beside."""
     from meswitch.artifact import account
     from meswitch.compression.plan import predict
+    from meswitch.slots.layout import Layout
 
+    kernel = _has_kernels(base, backend)
     planned = predict(base, expert, options)
     manifest = planned.manifest
     full = manifest.expert.bytes
+    slot = Layout.of(planned, kernel=kernel).nbytes
     return {
         "expert": dataclasses.asdict(manifest.expert),
         "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},
@@ -186,7 +189,7 @@ def plan_report(
         },
         "bits_per_weight": planned.bits_per_weight,
         "ratio": full / planned.nbytes,
-        "memory": _memory(base, _slot_bytes(base, planned, backend), full, experts, limit, kv_tokens),
+        "memory": _memory(base, slot, full, experts, limit, kv_tokens, kernel),
     }  # fmt: skip
 
 
@@ -206,12 +209,14 @@ def family_report(
     """
     from meswitch.compression.plan import outline
     from meswitch.family import Family
+    from meswitch.slots.layout import Layout
 
     family = Family.load(file)
     if not family.expert:
         raise ConfigError(f"{file}: expert: there is none; a family of a base alone needs no plan")
     options = family.engine
     base = outline(family.resolve_model(family.base.path))
+    kernel = _has_kernels(base, backend or options.backend)
     rows: list[dict[str, Any]] = []
     for section in family.expert:
         artifact, made = _of_family(file, family, section, base)
@@ -225,7 +230,7 @@ def family_report(
                 "bytes": {"tensors": artifact.nbytes},
                 "bits_per_weight": artifact.bits_per_weight,
                 "ratio": expert.bytes / artifact.nbytes,
-                "slot": _slot_bytes(base, artifact, backend or options.backend),
+                "slot": Layout.of(artifact, kernel=kernel).nbytes,
             }
         )
     grows = family.server.experts_dir is not None
@@ -243,6 +248,7 @@ def family_report(
             slots,
             limit,
             options.kv_cache_tokens if kv_tokens is None else kv_tokens,
+            kernel,
         ),
     }
 
@@ -271,15 +277,14 @@ def _of_family(file: Path, family: "Family", section: "ExpertSection", base: "Ch
     return predict(base, outline(source), given_options(sizes)), False
 
 
-def _slot_bytes(base: "Checkpoint", artifact: "Artifact", backend: str) -> int:
+def _has_kernels(base: "Checkpoint", backend: str) -> bool:
+    """Whether the kernels of a GPU compute: they have a layout of a slot of their own, and read a base's codes."""
     import torch
 
     from meswitch.compression.plan import widest_dtype
     from meswitch.ops import uses_kernels
-    from meswitch.slots.layout import Layout
 
-    kernel = uses_kernels(None if backend == "auto" else backend, torch.device("cuda"), widest_dtype(base))
-    return Layout.of(artifact, kernel=kernel).nbytes
+    return uses_kernels(None if backend == "auto" else backend, torch.device("cuda"), widest_dtype(base))
 
 
 def _by_role(planned: "Artifact") -> dict[str, dict[str, int]]:
@@ -296,15 +301,18 @@ def _by_role(planned: "Artifact") -> dict[str, dict[str, int]]:
 
 
 def _memory(
-    base: "Checkpoint", slot: int, full: int, experts: int, limit: int | None, kv_tokens: int
+    base: "Checkpoint", slot: int, full: int, experts: int, limit: int | None, kv_tokens: int, kernel: bool
 ) -> dict[str, int | None]:
     """For JSON: the device's bytes. slot: of the largest expert. full: of the largest full fine-tune."""
-    from meswitch.compression.plan import Memory, kv_bytes
+    from meswitch.compression.plan import Memory, held_bytes, kv_bytes
 
-    memory = Memory(base.nbytes, slot, full, kv_bytes(base, kv_tokens) if kv_tokens else 0, experts, limit)
+    held, scratch = held_bytes(base) if kernel else (base.nbytes, 0)
+    kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
+    memory = Memory(held, slot, full, kv, experts, limit, scratch)
     return {
         "experts": memory.experts,
         "base": memory.base,
+        "scratch": memory.scratch,
         "slot": memory.slot,
         "kv_tokens": kv_tokens,
         "kv_cache": memory.kv,
@@ -414,14 +422,15 @@ def _show_family(found: dict[str, Any]) -> None:
 
 def _memory_table(memory: dict[str, Any]) -> Any:
     rows = {
-        "base": format_bytes(memory["base"]),
+        "base": format_bytes(memory["base"])
+        + (f", {format_bytes(memory['scratch'])} to restore layers in 8 bits" if memory["scratch"] else ""),
         "a slot": format_bytes(memory["slot"]),
         "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
         f"base + {_count(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
         f"{format_bytes(memory['full_models'])}, {memory['full_models'] / memory['compressed']:.2f}x",
     }
     if memory["limit"] is not None:
-        room = memory["limit"] >= memory["base"] + memory["kv_cache"]
+        room = memory["limit"] >= memory["base"] + memory["scratch"] + memory["kv_cache"]
         ours = f"the base and {_count(memory['experts_that_fit'], 'expert')}"
         rows[f"in {format_bytes(memory['limit'])} fit"] = (
             f"{ours if room else 'not even the base and its KV cache'}; "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meswitch.engine.attention import KVCache, Piece, running
+from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch, TableOwners
 from meswitch.engine.layers import Switchable, SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.pages import PAGE, pages_for
@@ -261,7 +262,9 @@ def own_tables(model: Any, slots: int, ranks: Mapping[str, int]) -> OwnTables:
             read |= module.names
             if isinstance(module, SwitchableLinear | SwitchableHead | SwitchableEmbedding):
                 weight = module.weight_name
-                low_rank |= {weight: (module.base.weight, ranks[weight])} if weight in ranks else {}
+                if weight in ranks:
+                    base = module.base
+                    low_rank[weight] = base.outline if isinstance(base, CodedLinear) else base.weight, ranks[weight]
     return OwnTables(slots, list(wanted.values()), low_rank, frozenset(read - wanted.keys() - low_rank.keys()))
 
 

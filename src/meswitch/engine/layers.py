@@ -143,7 +143,7 @@ class SwitchableLinear(Switchable):
         inputs = x.reshape(-1, x.shape[-1])
         layer = None if self.transposed else self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
-            y = product_with_deltas(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
+            y = product_with_deltas(inputs, self.base, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
         else:
             y = self.base(x)
         outputs = y.view(-1, y.shape[-1])
@@ -237,7 +237,7 @@ class SwitchableHead(Switchable):
             return owners.by_owner(inputs, self._own).view(*x.shape[:-1], self.vocabulary)
         layer = self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
-            base = product_with_deltas(inputs, self.base.weight, self.base.bias, layer, owners)
+            base = product_with_deltas(inputs, self.base, self.base.bias, layer, owners)
         else:
             base = self.base(x)
         known = base.shape[-1]

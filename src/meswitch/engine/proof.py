@@ -359,7 +359,7 @@ def _units(model: Any, attachment: Attachment, stored: StoredTensors) -> dict[st
         for path in sorted(paths):
             wrapper = model.get_submodule(path)
             assert isinstance(wrapper, Switchable)
-            shapes = [tuple(p.shape) for p in wrapper.base.parameters()]
+            shapes = [tuple(p.shape) for p in (*wrapper.base.parameters(), *wrapper.base.buffers())]
             changed = [n for n in stored.changed_parameters() if n.startswith(f"{path}.")]
             parts.append(f"{path.removeprefix(unit)} {type(wrapper).__name__} {type(wrapper.base).__name__} {shapes}")
             parts.append(str([name.removeprefix(path) for name in changed]))

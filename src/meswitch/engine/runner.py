@@ -17,6 +17,7 @@ from meswitch.codec import EXACT
 from meswitch.cpu import free_bytes
 from meswitch.engine.attach import Survey, plan_attachment
 from meswitch.engine.batching import Batch
+from meswitch.engine.coded import restore_weights
 from meswitch.engine.context import Switch
 from meswitch.engine.graphs import MOST
 from meswitch.engine.merged import SHARE, MergedWeights
@@ -186,6 +187,7 @@ def open_runner(
             + "; ".join(reasons)
         )
     model.set_attn_implementation(attention_for(type(model)))  # a batch that failed may leave its own
+    restore_weights(model)  # in which each expert's are put
     device = next(model.parameters()).device
     store = ExpertStore(
         artifacts,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from meswitch.engine.batching import Batch
+from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.graphs import MOST
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
@@ -44,16 +45,19 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
         layer = switch.kernel_layer(module.weight_name)
         if layer is None:
             continue
-        about = layer.rows, layer.in_features, layer.variant, module.base.weight.dtype
+        base = module.base
+        codes = base.held.codes.dtype if isinstance(base, CodedLinear) else None
+        dtype = base.workspace.dtype if isinstance(base, CodedLinear) else base.weight.dtype
+        about = layer.rows, layer.in_features, layer.variant, dtype
         is_table = isinstance(module, SwitchableEmbedding)
-        biases = {False} if is_table else {False, module.base.bias is not None}
-        if (key := (*about, is_table, *biases)) in seen:
+        biases = {False} if is_table else {False, base.bias is not None}
+        if (key := (*about, codes, is_table, *biases)) in seen:
             continue
         seen.add(key)
         if is_table:
             yield embedding_job(*about, False)
         for bias in biases if not is_table else ():
-            yield from fused_jobs(*about, bias, sizes)
+            yield from fused_jobs(*about, bias, sizes, codes)
             yield from prefill_jobs(*about, bias, most_tokens)
         yield from decode_jobs(*about, bucket(min(most_tokens, MOST) // PIECE))
 
