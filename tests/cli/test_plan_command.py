@@ -185,3 +185,14 @@ def test_what_a_family_does_not_say_is_one_line(cli, family, tmp_path, experts, 
 
 def test_a_plan_is_of_something(cli):
     assert "--base or --family" in cli.error("plan")
+
+
+def test_an_artifact_of_another_base_is_counted_with_a_note(cli, family, math_delta, tmp_path):
+    (tmp_path / "family.toml").write_text(
+        f'[base]\npath = "{family / "code"}"\n[[expert]]\nname = "math"\ndelta = "{math_delta}"\n'
+    )
+    done = cli.ok("plan", "--family", tmp_path)
+    assert "math: " in done.stderr
+    assert "against which" in done.stderr
+    same = cli.ok("plan", "--family", family_file(tmp_path, family, {"math": {"delta": math_delta}}))
+    assert "against which" not in same.stderr

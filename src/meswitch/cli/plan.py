@@ -15,7 +15,7 @@ from meswitch.cli import console
 from meswitch.cli.artifacts import EXACT, EXACT_MEANS, LORA, layer_table, lora_parameters
 from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, given_options
-from meswitch.errors import ConfigError
+from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -203,11 +203,14 @@ def family_report(
 ) -> dict[str, Any]:
     """Everything that `plan --family` shows. What is None is as `[engine]` of the family has it.
 
+    An artifact of another base is counted with a note: vLLM serves some.
+
     Raises:
         ConfigError: a family without experts, or an expert that is neither made nor has a `source`.
         MeswitchError: an artifact is damaged, or an expert does not fit the base.
     """
-    from meswitch.compression.plan import outline
+    from meswitch.artifact import fingerprint
+    from meswitch.compression.plan import Outline, outline
     from meswitch.family import Family
     from meswitch.slots.layout import Layout
 
@@ -217,9 +220,16 @@ def family_report(
     options = family.engine
     base = outline(family.resolve_model(family.base.path))
     kernel = _has_kernels(base, backend or options.backend)
+    # of a configuration alone nobody can tell whether it is an artifact's base
+    content = None if isinstance(base, Outline) else fingerprint(base)
     rows: list[dict[str, Any]] = []
     for section in family.expert:
         artifact, made = _of_family(file, family, section, base)
+        if made and content is not None and artifact.manifest.method.name != LORA:
+            try:
+                artifact.check_base(base, known=content)
+            except IncompatibleError as error:
+                console.note(f"{section.name}: {error}")
         expert = artifact.manifest.expert
         rows.append(
             {
