@@ -314,9 +314,9 @@ def _memory(
     base: "Checkpoint", slot: int, full: int, experts: int, limit: int | None, kv_tokens: int, kernel: bool
 ) -> dict[str, int | None]:
     """For JSON: the device's bytes. slot: of the largest expert. full: of the largest full fine-tune."""
-    from meswitch.compression.plan import Memory, held_bytes, kv_bytes
+    from meswitch.compression.plan import Memory, base_bytes, kv_bytes
 
-    held, scratch = held_bytes(base) if kernel else (base.nbytes, 0)
+    held, scratch = base_bytes(base) if kernel else (base.nbytes, 0)
     kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
     memory = Memory(held, slot, full, kv, experts, limit, scratch)
     return {
@@ -433,7 +433,7 @@ def _show_family(found: dict[str, Any]) -> None:
 def _memory_table(memory: dict[str, Any]) -> Any:
     rows = {
         "base": format_bytes(memory["base"])
-        + (f", {format_bytes(memory['scratch'])} to restore layers in 8 bits" if memory["scratch"] else ""),
+        + (f", and {format_bytes(memory['scratch'])} to restore its layers" if memory["scratch"] else ""),
         "a slot": format_bytes(memory["slot"]),
         "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
         f"base + {_count(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
