@@ -29,12 +29,9 @@ ROOT = {
     "cpu",
     "durable",
     "errors",
-    "hub",
     "jsonfile",
-    "lazymodel",
     "loaded",
     "pagelock",
-    "progress",
     "tensorfile",
     "units",
 }

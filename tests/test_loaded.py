@@ -19,8 +19,7 @@ from meswitch.architecture import architecture_of
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError
-from meswitch.lazymodel import LazyModel
-from meswitch.loaded import alike, load_model
+from meswitch.loaded import LazyModel, alike, load_model
 from tests.support.models import TINY, edit_config
 
 WEIGHTS, HEAD, EMBEDDING = "model.safetensors", "lm_head.weight", "model.embed_tokens.weight"

@@ -14,7 +14,7 @@ from meswitch.errors import CheckpointError, IncompatibleError
 from meswitch.quantised import held_bytes, quantise
 from meswitch.router.encoder import Encoder
 from meswitch.router.llm import open_llm
-from meswitch.vllm.base import Base
+from meswitch.vllm.places import Base
 from tests.support.models import edit_config
 
 KINDS = ("int8", "fp8", "int4")

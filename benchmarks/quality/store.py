@@ -79,7 +79,7 @@ class Store:
                     yield setting, expert, job["failed"]
 
     def score(self, outcomes: str | None, expert: str) -> Score | None:
-        """Stored outcomes as what `evaluate.gain` compares."""
+        """Stored outcomes as what `evaluate.compare` takes."""
         return None if outcomes is None else Score(expert, self.meta["seed"], tuple(one == "1" for one in outcomes))
 
 

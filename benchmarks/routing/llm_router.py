@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from meswitch import __version__
-from meswitch.artifact.fingerprint import sha256_file
+from meswitch.checkpoint import sha256_file
 from meswitch.router import evaluate_router, load_router, open_llm, read_rows
 from meswitch.router.data import hold_out
 from meswitch.router.evaluate import latency

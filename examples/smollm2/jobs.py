@@ -28,7 +28,7 @@ import methods
 import score
 from meswitch.durable import write_text
 from meswitch.evaluate import answer
-from meswitch.lazymodel import attend_at_any_length
+from meswitch.loaded import attend_at_any_length
 from tasks import TASKS, Row, read_rows, spread, write_calibration
 from train import Recipe, train
 

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import CodecRequest, register
+from meswitch.codec import CodecRequest, Meta, Shapes, register
 from meswitch.codec.quantize import pack, packed_words, unpack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch.compression.options import TrainingRecipe
 from meswitch_lab.method import Encoded, Method
 from meswitch_lab.signs import TrainableSigns

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, CodecRequest, nbytes, register
-from meswitch.codec.registry import Meta, Shapes
+from meswitch.codec import BPW, CodecRequest, Meta, Shapes, nbytes, register
 from meswitch_lab import bitdelta
 from meswitch_lab.method import Encoded, Method, check
 from meswitch_lab.svd import decompose

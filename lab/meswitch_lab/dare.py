@@ -15,9 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import CodecRequest, Parameter, register
+from meswitch.codec import CodecRequest, Meta, Parameter, Shapes, register
 from meswitch.codec.quantize import pack, packed_words, unpack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import (
     Encoded,
     Method,

@@ -21,10 +21,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, CodecRequest, nbytes, register
+from meswitch.codec import BPW, CodecRequest, Meta, Shapes, nbytes, register
 from meswitch.codec.feedback import damped, feedback_codes, upper_factor
 from meswitch.codec.quantize import expand_scale, pack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import (
     Encoded,
     Method,

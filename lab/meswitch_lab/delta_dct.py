@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meswitch.codec import BPW, CodecRequest, Parameter, nbytes, register
+from meswitch.codec import BPW, CodecRequest, Meta, Parameter, Shapes, nbytes, register
 from meswitch.codec.quantize import pack, packed_words, unpack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import Encoded, Method, check, restore_matrix, round_matrix, rounded_shapes
 
 PATCH = Parameter("patch", "Rows and columns of a patch.", default=16, least=2, most=256, whole=True)

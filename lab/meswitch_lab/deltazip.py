@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meswitch.codec import CodecRequest, register
+from meswitch.codec import CodecRequest, Meta, Shapes, register
 from meswitch.codec.feedback import damped, inverse_factor
 from meswitch.codec.quantize import mse_scales, pack, packed_words, unpack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import (
     Encoded,
     Method,

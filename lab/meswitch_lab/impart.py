@@ -26,10 +26,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, CodecRequest, Parameter, nbytes, register
+from meswitch.codec import BPW, CodecRequest, Meta, Parameter, Shapes, nbytes, register
 from meswitch.codec.feedback import damped, inverse_factor
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, pack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.delta_come import BITS, COUNTS, WIDTH
 from meswitch_lab.method import (
     Encoded,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meswitch.codec import CodecRequest, CodedDelta, Parameter, Sharing, Trainable
+from meswitch.codec import CodecRequest, CodedDelta, Meta, Parameter, Shapes, Sharing, Trainable
 from meswitch.codec.feedback import damped, feedback_codes, upper_factor
 from meswitch.codec.quantize import (
     SCALE_DTYPE,
@@ -19,7 +19,6 @@ from meswitch.codec.quantize import (
     quantize,
     unpack,
 )
-from meswitch.codec.registry import Meta, Shapes
 from meswitch.compression.options import TrainingRecipe
 
 Encoded = tuple[dict[str, Tensor], dict[str, int]]

@@ -17,10 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import CodecRequest, register
+from meswitch.codec import CodecRequest, Meta, Shapes, register
 from meswitch.codec.feedback import damped
 from meswitch.codec.quantize import SCALE_DTYPE, pack, packed_words, unpack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab import bitdelta
 from meswitch_lab.method import Encoded, Method, check
 from meswitch_lab.signs import COLUMN, ROW, TrainableSigns

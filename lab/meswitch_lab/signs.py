@@ -5,8 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from meswitch.codec import CodedDelta
-from meswitch.codec.registry import Group
+from meswitch.codec import CodedDelta, Group
 from meswitch.compression.options import TrainingRecipe
 
 ROW, COLUMN = 0, 1  # the axis of the scales, as `per-axis` records it

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from meswitch.codec import Shapes
 from meswitch.codec.quantize import pack, packed_words, unpack
-from meswitch.codec.registry import Shapes
 
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's, as int64
 _MOST_REMAINDER_BITS = 20

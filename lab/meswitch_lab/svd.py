@@ -12,8 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, CodecRequest, Parameter, register
-from meswitch.codec.registry import Meta, Shapes
+from meswitch.codec import BPW, CodecRequest, Meta, Parameter, Shapes, register
 from meswitch_lab.method import Encoded, Method, check
 
 RANK = Parameter("rank", "Of the factors, instead of a budget.", least=1, whole=True)

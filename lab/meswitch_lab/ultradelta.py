@@ -24,9 +24,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meswitch.codec import BPW, CodecRequest, Parameter, Sharing, register
+from meswitch.codec import BPW, CodecRequest, Meta, Parameter, Shapes, Sharing, register
 from meswitch.codec.quantize import pack, packed_words, unpack
-from meswitch.codec.registry import Meta, Shapes
 from meswitch_lab.method import Encoded, Method, check
 from meswitch_lab.sparse import decode_positions, encode_positions, hashed, position_shapes, rice_bits
 

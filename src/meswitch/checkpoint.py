@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint, read one tensor at a time."""
+"""A Hugging Face checkpoint, read one tensor at a time, and known by its content (`fingerprint`)."""
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import LoadPlan, architecture_of
-from meswitch.configuration import read_config
+from meswitch.configuration import from_hub, is_hub_id, read_config
 from meswitch.errors import AdapterError, CheckpointError, listed
-from meswitch.hub import fetch_checkpoint, is_hub_id
 from meswitch.jsonfile import disguise, read_json
 from meswitch.quantised import as_weights, quantisation, quantisation_of, unread_reason
-from meswitch.tensorfile import INDEX, WEIGHTS, TensorInfo, read_header, read_index
+from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo, read_header, read_index
 
 # What makes an expert speak (and see): copied into its artifact as it is.
 COMPANION_FILES = (
@@ -41,6 +41,7 @@ COMPANION_FILES = (
 )
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BLOCK, _BLOCKS = 4096, 16  # bytes of a tensor that its fingerprint reads at a place, and places
 _CONVERT = "convert it with `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` of transformers"
 # What weights are there instead: what to call them, their names, what to do.
 _OTHER_WEIGHTS = (
@@ -316,3 +317,65 @@ def _no_weights(directory: Path) -> CheckpointError:
 def _has_weights(directory: Path) -> bool:
     names = (WEIGHTS, INDEX, ADAPTER_CONFIG, "pytorch_model.bin", "pytorch_model.bin.index.json")
     return directory.is_dir() and any((directory / name).is_file() for name in names)
+
+
+def fetch_checkpoint(source: str, companions: Iterable[str]) -> Path:
+    """A repository's weights and companion files, in the Hugging Face cache.
+
+    A repository often holds the same weights several times (`consolidated.safetensors`, `original/`,
+    `model.fp16.safetensors`, `pytorch_model.bin`). What is fetched is what transformers would load:
+    `model.safetensors`, or the files that its index names.
+
+    Args:
+        source: `org/name`.
+        companions: names of files to fetch beside the weights, where the repository has them.
+
+    Returns:
+        the directory of the snapshot. It has no weights if the repository has none in safetensors.
+
+    Raises:
+        CheckpointError: the hub does not give it, or its index is damaged.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch(names: Iterable[str], revision: str | None = None) -> Path:
+        return from_hub(source, lambda: snapshot_download(source, revision=revision, allow_patterns=list(names)))
+
+    directory = fetch([*companions, INDEX])
+    commit = directory.name  # all files are those of one commit, though the repository changes meanwhile
+    directory = fetch([WEIGHTS], commit)
+    if not (directory / WEIGHTS).is_file() and (directory / INDEX).is_file():
+        directory = fetch(sorted(set(read_index(directory / INDEX).values())), commit)
+    return directory
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Which base is this? By content, not by path, and cheap enough to ask at every start.
+
+    Every tensor's name, dtype and shape and 16 evenly spaced blocks of 4 KiB of its bytes are hashed: a few dozen MB of
+    a 14 GB base. A fine-tune moves all weights, so it tells bases apart; the full SHA-256 of every base tensor is in an
+    artifact's manifest too, and `meswitch verify --base` compares those.
+
+    Returns:
+        `sampled-sha256:<64 hex digits>`, independent of how the tensors are spread over files.
+    """
+    digest = hashlib.sha256()
+    content = checkpoint.tensors if checkpoint.content is None else checkpoint.content
+    for name, info in sorted(content.items()):
+        digest.update(f"{name}\n{NAMES[info.dtype]}\n{list(info.shape)}\n".encode())
+        for block in _sample(info):
+            digest.update(block)
+    return f"sampled-sha256:{digest.hexdigest()}"
+
+
+def _sample(info: TensorInfo) -> list[bytearray]:
+    if info.nbytes <= _BLOCK * _BLOCKS:
+        return [info.read_bytes()]
+    step = (info.nbytes - _BLOCK) // (_BLOCKS - 1)
+    return [info.read_bytes(i * step, _BLOCK) for i in range(_BLOCKS)]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a whole file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """The configuration of a model, in what two of them differ, and what of it changes the computation.
 
-It is read from `config.json`, without ever running a repository's own code.
+It is read from `config.json`, of a directory or of the Hugging Face hub, without ever running a repository's own code.
 
 Values are compared as their class parses them: defaults filled in, old spellings turned into new ones. A field counts
 if the code of the model reads it. That is looked up in transformers' source: the modules that define the parts of the
@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 
 from meswitch.architecture import architecture_of
 from meswitch.errors import CheckpointError
-from meswitch.hub import fetch_config, is_hub_id
 from meswitch.jsonfile import read_json
 
 # Why a field does not change what is computed.
@@ -45,6 +44,12 @@ _ROPE, _LENGTH = "rope_parameters", "max_position_embeddings"
 _SHARED_CODE = ("transformers.masking_utils", "transformers.cache_utils")
 
 
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a text may name a repository (`org/name` or `name`): it is no path, and nothing of that name is here."""
+    text = str(source)
+    return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and not Path(text).exists()
+
+
 def read_config(source: str | Path) -> Any:
     """A model's configuration as transformers understands it.
 
@@ -65,7 +70,7 @@ def read_config(source: str | Path) -> Any:
     if file.is_dir():
         file = file / "config.json"
     elif is_hub_id(source):
-        file = fetch_config(str(source))
+        file = _fetch_config(str(source))
     elif not file.exists():
         raise CheckpointError(f"{source}: no such file or directory; give a config.json, a checkpoint or a hub id")
     if not file.is_file():
@@ -84,6 +89,44 @@ def read_config(source: str | Path) -> Any:
         raise CheckpointError(
             f"{file}: transformers {transformers.__version__} does not take it as {model_type!r}: {_one_line(error)}"
         ) from error
+
+
+def from_hub(source: str, ask: Callable[[], str]) -> Path:
+    """Where what was asked of the Hugging Face hub is.
+
+    Args:
+        source: the repository, for messages.
+        ask: fetches, and gives a path.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(ask())
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: no such directory here, and the hub cannot be reached for a model of this name; check the path "
+            "or the connection"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{source}: neither a directory here nor a model that the hub gives ({reason}); "
+            "check the name, or log in with `hf auth login`"
+        ) from error
+
+
+def _fetch_config(source: str) -> Path:
+    """The `config.json` of a repository, in the Hugging Face cache.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return from_hub(source, lambda: hf_hub_download(source, "config.json"))
 
 
 def without_quantisation(config: Any) -> Any:

@@ -25,8 +25,8 @@ from meswitch.codec.quantize import pack
 from meswitch.durable import replacing_directory, write_text
 from meswitch.errors import CheckpointError, ConfigError, listed
 from meswitch.jsonfile import read_json
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import BuiltTensor, Shards, TensorInfo
+from meswitch.units import Progress, silent
 
 if TYPE_CHECKING:
     from meswitch.architecture import LoadPlan

@@ -1,6 +1,7 @@
-"""Bytes for people: '8GiB' -> int, int -> '1.75 GB'."""
+"""Amounts for people: bytes ('8GiB' -> int, int -> '1.75 GB'), and how much of some work is done."""
 
 import re
+from collections.abc import Callable
 
 from meswitch.errors import ConfigError
 
@@ -24,3 +25,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+# (phase, done, in all, what is being done); done and in all count what takes time: parameters, tokens, steps, bytes
+Progress = Callable[[str, int, int, str], None]
+
+
+def silent(phase: str, done: int, total: int, what: str) -> None:
+    """A `Progress` that tells nobody."""

@@ -96,6 +96,25 @@ def test_a_repository_is_taken_in_place_of_a_directory(hub, run, math_delta, fam
     assert "#### 113" in answer
 
 
+def test_an_artifact_over_a_quantised_base_comes_back_for_that_base_alone(hub, run, math_delta, family, tmp_path):
+    run.ok("quantize", "--base", family / "base", "--to", "int4", "--out", "base-int4")
+    run.ok("compress", "--base", "base-int4", "--expert", family / "math", "--out", "made")
+    run.ok("push", "made", "org/math-over-int4", "--base", "org/base-int4")
+    card = hub.repositories["org/math-over-int4"].files()["README.md"].decode()
+    assert "base_model: org/base-int4" in card.replace('"', "")
+    assert "meswitch merge --base org/base-int4 --delta math-over-int4" in card
+    run.ok("pull", "org/math-over-int4", "--out", "pulled")
+    assert contents(tmp_path / "pulled").keys() >= contents(tmp_path / "made").keys()
+    run.ok("verify", "pulled", "--base", "base-int4")
+    refused = run.error("verify", "hf://org/math-over-int4", "--base", family / "base")
+    assert "give its base, which was called 'base-int4'" in refused
+    for delta, out in (("made", "here"), ("hf://org/math-over-int4", "there")):
+        run.ok("merge", "--base", "base-int4", "--delta", delta, "--out", out)
+    assert contents(tmp_path / "here")["model.safetensors"] == contents(tmp_path / "there")["model.safetensors"]
+    wrong = run.error("merge", "--base", "base-int4", "--delta", math_delta, "--out", "wrong")
+    assert "compress again against this quantised one" in wrong
+
+
 def test_what_was_fetched_once_is_there_without_the_hub(hub, run, math_delta, monkeypatch):
     from huggingface_hub import constants
 

@@ -121,3 +121,81 @@ def test_what_fits_in_a_device(cli):
 )
 def test_what_cannot_be_planned_is_one_line(cli, arguments, message):
     assert message in cli.error("plan", "--base", CONFIGS / "mistral-7b/base", *arguments)
+
+
+def family_file(directory, family, experts, more=""):
+    text = f'[base]\npath = "{family / "base"}"\n{more}'
+    for name, fields in experts.items():
+        text += f'[[expert]]\nname = "{name}"\n' + "".join(f'{key} = "{value}"\n' for key, value in fields.items())
+    (directory / "family.toml").write_text(text)
+    return directory / "family.toml"
+
+
+def test_a_family_is_planned_with_its_own_settings(cli, family, math_delta, tmp_path):
+    import torch
+
+    from meswitch import Artifact
+    from meswitch.slots import ExpertStore
+
+    experts = {
+        "math": {"delta": math_delta},
+        "code": {"delta": "to-be-made", "source": family / "code"},
+        "sql": {"delta": "to-be-made-too", "source": family / "sql"},
+    }
+    settings = (
+        '[compress]\nbits = 1\ngroup_size = "row"\n[engine]\nslots = 2\nkv_cache_tokens = 1024\nbackend = "cpu"\n'
+    )
+    file = family_file(tmp_path, family, experts, settings)
+    found = cli.json("plan", "--family", file)
+    made, code, sql = found["experts"]
+    alone = cli.json(
+        "plan", "--base", family / "base", "--expert", family / "code", "--bits", 1, "--group-size", "row",
+        "--kv-tokens", 1024, "--backend", "cpu", "--experts", 2,
+    )  # fmt: skip
+    assert (made["made"], code["made"], sql["made"]) == (True, False, False)
+    assert (code["bytes"]["tensors"], code["method"]) == (alone["bytes"]["tensors"], alone["method"])
+    artifact = Artifact.open(math_delta)
+    assert (made["bytes"]["tensors"], made["bits_per_weight"]) == (artifact.nbytes, artifact.bits_per_weight)
+    store = ExpertStore({"math": artifact}, device=torch.device("cpu"), slots=1, kernel=False)
+    assert made["slot"] == store.slot_bytes
+    assert found["memory"]["slot"] == max(row["slot"] for row in found["experts"])
+    assert found["host"] == {"experts": sum(row["slot"] for row in found["experts"]), "budget": None}
+    for field in ("experts", "base", "kv_tokens", "kv_cache"):
+        assert found["memory"][field] == alone["memory"][field]
+    shown = cli.ok("plan", "--family", file, "--experts", 3).stdout
+    assert "base + 3 experts" in " ".join(shown.split())
+
+
+def test_there_are_no_more_slots_than_experts_unless_experts_come(cli, family, math_delta, tmp_path):
+    experts = {"math": {"delta": math_delta}}
+    assert cli.json("plan", "--family", family_file(tmp_path, family, experts))["memory"]["experts"] == 1
+    grows = family_file(tmp_path, family, experts, '[server]\nexperts_dir = "more"\n')
+    assert cli.json("plan", "--family", grows)["memory"]["experts"] == 4
+
+
+@pytest.mark.parametrize(
+    ("experts", "arguments", "message"),
+    [
+        ({}, (), "family.toml: expert: there is none"),
+        ({"math": {"delta": "nowhere"}}, (), "expert 'math': source: is needed to plan it, for "),
+        ({"math": {"delta": "nowhere"}}, ("--base", "b"), "--base: "),
+        ({"math": {"delta": "nowhere"}}, ("--group-size", "row"), "--group-size: "),
+    ],
+)
+def test_what_a_family_does_not_say_is_one_line(cli, family, tmp_path, experts, arguments, message):
+    assert message in cli.error("plan", "--family", family_file(tmp_path, family, experts), *arguments)
+
+
+def test_a_plan_is_of_something(cli):
+    assert "--base or --family" in cli.error("plan")
+
+
+def test_an_artifact_of_another_base_is_counted_with_a_note(cli, family, math_delta, tmp_path):
+    (tmp_path / "family.toml").write_text(
+        f'[base]\npath = "{family / "code"}"\n[[expert]]\nname = "math"\ndelta = "{math_delta}"\n'
+    )
+    done = cli.ok("plan", "--family", tmp_path)
+    assert "math: " in done.stderr
+    assert "against which" in done.stderr
+    same = cli.ok("plan", "--family", family_file(tmp_path, family, {"math": {"delta": math_delta}}))
+    assert "against which" not in same.stderr

@@ -13,7 +13,6 @@ import torch
 import meswitch
 from meswitch import Artifact
 from meswitch.artifact import writer
-from meswitch.compression import saved_work
 from meswitch.errors import ArtifactError
 
 
@@ -64,8 +63,8 @@ def ended(work, *args):
 def compress_until_killed(base, expert, out, options, phase, count):
     """A compression that keeps what it does at once, and kills itself once a phase has told so often how far it is."""
     torch.set_num_threads(1)
-    writer.PIECE_SECONDS = saved_work.SECONDS = 0.0
-    saved_work.SHARE = float("inf")
+    writer.PIECE_SECONDS = writer.SAVE_SECONDS = 0.0
+    writer.SAVE_SHARE = float("inf")
     seen = []
 
     def progress(*told):

@@ -12,7 +12,7 @@ from meswitch.compression.inputs import Walk
 from meswitch.compression.partial_model import PartialModel
 from meswitch.compression.text import load_calibration
 from meswitch.errors import CheckpointError, IncompatibleError
-from meswitch.lazymodel import LazyModel
+from meswitch.loaded import LazyModel
 from tests.architectures import tiny
 
 CPU = torch.device("cpu")

@@ -7,8 +7,7 @@ import pytest
 
 import meswitch
 from meswitch.artifact.manifest import Manifest
-from meswitch.compression.options import Options, Solver, TrainingRecipe
-from meswitch.compression.recipe import read_recipe, recipe_of
+from meswitch.compression.options import Options, Solver, TrainingRecipe, read_recipe, recipe_of
 from meswitch.compression.text import TextSource
 from meswitch.errors import ConfigError
 from tests.support.command_line import Cli

@@ -13,7 +13,7 @@ import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.errors import MeswitchError
-from meswitch.slots import device as devices
+from meswitch.slots import tiers
 from meswitch.tensorfile import TensorInfo
 
 QUESTION = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]
@@ -203,7 +203,7 @@ def test_faults_in_reads_and_copies_under_traffic_harm_no_other_request(
     family, own, deltas, expected, monkeypatch, runner
 ):
     """Four experts over two slots and little host memory, while files come and go, are replaced, and copies fail."""
-    copy, turn = devices.copy, iter(range(10**6))
+    copy, turn = tiers.copy, iter(range(10**6))
 
     def flaky(*arguments, **options):
         if next(turn) % 6 == 5:
@@ -248,7 +248,7 @@ def test_faults_in_reads_and_copies_under_traffic_harm_no_other_request(
 
     size = 600_000
     with Engine(family / "base", own, device="cpu", slots=2, host_bytes=2 * size, runner=runner) as engine:
-        monkeypatch.setattr(devices, "copy", flaky)
+        monkeypatch.setattr(tiers, "copy", flaky)
         threads = [threading.Thread(target=client, args=(seed,)) for seed in range(5)]
         troubled = threading.Thread(target=trouble)
         for thread in (*threads, troubled):
@@ -258,7 +258,7 @@ def test_faults_in_reads_and_copies_under_traffic_harm_no_other_request(
             assert not thread.is_alive()
         stop.set()
         troubled.join()
-        monkeypatch.setattr(devices, "copy", copy)
+        monkeypatch.setattr(tiers, "copy", copy)
         assert not wrong
         assert right
         assert all(f"expert {name!r} cannot be loaded: " in text for name, text in failed), failed

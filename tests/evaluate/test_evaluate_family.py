@@ -294,6 +294,23 @@ def test_a_family_says_what_its_experts_are_asked(family: Path, math_delta: Path
     assert rows[4]["score"]["correct"] == 4
 
 
+def test_one_expert_of_a_family_is_measured_alone(family: Path, math_delta: Path, tmp_path: Path) -> None:
+    (tmp_path / "family.toml").write_text(
+        f'base = {{ path = "{family}/base" }}\n'
+        f'[[expert]]\nname = "math"\ndelta = "{math_delta}"\nsource = "{family}/math"\n'
+        f'questions = "{family}/questions/math.jsonl"\nchecker = "number"\n'
+        '[[expert]]\nname = "code"\ndelta = "nowhere"\nsource = "nowhere either"\nquestions = "none.jsonl"\n'
+    )
+    few = ("-n", 2, "--kl-questions", 1, "--max-new-tokens", 56)
+    result = command("--family", tmp_path, "--expert", "math", "--expert", "math", *few, "--json")
+    assert result.exit_code == 0, result.output
+    assert "code" not in result.stderr
+    rows = [(row["task"], row["model"], row["kind"]) for row in json.loads(result.stdout)["rows"]]
+    assert rows == [("math", "base", "base"), ("math", "math", "expert"), ("math", "math", "delta")]
+    unknown = command("--family", tmp_path, "--expert", "law").exception
+    assert str(unknown) == "no expert 'law'; this family has math, code"
+
+
 def test_a_delta_without_a_source_is_compared_with_no_other_expert(
     family: Path, math_delta: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -332,7 +349,7 @@ def test_questions_can_be_for_one_expert_of_several(family: Path) -> None:
     [
         ((), "--base or --family"),
         (("--family", "f", "--base", "b"), "--base or --family"),
-        (("--family", "f", "--expert", "e"), "a family names its own"),
+        (("artifact", "--family", "f"), "ARTIFACT: artifact: a family names its own; choose by --expert NAME"),
         (("--base", "b", "--expert", "x/math", "--expert", "y/math"), "'math' is given twice"),
         (("--base", "b", "--out", "table.csv"), ".json or .md"),
         (("--base", "b"), "--questions or --tasks: what is asked?"),

@@ -190,8 +190,8 @@ def test_what_appears_in_the_directory_is_served(served, place, deltas):
 
 
 @pytest.fixture(scope="module")
-def routed(family, deltas, tmp_path_factory):
-    """The address of a family that is routed by descriptions."""
+def routing(family, deltas, tmp_path_factory):
+    """A family that is routed by descriptions: its address, what changes its experts, its directory."""
     root = tmp_path_factory.mktemp("routed")
     (root / "family.toml").write_text(text_of(family, {"math": deltas["math"], "sql": deltas["sql"]}))
     shutil.copytree(deltas["code"], root / "more" / "code")
@@ -202,7 +202,12 @@ def routed(family, deltas, tmp_path_factory):
         keys = Keys([ApiKey.of("admin", "admin's", admin=True)])
         experts = experts_from_family(config, engine, auto)
         with serving(app_from_family(config, engine, auto, keys, experts)) as url:
-            yield url
+            yield url, experts, root
+
+
+@pytest.fixture
+def routed(routing):
+    return routing[0]
 
 
 def test_auto_chooses_an_expert_that_came_later(routed):
@@ -225,5 +230,20 @@ def test_an_expert_of_which_nothing_is_said_is_told_to_be_asked_by_name(routed, 
     made = post(routed, "experts", name="silent", path="code").json()
     assert (made["routed"], "description: missing" in made["not_routed"]) == (False, True)
     assert answer(routed, "silent")
+    listed = rows(routed)
+    assert (listed["math"]["routed"], "not_routed" in listed["math"]) == (True, False)
+    assert (listed["silent"]["routed"], listed["silent"]["not_routed"]) == (False, made["not_routed"])
+    assert "no router" in rows(url)["math"]["not_routed"]
     assert "no router" in post(url, "experts", name="later", path="code-v1").json()["not_routed"]
     assert httpx.delete(f"{url}/v1/experts/later", headers=ADMIN).status_code == 200
+
+
+def test_an_expert_that_appeared_is_routed_once_the_family_says_what_it_is_for(routing, family, deltas):
+    url, experts, root = routing
+    (root / "more" / "code").rename(root / "more" / "late")
+    experts.scan()
+    assert "nothing was said of it" in rows(url)["late"]["not_routed"]
+    text = text_of(family, {"math": deltas["math"], "sql": deltas["sql"], "late": root / "more" / "late"})
+    (root / "family.toml").write_text(f'{text}examples = ["Write a Python function that adds two numbers."]\n')
+    experts.reread()
+    assert (rows(url)["late"]["routed"], "not_routed" in rows(url)["late"]) == (True, False)

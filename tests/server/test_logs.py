@@ -10,7 +10,7 @@ from meswitch import Engine
 from meswitch.server import create_app
 from meswitch.server.errors import without_paths
 from meswitch.server.logs import JsonFormatter
-from tests.support.http_server import ask_with, serving, user
+from tests.support.http_server import ask_with, serving, user, wait_until
 
 SECRET = "/srv/models/secret-7b/delta.safetensors"
 
@@ -54,8 +54,12 @@ def test_two_requests_with_one_id_are_two_lines(url, caplog):
         client.chat.completions.create(
             model="math", messages=user("a"), max_tokens=tokens, extra_headers={"x-request-id": "same"}
         )
-    lines = [record.fields for record in caplog.records if getattr(record, "fields", {}).get("request_id") == "same"]
-    assert [(line["expert"], line["status"], line["completion_tokens"]) for line in lines] == [
+
+    def lines():
+        return [record.fields for record in caplog.records if getattr(record, "fields", {}).get("request_id") == "same"]
+
+    assert wait_until(lambda: len(lines()) == 2)  # a line is written when its answer has been sent
+    assert [(line["expert"], line["status"], line["completion_tokens"]) for line in lines()] == [
         ("math", 200, 2),
         ("math", 200, 3),
     ]

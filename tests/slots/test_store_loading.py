@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from meswitch.errors import ArtifactError, CapacityError, LoadError, MeswitchError
-from meswitch.slots import device as devices
 from meswitch.slots import layout as layouts
 from meswitch.slots import store as stores
+from meswitch.slots import tiers
 
 SOON = 30  # seconds, of a machine that does other things too
 
@@ -287,14 +287,14 @@ def test_without_file_handles_a_request_fails_and_later_ones_do_not(own, open_st
 def test_a_copy_that_fails_leaves_an_empty_slot_and_no_trace(own, open_store, monkeypatch):
     store = open_store(own, slots=1)
     store.release(store.acquire("code"))
-    copy = devices.copy
+    copy = tiers.copy
 
     def half(target, source, **options):
         copy(target[: len(target) // 2], source[: len(target) // 2])
         raise RuntimeError("the device has gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(devices, "copy", half)
+        patch.setattr(tiers, "copy", half)
         with pytest.raises(LoadError, match="unexpected error"):
             store.request("math").result(SOON)
     assert place(store, "code") == "host"  # its slot was given to the other
@@ -307,13 +307,13 @@ def test_a_copy_that_fails_leaves_an_empty_slot_and_no_trace(own, open_store, mo
 def test_a_slot_is_not_found_while_it_is_copied_to(own, open_store, monkeypatch):
     store = open_store(own, slots=1)
     store.release(store.acquire("code"))
-    gate, copy = threading.Event(), devices.copy
+    gate, copy = threading.Event(), tiers.copy
 
     def slow(target, source, **options):
         assert gate.wait(SOON)
         copy(target, source)
 
-    monkeypatch.setattr(devices, "copy", slow)
+    monkeypatch.setattr(tiers, "copy", slow)
     loading, evicted = store.request("math"), None
     assert eventually(lambda: any(load.stage == "copying" for load in store._loads))
     evicted = store.request("code")
@@ -361,7 +361,7 @@ def test_no_fault_in_reads_and_copies_harms_another_expert(own, disk, open_store
     """Threads that ask for five experts' worth of slots while reads and copies fail at random."""
     store = open_store(own, slots=2, host_bytes=2 * max(row.bytes for row in open_store(own).residency()))
     wanted = {name: store.artifacts[name].read("model.norm.weight") for name in own}
-    copy, fill, turn = devices.copy, layouts.Layout.fill, iter(range(10**6))
+    copy, fill, turn = tiers.copy, layouts.Layout.fill, iter(range(10**6))
 
     def flaky(work, every):
         def call(*arguments, **options):
@@ -371,7 +371,7 @@ def test_no_fault_in_reads_and_copies_harms_another_expert(own, disk, open_store
 
         return call
 
-    monkeypatch.setattr(devices, "copy", flaky(copy, 5))
+    monkeypatch.setattr(tiers, "copy", flaky(copy, 5))
     monkeypatch.setattr(layouts.Layout, "fill", flaky(fill, 4))
     wrong, failed = [], []
 

@@ -168,7 +168,7 @@ def test_what_kernels_cannot_read_together_is_refused(pair, tmp_path, open_store
         store.request("one").result(SOON)
     meswitch.compress(base, expert, tmp_path / "delta", group_size=64, salient=0, overwrite=True)
     held = store.request("one").result(SOON)
-    from tests.slots.test_tables import check
+    from tests.slots.test_layout import check
 
     check(store, held.slot, meswitch.Artifact.open(tmp_path / "delta"))
 

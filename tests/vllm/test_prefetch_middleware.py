@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from meswitch.vllm.command import DIRECTORY_VARIABLE
 from meswitch.vllm.prefetch import Prefetch
-from meswitch.vllm.settings import DIRECTORY_VARIABLE
 
 
 class Engine:

@@ -4,7 +4,7 @@ import pytest
 
 from meswitch.errors import ConfigError
 from meswitch.vllm import compat
-from meswitch.vllm.settings import DeltaSettings
+from meswitch.vllm.command import DeltaSettings
 
 pytestmark = pytest.mark.vllm
 

@@ -10,9 +10,9 @@ import meswitch
 from meswitch.artifact import Artifact
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.vllm.arena import Arena, stored_names
+from meswitch.vllm.command import DeltaSettings
 from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, NORM, Place, Source, Unserved
 from meswitch.vllm.prepare import Target, check_covered, prepare
-from meswitch.vllm.settings import DeltaSettings
 
 ROWS, WIDTH = 2048, 64
 NORMS = "model.norm"

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from meswitch.ops.step import Step
-from meswitch.vllm import norms
+from meswitch.vllm import support
 from meswitch.vllm.arena import Arena
+from meswitch.vllm.delta_op import DeltaNorm
 from meswitch.vllm.dry_step import Call
-from meswitch.vllm.norms import DeltaNorm, Formula, norm_vector
 from meswitch.vllm.places import NORM, Place, Source
 from meswitch.vllm.proof import prove_layers
+from meswitch.vllm.support import Formula, norm_vector
 
 WIDTH, TOKENS = 32, 7
 LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
@@ -72,8 +73,8 @@ def test_a_norm_that_computes_as_its_class_is_proven_and_leaves_nothing_behind()
     ids=["offset", "not-centred", "returns-a-pair"],
 )
 def test_a_formula_that_is_not_the_classs_is_found(monkeypatch, formula, reason):
-    right = norms.FORMULAS[LAYER_NORM]
-    monkeypatch.setitem(norms.FORMULAS, LAYER_NORM, dataclasses.replace(right, **formula))
+    right = support.FORMULAS[LAYER_NORM]
+    monkeypatch.setitem(support.FORMULAS, LAYER_NORM, dataclasses.replace(right, **formula))
     (unserved,) = Model().prove(TOKENS, WIDTH)
     assert (unserved.name, unserved.kind) == ("norm", "LayerNorm")
     assert reason in unserved.reason
@@ -90,6 +91,6 @@ def test_a_class_is_known_by_its_exact_name():
     class Own(nn.LayerNorm):
         pass
 
-    assert norms.formula_of(nn.LayerNorm(4)) == Formula(centred=True)
-    assert norms.formula_of(Own(4)) is None
-    assert norms.formula_of(nn.LayerNorm(4, elementwise_affine=False)) is None
+    assert support.formula_of(nn.LayerNorm(4)) == Formula(centred=True)
+    assert support.formula_of(Own(4)) is None
+    assert support.formula_of(nn.LayerNorm(4, elementwise_affine=False)) is None

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import IncompatibleError
-from meswitch.vllm.base import Base
+from meswitch.vllm.places import Base
 from tests.support.models import edit_config
 from tests.support.vllm_engines import EXPERTS, PROMPT, adapters_of, ask, behind, running, with_deltas
 

@@ -5,7 +5,8 @@ import torch
 
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, padded_salient
-from meswitch.vllm.shard import conform, join, joint_group, joint_shape, take_columns, take_rows
+from meswitch.vllm.arena import joint_group, joint_shape
+from meswitch.vllm.prepare import conform, join, take_columns, take_rows
 from tests.support.deltas import random_delta
 
 

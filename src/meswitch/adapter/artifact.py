@@ -17,15 +17,14 @@ from meswitch.adapter.changes import AdaptedTensor, Changes, changes_of
 from meswitch.adapter.weights import WEIGHTS_NAME, Adapter, adapts
 from meswitch.architecture import HEAD, architecture_of
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
-from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, Stored
 from meswitch.artifact.writer import companion_digests
-from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint
+from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint, sha256_file
 from meswitch.codec import LowRankDelta
 from meswitch.jsonfile import read_json
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import NAMES
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
+from meswitch.units import Progress, silent
 
 METHOD = "lora"  # as manifests name it
 _CONFIG = "config.json"

@@ -194,7 +194,7 @@ class Method:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What was asked for: options that are not at their defaults, by name, as the command line takes them; base and
-    expert as hub ids, None for directories. See `compression.recipe`."""
+    expert as hub ids, None for directories. See `compression.options`."""
 
     options: dict[str, str]
     base: str | None = None

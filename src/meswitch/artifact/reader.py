@@ -1,6 +1,7 @@
 """Opening an artifact: nothing is handed out before its shape, dtype and checksum agree with the manifest.
 
 Checksums take most of the time, and SHA-256 is computed without the GIL: `ReadAhead` reads by several threads.
+`account` says where the bytes are; for that no tensor is read.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import STACKS
-from meswitch.artifact.fingerprint import fingerprint, sha256_file
 from meswitch.artifact.manifest import MANIFEST_NAME, Entry, Manifest, Stored, stored_name
 from meswitch.artifact.remote import local_artifact
-from meswitch.checkpoint import Checkpoint
+from meswitch.checkpoint import Checkpoint, fingerprint, sha256_file
 from meswitch.codec import (
     Change,
     Delta,
@@ -35,8 +35,8 @@ from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
+from meswitch.units import Progress, silent
 
 _THREADS = 4
 _AHEAD = 8  # tensors: what is read and not asked for yet stays small
@@ -389,3 +389,80 @@ class ReadAhead:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._threads.shutdown(cancel_futures=True)
+
+
+# By the suffix of the stored name; baselines have more codes (`..._packed`) and scales (`..._scale`).
+_CONTENT = {
+    "weight_packed": "codes",
+    "weight_scale": "scales",
+    "weight_shape": "shapes",
+    "salient_index": "salient channels",
+    "salient_weight": "salient channels",
+    "weight_extra": "added rows",
+    "row_index": "row indices",
+    "weight_left": "low-rank pairs",
+    "weight_right": "low-rank pairs",
+    "weight_exact": "exact changes",
+    "weight_blocks": "tables of blocks",
+    "mask_packed": "sparsity pattern",
+    "index_packed": "sparsity pattern",
+    "factor_left": "factors",
+    "factor_right": "factors",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """One layer type: its parameters, bytes and bits per weight."""
+
+    layer: str
+    parameters: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bytes * 8 / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """`by_content` and `by_layer` each add up to the artifact's tensor bytes."""
+
+    by_content: dict[str, int]
+    by_layer: tuple[LayerBytes, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; every layer type with its bits per weight."""
+        by_layer = [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.by_layer]
+        return {"by_content": self.by_content, "by_layer": by_layer}
+
+
+def account(artifact: Artifact) -> Accounting:
+    """Sum the artifact's tensor bytes both ways."""
+    content: dict[str, int] = {}
+    layers: dict[str, list[int]] = {}
+    for name, entry in artifact.manifest.tensors.items():
+        for suffix, part in entry.stored.items():
+            kind = _content(suffix)
+            content[kind] = content.get(kind, 0) + part.bytes
+        parameters = 1
+        for size in entry.shape:
+            parameters *= size
+        total = layers.setdefault(layer_type(name), [0, 0])
+        total[0] += parameters
+        total[1] += entry.bytes
+    by_layer = tuple(LayerBytes(layer, *numbers) for layer, numbers in layers.items())
+    return Accounting(content, by_layer)
+
+
+def _content(suffix: str) -> str:
+    if not suffix:
+        return "exact tensors"
+    return _CONTENT.get(suffix) or ("scales" if suffix.endswith("_scale") else "codes")
+
+
+def layer_type(tensor: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `self_attn.q_proj`."""
+    parts = [part for part in tensor.split(".") if not part.isdigit()]
+    parts = [part for part in parts if part not in ("model", "layers", "weight", "transformer", "h")]
+    return ".".join(parts) or tensor

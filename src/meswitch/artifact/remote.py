@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from meswitch.artifact.manifest import MANIFEST_NAME, Manifest
 from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.progress import Progress, silent
-from meswitch.units import format_bytes
+from meswitch.units import Progress, format_bytes, silent
 
 if TYPE_CHECKING:
     from meswitch.artifact.reader import Artifact

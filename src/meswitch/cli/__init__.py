@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from meswitch import __version__
-from meswitch.cli import artifacts, ask, compress, console, diff, doctor, eval, hub, plan, router, serve
+from meswitch.cli import artifacts, ask, compress, console, diff, doctor, eval, plan, router, serve
 from meswitch.errors import MeswitchError
 
 _AFTER_AN_INTERRUPT = {"compress": "run the same command again to go on"}
@@ -54,8 +54,8 @@ _MAKE: tuple[Callable[..., None], ...] = (
     diff.diff_command,
     compress.extract_lora_command,
     plan.plan_command,
-    hub.push_command,
-    hub.pull_command,
+    artifacts.push_command,
+    artifacts.pull_command,
     eval.eval_command,
 )
 _ASK: tuple[Callable[..., None], ...] = (

@@ -18,7 +18,7 @@ from meswitch.units import format_bytes
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
     from meswitch.compression.extraction import Energy, Extraction
-    from meswitch.compression.recipe import Again
+    from meswitch.compression.options import Again
     from meswitch.family import ExpertSection
 
 
@@ -140,8 +140,8 @@ def _again(source: Path, given: Mapping[str, Any]) -> "Again":
     Raises:
         ConfigError: its calibration text is not here.
     """
-    from meswitch.artifact.fingerprint import sha256_file
-    from meswitch.compression.recipe import read_recipe
+    from meswitch.checkpoint import sha256_file
+    from meswitch.compression.options import read_recipe
     from meswitch.compression.text import TextSource
 
     recipe = read_recipe(source)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from meswitch.errors import ConfigError
-from meswitch.progress import Progress
+from meswitch.units import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table

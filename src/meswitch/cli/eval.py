@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +15,7 @@ from meswitch.errors import ConfigError
 
 if TYPE_CHECKING:
     from meswitch.evaluate import Task
-    from meswitch.family import Family
+    from meswitch.family import ExpertSection, Family
 
 _MODELS, _LM_EVAL, _WORK = "Models", "Tasks of lm-eval", "Work"
 
@@ -33,9 +33,10 @@ class Models:
     expert: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]DIR|HUB_ID",
+            metavar="[NAME=]DIR|HUB_ID|NAME",
             rich_help_panel=_MODELS,
-            help="A full fine-tune to compare the artifact with; its name is that of the directory. Repeatable.",
+            help="A full fine-tune to compare the artifact with; its name is that of the directory. With `--family`: "
+            "the name of an expert to measure; all if left out. Repeatable.",
         ),
     ] = None
     family: Annotated[
@@ -43,7 +44,7 @@ class Models:
         typer.Option(
             metavar="FILE",
             rich_help_panel=_MODELS,
-            help="Instead of the three: a family.toml, whose base, full experts and artifacts are asked. Its experts' "
+            help="Instead of paths: a family.toml, whose base, full experts and artifacts are asked. Its experts' "
             "own `questions` are asked too.",
         ),
     ] = None
@@ -165,7 +166,7 @@ def eval_command(
         meswitch eval deltas/law --base B --expert B-law --questions prompts.jsonl
         meswitch eval deltas/code --base B --expert B-code --questions q.jsonl --checker tests.py:passes
         meswitch eval deltas/math --base B --expert B-math --tasks gsm8k,arc_easy --apply-chat-template
-        meswitch eval --family family.toml
+        meswitch eval --family family.toml --expert math
     """
     if out is not None and out.suffix not in (".json", ".md"):
         raise ConfigError(f"--out {out}: the ending says the format; use .json or .md")
@@ -182,13 +183,17 @@ def eval_command(
         raise ConfigError("--checker: says when a reply to one of --questions is right; give --questions FILE")
     own: list[Task] = []
     if models.family is not None:
-        if models.expert or artifact:
-            raise ConfigError("--expert, ARTIFACT: a family names its own; use --base to choose them by hand")
+        if artifact:
+            raise ConfigError(
+                f"ARTIFACT: {', '.join(artifact)}: a family names its own; choose by --expert NAME, or use --base"
+            )
         from meswitch.family import Family
 
         family = Family.load(models.family)
-        origin, experts, deltas = _members(family, models.family)
-        own += _questions_of(family, models.family, asked.limit)
+        sections = [family.get(name) for name in dict.fromkeys(models.expert or ())] or list(family.expert)
+        origin = family.resolve_model(family.base.path)
+        experts, deltas = _members(family, models.family, sections)
+        own += _questions_of(family, models.family, sections, asked.limit)
     else:
         origin = str(models.base)
         experts, deltas = _named("--expert", models.expert or []), _named("ARTIFACT", artifact or [])
@@ -266,11 +271,13 @@ def _questions(asked: Asked) -> Iterator["Task"]:
         yield read_task(path, asked.checker, expert=expert, limit=asked.limit)
 
 
-def _questions_of(family: "Family", path: Path, limit: int | None) -> Iterator["Task"]:
-    """The tasks of a family's experts, named after them."""
+def _questions_of(
+    family: "Family", path: Path, sections: Sequence["ExpertSection"], limit: int | None
+) -> Iterator["Task"]:
+    """The tasks of some of a family's experts, named after them."""
     from meswitch.evaluate import read_task
 
-    for section in family.expert:
+    for section in sections:
         if section.questions is not None:
             checker = section.checker
             if checker is not None and checker.rpartition(":")[0].endswith(".py"):
@@ -281,11 +288,13 @@ def _questions_of(family: "Family", path: Path, limit: int | None) -> Iterator["
             yield read_task(file, checker, name=section.name, expert=section.name, limit=limit)
 
 
-def _members(family: "Family", file: Path) -> tuple[str, dict[str, str], dict[str, str]]:
-    """Base, full experts and deltas of a family; what is not there yet is left out with a note."""
+def _members(
+    family: "Family", file: Path, sections: Sequence["ExpertSection"]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Full experts and deltas of some of a family's experts; what is not there yet is left out with a note."""
     experts: dict[str, str] = {}
     deltas: dict[str, str] = {}
-    for section in family.expert:
+    for section in sections:
         if section.source is not None:
             experts[section.name] = family.resolve_model(section.source)
         else:
@@ -294,4 +303,4 @@ def _members(family: "Family", file: Path) -> tuple[str, dict[str, str], dict[st
             deltas[section.name] = str(family.resolve(section.delta))
         else:
             console.note(f"{section.name}: no delta yet; `meswitch compress --family {file}` makes it")
-    return family.resolve_model(family.base.path), experts, deltas
+    return experts, deltas

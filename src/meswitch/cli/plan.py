@@ -5,22 +5,24 @@
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from meswitch.cli import console
 from meswitch.cli.artifacts import EXACT, EXACT_MEANS, LORA, layer_table, lora_parameters
-from meswitch.cli.options import takes
+from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, given_options
-from meswitch.errors import ConfigError
+from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from meswitch.adapter import Adapter
     from meswitch.artifact import Artifact
     from meswitch.checkpoint import Checkpoint
-    from meswitch.compression.plan import Memory
+    from meswitch.family import ExpertSection, Family
 
 
 # Columns of the table of contents: what a tensor is for.
@@ -28,16 +30,54 @@ _MATRICES, _TABLES, _REST = "linear layers", "embedding, head", "norms, biases, 
 _KV_TOKENS = 32768  # what the engine reserves by default
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What is on the device; None is as a family has it."""
+
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Experts on the device at a time: slots beside the base.",
+            show_default="1; of a family its engine.slots",
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GB", help="Memory of the device: how many experts fit? A number of GB, or a size such as 24GiB."
+        ),
+    ] = None
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Tokens of the KV cache beside them, as engine.kv_cache_tokens.",
+            show_default=f"{_KV_TOKENS}, or the family's",
+        ),
+    ] = None
+    backend: Annotated[
+        Literal["auto", "triton", "cpu", "reference"] | None,
+        typer.Option(
+            help="What computes the deltas, as engine.backend: its layout of a slot. auto is that of a GPU.",
+            show_default="auto, or the family's",
+        ),
+    ] = None
+
+
 @takes("bits", "salient", "group_size", "embeddings")
+@option_groups
 def plan_command(
     base: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="DIR|FILE|HUB_ID",
             help="The base: a checkpoint, a directory or file with only its config.json, or a hub id, of which only "
             "the configuration is fetched.",
         ),
-    ],
+    ] = None,
     expert: Annotated[
         str | None,
         typer.Option(
@@ -48,24 +88,16 @@ def plan_command(
         int | None,
         typer.Option(metavar="N", min=1, help="Tokens of the expert, where its configuration is not at hand."),
     ] = None,
-    given: Mapping[str, Any] = {},
-    experts: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Experts on the device at a time: slots beside the base.")
-    ] = 1,
-    memory: Annotated[
-        str | None,
+    family: Annotated[
+        Path | None,
         typer.Option(
-            metavar="GB", help="Memory of the device: how many experts fit? A number of GB, or a size such as 24GiB."
+            metavar="FILE",
+            help="Instead of these: a family.toml, whose base and experts are planned with its `[compress]` and "
+            "`[engine]`. An artifact that is there already is counted as it is.",
         ),
     ] = None,
-    kv_tokens: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, help="Tokens of the KV cache beside them, as engine.kv_cache_tokens."),
-    ] = _KV_TOKENS,
-    backend: Annotated[
-        Literal["auto", "triton", "cpu", "reference"],
-        typer.Option(help="What computes the deltas, as engine.backend: its layout of a slot. auto is that of a GPU."),
-    ] = "auto",
+    given: Mapping[str, Any] = {},
+    device: Device = Device(),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Predict an artifact's bytes and what fits on a device, from configurations alone.
@@ -79,26 +111,50 @@ def plan_command(
         meswitch plan --base mistralai/Mistral-7B-v0.1 --vocab-size 32002
         meswitch plan --base base/config.json --expert math/config.json \\
             --bits 1 --experts 16 --memory 80
+        meswitch plan --family family.toml --memory 24GiB
     """
-    limit = None if memory is None else _size(memory)
+    limit = None if device.memory is None else _size(device.memory)
     console.quiet()
+    if family is not None:
+        whose = {"--base": base, "--expert": expert, "--vocab-size": vocab_size}
+        beside = [*(name for name, value in whose.items() if value is not None), *map(flag, given)]
+        if beside:
+            raise ConfigError(f"{beside[0]}: {family} says this for its experts; change it there, or omit --family")
+        found = family_report(
+            family, experts=device.experts, limit=limit, kv_tokens=device.kv_tokens, backend=device.backend
+        )
+    elif base is None:
+        raise ConfigError("--base or --family: whose shapes? give a base, or a family.toml")
+    else:
+        found = plan_report(
+            *_pair(base, expert, vocab_size),
+            given_options(given),
+            experts=device.experts or 1,
+            limit=limit,
+            kv_tokens=_KV_TOKENS if device.kv_tokens is None else device.kv_tokens,
+            backend=device.backend or "auto",
+        )
+    if as_json:
+        console.print_json(found)
+    elif family is not None:
+        _show_family(found)
+    else:
+        _show(found)
+
+
+def _pair(base: str, expert: str | None, vocab_size: int | None) -> "tuple[Checkpoint, Checkpoint | Adapter]":
+    """The base, and the expert over it or one of the base's own shapes."""
     from meswitch.adapter import Adapter, is_adapter
     from meswitch.compression.plan import outline
 
-    options = given_options(given)
     source = outline(base)
-    target: Checkpoint | Adapter = source
     if expert is not None and is_adapter(expert):
         if vocab_size is not None:
             raise ConfigError(f"--vocab-size: {expert} is a PEFT adapter, whose tensors say it; leave it out")
-        target = Adapter.open(expert)
-    elif expert is not None or vocab_size is not None or source.is_quantised:
-        target = outline(expert or base, vocab_size=vocab_size, unquantised=expert is None)
-    found = plan_report(source, target, options, experts=experts, limit=limit, kv_tokens=kv_tokens, backend=backend)
-    if as_json:
-        console.print_json(found)
-    else:
-        _show(found)
+        return source, Adapter.open(expert)
+    if expert is not None or vocab_size is not None or source.is_quantised:
+        return source, outline(expert or base, vocab_size=vocab_size, unquantised=expert is None)
+    return source, source
 
 
 def plan_report(
@@ -112,21 +168,15 @@ def plan_report(
     backend: str = "auto",
 ) -> dict[str, Any]:
     """Everything that `plan` shows. limit: bytes of the device. `bytes` is as in `inspect`, with `by_role` beside."""
-    import torch
-
     from meswitch.artifact import account
-    from meswitch.compression.plan import Memory, base_bytes, kv_bytes, predict, widest_dtype
-    from meswitch.ops import uses_kernels
+    from meswitch.compression.plan import predict
     from meswitch.slots.layout import Layout
 
-    kernel = uses_kernels(None if backend == "auto" else backend, torch.device("cuda"), widest_dtype(base))
+    kernel = _has_kernels(base, backend)
     planned = predict(base, expert, options)
     manifest = planned.manifest
-    slot = Layout.of(planned, kernel=kernel).nbytes
-    kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
     full = manifest.expert.bytes
-    held, scratch = base_bytes(base) if kernel else (base.nbytes, 0)
-    memory = Memory(held, slot, full, kv, experts, limit, scratch)
+    slot = Layout.of(planned, kernel=kernel).nbytes
     return {
         "expert": dataclasses.asdict(manifest.expert),
         "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},
@@ -139,8 +189,112 @@ def plan_report(
         },
         "bits_per_weight": planned.bits_per_weight,
         "ratio": full / planned.nbytes,
-        "memory": _memory(memory, kv_tokens),
+        "memory": _memory(base, slot, full, experts, limit, kv_tokens, kernel),
     }  # fmt: skip
+
+
+def family_report(
+    file: Path,
+    *,
+    experts: int | None = None,
+    limit: int | None = None,
+    kv_tokens: int | None = None,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Everything that `plan --family` shows. What is None is as `[engine]` of the family has it.
+
+    An artifact of another base is counted with a note: vLLM serves some.
+
+    Raises:
+        ConfigError: a family without experts, or an expert that is neither made nor has a `source`.
+        MeswitchError: an artifact is damaged, or an expert does not fit the base.
+    """
+    from meswitch.artifact import fingerprint
+    from meswitch.compression.plan import Outline, outline
+    from meswitch.family import Family
+    from meswitch.slots.layout import Layout
+
+    family = Family.load(file)
+    if not family.expert:
+        raise ConfigError(f"{file}: expert: there is none; a family of a base alone needs no plan")
+    options = family.engine
+    base = outline(family.resolve_model(family.base.path))
+    kernel = _has_kernels(base, backend or options.backend)
+    # of a configuration alone nobody can tell whether it is an artifact's base
+    content = None if isinstance(base, Outline) else fingerprint(base)
+    rows: list[dict[str, Any]] = []
+    for section in family.expert:
+        artifact, made = _of_family(file, family, section, base)
+        if made and content is not None and artifact.manifest.method.name != LORA:
+            try:
+                artifact.check_base(base, known=content)
+            except IncompatibleError as error:
+                console.note(f"{section.name}: {error}")
+        expert = artifact.manifest.expert
+        rows.append(
+            {
+                "name": section.name,
+                "made": made,
+                "expert": dataclasses.asdict(expert),
+                "method": dataclasses.asdict(artifact.manifest.method),
+                "bytes": {"tensors": artifact.nbytes},
+                "bits_per_weight": artifact.bits_per_weight,
+                "ratio": expert.bytes / artifact.nbytes,
+                "slot": Layout.of(artifact, kernel=kernel).nbytes,
+            }
+        )
+    grows = family.server.experts_dir is not None
+    slots = experts or (options.slots if grows else min(options.slots, len(rows)))
+    return {
+        "base": {"name": family.base.name, "bytes": base.nbytes},
+        "architecture": support(base.config),
+        "experts": rows,
+        "bytes": {"tensors": sum(row["bytes"]["tensors"] for row in rows)},
+        "host": {"experts": sum(row["slot"] for row in rows), "budget": options.host_bytes},
+        "memory": _memory(
+            base,
+            max(row["slot"] for row in rows),
+            max(row["expert"]["bytes"] for row in rows),
+            slots,
+            limit,
+            options.kv_cache_tokens if kv_tokens is None else kv_tokens,
+            kernel,
+        ),
+    }
+
+
+def _of_family(file: Path, family: "Family", section: "ExpertSection", base: "Checkpoint") -> "tuple[Artifact, bool]":
+    """An expert's artifact as it is or as it will be, and whether it is there already."""
+    from meswitch.adapter import Adapter, is_adapter
+    from meswitch.artifact import Artifact
+    from meswitch.artifact.manifest import MANIFEST_NAME
+    from meswitch.compression.plan import outline, predict
+
+    if section.source is None or not section.delta.startswith("hf://"):  # else nothing is fetched for a plan
+        directory = family.resolve(section.delta)
+        if is_adapter(directory):
+            return predict(base, Adapter.open(directory)), True
+        if (directory / MANIFEST_NAME).is_file():
+            return Artifact.open(directory), True
+        if section.source is None:
+            raise ConfigError(
+                f"{file}: expert {section.name!r}: source: is needed to plan it, for {directory} is no artifact yet"
+            )
+    source = family.resolve_model(section.source)
+    if is_adapter(source):
+        return predict(base, Adapter.open(source)), False
+    sizes = {name: value for name, value in family.compress.given().items() if not name.startswith("distill")}
+    return predict(base, outline(source), given_options(sizes)), False
+
+
+def _has_kernels(base: "Checkpoint", backend: str) -> bool:
+    """Whether the kernels of a GPU compute: they have a layout of a slot of their own, and read a base's codes."""
+    import torch
+
+    from meswitch.compression.plan import widest_dtype
+    from meswitch.ops import uses_kernels
+
+    return uses_kernels(None if backend == "auto" else backend, torch.device("cuda"), widest_dtype(base))
 
 
 def _by_role(planned: "Artifact") -> dict[str, dict[str, int]]:
@@ -156,7 +310,15 @@ def _by_role(planned: "Artifact") -> dict[str, dict[str, int]]:
     return found
 
 
-def _memory(memory: "Memory", kv_tokens: int) -> dict[str, int | None]:
+def _memory(
+    base: "Checkpoint", slot: int, full: int, experts: int, limit: int | None, kv_tokens: int, kernel: bool
+) -> dict[str, int | None]:
+    """For JSON: the device's bytes. slot: of the largest expert. full: of the largest full fine-tune."""
+    from meswitch.compression.plan import Memory, base_bytes, kv_bytes
+
+    held, scratch = base_bytes(base) if kernel else (base.nbytes, 0)
+    kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
+    memory = Memory(held, slot, full, kv, experts, limit, scratch)
     return {
         "experts": memory.experts,
         "base": memory.base,
@@ -234,6 +396,38 @@ def _group(role: str) -> str:
     if role in (EMBEDDING, HEAD):
         return _TABLES
     return _MATRICES if role in (LINEAR, TRANSPOSED, *STACKS) else _REST
+
+
+def _show_family(found: dict[str, Any]) -> None:
+    table = console.table("", "expert", "", "full", "compressed", "smaller", "bits/weight", "in a slot")
+    for row in found["experts"]:
+        table.add_row(
+            row["name"],
+            "made" if row["made"] else "planned",
+            format_bytes(row["expert"]["bytes"]),
+            format_bytes(row["bytes"]["tensors"]),
+            f"{row['ratio']:.2f}x",
+            f"{row['bits_per_weight']:.3f}",
+            format_bytes(row["slot"]),
+        )
+    host, budget = found["host"]["experts"], found["host"]["budget"]
+    console.show(
+        console.pairs(
+            f"{_count(len(found['experts']), 'expert')} over {found['base']['name']}",
+            {
+                "on disk": f"{format_bytes(found['bytes']['tensors'])} of tensors",
+                "host memory": f"{format_bytes(host)} for all of them"
+                + ("" if budget is None else f"; engine.host_bytes keeps {format_bytes(budget)} at most"),
+            }
+            | statements(found["architecture"]),
+        ),
+        table,
+        _memory_table(found["memory"]),
+    )
+    if not all(row["made"] for row in found["experts"]):
+        console.note(
+            "planned: for a fine-tune that changed every row of every tensor; what equals the base's costs nothing"
+        )
 
 
 def _memory_table(memory: dict[str, Any]) -> Any:

@@ -254,7 +254,7 @@ def embedding(
         meswitch router train --family family.toml --self --data log.jsonl --encoder ./all-MiniLM-L6-v2 --bits 8
     """
     console.quiet()
-    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.checkpoint import sha256_file
     from meswitch.launch import route_options
     from meswitch.router import Encoder, TextEncoder, open_encoder, read_rows, train_router
     from meswitch.router.train import default_settings
@@ -315,7 +315,7 @@ def llm(
         meswitch router train llm --family family.toml --data train.jsonl --model ./SmolLM2 --out llm-router
     """
     console.quiet()
-    from meswitch.artifact.fingerprint import sha256_file
+    from meswitch.checkpoint import sha256_file
     from meswitch.router import LlmSettings, open_llm, read_rows, train_llm_router
     from meswitch.router.data import drop_duplicates
 

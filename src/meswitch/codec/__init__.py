@@ -12,14 +12,18 @@ from meswitch.codec.delta import (
 )
 from meswitch.codec.exact import EXACT, EXACT_DTYPES, ExactDelta, encode_exact, same_bits
 from meswitch.codec.lowrank import LowRankDelta, Rank, encode_pair, pair_shapes, spectrum
-from meswitch.codec.me_switch import ME_SWITCH, PackedCodec
 from meswitch.codec.quantize import absmax_scales, dequantize, mse_scales, pack, quantize, unpack
 from meswitch.codec.registry import (
     BPW,
+    ME_SWITCH,
     Codec,
     CodecRequest,
     CodedDelta,
+    Group,
+    Meta,
+    PackedCodec,
     Parameter,
+    Shapes,
     Sharing,
     Trainable,
     codec_names,
@@ -48,11 +52,14 @@ __all__ = [
     "CodedDelta",
     "Delta",
     "ExactDelta",
+    "Group",
     "LowRankDelta",
+    "Meta",
     "PackedCodec",
     "PackedDelta",
     "Parameter",
     "Rank",
+    "Shapes",
     "Sharing",
     "Spec",
     "Trainable",

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import EMBEDDING, HEAD, STACKS, Conversion, from_matrix
-from meswitch.artifact.accounting import layer_type
+from meswitch.artifact.reader import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
     Rank,
@@ -52,7 +52,7 @@ from meswitch.compression.inputs import Walk
 from meswitch.compression.options import Options
 from meswitch.compression.partial_model import working_dtype
 from meswitch.errors import ConfigError
-from meswitch.progress import Progress, silent
+from meswitch.units import Progress, silent
 
 _SAMPLE = 256  # rows
 _SALIENT = (0, 1, 2, 4)  # multiples of one channel in 512

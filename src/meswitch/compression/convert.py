@@ -26,7 +26,7 @@ from meswitch import __version__
 from meswitch.architecture import STACKS, architecture_of, as_matrix
 from meswitch.artifact import Artifact, ArtifactWriter, Entry, Manifest, Method, fingerprint
 from meswitch.artifact.manifest import BaseInfo, ExpertInfo, Provenance, labels
-from meswitch.artifact.writer import companion_digests
+from meswitch.artifact.writer import companion_digests, digest
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import (
     EXACT_DTYPES,
@@ -44,15 +44,13 @@ from meswitch.codec import (
 )
 from meswitch.compression.compatibility import SMALL, LargeDeltas
 from meswitch.compression.inputs import Inputs, Walk
-from meswitch.compression.options import Options
+from meswitch.compression.options import Options, recipe_of
 from meswitch.compression.partial_model import working_dtype
-from meswitch.compression.recipe import recipe_of
-from meswitch.compression.saved_work import digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.cpu import fitting_threads
 from meswitch.errors import MeswitchError
-from meswitch.progress import Progress
 from meswitch.tensorfile import NAMES, TensorInfo, tensor_bytes
+from meswitch.units import Progress
 
 LEAST_TOKENS = 16  # an expert of a mixture that fewer reach is compressed data-free
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meswitch.adapter import find_adapter, open_expert
 from meswitch.architecture import architecture_of
-from meswitch.artifact.accounting import layer_type
+from meswitch.artifact.reader import layer_type
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.compatibility import ANOTHER_BASE, LARGE, another_base, matched
 from meswitch.compression.merge import as_checkpoint
@@ -18,8 +18,8 @@ from meswitch.configuration import FieldDifference, config_differences
 from meswitch.errors import CheckpointError, ConfigError, MeswitchError
 from meswitch.jsonfile import read_json
 from meswitch.loaded import alike
-from meswitch.progress import Progress, silent
 from meswitch.tokenizer import has_tokenizer, load_tokenizer
+from meswitch.units import Progress, silent
 
 _BLOCK = 1 << 21  # weights in float64 at a time
 _NOT_A_CHANGE = {"_from_model_config", "_name_or_path", "transformers_version"}

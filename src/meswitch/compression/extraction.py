@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meswitch.adapter import Adapter, changes_of, is_adapter
 from meswitch.adapter.weights import WEIGHTS_NAME
 from meswitch.architecture import EMBEDDING, HEAD, NORM, ROUTER, Architecture, architecture_of, as_matrix
-from meswitch.artifact.accounting import layer_type
+from meswitch.artifact.reader import layer_type
 from meswitch.checkpoint import ADAPTER_CONFIG, Checkpoint
 from meswitch.codec import same_bits
 from meswitch.codec.delta import check_finite
@@ -33,8 +33,8 @@ from meswitch.compression.text import load_calibration
 from meswitch.cpu import fitting_threads
 from meswitch.durable import recover_directory, replacing_directory
 from meswitch.errors import ConfigError
-from meswitch.progress import Progress, silent
 from meswitch.tensorfile import write_tensors
+from meswitch.units import Progress, silent
 
 PAIR, WHOLE, LEFT_OUT = "pair", "whole", "left out"
 _PREFIX = "base_model.model."

@@ -19,9 +19,9 @@ from meswitch.codec import EXACT, ExactDelta
 from meswitch.configuration import read_config
 from meswitch.durable import replacing_directory
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.lazymodel import LazyModel
-from meswitch.progress import Progress, silent
+from meswitch.loaded import LazyModel
 from meswitch.tensorfile import BuiltTensor, Shards, TensorInfo
+from meswitch.units import Progress, silent
 
 
 def merged_tensors(base: Checkpoint, artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -3,21 +3,30 @@
 Every option is stated here once, with its help. The command line and `[compress]` of a `family.toml` are made from the
 fields below that have a `Setting`, and `Options.describe` is what the manifest says of them. Importing this costs no
 torch: what only counts while something is compressed is imported there.
+
+An artifact's manifest also keeps what was asked for, so that it can be done again (`recipe_of`, `read_recipe`): as the
+texts that the command line takes, those at their defaults left out. A path that was absolute is kept as the file's
+name: an artifact tells nobody how a machine's directories are called.
 """
 
 import dataclasses
+import json
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from meswitch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from meswitch.artifact.manifest import Recipe
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if TYPE_CHECKING:
     from meswitch.artifact.manifest import Calibration, Method
     from meswitch.codec import Codec, CodecRequest, Spec
     from meswitch.compression.text import TextSource
-
 
 LOSSES = ("kl", "mse")
 SCOPES = ("model", "block")
@@ -519,3 +528,125 @@ def check_none_given(given: Mapping[str, Any], adapter: str | Path) -> None:
             f"{name}: {adapter} is a PEFT adapter, which is kept as it was trained; leave it out. To compress it "
             "like a full fine-tune, merge it first (`meswitch merge`)"
         )
+
+
+# Kept as JSON in a recipe, where they are such objects.
+_STRUCTURED: Mapping[str, type] = {"distill": TrainingRecipe, "solver": Solver}
+
+
+def recipe_of(options: Options, base: str | Path, expert: str | Path) -> "Recipe":
+    """The options as a manifest records them.
+
+    Args:
+        base: as it was given; a directory's name is not kept.
+        expert: likewise.
+    """
+    from meswitch.artifact.manifest import Recipe
+    from meswitch.configuration import is_hub_id
+
+    texts = {name: _text(name, value) for name, value in options.given().items()}
+    sources = (str(source) if is_hub_id(source) else None for source in (base, expert))
+    return Recipe(texts, *sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A recipe to follow.
+
+    Args:
+        source: where it was read.
+        options: by name, as `Options` takes them.
+        base, expert: hub ids; None where they were directories.
+        calibration_sha256: of the file that it was calibrated on, None if there was none.
+    """
+
+    source: Path
+    options: dict[str, Any]
+    base: str | None = None
+    expert: str | None = None
+    calibration_sha256: str | None = None
+
+
+def read_recipe(path: str | Path) -> Again:
+    """The recipe of an artifact's directory or manifest, or of a TOML file of options by name.
+
+    Raises:
+        ConfigError: no such file, an artifact without a recipe, an unknown option or a value that it does not take.
+        ArtifactError: the manifest is damaged.
+    """
+    from meswitch.artifact.manifest import MANIFEST_NAME, Manifest
+
+    file = Path(path)
+    if file.is_dir():
+        file = file / MANIFEST_NAME
+    if not file.is_file():
+        raise ConfigError(f"--recipe: {file}: no such file; give an artifact's directory or a TOML file of options")
+    if file.suffix == ".toml":
+        try:
+            said = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not valid TOML: {error}") from None
+        return Again(file, {name: _value(file, name, _toml_text(file, name, value)) for name, value in said.items()})
+    manifest: Manifest = Manifest.from_json(file.read_text(encoding="utf-8"), file)
+    if manifest.recipe is None:
+        why = "it is a PEFT adapter's" if manifest.method.name == "lora" else "an earlier version wrote it"
+        raise ConfigError(f"{file}: recipe: there is none, because {why}; give the options themselves")
+    recipe = manifest.recipe
+    options = {name: _value(file, name, text) for name, text in recipe.options.items()}
+    calibration = manifest.method.calibration
+    sha256 = calibration.sha256 if calibration is not None and "self" not in calibration.source else None
+    return Again(file, options, recipe.base, recipe.expert, sha256)
+
+
+def _text(name: str, value: Any) -> str:
+    from meswitch.compression.text import TextSource
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, TextSource | type):
+        return json.dumps(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value))
+    if name == "calibration":
+        return str((value if isinstance(value, TextSource) else TextSource.parse(value)).resolved(_portable))
+    if value is None:
+        return str(SETTINGS[name].none)
+    return str(value)
+
+
+def _portable(file: str) -> Path:
+    path = Path(file)
+    return Path(path.name) if path.is_absolute() else path
+
+
+def _toml_text(file: Path, name: str, value: Any) -> str:
+    if name == "calibration" and isinstance(value, str) and value != "none":
+        from meswitch.compression.text import TextSource
+
+        return str(TextSource.parse(value).resolved(lambda text: file.parent / text))
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{file}: {name}: {value!r} is neither a text nor a number")
+    return str(value)
+
+
+def _value(file: Path, name: str, text: str) -> Any:
+    """A text as the value that `Options` takes."""
+    try:
+        if name in _STRUCTURED and text.startswith("{"):
+            given = {key: tuple(item) if isinstance(item, list) else item for key, item in json.loads(text).items()}
+            return _STRUCTURED[name](**given)
+        if name == "parameters":
+            return {key: float(number) for key, number in json.loads(text).items()}
+        if name == "method":
+            return text
+        setting = SETTINGS[name]
+        if text == setting.none:
+            return None
+        if not isinstance(setting.kind, type):
+            return setting.kind[setting.kind.index(text)]
+        if text == setting.word:
+            return text
+        return setting.kind(text)
+    except KeyError:
+        known = ", ".join(SETTINGS)
+        raise ConfigError(f"{file}: recipe: {name}: no such option; there are {known}") from None
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(f"{file}: recipe: {name}: {text!r} is not a value that it takes") from None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meswitch.checkpoint import Checkpoint
 from meswitch.cpu import multiplies_bfloat16
 from meswitch.errors import IncompatibleError, MeswitchError
-from meswitch.lazymodel import LazyModel, drop
+from meswitch.loaded import LazyModel, drop
 
 _SMALL = 1 << 28  # parameters, one GB in float32
 _FEW = 8  # tokens that show what a block gives

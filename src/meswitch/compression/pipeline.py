@@ -13,7 +13,7 @@ import torch
 
 from meswitch.adapter import Adapter, find_adapter, write_artifact
 from meswitch.artifact import Artifact, rewrite
-from meswitch.artifact.writer import check_destination
+from meswitch.artifact.writer import SavedWork, check_destination
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Rank, Spec
 from meswitch.compression.budget import specs_within
@@ -32,12 +32,11 @@ from meswitch.compression.distill.training import (
 )
 from meswitch.compression.options import Options, TrainingRecipe, check_none_given
 from meswitch.compression.partial_model import check_blocks
-from meswitch.compression.saved_work import SavedWork
 from meswitch.compression.text import CalibrationSet, gather
 from meswitch.cpu import fitting_threads
 from meswitch.errors import IncompatibleError
-from meswitch.progress import Progress, silent
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
+from meswitch.units import Progress, silent
 
 DISTILL_SEQUENCES = 32  # of text; fewer train nothing unless steps are asked for
 DISTILL_BYTES = 256 << 20  # on a CPU, of experts that are trained unasked: larger ones take hours
@@ -70,7 +69,7 @@ def compress(
         device: where the arithmetic runs, `cpu` or `cuda`.
         overwrite: replace an artifact that exists.
         force: compress an expert of another base too, whose matrices have nothing to do with the base's.
-        progress: is told how far each phase is (`meswitch.progress`).
+        progress: is told how far each phase is (`meswitch.units`).
         notice: is told, in a line each, what a person should know: large deltas, self-written text.
         settings: single options by name instead, such as `bits=3, calibration="math.jsonl"`.
 

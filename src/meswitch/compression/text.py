@@ -24,14 +24,13 @@ from typing import Any
 
 import torch
 
-from meswitch.artifact.fingerprint import sha256_file
 from meswitch.artifact.manifest import Calibration
-from meswitch.checkpoint import Checkpoint
-from meswitch.compression.saved_work import NOWHERE, SavedWork
+from meswitch.artifact.writer import NOWHERE, SavedWork
+from meswitch.checkpoint import Checkpoint, sha256_file
 from meswitch.errors import ConfigError
 from meswitch.jsonfile import json_kind, read_json_rows, read_lines
-from meswitch.progress import Progress, silent
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
+from meswitch.units import Progress, silent
 
 Messages = list[dict[str, Any]]
 

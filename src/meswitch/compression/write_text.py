@@ -19,9 +19,9 @@ from torch import Tensor
 
 from meswitch.artifact import fingerprint
 from meswitch.artifact.manifest import Calibration
+from meswitch.artifact.writer import NOWHERE, SavedWork, digest
 from meswitch.checkpoint import Checkpoint, cache_bytes
 from meswitch.compression.partial_model import working_dtype
-from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import (
     MAX_LENGTH,
     SELF,
@@ -32,10 +32,9 @@ from meswitch.compression.text import (
 )
 from meswitch.cpu import fitting_threads
 from meswitch.errors import ConfigError
-from meswitch.lazymodel import LazyModel
-from meswitch.progress import Progress, silent
+from meswitch.loaded import LazyModel
 from meswitch.tokenizer import ChatTokenizer
-from meswitch.units import format_bytes
+from meswitch.units import Progress, format_bytes, silent
 
 QUESTION, ANSWER = 96, 160  # tokens at most that the expert invents of each
 LENGTH = QUESTION + ANSWER  # of a sequence, unless a file asks a longer question

@@ -22,14 +22,13 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from meswitch.asgi import COMPLETIONS, is_post
 from meswitch.deploy.replica import Head, Refused, Replica, Routed, ranked
 from meswitch.family import Family
 from meswitch.launch import keys_from_family
 from meswitch.server.auto import AUTO, EXPERT
 from meswitch.server.errors import ANTHROPIC_PATH, ApiError
 from meswitch.server.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys
-from meswitch.server.middleware import MAX_BODY, too_large, with_authorization
+from meswitch.server.middleware import COMPLETIONS, MAX_BODY, is_post, too_large, with_authorization
 
 logger = logging.getLogger("meswitch.deploy")
 ATTEMPTS = 3  # replicas that are tried

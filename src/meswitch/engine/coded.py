@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.checkpoint import Checkpoint
-from meswitch.lazymodel import LazyModel
+from meswitch.loaded import LazyModel
 from meswitch.ops import Routing, SlotLinear, fused_linear, uses_kernels
 from meswitch.ops.codes import Codes
 from meswitch.ops.layout import Variant

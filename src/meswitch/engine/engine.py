@@ -22,6 +22,7 @@ from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import Artifact, fingerprint
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
+from meswitch.cpu import Workers
 from meswitch.engine.coded import codes_bytes, codes_fault, hold_codes, restore_weights, workspace_bytes
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
@@ -32,11 +33,9 @@ from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
 from meswitch.engine.watchdog import Watchdog, Watched
 from meswitch.errors import CapacityError, ConfigError, ContextLengthError, LoadError, MeswitchError, UnknownExpertError
-from meswitch.lazymodel import LazyModel
-from meswitch.loaded import load_model
+from meswitch.loaded import LazyModel, load_model
 from meswitch.slots import Held, Version
 from meswitch.tokenizer import ChatTokenizer, Prompt
-from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.engine")
 

@@ -1,9 +1,23 @@
 """Is a compressed expert still as good? Questions with a check, fidelity to the full expert, and honest intervals."""
 
 from meswitch.evaluate.fidelity import Divergence, Fidelity, Text, divergences, fidelity, layer_errors, total
-from meswitch.evaluate.gain import Comparison, GainRetained, Interval, compare, gain_retained, wilson
 from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
-from meswitch.evaluate.questions import Question, Score, Task, accuracy, answer, find_checker, own_answers, read_task
+from meswitch.evaluate.questions import (
+    Comparison,
+    GainRetained,
+    Interval,
+    Question,
+    Score,
+    Task,
+    accuracy,
+    answer,
+    compare,
+    find_checker,
+    gain_retained,
+    own_answers,
+    read_task,
+    wilson,
+)
 from meswitch.evaluate.run import Report, ResultRow, Settings, evaluate_family
 
 __all__ = [

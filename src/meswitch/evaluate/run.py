@@ -17,9 +17,20 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.evaluate.fidelity import Fidelity, Text, fidelity
-from meswitch.evaluate.gain import Z95, Comparison, GainRetained, Interval, compare, gain_retained
 from meswitch.evaluate.harness import Harness, HarnessSettings, Measure
-from meswitch.evaluate.questions import MAX_NEW_TOKENS, Score, Task, accuracy, own_answers
+from meswitch.evaluate.questions import (
+    MAX_NEW_TOKENS,
+    Z95,
+    Comparison,
+    GainRetained,
+    Interval,
+    Score,
+    Task,
+    accuracy,
+    compare,
+    gain_retained,
+    own_answers,
+)
 from meswitch.loaded import load_model
 from meswitch.tokenizer import load_tokenizer
 

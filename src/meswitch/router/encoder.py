@@ -64,7 +64,7 @@ class Encoder:
     Args:
         model: a transformers model (with or without its language-model head), in eval mode; on the CPU use float32.
         tokenizer: the base's tokenizer.
-        fingerprint: which base this is, from `meswitch.artifact.fingerprint`.
+        fingerprint: which base this is, from `meswitch.checkpoint`.
     """
 
     source = "base"

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from meswitch import __version__
-from meswitch.artifact.fingerprint import sha256_file
+from meswitch.checkpoint import sha256_file
 from meswitch.durable import fsync_path, recover_directory, replacing_directory
 from meswitch.jsonfile import Decoder
 from meswitch.router.base import Router, RouterError

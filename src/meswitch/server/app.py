@@ -12,6 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from meswitch import __version__
+from meswitch.cpu import Workers
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
 from meswitch.server.auto import (
@@ -25,15 +26,13 @@ from meswitch.server.auto import (
     routable_messages,
     routing_request,
 )
-from meswitch.server.endpoints import OpenDecider, OpenEncoder, embedding_routes, routing_routes, token_routes
+from meswitch.server.endpoints import Metrics, OpenDecider, OpenEncoder, embedding_routes, routing_routes, token_routes
 from meswitch.server.errors import ApiError, install_error_handlers, without_paths
 from meswitch.server.experts import WATCH_SECONDS, Experts, expert_routes
 from meswitch.server.generation import ENCODERS, EventStream, Generation, encoded, whole_answer
 from meswitch.server.keys import CALLER, ApiKeyMiddleware, Keys, read_keys
 from meswitch.server.logs import REQUEST_ID, Record, RequestLog
-from meswitch.server.metrics import Metrics
-from meswitch.server.middleware import NormalisingMiddleware
-from meswitch.server.pace import TurnMiddleware
+from meswitch.server.middleware import NormalisingMiddleware, TurnMiddleware
 from meswitch.server.page import docs_routes, page_routes
 from meswitch.server.protocol.answers import (
     ChatCompletion,
@@ -50,7 +49,6 @@ from meswitch.server.protocol.messages import message_routes
 from meswitch.server.protocol.responses import response_routes
 from meswitch.server.protocol.schema import ChatRequest, CompletionRequest, GenerationRequest
 from meswitch.tokenizer import Prompt
-from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.server")
 

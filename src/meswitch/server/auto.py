@@ -160,6 +160,11 @@ class AutoPolicy:
         return self._queue is not None
 
     @property
+    def no_router(self) -> str | None:
+        """Why there is none, for clients; None if there is one."""
+        return None if self.has_router else self._no_router
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """Whom the router chooses among."""
         return () if self._queue is None else self._queue.router.experts

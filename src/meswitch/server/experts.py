@@ -24,6 +24,10 @@ from meswitch.server.keys import ADMIN_KEY_VARIABLE, CALLER, Keys
 logger = logging.getLogger("meswitch.server")
 
 WATCH_SECONDS = 2.0
+_NO_ROUTER = "this server has no router"
+_NOTHING_SAID = (
+    "nothing was said of it to the router: give it `description` and `examples`, by POST /v1/experts or in family.toml"
+)
 
 Action = Literal["load", "reload", "pin", "unpin"]
 
@@ -56,15 +60,15 @@ class Experts:
         self._engine, self._directory, self._family = engine, directory, family
         self._sources, self._of_family = dict(sources), set(sources)
         self._found: dict[str, Any] = {}  # by `scan`: name -> signature of what was tried last
+        self._not_learned: dict[str, str] = {}  # name -> why the router did not learn it
         self._lock = threading.Lock()  # one change at a time
 
     def rows(self) -> list[dict[str, Any]]:
         """One expert a row: where it is, its bytes, version and counts."""
         counts, kept = self._engine.store.counts(), self._engine.store.kept
-        routed = () if self._auto is None else self._auto.experts
         rows = []
         for row in self._engine.store.residency():
-            done = counts.get(row.expert)
+            done, reason = counts.get(row.expert), self._not_routed(row.expert)
             rows.append(
                 {
                     "id": row.expert,
@@ -74,7 +78,8 @@ class Experts:
                     "bytes": row.bytes,
                     "running": row.pins,
                     "pinned": row.expert in kept,
-                    "routed": row.expert in routed,
+                    "routed": reason is None,
+                    **({} if reason is None else {"not_routed": reason}),
                     "version": row.version.rpartition(":")[2][:16],
                     "description": self.descriptions.get(row.expert, ""),
                     **(asdict(done) if done is not None else {}),
@@ -121,6 +126,7 @@ class Experts:
             self._engine.remove_expert(name)
             self._sources.pop(name, None)
             self.descriptions.pop(name, None)
+            self._not_learned.pop(name, None)
 
     def act(self, name: str, action: Action) -> None:
         """`load` it to a slot, `reload` its files, `pin` it to a slot or `unpin` it.
@@ -159,12 +165,13 @@ class Experts:
                 self.remove(name)
         for name, section in wanted.items():
             source = family.resolve(section.delta)
-            if self._sources.get(name) == source:
+            is_served = self._sources.get(name) == source
+            if is_served:
                 self.descriptions[name] = section.description
             else:
                 self._try(name, source, section.description)
-                if name in self._sources:
-                    self._join(RouteOption(name, section.description, section.examples))
+            if name in self._sources and not (is_served and self._not_routed(name) is None):
+                self._join(RouteOption(name, section.description, section.examples))
             self._of_family.add(name)
 
     def scan(self) -> None:
@@ -194,11 +201,21 @@ class Experts:
     def _join(self, option: RouteOption) -> str | None:
         """Let the router know of an expert. Gives the reason why it does not choose it, None if it does."""
         if self._auto is None:
-            return "this server has no router"
+            return _NO_ROUTER
         reason = self._auto.learn(option)
+        self._not_learned.pop(option.name, None)
         if reason is not None:
+            self._not_learned[option.name] = reason
             logger.warning("auto does not choose expert %s: %s", option.name, reason)
         return reason
+
+    def _not_routed(self, name: str) -> str | None:
+        """Why `auto` does not choose an expert; None if it may."""
+        if self._auto is None:
+            return _NO_ROUTER
+        if name in self._auto.experts:
+            return None
+        return self._not_learned.get(name) or self._auto.no_router or _NOTHING_SAID
 
     def _try(self, name: str, source: Path, description: str) -> None:
         try:

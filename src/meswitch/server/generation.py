@@ -2,35 +2,93 @@
 
 All answers to one HTTP request are one stream of pieces (`Generation`). They are sent whole or as server-sent events; a
 client that goes away ends its requests.
+
+A step of the engine gives hundreds of streams a piece at the same moment, and when they have ended, their clients ask
+again at the same moment. What comes in crowds is done a few at a time (`Crowd`): in between the event loop looks at
+everything else, such as a question to `/health`.
 """
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from meswitch.cpu import Workers
 from meswitch.engine import Chunk, Engine
 from meswitch.engine import Request as EngineRequest
 from meswitch.engine.scores import TokenLogprobs
 from meswitch.errors import MeswitchError
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import GONE
-from meswitch.server.pace import PIECES
 from meswitch.server.protocol.answers import Answer, Format, Usage
 from meswitch.server.protocol.chat import Chat
 from meswitch.server.protocol.schema import GenerationRequest
 from meswitch.tokenizer import ChatTokenizer, Prompt
-from meswitch.workers import Workers
 
-ENCODERS = Workers(min(4, os.cpu_count() or 1), "meswitch-encode")
 T = TypeVar("T")
+
+
+class Crowd:
+    """Calls of one kind that wait for their turn in one event loop.
+
+    Args:
+        loop: makes the calls.
+        at_once: calls before it looks at other things.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, at_once: int) -> None:
+        self._loop, self._at_once = loop, at_once
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._is_woken = False
+
+    def post(self, call: Callable[[], None]) -> None:
+        """From any thread, which must survive a loop that was closed meanwhile: then nobody waits any more.
+
+        The loop is woken once for all calls that wait.
+        """
+        if self._loop.is_closed():
+            return
+        self._waiting.append(call)
+        if not self._is_woken:
+            self._is_woken = True
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._call)
+
+    def _call(self) -> None:
+        for _ in range(self._at_once):
+            if not self._waiting:
+                self._is_woken = False
+                if not self._waiting:  # looked at again: whoever posted before the line above did not wake the loop
+                    return
+                self._is_woken = True
+            self._waiting.popleft()()
+        self._loop.call_soon(self._call)
+
+
+class Crowds:
+    """The crowd of each event loop. at_once: see `Crowd`."""
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        self._of: WeakKeyDictionary[asyncio.AbstractEventLoop, Crowd] = WeakKeyDictionary()
+
+    def here(self) -> Crowd:
+        """Of the event loop that runs."""
+        loop = asyncio.get_running_loop()
+        return self._of.setdefault(loop, Crowd(loop, self._at_once))
+
+
+PIECES = Crowds(16)  # of answers, a tenth of a millisecond each
+ENCODERS = Workers(min(4, os.cpu_count() or 1), "meswitch-encode")
 
 
 async def encoded(tokenizer: ChatTokenizer, prompt: Prompt, prompt_field: str, *, special: bool = True) -> list[int]:

@@ -1,5 +1,6 @@
-"""Requests as clients send them -> requests as the routes expect them."""
+"""Requests as clients send them -> requests as the routes expect them; reading a body before the application does."""
 
+import asyncio
 import re
 import zlib
 from collections.abc import Sequence
@@ -7,10 +8,42 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from meswitch.asgi import replayed
 from meswitch.server.errors import ApiError
+from meswitch.server.generation import Crowds
 
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+REQUESTS = Crowds(2)  # a millisecond each until the engine has them
 MAX_BODY = 8 << 20  # bytes of a request, unpacked: a million tokens and more
+
+
+def is_post(scope: Scope, paths: tuple[str, ...]) -> bool:
+    return bool(scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in paths)
+
+
+async def whole_body(receive: Receive) -> bytes | None:
+    """None if the client has gone."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """For the application: the body once more, then what else comes."""
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
 
 
 class NormalisingMiddleware:
@@ -118,3 +151,17 @@ async def _limited(receive: Receive) -> Receive:
 def too_large() -> ApiError:
     """What a client gets whose body is larger than `MAX_BODY`."""
     return ApiError(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="request_too_large")
+
+
+class TurnMiddleware:
+    """Requests that come at the same moment begin a few at a time. Those that ask for no answer do not wait."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            turn = asyncio.Event()
+            REQUESTS.here().post(turn.set)
+            await turn.wait()
+        await self._app(scope, receive, send)

@@ -1,7 +1,8 @@
-"""One expert's tensors in one flat buffer, for the embedded engine.
+"""Where an expert's tensors lie: in one flat buffer of the embedded engine, and in the tables of both engines' slots.
 
 Host memory and a device slot use the same layout, so that loading an expert is a single copy and a slot's addresses
-never change. Packed deltas lie there as the artifact stores them, or as the GPU kernels read them (`ops.layout`).
+never change. Packed deltas lie there as the artifact stores them, or as the GPU kernels read them (`ops.layout`); the
+kernels look up in tables where each slot's delta of each layer is.
 
 Slots in vLLM are laid out in another way (`vllm.arena`), for three reasons. Here every expert is known at start, and
 each has offsets of its own: a slot is as large as the largest, whatever the tensors' order. There experts come later,
@@ -11,8 +12,9 @@ there by operators inside CUDA graphs, from tables over all slots; here by Pytho
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.codec import Delta, ExactDelta, PackedDelta, packed_shape, unfold
 from meswitch.codec.delta import BY_ROW, expand_rows
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.ops.layout import Shape, write_by
+from meswitch.ops.layout import ABSENT, Shape, SlotLinear, Variant, write_by
 from meswitch.tensorfile import DTYPES
 
 _ALIGNMENT = 256  # bytes; at least what a vectorised load and a DMA copy like
@@ -170,3 +172,80 @@ def _kernel_shape(artifact: Artifact, name: str, entry: Entry) -> Shape:
         return Shape.sized(entry.base_rows, entry.matrix[1], entry.bits or 0, entry.group_size, salient)
     except ConfigError as error:
         raise ConfigError(f"{artifact.directory}: {name}: {error}") from None
+
+
+class TableLayer(NamedTuple):
+    """A linear layer that some expert changes. variant: what all its deltas fit."""
+
+    rows: int
+    in_features: int
+    variant: Variant
+
+    def refuses(self, shape: Shape) -> str | None:
+        """Why a delta of this shape is not read here, None if it is."""
+        two, one = shape.planes
+        if (shape.rows, shape.in_features) != (self.rows, self.in_features):
+            return f"shape: [{shape.rows}, {shape.in_features}], the slots take [{self.rows}, {self.in_features}]"
+        if shape.group != self.variant.group:
+            return f"group_size: {shape.group or None}, the slots take {self.variant.group or None}"
+        if two > self.variant.two or (one and not self.variant.one):
+            return f"bits: {shape.bits}, more than the slots were made for"
+        if shape.salient > self.variant.salient:
+            return f"salient: {shape.salient} channels, the slots take {self.variant.salient}"
+        return None
+
+
+class SlotTables:
+    """One `SlotLinear` for every layer, all over the slots' memory.
+
+    Args:
+        memory: [bytes] uint8, of all slots.
+        slots: how many there are.
+        layers: by name.
+    """
+
+    def __init__(self, memory: Tensor, slots: int, layers: Mapping[str, TableLayer]) -> None:
+        # a row for each layer, so that what a slot holds changes in one copy
+        self.rows = torch.tensor(ABSENT, device=memory.device).repeat(len(layers), slots, 1)
+        self.known = dict(layers)
+        self.layers = {
+            name: SlotLinear.over(memory, table, layer.rows, layer.in_features, layer.variant)
+            for table, (name, layer) in zip(self.rows, layers.items(), strict=True)
+        }
+
+    def point(self, slot: int, places: Mapping[str, tuple[Shape, int]]) -> None:
+        """Make a slot's entries those of the expert that was copied there. In the order of the current stream.
+
+        Args:
+            slot: which.
+            places: shape and first byte in `memory` of each delta that the expert has; the others are absent.
+        """
+        rows = [places[name][0].table_row(places[name][1]) if name in places else ABSENT for name in self.layers]
+        if rows:
+            self.rows[:, slot].copy_(torch.tensor(rows), non_blocking=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Of device memory."""
+        return self.rows.nbytes + sum(layer.arrived.nbytes for layer in self.layers.values())
+
+
+def table_layers(shapes: Iterable[tuple[str, Shape]]) -> dict[str, TableLayer]:
+    """The layers that hold all these deltas.
+
+    Args:
+        shapes: of every expert's deltas, by tensor name.
+
+    Raises:
+        ConfigError: experts whose deltas of one tensor no kernel reads together; it names the tensor.
+    """
+    known: dict[str, list[Shape]] = {}
+    for name, shape in shapes:
+        known.setdefault(name, []).append(shape)
+    layers = {}
+    for name, found in known.items():
+        try:
+            layers[name] = TableLayer(found[0].rows, found[0].in_features, Variant.of(found))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return layers

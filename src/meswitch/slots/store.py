@@ -34,16 +34,13 @@ import torch
 from torch import Tensor
 
 from meswitch.artifact import Artifact
+from meswitch.cpu import Workers
 from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.pagelock import page_locked
-from meswitch.slots.device import DeviceTier, Tensors
-from meswitch.slots.host import HostTier
-from meswitch.slots.layout import HEAD_TIED, Layout
-from meswitch.slots.loader import Loader, load_error
-from meswitch.slots.tables import SlotTables
+from meswitch.slots.layout import HEAD_TIED, Layout, SlotTables
+from meswitch.slots.tiers import DeviceTier, HostTier, Loader, Tensors, load_error
 from meswitch.slots.versions import Accept, Plan, Signature, Version, Versions, manifest_digest
 from meswitch.units import format_bytes
-from meswitch.workers import Workers
 
 logger = logging.getLogger("meswitch.slots")
 

@@ -4,6 +4,7 @@ The layout is vLLM's own, see `slots.layout` for why it is not the embedded engi
 of vLLM's layers, as this rank has it. Tables, host tier and loader are those of `meswitch.slots`.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,13 @@ from meswitch.checkpoint import TIED_EMBEDDING, TIED_HEAD
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.layout import Shape, SlotLinear, padded_salient, salient_of_tiles
 from meswitch.pagelock import copy
-from meswitch.slots.tables import SlotTables, table_layers
+from meswitch.slots.layout import SlotTables, table_layers
 from meswitch.units import format_bytes
-from meswitch.vllm.norms import norm_vector
 from meswitch.vllm.places import EMBEDDING, HEAD, NORM, Place
-from meswitch.vllm.shard import cut_group, joint_group, joint_shape
+from meswitch.vllm.support import norm_vector
 
 Rename = Callable[[str], str]
+_LEAST_GROUP = 16  # of the kernels, see `ops.layout`
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,3 +257,39 @@ def _base_vector(place: Place) -> Tensor:
     if place.kind != EMBEDDING and place.biased and place.bias is not None:
         return torch.zeros(place.rows)
     return torch.zeros(0)
+
+
+def cut_group(group: int | None, in_features: int, first: int, last: int, name: str) -> int | None:
+    """The group size of input channels `[first, last)`: the same where the cut is at a group's border, else finer."""
+    if group is None or group >= in_features or (first // group == (last - 1) // group):
+        return None
+    finer = math.gcd(group, first) if last == in_features else math.gcd(group, first, last)
+    if finer < _LEAST_GROUP:
+        raise IncompatibleError(
+            f"{name}: its {in_features} input channels are cut at {first} and {last}, within groups of {group}; use a "
+            f"tensor-parallel size whose shares are multiples of {_LEAST_GROUP} channels, or compress with group_size "
+            "'row'"
+        )
+    return finer
+
+
+def joint_group(groups: Sequence[int | None], in_features: int) -> int | None:
+    """The group size that every one of these can be written in.
+
+    Raises:
+        ConfigError: they have no common divisor that the kernels read.
+    """
+    real = [group for group in groups if group is not None and group < in_features]
+    if not real:
+        return None
+    common = math.gcd(*real)
+    if common < _LEAST_GROUP and common not in real:
+        raise ConfigError(f"group_size: {sorted(set(real))} in one layer have no common divisor of {_LEAST_GROUP} up")
+    return common
+
+
+def joint_shape(shapes: Sequence[Shape]) -> Shape:
+    """A place that any of these deltas of one layer can be written to: most bits, finest groups, most salient."""
+    rows, width = shapes[0].rows, shapes[0].in_features
+    group = joint_group([shape.group or None for shape in shapes], width)
+    return Shape(rows, width, max(s.bits for s in shapes), group or 0, max(s.salient for s in shapes))

@@ -9,12 +9,14 @@ import logging
 import os
 from typing import Any
 
-from meswitch.asgi import COMPLETIONS, Message, Receive, Scope, Send, is_post, replayed, whole_body
+from starlette.types import Message, Receive, Scope, Send
+
 from meswitch.errors import ConfigError
 from meswitch.family import Family
 from meswitch.launch import policy_from_family
 from meswitch.server.auto import AUTO, Choice
 from meswitch.server.errors import ApiError
+from meswitch.server.middleware import COMPLETIONS, is_post, replayed, whole_body
 from meswitch.vllm.command import FAMILY_VARIABLE
 
 log = logging.getLogger("vllm.meswitch")

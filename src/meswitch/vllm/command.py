@@ -1,11 +1,18 @@
-"""From a `family.toml` to the command line of `vllm serve`. Needs no vLLM."""
+"""What vLLM is told: the command line of `vllm serve` from a `family.toml`, and what the worker reads of it again.
+
+That is `--additional-config '{"meswitch": {...}}'`, names of variables, and what a worker says of an expert: words that
+several processes of a server share. Needs no vLLM, and in the worker no HTTP server.
+"""
 
 import contextlib
 import json
 import os
 import sys
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
@@ -14,12 +21,15 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Manifest
 from meswitch.cpu import users_environment
 from meswitch.durable import recover_directory
-from meswitch.errors import ArtifactError, IncompatibleError
-from meswitch.family import Family
+from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
 from meswitch.ops.linear import MAX_TOKENS
-from meswitch.server.protocol.chat import tool_format
-from meswitch.vllm.settings import KEY
 
+if TYPE_CHECKING:
+    from meswitch.family import Family
+
+KEY = "meswitch"
+DIRECTORY_VARIABLE = "MESWITCH_DELTA_DIR"  # where a server finds experts by name
+READY, LOADING, FAILED = "ready", "loading", "failed"  # what a worker says of an expert that is read ahead
 FAMILY_VARIABLE = "MESWITCH_FAMILY"  # where the server's `auto` finds its router
 _TEMPLATE = "chat_template.jinja"
 _GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
@@ -27,7 +37,74 @@ _STRICT = Version("0.32")  # the first that has the option
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest of its LoRA adapters
 
 
-def command(family: Family, host: str, port: int, slots: int) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class DeltaSettings:
+    """What the engine must know before it has seen an expert: slots have fixed addresses, so sizes are fixed at start.
+
+    experts: artifacts that must fit, by path; the slots then take what the largest of each layer needs. Without any,
+    bits, group_size (0: whole rows) and salient say it, by default as `meswitch compress` would choose.
+    extra_rows: tokens that an expert may have after the base's, where `experts` does not say.
+    lora: plain LoRA adapters too. allow_uncovered: patterns of tensors that an expert may change without effect.
+    check_base: compare the base's fingerprint, which reads a little of its files.
+    host_bytes: budget of prepared experts in host memory, beside `--max-cpu-loras`.
+    """
+
+    experts: tuple[str, ...] = ()
+    bits: int = 2
+    group_size: int = 128
+    salient: int | None = None
+    extra_rows: int = 0
+    lora: bool = True
+    allow_uncovered: tuple[str, ...] = ()
+    check_base: bool = True
+    host_bytes: int | None = None
+
+    @classmethod
+    def of(cls, additional_config: Any) -> "DeltaSettings":
+        """Read `vllm_config.additional_config`.
+
+        Raises:
+            ConfigError: an unknown key or a wrong type.
+        """
+        given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+        known = {field.name: field for field in fields(cls)}
+        if not isinstance(given, dict):
+            raise ConfigError(f"additional_config.{KEY}: must be an object, not {given!r}")
+        values: dict[str, Any] = {}
+        for key, value in given.items():
+            where = f"additional_config.{KEY}.{key}"
+            if key not in known:
+                raise ConfigError(f"{where}: no such field; there are {', '.join(known)}")
+            if key in ("experts", "allow_uncovered"):
+                if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+                    raise ConfigError(f"{where}: must be a list of texts, not {value!r}")
+                value = tuple(value)
+            elif key in ("lora", "check_base"):
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{where}: must be true or false, not {value!r}")
+            elif not (isinstance(value, int) and value >= 0) and not (value is None and known[key].default is None):
+                raise ConfigError(f"{where}: must be a number from 0, not {value!r}")
+            values[key] = value
+        return cls(**values)
+
+    def allows(self, tensor: str) -> bool:
+        return any(fnmatchcase(tensor, pattern) for pattern in self.allow_uncovered)
+
+    def model(self, base: str) -> Artifact:
+        """What the slots must hold where no expert is known: one with all tensors changed, as it would be compressed.
+
+        Args:
+            base: the base's directory or hub id.
+        """
+        from meswitch.compression.options import Options
+        from meswitch.compression.plan import outline, predict
+
+        shape = outline(base, unquantised=True)
+        group = self.group_size or None
+        return predict(shape, shape, Options(bits=self.bits, group_size=group, salient=self.salient))
+
+
+def command(family: "Family", host: str, port: int, slots: int) -> list[str]:
     """The arguments after `vllm`.
 
     Raises:
@@ -35,6 +112,8 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
         IncompatibleError: experts whose tokenizers or templates cannot share one server, or an adapter that vLLM does
             not serve.
     """
+    from meswitch.server.protocol.chat import tool_format
+
     adapters = {name: Adapter.open(path) for name, path in family.deltas().items() if is_adapter(path)}
     for adapter in adapters.values():
         _check_served(adapter)
@@ -86,7 +165,7 @@ def command(family: Family, host: str, port: int, slots: int) -> list[str]:
     return arguments
 
 
-def environment(family: Family) -> dict[str, str]:
+def environment(family: "Family") -> dict[str, str]:
     """This process's variables, and what the server needs besides."""
     added = {FAMILY_VARIABLE: str(family.directory / "family.toml")}
     if "MESWITCH_API_KEY" in os.environ:
@@ -136,7 +215,7 @@ def _check_served(adapter: Adapter) -> None:
         )
 
 
-def _opened(family: Family, name: str, path: Path) -> Artifact:
+def _opened(family: "Family", name: str, path: Path) -> Artifact:
     recover_directory(path)
     if not path.exists():
         raise ArtifactError(

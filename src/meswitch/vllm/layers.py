@@ -20,8 +20,7 @@ from meswitch.ops.step import HEAD as HEAD_SIDE
 from meswitch.ops.step import TOKENS, Step, is_idle, part
 from meswitch.vllm import compat
 from meswitch.vllm.arena import Arena, Layer
-from meswitch.vllm.delta_op import add_delta, linear
-from meswitch.vllm.norms import DeltaNorm
+from meswitch.vllm.delta_op import DeltaNorm, add_delta, linear
 from meswitch.vllm.places import EMBEDDING, FUSED, HEAD, LINEAR, NORM
 
 

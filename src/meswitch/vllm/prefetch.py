@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from starlette.types import Receive, Scope, Send
+
 from meswitch.artifact.manifest import MANIFEST_NAME
-from meswitch.asgi import COMPLETIONS, Receive, Scope, Send, is_post, replayed, whole_body
-from meswitch.vllm.settings import DIRECTORY_VARIABLE, LOADING
+from meswitch.server.middleware import COMPLETIONS, is_post, replayed, whole_body
+from meswitch.vllm.command import DIRECTORY_VARIABLE, LOADING
 
 LOAD = "/v1/load_lora_adapter"
 _POLL = 0.005, 0.05  # seconds between questions, at first and at last

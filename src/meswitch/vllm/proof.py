@@ -23,8 +23,8 @@ from meswitch.ops.routing import BASE, MAX_TOKENS
 from meswitch.ops.step import Step
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.dry_step import LOOK_UP, TOKENS, Call, DryStep
-from meswitch.vllm.norms import norm_vector
 from meswitch.vllm.places import LINEAR, NORM, Unserved
+from meswitch.vllm.support import norm_vector
 
 _OWNERS = (0, BASE, 1, 0, 1, BASE, 1, 0)  # of rows, by slot; as many as some graph has
 _MANY = 2 * (MAX_TOKENS + 16)  # rows of a step in which another kernel multiplies

@@ -16,8 +16,8 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
-from meswitch.vllm.base import Base
-from meswitch.vllm.settings import DIRECTORY_VARIABLE
+from meswitch.vllm.command import DIRECTORY_VARIABLE
+from meswitch.vllm.places import Base
 
 NAME = "meswitch"
 log = logging.getLogger("vllm.meswitch")  # a child of vLLM's: its level, its handlers

@@ -1,7 +1,15 @@
-"""Which architectures are served in vLLM, as far as facts say before it starts. Needs no vLLM.
+"""Which architectures are served in vLLM, as far as facts say before it starts, and which norms. Needs no vLLM.
 
-vLLM's engine has the last word: when it opens it looks at every layer and proves each kind, see `proof`.
+vLLM's engine has the last word: when it opens it looks at every layer and proves each kind, see `proof`. Linear layers
+have a method that can be wrapped, whatever their class; norms are computed anew. So each class of norms that is served
+has its formula here.
 """
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from meswitch.architecture import (
     BIAS,
@@ -113,3 +121,52 @@ def _is_ordered(architecture: Architecture, part: Part) -> bool:
     if config.model_type == "falcon":
         return bool(config.new_decoder_architecture) or not config.multi_query
     return config.model_type == "bloom"
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """How a class of norms computes.
+
+    Args:
+        centred: subtracts the mean first.
+        offset: what is added to its weight.
+        wide: multiplies in float32 and rounds once; else in the weight's dtype.
+        adds: a residual is added to the input first, and returned.
+        pair: a residual is always returned, as it came unless `adds`.
+    """
+
+    centred: bool = False
+    offset: float = 0.0
+    wide: bool = True
+    adds: bool = False
+    pair: bool = False
+
+
+_LAYERS, _MODELS = "vllm.model_executor.layers.layernorm", "vllm.model_executor.models"
+_FUSED = f"{_MODELS}.transformers.fusers.rms_norm"
+# By exact class. A class that a version of vLLM lacks, or that moved, is one that is not served.
+FORMULAS = {
+    f"{_LAYERS}.RMSNorm": Formula(wide=False, adds=True),
+    f"{_FUSED}.TPAwareRMSNorm": Formula(wide=False, adds=True),
+    f"{_LAYERS}.GemmaRMSNorm": Formula(offset=1.0, adds=True),
+    f"{_FUSED}.TPAwareGemmaRMSNorm": Formula(offset=1.0, adds=True),
+    f"{_LAYERS}.LayerNorm": Formula(centred=True),
+    "torch.nn.modules.normalization.LayerNorm": Formula(centred=True),
+    f"{_MODELS}.commandr.LayerNorm": Formula(centred=True, pair=True),
+    f"{_MODELS}.commandr.RMSNorm": Formula(pair=True),
+    f"{_MODELS}.nemotron.NemotronLayerNorm1P": Formula(centred=True, offset=1.0, adds=True),
+}
+
+
+def formula_of(module: nn.Module) -> Formula | None:
+    """A norm's formula; None where its class is not known exactly, or it has no weights."""
+    kind = type(module)
+    known = FORMULAS.get(f"{kind.__module__}.{kind.__qualname__}")
+    has_weight = isinstance(getattr(module, "weight", None), nn.Parameter) and getattr(module, "has_weight", True)
+    return known if has_weight else None
+
+
+def norm_vector(module: Any) -> Tensor:
+    """[width] float32 on the host: a norm's weight, then its bias if it has one."""
+    parts = [module.weight] if getattr(module, "bias", None) is None else [module.weight, module.bias]
+    return torch.cat([part.detach().float().cpu().reshape(-1) for part in parts])

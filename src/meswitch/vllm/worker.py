@@ -31,13 +31,12 @@ from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, e
 from meswitch.slots import HostTier, Loader
 from meswitch.vllm import compat, delta_op, layers
 from meswitch.vllm.arena import Arena, Layer, Prepared
-from meswitch.vllm.base import Base
+from meswitch.vllm.command import FAILED, KEY, LOADING, READY, DeltaSettings
 from meswitch.vllm.dry_step import TOKENS, DryStep, SeenLayer, look
 from meswitch.vllm.layers import DeltaMethod
-from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, Place, Unserved, survey
+from meswitch.vllm.places import EMBEDDING, HEAD, LINEAR, Base, Place, Unserved, survey
 from meswitch.vllm.prepare import Target, check_covered, prepare
 from meswitch.vllm.proof import FAULTS, in_short, prove_layers, prove_step
-from meswitch.vllm.settings import FAILED, KEY, LOADING, READY, DeltaSettings
 
 
 class DeltaWorker(compat.worker_class()):  # type: ignore[misc]

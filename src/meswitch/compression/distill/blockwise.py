@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import cached
 
 from meswitch.artifact import Artifact, Manifest, delta_from_parts
 from meswitch.artifact.manifest import Distillation, stored_name
+from meswitch.artifact.writer import NOWHERE, SavedWork
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, restore_coded
 from meswitch.compression.distill.student import Student, attach
@@ -37,9 +38,8 @@ from meswitch.compression.distill.training import (
 )
 from meswitch.compression.options import TrainingRecipe
 from meswitch.compression.partial_model import PartialModel
-from meswitch.compression.saved_work import NOWHERE, SavedWork
 from meswitch.compression.text import CalibrationSet
-from meswitch.progress import Progress, silent
+from meswitch.units import Progress, silent
 
 _LOGITS = 1 << 26  # that are made at once, at most
 Changed = dict[str, PackedDelta | LowRankDelta | CodedDelta | Tensor]

@@ -17,16 +17,15 @@ from torch.nn.utils.parametrize import cached, register_parametrization
 from meswitch.architecture import NORM, architecture_of, as_matrix
 from meswitch.artifact import Artifact, Manifest
 from meswitch.checkpoint import Checkpoint
-from meswitch.codec import Change, CodedDelta, LowRankDelta, PackedDelta, Trainable, pack, unpack
+from meswitch.codec import Change, CodedDelta, Group, LowRankDelta, PackedDelta, Trainable, pack, unpack
 from meswitch.codec.delta import SALIENT_DTYPE
 from meswitch.codec.quantize import SCALE_DTYPE, expand_scale, levels
-from meswitch.codec.registry import Group
 from meswitch.codec.words import nearest_words, signs_of
 from meswitch.compression.inputs import assembly, places_of
 from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import BlockCall, PartialModel, working_dtype
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.lazymodel import LazyModel
+from meswitch.loaded import LazyModel
 from meswitch.tensorfile import DTYPES
 
 _NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels

@@ -22,16 +22,15 @@ from torch.nn.utils.parametrize import cached
 
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
+from meswitch.artifact.writer import NOWHERE, SavedWork, digest
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
 from meswitch.compression.distill.student import Group, Outputs, build_student, frozen, read_batch
 from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import working_dtype
-from meswitch.compression.saved_work import NOWHERE, SavedWork, digest
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
-from meswitch.progress import Progress, silent
-from meswitch.units import format_bytes
+from meswitch.units import Progress, format_bytes, silent
 
 _HELD_OUT = 128  # sequences at most
 _READ_TOKENS = 8192  # that are read together, padding included

@@ -4,7 +4,8 @@ import asyncio
 import threading
 from functools import partial
 
-from meswitch.server.pace import PIECES, REQUESTS, TurnMiddleware
+from meswitch.server.generation import PIECES
+from meswitch.server.middleware import REQUESTS, TurnMiddleware
 
 
 def test_every_piece_comes_once_and_in_order_whoever_posts_it():
