@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,25 @@ def test_an_examples_score_without_it_is_that_of_routes_that_never_had_it(many, 
     without = fit_prototypes(fewer, space).logits(space([line]))[0]
     with_it = fit_prototypes(options, space).logits(space([line]))[0]
     assert (found[0][2] - without).abs().max() < 0.2 * (with_it - without).abs().max()
+
+
+def test_the_lift_changes_no_order_of_confidences_and_no_best_route(described, space, unseen):
+    logits = described.prototypes.logits(space([row.query for row in unseen]))
+    plain, lifted = (replace(described.prototypes, lift=lift).log_scores(logits) for lift in (0.0, 2.0))
+    torch.testing.assert_close(lifted.exp().sum(1), torch.ones(len(unseen), dtype=torch.float64))
+    assert torch.equal(lifted[:, :-1].argmax(1), plain[:, :-1].argmax(1))
+    low, high = (scores[:, :-1].amax(1)[plain[:, :-1].amax(1).argsort()].exp() for scores in (plain, lifted))
+    assert bool((high.diff() > -1e-12).all())
+    assert high.mean() > low.mean() + 0.05
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "least", "most"), [(1.0, 400, 1.5, 6), (0.5, 400, 0, 0.1), (1.0, 2, 0.7, 1.5)]
+)
+def test_the_lift_is_what_left_out_examples_say_and_the_usual_one_if_they_are_few(right, rows, least, most):
+    sure = torch.full((rows,), 0.5, dtype=torch.float64).log()
+    found = module._lift(sure, torch.arange(rows) < right * rows)
+    assert least <= found <= most
 
 
 def test_descriptions_alone_are_routes_too(space):

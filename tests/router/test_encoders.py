@@ -64,8 +64,8 @@ def test_few_routes_are_scored_without_the_layers_that_do_not_count(bert):
     space = Space(open_encoder(bert))
     few = DescribedRouter([RouteOption(text, "", (text, f"{text} now")) for text in ("apples", "boats")], space)
     assert (space.layers, few.prototypes.layers) == ((2, 3), (2,))
-    every = few.prototypes.log_scores(space(TEXTS))
-    torch.testing.assert_close(few.prototypes.log_scores(space(TEXTS, few.prototypes.layers)), every)
+    every = few.prototypes.logits(space(TEXTS))
+    torch.testing.assert_close(few.prototypes.logits(space(TEXTS, few.prototypes.layers)), every)
     many = DescribedRouter([RouteOption(f"route {i}", "", (f"number {i}",)) for i in range(16)], space)
     assert many.prototypes.layers == (2, 3)
 
