@@ -1,10 +1,11 @@
 """Routes known by what is said of them: a name, a description, example lines. No training, no labelled queries.
 
 A text becomes the means of its tokens in the encoder's upper half of layers, each of length one, less the mean of
-everyday requests (`everyday.txt`). A route is its lines: a query is as near to it as to the nearest ones. (Of many
-routes, each is narrow: it is the mean of its lines.) Nearness is measured in a metric that counts directions less in
-which the examples of one route differ among themselves. A route that everyday requests are near to is near to
-everything, so that counts against it. The origin, where everyday requests lie, stands for "none of these".
+everyday requests (`everyday.txt`). A route is the mean of its lines. (Of few routes, broad ones, whose examples differ
+nearly as much as those of different routes, are their lines: a query is as near as to the nearest ones.) Nearness is
+measured in a metric that counts directions less in which the examples of one route differ among themselves. A route
+that everyday requests are near to is near to everything, so that counts against it. The origin, where everyday
+requests lie, stands for "none of these".
 
 Probabilities come from the lines themselves. Each example is left out of its route and scored: how far it wins says
 how sure a score is. The same example without its route, and the everyday requests, show what a query for nobody scores.
@@ -47,6 +48,7 @@ _MAX_TOKENS = 64  # of a text: the beginning and the end
 _DESCRIBED = 2.0  # how many examples a description weighs; 1 and 3 were little different
 _SHRINK = 4.0  # of the metric towards plain distance; 1 to 4 were little different
 MANY = 16  # routes, from which they are taken to be intents of one application rather than domains
+_BROAD = 0.85  # variance within routes, as a share of all; four domains had 0.87 to 0.91, most intents 0.5 to 0.8
 _SOFTNESS = 0.3  # how far lines behind the nearest one count; 0.1 to 0.6 were little different
 _HUB = 0.25  # how much of a route's nearness to everyday requests is taken off; 0.25 to 0.75 were little different
 _HUB_LINES = 10  # everyday requests, the nearest ones, that say how near
@@ -227,14 +229,17 @@ class Prototypes:
         return scores.scatter_add(1, best, torch.full_like(scores, self.lift)).log_softmax(1)
 
 
-def fit_prototypes(options: Sequence[RouteOption], space: Space) -> Prototypes:
+def fit_prototypes(options: Sequence[RouteOption], space: Space, *, broad: bool | None = None) -> Prototypes:
     """Points and calibration from the options' lines alone.
+
+    Args:
+        broad: whether each line is a point of its own, or each route; None: as the examples say.
 
     Raises:
         RouterError: see `check_options`.
     """
     check_options(options)
-    lines = _Lines.of(options, space)
+    lines = _Lines.of(options, space, broad)
     metric, residuals = lines.metric()
     weight = metric @ lines.points().T
     bias = -0.5 * (lines.points() * weight.T).sum(1)
@@ -277,21 +282,24 @@ class _Lines:
     layers: tuple[int, ...]
 
     @classmethod
-    def of(cls, options: Sequence[RouteOption], space: Space) -> "_Lines":
+    def of(cls, options: Sequence[RouteOption], space: Space, broad: bool | None) -> "_Lines":
         texts = [line for option in options for line in option.examples]
         route = torch.tensor([i for i, option in enumerate(options) for _ in option.examples], dtype=torch.int64)
         # of a name alone something is known too, where there is nothing else
         said = [i for i, option in enumerate(options) if option.description.strip()] or range(len(options))
-        apart = bool(texts) and len(options) < MANY
+        vectors = space.lines([*texts, *(_described(options[i]) for i in said)])
+        counts = torch.bincount(route, minlength=len(options))
+        if broad is None:
+            broad = len(options) < MANY and _spread(vectors[: len(texts)], route, counts) >= _BROAD
+        apart = bool(texts) and broad
         scale = space.form if apart else torch.ones_like(space.form)
-        vectors = scale * space.lines([*texts, *(_described(options[i]) for i in said)])
+        vectors = scale * vectors
         routes = torch.cat([route, torch.tensor([*said], dtype=torch.int64)])
         shares = torch.cat([torch.ones(len(texts)), torch.full((len(said),), _DESCRIBED if texts else 1.0)])
         group = torch.arange(len(routes)) if apart else routes
         owner = routes if apart else torch.arange(len(options))
         sums = torch.zeros(len(owner), vectors.shape[1]).index_add(0, group, shares[:, None] * vectors)
         weights = torch.zeros(len(owner)).index_add(0, group, shares)
-        counts = torch.bincount(route, minlength=len(options))
         layers = space.low if apart else space.layers
         return cls(vectors[: len(texts)], group[: len(texts)], sums, weights, owner, counts, scale, layers)
 
@@ -304,13 +312,9 @@ class _Lines:
         return torch.zeros(len(self.counts)).index_add(0, self.owner, self.weights)
 
     def metric(self) -> tuple[Tensor, Tensor]:
-        """The inverse of the covariance within routes, shrunk to the identity, [width, width], and what it is made of.
-
-        That is [n, width]: examples less the mean of their route's; zero where it has but one.
-        """
-        width, route = self.examples.shape[1], self.owner[self.group]
-        means = torch.zeros(len(self.counts), width).index_add(0, route, self.examples)
-        residuals = self.examples - (means / self.counts.clamp_min(1)[:, None])[route]
+        """The inverse of the covariance within routes, shrunk to the identity, [width, width]; [n, width] residuals."""
+        width = self.examples.shape[1]
+        residuals = _residuals(self.examples, self.owner[self.group], self.counts)
         if not bool(residuals.any()):
             return torch.eye(width), residuals
         covariance = residuals.T @ residuals / _mean_variance(residuals)
@@ -320,6 +324,21 @@ class _Lines:
 def _described(option: RouteOption) -> str:
     name = option.name.replace("_", " ").replace("-", " ")
     return f"{name}: {option.description}" if option.description.strip() else name
+
+
+def _residuals(examples: Tensor, route: Tensor, counts: Tensor) -> Tensor:
+    """[n, width]: examples less the mean of their route's; zero where it has but one."""
+    sums = torch.zeros(len(counts), examples.shape[1]).index_add(0, route, examples)
+    return examples - (sums / counts.clamp_min(1)[:, None])[route]
+
+
+def _spread(examples: Tensor, route: Tensor, counts: Tensor) -> float:
+    """The variance of examples within routes as a share of that of all; 0 where no route has two."""
+    free = int((counts - 1).clamp_min(0).sum())
+    if not free:
+        return 0.0
+    within = _residuals(examples, route, counts).square().sum() / free
+    return float(within / examples.var(0).sum().clamp_min(1e-12))
 
 
 def _mean_variance(residuals: Tensor) -> Tensor:
@@ -443,7 +462,7 @@ class Prior:
         Raises:
             RouterError: see `check_options`.
         """
-        return cls(tuple(options), space, fit_prototypes(options, space))
+        return cls(tuple(options), space, fit_prototypes(options, space, broad=len(options) < MANY))
 
     def __call__(self, states: Tensor) -> Tensor:
         """[n, experts + 1] float32: log-odds of each expert among them, and that any is for the text.
