@@ -17,6 +17,7 @@ from meswitch.router import (
     DescribedRouter,
     OpenOptions,
     RouteOption,
+    Router,
     RouterError,
     Space,
     evaluate_router,
@@ -206,6 +207,28 @@ def test_a_trained_router_takes_a_described_expert_in(saved, base, options, unse
     assert evaluate_router(grown, [row for row in unseen if row.domain != OTHER]).accuracy > 0.9
     with pytest.raises(RouterError, match="does not know law"):
         open_family_router(saved, [*known, RouteOption("law", "Contracts and clauses.")], OpenOptions(base))
+
+
+def test_a_router_takes_in_what_is_said_of_a_further_expert(described, options, base, saved):
+    law = RouteOption("law", "Contracts and clauses.", tuple(f"Is clause {i} of the contract void?" for i in range(5)))
+    for router in (described, load_router(saved, base)):
+        grown = router.with_expert(law)
+        assert grown.experts == (*SAID, "law")
+        assert grown.route("Is clause 77 of the contract void?").choice == "law"
+    again = described.with_expert(RouteOption("sql", "Tables.", ("Which tables are there?",)))
+    assert (again.experts, again.options[-1].description) == (("math", "code", "instruct", "sql"), "Tables.")
+
+
+def test_a_kind_that_must_be_trained_again_says_so():
+    class Fixed(Router):
+        experts = ("math",)
+
+        def scores(self, messages_batch):
+            return [{"math": 1.0} for _ in messages_batch]
+
+    assert Fixed().with_expert(RouteOption("math", "Sums.")).experts == ("math",)
+    with pytest.raises(RouterError, match=r"'law': a router of the kind Fixed must be trained again .*router train"):
+        Fixed().with_expert(RouteOption("law", "Contracts."))
 
 
 def test_training_starts_from_what_is_said_and_keeps_it(all_rows, encoder, options, unseen, base, tmp_path):

@@ -36,7 +36,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize, pad, softp
 
 from meswitch.cpu import fitting_threads
 from meswitch.jsonfile import json_kind
-from meswitch.router.base import OTHER, Messages, Router, RouterError, text_of
+from meswitch.router.base import OTHER, Messages, RouteOption, Router, RouterError, text_of
 from meswitch.router.calibrate import choose_threshold
 from meswitch.router.encoder import Encoder, TextEncoder
 
@@ -64,21 +64,6 @@ MOST_ROUTES = 1000
 MOST_EXAMPLES = 100  # of one route
 MOST_CHARACTERS = 4096  # of one text
 _KEPT = 32  # lists of routes
-
-
-@dataclass(frozen=True, slots=True)
-class RouteOption:
-    """One route to choose from.
-
-    Args:
-        name: what is answered.
-        description: what it is for, in a sentence or two.
-        examples: queries for it; five different ones do much.
-    """
-
-    name: str
-    description: str = ""
-    examples: tuple[str, ...] = ()
 
 
 def check_options(options: Sequence[RouteOption]) -> None:
@@ -513,6 +498,11 @@ class DescribedRouter(Router):
         x = self.space([text_of(messages) for messages in messages_batch], self.prototypes.layers)
         rows = self.prototypes.log_scores(self.prototypes.logits(x)).exp().tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in rows]
+
+    def with_expert(self, option: RouteOption) -> "DescribedRouter":
+        own = None if self.threshold == self.prototypes.threshold else self.threshold
+        options = [*(known for known in self.options if known.name != option.name), option]
+        return DescribedRouter(options, self.space, fallback=self.fallback, threshold=own)
 
     def nbytes(self) -> int:
         """Of the encoder and the routes in memory."""

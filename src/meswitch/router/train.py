@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 from meswitch.cpu import fitting_threads
-from meswitch.router.base import OTHER, RouterError
+from meswitch.router.base import OTHER, RouteOption, RouterError
 from meswitch.router.calibrate import auroc, calibration_error, choose_threshold, line, temperature
 from meswitch.router.data import Row, folds, in_lower_case, plain, without_labels
-from meswitch.router.described import MANY, Prior, RouteOption, Space, layers_of, says_enough
+from meswitch.router.described import MANY, Prior, Space, layers_of, says_enough
 from meswitch.router.embedding import (
     Bags,
     EmbeddingRouter,
