@@ -19,6 +19,7 @@ from meswitch.architecture import architecture_of
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError
+from meswitch.lazymodel import LazyModel
 from meswitch.loaded import alike, load_model
 from tests.support.models import TINY, edit_config
 
@@ -229,3 +230,13 @@ def test_a_model_that_is_not_stored_whole_is_not_filled_up_with_random_numbers(p
     checkpoint = Checkpoint.open(base)
     with pytest.raises(CheckpointError, match=rf"lacks {lost}.*random numbers"):
         load_model(checkpoint, architecture_of(checkpoint.config), torch.float32)
+
+
+def test_a_loaded_model_attends_without_plans_for_each_length(saved):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    checkpoint = Checkpoint.open(saved("llama")[0])
+    load_model(checkpoint, architecture_of(checkpoint.config), torch.float32)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    LazyModel.of(checkpoint, torch.device("cpu"), torch.float32)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -11,7 +11,7 @@ import meswitch
 from meswitch import Engine
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError, IncompatibleError
-from meswitch.quantised import quantise
+from meswitch.quantised import quantise, scales_rows
 from meswitch.router.encoder import Encoder
 from meswitch.router.llm import open_llm
 from meswitch.vllm.base import Base
@@ -273,6 +273,79 @@ def test_a_group_of_layers_that_says_nonsense_fits_nothing(tmp_path, weights):
         stored(tmp_path, tensors, [weights], "int-quantized")
     found = stored(tmp_path, tensors, [weights, BLOCKS], "int-quantized")
     assert found["a.weight"].isfinite().all()
+
+
+TENSOR = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+
+
+def by_row(directory, tensors, weights, stored_as="pack-quantized"):
+    stored(directory, tensors, weights, stored_as)
+    (info,) = Checkpoint.open(directory).tensors.values()
+    found = info.by_row()
+    assert info.scales_rows == (found is not None)
+    return found
+
+
+def test_codes_with_a_scale_a_row_are_given_as_they_are(tmp_path):
+    codes, scale = numbers(6, 23, 8), positive(6, 1)
+    whole = {"a.weight_packed": packed(codes, 8), "a.weight_shape": torch.tensor([6, 23]), "a.weight_scale": scale}
+    for tensors, kind in (({"a.weight": codes, "a.weight_scale": scale}, "int-quantized"), (whole, "pack-quantized")):
+        found, scales = by_row(tmp_path, tensors, [ROWS], kind)
+        assert torch.equal(found, codes)
+        assert torch.equal(scales, scale[:, 0])
+    narrow = whole | {"a.weight_packed": packed(numbers(6, 23), 4)}
+    found, scales = by_row(tmp_path, narrow, [ROWS | {"num_bits": 4}])
+    assert torch.equal(found, numbers(6, 23))
+    assert torch.equal(scales, scale[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_of_a_matrix_is_that_of_each_row(tmp_path, shape):
+    codes = (torch.randn(6, 23) * 50).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": codes, "a.weight_scale": torch.full(shape, 0.25)}
+    found, scales = by_row(tmp_path, tensors, [TENSOR], "float-quantized")
+    assert torch.equal(found.view(torch.int8), codes.view(torch.int8))
+    assert torch.equal(scales, torch.full((6,), 0.25))
+
+
+def test_codes_that_more_than_a_scale_a_row_makes_weights_of_are_not_given(tmp_path):
+    codes = numbers(6, 24)
+    groups = {
+        "a.weight_packed": packed(codes, 4),
+        "a.weight_shape": torch.tensor([6, 24]),
+        "a.weight_scale": positive(6, 3),
+    }
+    assert by_row(tmp_path, groups, [GROUPS]) is None
+    zeros = {"a.weight": codes, "a.weight_scale": positive(6, 1), "a.weight_zero_point": numbers(6, 1)}
+    assert by_row(tmp_path, zeros, [ROWS | {"symmetric": False}], "int-quantized") is None
+
+
+def test_codes_that_are_no_numbers_are_not_given(tmp_path):
+    codes = torch.ones(6, 24).to(torch.float8_e4m3fn)
+    codes[3, 5] = torch.nan
+    stored(tmp_path, {"a.weight": codes, "a.weight_scale": torch.ones(1)}, [TENSOR], "float-quantized")
+    assert Checkpoint.open(tmp_path).tensors["a.weight"].by_row() is None
+
+
+def test_what_a_configuration_says_of_a_layers_scales():
+    def config(*weights, targets=("Linear",), **more):
+        groups = {str(i): {"targets": list(targets), "weights": each} for i, each in enumerate(weights)}
+        return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, **more}
+
+    def scaled(found, module="a", width=24):
+        return scales_rows(found, module, (6, width))
+
+    assert scaled(config(ROWS), "model.layers.0.mlp.up_proj")
+    assert scaled(config(TENSOR))
+    assert not scaled(config(GROUPS))
+    assert scaled(config(GROUPS), width=8)  # one group
+    assert not scaled(config(ROWS | {"symmetric": False}))
+    assert not scaled(config(ROWS, TENSOR))  # which of them it is, only the weights tell
+    assert not scaled(config(ROWS, ignore=["a"]))
+    assert not scaled(config(ROWS, ignore=["re:.*up_proj"]), "mlp.up_proj")
+    assert scaled(config(ROWS, targets=["re:.*up_proj"]), "mlp.up_proj")
+    assert not scaled(config(ROWS, targets=["re:.*up_proj"]), "mlp.down_proj")
+    assert not scaled(config(ROWS, quant_method="gptq"))
 
 
 def test_weights_beside_scales_are_not_codes(tmp_path):

@@ -122,7 +122,7 @@ def clients(found: Data) -> str:
 def on_gpu(found: Data) -> str:
     """Tokens a second and milliseconds a step, beside what the memory allows; then where a step's time goes."""
     head = ["", "graphs", "requests", "experts", "tokens/s", "ms a step", "floor, ms", "first time, s", "later, s"]
-    table, parts, prompts = [], [], []
+    table, parts, prompts, starts = list[list[str]](), list[str](), list[str](), list[Data]()
     for row in found["rows"]:
         graphs = {True: "yes", False: "no", None: "-"}[row.get("graphs")]
         what = [row["model"] if row["engine"] == "embedded" else row["engine"], graphs]
@@ -136,6 +136,8 @@ def on_gpu(found: Data) -> str:
                 f"- {what[0]}: the first token of a prompt of {row['prompt']} tokens comes after {row['ttft_ms']} ms, "
                 f"the first time after {row['ttft_first_ms']:.0f} ms."
             )
+        elif "lengths" in row:
+            starts.append(row)
         else:
             numbers = (
                 row["tokens_per_s"],
@@ -145,6 +147,17 @@ def on_gpu(found: Data) -> str:
                 row["seconds"],
             )
             table.append([*what, *asked, *map(str, numbers)])
+    if starts:
+        late = sorted(starts, key=lambda row: row["first_s"] / row["seconds"])[-3:]
+        told = ", ".join(
+            f"{row['first_s'] / row['seconds']:.2f} ({row['requests']} requests, {row['experts'] or 'no'} experts)"
+            for row in reversed(late)
+        )
+        prompts.append(
+            f"- The first time of a kind took at most {told} of the later times' seconds, in {len(starts)} kinds of "
+            f"up to {max(row['requests'] for row in starts)} requests of {max(row['experts'] for row in starts)} "
+            "experts, whose prompts have many lengths."
+        )
     meta = found["meta"]
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     under = (

@@ -6,8 +6,9 @@
 A base of Mistral-7B's shapes with random weights, and one fine-tune of it, compressed by the default without text and
 served under several names: what a step costs does not depend on the numbers. Prompts are 24 tokens, answers 48. A
 step's milliseconds are those of one token more: the time of 48 tokens less that of 8, over 40. `first_s` is the first
-request of a kind after the engine says that it is ready, `seconds` the later ones. Peers, in the same run: the base by
-transformers' `generate` and by its continuous batching; with `--vllm`, base and experts by vLLM with meswitch, in a
+request of a kind after the engine says that it is ready, `seconds` the later ones; rows with `lengths` are of prompts
+of many lengths, up to 64 requests of 16 experts, where nothing but that is measured. Peers, in the same run: the base
+by transformers' `generate` and by its continuous batching; with `--vllm`, base and experts by vLLM with meswitch, in a
 process beside, which starts while the engine does and is measured after it. The floor is reading what a step must
 read, the base's matrices once and the deltas of its experts once, at the measured bandwidth of a copy.
 """
@@ -37,9 +38,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmark
 from benchmarks.common import synthetic
 from meswitch import Engine
 
-NAMES = [f"e{number}" for number in range(8)]
+NAMES = [f"e{number}" for number in range(16)]
 PROMPT, SHORT, LONG = 24, 8, 48
 KINDS = ((1, 1), (1, 0), (8, 4), (32, 8), (32, 0), (64, 8), (128, 8))  # requests, experts; 0 is the base
+STARTS = [
+    (requests, experts) for requests in (1, 2, 5, 8, 20, 32, 64) for experts in (0, 1, 4, 16) if experts <= requests
+]
+FEW = 16  # new tokens
 Row = dict[str, Any]
 
 
@@ -149,6 +154,11 @@ def embedded(
     if beside:
         report["meta"]["vllm_ready_s"] = beside.ready()
     with engine:
+        for requests, experts_asked in STARTS:
+            keep(
+                {"engine": "embedded", "requests": requests, "experts": experts_asked, "new_tokens": FEW}
+                | first_and_later(engine, requests, NAMES[:experts_asked] or ["base"])
+            )
         for requests, experts_asked in KINDS:
             names = NAMES[:experts_asked] or ["base"]
             row = measured(lambda new, r=requests, n=names: ask(engine, r, n, new), requests)
@@ -188,6 +198,23 @@ def ask(engine: Engine, requests: int, names: list[str], new: int) -> int:
     models = [names[number % len(names)] for number in range(requests)]
     answers = engine.generate(prompts, model=models, max_new_tokens=new)
     return sum(len(answer.tokens) for answer in answers)
+
+
+def first_and_later(engine: Engine, requests: int, names: list[str]) -> Row:
+    """Seconds of the first time and of later ones, for prompts of many lengths that no cache knows."""
+    lengths = [20 + 61 * number % 180 for number in range(requests)]
+    took = []
+    for time_of in range(4):
+        draw = torch.Generator().manual_seed(1000 * requests + 10 * len(names) + time_of)
+        prompts = [torch.randint(5, 1000, (length,), generator=draw).tolist() for length in lengths]
+        models = [names[number % len(names)] for number in range(requests)]
+        took.append(timed(lambda p=prompts, m=models: engine.generate(p, model=m, max_new_tokens=FEW)))
+    first, *later = took
+    return {
+        "lengths": f"{min(lengths)}-{max(lengths)}",
+        "first_s": round(first, 3),
+        "seconds": round(sorted(later)[1], 3),
+    }
 
 
 def measured(run: Callable[[int], Any], requests: int) -> Row:
@@ -294,13 +321,14 @@ def vllm(work: Path) -> None:
         attention_backend=os.environ.get("ATTENTION_BACKEND"),
         compilation_config={"cudagraph_capture_sizes": [1, 8, 32, 64]},  # meswitch's kernels for decoding take 64
         enable_lora=True,
-        max_loras=len(NAMES),
+        max_loras=max(experts for _, experts in KINDS),
         max_cpu_loras=16,
         max_lora_rank=8,
         worker_cls="meswitch.vllm.DeltaWorker",
         additional_config={"meswitch": settings},
     )
-    experts = {name: LoRARequest(name, number, artifact) for number, name in enumerate(NAMES, start=1)}
+    loaded = NAMES[: max(experts for _, experts in KINDS)]
+    experts = {name: LoRARequest(name, number, artifact) for number, name in enumerate(loaded, start=1)}
 
     def ask(requests: int, names: list[str], new: int) -> int:
         done = engine.generate(
@@ -311,7 +339,7 @@ def vllm(work: Path) -> None:
         )
         return sum(len(answer.outputs[0].token_ids) for answer in done)
 
-    ask(len(NAMES), NAMES, 2)  # loads them
+    ask(len(loaded), loaded, 2)  # loads them
     print(json.dumps({"ready_s": round(time.perf_counter() - started, 1)}), flush=True)
     sys.stdin.readline()
     for requests, experts_asked in KINDS:

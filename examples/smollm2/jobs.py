@@ -28,6 +28,7 @@ import methods
 import score
 from meswitch.durable import write_text
 from meswitch.evaluate import answer
+from meswitch.lazymodel import attend_at_any_length
 from tasks import TASKS, Row, read_rows, spread, write_calibration
 from train import Recipe, train
 
@@ -88,6 +89,7 @@ def start(devices: "Queue[str] | MultiprocessingQueue[str]", threads: int) -> No
         torch.cuda.set_device(place)
     _device = place.type
     torch.set_num_threads(threads)
+    attend_at_any_length()  # training and answers are of transformers alone
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -345,6 +345,8 @@ def _base_beside(engine: "Engine") -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModel
 
+    from meswitch.engine.coded import share_codes
+
     config = copy.deepcopy(engine.model.config)
     prefix = f"{engine.model.base_model_prefix}."
     weights = {
@@ -355,5 +357,6 @@ def _base_beside(engine: "Engine") -> Any:
     device = next(iter(weights.values())).device
     with init_empty_weights(include_buffers=False), torch.device(device):
         model = AutoModel.from_config(config, attn_implementation="sdpa")
+    share_codes(engine.model, model, prefix)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

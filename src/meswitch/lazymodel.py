@@ -39,6 +39,7 @@ class LazyModel:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        attend_at_any_length()
         self.source, self.device, self.dtype = source, device, dtype
         self._read = read
         self.architecture = architecture_of(config)
@@ -101,6 +102,10 @@ class LazyModel:
                     loaded = self._set(module, name, loaded, made[target], f"{prefix}{name}")
         return module
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which a parameter is kept: the model's, or float32 where its class says so."""
+        return torch.float32 if any(re.search(pattern, name) for pattern in self._float32) else self.dtype
+
     def _source(self, name: str) -> str | None:
         """The parameter that is stored for this one: itself, or one that it is tied to."""
         given = self.plan.by_target
@@ -124,11 +129,19 @@ class LazyModel:
     def _parameter(self, value: Tensor, name: str) -> nn.Parameter:
         value = value.to(self.device)  # moved in its own dtype: half the bytes, and the device converts faster
         if value.is_floating_point():
-            exact = any(re.search(pattern, name) for pattern in self._float32)
-            value = value.to(torch.float32 if exact else self.dtype)
+            value = value.to(self.dtype_of(name))
         if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
             value = value.contiguous().clone()  # alone in its memory: `inputs.Observer` knows it by that
         return nn.Parameter(value, requires_grad=False)
+
+
+def attend_at_any_length() -> None:
+    """Let torch attend by kernels that take all shapes, in this process.
+
+    Its first choice on some GPUs is cuDNN's, which makes a plan for each new shape of queries and keys: 0.1 to 0.4 s on
+    an H200. Texts have all lengths, so most prompts of a server and batches of a training would wait for one.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def drop(modules: Iterable[nn.Module]) -> None:

@@ -19,7 +19,7 @@ from meswitch.architecture import WRAPPERS, Architecture, Conversion, LoadPlan, 
 from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import without_quantisation
 from meswitch.errors import CheckpointError, listed
-from meswitch.lazymodel import LazyModel
+from meswitch.lazymodel import LazyModel, attend_at_any_length
 from meswitch.tensorfile import BuiltTensor, TensorInfo
 
 _PREFIX_PARTS = 3  # parts of a name that may stand before all names
@@ -133,21 +133,30 @@ def _names(checkpoint: Checkpoint, architecture: Architecture) -> tuple[dict[str
     )
 
 
-def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, **options: Any) -> Any:
+def load_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    dtype: Any,
+    *,
+    prepare: Callable[[LazyModel, Checkpoint], None] | None = None,
+    **options: Any,
+) -> Any:
     """A checkpoint's model, loaded by transformers.
 
     Args:
         architecture: the checkpoint's, or that of its language model alone.
         dtype: as `from_pretrained` takes it.
+        prepare: as of `dequantised`, for a quantised checkpoint only.
         options: for `from_pretrained` too.
 
     Raises:
         CheckpointError: a parameter is not stored: transformers would fill it with random numbers.
     """
     if checkpoint.is_quantised:
-        return dequantised(checkpoint, architecture, dtype, **options)
+        return dequantised(checkpoint, architecture, dtype, prepare=prepare, **options)
     import transformers
 
+    attend_at_any_length()
     model, found = architecture.model_class.from_pretrained(
         checkpoint.directory,
         config=copy.deepcopy(architecture.config),
@@ -165,7 +174,12 @@ def load_model(checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *
 
 
 def dequantised(
-    checkpoint: Checkpoint, architecture: Architecture, dtype: Any, *, attn_implementation: str | None = None
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    dtype: Any,
+    *,
+    attn_implementation: str | None = None,
+    prepare: Callable[[LazyModel, Checkpoint], None] | None = None,
 ) -> Any:
     """The model of a quantised checkpoint, with the weights that its codes stand for. It is no longer quantised.
 
@@ -174,6 +188,8 @@ def dequantised(
         architecture: of all of it, of its language model, or of its first layers.
         dtype: as `from_pretrained` takes it.
         attn_implementation: likewise.
+        prepare: is given the model before its weights are read, and the checkpoint under the names that it loads; a
+            module that is put in another's place there is left as it is.
 
     Raises:
         CheckpointError: they are not read.
@@ -191,6 +207,8 @@ def dequantised(
         torch.device("cpu"),
         kept if dtype == "auto" else dtype,
     )
+    if prepare is not None:
+        prepare(weights, loaded)
     model = weights.load().requires_grad_(True)  # as `from_pretrained` gives it
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)

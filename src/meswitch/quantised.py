@@ -11,11 +11,12 @@ import contextlib
 import functools
 import json
 import math
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from meswitch.errors import CheckpointError, ConfigError, listed
 from meswitch.jsonfile import read_json
 from meswitch.progress import Progress, silent
 from meswitch.tensorfile import BuiltTensor, Shards, TensorInfo
+
+if TYPE_CHECKING:
+    from meswitch.architecture import LoadPlan
 
 METHOD = "compressed-tensors"
 # What `quantise` writes: format, bits, kind of number. Weights only: activations stay in 16 bit.
@@ -97,7 +101,8 @@ def as_weights(directory: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, 
             matrix = _matrix(f"{directory}: {owner}", parts, layouts)
             make = functools.partial(matrix.weights, dtype)
             nbytes = math.prod(matrix.shape) * dtype.itemsize
-            found[f"{owner}.weight"] = BuiltTensor(f"{owner}.weight", dtype, matrix.shape, info.file, 0, nbytes, make)
+            name = f"{owner}.weight"
+            found[name] = QuantisedTensor(name, dtype, matrix.shape, info.file, 0, nbytes, make, matrix)
         elif leaf.startswith("weight_") and leaf not in _PARTS:
             raise CheckpointError(f"{info.file}: {name}: a part of quantised weights that is not known; {_GIVE}")
         elif leaf not in _PARTS and not leaf.endswith(("_scale", "_zero_point")):
@@ -244,15 +249,17 @@ class _Matrix:
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """[rows, in_features]."""
-        if "weight" in self.parts:
-            codes = self.parts["weight"].read()
-        else:
-            codes = _unpacked(self.parts["weight_packed"].read(), self.layout.bits, self.width)
         groups, zero = self._groups(), self._zero_points()
-        codes = codes.float()
+        codes = self._codes().float()
         if zero is not None:
             codes.sub_(self._spread(zero, groups))
         return codes.mul_(self._spread(self.parts["weight_scale"].read().float(), groups)).to(dtype)
+
+    def _codes(self) -> Tensor:
+        """[rows, in_features] int8 or float8_e4m3fn."""
+        if "weight" in self.parts:
+            return self.parts["weight"].read()
+        return _unpacked(self.parts["weight_packed"].read(), self.layout.bits, self.width)
 
     def _groups(self) -> Tensor:
         """[in_features], which scale of its row a channel has. Groups need not lie in the order of the channels."""
@@ -287,9 +294,51 @@ class _Matrix:
         values = values.repeat_interleave(high, 0)[: self.rows] if len(values) > 1 and high > 1 else values
         return values if values.shape[1] == 1 else values[:, groups]
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether one scale a row makes weights of its codes."""
+        return self.layout.grid(*self.shape)[1] == 1 and "weight_zero_point" not in self.parts
+
+    def by_row(self) -> tuple[Tensor, Tensor] | None:
+        """As `QuantisedTensor.by_row`."""
+        if not self.scales_rows:
+            return None
+        codes = self._codes()
+        if codes.is_floating_point() and bool((codes.view(torch.int8) & 0x7F == 0x7F).any()):
+            return None
+        scale = self._spread(self.parts["weight_scale"].read().float(), torch.zeros(0)).expand(self.rows, 1)
+        return codes.contiguous(), scale[:, 0].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedTensor(BuiltTensor):
+    """A matrix of a quantised checkpoint, which is read as weights.
+
+    Args:
+        matrix: its stored parts.
+    """
+
+    matrix: _Matrix
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether one scale a row makes weights of its codes."""
+        return self.matrix.scales_rows
+
+    def by_row(self) -> tuple[Tensor, Tensor] | None:
+        """Its codes, where one scale a row makes weights of them.
+
+        Returns:
+            [rows, in_features] int8 or float8_e4m3fn, [rows] float32. None for groups of channels or zero points, and
+            for codes that are NaN.
+        """
+        return self.matrix.by_row()
+
 
 def _unpacked(packed: Tensor, bits: int, width: int) -> Tensor:
     """int32 words of `32 // bits` codes, lowest first -> [rows, width] int8, codes less the middle of their range."""
+    if bits == 8:  # a byte each; no detour over numbers of 64 bits
+        return (packed.contiguous().view(torch.uint8)[:, :width] ^ 0x80).view(torch.int8)
     shifts = torch.arange(32 // bits) * bits
     codes = (packed[:, :, None].long() >> shifts) & (2**bits - 1)
     return (codes.view(len(packed), -1)[:, :width] - 2 ** (bits - 1)).to(torch.int8)
@@ -319,14 +368,8 @@ def quantise(base: str | Path, out: str | Path, kind: str, progress: Progress = 
     if source.is_quantised:
         raise CheckpointError(f"{source.directory}: is quantised already; give the checkpoint in 16 bit")
     source = source.loaded
-    architecture = architecture_of(source.config)
-    layers = {path: module for path, module in architecture.model.named_modules() if type(module) is nn.Linear}
-    head = architecture.model.get_output_embeddings()
-    chosen: dict[str, str] = {}  # stored name -> module
-    for rule in source.load_plan.conversions:
-        owner = rule.targets[0].removesuffix(".weight")
-        if rule.renames and owner in layers and layers[owner] is not head and rule.sources[0].endswith(".weight"):
-            chosen[rule.sources[0]] = owner
+    model = architecture_of(source.config).model
+    chosen = linear_layers(model, source.load_plan)
     if not chosen:
         raise CheckpointError(f"{source.directory}: has no linear layers that can be quantised")
     group = _group_size([source.tensors[name].shape[1] for name in chosen]) if kind == "int4" else None
@@ -342,10 +385,48 @@ def quantise(base: str | Path, out: str | Path, kind: str, progress: Progress = 
         shards.finish()
         for file in source.companions():
             shutil.copyfile(file, partial / file.name)
-        ignored = sorted(path for path in layers if path not in chosen.values())
+        layers = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+        ignored = sorted({*layers} - {*chosen.values()})
         config = read_json(partial / "config.json") | {"quantization_config": _configured(kind, group, ignored)}
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     return out
+
+
+def linear_layers(model: Any, plan: "LoadPlan") -> dict[str, str]:
+    """The linear layers whose weights are stored one by one, without the head: stored name -> the module's."""
+    layers = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    head, found = model.get_output_embeddings(), dict[str, str]()
+    for rule in plan.conversions:
+        owner = rule.targets[0].removesuffix(".weight")
+        if rule.renames and owner in layers and layers[owner] is not head and rule.sources[0].endswith(".weight"):
+            found[rule.sources[0]] = owner
+    return found
+
+
+def scales_rows(config: Mapping[str, Any], module: str, shape: tuple[int, ...]) -> bool:
+    """Whether the codes of a linear layer have one scale a row, as far as a configuration says it.
+
+    Args:
+        config: as `quantisation` gives it.
+        module: the layer's name.
+        shape: [rows, in_features] of its weight.
+    """
+
+    def named(patterns: Any) -> bool:
+        names = [name for name in patterns if isinstance(name, str)] if isinstance(patterns, list) else []
+        return any(re.match(name[3:], module) if name.startswith("re:") else name == module for name in names)
+
+    groups = config.get("config_groups")
+    if unread_reason(config) is not None or named(config.get("ignore")) or not isinstance(groups, Mapping):
+        return False
+    mine = [each for each in groups.values() if isinstance(each, Mapping) and _is_target(each, named)]
+    layouts = _layouts({"config_groups": dict(enumerate(mine))})
+    return len(mine) == len(layouts) == 1 and layouts[0].grid(*shape)[1] == 1 and layouts[0].is_symmetric
+
+
+def _is_target(group: Mapping[str, Any], named: Callable[[Any], bool]) -> bool:
+    targets = group.get("targets")
+    return isinstance(targets, list) and ("Linear" in targets or named(targets))
 
 
 def _group_size(widths: Sequence[int]) -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from meswitch.checkpoint import Checkpoint
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples/mistral-7b/configs"
 
@@ -54,12 +56,28 @@ def test_added_tokens_cost_their_rows_twice(cli):
     assert found["bytes"]["by_content"]["added rows"] == 2 * 2 * 4096 * 2  # tokens, matrices, hidden size, bf16
 
 
-def test_a_quantised_base_is_planned_as_the_weights_that_are_read(cli, family, tmp_path):
+def test_an_expert_of_a_quantised_base_is_planned_as_over_the_weights_that_are_read(cli, family, tmp_path):
     cli.ok("quantize", "--base", family / "base", "--to", "int4", "--out", tmp_path / "int4")
     plain = cli.json("plan", "--base", family / "base")
     for base in (tmp_path / "int4", tmp_path / "int4/config.json"):
-        found = cli.json("plan", "--base", base)
-        assert (found["bytes"], found["memory"]) == (plain["bytes"], plain["memory"])
+        assert cli.json("plan", "--base", base)["bytes"] == plain["bytes"]
+        assert cli.json("plan", "--base", base, "--backend", "cpu")["memory"]["base"] == plain["memory"]["base"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_a_quantised_base_is_planned_as_the_engine_holds_it_on_a_gpu(cli, family, tmp_path, kind):
+    """Of 4 bits a group is 128 channels, which is a row of most of these layers."""
+    cli.ok("quantize", "--base", family / "base", "--to", kind, "--out", tmp_path / kind)
+    plain = cli.json("plan", "--base", family / "base")["memory"]
+    tensors = Checkpoint.open(family / "base").tensors
+    shapes = [info.shape for name, info in tensors.items() if name.endswith("_proj.weight")]
+    held = [(rows, width) for rows, width in shapes if kind != "int4" or width == 128]
+    for base in (tmp_path / kind, tmp_path / kind / "config.json"):
+        found = cli.json("plan", "--base", base)["memory"]
+        assert found["base"] == plain["base"] - sum(rows * width - 4 * rows for rows, width in held)
+        assert found["scratch"] == 2 * max(rows * width for rows, width in held)
+        assert found["compressed"] == found["base"] + found["scratch"] + found["slot"] + found["kv_cache"]
+        assert "to restore layers in 8 bits" in cli.ok("plan", "--base", base).stdout
 
 
 def test_options_change_the_plan_as_they_change_the_artifact(cli):

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from meswitch.engine.context import StepContext
-from meswitch.engine.layers import Seen, SwitchableNorm, scales_row_by_row
+from meswitch.engine.layers import Seen, SwitchableNorm, rms_epsilon, scales_row_by_row
 from meswitch.errors import MeswitchError
 
 WIDTH = 16
@@ -74,3 +75,46 @@ def test_another_number_of_rows_than_the_step_has_is_refused_before_anything_is_
     layer = SwitchableNorm(norm, "model.norm", switch({}), seen, parameter="weight", stored="n.weight")
     with pytest.raises(MeswitchError, match=r"model\.norm: 4 rows in a step of 9"):
         layer(torch.randn(1, 4, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("norm", "epsilon"),
+    [
+        (LlamaRMSNorm(WIDTH, eps=1e-5), 1e-5),
+        (LlamaRMSNorm(WIDTH, eps=1e-6), 1e-6),
+        (GemmaRMSNorm(WIDTH), None),  # multiplies by 1 + weight
+        (nn.LayerNorm(WIDTH, bias=False), None),
+    ],
+)
+def test_a_norm_that_torch_computes_in_one_kernel_is_known_by_what_it_gives(norm, epsilon, dtype):
+    assert rms_epsilon(norm.to(dtype), "weight", dtype) == epsilon
+
+
+def test_a_norm_that_rounds_after_its_weight_is_another_one():
+    assert rms_epsilon(Olmo2RMSNorm(512), "weight", torch.float32) == 1e-6
+    assert rms_epsilon(Olmo2RMSNorm(512).bfloat16(), "weight", torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("shape", [(1, sum(LENGTHS), 512), (1, sum(LENGTHS), 3, 512)])
+def test_rows_from_a_table_are_what_each_expert_s_norm_gives(shape):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(512).bfloat16()
+    owners = torch.randint(3, (shape[1],))
+    own = torch.randn(3, 512).bfloat16()
+    table = SimpleNamespace(values=own)
+    context = SimpleNamespace(alone=None, merged=None, table=lambda name: table)
+    seen = Seen("tokens", (1,), (1,), (shape, torch.bfloat16))
+    layer = SwitchableNorm(norm, "n", context, seen, parameter="weight", stored="n.weight")
+    layer.owners = lambda rows: SimpleNamespace(in_tables=True, slots=owners)
+    x = torch.randn(shape).bfloat16()
+    with torch.no_grad():
+        found = layer(x)
+        wanted = torch.stack(
+            [
+                torch.func.functional_call(norm, {"weight": own[slot]}, (row,))
+                for slot, row in zip(owners, x[0], strict=True)
+            ]
+        )[None]
+    torch.testing.assert_close(found, wanted, rtol=0.01, atol=0)
+    assert (found == wanted).float().mean() > 0.99

@@ -67,6 +67,10 @@ def test_requests_of_all_kinds_come_cancel_and_fail(case, pair, tmp_path, monkey
     draw = random.Random(0)
     options = {"device": "cpu", "dtype": "float16", "op_backend": "triton"} | CASES[case]
     with Engine(base, experts, **options) as engine:
+        slots, graphs = CASES[case]["slots"], engine._batch.static_graphs
+        assert {count for size, count in graphs if 3 < size <= 64} == {0, 1, 2, 3} - set(range(slots + 1, 4))
+        assert {count for size, count in graphs if size > 64} == {slots}
+        assert [size for size, _ in graphs] == sorted((size for size, _ in graphs), reverse=True)
         engine.model.register_forward_pre_hook(refuse, with_kwargs=True)
         before, asked = engine._batch.table_steps, []
         for prompt, params in requests_of(draw):

@@ -15,6 +15,7 @@ from meswitch.ops.layout import Variant
 from meswitch.ops.triton.ahead import (
     Compilation,
     decode_jobs,
+    dequantise_job,
     embedding_job,
     fused_jobs,
     launched,
@@ -23,6 +24,7 @@ from meswitch.ops.triton.ahead import (
 )
 
 TYPES = {
+    torch.int8: "*i8",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -39,6 +41,11 @@ def jobs() -> list[Compilation]:
     found = [
         *fused_jobs(6144, 4096, two, bf16, True, [(32, 16, 16), (32, 7, 4)]),
         *fused_jobs(200, 1100, odd, fp16, False, [(8, 2, 2)]),
+        *fused_jobs(6144, 4096, two, bf16, True, [(32, 16, 16)], torch.int8),
+        *fused_jobs(200, 1100, odd, fp16, False, [(8, 2, 2)], torch.float8_e4m3fn),
+        *fused_jobs(4096, 14336, Variant(0, False, 0, 0), bf16, False, [(8, 0, 1)], torch.float8_e4m3fn),
+        dequantise_job(4096, 14336, bf16, torch.int8),
+        dequantise_job(201, 1100, fp16, torch.float8_e4m3fn),
         *decode_jobs(4096, 4096, two, bf16, 1),
         embedding_job(32000, 4096, two, bf16, True),
         product_job(4096, 4096, two, bf16, True),
@@ -59,6 +66,9 @@ def compile_for(job: Compilation, capability: int) -> str:
     signature = {name: "constexpr" if name in constants else "i32" for name in names}
     aligned = {}
     for place, argument in enumerate(arguments):
+        if argument is None:
+            signature[names[place]], constants[names[place]] = "constexpr", None
+            continue
         if isinstance(argument, torch.dtype):
             signature[names[place]] = TYPES[argument]
         elif not isinstance(argument, int):

@@ -145,8 +145,10 @@ def test_the_operator_is_registered_with_its_schema_and_fake_kernel():
     x, weight = inputs(3, layer, torch.bfloat16)
     r, v = Routing.build([0, 1, -1], DEVICE), layer.variant
     places = layer.arena, layer.table, layer.arrived, r.slots, r.starts, r.order, r.piece, r.likely
-    args = (x, weight, None, *places, v.two, v.one, v.group, v.salient, "reference")
+    args = (x, weight, None, None, *places, v.two, v.one, v.group, v.salient, "reference")
     torch.library.opcheck(torch.ops.meswitch.fused_linear.default, args)
+    codes = torch.ones(24, 256, dtype=torch.int8, device=DEVICE), torch.ones(24, device=DEVICE)
+    torch.library.opcheck(torch.ops.meswitch.fused_linear.default, (x, *codes, *args[3:]))
 
 
 @pytest.mark.parametrize("likely", [1, 2, 3])

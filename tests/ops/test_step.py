@@ -5,7 +5,7 @@ import torch
 
 from meswitch.errors import ConfigError
 from meswitch.ops import SlotLinear, expert_linear
-from meswitch.ops.step import Side, part
+from meswitch.ops.step import Side, counted, expert_counts, part
 from tests.support.deltas import expected, random_delta
 
 
@@ -73,6 +73,25 @@ def test_graphs_for_each_number_of_experts_have_pieces_for_just_as_many():
         counts.append((routing.slots.numel(), routing.likely))
         assert (routing.slots >= 0).sum() == max(experts, 4)
     assert counts == [(4, 4), (7, 4), (18, 16)]
+
+
+@pytest.mark.parametrize(("slots", "counts"), [(0, []), (1, [1]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
+def test_a_step_of_any_number_of_experts_has_a_graph_of_as_many_or_more(slots, counts):
+    assert expert_counts(slots) == counts
+    assert counted(0, slots) == 0
+    for experts in range(1, slots + 1):
+        assert counted(experts, slots) == min(count for count in counts if count >= experts)
+
+
+def test_a_step_can_be_computed_as_if_it_had_more_experts():
+    side = Side(64, 16, torch.device("cpu"), specialized=True)
+    side.least_experts = 5
+    side.fill([0, 1, -1])
+    few = side.routing(32)
+    assert (few.slots.numel(), few.likely) == (11, 8)
+    assert sorted(few.slots[few.slots >= 0].tolist()) == [0, 1]
+    side.fill([-1] * 3)
+    assert side.routing(32) is None
 
 
 def test_part_of_a_step_and_a_step_too_long():

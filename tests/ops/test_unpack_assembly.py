@@ -5,8 +5,9 @@ import re
 import struct
 
 import pytest
+import torch
 
-from meswitch.ops.triton.unpack import merge_asm, restore_asm, unpack_asm
+from meswitch.ops.triton.unpack import byte_asm, merge_asm, restore_asm, unpack_asm
 
 
 def halves(word, dtype):
@@ -49,6 +50,10 @@ def execute(asm, words, outputs, dtype):
         elif instruction == "shf.r.wrap.b32":
             assert a == b  # a rotation
             registers[out] = (a >> rest[0] | a << 32 - rest[0]) & 0xFFFFFFFF
+        elif instruction == "and.b32":
+            registers[out] = a & b
+        elif instruction == "xor.b32":
+            registers[out] = a ^ b
         elif instruction == "shr.u32":
             registers[out] = a >> b
         elif instruction == "lop3.b32":
@@ -92,6 +97,18 @@ def test_restoring_adds_four_codes_levels_times_one_scale():
         for place, pair in enumerate(weights):
             levels = [2 * (word >> (2 * (4 * step + place)) & 3) - 3 for word in words]
             assert results[f"${place}"] == [pair[i] + levels[i] * scales[i] for i in (0, 1)]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("is_float", [False, True])
+def test_every_byte_becomes_the_number_that_it_is(is_float, dtype):
+    for first in range(0, 256, 4):
+        whole = torch.arange(first, first + 4, dtype=torch.uint8)
+        wanted = whole.view(torch.float8_e4m3fn if is_float else torch.int8).double().tolist()
+        results = execute(byte_asm(is_float, dtype), [int.from_bytes(bytes(whole.tolist()), "little")], 2, dtype)
+        found = [*results["$0"], *results["$1"]]
+        pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b == b]  # NaN is never held as a code
+        assert [a for a, _ in pairs] == [b for _, b in pairs]
 
 
 def bf16(values):

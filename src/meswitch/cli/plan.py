@@ -115,7 +115,7 @@ def plan_report(
     import torch
 
     from meswitch.artifact import account
-    from meswitch.compression.plan import Memory, kv_bytes, predict, widest_dtype
+    from meswitch.compression.plan import Memory, held_bytes, kv_bytes, predict, widest_dtype
     from meswitch.ops import uses_kernels
     from meswitch.slots.layout import Layout
 
@@ -125,7 +125,8 @@ def plan_report(
     slot = Layout.of(planned, kernel=kernel).nbytes
     kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
     full = manifest.expert.bytes
-    memory = Memory(base.nbytes, slot, full, kv, experts, limit)
+    held, scratch = held_bytes(base) if kernel else (base.nbytes, 0)
+    memory = Memory(held, slot, full, kv, experts, limit, scratch)
     return {
         "expert": dataclasses.asdict(manifest.expert),
         "base": {"name": manifest.base.name, "bytes": base.nbytes, "vocab_size": manifest.base.vocab_size},
@@ -159,6 +160,7 @@ def _memory(memory: "Memory", kv_tokens: int) -> dict[str, int | None]:
     return {
         "experts": memory.experts,
         "base": memory.base,
+        "scratch": memory.scratch,
         "slot": memory.slot,
         "kv_tokens": kv_tokens,
         "kv_cache": memory.kv,
@@ -236,14 +238,15 @@ def _group(role: str) -> str:
 
 def _memory_table(memory: dict[str, Any]) -> Any:
     rows = {
-        "base": format_bytes(memory["base"]),
+        "base": format_bytes(memory["base"])
+        + (f", {format_bytes(memory['scratch'])} to restore layers in 8 bits" if memory["scratch"] else ""),
         "a slot": format_bytes(memory["slot"]),
         "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
         f"base + {_count(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
         f"{format_bytes(memory['full_models'])}, {memory['full_models'] / memory['compressed']:.2f}x",
     }
     if memory["limit"] is not None:
-        room = memory["limit"] >= memory["base"] + memory["kv_cache"]
+        room = memory["limit"] >= memory["base"] + memory["scratch"] + memory["kv_cache"]
         ours = f"the base and {_count(memory['experts_that_fit'], 'expert')}"
         rows[f"in {format_bytes(memory['limit'])} fit"] = (
             f"{ours if room else 'not even the base and its KV cache'}; "

@@ -24,6 +24,7 @@ from meswitch.compression.convert import base_info, expert_info, roles_of
 from meswitch.compression.options import Options, check_none_given
 from meswitch.configuration import read_config, without_quantisation
 from meswitch.errors import ConfigError
+from meswitch.quantised import QuantisedTensor, linear_layers, quantisation_of, scales_rows
 from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo
 
 
@@ -49,6 +50,7 @@ class Memory:
         kv: the KV cache, the same either way.
         experts: slots.
         limit: of the device, None if it was not given.
+        scratch: where layers in 8 bits are restored, one at a time.
     """
 
     base: int
@@ -57,10 +59,11 @@ class Memory:
     kv: int
     experts: int
     limit: int | None = None
+    scratch: int = 0
 
     @property
     def compressed(self) -> int:
-        return self.base + self.experts * self.slot + self.kv
+        return self.base + self.scratch + self.experts * self.slot + self.kv
 
     @property
     def full_models(self) -> int:
@@ -69,7 +72,8 @@ class Memory:
     @property
     def experts_that_fit(self) -> int | None:
         """How many slots the limit leaves room for; None without a limit."""
-        return None if self.limit is None else max(0, self.limit - self.base - self.kv) // max(1, self.slot)
+        room = None if self.limit is None else self.limit - self.base - self.scratch - self.kv
+        return None if room is None else max(0, room) // max(1, self.slot)
 
     @property
     def full_models_that_fit(self) -> int | None:
@@ -143,6 +147,24 @@ def predict(
         provenance=Provenance("", "", "", ""),
     )
     return Artifact(expert.directory, manifest, {})
+
+
+def held_bytes(base: Checkpoint) -> tuple[int, int]:
+    """What the weights of a base take where the GPU kernels compute, and where they are restored, one at a time.
+
+    Of a quantised base, linear layers with a scale a row keep their codes: a byte a weight, and 4 a row.
+    """
+    config = quantisation_of(base.config.to_dict())
+    if config is None:
+        return base.nbytes, 0
+    base, saved, largest = base.loaded, 0, 0
+    for name, module in linear_layers(architecture_of(base.config).model, base.load_plan).items():
+        info = base.tensors[name]
+        if info.scales_rows if isinstance(info, QuantisedTensor) else scales_rows(config, module, info.shape):
+            rows, width = info.shape
+            saved += info.nbytes - rows * width - 4 * rows
+            largest = max(largest, info.nbytes)
+    return base.nbytes - saved, largest
 
 
 def kv_bytes(model: Checkpoint, tokens: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
+from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import Rows, Switch
 from meswitch.engine.layers import (
     Seen,
@@ -288,7 +289,7 @@ def _simple(
         return None
     exact = type(module).forward
     is_flat = survey.flat(path)
-    if exact is nn.Linear.forward and is_flat and set(names) <= {"weight", "bias"}:
+    if exact in (nn.Linear.forward, CodedLinear.forward) and is_flat and set(names) <= {"weight", "bias"}:
         weight = _stored_name(stored, f"{path}.weight")
         kernel.add(weight)
         if path == architecture.head:

@@ -81,6 +81,7 @@ class Batch:
         self._commands: queue.SimpleQueue[Job | str | Callable[[], None] | None] = queue.SimpleQueue()
         self._entry = threading.Lock()  # between the look whether the batch goes on and the queue
         self._told: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
+        self._held: list[_Told] = []
         self._layout: tuple[Any, ...] = ()
         self._context = StepContext()
         self._static: StaticSteps | None = None
@@ -186,6 +187,25 @@ class Batch:
     def static_sizes(self) -> tuple[int, ...]:
         """Rows of the graphs."""
         return () if self._static is None else self._static.sizes
+
+    @property
+    def static_graphs(self) -> list[tuple[int, int]]:
+        """Rows and experts of each graph."""
+        return [] if self._static is None else self._static.graphs
+
+    @contextlib.contextmanager
+    def graphs_of_at_least(self, experts: int) -> Iterator[None]:
+        """Compute steps meanwhile as if they had so many experts at least, by such graphs."""
+
+        def choose(least: int) -> None:
+            assert self._static is not None
+            self._static.least_experts = least
+
+        self._between_steps(partial(choose, experts))
+        try:
+            yield
+        finally:
+            self._between_steps(partial(choose, 0))
 
     @property
     def table_steps(self) -> int:
@@ -297,6 +317,8 @@ class Batch:
                         self._scheduler.unsure.clear()
                         self._threads.settle()
                         self._step(step)
+                    else:
+                        self._deliver()
         except BaseException as error:
             logger.exception("the running batch has ended")
             self.failure = f"{type(error).__name__}: {error}"
@@ -304,6 +326,7 @@ class Batch:
             reason = self.failure or "the engine was closed"
             for job in [*self._jobs.values(), *self._left_in_queue()]:
                 self._tell(job, finished=True, error=reason)
+            self._deliver()
 
     def _left_in_queue(self) -> Iterator[Job]:
         """Jobs that came too late for a step; after the batch's end no more come."""
@@ -315,6 +338,8 @@ class Batch:
 
     def _take_commands(self, *, wait: bool) -> None:
         while True:
+            if wait:
+                self._deliver()
             try:
                 command = self._commands.get(block=wait)
             except queue.Empty:
@@ -342,6 +367,7 @@ class Batch:
         except Exception as error:  # noqa: BLE001  whatever the model raises
             self._without_culprits(step, error)
             return
+        self._deliver()
         if self.device.type == "cuda":
             # Only now it took what it took, and a slot whose last request is cancelled next may be overwritten.
             torch.cuda.current_stream(self.device).synchronize()
@@ -399,6 +425,7 @@ class Batch:
             if (found := self._static.run(step)) is not None:
                 return found
             self._layout = before
+        self._deliver()
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -467,7 +494,16 @@ class Batch:
         if self.device.type == "cpu":  # a thread that wakes up for each token would only take time from the steps
             tell(*told)
         else:
+            self._held.append(told)
+
+    def _deliver(self) -> None:
+        """Let the other thread tell what there is to tell.
+
+        That thread needs Python as the computing one does, so it gets to work when the next graph is on the device.
+        """
+        for told in self._held:
             self._told.put(told)
+        self._held.clear()
 
     def _tell_forever(self) -> None:
         while (told := self._told.get()) is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.codec import Delta
+from meswitch.engine.coded import CodedLinear
 from meswitch.engine.merged import MergedWeights
 from meswitch.engine.tables import LowRankTable, OwnTable, OwnTables
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear, expert_prefill, fused_linear, static_prefill
@@ -286,22 +287,29 @@ def base_with_deltas(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLinea
     """A linear layer, with packed deltas where there are some: [rows, in_features] -> [rows, out_features].
 
     Args:
-        base: holds the base's weight.
+        base: the base's layer.
         layer: None if no expert changes it.
     """
-    if layer is None or not owners.any:
-        return nn.functional.linear(x, base.weight, bias)
-    return product_with_deltas(x, base.weight, bias, layer, owners)
+    if layer is not None and owners.any:
+        return product_with_deltas(x, base, bias, layer, owners)
+    if isinstance(base, CodedLinear):
+        return base.product(x, bias)
+    return nn.functional.linear(x, base.weight, bias)
 
 
-def product_with_deltas(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SlotLinear, owners: Owners) -> Tensor:
+def product_with_deltas(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLinear, owners: Owners) -> Tensor:
     """`x W^T + x D^T + bias`, each row with its owner's D: [rows, in_features] -> [rows, out_features].
 
     Up to 64 rows base and deltas are one launch, which reads each weight once. With more, cuBLAS computes the base, and
-    experts of many rows get weights of their own (`ops.prefill`).
+    experts of many rows get weights of their own (`ops.prefill`). A base in 8 bits is restored for that.
+
+    Args:
+        base: the base's layer.
     """
+    coded = isinstance(base, CodedLinear)
     if len(x) <= MAX_TOKENS:
-        return fused_linear(x, weight, layer, owners.routing, bias, backend=TRITON)
+        return fused_linear(x, base.held if coded else base.weight, layer, owners.routing, bias, backend=TRITON)
+    weight = base.restored if coded else base.weight
     if isinstance(owners, TableOwners):
         return static_prefill(x, weight, layer, owners.static, bias, backend=TRITON)
     return expert_prefill(x, weight, layer, owners.prefill, bias, backend=TRITON)

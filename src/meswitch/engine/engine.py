@@ -22,6 +22,7 @@ from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import Artifact, fingerprint
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
+from meswitch.engine.coded import codes_bytes, codes_fault, hold_codes, restore_weights, workspace_bytes
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
@@ -31,6 +32,7 @@ from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
 from meswitch.engine.watchdog import Watchdog, Watched
 from meswitch.errors import CapacityError, ConfigError, ContextLengthError, LoadError, MeswitchError, UnknownExpertError
+from meswitch.lazymodel import LazyModel
 from meswitch.loaded import load_model
 from meswitch.slots import Held, Version
 from meswitch.tokenizer import ChatTokenizer, Prompt
@@ -97,7 +99,8 @@ class Engine:
         self.tokenizers |= {name: ChatTokenizer.open(name, artifact.directory) for name, artifact in artifacts.items()}
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
-        self.model = _load_model(architecture, checkpoint, target, dtype)
+        prepare = None if runner == "turns" else partial(hold_codes, op_backend=op_backend, device=target)
+        self.model = _load_model(architecture, checkpoint, target, dtype, prepare)
         sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes, cuda_graphs, grows)
         opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
         self.store, self._batch = opened.store, opened.runner
@@ -232,7 +235,8 @@ class Engine:
             raise ConfigError(f"model: {len(models)} names for {len(prompts)} prompts")
         options = SamplingParams(**params)
         pairs = zip(prompts, models, strict=True)
-        requests = [self.submit(prompt, model=name, params=options) for prompt, name in pairs]
+        with self._batch.together():
+            requests = [self.submit(prompt, model=name, params=options) for prompt, name in pairs]
         return [request.result() for request in requests]
 
     def stream(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Iterator[Chunk]:
@@ -305,18 +309,21 @@ class Engine:
         return self._batch.failure or self._watchdog.failure or self._stopped
 
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose: `base`, `slots`, `kv_cache`, `merged` and `graphs` on the device, and `host`.
+        """Bytes by purpose: `base`, `slots`, `kv_cache`, `merged`, `graphs` and `scratch` on the device, and `host`.
 
+        `base` counts linear layers that are held in 8 bits as they are; `scratch` is where one of them at a time is
+        restored.
         `merged` is what experts' weights take beside the base's: of those in the batch on a CPU (`merged_bytes`), or of
         the one that has its turn (`by_turns`).
         """
         seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
         return {
-            "base": sum(seen.values()),
+            "base": sum(seen.values()) + codes_bytes(self.model),
             "slots": self.store.device_bytes,
             "kv_cache": self._batch.kv_bytes,
             "merged": self._batch.merged_bytes,
             "graphs": self._batch.graph_bytes,
+            "scratch": workspace_bytes(self.model),
             "host": self.store.host.nbytes,
         }
 
@@ -560,8 +567,17 @@ def _if_unexpected(error: LoadError) -> BaseException | None:
     return None if cause is None or isinstance(cause, MeswitchError | OSError) else cause
 
 
-def _load_model(architecture: Architecture, checkpoint: Checkpoint, device: torch.device, dtype: str) -> Any:
+def _load_model(
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: str,
+    prepare: Callable[[LazyModel, Checkpoint], None] | None,
+) -> Any:
     """The base, as transformers loads it.
+
+    Args:
+        prepare: of a quantised base, gives layers that keep their codes the places of others.
 
     Raises:
         CheckpointError: the checkpoint does not give every parameter.
@@ -571,6 +587,11 @@ def _load_model(architecture: Architecture, checkpoint: Checkpoint, device: torc
         architecture,
         compute_dtype(dtype, device),
         attn_implementation=attention_for(architecture.model_class),
+        prepare=prepare,
     )
     model.generation_config = GenerationConfig()  # the base's own sampling defaults are not the experts'
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if fault := codes_fault(model):
+        logger.warning("the base's weights are restored in 16 bit, which takes twice the memory: %s", fault)
+        restore_weights(model)
+    return model

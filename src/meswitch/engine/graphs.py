@@ -1,4 +1,4 @@
-"""Steps over static buffers, as CUDA graphs on a GPU: one for each size, captured when the engine opens.
+"""Steps over static buffers, as CUDA graphs on a GPU: one for each size and number of experts, captured at opening.
 
 A step of up to a few hundred tokens takes less time on the card than Python needs to start its kernels, so it is
 recorded once and replayed: only the buffers that say whose token is where are filled anew. What does not fit, such as a
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meswitch.engine.attention import KVCache, Piece, running
+from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch, TableOwners
 from meswitch.engine.layers import Switchable, SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.pages import PAGE, pages_for
@@ -30,6 +31,7 @@ from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
 from meswitch.ops.routing import MAX_TOKENS, into
+from meswitch.ops.step import counted, expert_counts
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -260,7 +262,9 @@ def own_tables(model: Any, slots: int, ranks: Mapping[str, int]) -> OwnTables:
             read |= module.names
             if isinstance(module, SwitchableLinear | SwitchableHead | SwitchableEmbedding):
                 weight = module.weight_name
-                low_rank |= {weight: (module.base.weight, ranks[weight])} if weight in ranks else {}
+                if weight in ranks:
+                    base = module.base
+                    low_rank[weight] = base.outline if isinstance(base, CodedLinear) else base.weight, ranks[weight]
     return OwnTables(slots, list(wanted.values()), low_rank, frozenset(read - wanted.keys() - low_rank.keys()))
 
 
@@ -299,7 +303,7 @@ class StaticSteps:
         self._places = StaticPlaces(cache, sorted({min(MAX_TOKENS, rows), self.sizes[-1]}), longest, self._device)
         self._spare, self._requests, self._cuts_rows = cache.spare, requests, cuts_rows
         self._kept = torch.zeros(requests, dtype=torch.int64, device=self._device)  # rows whose logits are wanted
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.expert_steps = 0
         self._told: set[str] = set()  # owners of whom the log has been told
         self.nbytes = self._tables.nbytes
@@ -334,14 +338,45 @@ class StaticSteps:
         self._places.fill(ids, [piece for _, piece in step])
         self._fill(size, slots, kept)
         self.expert_steps += self._step.tokens.active
-        if size in self._captured:
-            graph, logits = self._captured[size]
+        captured = self._captured.get((size, self._experts_of_graph(size, slots)))
+        if captured is not None:
+            graph, logits = captured
             graph.replay()
         else:
             logits = self._forward(size)
         if size <= MAX_TOKENS or not self._cuts_rows:  # all rows have logits
             return logits[:rows] if len(kept) == rows else logits[ints(kept, self._device)]
         return logits[: len(kept)]
+
+    @property
+    def graphs(self) -> list[tuple[int, int]]:
+        """Rows and experts of each graph, the largest first: the others find room in its memory.
+
+        A step of up to `MAX_TOKENS` rows is computed by kernels for as many pieces as its experts have as a rule, and
+        one of the base alone by the base's own layers. Kernels of larger steps are the same for any number of experts.
+        """
+        slots = self._tables.slots
+        found = []
+        for size in reversed(self.sizes):
+            counts = {0, *(min(size, count) for count in expert_counts(slots))} if size <= MAX_TOKENS else {slots}
+            found += [(size, count) for count in sorted(counts, reverse=True)]
+        return found
+
+    @property
+    def least_experts(self) -> int:
+        """Steps are computed as if they had so many at least, so that each graph can be proven with two."""
+        return self._step.tokens.least_experts
+
+    @least_experts.setter
+    def least_experts(self, count: int) -> None:
+        for side in self._step.sides:
+            side.least_experts = count
+
+    def _experts_of_graph(self, size: int, slots: Sequence[int]) -> int:
+        if size > MAX_TOKENS:
+            return self._tables.slots
+        present = max(self.least_experts, len(set(slots) - {BASE_SLOT}))
+        return min(size, counted(present, self._tables.slots))
 
     def _fill(self, size: int, slots: Sequence[int], kept: Sequence[int]) -> None:
         """Say whose the rows are, and which logits are wanted."""
@@ -360,7 +395,7 @@ class StaticSteps:
         into(self._kept, torch.tensor([*kept, *[0] * more], dtype=torch.int64))
 
     def capture(self, told: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Record a graph of each size. In the thread that computes, with nothing else in it.
+        """Record all graphs. In the thread that computes, with nothing else in it.
 
         Args:
             told: how many are done, of how many.
@@ -368,13 +403,13 @@ class StaticSteps:
         Raises:
             Exception: whatever keeps the model from being recorded.
         """
-        found: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        found: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
-        for done, size in enumerate(reversed(self.sizes)):  # the largest first: the others find room in its memory
-            told(done, len(self.sizes))
+        for done, (size, experts) in enumerate(self.graphs):
+            told(done, len(self.graphs))
             self._places.fill([0] * size, [Piece(1, 0, [self._spare])] * size)
             # every row an expert's: the steps that are replayed have at most so many pieces
-            slots = [row % max(1, self._tables.slots) for row in range(size)]
+            slots = [row % experts if experts else BASE_SLOT for row in range(size)]
             self._fill(size, slots, range(min(size, self._requests)))
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
@@ -385,7 +420,7 @@ class StaticSteps:
             # other threads copy experts meanwhile
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 logits = self._forward(size)
-            found[size] = graph, logits
+            found[size, experts] = graph, logits
         torch.cuda.synchronize(self._device)
         for side in self._step.sides:
             side.fill([])

@@ -6,6 +6,7 @@ seen to scale row by row. Every other module is run as it is, once for each expe
 its place (`SwitchableModule`).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ class SwitchableLinear(Switchable):
         inputs = x.reshape(-1, x.shape[-1])
         layer = None if self.transposed else self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
-            y = product_with_deltas(inputs, self.base.weight, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
+            y = product_with_deltas(inputs, self.base, self.base.bias, layer, owners).view(*x.shape[:-1], -1)
         else:
             y = self.base(x)
         outputs = y.view(-1, y.shape[-1])
@@ -236,7 +237,7 @@ class SwitchableHead(Switchable):
             return owners.by_owner(inputs, self._own).view(*x.shape[:-1], self.vocabulary)
         layer = self.switch.kernel_layer(self.weight_name)
         if layer is not None and owners.any:
-            base = product_with_deltas(inputs, self.base.weight, self.base.bias, layer, owners)
+            base = product_with_deltas(inputs, self.base, self.base.bias, layer, owners)
         else:
             base = self.base(x)
         known = base.shape[-1]
@@ -452,6 +453,7 @@ class SwitchableNorm(Switchable):
     def __init__(self, base: nn.Module, name: str, switch: Switch, seen: Seen, *, parameter: str, stored: str) -> None:
         super().__init__(base, name, switch, seen)
         self.parameter, self.stored = parameter, stored
+        self._epsilon = rms_epsilon(base, parameter, seen.example[1])
 
     @property
     def names(self) -> set[str]:
@@ -471,7 +473,10 @@ class SwitchableNorm(Switchable):
         if owners.in_tables:
             table = self.switch.table(self.stored)
             assert table is not None
-            return _with_parameter(self.base, self.parameter, by_row(table.values[owners.slots], axis, x.dim()), x)
+            rows = by_row(table.values[owners.slots], axis, x.dim())
+            if self._epsilon is not None and x.dtype == rows.dtype:
+                return rows * nn.functional.rms_norm(x, x.shape[-1:], eps=self._epsilon)
+            return _with_parameter(self.base, self.parameter, rows, x)
         if owners.sole == BASE_SLOT:
             return self.base(x)
         weight = self.base._parameters[self.parameter]
@@ -508,6 +513,46 @@ def by_row(rows: Tensor, axis: int, dimensions: int) -> Tensor:
     """[rows, *shape] -> a tensor that is multiplied with an input whose rows lie at `axis`, `shape` at its end."""
     between = dimensions - axis - rows.dim()
     return rows.view(*[1] * axis, len(rows), *[1] * between, *rows.shape[1:])
+
+
+@torch.no_grad()
+def rms_epsilon(module: nn.Module, parameter: str, dtype: torch.dtype) -> float | None:
+    """Epsilon of a norm that is `weight x rms_norm(x)`, which torch computes in one kernel; None if it is another.
+
+    No class says so, so it is tried, in float32 and in the dtype of a step, where a weight that is multiplied before
+    the result is rounded gives other numbers.
+    """
+    weight = dict(module.named_parameters())[parameter]
+    if weight.dim() != 1:
+        return None
+    for epsilon in {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1}:
+        tried = functools.partial(_is_rms_norm, module, parameter, weight, epsilon)
+        if tried(torch.float32, 0.0) and (dtype == torch.float32 or tried(dtype, _ROUNDED_OTHERWISE)):
+            return epsilon
+    return None
+
+
+_ROUNDED_OTHERWISE = 0.02  # of the numbers of two ways to sum the same squares
+
+
+def _is_rms_norm(
+    module: nn.Module, parameter: str, weight: Tensor, epsilon: float, dtype: torch.dtype, differing: float
+) -> bool:
+    width = len(weight)
+    own = torch.linspace(-1, 2, width, device=weight.device, dtype=dtype)
+    # the smallest are about the root of epsilon, so that it counts
+    sizes = torch.tensor([[epsilon**0.5], [0.1], [1], [30]], device=weight.device)
+    x = (torch.linspace(1, 97, width, device=weight.device).cos() * sizes)[None].to(dtype)
+    try:
+        found = torch.func.functional_call(module, {parameter: own}, (x,))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    ours = own * nn.functional.rms_norm(x, x.shape[-1:], eps=epsilon)
+    if not isinstance(found, Tensor) or found.shape != ours.shape or found.dtype != ours.dtype:
+        return False
+    if dtype == torch.float32:
+        return torch.allclose(found, ours, rtol=1e-5, atol=1e-7)
+    return torch.allclose(found, ours, rtol=0.01) and float((found != ours).float().mean()) <= differing
 
 
 @torch.no_grad()

@@ -253,20 +253,21 @@ def most_changed(artifacts: Mapping[str, Artifact]) -> list[str]:
 
 
 def mixed_tokens(
-    batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial, rows: int
+    batch: Batch, store: ExpertStore, artifacts: Mapping[str, Artifact], trial: Trial, rows: int, experts: int = 2
 ) -> list[tuple[str, int, Tensor]]:
-    """What the base and two experts give in one step.
+    """What the base and some experts give in one step.
 
     Args:
         rows: of the step: single tokens, where the cache has a page for each; else prompts of one token again and
             again, each of a page at most.
+        experts: at most so many, those that change most.
 
     Returns:
         expert's name, "" for the base; token; [vocabulary] logits. Of each row that was computed.
     """
     slots: dict[str, int] = {}
     try:
-        for name in most_changed(artifacts)[: min(2, store.slot_count)]:
+        for name in most_changed(artifacts)[: min(experts, store.slot_count)]:
             slots[name] = store.acquire(name)
         owners = {"": BASE_SLOT, **slots}
         pairs = [(name, token) for token in trial.prompts[0][:2] for name in owners]
@@ -358,7 +359,7 @@ def _units(model: Any, attachment: Attachment, stored: StoredTensors) -> dict[st
         for path in sorted(paths):
             wrapper = model.get_submodule(path)
             assert isinstance(wrapper, Switchable)
-            shapes = [tuple(p.shape) for p in wrapper.base.parameters()]
+            shapes = [tuple(p.shape) for p in (*wrapper.base.parameters(), *wrapper.base.buffers())]
             changed = [n for n in stored.changed_parameters() if n.startswith(f"{path}.")]
             parts.append(f"{path.removeprefix(unit)} {type(wrapper).__name__} {type(wrapper.base).__name__} {shapes}")
             parts.append(str([name.removeprefix(path) for name in changed]))

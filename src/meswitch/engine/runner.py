@@ -17,6 +17,7 @@ from meswitch.codec import EXACT
 from meswitch.cpu import free_bytes
 from meswitch.engine.attach import Survey, plan_attachment
 from meswitch.engine.batching import Batch
+from meswitch.engine.coded import restore_weights
 from meswitch.engine.context import Switch
 from meswitch.engine.graphs import MOST
 from meswitch.engine.merged import SHARE, MergedWeights
@@ -98,6 +99,8 @@ class Runner(Protocol):
         owner: str = "",
         sampling: SamplingState | None = None,
     ) -> None: ...
+
+    def together(self) -> contextlib.AbstractContextManager[None]: ...  # what is submitted inside starts at once
 
     def cancel(self, request: str) -> None: ...
 
@@ -184,6 +187,7 @@ def open_runner(
             + "; ".join(reasons)
         )
     model.set_attn_implementation(attention_for(type(model)))  # a batch that failed may leave its own
+    restore_weights(model)  # in which each expert's are put
     device = next(model.parameters()).device
     store = ExpertStore(
         artifacts,
@@ -275,7 +279,7 @@ def _proven(
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
     capacity = max(sizes.batch_tokens, MAX_TOKENS)
     recorded = MOST if sizes.cuda_graphs else MAX_TOKENS  # without graphs no step reads the larger buffers
-    buffers = Step(capacity, sizes.slots, device, recorded=recorded) if kernel else None
+    buffers = Step(capacity, sizes.slots, device, specialized=True, recorded=recorded) if kernel else None
     switch.connect(store, deltas, MergedWeights(budget) if budget else None, buffers)
     attachment.apply(model, switch)
     if kernel and device.type == "cuda":
@@ -339,11 +343,16 @@ def _speed_up(proof: Proof, artifacts: Mapping[str, Artifact], trial: Trial, lon
             return "no step of the proof was computed from tables"
         if batch.device.type != "cuda":
             return None
-        wanted = {size: mixed_tokens(batch, store, found, trial, size) for size in sizes}
+
+        def given(size: int, experts: int) -> list[tuple[str, int, Tensor]]:
+            with batch.graphs_of_at_least(experts):
+                return mixed_tokens(batch, store, found, trial, size, min(experts, 2))
+
+        wanted = [given(*graph) for graph in batch.static_graphs]
         batch.capture(_told)
-        for size in sizes:
-            if fault := _replay_fault(wanted[size], mixed_tokens(batch, store, found, trial, size)):
-                return f"{size} rows: {fault}"
+        for (size, experts), recorded in zip(batch.static_graphs, wanted, strict=True):
+            if fault := _replay_fault(recorded, given(size, experts)):
+                return f"{size} rows of {experts} experts: {fault}"
         batch_runs_base(batch, trial, contextlib.nullcontext(), "replay")
         return text_fault(paged, base_text(batch)) if paged else None
     except Exception as error:

@@ -128,6 +128,10 @@ class Turns:
             self._sampler.states[request] = state
             self._changed.notify_all()
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is needed for requests to start in one turn."""
+        return contextlib.nullcontext()
+
     def cancel(self, request: str) -> None:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
         with self._changed:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from meswitch.engine.batching import Batch
+from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.graphs import MOST
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
@@ -13,7 +14,7 @@ from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.proof import run
 from meswitch.errors import MeswitchError
 from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
-from meswitch.ops.step import step_sizes
+from meswitch.ops.step import expert_counts, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 
@@ -36,7 +37,7 @@ def compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) ->
 
 
 def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[Compilation]:
-    sizes = step_sizes(range(1, MAX_TOKENS + 1), slots)
+    sizes = {size for count in expert_counts(slots) for size in step_sizes(range(1, MAX_TOKENS + 1), count)}
     seen: set[tuple[Any, ...]] = set()
     for module in model.modules():
         if not isinstance(module, SwitchableLinear | SwitchableHead | SwitchableEmbedding):
@@ -44,16 +45,19 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
         layer = switch.kernel_layer(module.weight_name)
         if layer is None:
             continue
-        about = layer.rows, layer.in_features, layer.variant, module.base.weight.dtype
+        base = module.base
+        codes = base.held.codes.dtype if isinstance(base, CodedLinear) else None
+        dtype = base.workspace.dtype if isinstance(base, CodedLinear) else base.weight.dtype
+        about = layer.rows, layer.in_features, layer.variant, dtype
         is_table = isinstance(module, SwitchableEmbedding)
-        biases = {False} if is_table else {False, module.base.bias is not None}
-        if (key := (*about, is_table, *biases)) in seen:
+        biases = {False} if is_table else {False, base.bias is not None}
+        if (key := (*about, codes, is_table, *biases)) in seen:
             continue
         seen.add(key)
         if is_table:
             yield embedding_job(*about, False)
         for bias in biases if not is_table else ():
-            yield from fused_jobs(*about, bias, sizes)
+            yield from fused_jobs(*about, bias, sizes, codes)
             yield from prefill_jobs(*about, bias, most_tokens)
         yield from decode_jobs(*about, bucket(min(most_tokens, MOST) // PIECE))
 

@@ -291,6 +291,13 @@ class SlotLinear:
         arrived = torch.zeros(_cells(rows, most), dtype=torch.int32, device=arena.device)
         return cls(arena, table, arrived, rows, in_features, variant)
 
+    @classmethod
+    def empty(cls, rows: int, in_features: int, device: torch.device | str) -> "SlotLinear":
+        """A layer that no expert changes: without slots."""
+        arena = torch.zeros(_UNIT, dtype=torch.uint8, device=device)
+        table = torch.zeros(0, FIELDS, dtype=torch.int64, device=device)
+        return cls.over(arena, table, rows, in_features, Variant(0, False, 0, 0))
+
     def for_pieces(self, pieces: int) -> "SlotLinear":
         """The same layer with counters for a routing of so many pieces, if it has not enough."""
         cells = _cells(self.rows, pieces)

@@ -12,6 +12,7 @@ from torch import Tensor
 from meswitch.errors import ConfigError
 from meswitch.ops import cpu, reference
 from meswitch.ops.backend import KERNEL_DTYPES, chosen_backend
+from meswitch.ops.codes import Codes
 from meswitch.ops.layout import SlotLinear, Variant, read_slot
 from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing
 
@@ -41,7 +42,7 @@ def expert_linear(y: Tensor, x: Tensor, layer: SlotLinear, routing: Routing, bac
 
 def fused_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Codes,
     layer: SlotLinear,
     routing: Routing,
     bias: Tensor | None = None,
@@ -51,7 +52,7 @@ def fused_linear(
 
     Args:
         x: [tokens, in_features] bf16 or fp16.
-        weight: [rows, in_features] of x's dtype, rows are contiguous.
+        weight: [rows, in_features] of x's dtype, rows are contiguous; or in 8 bits.
         layer: the deltas of all slots.
         routing: whose the tokens are.
         bias: [rows].
@@ -66,11 +67,12 @@ def fused_linear(
     backend = chosen_backend(backend, x.device, "expert_linear")
     if backend == "triton":
         _check_fused(x, weight, layer, routing)
-    return _call_fused_linear(x, weight, bias, *_flat(layer, routing), backend)
+    matrix, scale = (weight.codes, weight.scale) if isinstance(weight, Codes) else (weight, None)
+    return _call_fused_linear(x, matrix, scale, bias, *_flat(layer, routing), backend)
 
 
-def _check_fused(x: Tensor, weight: Tensor, layer: SlotLinear, routing: Routing) -> None:
-    _check_dtypes(x, weight, "weight")
+def _check_fused(x: Tensor, weight: Tensor | Codes, layer: SlotLinear, routing: Routing) -> None:
+    _check_dtypes(x, weight if isinstance(weight, Tensor) else x, "weight")
     if len(x) > MAX_TOKENS or routing.piece != PIECE:
         raise ConfigError(
             f"{len(x)} tokens in pieces of {routing.piece}: the triton fused kernel takes up to {MAX_TOKENS} in pieces "
@@ -80,7 +82,7 @@ def _check_fused(x: Tensor, weight: Tensor, layer: SlotLinear, routing: Routing)
         x.shape[1] != layer.in_features
         or weight.shape != (layer.rows, layer.in_features)
         or x.stride(1) != 1
-        or weight.stride(1) != 1
+        or (isinstance(weight, Tensor) and weight.stride(1) != 1)
         or len(routing.order) != len(x)
     ):
         raise ConfigError(
@@ -159,6 +161,7 @@ def _(*_: object) -> None:
 def _fused_linear(
     x: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     arena: Tensor,
     table: Tensor,
@@ -180,9 +183,13 @@ def _fused_linear(
         from meswitch.ops.triton.fused import fused
 
         y = x.new_empty(len(x), len(weight))
-        fused(y, x, weight, bias, layer, routing)
+        fused(y, x, weight, bias, layer, routing, scale=scale)
         return y
-    sums = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    sums = x.float() @ weight.float().T
+    if scale is not None:
+        sums *= scale
+    if bias is not None:
+        sums += bias.float()
     return (sums + _delta(x, layer, routing, backend)).to(x.dtype)
 
 

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops.routing import BASE, MAX_TOKENS, PIECE, PrefillRouting, Routing, StaticRouting, into, most_likely
+from meswitch.ops.routing import (
+    BASE,
+    MAX_TOKENS,
+    PIECE,
+    PrefillRouting,
+    Routing,
+    StaticRouting,
+    bucket,
+    into,
+    most_likely,
+)
 
 TOKENS, HEAD = 0, 1  # rows of the model's layers, rows that reach the head
 
@@ -25,13 +35,14 @@ class Side:
     Args:
         capacity: rows of the largest step.
         slots: of the experts.
-        specialized: there is a graph for each number of experts, not one for all.
+        specialized: there is a graph for each number of experts in `expert_counts`, not one for all.
         recorded: rows of the largest step that a graph holds.
 
     Attributes:
         token_slots: [capacity] int32 on the device, -1 for the base and beyond the step.
         host: the slots of the step's rows; empty where it is not known what the buffers hold.
         active: whether some row is an expert's.
+        least_experts: a specialized step that has experts is computed as if it had so many at least.
     """
 
     def __init__(
@@ -47,6 +58,7 @@ class Side:
         self.token_slots = torch.full((capacity,), BASE, dtype=torch.int32, device=device)
         self.host: list[int] = []
         self.active = False
+        self.least_experts = 0
         self._few = Routing.room(self._small, slots, PIECE, device)
         self._many = StaticRouting(self._recorded, slots, device) if self._recorded > self._small else None
         self._large: dict[int, Routing] = {}
@@ -97,8 +109,12 @@ class Side:
                 routing = Routing.build(self._padded(rows), self.token_slots.device, **sizes)
                 self._large[rows] = replace(routing, likely=likely)
             return self._large[rows]
-        slots = len(set(self.host) - {BASE}) if self._specialized else self.slots
+        slots = counted(self._experts, self.slots) if self._specialized else self.slots
         return self._few.part(rows, *most_likely(min(rows, self._small), slots, PIECE))
+
+    @property
+    def _experts(self) -> int:
+        return max(self.least_experts, len(set(self.host) - {BASE}))
 
     def static(self, rows: int) -> tuple[Routing, Routing, Tensor | None]:
         """A step of more than `MAX_TOKENS` rows that a graph holds, as `StaticRouting.part` gives it.
@@ -121,6 +137,16 @@ class Side:
 
     def _padded(self, rows: int) -> list[int]:
         return self.host + [BASE] * (rows - len(self.host))
+
+
+def expert_counts(slots: int) -> list[int]:
+    """Numbers of experts for which a specialized step has kernels: powers of two, and as many as there are slots."""
+    return sorted({counted(count, slots) for count in range(1, slots + 1)})
+
+
+def counted(experts: int, slots: int) -> int:
+    """The number of `expert_counts` that a step of so many experts is computed for; 0 for none."""
+    return min(slots, bucket(experts)) if experts else 0
 
 
 def step_sizes(rows: Iterable[int], slots: int) -> set[tuple[int, int, int]]:

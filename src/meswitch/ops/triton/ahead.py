@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 class Compilation:
     """A kernel and what Triton compiles it for: its arguments' types, what divides them, constants.
 
-    kernel: `fused`, `decode`, `merge`, `product` or `rows`. rows, in_features: of the layer, or others of the same
-    divisors. scratch: of `decode`, whether its sums go through scratch memory.
+    Args:
+        kernel: `fused`, `decode`, `merge`, `product`, `rows` or `dequantise`.
+        dtype: in which the layer computes.
+        rows: of the layer, or others of the same divisors.
+        in_features: likewise.
+        constants: what the kernel is compiled for.
+        scratch: of `decode`, whether its sums go through scratch memory.
     """
 
     kernel: str
@@ -67,23 +72,35 @@ def fused_job(
     config: "FusedConfig",
     bias: bool = False,
     again: bool = False,
+    codes: torch.dtype | None = None,
 ) -> Compilation:
-    """What `fused` launches. again: of a routing of more pieces than likely ones."""
+    """What `fused` launches.
+
+    Args:
+        again: of a routing of more pieces than likely ones.
+        codes: of the base, if it is held in 8 bits.
+    """
     from meswitch.ops.triton.fused import fused_constants
 
-    fixed = fused_constants(config, rows, in_features, variant, bias, again)
+    fixed = fused_constants(config, rows, in_features, variant, bias, again, codes)
     return Compilation("fused", dtype, rows, in_features, fixed)
 
 
 def fused_jobs(
-    rows: int, in_features: int, variant: Variant, dtype: torch.dtype, bias: bool, sizes: Iterable[tuple[int, int, int]]
+    rows: int,
+    in_features: int,
+    variant: Variant,
+    dtype: torch.dtype,
+    bias: bool,
+    sizes: Iterable[tuple[int, int, int]],
+    codes: torch.dtype | None = None,
 ) -> Iterator[Compilation]:
-    """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces)."""
+    """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces). codes: as of `fused_job`."""
     from meswitch.ops.triton.items import choose_fused
 
     for tokens, pieces, likely in sizes:
         config = choose_fused(rows, in_features, likely, bucket(tokens, least=8), variant.planes)
-        yield fused_job(rows, in_features, variant, dtype, config, bias, pieces > likely)
+        yield fused_job(rows, in_features, variant, dtype, config, bias, pieces > likely, codes)
 
 
 def decode_job(
@@ -147,20 +164,37 @@ def embedding_job(rows: int, in_features: int, variant: Variant, dtype: torch.dt
     return Compilation("rows", dtype, rows, in_features, row_constants(variant) | {"EXTRA": extra, "num_warps": 1})
 
 
+def dequantise_job(rows: int, in_features: int, dtype: torch.dtype, codes: torch.dtype) -> Compilation:
+    """What `Codes.into` launches."""
+    from meswitch.ops.triton.codes import dequantise_constants
+
+    fixed = dequantise_constants(rows, in_features, codes.is_floating_point)
+    return Compilation("dequantise", dtype, rows, in_features, fixed)
+
+
 def launched(job: Compilation) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel, and its arguments before the constants: a dtype for a pointer, numbers of the right divisors."""
+    """The kernel, and its arguments before the constants: dtypes for pointers, numbers of the right divisors, None."""
+    from meswitch.ops.triton.codes import dequantise_kernel
     from meswitch.ops.triton.decode import decode_kernel
     from meswitch.ops.triton.fused import fused_kernel
     from meswitch.ops.triton.merge import merge_kernel, rows_kernel
 
     if job.kernel == "product":  # its language is not part of every Triton
         return _product(job)
-    kernels = {"decode": decode_kernel, "fused": fused_kernel, "merge": merge_kernel, "rows": rows_kernel}
+    kernels = {
+        "decode": decode_kernel,
+        "dequantise": dequantise_kernel,
+        "fused": fused_kernel,
+        "merge": merge_kernel,
+        "rows": rows_kernel,
+    }
     own, i32, i64, f32, rows, width = job.dtype, torch.int32, torch.int64, torch.float32, job.rows, job.in_features
+    weight, scale = (torch.int8, f32) if job.constants.get("CODES") else (own, None)
     tables = i32, i64, i32, i32, i32  # arena, table, slots, starts, order
     arguments = {
         "decode": (own, own, *tables, f32 if job.scratch else i32, i32, width, rows, rows, width, 2, 2),
-        "fused": (*[own] * 4, *tables, f32, i32, width, rows, width, rows, width, *[2] * 7),
+        "dequantise": (torch.int8, f32, own, rows, width),
+        "fused": (own, own, weight, scale, own, *tables, f32, i32, width, rows, width, rows, width, *[2] * 7),
         "merge": (own, own, i32, i64, i32, 0, rows, width, rows, width),
         "rows": (i64, i32, *[own] * 3, i32, i64, width, 0, rows, width),
     }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from meswitch.ops.layout import SlotLinear, Variant
 from meswitch.ops.routing import Routing, bucket
+from meswitch.ops.triton.codes import numbers
 from meswitch.ops.triton.delta import bound, delta_tile
 from meswitch.ops.triton.items import FusedConfig, choose_fused, places, shared_constants
 
@@ -40,8 +41,12 @@ def _base_tile(
     BK: tl.constexpr,
     M: tl.constexpr,
     STAGES: tl.constexpr,
+    CODES: tl.constexpr,
 ):
-    """[BN, M] float32: rows n of the base, blocks of BK channels from start to end."""
+    """[BN, M] float32: rows n of the base, blocks of BK channels from start to end.
+
+    CODES: the weight is bytes of int8 (1) or FP8 (2); the sums are those of the codes then, without the rows' scales.
+    """
     weight_rows = weight + tl.minimum(n, N - 1).to(tl.int64) * stride_weight  # rows beyond the last are not stored
     acc = tl.zeros([BN, M], tl.float32)
     for block in tl.range(bound(start, INTERPRET), bound(end, INTERPRET), num_stages=STAGES):
@@ -52,6 +57,8 @@ def _base_tile(
         else:
             w = tl.load(weight_rows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
             x = tl.load(x_rows[None, :] + k[:, None], mask=(k < K)[:, None], other=0.0)
+        if CODES > 0:
+            w = numbers(w, CODES == 2, x_rows.dtype.element_ty == tl.bfloat16, INTERPRET)
         if INTERPRET:
             acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc)
         else:
@@ -63,6 +70,7 @@ def _base_tile(
 def _base_item(
     x,
     weight,
+    scale,
     order,
     home,
     stride_x,
@@ -82,6 +90,7 @@ def _base_item(
     M: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     place = half * BASE_BN + tl.arange(0, BASE_BN)
     n = tile * BN + place
@@ -92,7 +101,11 @@ def _base_item(
     m = tl.arange(0, M)
     token = tl.load(order + tl.minimum(m, tokens - 1))
     x_rows = x + token.to(tl.int64) * stride_x
-    acc = _base_tile(x_rows, weight, stride_weight, n, start, end, N, K, EVEN_K, INTERPRET, BASE_BN, BASE_BK, M, STAGES)
+    acc = _base_tile(
+        *(x_rows, weight, stride_weight, n, start, end, N, K, EVEN_K, INTERPRET, BASE_BN, BASE_BK, M, STAGES, CODES)
+    )
+    if CODES > 0:  # here, where no delta is in the sum
+        acc *= tl.load(scale + tl.minimum(n, N - 1))[:, None]
     tl.store(home + m[None, :] * BN + place[:, None], acc)
 
 
@@ -181,6 +194,7 @@ def fused_kernel(
     x,
     y,
     weight,
+    scale,
     bias,
     arena,
     table,
@@ -220,6 +234,7 @@ def fused_kernel(
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
     AGAIN: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     HALVES: tl.constexpr = BN // BASE_BN
     program = tl.program_id(0)
@@ -235,8 +250,8 @@ def fused_kernel(
         end = half + 1
         home = work + (tile * cells + part).to(tl.int64) * (M * BN)
         _base_item(
-            *(x, weight, order, home, stride_x, stride_weight, tile, half, part, base_parts, tokens, N, K),
-            *(EVEN_K, INTERPRET, BN, BASE_BN, BASE_BK, M, BASE_STAGES, EARLY),
+            *(x, weight, scale, order, home, stride_x, stride_weight, tile, half, part, base_parts, tokens, N, K),
+            *(EVEN_K, INTERPRET, BN, BASE_BN, BASE_BK, M, BASE_STAGES, EARLY, CODES),
         )
     else:
         tile = delta // (parts * wave)
@@ -272,9 +287,20 @@ def fused_kernel(
 
 
 def fused_constants(
-    config: FusedConfig, rows: int, in_features: int, variant: Variant, bias: bool, again: bool = False
+    config: FusedConfig,
+    rows: int,
+    in_features: int,
+    variant: Variant,
+    bias: bool,
+    again: bool = False,
+    codes: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """What the fused kernel is compiled for. again: a program may take several pieces."""
+    """What the fused kernel is compiled for.
+
+    Args:
+        again: a program may take several pieces.
+        codes: of the base, int8 or float8_e4m3fn; None for weights in 16 bit.
+    """
     return shared_constants(config.delta, rows, in_features, variant) | {
         "BIAS": bias,
         "BASE_BN": config.base_rows,
@@ -284,6 +310,7 @@ def fused_constants(
         "COLUMNS": min(config.columns, 8 * config.delta.warps),
         "BASE_STAGES": config.base_stages,
         "AGAIN": again,
+        "CODES": 0 if codes is None else 2 if codes.is_floating_point else 1,
         "maxnreg": 200 if variant.one else 168,  # adding up at the end must not cost the loops their neighbours
     }
 
@@ -296,8 +323,12 @@ def fused(
     layer: SlotLinear,
     routing: Routing,
     config: FusedConfig | None = None,
+    scale: Tensor | None = None,
 ) -> None:
-    """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes."""
+    """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes.
+
+    scale: [rows] float32 where the weight is codes.
+    """
     rows, width, pieces, tokens = layer.rows, layer.in_features, routing.slots.numel(), len(x)
     wave = min(routing.likely, pieces)
     config = config or choose_fused(rows, width, routing.likely, bucket(tokens, least=8), layer.variant.planes)
@@ -310,8 +341,10 @@ def fused(
     before = round(config.before * delta_items)
     every = min(config.every, (base_items + delta_items - before) // base_items)
     strides = x.stride(0), y.stride(0), weight.stride(0)
+    codes = None if scale is None else weight.dtype
     fused_kernel[(base_items + delta_items,)](
-        *(x, y, weight, y if bias is None else bias, *places(layer, routing), work, layer.arrived),
+        *(x, y, weight if codes is None else weight.view(torch.int8), scale, y if bias is None else bias),
+        *(*places(layer, routing), work, layer.arrived),
         *(*strides, rows, width, tokens, pieces, wave, *parts, before, every),
-        **fused_constants(config, rows, width, layer.variant, bias is not None, pieces > wave),
+        **fused_constants(config, rows, width, layer.variant, bias is not None, pieces > wave, codes),
     )

@@ -74,6 +74,46 @@ def restore_asm(step: int) -> str:
     return _program(lines, constants)
 
 
+def byte_asm(is_float: bool, dtype: str) -> str:
+    """PTX that turns four bytes into four exact 16-bit floats: $2 into the pairs $0 and $1.
+
+    A whole number's byte goes into the mantissa of a float that counts ones, below the high byte that makes it one: in
+    bf16 as two floats, for its mantissa has no room for the sign bit, in fp16 with the sign bit turned. The bits of an
+    FP8 number are moved to their places in the wider float, and a factor corrects its exponent.
+
+    Args:
+        is_float: the bytes are FP8 e4m3, none of them NaN; else int8.
+        dtype: `bf16` or `fp16`.
+    """
+    kind, lines = ("bf16x2" if dtype == "bf16" else "f16x2"), list[str]()
+    if is_float:
+        shift, kept, factor = (4, 0x07F0, 2.0**120) if dtype == "bf16" else (1, 0x3F80, 2.0**8)
+        constants = {"f": _pair(factor, dtype), "b": 0}
+        for out, selector in enumerate((0x1404, 0x3424)):  # the high bytes of both halves
+            lines += [
+                f"prmt.b32 w, $2, 0, {selector:#x};",
+                f"shr.u32 s, w, {shift};",
+                f"and.b32 w, w, {0x80008000:#x};",
+                f"lop3.b32 s, s, {kept * 0x10001:#x}, w, 0xEA;",
+                f"fma.rn.{kind} ${out}, s, f, b;",
+            ]
+        return _program(lines, constants)
+    if dtype == "fp16":
+        constants = {"f": _pair(1.0, dtype), "b": _pair(-1152.0, dtype)}
+        lines.append(f"xor.b32 s, $2, {0x80808080:#x};")
+        for out, selector in enumerate((0x4140, 0x4342)):
+            lines += [f"prmt.b32 w, s, 0x64, {selector:#x};", f"fma.rn.{kind} ${out}, w, f, b;"]
+        return _program(lines, constants)
+    for out, selector in enumerate((0x4140, 0x4342)):  # 128 + the low bits, less 128 or, where the sign bit is set, 256
+        lines += [
+            f"prmt.b32 w, $2, 0x43, {selector:#x};",
+            f"and.b32 s, w, {0xFF7FFF7F:#x};",
+            f"and.b32 w, w, {0xFF80FF80:#x};",
+            f"fma.rn.{kind} ${out}, w, f, s;",
+        ]
+    return _program(lines, {"f": _pair(-1.0, dtype)})
+
+
 def _level(out: str, p: int, bits: int, dtype: str, constants: dict[str, int]) -> list[str]:
     """PTX that puts the exact levels of the codes at mantissa bit p of both halves of `s` into `out`."""
     top, one = 2**bits - 1, 2.0 ** _MANTISSA[dtype]
@@ -109,6 +149,10 @@ def _constraints(bits: int) -> str:
     return ",".join(["=&r"] * (32 // bits) + ["r", "r"])
 
 
+INT8_BF16 = tl.constexpr(byte_asm(False, "bf16"))
+INT8_FP16 = tl.constexpr(byte_asm(False, "fp16"))
+FP8_BF16 = tl.constexpr(byte_asm(True, "bf16"))
+FP8_FP16 = tl.constexpr(byte_asm(True, "fp16"))
 ONE_BF16 = tl.constexpr(unpack_asm(1, "bf16"))
 ONE_FP16 = tl.constexpr(unpack_asm(1, "fp16"))
 TWO_BF16 = tl.constexpr(unpack_asm(2, "bf16"))

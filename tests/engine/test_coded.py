@@ -1,0 +1,195 @@
+"""A base of which the engine holds the codes in 8 bits, on the GPU kernels: interpreted where there is no GPU."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import meswitch
+from meswitch import Engine
+from meswitch.architecture import architecture_of
+from meswitch.checkpoint import Checkpoint
+from meswitch.compression.merge import load_merged
+from meswitch.engine import coded
+from meswitch.engine.coded import CodedLinear, Workspace, coded_layers, codes_fault, restore_weights
+from meswitch.launch import _base_beside
+from meswitch.loaded import load_model
+from meswitch.ops.codes import Codes
+from meswitch.quantised import quantise
+from tests.engine.test_kernels import FEW_ROWS, PROMPTS, check, keep_tokens
+from tests.support.deltas import DEVICE
+
+pytest.importorskip("triton")
+
+OPTIONS = {"device": DEVICE, "dtype": "float16", "op_backend": "triton", "slots": 2}
+
+
+def layer_of(rows, width, dtype=torch.int8, bias=False, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width, generator=draw)
+    if dtype == torch.int8:
+        codes = torch.randint(-128, 128, (rows, width), generator=draw, dtype=torch.int8)
+    else:
+        codes = (weight * 100).to(dtype)
+    scale = torch.rand(rows, generator=draw) / 1000
+    offset = nn.Parameter(torch.randn(rows, generator=draw).half().to(DEVICE)) if bias else None
+    return CodedLinear(Codes(codes.to(DEVICE), scale.to(DEVICE)), offset, Workspace(torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 40, 70])
+def test_a_layer_gives_what_its_weights_give(dtype, bias, rows):
+    layer = layer_of(50, 96, dtype, bias)
+    x = torch.randn(1, rows, 96).half().to(DEVICE)
+    wanted = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with torch.no_grad():
+        found = layer(x)
+    assert found.shape == (1, rows, 50)
+    assert (found.double() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+def test_a_tensor_in_the_weights_place_is_computed_with_instead():
+    layer = layer_of(50, 96)
+    x, other = torch.randn(3, 96).half().to(DEVICE), torch.randn(50, 96).half().to(DEVICE)
+    with torch.no_grad():
+        before = layer(x)
+        found = torch.func.functional_call(layer, {"weight": other}, (x,))
+        assert torch.equal(found, nn.functional.linear(x, other))
+        assert torch.equal(layer(x), before)
+
+
+@pytest.fixture
+def opened(pair, tmp_path):
+    """A base in codes and an expert of it, with their sizes."""
+
+    def make(kind="int8", arch="mistral", **case):
+        base, expert = pair(arch, change=0.5, num_hidden_layers=1, **FEW_ROWS, **case)
+        for directory in (base, expert):
+            keep_tokens(directory, FEW_ROWS["vocab_size"])
+        quantised = quantise(base, tmp_path / "base-8", kind)
+        meswitch.compress(quantised, expert, tmp_path / "three", bits=3, salient=5)
+        return quantised, {"three": tmp_path / "three"}
+
+    return make
+
+
+def models_of(base, artifacts):
+    checkpoint = Checkpoint.open(base)
+    models = {name: load_merged(base, path) for name, path in artifacts.items()}
+    models["base"] = load_model(checkpoint, architecture_of(checkpoint.config), torch.float32)
+    return models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "graphs"), [("int8", True), ("fp8", False)])
+def test_answers_over_codes_are_those_over_their_weights(opened, kind, graphs, caplog):
+    base, artifacts = opened(kind)
+    models = models_of(base, artifacts)
+    with caplog.at_level(logging.INFO), Engine(base, artifacts, **OPTIONS, cuda_graphs=graphs) as engine:
+        held = dict(coded_layers(engine.model))
+        assert len(held) == 7
+        assert (engine.memory()["graphs"] > 0) == graphs
+        assert not engine.takes_turns
+        check(engine, models, [("three", "short"), ("base", "short"), ("three", "long"), ("base", "long")])
+        matrices = sum(layer.held.codes.numel() for layer in held.values())
+        whole = sum(p.numel() for p in models["base"].parameters())
+        memory = engine.memory()
+        assert memory["base"] == 2 * (whole - matrices) + matrices + 4 * sum(x.out_features for x in held.values())
+        assert memory["scratch"] == 2 * max(layer.held.codes.numel() for layer in held.values())
+    assert "7 of the base's 7 linear layers are held in 8 bits" in caplog.text
+
+
+def test_what_the_kernels_give_is_compared_before_anybody_is_answered(monkeypatch):
+    layer = layer_of(50, 96, bias=True)
+    model = nn.Sequential(nn.Linear(96, 96), layer)
+    assert codes_fault(model) is None
+    right = coded.fused_linear
+
+    def wrong(*arguments):
+        return right(*arguments) * 1.02
+
+    monkeypatch.setattr(coded, "fused_linear", wrong)
+    assert codes_fault(model) == ("1: the kernel's product differs by 0.02 of its norm from that of restored weights")
+    monkeypatch.setattr(coded, "fused_linear", right)
+    monkeypatch.setattr(Workspace, "restored", lambda self, codes: codes.codes.to(self.dtype))
+    assert codes_fault(model) == "1: restored weights are not those of its codes"
+
+
+def test_weights_are_restored_where_they_are_needed():
+    layer = layer_of(50, 96, bias=True)
+    model, x = nn.Sequential(layer), torch.randn(70, 96).half().to(DEVICE)
+    with torch.no_grad():
+        before = model(x)
+        restore_weights(model)
+        assert type(model[0]) is nn.Linear
+        assert torch.equal(model(x), before)
+
+
+@pytest.fixture
+def base_in_codes(opened):
+    def make(kind="int8"):
+        return opened(kind)[0]
+
+    return make
+
+
+def test_a_base_whose_product_is_wrong_is_served_by_its_weights(base_in_codes, monkeypatch, caplog):
+    monkeypatch.setattr(coded, "fused_linear", lambda x, held, *_: x.new_zeros(len(x), held.shape[0]))
+    with Engine(base_in_codes(), {}, **OPTIONS) as engine:
+        assert not list(coded_layers(engine.model))
+        assert engine.memory()["scratch"] == 0
+        assert engine.generate([PROMPTS["short"]], max_new_tokens=1)[0].tokens
+    assert "weights are restored in 16 bit, which takes twice the memory: model.layers.0" in caplog.text
+
+
+def test_groups_of_channels_are_restored(base_in_codes, caplog):
+    with caplog.at_level(logging.INFO), Engine(base_in_codes("int4"), {}, **OPTIONS) as engine:
+        assert not list(coded_layers(engine.model))
+    assert "restored in 16 bit: its codes have scales of groups" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, OPTIONS | {"runner": "turns"}], ids=["cpu", "turns"])
+def test_without_the_kernels_weights_are_restored(base_in_codes, options):
+    with Engine(base_in_codes(), {}, **options) as engine:
+        assert not list(coded_layers(engine.model))
+
+
+def test_experts_that_take_turns_get_weights_in_place_of_codes(pair, tmp_path):
+    base, expert = pair("mistral", change=0.5, num_hidden_layers=1)
+    base = quantise(base, tmp_path / "base-8", "int8")
+    meswitch.compress(base, expert, tmp_path / "exact", bits="exact")
+    with Engine(base, {"exact": tmp_path / "exact"}, **OPTIONS) as engine:
+        assert engine.takes_turns
+        assert not list(coded_layers(engine.model))
+        check(engine, {"exact": load_merged(base, tmp_path / "exact")}, [("exact", "short")])
+
+
+def test_a_router_beside_the_engine_reads_the_same_codes(base_in_codes):
+    base = base_in_codes()
+    checkpoint = Checkpoint.open(base)
+    plain = load_model(checkpoint, architecture_of(checkpoint.config), torch.float32).model
+    with Engine(base, {}, **OPTIONS) as engine, torch.no_grad():
+        beside = _base_beside(engine)
+        theirs, ours = dict(coded_layers(engine.model.model)), dict(coded_layers(beside))
+        assert theirs.keys() == ours.keys() != set()
+        for name, layer in ours.items():
+            assert layer.codes.data_ptr() == theirs[name].codes.data_ptr()
+            assert layer.workspace is not theirs[name].workspace
+        ids = torch.tensor([PROMPTS["short"]])
+        found = beside(ids.to(DEVICE)).last_hidden_state.float().cpu()
+        wanted = plain(ids).last_hidden_state
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_on_a_gpu_answers_over_codes_are_those_over_their_weights(opened, kind):
+    base, artifacts = opened(kind)
+    models = models_of(base, artifacts)
+    with Engine(base, artifacts, device="cuda", slots=2, kv_cache_tokens=8192) as engine:
+        assert len(list(coded_layers(engine.model))) == 7
+        assert engine.memory()["graphs"] > 0
+        assert not engine.takes_turns
+        check(engine, models, [("three", "short"), ("base", "short"), ("three", "long"), ("base", "long")] * 3)
