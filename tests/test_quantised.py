@@ -11,7 +11,7 @@ import meswitch
 from meswitch import Engine
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import CheckpointError, IncompatibleError
-from meswitch.quantised import quantise, scales_rows
+from meswitch.quantised import held_bytes, quantise
 from meswitch.router.encoder import Encoder
 from meswitch.router.llm import open_llm
 from meswitch.vllm.base import Base
@@ -278,74 +278,78 @@ def test_a_group_of_layers_that_says_nonsense_fits_nothing(tmp_path, weights):
 TENSOR = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
 
 
-def by_row(directory, tensors, weights, stored_as="pack-quantized"):
+def held(directory, tensors, weights, stored_as="pack-quantized"):
+    """Codes and scales that are computed with as they are, and their bytes; None for weights that are restored."""
     stored(directory, tensors, weights, stored_as)
     (info,) = Checkpoint.open(directory).tensors.values()
-    found = info.by_row()
-    assert info.scales_rows == (found is not None)
-    return found
+    return (*info.codes(), info.held_bytes) if info.held_bytes else None
 
 
 def test_codes_with_a_scale_a_row_are_given_as_they_are(tmp_path):
     codes, scale = numbers(6, 23, 8), positive(6, 1)
     whole = {"a.weight_packed": packed(codes, 8), "a.weight_shape": torch.tensor([6, 23]), "a.weight_scale": scale}
     for tensors, kind in (({"a.weight": codes, "a.weight_scale": scale}, "int-quantized"), (whole, "pack-quantized")):
-        found, scales = by_row(tmp_path, tensors, [ROWS], kind)
+        found, scales, nbytes = held(tmp_path, tensors, [ROWS], kind)
         assert torch.equal(found, codes)
-        assert torch.equal(scales, scale[:, 0])
+        assert torch.equal(scales, scale)
+        assert nbytes == 6 * 23 + 6 * 4
     narrow = whole | {"a.weight_packed": packed(numbers(6, 23), 4)}
-    found, scales = by_row(tmp_path, narrow, [ROWS | {"num_bits": 4}])
+    found, scales, nbytes = held(tmp_path, narrow, [ROWS | {"num_bits": 4}])
     assert torch.equal(found, numbers(6, 23))
-    assert torch.equal(scales, scale[:, 0])
+    assert torch.equal(scales, scale)
+    assert nbytes == 6 * 23 + 6 * 4
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_scale_of_a_matrix_is_that_of_each_row(tmp_path, shape):
     codes = (torch.randn(6, 23) * 50).to(torch.float8_e4m3fn)
     tensors = {"a.weight": codes, "a.weight_scale": torch.full(shape, 0.25)}
-    found, scales = by_row(tmp_path, tensors, [TENSOR], "float-quantized")
+    found, scales, _ = held(tmp_path, tensors, [TENSOR], "float-quantized")
     assert torch.equal(found.view(torch.int8), codes.view(torch.int8))
-    assert torch.equal(scales, torch.full((6,), 0.25))
+    assert torch.equal(scales, torch.full((6, 1), 0.25))
 
 
-def test_codes_that_more_than_a_scale_a_row_makes_weights_of_are_not_given(tmp_path):
+def test_codes_of_4_bits_are_given_with_the_scales_of_their_groups(tmp_path):
+    codes, scale = numbers(6, 256), positive(6, 2)
+    words = {"a.weight_packed": packed(codes, 4), "a.weight_shape": torch.tensor([6, 256]), "a.weight_scale": scale}
+    found, scales, nbytes = held(tmp_path, words, [GROUPS | {"group_size": 128}])
+    assert torch.equal(found, codes)
+    assert torch.equal(scales, scale)
+    assert nbytes == 6 * 256 // 2 + 6 * 2 * 4
+    words["a.weight_g_idx"] = torch.arange(256).int() % 2
+    assert held(tmp_path, words, [GROUPS | {"group_size": 128}]) is None
+
+
+def test_other_codes_are_restored(tmp_path):
     codes = numbers(6, 24)
-    groups = {
-        "a.weight_packed": packed(codes, 4),
-        "a.weight_shape": torch.tensor([6, 24]),
-        "a.weight_scale": positive(6, 3),
-    }
-    assert by_row(tmp_path, groups, [GROUPS]) is None
+    words = {"a.weight_packed": packed(codes, 4), "a.weight_shape": torch.tensor([6, 24])}
+    assert held(tmp_path, words | {"a.weight_scale": positive(6, 3)}, [GROUPS]) is None
     zeros = {"a.weight": codes, "a.weight_scale": positive(6, 1), "a.weight_zero_point": numbers(6, 1)}
-    assert by_row(tmp_path, zeros, [ROWS | {"symmetric": False}], "int-quantized") is None
+    assert held(tmp_path, zeros, [ROWS | {"symmetric": False}], "int-quantized") is None
+    blocks = {"a.weight": numbers(8, 32), "a.weight_scale": positive(2, 4)}
+    assert held(tmp_path, blocks, [BLOCKS], "int-quantized") is None
 
 
-def test_codes_that_are_no_numbers_are_not_given(tmp_path):
-    codes = torch.ones(6, 24).to(torch.float8_e4m3fn)
-    codes[3, 5] = torch.nan
-    stored(tmp_path, {"a.weight": codes, "a.weight_scale": torch.ones(1)}, [TENSOR], "float-quantized")
-    assert Checkpoint.open(tmp_path).tensors["a.weight"].by_row() is None
-
-
-def test_what_a_configuration_says_of_a_layers_scales():
+def test_what_a_configuration_says_of_a_layers_codes():
     def config(*weights, targets=("Linear",), **more):
         groups = {str(i): {"targets": list(targets), "weights": each} for i, each in enumerate(weights)}
         return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, **more}
 
-    def scaled(found, module="a", width=24):
-        return scales_rows(found, module, (6, width))
+    def taken(found, module="a", width=24):
+        return held_bytes(found, module, (6, width))
 
-    assert scaled(config(ROWS), "model.layers.0.mlp.up_proj")
-    assert scaled(config(TENSOR))
-    assert not scaled(config(GROUPS))
-    assert scaled(config(GROUPS), width=8)  # one group
-    assert not scaled(config(ROWS | {"symmetric": False}))
-    assert not scaled(config(ROWS, TENSOR))  # which of them it is, only the weights tell
-    assert not scaled(config(ROWS, ignore=["a"]))
-    assert not scaled(config(ROWS, ignore=["re:.*up_proj"]), "mlp.up_proj")
-    assert scaled(config(ROWS, targets=["re:.*up_proj"]), "mlp.up_proj")
-    assert not scaled(config(ROWS, targets=["re:.*up_proj"]), "mlp.down_proj")
-    assert not scaled(config(ROWS, quant_method="gptq"))
+    assert taken(config(ROWS), "model.layers.0.mlp.up_proj")
+    assert taken(config(TENSOR)) == 6 * 24 + 6 * 4
+    assert taken(config(GROUPS | {"group_size": 128}), width=384) == 6 * 192 + 6 * 3 * 4
+    assert not taken(config(GROUPS))
+    assert taken(config(GROUPS), width=8)  # one group
+    assert not taken(config(ROWS | {"symmetric": False}))
+    assert not taken(config(ROWS, TENSOR))  # which of them it is, only the weights tell
+    assert not taken(config(ROWS, ignore=["a"]))
+    assert not taken(config(ROWS, ignore=["re:.*up_proj"]), "mlp.up_proj")
+    assert taken(config(ROWS, targets=["re:.*up_proj"]), "mlp.up_proj")
+    assert not taken(config(ROWS, targets=["re:.*up_proj"]), "mlp.down_proj")
+    assert not taken(config(ROWS, quant_method="gptq"))
 
 
 def test_weights_beside_scales_are_not_codes(tmp_path):

@@ -1,5 +1,5 @@
 """Fill the embedded engine's tables of docs/results/serving.md from results of `cpu.py`, `residency.py`, `load.py`,
-`engine.py`.
+`engine.py`, `quantised.py`.
 
 python benchmarks/serving/doc.py            rewrite what is out of date
 python benchmarks/serving/doc.py --check    say so instead, and exit 1
@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 
-from benchmarks.common.generated import Data, arguments_of, stored, update
+from benchmarks.common.generated import Data, arguments_of, stored, update, where_measured
 from benchmarks.common.markdown_tables import pipe
 
 LATER = "Not measured yet."
@@ -171,12 +171,56 @@ def on_gpu(found: Data) -> str:
     )
 
 
+def quantised(found: Data) -> str:
+    """A base that is held as its codes beside the same base restored, for each kind and step; then the rest."""
+    head = ["base", "requests", "experts", "codes: tokens/s", "ms a step", "floor, ms", "16 bit: tokens/s", "ms a step"]
+    rows = found["rows"]
+    steps: dict[tuple[str, int, int], dict[str, Data]] = {}
+    for row in rows:
+        if "ms_per_step" in row:
+            steps.setdefault((row["kind"], row["requests"], row["experts"]), {})[row["base"]] = row
+    table = [
+        [
+            *(kind, str(requests), str(experts or "base")),
+            *(str(sides["held"][name]) for name in ("tokens_per_s", "ms_per_step", "floor_ms")),
+            *(str(sides["restored"][name]) for name in ("tokens_per_s", "ms_per_step")),
+        ]
+        for (kind, requests, experts), sides in steps.items()
+    ]
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        held, plain = ([row for row in own if row.get("base") == how] for how in ("held", "restored"))
+        (ours,), (theirs,) = ([row for row in side if "memory" in row] for side in (held, plain))
+        prompts = ", ".join(
+            f"{a['prompt']} tokens {a['ttft_ms']:.0f} and {b['ttft_ms']:.0f} ms"
+            for a, b in zip(held, plain, strict=True)
+            if "prompt" in a
+        )
+        gaps = ", ".join(
+            f"{row['compared']} {row['logprob_gap_mean']:.3f} ({sum(row['agree_until'])} of "
+            f"{row['answers'] * row['tokens']} tokens until the first that differs)"
+            for row in own
+            if "compared" in row
+        )
+        lines.append(
+            f"- {kind}: the base takes {ours['memory']['base'] / 1e9:.2f} GB and {ours['memory']['scratch'] / 1e9:.2f} "
+            f"GB of scratch instead of {theirs['memory']['base'] / 1e9:.2f} GB; torch has allocated "
+            f"{ours['allocated'] / 1e9:.2f} and {theirs['allocated'] / 1e9:.2f} GB. The first token of a prompt comes "
+            f"after: {prompts}. Mean difference of the log probabilities of prompts' tokens: {gaps}."
+        )
+    meta = found["meta"]
+    under = f"{meta['model']}, {meta['layers']} layers; a copy moves {meta['copy_tb_per_s']:.1f} TB/s."
+    return "\n\n".join([pipe(head, *table), f"{under} {where_measured(meta)}", "\n".join(lines)])
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "results/serving.md", arguments)
     found, many, load = stored("serving-cpu.json"), stored("residency-cpu.json"), stored("load-cpu.json")
-    gpu = stored("engine-h200.json")
+    gpu, codes = stored("engine-h200.json"), stored("quantised-base-h200.json")
     places = {
         "the embedded engine on a GPU": on_gpu(gpu) if gpu else LATER,
+        "a quantised base on a GPU": quantised(codes) if codes else LATER,
         "serving on a CPU": serving(found) if found else LATER,
         "many experts on a CPU": residency(many) if many else LATER,
         "many clients on a CPU": clients(load) if load else LATER,

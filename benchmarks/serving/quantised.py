@@ -1,4 +1,4 @@
-"""A base in 8 bits in the embedded engine on a GPU: its codes held, beside the same base restored in 16 bit.
+"""A base in 8 or 4 bits in the embedded engine on a GPU: its codes held, beside the same base restored in 16 bit.
 
     python benchmarks/serving/quantised.py --work DIR [--kind int8] [--layers 32] [--tokenizer examples/family/base]
         [--json FILE]
@@ -10,7 +10,8 @@ the first token of a prompt of 512. At last the same questions are asked of both
 tokens agree until the first that does not, and how far apart the log probabilities of the prompts' tokens are. What
 asking alone or at once makes of one engine's answers is the measure for both. Random weights have many near ties.
 
-One kind a run; a file that has rows of others keeps them. Whatever lies in DIR already is not made again.
+One kind a run, of which `--prepare` is the first half; a file that has rows of others keeps them. Whatever lies in DIR
+already is not made again.
 """
 
 import argparse
@@ -32,11 +33,13 @@ import meswitch
 import meswitch.engine.engine as opening
 from benchmarks.common import synthetic
 from benchmarks.common.generated import RESULTS
-from benchmarks.serving.engine import NAMES, Row, ask, copy_bandwidth, measured, time_to_first
+from benchmarks.serving import engine as serving
+from benchmarks.serving.engine import Row, ask, copy_bandwidth, measured, time_to_first
 from meswitch import Engine
 from meswitch.engine.coded import coded_layers, codes_bytes
 from meswitch.quantised import quantise
 
+NAMES = serving.NAMES[:8]
 HELD, RESTORED = "held", "restored"
 STEPS = ((1, 1), (1, 0), (8, 4), (32, 8), (32, 0), (128, 8))  # requests, experts; 0 is the base
 QUESTIONS, LENGTH, NEW = 8, 40, 24
@@ -46,16 +49,19 @@ Answers = dict[str, list[list[Any]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and artifacts are written, or are")
-    parser.add_argument("--kind", choices=("int8", "fp8"), default="int8")
+    parser.add_argument("--kind", choices=("int8", "fp8", "int4"), default="int8")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokenizer", type=Path, default=Path("examples/family/base"))
     parser.add_argument("--json", type=Path, default=RESULTS / "quantised-base-h200.json")
+    parser.add_argument("--prepare", action="store_true", help="write what is measured, and measure nothing")
     parser.add_argument("--as-engine", choices=(HELD, RESTORED), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_engine:
         serve(options.work, options.kind, options.as_engine)
         return
     prepare(options.work, options.kind, options.layers, options.tokenizer)
+    if options.prepare:
+        return
     report = json.loads(options.json.read_text()) if options.json.is_file() else {"rows": []}
     report["meta"] = {
         "card": torch.cuda.get_device_name(),
@@ -88,10 +94,12 @@ def main() -> None:
 
 def prepare(work: Path, kind: str, layers: int, tokenizer: Path) -> None:
     """Write the base, the base in codes, and the artifact over it; the expert stays for another kind's artifact."""
-    if not (work / "expert").is_dir():
+    written = work / "written"
+    if not written.exists():
         started = time.perf_counter()
         config = synthetic.MODELS["mistral-7b"] | {"num_hidden_layers": layers}
         synthetic.write_pair(work, config, int(3e9), tokenizer=tokenizer, device="cuda")
+        written.touch()
         print(f"checkpoints: {time.perf_counter() - started:.0f} s", flush=True)
     if not (work / kind).is_dir():
         started = time.perf_counter()

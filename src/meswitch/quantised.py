@@ -41,6 +41,7 @@ KINDS = {
 _SHARES = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}  # of the largest weight, that a scale reaches to
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+GROUP = 128  # channels with one scale, of codes of 4 bits that the kernels read
 _GIVE = "give a checkpoint in 16 bit"
 
 
@@ -143,6 +144,20 @@ class _Layout:
         """How many scales a matrix has, along its rows and along its channels."""
         high, wide = self.blocks(rows, width)
         return -(-rows // high), -(-width // wide)
+
+    def held_bytes(self, rows: int, width: int) -> int:
+        """What a matrix takes whose codes are computed with as they are; 0 if they are restored first.
+
+        They are where each row has one scale: a byte a code, 4 a scale. And codes of 4 bits where each `GROUP` channels
+        have one.
+        """
+        high, groups = self.blocks(rows, width)[0], self.grid(rows, width)[1]
+        if not self.is_symmetric or not 1 <= self.bits <= 8:
+            return 0
+        if groups == 1:
+            return rows * width + 4 * rows
+        is_paired = self.bits == 4 and not self.is_float and high == 1 and groups * GROUP == width
+        return rows * width // 2 + 4 * rows * groups if is_paired else 0
 
     def fits(self, parts: Mapping[str, TensorInfo], rows: int, width: int) -> bool:
         """Whether the parts of a matrix have the shapes and dtypes of this layout."""
@@ -295,19 +310,16 @@ class _Matrix:
         return values if values.shape[1] == 1 else values[:, groups]
 
     @property
-    def scales_rows(self) -> bool:
-        """Whether one scale a row makes weights of its codes."""
-        return self.layout.grid(*self.shape)[1] == 1 and "weight_zero_point" not in self.parts
+    def held_bytes(self) -> int:
+        """As `QuantisedTensor.held_bytes`."""
+        plain = not {"weight_zero_point", "weight_g_idx"} & self.parts.keys()
+        return self.layout.held_bytes(*self.shape) if plain else 0
 
-    def by_row(self) -> tuple[Tensor, Tensor] | None:
-        """As `QuantisedTensor.by_row`."""
-        if not self.scales_rows:
-            return None
-        codes = self._codes()
-        if codes.is_floating_point() and bool((codes.view(torch.int8) & 0x7F == 0x7F).any()):
-            return None
-        scale = self._spread(self.parts["weight_scale"].read().float(), torch.zeros(0)).expand(self.rows, 1)
-        return codes.contiguous(), scale[:, 0].contiguous()
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """As `QuantisedTensor.codes`."""
+        high, _ = self.layout.blocks(*self.shape)
+        scale = self.parts["weight_scale"].read().float().reshape(self.layout.grid(*self.shape))
+        return self._codes().contiguous(), scale.repeat_interleave(high, 0)[: self.rows].contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,24 +333,22 @@ class QuantisedTensor(BuiltTensor):
     matrix: _Matrix
 
     @property
-    def scales_rows(self) -> bool:
-        """Whether one scale a row makes weights of its codes."""
-        return self.matrix.scales_rows
+    def held_bytes(self) -> int:
+        """What it takes as codes that are computed with as they are; 0 if they are not, see `_Layout.held_bytes`."""
+        return self.matrix.held_bytes
 
-    def by_row(self) -> tuple[Tensor, Tensor] | None:
-        """Its codes, where one scale a row makes weights of them.
-
-        Returns:
-            [rows, in_features] int8 or float8_e4m3fn, [rows] float32. None for groups of channels or zero points, and
-            for codes that are NaN.
-        """
-        return self.matrix.by_row()
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """[rows, in_features] int8 or float8_e4m3fn, and [rows, 1] or [rows, groups] float32. It has held bytes."""
+        return self.matrix.codes()
 
 
 def _unpacked(packed: Tensor, bits: int, width: int) -> Tensor:
     """int32 words of `32 // bits` codes, lowest first -> [rows, width] int8, codes less the middle of their range."""
-    if bits == 8:  # a byte each; no detour over numbers of 64 bits
-        return (packed.contiguous().view(torch.uint8)[:, :width] ^ 0x80).view(torch.int8)
+    if bits in (8, 4):  # one or two a byte: no detour over numbers of 64 bits
+        found = packed.contiguous().view(-1).view(torch.uint8)
+        if bits == 4:
+            found = torch.stack([found & 15, found >> 4], 1)
+        return found.view(len(packed), -1)[:, :width].contiguous().view(torch.int8) - 2 ** (bits - 1)
     shifts = torch.arange(32 // bits) * bits
     codes = (packed[:, :, None].long() >> shifts) & (2**bits - 1)
     return (codes.view(len(packed), -1)[:, :width] - 2 ** (bits - 1)).to(torch.int8)
@@ -403,8 +413,8 @@ def linear_layers(model: Any, plan: "LoadPlan") -> dict[str, str]:
     return found
 
 
-def scales_rows(config: Mapping[str, Any], module: str, shape: tuple[int, ...]) -> bool:
-    """Whether the codes of a linear layer have one scale a row, as far as a configuration says it.
+def held_bytes(config: Mapping[str, Any], module: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a linear layer whose codes are computed with as they are, as far as a configuration says it; else 0.
 
     Args:
         config: as `quantisation` gives it.
@@ -418,10 +428,10 @@ def scales_rows(config: Mapping[str, Any], module: str, shape: tuple[int, ...]) 
 
     groups = config.get("config_groups")
     if unread_reason(config) is not None or named(config.get("ignore")) or not isinstance(groups, Mapping):
-        return False
+        return 0
     mine = [each for each in groups.values() if isinstance(each, Mapping) and _is_target(each, named)]
     layouts = _layouts({"config_groups": dict(enumerate(mine))})
-    return len(mine) == len(layouts) == 1 and layouts[0].grid(*shape)[1] == 1 and layouts[0].is_symmetric
+    return layouts[0].held_bytes(*shape) if len(mine) == len(layouts) == 1 else 0
 
 
 def _is_target(group: Mapping[str, Any], named: Callable[[Any], bool]) -> bool:

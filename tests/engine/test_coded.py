@@ -1,9 +1,12 @@
 """A base of which the engine holds the codes in 8 bits, on the GPU kernels: interpreted where there is no GPU."""
 
 import logging
+import math
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import meswitch
@@ -12,7 +15,7 @@ from meswitch.architecture import architecture_of
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.engine import coded
-from meswitch.engine.coded import CodedLinear, Workspace, coded_layers, codes_fault, restore_weights
+from meswitch.engine.coded import CodedLinear, Workspace, coded_layers, codes_fault, hold_codes, restore_weights
 from meswitch.launch import _base_beside
 from meswitch.loaded import load_model
 from meswitch.ops.codes import Codes
@@ -50,6 +53,19 @@ def test_a_layer_gives_what_its_weights_give(dtype, bias, rows):
     assert (found.double() - wanted).norm() <= 2e-3 * wanted.norm()
 
 
+def test_codes_that_are_no_numbers_are_not_held(base_in_codes):
+    base = base_in_codes("fp8")
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"].view(torch.int8)[3, 5] = 0x7F
+    save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(base)
+    prepare = partial(hold_codes, op_backend="triton", device=torch.device(DEVICE))
+    model = load_model(checkpoint, architecture_of(checkpoint.config), torch.float16, prepare=prepare)
+    assert len(list(coded_layers(model))) == 6
+    assert model.model.layers[0].mlp.up_proj.weight[3, 5].isnan()
+
+
 def test_a_tensor_in_the_weights_place_is_computed_with_instead():
     layer = layer_of(50, 96)
     x, other = torch.randn(3, 96).half().to(DEVICE), torch.randn(50, 96).half().to(DEVICE)
@@ -82,23 +98,29 @@ def models_of(base, artifacts):
     return models
 
 
+WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}  # of 4 bits one group a row, and two
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "graphs"), [("int8", True), ("fp8", False)])
-def test_answers_over_codes_are_those_over_their_weights(opened, kind, graphs, caplog):
-    base, artifacts = opened(kind)
+@pytest.mark.parametrize(("kind", "graphs", "case"), [("int8", True, {}), ("fp8", False, {}), ("int4", False, WIDE)])
+def test_answers_over_codes_are_those_over_their_weights(opened, kind, graphs, case, caplog):
+    base, artifacts = opened(kind, **case)
     models = models_of(base, artifacts)
     with caplog.at_level(logging.INFO), Engine(base, artifacts, **OPTIONS, cuda_graphs=graphs) as engine:
-        held = dict(coded_layers(engine.model))
+        held = {name.removesuffix(".base"): layer.held for name, layer in coded_layers(engine.model)}
         assert len(held) == 7
+        assert [name for name, codes in held.items() if codes.is_paired] == (
+            ["model.layers.0.mlp.down_proj"] if kind == "int4" else []
+        )
         assert (engine.memory()["graphs"] > 0) == graphs
         assert not engine.takes_turns
         check(engine, models, [("three", "short"), ("base", "short"), ("three", "long"), ("base", "long")])
-        matrices = sum(layer.held.codes.numel() for layer in held.values())
+        sizes = {name: math.prod(codes.shape) for name, codes in held.items()}
         whole = sum(p.numel() for p in models["base"].parameters())
         memory = engine.memory()
-        assert memory["base"] == 2 * (whole - matrices) + matrices + 4 * sum(x.out_features for x in held.values())
-        assert memory["scratch"] == 2 * max(layer.held.codes.numel() for layer in held.values())
-    assert "7 of the base's 7 linear layers are held in 8 bits" in caplog.text
+        assert memory["base"] == 2 * (whole - sum(sizes.values())) + sum(codes.nbytes for codes in held.values())
+        assert memory["scratch"] == 2 * max(sizes.values())
+    assert "7 of the base's 7 linear layers are held as their codes" in caplog.text
 
 
 def test_what_the_kernels_give_is_compared_before_anybody_is_answered(monkeypatch):
@@ -147,7 +169,7 @@ def test_a_base_whose_product_is_wrong_is_served_by_its_weights(base_in_codes, m
 def test_groups_of_channels_are_restored(base_in_codes, caplog):
     with caplog.at_level(logging.INFO), Engine(base_in_codes("int4"), {}, **OPTIONS) as engine:
         assert not list(coded_layers(engine.model))
-    assert "restored in 16 bit: its codes have scales of groups" in caplog.text
+    assert "restored in 16 bit: its codes have zero points, or scales of other groups" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu"}, OPTIONS | {"runner": "turns"}], ids=["cpu", "turns"])
@@ -184,9 +206,9 @@ def test_a_router_beside_the_engine_reads_the_same_codes(base_in_codes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_on_a_gpu_answers_over_codes_are_those_over_their_weights(opened, kind):
-    base, artifacts = opened(kind)
+@pytest.mark.parametrize(("kind", "case"), [("int8", {}), ("int4", WIDE)])
+def test_on_a_gpu_answers_over_codes_are_those_over_their_weights(opened, kind, case):
+    base, artifacts = opened(kind, **case)
     models = models_of(base, artifacts)
     with Engine(base, artifacts, device="cuda", slots=2, kv_cache_tokens=8192) as engine:
         assert len(list(coded_layers(engine.model))) == 7

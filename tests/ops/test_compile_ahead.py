@@ -14,10 +14,21 @@ from meswitch.ops import (
     expert_prefill,
     fused_linear,
 )
-from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
+from meswitch.ops.codes import Codes
+from meswitch.ops.triton.ahead import (
+    Compilation,
+    compile_ahead,
+    decode_jobs,
+    dequantise_job,
+    embedding_job,
+    fused_jobs,
+    prefill_jobs,
+)
 from tests.support.deltas import DEVICE, random_delta
 
 ROWS, WIDTH, DTYPE = 256, 1024, torch.bfloat16
+CODES = [torch.ones(ROWS, WIDTH, dtype=torch.int8), torch.ones(ROWS, WIDTH // 2, dtype=torch.uint8)]
+SCALES = [torch.ones(ROWS), torch.ones(WIDTH // 128, ROWS)]
 STEPS = [[0], [0, 1, 2, -1], [0] * 9 + [1] * 3, [t % 3 for t in range(40)]]
 
 
@@ -30,14 +41,21 @@ def jobs(layer):
     about = ROWS, WIDTH, layer.variant, DTYPE
     built = [(slots, Routing.build(slots)) for slots in STEPS]
     steps = [(len(slots), routing.slots.numel(), routing.likely) for slots, routing in built]
-    found = [*fused_jobs(*about, False, steps), *decode_jobs(*about, 8), *prefill_jobs(*about, False, 1024)]
+    held = [job for codes in CODES for job in fused_jobs(*about, False, steps, codes.dtype)]
+    held += [dequantise_job(ROWS, WIDTH, DTYPE, codes.dtype) for codes in CODES]
+    found = [*fused_jobs(*about, False, steps), *held, *decode_jobs(*about, 8), *prefill_jobs(*about, False, 1024)]
     return [*found, embedding_job(*about, False)]
 
 
 def run(layer):
     weight = torch.randn(ROWS, WIDTH).to(DEVICE, DTYPE)
+    held = [Codes(codes.to(DEVICE), scale.to(DEVICE)) for codes, scale in zip(CODES, SCALES, strict=True)]
+    for codes in held:
+        codes.into(torch.empty_like(weight), "triton")
     for slots in STEPS:
         x, routing = torch.randn(len(slots), WIDTH).to(DEVICE, DTYPE), Routing.build(slots, DEVICE)
+        for codes in held:
+            fused_linear(x, codes, layer, routing, backend="triton")
         expert_linear(fused_linear(x, weight, layer, routing, backend="triton"), x, layer, routing, "triton")
     owners = [0] * 256 + [1] * 300 + [2] * 100 + [-1] * 20
     x = torch.randn(len(owners), WIDTH).to(DEVICE, DTYPE)
@@ -48,11 +66,12 @@ def run(layer):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 def test_a_step_compiles_nothing_more(layer, monkeypatch):
+    from meswitch.ops.triton.codes import dequantise_kernel
     from meswitch.ops.triton.decode import decode_kernel
     from meswitch.ops.triton.fused import fused_kernel
     from meswitch.ops.triton.merge import merge_kernel, rows_kernel
 
-    kernels = decode_kernel, fused_kernel, merge_kernel, rows_kernel
+    kernels = decode_kernel, dequantise_kernel, fused_kernel, merge_kernel, rows_kernel
     assert compile_ahead(jobs(layer)) > 5
 
     def compiled():
@@ -83,13 +102,13 @@ def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
 
             return launch
 
-    for name in ("fused", "decode"):
-        module = importlib.import_module(f"meswitch.ops.triton.{name}")
+    for name, home in (("fused", "fused"), ("decode", "decode"), ("dequantise", "codes")):
+        module = importlib.import_module(f"meswitch.ops.triton.{home}")
         kernel = getattr(module, f"{name}_kernel")
         monkeypatch.setattr(module, f"{name}_kernel", Recorder(name, kernel))
     run(layer)
     known = {job.key for job in jobs(layer)}
-    assert {job.kernel for job in launched} == {"fused", "decode"}
+    assert {job.kernel for job in launched} == {"fused", "decode", "dequantise"}
     assert {job.key for job in launched} <= known
 
 

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from meswitch.ops.triton.unpack import byte_asm, merge_asm, restore_asm, unpack_asm
+from meswitch.ops.triton.unpack import byte_asm, merge_asm, nibble_asm, restore_asm, unpack_asm
 
 
 def halves(word, dtype):
@@ -109,6 +109,16 @@ def test_every_byte_becomes_the_number_that_it_is(is_float, dtype):
         found = [*results["$0"], *results["$1"]]
         pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b == b]  # NaN is never held as a code
         assert [a for a, _ in pairs] == [b for _, b in pairs]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("is_high", [False, True])
+def test_every_half_of_a_byte_becomes_its_number_less_8(is_high, dtype):
+    for first in range(0, 256, 4):
+        word = int.from_bytes(bytes(range(first, first + 4)), "little")
+        results = execute(nibble_asm(is_high, dtype), [word], 2, dtype)
+        wanted = [(byte >> 4 if is_high else byte & 15) - 8 for byte in range(first, first + 4)]
+        assert [*results["$0"], *results["$1"]] == wanted
 
 
 def bf16(values):

@@ -115,7 +115,7 @@ def plan_report(
     import torch
 
     from meswitch.artifact import account
-    from meswitch.compression.plan import Memory, held_bytes, kv_bytes, predict, widest_dtype
+    from meswitch.compression.plan import Memory, base_bytes, kv_bytes, predict, widest_dtype
     from meswitch.ops import uses_kernels
     from meswitch.slots.layout import Layout
 
@@ -125,7 +125,7 @@ def plan_report(
     slot = Layout.of(planned, kernel=kernel).nbytes
     kv = kv_bytes(base, kv_tokens) if kv_tokens else 0
     full = manifest.expert.bytes
-    held, scratch = held_bytes(base) if kernel else (base.nbytes, 0)
+    held, scratch = base_bytes(base) if kernel else (base.nbytes, 0)
     memory = Memory(held, slot, full, kv, experts, limit, scratch)
     return {
         "expert": dataclasses.asdict(manifest.expert),
@@ -239,7 +239,7 @@ def _group(role: str) -> str:
 def _memory_table(memory: dict[str, Any]) -> Any:
     rows = {
         "base": format_bytes(memory["base"])
-        + (f", {format_bytes(memory['scratch'])} to restore layers in 8 bits" if memory["scratch"] else ""),
+        + (f", and {format_bytes(memory['scratch'])} to restore its layers" if memory["scratch"] else ""),
         "a slot": format_bytes(memory["slot"]),
         "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
         f"base + {_count(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "

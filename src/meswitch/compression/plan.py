@@ -24,7 +24,7 @@ from meswitch.compression.convert import base_info, expert_info, roles_of
 from meswitch.compression.options import Options, check_none_given
 from meswitch.configuration import read_config, without_quantisation
 from meswitch.errors import ConfigError
-from meswitch.quantised import QuantisedTensor, linear_layers, quantisation_of, scales_rows
+from meswitch.quantised import QuantisedTensor, held_bytes, linear_layers, quantisation_of
 from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo
 
 
@@ -50,7 +50,7 @@ class Memory:
         kv: the KV cache, the same either way.
         experts: slots.
         limit: of the device, None if it was not given.
-        scratch: where layers in 8 bits are restored, one at a time.
+        scratch: where layers that are held as their codes are restored, one at a time.
     """
 
     base: int
@@ -149,10 +149,10 @@ def predict(
     return Artifact(expert.directory, manifest, {})
 
 
-def held_bytes(base: Checkpoint) -> tuple[int, int]:
+def base_bytes(base: Checkpoint) -> tuple[int, int]:
     """What the weights of a base take where the GPU kernels compute, and where they are restored, one at a time.
 
-    Of a quantised base, linear layers with a scale a row keep their codes: a byte a weight, and 4 a row.
+    Of a quantised base, linear layers whose codes the kernels read are held as these: see `quantised.held_bytes`.
     """
     config = quantisation_of(base.config.to_dict())
     if config is None:
@@ -160,9 +160,9 @@ def held_bytes(base: Checkpoint) -> tuple[int, int]:
     base, saved, largest = base.loaded, 0, 0
     for name, module in linear_layers(architecture_of(base.config).model, base.load_plan).items():
         info = base.tensors[name]
-        if info.scales_rows if isinstance(info, QuantisedTensor) else scales_rows(config, module, info.shape):
-            rows, width = info.shape
-            saved += info.nbytes - rows * width - 4 * rows
+        held = info.held_bytes if isinstance(info, QuantisedTensor) else held_bytes(config, module, info.shape)
+        if held:
+            saved += info.nbytes - held
             largest = max(largest, info.nbytes)
     return base.nbytes - saved, largest
 

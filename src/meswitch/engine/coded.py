@@ -1,4 +1,4 @@
-"""Linear layers of a quantised base that keep its codes of 8 bits, where the kernels of a GPU compute.
+"""Linear layers of a quantised base that keep its codes of 8 or 4 bits, where the kernels of a GPU compute.
 
 Steps of up to `MAX_TOKENS` rows read the codes. For larger ones a layer's weights are restored in a room that all
 layers of the model share, and then computed with like any weights. Where no kernels run, a base has no such layers:
@@ -6,6 +6,7 @@ its weights are restored as it is read.
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +43,7 @@ class Workspace:
         self.largest = 0
         """Weights of the largest layer."""
         self._room: Tensor | None = None
-        self._layers: dict[torch.Size, SlotLinear] = {}
+        self._layers: dict[tuple[int, int], SlotLinear] = {}
         self._routings: dict[int, Routing] = {}
 
     @property
@@ -54,7 +55,7 @@ class Workspace:
         """[rows, in_features], until the next call."""
         if self._room is None:
             self._room = torch.empty(self.largest, dtype=self.dtype, device=codes.codes.device)
-        return codes.into(self._room[: codes.codes.numel()].view(codes.shape), _TRITON)
+        return codes.into(self._room[: math.prod(codes.shape)].view(codes.shape), _TRITON)
 
     def of_base(self, codes: Codes, rows: int) -> tuple[SlotLinear, Routing]:
         """What the fused kernel is given for rows that are all the base's."""
@@ -68,7 +69,7 @@ class Workspace:
 
 
 class CodedLinear(nn.Module):
-    """As nn.Linear, of a weight in 8 bits: [..., in_features] -> [..., out_features].
+    """As nn.Linear, of a weight that is held as codes: [..., in_features] -> [..., out_features].
 
     A tensor that `torch.func.functional_call` puts in the place of `weight` is computed with instead.
 
@@ -84,7 +85,7 @@ class CodedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = codes.shape
         self.workspace = workspace
-        workspace.largest = max(workspace.largest, codes.codes.numel())
+        workspace.largest = max(workspace.largest, math.prod(codes.shape))
         self.register_buffer("codes", codes.codes, persistent=False)
         self.register_buffer("scale", codes.scale, persistent=False)
         self.register_parameter("bias", bias)
@@ -136,8 +137,8 @@ class CodedLinear(nn.Module):
 def hold_codes(weights: LazyModel, checkpoint: Checkpoint, *, op_backend: str | None, device: torch.device) -> None:
     """Put layers that keep their codes into a model whose weights are not read yet, if the kernels will compute it.
 
-    These are linear layers with one scale a row, or one for all rows, and no zero points. The head is none of them:
-    it is kept in 16 bit.
+    These are linear layers with one scale a row, or one for all rows, or codes of 4 bits in groups of `GROUP` channels,
+    and without zero points. The head is none of them: it is kept in 16 bit.
 
     Args:
         weights: the model.
@@ -154,22 +155,34 @@ def hold_codes(weights: LazyModel, checkpoint: Checkpoint, *, op_backend: str | 
         info, name = checkpoint.tensors[stored], f"{path}.weight"
         if not isinstance(info, QuantisedTensor) or name in shared or weights.dtype_of(name) != weights.dtype:
             continue
-        codes = info.by_row()
+        codes = _codes(info)
         if codes is not None:
-            model.set_submodule(path, CodedLinear(Codes(*codes), model.get_submodule(path).bias, workspace))
+            model.set_submodule(path, CodedLinear(codes, model.get_submodule(path).bias, workspace))
             found += 1
     if not found:
-        logger.info("the base's weights are restored in 16 bit: its codes have scales of groups, or zero points")
+        logger.info("the base's weights are restored in 16 bit: its codes have zero points, or scales of other groups")
         return
-    nbytes, whole = codes_bytes(model), sum(2 * layer.held.codes.numel() for _, layer in coded_layers(model))
+    nbytes, whole = codes_bytes(model), sum(2 * math.prod(layer.held.shape) for _, layer in coded_layers(model))
     logger.info(
-        "%d of the base's %d linear layers are held in 8 bits: %s instead of %s",
+        "%d of the base's %d linear layers are held as their codes: %s instead of %s",
         *(found, len(layers), format_bytes(nbytes), format_bytes(whole)),
     )
 
 
+def _codes(stored: QuantisedTensor) -> Codes | None:
+    """A stored matrix as it is held; None if it cannot be."""
+    if not stored.held_bytes:
+        return None
+    codes, scale = stored.codes()
+    if scale.shape[1] > 1:
+        return Codes.paired(codes, scale)
+    if codes.is_floating_point() and bool((codes.view(torch.int8) & 0x7F == 0x7F).any()):
+        return None  # NaN, which the kernels do not know
+    return Codes(codes, scale[:, 0].contiguous())
+
+
 def coded_layers(model: nn.Module) -> Iterator[tuple[str, CodedLinear]]:
-    """The layers that are held in 8 bits, by name."""
+    """The layers that are held as codes, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, CodedLinear))
 
 
@@ -184,7 +197,7 @@ def workspace_bytes(model: nn.Module) -> int:
 
 
 def restore_weights(model: nn.Module) -> None:
-    """Make plain layers of those that are held in 8 bits, in place."""
+    """Make plain layers of those that are held as codes, in place."""
     for name, layer in list(coded_layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(layer.weight)
@@ -227,7 +240,7 @@ def codes_fault(model: nn.Module) -> str | None:
     for name, layer in layers:
         held, restored = layer.held, layer.restored
         wanted = held.into(torch.empty_like(restored), "reference")
-        if not _error(restored, wanted) <= 2 * torch.finfo(restored.dtype).eps:  # the interpreter does not round
+        if not _error(restored, wanted) <= torch.finfo(restored.dtype).eps:  # the interpreter cuts off
             return f"{name}: restored weights are not those of its codes"
         x = torch.randn(_ROWS, layer.in_features, generator=draw).to(first, restored.dtype)
         error = _error(layer.product(x, layer.bias), nn.functional.linear(x, wanted, layer.bias))

@@ -301,7 +301,7 @@ def product_with_deltas(x: Tensor, base: Any, bias: Tensor | None, layer: SlotLi
     """`x W^T + x D^T + bias`, each row with its owner's D: [rows, in_features] -> [rows, out_features].
 
     Up to 64 rows base and deltas are one launch, which reads each weight once. With more, cuBLAS computes the base, and
-    experts of many rows get weights of their own (`ops.prefill`). A base in 8 bits is restored for that.
+    experts of many rows get weights of their own (`ops.prefill`); a layer that is held as codes is restored for it.
 
     Args:
         base: the base's layer.

@@ -311,8 +311,8 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes by purpose: `base`, `slots`, `kv_cache`, `merged`, `graphs` and `scratch` on the device, and `host`.
 
-        `base` counts linear layers that are held in 8 bits as they are; `scratch` is where one of them at a time is
-        restored.
+        `base` counts linear layers of a quantised base that are held as their codes by the codes' bytes; `scratch` is
+        where one of them at a time is restored.
         `merged` is what experts' weights take beside the base's: of those in the batch on a CPU (`merged_bytes`), or of
         the one that has its turn (`by_turns`).
         """

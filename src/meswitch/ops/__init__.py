@@ -5,12 +5,14 @@ from meswitch.ops.embed import embedding_rows
 from meswitch.ops.layout import SlotLinear
 from meswitch.ops.linear import expert_linear, fused_linear
 from meswitch.ops.prefill import expert_prefill, static_prefill
+from meswitch.ops.reference import Reference
 from meswitch.ops.routing import PrefillRouting, Routing
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "PrefillRouting",
+    "Reference",
     "Routing",
     "SlotLinear",
     "backend",

@@ -1,5 +1,6 @@
 """What computes an expert's part of a layer: which backend an engine takes, and which one an operator."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -7,20 +8,25 @@ from torch import Tensor
 
 from meswitch.codec import Delta
 from meswitch.errors import ConfigError
-from meswitch.ops import cpu, reference
+from meswitch.ops.cpu import Cpu
+from meswitch.ops.reference import Reference
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Backend(Protocol):
-    """The functions that a backend module has; see `ops.reference` for their shapes."""
+    """What computes deltas expert by expert; see `Reference` for shapes."""
 
     def expert_matmul(self, x: Tensor, delta: Delta) -> Tensor: ...
 
     def expert_rows(self, ids: Tensor, delta: Delta) -> Tensor: ...
 
+    def slot_matmul(
+        self, x: Tensor, arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int
+    ) -> Tensor | None: ...
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "cpu": cpu}
+
+BACKENDS: dict[str, Backend] = {"reference": Reference(), "cpu": Cpu()}
 
 
 def backend(device_type: str, name: str | None = None) -> Backend:

@@ -11,30 +11,33 @@ import torch
 from torch import Tensor
 
 from meswitch.codec import Delta, LowRankDelta
-from meswitch.ops import reference
 from meswitch.ops.layout import SALIENT_ROWS, Shape, slot_shape
+from meswitch.ops.reference import Reference, expand
 
 
-def expert_matmul(x: Tensor, delta: Delta) -> Tensor:
-    """`x @ D^T` for one expert's tokens: [tokens, in_features] -> [tokens, rows] float32."""
-    if isinstance(delta, LowRankDelta):
-        return reference.lowrank_matmul(x, delta)
-    if delta.bits == 3:
-        return reference.expert_matmul(x, delta)
-    x = x.float()
-    weights = _levels(delta.packed, delta.bits, delta.in_features)
-    if delta.group_size is None:
-        y = (x @ weights.T) * delta.scale.float().T
-    else:
-        y = x @ _scaled(weights, delta.scale, delta.group_size).T
-    if delta.salient_index.numel():
-        y += reference.expand(x[:, delta.salient_index.long()], delta.salient_weight)
-    return y
+class Cpu(Reference):
+    """As the reference, several times as fast."""
 
+    def expert_matmul(self, x: Tensor, delta: Delta) -> Tensor:
+        """As `Reference.expert_matmul`."""
+        if isinstance(delta, LowRankDelta) or delta.bits == 3:
+            return super().expert_matmul(x, delta)
+        x = x.float()
+        weights = _levels(delta.packed, delta.bits, delta.in_features)
+        if delta.group_size is None:
+            y = (x @ weights.T) * delta.scale.float().T
+        else:
+            y = x @ _scaled(weights, delta.scale, delta.group_size).T
+        if delta.salient_index.numel():
+            y += expand(x[:, delta.salient_index.long()], delta.salient_weight)
+        return y
 
-def expert_rows(ids: Tensor, delta: Delta) -> Tensor:
-    """Rows of D: [tokens] int64 -> [tokens, in_features] float32."""
-    return reference.expert_rows(ids, delta)
+    def slot_matmul(
+        self, x: Tensor, arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int
+    ) -> Tensor | None:
+        """As `Reference.slot_matmul`."""
+        matrix = slot_matrix(arena, row, rows, in_features, group)
+        return None if matrix is None else x.float() @ matrix.T
 
 
 def slot_matrix(arena: Tensor, row: Sequence[int], rows: int, in_features: int, group: int) -> Tensor | None:

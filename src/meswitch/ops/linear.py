@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import ConfigError
-from meswitch.ops import cpu, reference
-from meswitch.ops.backend import KERNEL_DTYPES, chosen_backend
+from meswitch.ops.backend import BACKENDS, KERNEL_DTYPES, chosen_backend
 from meswitch.ops.codes import Codes
-from meswitch.ops.layout import SlotLinear, Variant, read_slot
+from meswitch.ops.layout import SlotLinear, Variant
 from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing
 
 
@@ -52,7 +51,7 @@ def fused_linear(
 
     Args:
         x: [tokens, in_features] bf16 or fp16.
-        weight: [rows, in_features] of x's dtype, rows are contiguous; or in 8 bits.
+        weight: [rows, in_features] of x's dtype, rows are contiguous; or codes.
         layer: the deltas of all slots.
         routing: whose the tokens are.
         bias: [rows].
@@ -177,7 +176,7 @@ def _fused_linear(
     salient: int,
     backend: str,
 ) -> Tensor:
-    layer = SlotLinear(arena, table, arrived, weight.shape[0], weight.shape[1], Variant(two, one, group, salient))
+    layer = SlotLinear(arena, table, arrived, weight.shape[0], x.shape[1], Variant(two, one, group, salient))
     routing = Routing(slots, starts, order, piece, likely)
     if backend == "triton":
         from meswitch.ops.triton.fused import fused
@@ -185,9 +184,11 @@ def _fused_linear(
         y = x.new_empty(len(x), len(weight))
         fused(y, x, weight, bias, layer, routing, scale=scale)
         return y
-    sums = x.float() @ weight.float().T
-    if scale is not None:
-        sums *= scale
+    if scale is None:
+        sums = x.float() @ weight.float().T
+    else:
+        held = Codes(weight, scale)
+        sums = x.float() @ held.numbers().mul_(held.scales()).T
     if bias is not None:
         sums += bias.float()
     return (sums + _delta(x, layer, routing, backend)).to(x.dtype)
@@ -222,10 +223,7 @@ def _delta(x: Tensor, layer: SlotLinear, routing: Routing, backend: str) -> Tens
     for slot, segments in owned.items():  # an expert's matrix is restored once, however many segments it has
         where = layer.arena, layer.table[slot].tolist(), layer.rows, layer.in_features, layer.variant.group
         tokens = torch.cat(segments)
-        if backend == "cpu":
-            matrix = cpu.slot_matrix(*where)
-            if matrix is not None:
-                added[tokens] = x[tokens].float() @ matrix.T
-        elif (delta := read_slot(*where)) is not None:
-            added[tokens] = reference.expert_matmul(x[tokens], delta)
+        own = BACKENDS[backend].slot_matmul(x[tokens], *where)
+        if own is not None:
+            added[tokens] = own
     return added

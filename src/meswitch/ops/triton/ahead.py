@@ -78,7 +78,7 @@ def fused_job(
 
     Args:
         again: of a routing of more pieces than likely ones.
-        codes: of the base, if it is held in 8 bits.
+        codes: dtype of the base's `Codes`, if it is held as such.
     """
     from meswitch.ops.triton.fused import fused_constants
 
@@ -99,7 +99,7 @@ def fused_jobs(
     from meswitch.ops.triton.items import choose_fused
 
     for tokens, pieces, likely in sizes:
-        config = choose_fused(rows, in_features, likely, bucket(tokens, least=8), variant.planes)
+        config = choose_fused(rows, in_features, likely, bucket(tokens, least=8), variant.planes, codes)
         yield fused_job(rows, in_features, variant, dtype, config, bias, pieces > likely, codes)
 
 
@@ -168,7 +168,7 @@ def dequantise_job(rows: int, in_features: int, dtype: torch.dtype, codes: torch
     """What `Codes.into` launches."""
     from meswitch.ops.triton.codes import dequantise_constants
 
-    fixed = dequantise_constants(rows, in_features, codes.is_floating_point)
+    fixed = dequantise_constants(rows, in_features, codes)
     return Compilation("dequantise", dtype, rows, in_features, fixed)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from meswitch.ops.layout import SlotLinear, Variant
 from meswitch.ops.routing import Routing, bucket
-from meswitch.ops.triton.codes import numbers
+from meswitch.ops.triton.codes import FP8, GROUP, HALF, KINDS, NO_CODES, PAIRS, nibbles, numbers
 from meswitch.ops.triton.delta import bound, delta_tile
 from meswitch.ops.triton.items import FusedConfig, choose_fused, places, shared_constants
 
@@ -45,7 +45,7 @@ def _base_tile(
 ):
     """[BN, M] float32: rows n of the base, blocks of BK channels from start to end.
 
-    CODES: the weight is bytes of int8 (1) or FP8 (2); the sums are those of the codes then, without the rows' scales.
+    CODES: the weight is bytes, of int8 or FP8; the sums are those of the codes then, without the rows' scales.
     """
     weight_rows = weight + tl.minimum(n, N - 1).to(tl.int64) * stride_weight  # rows beyond the last are not stored
     acc = tl.zeros([BN, M], tl.float32)
@@ -57,12 +57,51 @@ def _base_tile(
         else:
             w = tl.load(weight_rows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
             x = tl.load(x_rows[None, :] + k[:, None], mask=(k < K)[:, None], other=0.0)
-        if CODES > 0:
-            w = numbers(w, CODES == 2, x_rows.dtype.element_ty == tl.bfloat16, INTERPRET)
-        if INTERPRET:
-            acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc)
-        else:
-            acc = tl.dot(w, x, acc)
+        if CODES != NO_CODES:
+            w = numbers(w, CODES == FP8, x_rows.dtype.element_ty == tl.bfloat16, INTERPRET)
+        acc = _dot(w, x, acc, INTERPRET)
+    return acc
+
+
+@triton.jit
+def _dot(w, x, acc, INTERPRET: tl.constexpr):
+    if INTERPRET:
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc)
+    else:
+        return tl.dot(w, x, acc)
+
+
+@triton.jit
+def _pairs_tile(
+    x_rows,
+    weight,
+    scale,
+    stride_weight,
+    n,
+    start,
+    end,
+    N,
+    INTERPRET: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """As `_base_tile`, of bytes that are two codes of 4 bits each, with the groups' scales: see `ops.codes`."""
+    BF16: tl.constexpr = x_rows.dtype.element_ty == tl.bfloat16
+    row = tl.minimum(n, N - 1)
+    weight_rows = weight + row.to(tl.int64) * stride_weight
+    b = tl.arange(0, HALF)
+    acc = tl.zeros([BN, M], tl.float32)
+    for block in tl.range(bound(start, INTERPRET), bound(end, INTERPRET), num_stages=STAGES):
+        for g in tl.static_range(BK // GROUP):
+            group = block * (BK // GROUP) + g
+            pairs = tl.load(weight_rows[:, None] + (group * HALF + b)[None, :])
+            low_x = tl.load(x_rows[None, :] + (group * GROUP + b)[:, None])
+            high_x = tl.load(x_rows[None, :] + (group * GROUP + HALF + b)[:, None])
+            part = _dot(nibbles(pairs, False, BF16, INTERPRET), low_x, tl.zeros([BN, M], tl.float32), INTERPRET)
+            part = _dot(nibbles(pairs, True, BF16, INTERPRET), high_x, part, INTERPRET)
+            acc += part * tl.load(scale + group.to(tl.int64) * N + row)[:, None]
     return acc
 
 
@@ -101,11 +140,16 @@ def _base_item(
     m = tl.arange(0, M)
     token = tl.load(order + tl.minimum(m, tokens - 1))
     x_rows = x + token.to(tl.int64) * stride_x
-    acc = _base_tile(
-        *(x_rows, weight, stride_weight, n, start, end, N, K, EVEN_K, INTERPRET, BASE_BN, BASE_BK, M, STAGES, CODES)
-    )
-    if CODES > 0:  # here, where no delta is in the sum
-        acc *= tl.load(scale + tl.minimum(n, N - 1))[:, None]
+    if CODES == PAIRS:
+        acc = _pairs_tile(
+            *(x_rows, weight, scale, stride_weight, n, start, end, N, INTERPRET, BASE_BN, BASE_BK, M, STAGES)
+        )
+    else:
+        acc = _base_tile(
+            *(x_rows, weight, stride_weight, n, start, end, N, K, EVEN_K, INTERPRET, BASE_BN, BASE_BK, M, STAGES, CODES)
+        )
+        if CODES != NO_CODES:  # here, where no delta is in the sum
+            acc *= tl.load(scale + tl.minimum(n, N - 1))[:, None]
     tl.store(home + m[None, :] * BN + place[:, None], acc)
 
 
@@ -299,7 +343,7 @@ def fused_constants(
 
     Args:
         again: a program may take several pieces.
-        codes: of the base, int8 or float8_e4m3fn; None for weights in 16 bit.
+        codes: dtype of the base's `Codes`; None for weights in 16 bit.
     """
     return shared_constants(config.delta, rows, in_features, variant) | {
         "BIAS": bias,
@@ -310,7 +354,7 @@ def fused_constants(
         "COLUMNS": min(config.columns, 8 * config.delta.warps),
         "BASE_STAGES": config.base_stages,
         "AGAIN": again,
-        "CODES": 0 if codes is None else 2 if codes.is_floating_point else 1,
+        "CODES": KINDS[codes],
         "maxnreg": 200 if variant.one else 168,  # adding up at the end must not cost the loops their neighbours
     }
 
@@ -327,11 +371,13 @@ def fused(
 ) -> None:
     """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes.
 
-    scale: [rows] float32 where the weight is codes.
+    scale: where the weight is codes, as of `Codes`.
     """
     rows, width, pieces, tokens = layer.rows, layer.in_features, routing.slots.numel(), len(x)
     wave = min(routing.likely, pieces)
-    config = config or choose_fused(rows, width, routing.likely, bucket(tokens, least=8), layer.variant.planes)
+    codes = None if scale is None else weight.dtype
+    columns = bucket(tokens, least=8)
+    config = config or choose_fused(rows, width, routing.likely, columns, layer.variant.planes, codes)
     tiles = math.ceil(rows / config.delta.rows)
     parts = config.base_split, config.delta.split
     base_items = tiles * (config.delta.rows // config.base_rows) * config.base_split
@@ -341,7 +387,6 @@ def fused(
     before = round(config.before * delta_items)
     every = min(config.every, (base_items + delta_items - before) // base_items)
     strides = x.stride(0), y.stride(0), weight.stride(0)
-    codes = None if scale is None else weight.dtype
     fused_kernel[(base_items + delta_items,)](
         *(x, y, weight if codes is None else weight.view(torch.int8), scale, y if bias is None else bias),
         *(*places(layer, routing), work, layer.arrived),

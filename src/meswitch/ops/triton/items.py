@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from meswitch.ops.codes import GROUP
 from meswitch.ops.layout import SlotLinear, Variant
 from meswitch.ops.routing import MAX_TOKENS, PIECE, Routing
 from meswitch.ops.triton import INTERPRET
@@ -196,15 +197,22 @@ class FusedConfig:
     every: int = 1
 
 
-def choose_fused(rows: int, in_features: int, pieces: int, columns: int, planes: int = 1) -> FusedConfig:
+def choose_fused(
+    rows: int, in_features: int, pieces: int, columns: int, planes: int = 1, codes: torch.dtype | None = None
+) -> FusedConfig:
     """Items from the layer's shape and the step's buckets, and from nothing else: as the tables above have it.
 
-    planes: of the deltas, see `Variant.planes`. The items of more than one take so long that they start first.
+    Args:
+        planes: of the deltas, see `Variant.planes`. The items of more than one take so long that they start first.
+        codes: dtype of the base's `Codes`. Of pairs of 4 bits a block is one group of channels, or two.
     """
     table = _table_of(rows, in_features)
     items = _for(min(pieces, MOST_PIECES), _for(columns, table))
     if planes > 1:
         items = items._replace(channels=128, rows=64, stages=2, before=1.0, every=1)
+    if codes == torch.uint8:
+        two = columns <= 16 and in_features % (2 * GROUP) == 0  # with more columns their sums find no registers
+        items = items._replace(channels=2 * GROUP if two else GROUP, rows=64)
     channels, base_rows, stages, parts, splits, before, every = items
     parts = min(parts, max(1, in_features // _LEAST_OF_ITEM))
     if rows <= BROAD_ROWS:

@@ -114,6 +114,21 @@ def byte_asm(is_float: bool, dtype: str) -> str:
     return _program(lines, {"f": _pair(-1.0, dtype)})
 
 
+def nibble_asm(is_high: bool, dtype: str) -> str:
+    """PTX that turns four bytes into four 16-bit floats: the low or the high four bits of each, less 8; see `byte_asm`.
+
+    Args:
+        is_high: which four bits.
+        dtype: `bf16` or `fp16`.
+    """
+    top, one = (0x43, 128.0) if dtype == "bf16" else (0x64, 1024.0)
+    lines = [f"shr.u32 s, $2, {4 if is_high else 0};", f"and.b32 s, s, {0x0F0F0F0F:#x};"]
+    for out, selector in enumerate((0x4140, 0x4342)):
+        lines.append(f"prmt.b32 w, s, {top:#x}, {selector:#x};")
+        lines.append(f"fma.rn.{'bf16x2' if dtype == 'bf16' else 'f16x2'} ${out}, w, f, b;")
+    return _program(lines, {"f": _pair(1.0, dtype), "b": _pair(-one - 8, dtype)})
+
+
 def _level(out: str, p: int, bits: int, dtype: str, constants: dict[str, int]) -> list[str]:
     """PTX that puts the exact levels of the codes at mantissa bit p of both halves of `s` into `out`."""
     top, one = 2**bits - 1, 2.0 ** _MANTISSA[dtype]
@@ -151,6 +166,10 @@ def _constraints(bits: int) -> str:
 
 INT8_BF16 = tl.constexpr(byte_asm(False, "bf16"))
 INT8_FP16 = tl.constexpr(byte_asm(False, "fp16"))
+LOW_BF16 = tl.constexpr(nibble_asm(False, "bf16"))
+LOW_FP16 = tl.constexpr(nibble_asm(False, "fp16"))
+HIGH_BF16 = tl.constexpr(nibble_asm(True, "bf16"))
+HIGH_FP16 = tl.constexpr(nibble_asm(True, "fp16"))
 FP8_BF16 = tl.constexpr(byte_asm(True, "bf16"))
 FP8_FP16 = tl.constexpr(byte_asm(True, "fp16"))
 ONE_BF16 = tl.constexpr(unpack_asm(1, "bf16"))
