@@ -166,6 +166,7 @@ def on_gpu(found: Data) -> str:
         f"{meta['copy_tb_per_s']:.1f} TB/s. From start to ready {meta['ready_s']:.0f} s with {meta['caches']}. "
         f"{meta['card']}, {versions}, {meta['date']}."
     )
+    under += f" {meta['note']}" if "note" in meta else ""
     return "\n\n".join(
         [pipe(head, *table), under, "\n".join(prompts), f"Milliseconds of the card in a step: {'; '.join(parts)}."]
     )

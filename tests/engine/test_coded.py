@@ -25,7 +25,7 @@ from tests.support.deltas import DEVICE
 
 pytest.importorskip("triton")
 
-OPTIONS = {"device": DEVICE, "dtype": "float16", "op_backend": "triton", "slots": 2}
+OPTIONS = {"device": DEVICE, "dtype": "float16", "op_backend": "triton", "slots": 1}
 
 
 def layer_of(rows, width, dtype=torch.int8, bias=False, seed=0):
