@@ -123,8 +123,11 @@ def fifth(encoder, train: list[Row], name: str) -> dict:
     return found
 
 
-def board(space: Space, name: str, train: list[Row], test: list[Row]) -> dict:
-    """By one line an intent, with some examples of the training part, and trained on all of it."""
+def board(space: Space, name: str, train: list[Row], test: list[Row], trained: dict | None) -> dict:
+    """By one line an intent, with some examples of the training part, and trained on all of it.
+
+    trained: figures of the last, if they are known.
+    """
     options = read_options(ROUTES / f"{name}.toml")
     lines_of: dict[str, list[str]] = {option.name: [] for option in options}
     for row in train:
@@ -138,9 +141,11 @@ def board(space: Space, name: str, train: list[Row], test: list[Row]) -> dict:
             some = [replace(o, examples=tuple(draw.sample(lines_of[o.name], count))) for o in options]
             runs.append(on_board(DescribedRouter(some, space), test))
         found[f"{count} examples"] = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-    start = time.perf_counter()
-    router = train_router(train, [option.name for option in options], space.encoder)
-    found["trained"] = on_board(router, test) | {"train_seconds": time.perf_counter() - start}
+    if trained is None:
+        start = time.perf_counter()
+        router = train_router(train, [option.name for option in options], space.encoder)
+        trained = on_board(router, test) | {"train_seconds": time.perf_counter() - start}
+    found["trained"] = trained
     print(name, {key: {k: round(v, 3) for k, v in value.items()} for key, value in found.items()})
     return found
 
@@ -185,6 +190,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path)
     parser.add_argument("--clinc", type=Path)
     parser.add_argument("--banking", type=Path)
+    parser.add_argument("--keep-trained", action="store_true", help="of boards keep the figures of trained routers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     directory, _, bits = options.encoder.partition(":")
@@ -206,10 +212,11 @@ def main() -> None:
     if options.train:
         rows = read_rows(options.train, EXPERTS)
         parts["fifth"] = lambda: {name: fifth(space.encoder, rows, name) for name in ("four-1", "four-2")}
+    kept = lambda name: found[name]["trained"] if options.keep_trained else None  # noqa: E731
     if options.clinc:
-        parts["clinc150"] = lambda: board(space, "clinc150", *clinc(options.clinc))
+        parts["clinc150"] = lambda: board(space, "clinc150", *clinc(options.clinc), kept("clinc150"))
     if options.banking:
-        parts["banking77"] = lambda: board(space, "banking77", *banking(options.banking))
+        parts["banking77"] = lambda: board(space, "banking77", *banking(options.banking), kept("banking77"))
     found["meta"] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "bits": int(bits or 32)}
     for name, measure in parts.items():
         found[name] = measure()

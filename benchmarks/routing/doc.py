@@ -4,8 +4,8 @@
     python benchmarks/routing/doc.py --check    say so instead, and exit 1
 
 Reads benchmarks/results/routing.json (`run.py`) and, if they are there, benchmarks/results/routing-llm.json, which
-`llm_router.py` and `cascade.py` write, and routing-described.json, routing-context.json and routing-claims.json, which
-the scripts of these names write.
+`llm_router.py` and `cascade.py` write, and routing-described.json, routing-boards.json, routing-context.json and
+routing-claims.json, which the scripts of these names write.
 """
 
 import sys
@@ -380,6 +380,21 @@ def boards(found: dict[str, Any]) -> str:
     return pipe(head, *rows) if rows else LATER
 
 
+def further_boards(found: dict[str, Any]) -> str:
+    """Boards that constants were chosen on: this version beside the one before."""
+    versions = ("before", "now")
+    if not {*versions} <= found.keys():
+        return LATER
+    fields = {"accuracy": "accuracy", "ece": "ECE", "auroc": "AUROC"}
+    head = ["board", "routes, examples each", *(f"{name}, {one}" for name in fields.values() for one in versions)]
+    where = [(board, given) for board, entry in found["now"].items() if board != "meta" for given in entry]
+    columns = [[found[one][board][given].get(key) for board, given in where] for key in fields for one in versions]
+    rows = [[*what, *map(share, values)] for what, values in zip(where, zip(*columns, strict=True), strict=True)]
+    means = [share(mean(value for value in column if value is not None)) for column in columns]
+    meta = found["now"]["meta"]
+    return f"{pipe(head, *rows, ['mean', '', *means])}\n\n{meta['date']}, torch {meta['torch']}."
+
+
 def main(arguments: list[str] | None = None) -> None:
     results = {"type": Path, "default": RESULTS, "help": "directory of routing.json and routing-llm.json"}
     options = arguments_of(__doc__, "results/routing.md", arguments, results=results)
@@ -390,6 +405,7 @@ def main(arguments: list[str] | None = None) -> None:
     filled = places(found, llm_found)
     filled["answer"] = answer(found, llm_found, said)
     filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}
+    filled["further boards"] = further_boards(stored("routing-boards.json", options.results) or {})
     filled["reread"] = reread(said) if said else LATER
     filled["context"] = context(stored("routing-context.json", options.results) or {})
     filled["claims"] = claims(stored("routing-claims.json", options.results) or {})

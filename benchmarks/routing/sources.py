@@ -201,12 +201,19 @@ def _reread() -> dict[str, str]:
     return {line.split()[0]: line.split()[1] for line in lines}
 
 
+def read_bytes(clones: Path, repository: str, path: str) -> bytes:
+    """A file of the newest commit of a clone, OWNER+NAME in `clones`."""
+    place = clones / repository.replace("/", "+")
+    git = next((path for path in (place / "repo", place / ".git", place) if (path / "HEAD").exists()), None)
+    if git is None:
+        raise SystemExit(f"{place}: no clone of {repository} here")
+    command = ["git", f"--git-dir={git}", "show", f"HEAD:{path}"]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
 def read_source(source: Source, clones: Path) -> list[dict[str, str]]:
     """At most `MOST` different queries of a source, in an order that the seed fixes."""
-    place = clones / source.repository.replace("/", "+")
-    git = next(path for path in (place / "repo", place / ".git", place) if (path / "HEAD").exists())
-    command = ["git", f"--git-dir={git}", "show", f"HEAD:{source.path}"]
-    raw = subprocess.run(command, check=True, capture_output=True).stdout
+    raw = read_bytes(clones, source.repository, source.path)
     queries = list(dict.fromkeys(query.strip() for query in source.read(raw) if query.strip()))
     random.Random(_SEED).shuffle(queries)
     return [{"query": query, "domain": source.domain, "source": source.name} for query in queries[:MOST]]

@@ -130,10 +130,9 @@ def open_family_router(
     Raises:
         RouterError: no trained router and an expert of which nothing is said; or see `load_router`.
     """
-    from meswitch.router import DescribedRouter, EmbeddingRouter, Space
+    from meswitch.router import DescribedRouter, Space
     from meswitch.router.embedding import RouterFile
     from meswitch.router.store import check_experts, open_kind, read_file
-    from meswitch.router.train import add_described
 
     directory = Path(path)
     names = [option.name for option in options]
@@ -148,34 +147,9 @@ def open_family_router(
     if not grows:
         check_experts(directory, file, names)
     router = open_kind(directory, file, given)
-    return add_described(router, new) if isinstance(router, EmbeddingRouter) and grows else router
-
-
-def with_expert(router: "Router", option: "RouteOption") -> "Router":
-    """A router that chooses among one more expert, too, or knows other things of one that it chooses among.
-
-    Raises:
-        RouterError: too little is said of it, or this kind of router learns nothing without being trained again.
-    """
-    from meswitch.router import DescribedRouter, EmbeddingRouter, RouterError, RulesRouter
-    from meswitch.router.train import add_described
-
-    if isinstance(router, DescribedRouter):
-        own = None if router.threshold == router.prototypes.threshold else router.threshold
-        options = [*(known for known in router.options if known.name != option.name), option]
-        return DescribedRouter(options, router.space, fallback=router.fallback, threshold=own)
-    if option.name in router.experts:
-        return router
-    if isinstance(router, EmbeddingRouter):
-        return add_described(router, [option])
-    if isinstance(router, RulesRouter):
-        behind = None if router.router is None else with_expert(router.router, option)
-        names = (*router.experts, option.name)
-        return RulesRouter(router.rules, names, behind, fallback=router.fallback, threshold=router.threshold)
-    raise RouterError(
-        f"domain: {option.name!r}: a router of the kind {type(router).__name__} must be trained again for one more "
-        "expert; `meswitch router train`"
-    )
+    for option in new if grows else ():
+        router = router.with_expert(option)
+    return router
 
 
 def is_trained(directory: Path) -> bool:
@@ -262,7 +236,7 @@ def policy_from_family(family: Family, engine: "Engine | None" = None) -> tuple[
         fallback=family.router.fallback,
         no_router=problem or "",
         prefetch=None if engine is None else engine.prefetch,
-        grow=with_expert,
+        grow=lambda router, option: router.with_expert(option),
     )
     return policy, problem
 

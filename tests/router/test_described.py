@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from meswitch.router import (
     DescribedRouter,
     OpenOptions,
     RouteOption,
+    Router,
     RouterError,
     Space,
     evaluate_router,
@@ -81,6 +83,25 @@ def test_an_examples_score_without_it_is_that_of_routes_that_never_had_it(many, 
     without = fit_prototypes(fewer, space).logits(space([line]))[0]
     with_it = fit_prototypes(options, space).logits(space([line]))[0]
     assert (found[0][2] - without).abs().max() < 0.2 * (with_it - without).abs().max()
+
+
+def test_the_lift_changes_no_order_of_confidences_and_no_best_route(described, space, unseen):
+    logits = described.prototypes.logits(space([row.query for row in unseen]))
+    plain, lifted = (replace(described.prototypes, lift=lift).log_scores(logits) for lift in (0.0, 2.0))
+    torch.testing.assert_close(lifted.exp().sum(1), torch.ones(len(unseen), dtype=torch.float64))
+    assert torch.equal(lifted[:, :-1].argmax(1), plain[:, :-1].argmax(1))
+    low, high = (scores[:, :-1].amax(1)[plain[:, :-1].amax(1).argsort()].exp() for scores in (plain, lifted))
+    assert bool((high.diff() > -1e-12).all())
+    assert high.mean() > low.mean() + 0.05
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "least", "most"), [(1.0, 400, 1.5, 6), (0.5, 400, 0, 0.1), (1.0, 2, 0.7, 1.5)]
+)
+def test_the_lift_is_what_left_out_examples_say_and_the_usual_one_if_they_are_few(right, rows, least, most):
+    sure = torch.full((rows,), 0.5, dtype=torch.float64).log()
+    found = module._lift(sure, torch.arange(rows) < right * rows)
+    assert least <= found <= most
 
 
 def test_descriptions_alone_are_routes_too(space):
@@ -186,6 +207,28 @@ def test_a_trained_router_takes_a_described_expert_in(saved, base, options, unse
     assert evaluate_router(grown, [row for row in unseen if row.domain != OTHER]).accuracy > 0.9
     with pytest.raises(RouterError, match="does not know law"):
         open_family_router(saved, [*known, RouteOption("law", "Contracts and clauses.")], OpenOptions(base))
+
+
+def test_a_router_takes_in_what_is_said_of_a_further_expert(described, options, base, saved):
+    law = RouteOption("law", "Contracts and clauses.", tuple(f"Is clause {i} of the contract void?" for i in range(5)))
+    for router in (described, load_router(saved, base)):
+        grown = router.with_expert(law)
+        assert grown.experts == (*SAID, "law")
+        assert grown.route("Is clause 77 of the contract void?").choice == "law"
+    again = described.with_expert(RouteOption("sql", "Tables.", ("Which tables are there?",)))
+    assert (again.experts, again.options[-1].description) == (("math", "code", "instruct", "sql"), "Tables.")
+
+
+def test_a_kind_that_must_be_trained_again_says_so():
+    class Fixed(Router):
+        experts = ("math",)
+
+        def scores(self, messages_batch):
+            return [{"math": 1.0} for _ in messages_batch]
+
+    assert Fixed().with_expert(RouteOption("math", "Sums.")).experts == ("math",)
+    with pytest.raises(RouterError, match=r"'law': a router of the kind Fixed must be trained again .*router train"):
+        Fixed().with_expert(RouteOption("law", "Contracts."))
 
 
 def test_training_starts_from_what_is_said_and_keeps_it(all_rows, encoder, options, unseen, base, tmp_path):

@@ -17,6 +17,7 @@ from meswitch.router import (
     open_encoder,
     train_router,
 )
+from meswitch.router.described import fit_prototypes
 from meswitch.router.encoder import SentenceEncoder, StaticEncoder
 
 EXPERTS = ("math", "code", "instruct", "sql")
@@ -60,14 +61,24 @@ def test_a_sentence_encoder_gives_the_mean_of_its_hidden_states(bert):
     torch.testing.assert_close(encoder.encode(TEXTS, (1, 3), 64)[:1], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_few_routes_are_scored_without_the_layers_that_do_not_count(bert):
+def test_broad_routes_are_scored_without_the_layers_that_do_not_count(bert):
     space = Space(open_encoder(bert))
-    few = DescribedRouter([RouteOption(text, "", (text, f"{text} now")) for text in ("apples", "boats")], space)
+    lines = [("apples 1", "boats 2"), ("boats 3", "apples 4")]  # broad routes
+    few = DescribedRouter([RouteOption(f"route {i}", "", some) for i, some in enumerate(lines)], space)
     assert (space.layers, few.prototypes.layers) == ((2, 3), (2,))
-    every = few.prototypes.log_scores(space(TEXTS))
-    torch.testing.assert_close(few.prototypes.log_scores(space(TEXTS, few.prototypes.layers)), every)
+    every = few.prototypes.logits(space(TEXTS))
+    torch.testing.assert_close(few.prototypes.logits(space(TEXTS, few.prototypes.layers)), every)
     many = DescribedRouter([RouteOption(f"route {i}", "", (f"number {i}",)) for i in range(16)], space)
     assert many.prototypes.layers == (2, 3)
+
+
+def test_few_routes_whose_examples_are_alike_are_the_mean_of_these(bert):
+    space = Space(open_encoder(bert))
+    narrow = [RouteOption(word, "", tuple(f"{word} {i}" for i in range(4))) for word in ("apples", "boats")]
+    broad = [RouteOption("a", "", ("apples 1", "boats 2")), RouteOption("b", "", ("boats 3", "apples 4"))]
+    points = [fit_prototypes(options, space).weight.shape[1] for options in (narrow, broad)]
+    assert points == [2, 6]  # of the latter, each line and name
+    assert fit_prototypes(narrow, space, broad=True).weight.shape[1] == 10
 
 
 def test_every_layer_of_a_bert_is_what_transformers_computes_padded_or_not(bert):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from meswitch.router import RouterError, RoutingRequest, Rule, RulesRouter, load_router, read_rules
+from meswitch.router import RouteOption, RouterError, RoutingRequest, Rule, RulesRouter, load_router, read_rules
 
 EXPERTS = ("math", "code", "instruct", "sql")
 RULES = [
@@ -143,3 +143,11 @@ def test_changed_rules_on_disk_are_refused(router, base, tmp_path):
     (path / "router.json").write_text(json.dumps(data))
     with pytest.raises(RouterError, match=r"rule\[0\]\.choose"):
         load_router(path, base)
+
+
+def test_rules_know_an_expert_that_comes_later(rules):
+    grown = rules.with_expert(RouteOption("law", "Contracts."))
+    assert grown.experts == (*EXPERTS, "law")
+    assert grown.route("def double(x):").choice == "code"
+    assert grown.route("hello").scores["law"] == 0.0
+    assert rules.with_expert(RouteOption("sql", "Databases.")) is rules

@@ -1,12 +1,11 @@
 """Query -> scores over the experts -> who answers. Train, evaluate, save and load. See docs/use/router.md."""
 
-from meswitch.router.base import OTHER, Route, Router, RouterError
+from meswitch.router.base import OTHER, Route, RouteOption, Router, RouterError
 from meswitch.router.cascade import CascadeRouter, fit_cascade
 from meswitch.router.data import Leakage, Row, find_leakage, read_rows
 from meswitch.router.described import (
     Decider,
     DescribedRouter,
-    RouteOption,
     Selection,
     Space,
     parse_options,

@@ -111,6 +111,21 @@ class Route:
     latency_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class RouteOption:
+    """One route to choose from.
+
+    Args:
+        name: what is answered.
+        description: what it is for, in a sentence or two.
+        examples: queries for it; five different ones do much.
+    """
+
+    name: str
+    description: str = ""
+    examples: tuple[str, ...] = ()
+
+
 class Router(ABC):
     """Scores over `experts`; `threshold` and `fallback` decide what an unsure score leads to."""
 
@@ -131,6 +146,19 @@ class Router(ABC):
         Raises:
             ConfigError: a conversation without any text.
         """
+
+    def with_expert(self, option: RouteOption) -> "Router":
+        """This router with one more expert, or with other things said of one that it knows.
+
+        Raises:
+            RouterError: too little is said of it, or this kind learns nothing without being trained again.
+        """
+        if option.name in self.experts:
+            return self
+        raise RouterError(
+            f"domain: {option.name!r}: a router of the kind {type(self).__name__} must be trained again for one more "
+            "expert; `meswitch router train`"
+        )
 
     def inputs(self, query: str | Messages) -> list[str]:
         """The texts that the decision depends on: two queries with equal ones get the same answer."""

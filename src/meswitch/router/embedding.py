@@ -22,8 +22,8 @@ from torch.nn.functional import logsigmoid
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import Checkpoint
 from meswitch.cpu import fitting_threads
-from meswitch.router.base import OTHER, Messages, Router, RouterError, clip, text_of
-from meswitch.router.described import Prior, RouteOption, Space
+from meswitch.router.base import OTHER, Messages, RouteOption, Router, RouterError, clip, text_of
+from meswitch.router.described import Prior, Space
 from meswitch.router.encoder import Encoder, Progress, TextEncoder, open_encoder
 from meswitch.router.store import (
     OpenOptions,
@@ -436,6 +436,11 @@ class EmbeddingRouter(Router):
             logs = self.heads.scores(features, self.settings, self.calibration.temperature)
             rows = logs.exp().tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in rows]
+
+    def with_expert(self, option: RouteOption) -> "EmbeddingRouter":
+        from meswitch.router.train import add_described  # training makes routers of this module
+
+        return self if option.name in self.experts else add_described(self, [option])
 
     def nbytes(self) -> int:
         """Of the encoder and the heads in memory."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from meswitch.jsonfile import Decoder
-from meswitch.router.base import OTHER, Messages, Route, Router, RouterError, as_messages, clip, text_of
+from meswitch.router.base import OTHER, Messages, Route, RouteOption, Router, RouterError, as_messages, clip, text_of
 from meswitch.router.store import (
     OpenOptions,
     check_members,
@@ -142,6 +142,13 @@ class RulesRouter(Router):
             else self.decide(dict.fromkeys(self.labels, 0.0) | {rule.choose: 1.0}, latency_ms)
             for rule in matched
         ]
+
+    def with_expert(self, option: RouteOption) -> "RulesRouter":
+        if option.name in self.experts:
+            return self
+        behind = None if self.router is None else self.router.with_expert(option)
+        names = (*self.experts, option.name)
+        return RulesRouter(self.rules, names, behind, fallback=self.fallback, threshold=self.threshold)
 
     def save(self, path: str | Path) -> None:
         """Write the rules, and the router behind them, as a directory in one step.

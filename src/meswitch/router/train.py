@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 from meswitch.cpu import fitting_threads
-from meswitch.router.base import OTHER, RouterError
+from meswitch.router.base import OTHER, RouteOption, RouterError
 from meswitch.router.calibrate import auroc, calibration_error, choose_threshold, line, temperature
 from meswitch.router.data import Row, folds, in_lower_case, plain, without_labels
-from meswitch.router.described import MANY, Prior, RouteOption, Space, layers_of, says_enough
+from meswitch.router.described import MANY, Prior, Space, layers_of, says_enough
 from meswitch.router.embedding import (
     Bags,
     EmbeddingRouter,
@@ -45,6 +45,7 @@ _MOST = 8  # sources of a domain to leave out: each costs a fit
 _NEAR = 2.0  # how much more rows like the training data count: leaving out 1 of few sources overstates a shift
 LEAST_EXAMPLES = 5  # different examples
 _TRUST = 0.7  # in the heads' log-odds beside lines: on new sources they are surer than right (measured on 15 sources)
+_MODESTY = 1.0  # log-odds by which a new expert must lead those that rows were seen of, where all have lines
 _FIRMNESS = 2.5  # times the router's own penalty on weights, because there are fewer rows
 
 
@@ -421,7 +422,11 @@ def _with_expert(router: EmbeddingRouter, option: RouteOption) -> EmbeddingRoute
         seen = extract(router.encoder, queries, settings)
         heads = _heads(router.heads, router.learnt.rows, seen, settings.words, _FIRMNESS * settings.l2)
     if prior is not None:
+        # The prior puts it where its lines are; only the heads of the others know what their queries are like.
         prior = Prior.of([*prior.options, option], prior.space)
+        bias = torch.zeros(len(prior.options))
+        bias[-1] = -_MODESTY * router.calibration.temperature
+        heads = replace(heads, states=heads.states.scaled(1.0, bias))
     rows = Counter(router.provenance.rows)
     rows[name] += len(queries)
     return EmbeddingRouter(
