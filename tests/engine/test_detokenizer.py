@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from meswitch.engine.detokenizer import Detokenizer
+from meswitch.engine.request import Detokenizer
 from meswitch.tokenizer import ChatTokenizer
 from tests.support import tokenizers_of_all_kinds
 
