@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,11 +17,12 @@ from meswitch.codec import EXACT
 from meswitch.cpu import free_bytes
 from meswitch.engine.attach import Survey, plan_attachment
 from meswitch.engine.batching import Batch
-from meswitch.engine.coded import restore_weights
-from meswitch.engine.context import Switch
+from meswitch.engine.coded import CodedLinear, restore_weights
+from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.graphs import MOST
+from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.merged import SHARE, MergedWeights
-from meswitch.engine.pages import PAGE
+from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import (
     PROOF_PAGES,
@@ -33,6 +34,7 @@ from meswitch.engine.proof import (
     batch_runs_base,
     mixed_tokens,
     most_changed,
+    run,
     text_fault,
     without_weights,
 )
@@ -41,15 +43,16 @@ from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.turns import Turns, longest_unturned
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels
-from meswitch.ops.routing import MAX_TOKENS
-from meswitch.ops.step import Step
+from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
+from meswitch.ops.step import Step, expert_counts, step_sizes
+from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 from meswitch.tokenizer import max_length
 
 logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried is quiet
 
 # Requests and tokens of each, for steps of every kind: deltas in the product, weights of an expert's own, many pieces.
-PROMPTS = ((1, 24), (1, 100), (1, 512), (1, 2000), (3, 24), (8, 24), (32, 24), (8, 200))
+_PROMPTS = ((1, 24), (1, 100), (1, 512), (1, 2000), (3, 24), (8, 24), (32, 24), (8, 200))
 _TRIED = 4  # experts that are loaded to find two that decode steps are proven with
 _REPLAYED = 0.002  # of the norm of logits: less than a step of bfloat16, in which a library may sum in another order
 
@@ -285,7 +288,7 @@ def _proven(
     attachment.apply(model, switch)
     if kernel and device.type == "cuda":
         with torch.cuda.device(device):
-            compile_kernels(model, switch, sizes.slots, sizes.batch_tokens)
+            _compile_kernels(model, switch, sizes.slots, sizes.batch_tokens)
     proof = Proof(model, batch, switch, attachment, stored, survey, store)
     try:
         faults = proof.faults(artifacts, trial)
@@ -296,7 +299,7 @@ def _proven(
         return tuple(faults)
     longest = min(max_length(model.config), sizes.kv_tokens)
     if kernel and device.type == "cuda":
-        run_prompts(batch, store, list(artifacts)[:2], PROMPTS, longest)
+        _run_prompts(batch, store, list(artifacts)[:2], longest)
     if kernel and sizes.cuda_graphs:
         started = time.perf_counter()
         reason = _speed_up(proof, artifacts, trial, longest)
@@ -311,7 +314,7 @@ def _proven(
             logger.warning("steps run without CUDA graphs, which is slower: %s", reason)
     batch.forget_pace()
     if kernel and device.type == "cuda":  # what steps take now that all of it is compiled
-        run_prompts(batch, store, list(artifacts)[:2], PROMPTS, longest)
+        _run_prompts(batch, store, list(artifacts)[:2], longest)
     return Opened(batch, store, ())
 
 
@@ -451,7 +454,7 @@ def compute_dtype(dtype: str, device: torch.device) -> Any:
     return getattr(torch, dtype)
 
 
-def compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) -> None:
+def _compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) -> None:
     """Compile what the wrapped layers launch on the current GPU; what is in Triton's cache on disk costs little.
 
     Args:
@@ -489,22 +492,19 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
         yield from decode_jobs(*about, bucket(min(most_tokens, MOST) // PIECE))
 
 
-def run_prompts(
-    batch: Batch, store: ExpertStore, experts: Sequence[str], kinds: Sequence[tuple[int, int]], longest: int
-) -> None:
+def _run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], longest: int) -> None:
     """Run prompts of many lengths, so that libraries load their kernels now and not with the first request.
 
     Args:
-        longest: text that the model takes, in tokens.
         experts: some of the store's; they take turns with the base.
-        kinds: requests of a step, and tokens of each.
+        longest: text that the model takes, in tokens.
     """
     started = time.perf_counter()
     slots: list[int] = []
     try:
         for name in experts[: store.slot_count]:
             slots.append(store.acquire(name))
-        for number, (requests, tokens) in enumerate(kinds):
+        for number, (requests, tokens) in enumerate(_PROMPTS):
             if tokens < longest and requests * pages_for(tokens + 1) * PAGE <= batch.kv_tokens:
                 owners = [([*slots, BASE_SLOT] * requests)[place] for place in range(requests)]
                 run(batch, f"warm-{number}", [[place % 7] * tokens for place in range(requests)], owners, 1)
