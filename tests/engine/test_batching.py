@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
 from meswitch.engine import graphs, sampling
+from meswitch.engine.attention import PAGE
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import StepContext, Switch
-from meswitch.engine.pages import PAGE
 from meswitch.engine.proof import Trial, mixed_tokens
 from meswitch.errors import CapacityError, ConfigError, MeswitchError
 from tests.architectures import tiny

@@ -9,7 +9,7 @@ import pytest
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.engine import Request
-from meswitch.engine.pages import PAGE
+from meswitch.engine.attention import PAGE
 from meswitch.engine.request import StopText
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError, MeswitchError, UnknownExpertError
 

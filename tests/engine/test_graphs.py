@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from meswitch.engine.attention import KVCache, Piece, StepPlaces
+from meswitch.engine.attention import PAGE, KVCache, Piece, StepPlaces
 from meswitch.engine.graphs import StaticPlaces
-from meswitch.engine.pages import PAGE
 from meswitch.errors import IncompatibleError
 from tests.support.deltas import DEVICE
 

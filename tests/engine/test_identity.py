@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.engine.pages import PAGE
+from meswitch.engine.attention import PAGE
 from tests.support.models import continued
 
 PROMPT = [{"role": "user", "content": "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"}]

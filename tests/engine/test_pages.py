@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from meswitch.engine.pages import PAGE, Pages, page_keys
+from meswitch.engine.attention import PAGE, Pages, page_keys
 from meswitch.errors import CapacityError
 
 TEXT = list(range(3 * PAGE + 5))

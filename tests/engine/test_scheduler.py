@@ -3,7 +3,7 @@
 import pytest
 
 from meswitch.engine import scheduler
-from meswitch.engine.pages import PAGE, Pages
+from meswitch.engine.attention import PAGE, Pages
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.scheduler import Job, Scheduler
 

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from meswitch.cpu import StepThreads
-from meswitch.engine.attention import NAME, KVCache, Piece, StepPlaces, running
+from meswitch.engine.attention import NAME, PAGE, KVCache, Pages, Piece, StepPlaces, pages_for, running
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch
 from meswitch.engine.graphs import StaticSteps, own_tables
-from meswitch.engine.pages import PAGE, Pages, pages_for
 from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState
 from meswitch.engine.scheduler import Job, Pace, Scheduler

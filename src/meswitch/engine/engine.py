@@ -23,9 +23,9 @@ from meswitch.artifact import Artifact, fingerprint
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
 from meswitch.cpu import Workers
+from meswitch.engine.attention import PAGE
 from meswitch.engine.coded import codes_bytes, codes_fault, hold_codes, restore_weights, workspace_bytes
 from meswitch.engine.context import BASE_SLOT
-from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.request import TRACE, Chunk, Completion, Request, stopped
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from meswitch.engine.attention import KVCache, Piece, running
+from meswitch.engine.attention import PAGE, KVCache, Piece, pages_for, running
 from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch, TableOwners
 from meswitch.engine.layers import Switchable, SwitchableEmbedding, SwitchableHead, SwitchableLinear
-from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.scheduler import Job
 from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables

@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 from meswitch.artifact import Artifact
 from meswitch.codec import Delta
 from meswitch.engine.attach import Attachment, Survey
+from meswitch.engine.attention import PAGE
 from meswitch.engine.batching import Batch
 from meswitch.engine.context import BASE_SLOT, Rows, Switch
 from meswitch.engine.layers import Switchable, SwitchableEmbedding
-from meswitch.engine.pages import PAGE
 from meswitch.engine.parameters import ExpertParameters, StoredTensors
 from meswitch.engine.sampling import SamplingParams, not_finite
 from meswitch.errors import MeswitchError

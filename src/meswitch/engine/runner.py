@@ -16,13 +16,13 @@ from meswitch.artifact import Artifact
 from meswitch.codec import EXACT
 from meswitch.cpu import free_bytes
 from meswitch.engine.attach import Survey, plan_attachment
+from meswitch.engine.attention import PAGE, pages_for
 from meswitch.engine.batching import Batch
 from meswitch.engine.coded import CodedLinear, restore_weights
 from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.graphs import MOST
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
 from meswitch.engine.merged import SHARE, MergedWeights
-from meswitch.engine.pages import PAGE, pages_for
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.proof import (
     PROOF_PAGES,

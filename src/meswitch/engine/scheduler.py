@@ -10,8 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meswitch.engine.attention import Piece
-from meswitch.engine.pages import PAGE, Pages, page_keys, pages_for
+from meswitch.engine.attention import PAGE, Pages, Piece, page_keys, pages_for
 from meswitch.engine.request import Listener
 from meswitch.engine.sampling import SamplingParams, SamplingState
 
