@@ -7,7 +7,7 @@ import torch
 
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, expert_linear
-from meswitch.ops.cpu import slot_matrix
+from meswitch.ops.backend import slot_matrix
 from meswitch.ops.layout import read_slot
 from meswitch.ops.triton.items import choose
 from tests.support.deltas import BACKENDS, DEVICE, SPREADS, TOLERANCE, error, expected, random_delta
