@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from meswitch.ops import PrefillRouting, Routing, SlotLinear, expert_prefill, fused_linear
-from meswitch.ops.embed import embedding_rows
-from meswitch.ops.linear import expert_linear
+from meswitch.ops.linear import embedding_rows, expert_linear
 from meswitch.ops.triton import on_hopper
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there

@@ -5,8 +5,8 @@ import torch
 from benchmarks.kernels.check import judged
 from benchmarks.kernels.shapes import DEVICE, random_delta
 from meswitch.ops import SlotLinear
-from meswitch.ops.embed import embedding_rows
 from meswitch.ops.layout import Variant
+from meswitch.ops.linear import embedding_rows
 from meswitch.ops.prefill import SCRATCH, expert_prefill
 from meswitch.ops.routing import PrefillRouting
 from meswitch.ops.triton.ahead import Compilation, decode_job, embedding_job, merge_job

@@ -1,9 +1,8 @@
 """What an expert adds to the base's output, for the tokens of that expert; one op, several backends."""
 
 from meswitch.ops.backend import BACKENDS, Backend, Reference, backend, uses_kernels
-from meswitch.ops.embed import embedding_rows
 from meswitch.ops.layout import SlotLinear
-from meswitch.ops.linear import expert_linear, fused_linear
+from meswitch.ops.linear import embedding_rows, expert_linear, fused_linear
 from meswitch.ops.prefill import expert_prefill, static_prefill
 from meswitch.ops.routing import PrefillRouting, Routing
 
