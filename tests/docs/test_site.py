@@ -93,7 +93,7 @@ def found(name: str) -> object:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_named_module_exists(page):
-    """`engine/pages.py` is a module of the package, or a file's name; `meswitch.codec.Codec` is there."""
+    """`engine/scheduler.py` is a module of the package, or a file's name; `meswitch.codec.Codec` is there."""
     if page.name == "CHANGELOG.md":
         pytest.skip("names what there was")
     text = page.read_text()

@@ -5,7 +5,7 @@ import torch
 
 from meswitch.errors import ConfigError
 from meswitch.ops import SlotLinear, expert_linear
-from meswitch.ops.step import Side, counted, expert_counts, part
+from meswitch.ops.routing import Side, counted, expert_counts, part
 from tests.support.deltas import expected, random_delta
 
 

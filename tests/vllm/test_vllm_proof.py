@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from meswitch.ops.step import Step
+from meswitch.ops.routing import Step
 from meswitch.vllm import support
 from meswitch.vllm.arena import Arena
 from meswitch.vllm.delta_op import DeltaNorm

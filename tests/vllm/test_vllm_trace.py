@@ -3,7 +3,7 @@
 import torch
 
 from meswitch.ops import SlotLinear, embedding_rows
-from meswitch.ops.step import TOKENS, Step
+from meswitch.ops.routing import TOKENS, Step
 from meswitch.vllm import delta_op
 from tests.support.deltas import random_delta
 

@@ -14,8 +14,7 @@ from meswitch.engine.coded import CodedLinear
 from meswitch.engine.merged import MergedWeights
 from meswitch.engine.tables import LowRankTable, OwnTable, OwnTables
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear, expert_prefill, fused_linear, static_prefill
-from meswitch.ops.routing import MAX_TOKENS
-from meswitch.ops.step import HEAD, TOKENS, Side, Step
+from meswitch.ops.routing import HEAD, MAX_TOKENS, TOKENS, Side, Step
 from meswitch.slots import ExpertStore
 
 BASE_SLOT = -1

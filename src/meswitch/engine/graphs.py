@@ -29,8 +29,7 @@ from meswitch.engine.scheduler import Job
 from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
-from meswitch.ops.routing import MAX_TOKENS, into
-from meswitch.ops.step import counted, expert_counts
+from meswitch.ops.routing import MAX_TOKENS, counted, expert_counts, into
 
 logger = logging.getLogger("meswitch.engine")
 

@@ -43,8 +43,7 @@ from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.turns import Turns, longest_unturned
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels
-from meswitch.ops.routing import MAX_TOKENS, PIECE, bucket
-from meswitch.ops.step import Step, expert_counts, step_sizes
+from meswitch.ops.routing import MAX_TOKENS, PIECE, Step, bucket, expert_counts, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 from meswitch.tokenizer import max_length

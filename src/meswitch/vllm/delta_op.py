@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from meswitch.ops import expert_linear, expert_prefill, fused_linear
 from meswitch.ops.layout import SlotLinear, Variant
-from meswitch.ops.routing import MAX_TOKENS
-from meswitch.ops.step import Step, is_idle
+from meswitch.ops.routing import MAX_TOKENS, Step, is_idle
 from meswitch.vllm.support import formula_of
 
 _current: list[Step] = []  # of the one model of this process
@@ -74,8 +73,8 @@ def add_delta(y: Tensor, x: Tensor, layer: SlotLinear, side: int) -> None:
     """Add each row's delta to it, in place.
 
     Args:
-        y: [rows, layer.rows], rows are contiguous. x: [rows, layer.in_features] of y's dtype. side: `step.TOKENS` or
-            `step.HEAD`.
+        y: [rows, layer.rows], rows are contiguous. x: [rows, layer.in_features] of y's dtype. side: `routing.TOKENS` or
+            `routing.HEAD`.
     """
     torch.ops.meswitch_vllm.add_delta(y, x, layer.arena, layer.table, layer.arrived, side, layer.variant)
 

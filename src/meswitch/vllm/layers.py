@@ -16,8 +16,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.ops import embedding_rows, expert_linear
 from meswitch.ops.backend import KERNEL_DTYPES
-from meswitch.ops.step import HEAD as HEAD_SIDE
-from meswitch.ops.step import TOKENS, Step, is_idle, part
+from meswitch.ops.routing import HEAD as HEAD_SIDE
+from meswitch.ops.routing import TOKENS, Step, is_idle, part
 from meswitch.vllm import compat
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.delta_op import DeltaNorm, add_delta, linear

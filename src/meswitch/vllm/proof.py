@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from meswitch.codec import PackedDelta, pack
 from meswitch.errors import MeswitchError
 from meswitch.ops.layout import write_by
-from meswitch.ops.routing import BASE, MAX_TOKENS
-from meswitch.ops.step import Step
+from meswitch.ops.routing import BASE, MAX_TOKENS, Step
 from meswitch.vllm.arena import Arena, Layer
 from meswitch.vllm.dry_step import LOOK_UP, TOKENS, Call, DryStep
 from meswitch.vllm.places import LINEAR, NORM, Unserved

@@ -25,8 +25,7 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops.backend import KERNEL_DTYPES
-from meswitch.ops.routing import BASE, MAX_TOKENS, most_pieces
-from meswitch.ops.step import Step, expert_counts, step_sizes
+from meswitch.ops.routing import BASE, MAX_TOKENS, Step, expert_counts, most_pieces, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import HostTier, Loader
 from meswitch.vllm import compat, delta_op, layers
@@ -382,7 +381,7 @@ def warm(arena: Arena, dtype: torch.dtype, rows: Sequence[int], most_tokens: int
 
     Args:
         dtype: of the activations. rows: of the steps that graphs hold, none if there are no graphs. most_tokens: of any
-            step. specialized: see `ops.step.Side`.
+            step. specialized: see `ops.routing.Side`.
     """
     if arena.device.type != "cuda":
         return
