@@ -7,7 +7,7 @@ from meswitch import Engine
 from meswitch.artifact import Artifact
 from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged, restored_tensor
-from meswitch.engine.merged import _RESTS, MergedWeights
+from meswitch.engine.parameters import _RESTS, MergedWeights
 from meswitch.slots import ExpertStore
 from tests.support.models import continued
 

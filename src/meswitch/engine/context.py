@@ -9,9 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from meswitch.codec import Delta
 from meswitch.engine.coded import CodedLinear
-from meswitch.engine.merged import MergedWeights
+from meswitch.engine.parameters import BatchTensors, MergedWeights
 from meswitch.engine.tables import LowRankTable, OwnTable, OwnTables
 from meswitch.ops import Backend, PrefillRouting, Routing, SlotLinear, expert_prefill, fused_linear, static_prefill
 from meswitch.ops.routing import HEAD, MAX_TOKENS, TOKENS, Side, Step
@@ -273,10 +272,9 @@ class Switch:
         assert self.tables is not None
         return self.tables.get_low_rank(name)
 
-    def tensors(self, slot: int) -> Mapping[str, Delta | Tensor]:
+    def tensors(self, slot: int) -> BatchTensors:
         assert self._store is not None
-        # exact changes are never in a batch (`engine.runner`)
-        return cast(Mapping[str, Delta | Tensor], self._store.tensors(slot))
+        return cast(BatchTensors, self._store.tensors(slot))
 
 
 TRITON = "triton"

@@ -22,8 +22,7 @@ from meswitch.engine.coded import CodedLinear, restore_weights
 from meswitch.engine.context import BASE_SLOT, Switch
 from meswitch.engine.graphs import MOST
 from meswitch.engine.layers import SwitchableEmbedding, SwitchableHead, SwitchableLinear
-from meswitch.engine.merged import SHARE, MergedWeights
-from meswitch.engine.parameters import StoredTensors
+from meswitch.engine.parameters import MergedWeights, StoredTensors
 from meswitch.engine.proof import (
     PROOF_PAGES,
     TEXT,
@@ -53,6 +52,7 @@ logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried 
 # Requests and tokens of each, for steps of every kind: deltas in the product, weights of an expert's own, many pieces.
 _PROMPTS = ((1, 24), (1, 100), (1, 512), (1, 2000), (3, 24), (8, 24), (32, 24), (8, 200))
 _TRIED = 4  # experts that are loaded to find two that decode steps are proven with
+_MERGED = 0.5  # of the memory that is free when an engine opens, for merged weights by default
 _REPLAYED = 0.002  # of the norm of logits: less than a step of bfloat16, in which a library may sum in another order
 
 RunnerName = Literal["auto", "batch", "turns"]
@@ -421,7 +421,7 @@ def merged_budget(wanted: int | None, device: torch.device, dtype: torch.dtype) 
     """
     if wanted is not None:
         return wanted
-    return int(SHARE * free_bytes()) if device.type == "cpu" and dtype == torch.float32 else 0
+    return int(_MERGED * free_bytes()) if device.type == "cpu" and dtype == torch.float32 else 0
 
 
 def _batching_fails(error: Exception) -> str:

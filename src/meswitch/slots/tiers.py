@@ -228,6 +228,7 @@ class HostTier(Generic[K, V]):
                     del self._kept[key]
 
 
+# An expert's tensors by their stored names; what it shares with the base is not there.
 Tensors = Mapping[str, Delta | ExactDelta | Tensor]
 
 
