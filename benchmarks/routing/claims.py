@@ -27,7 +27,7 @@ from meswitch.router import (
     read_rows,
     train_router,
 )
-from meswitch.router.claims import claim_queries, write_queries
+from meswitch.router.data import claim_queries, write_queries
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from meswitch import Engine
 from meswitch.cli import app
 from meswitch.router import DescribedRouter, RouteOption, RouterError, Space, evaluate_router, train_router
-from meswitch.router.claims import claim_queries, read_queries, rows_of, write_queries
+from meswitch.router.data import claim_queries, claimed_rows, read_queries, write_queries
 
 EXPERTS = ("math", "code", "instruct", "sql")
 SAID = {
@@ -50,7 +50,7 @@ def test_the_clearest_claims_count_and_what_the_base_is_surest_of_is_nobodys():
     sureness[:9, 0], sureness[9:18, 1], sureness[18:, 2] = 1.0, 1.0, 3.0
     sureness[0, 0] = 5.0
     sureness[23] = torch.nan
-    rows = rows_of([str(i) for i in range(24)], ["a", "b"], sureness)
+    rows = claimed_rows([str(i) for i in range(24)], ["a", "b"], sureness)
     assert {row.domain for row in rows} == {"a", "b"}
     assert "0" in [row.query for row in rows]
     assert all(int(row.query) < 18 for row in rows)
@@ -58,7 +58,9 @@ def test_the_clearest_claims_count_and_what_the_base_is_surest_of_is_nobodys():
 
 def test_an_expert_without_claims_is_named():
     with pytest.raises(RouterError, match="'b' claims 0 of 10 queries"):
-        rows_of([str(i) for i in range(10)], ["a", "b"], torch.tensor([[1.0, 0.0, 0.0]] * 5 + [[2.0, 0.0, 0.0]] * 5))
+        claimed_rows(
+            [str(i) for i in range(10)], ["a", "b"], torch.tensor([[1.0, 0.0, 0.0]] * 5 + [[2.0, 0.0, 0.0]] * 5)
+        )
 
 
 def test_experts_write_queries_and_the_seed_decides_which(engine):

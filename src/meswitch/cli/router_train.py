@@ -450,7 +450,7 @@ class Training:
         """Rows of what the experts claim, of the queries of a file or of what they write themselves."""
         from meswitch.durable import write_text
         from meswitch.launch import engine_from_family
-        from meswitch.router.claims import claim_queries, read_queries, write_queries
+        from meswitch.router.data import claim_queries, read_queries, write_queries
 
         queries = None if data is None else read_queries(data)
         with engine_from_family(self.family) as engine, console.progress("router") as progress:
