@@ -33,6 +33,7 @@ ROOT = {
     "loaded",
     "pagelock",
     "tensorfile",
+    "threads",
     "units",
 }
 EDGES = {"pydantic", "fastapi", "typer", "uvicorn", "rich", "prometheus_client", "starlette"}

@@ -6,8 +6,6 @@ time that the other needs: a job of half a minute took several. Hence two rules.
 (`wait_passively`), which has to be said before torch is loaded. And a job takes no more threads than its model
 deserves and than there are cores that nobody else keeps busy (`fitting`). `OMP_NUM_THREADS` and `OMP_WAIT_POLICY` of
 the environment come before both.
-
-Threads of a server that do other things than compute, such as reading experts, are `Workers`: what has ended shows.
 """
 
 import contextlib
@@ -16,12 +14,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from meswitch.errors import MeswitchError
 
 if TYPE_CHECKING:
     import torch
@@ -182,36 +177,3 @@ def rough_product(left: "Tensor", right: "Tensor", onto: "Tensor | None" = None)
         return product if onto is None else onto.add_(product)
     left, right = left.float(), right.float()
     return left @ right if onto is None else onto.addmm_(left, right)
-
-
-class Workers(ThreadPoolExecutor):
-    """A pool that knows when one of its threads has ended, which Python's own never notices: work would wait for ever.
-
-    Args:
-        threads: at most.
-        name: of the threads.
-    """
-
-    def __init__(self, threads: int, name: str) -> None:
-        super().__init__(threads, name, initializer=self._enter)
-        self._begun: list[threading.Thread] = []
-        self._pending: set[Future[Any]] = set()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = super().submit(fn, *args, **kwargs)
-        self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
-        return future
-
-    def are_alive(self) -> bool:
-        """Whether all threads that were begun are there."""
-        return all(thread.is_alive() for thread in self._begun)
-
-    def fail(self, reason: str) -> None:
-        """End what waits and runs with an error, for whoever waits for it."""
-        for future in list(self._pending):
-            with contextlib.suppress(InvalidStateError):  # it is done
-                future.set_exception(MeswitchError(reason))
-
-    def _enter(self) -> None:
-        self._begun.append(threading.current_thread())

@@ -7,9 +7,9 @@ import httpx
 import pytest
 
 from meswitch import Family
-from meswitch.cpu import Workers
 from meswitch.launch import app_from_family, engine_from_family, policy_from_family
 from meswitch.server import generation
+from meswitch.threads import Workers
 from tests.support.http_server import serving, user, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

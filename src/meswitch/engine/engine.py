@@ -22,7 +22,6 @@ from meswitch.architecture import Architecture, architecture_of
 from meswitch.artifact import Artifact, fingerprint
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.checkpoint import Checkpoint
-from meswitch.cpu import Workers
 from meswitch.engine.attention import PAGE
 from meswitch.engine.coded import codes_bytes, codes_fault, hold_codes, restore_weights, workspace_bytes
 from meswitch.engine.context import BASE_SLOT
@@ -31,10 +30,10 @@ from meswitch.engine.request import TRACE, Chunk, Completion, Request, stopped
 from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
-from meswitch.engine.watchdog import Watchdog, Watched
 from meswitch.errors import CapacityError, ConfigError, ContextLengthError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.loaded import LazyModel, load_model
 from meswitch.slots import Held, Version
+from meswitch.threads import Watchdog, Watched, Workers
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 logger = logging.getLogger("meswitch.engine")

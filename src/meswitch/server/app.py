@@ -12,7 +12,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from meswitch import __version__
-from meswitch.cpu import Workers
 from meswitch.engine import Engine
 from meswitch.errors import MeswitchError
 from meswitch.server.auto import (
@@ -48,6 +47,7 @@ from meswitch.server.protocol.chat import Chat
 from meswitch.server.protocol.messages import message_routes
 from meswitch.server.protocol.responses import response_routes
 from meswitch.server.protocol.schema import ChatRequest, CompletionRequest, GenerationRequest
+from meswitch.threads import Workers
 from meswitch.tokenizer import Prompt
 
 logger = logging.getLogger("meswitch.server")

@@ -22,7 +22,6 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from meswitch.cpu import Workers
 from meswitch.engine import Chunk, Engine
 from meswitch.engine import Request as EngineRequest
 from meswitch.engine.scores import TokenLogprobs
@@ -32,6 +31,7 @@ from meswitch.server.logs import GONE
 from meswitch.server.protocol.answers import Answer, Format, Usage
 from meswitch.server.protocol.chat import Chat
 from meswitch.server.protocol.schema import GenerationRequest
+from meswitch.threads import Workers
 from meswitch.tokenizer import ChatTokenizer, Prompt
 
 T = TypeVar("T")

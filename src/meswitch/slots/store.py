@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from meswitch.artifact import Artifact
-from meswitch.cpu import Workers
 from meswitch.errors import CapacityError, LoadError, MeswitchError, UnknownExpertError
 from meswitch.pagelock import page_locked
 from meswitch.slots.layout import HEAD_TIED, Layout, SlotTables
 from meswitch.slots.tiers import DeviceTier, HostTier, Loader, Tensors, load_error
 from meswitch.slots.versions import Accept, Plan, Signature, Version, Versions, manifest_digest
+from meswitch.threads import Workers
 from meswitch.units import format_bytes
 
 logger = logging.getLogger("meswitch.slots")

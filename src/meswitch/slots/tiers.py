@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from meswitch.codec import Delta, ExactDelta
-from meswitch.cpu import Workers
 from meswitch.errors import (
     ArtifactError,
     CapacityError,
@@ -32,6 +31,7 @@ from meswitch.errors import (
 from meswitch.pagelock import copy
 from meswitch.slots.layout import Layout, SlotTables, table_layers
 from meswitch.slots.versions import Version
+from meswitch.threads import Workers
 from meswitch.units import format_bytes
 
 T = TypeVar("T")

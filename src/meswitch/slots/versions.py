@@ -16,9 +16,9 @@ from typing import Any
 
 from meswitch.artifact import Artifact, Entry
 from meswitch.artifact.manifest import MANIFEST_NAME, Manifest
-from meswitch.cpu import Workers
 from meswitch.errors import ArtifactError, ConfigError, IncompatibleError, LoadError, UnknownExpertError
 from meswitch.slots.layout import Layout, SlotTables
+from meswitch.threads import Workers
 
 # device, inode, bytes, time of the last change: of a manifest, all of them another's once it was replaced
 Signature = tuple[int, int, int, int]

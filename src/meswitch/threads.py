@@ -1,16 +1,58 @@
-"""Sees that the engine's threads are alive and get on with their work, and says so when they do not."""
+"""Threads that do other things than compute: pools whose ended threads show, and who sees that all get on.
 
+Python's own pools never notice that a thread has ended, and nobody notices one that stands still: requests would wait
+for ever.
+"""
+
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
+
+from meswitch.errors import MeswitchError
 
 logger = logging.getLogger("meswitch.engine")
 
 # No step takes so long: a long prompt on a CPU takes a minute, compiling a kernel two.
 STALL_SECONDS = 300.0
 _EVERY = 1.0
+
+
+class Workers(ThreadPoolExecutor):
+    """A pool that knows when one of its threads has ended.
+
+    Args:
+        threads: at most.
+        name: of the threads.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, name, initializer=self._enter)
+        self._begun: list[threading.Thread] = []
+        self._pending: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def are_alive(self) -> bool:
+        """Whether all threads that were begun are there."""
+        return all(thread.is_alive() for thread in self._begun)
+
+    def fail(self, reason: str) -> None:
+        """End what waits and runs with an error, for whoever waits for it."""
+        for future in list(self._pending):
+            with contextlib.suppress(InvalidStateError):  # it is done
+                future.set_exception(MeswitchError(reason))
+
+    def _enter(self) -> None:
+        self._begun.append(threading.current_thread())
 
 
 @dataclass(slots=True)
