@@ -167,7 +167,7 @@ def test_a_base_whose_product_is_wrong_is_served_by_its_weights(base_in_codes, m
 
 
 def test_groups_of_channels_are_restored(base_in_codes, caplog):
-    with caplog.at_level(logging.INFO), Engine(base_in_codes("int4"), {}, **OPTIONS) as engine:
+    with caplog.at_level(logging.INFO, logger="meswitch.opening"), Engine(base_in_codes("int4"), {}, **OPTIONS) as engine:
         assert not list(coded_layers(engine.model))
     assert "restored in 16 bit: its codes have zero points, or scales of other groups" in caplog.text
 
