@@ -7,7 +7,6 @@ its weights are restored as it is read.
 
 import logging
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,7 +174,8 @@ def _codes(stored: QuantisedTensor) -> Codes | None:
         return None
     codes, scale = stored.codes()
     if scale.shape[1] > 1:
-        return Codes.paired(codes, scale)
+        is_whole = bool((codes >= -8).all() & (codes < 8).all())  # codes that are stored in bytes may be any
+        return Codes.paired(codes, scale) if is_whole else None
     if codes.is_floating_point() and bool((codes.view(torch.int8) & 0x7F == 0x7F).any()):
         return None  # NaN, which the kernels do not know
     return Codes(codes, scale[:, 0].contiguous())
@@ -216,7 +216,7 @@ def share_codes(model: nn.Module, other: nn.Module, prefix: str) -> None:
     workspaces: dict[torch.dtype, Workspace] = {}
     for name, layer in coded_layers(model):
         if name.startswith(prefix):
-            path = re.sub(r"\.base$", "", name).removeprefix(prefix)
+            path = f"{name}.".replace(".base.", ".").removeprefix(prefix).rstrip(".")
             workspace = workspaces.setdefault(layer.workspace.dtype, Workspace(layer.workspace.dtype))
             bias = other.get_submodule(path)._parameters["bias"]
             other.set_submodule(path, CodedLinear(layer.held, bias, workspace))
