@@ -2,6 +2,8 @@
 
 import logging
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -51,6 +53,32 @@ def test_a_layer_gives_what_its_weights_give(dtype, bias, rows):
         found = layer(x)
     assert found.shape == (1, rows, 50)
     assert (found.double() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+def test_of_several_threads_each_computes_with_its_own_layer(monkeypatch):
+    """As requests that bring routes of their own do, beside one another."""
+    first, second = layer_of(50, 96, seed=0), layer_of(50, 96, seed=1)
+    second.workspace = first.workspace
+    x = torch.randn(70, 96).half().to(DEVICE)
+    wanted = nn.functional.linear(x, first.weight)
+    restored, begun, over = Workspace.restored, threading.Event(), threading.Event()
+
+    def interrupted(self, codes):
+        room = restored(self, codes)
+        if begun.is_set():
+            over.set()
+        else:
+            begun.set()
+            over.wait(0.5)  # for another thread to come between the restored weights and their product
+        return room
+
+    monkeypatch.setattr(Workspace, "restored", interrupted)
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        found = pool.submit(first.product, x, None)
+        assert begun.wait(60)
+        other = pool.submit(second.product, x, None)
+    assert torch.equal(found.result(), wanted)
+    assert not torch.equal(other.result(), wanted)
 
 
 def test_codes_that_are_no_numbers_are_not_held(base_in_codes):

@@ -7,6 +7,7 @@ its weights are restored as it is read.
 
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,10 +36,15 @@ class Workspace:
 
     Args:
         dtype: of restored weights.
+
+    Attributes:
+        lock: is held while a layer computes: several threads may route by one model. Their kernels run on one stream,
+            so that what is in the room is read before the next layer is restored.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.lock = threading.Lock()
         self.largest = 0
         """Weights of the largest layer."""
         self._room: Tensor | None = None
@@ -123,10 +129,11 @@ class CodedLinear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Of rows that are all the base's: [rows, in_features] -> [rows, out_features]."""
-        if not 0 < len(x) <= MAX_TOKENS:
-            return nn.functional.linear(x, self.restored, bias)
-        held = self.held
-        return fused_linear(x.contiguous(), held, *self.workspace.of_base(held, len(x)), bias, _TRITON)
+        with self.workspace.lock:
+            if not 0 < len(x) <= MAX_TOKENS:
+                return nn.functional.linear(x, self.restored, bias)
+            held = self.held
+            return fused_linear(x.contiguous(), held, *self.workspace.of_base(held, len(x)), bias, _TRITON)
 
     def extra_repr(self) -> str:
         kind = str(self.held.codes.dtype).removeprefix("torch.")
