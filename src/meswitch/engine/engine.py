@@ -221,6 +221,7 @@ class Engine:
         )
 
     def _enqueue(self, request: Request) -> None:
+        """Queue it for admission; errors as of `submit`."""
         with self._lock:
             if self._closed:
                 raise MeswitchError("the engine is closed")
