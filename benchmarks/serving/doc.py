@@ -112,8 +112,8 @@ def clients(found: Data) -> str:
     under = (
         f"Each client asks the base, one of four experts or `auto` for {meta['tokens']} tokens, again and again; "
         f"{meta['slots']} slots. Clients and server share {meta['cores']} cores with other work (the load average "
-        "is that at the end); `nice` below 0 takes cores from it. The process that asks `/health` does nothing else; how "
-        "late it wakes up from sleeps of 50 ms says how much of the times of `/health` is the machine's. "
+        "is that at the end); `nice` below 0 takes cores from it. The process that asks `/health` does nothing else; "
+        "how late it wakes up from sleeps of 50 ms says how much of the times of `/health` is the machine's. "
         f"{versions}, {meta['date']}."
     )
     return f"{pipe(head, *table)}\n\n{under}"
