@@ -148,7 +148,10 @@ WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}  # of 4 bi
 def test_answers_over_codes_are_those_over_their_weights(opened, kind, graphs, case, caplog):
     base, artifacts = opened(kind, **case)
     models = models_of(base, artifacts)
-    with caplog.at_level(logging.INFO), Engine(base, artifacts, **OPTIONS, cuda_graphs=graphs) as engine:
+    with (
+        caplog.at_level(logging.INFO, logger="meswitch.opening"),
+        Engine(base, artifacts, **OPTIONS, cuda_graphs=graphs) as engine,
+    ):
         held = {name.removesuffix(".base"): layer.held for name, layer in coded_layers(engine.model)}
         assert len(held) == 7
         assert [name for name, codes in held.items() if codes.is_paired] == (
@@ -209,7 +212,10 @@ def test_a_base_whose_product_is_wrong_is_served_by_its_weights(base_in_codes, m
 
 
 def test_groups_of_channels_are_restored(base_in_codes, caplog):
-    with caplog.at_level(logging.INFO), Engine(base_in_codes("int4"), {}, **OPTIONS) as engine:
+    with (
+        caplog.at_level(logging.INFO, logger="meswitch.opening"),
+        Engine(base_in_codes("int4"), {}, **OPTIONS) as engine,
+    ):
         assert not list(coded_layers(engine.model))
     assert "restored in 16 bit: its codes have zero points, or scales of other groups" in caplog.text
 
