@@ -112,8 +112,8 @@ def clients(found: Data) -> str:
     under = (
         f"Each client asks the base, one of four experts or `auto` for {meta['tokens']} tokens, again and again; "
         f"{meta['slots']} slots. Clients and server share {meta['cores']} cores with other work (the load average "
-        "is that at the end); `nice` below 0 takes cores from it. Who asks `/health` says how late it wakes "
-        "up from a sleep of 50 ms: so much of a look is the machine's. "
+        "is that at the end); `nice` below 0 takes cores from it. The process that asks `/health` does nothing else; "
+        "how late it wakes up from sleeps of 50 ms says how much of the times of `/health` is the machine's. "
         f"{versions}, {meta['date']}."
     )
     return f"{pipe(head, *table)}\n\n{under}"
@@ -200,7 +200,7 @@ def quantised(found: Data) -> str:
         )
         gaps = ", ".join(
             f"{row['compared']} {row['logprob_gap_mean']:.3f} ({sum(row['agree_until'])} of "
-            f"{row['answers'] * row['tokens']} tokens until the first that differs)"
+            f"{row['answers'] * row['tokens']} tokens of answers come before the first that differs)"
             for row in own
             if "compared" in row
         )

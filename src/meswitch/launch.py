@@ -92,6 +92,7 @@ def router_from_family(
     if path is not None:
         read_file(path)
     elif not is_trained(directory):
+        check_described(directory, route_options(family))
         bare = ", ".join(expert.name for expert in family.expert if not expert.examples)
         hint = f" (of {bare} a description alone, which is seldom enough: add five `examples` each)" if bare else ""
         logger.warning("%s: no router here; experts are told apart by what family.toml says of them%s", directory, hint)

@@ -124,7 +124,14 @@ def test_what_was_fetched_once_is_there_without_the_hub(hub, run, math_delta, mo
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     remote._snapshot.cache_clear()
     assert run.json("inspect", "hf://org/math-delta") == found
-    assert "hf://org/other: the hub does not do it" in run.error("inspect", "hf://org/other")
+    assert "hf://org/other: the hub cannot be reached" in run.error("inspect", "hf://org/other")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(hub, run, math_delta):
+    hub.close()
+    error = run.error("push", math_delta, "org/math-delta")
+    assert "hf://org/math-delta: the hub cannot be reached" in error
+    assert "Traceback" not in error
 
 
 def test_a_smaller_artifact_leaves_nothing_of_a_larger_one(hub, run, math_delta):
@@ -180,9 +187,9 @@ def test_what_was_tampered_with_on_the_hub_is_not_taken(hub, run, math_delta, tm
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (("pull", "org/nothing"), {}, "hf://org/nothing: the hub does not do it"),
+        (("pull", "org/nothing"), {}, "hf://org/nothing: the hub refuses"),
         (("pull", "nothing"), {}, "a repository of the hub is named hf://org/name"),
-        (("push", "{delta}", "org/x"), {"HF_TOKEN": "hf_wrong"}, "hf://org/x: the hub does not do it"),
+        (("push", "{delta}", "org/x"), {"HF_TOKEN": "hf_wrong"}, "hf://org/x: the hub refuses"),
         (("push", "{delta}", "org/x", "--license", "Apache 2.0"), {}, "an identifier such as apache-2.0"),
         (("push", "{delta}", "org/x", "--license-name", "mine"), {}, "are for `--license other`"),
         (("push", "{delta}", "org/x", "--quality", "{delta}/meswitch.json"), {}, "what `meswitch eval --out"),

@@ -47,7 +47,10 @@ COMMANDS = [
         ("compress --family {ready} --bits 3", "--bits: {ready} says this for its experts; change it there"),
         ("compress --family {ready} --calibration x.txt", "--calibration: {ready} names each expert's text"),
         ("compress --family {ready} --expert bob", "no expert 'bob'; this family has math, code, instruct, sql"),
-        ("generate --family {ready} --model bob hello", "no expert 'bob'"),
+        (
+            "generate --family {ready} --model bob hello",
+            "--model: no expert 'bob'; there are base, math, code, instruct, sql, auto",
+        ),
         ("generate --family {ready} --top-p 0 hello", "top_p: 0.0 is out of range"),
         ("chat --family {ready} --model bob", "no expert 'bob'"),
         ("serve {ready} --allow-origin https://a.example/", "--allow-origin: 'https://a.example/' is no origin"),

@@ -302,3 +302,42 @@ def test_an_id_that_is_in_the_batch_already_is_refused(llama):
         assert second.wait().error == "a request 'one' is in the batch already"
         assert len(first.wait().tokens) == 4
         assert len(ask(batch, "one", [5, 6, 7]).wait().tokens) == 4
+
+
+def test_what_belongs_together_waits_for_all_that_does(llama):
+    """Two callers gather requests at a time; the one that ends first lets no step begin."""
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        with batch.together():
+            first = ask(batch, "one", [5, 6])
+            with batch.together():
+                pass
+            assert not batch._open.wait(0.2)
+            assert batch.steps == 0
+            second = ask(batch, "two", [5, 6, 7])
+        assert first.wait().error is second.wait().error is None
+        assert batch.sizes == {2: 4}
+
+
+def test_answers_are_told_while_others_are_gathered(llama, monkeypatch):
+    """As on a GPU, where what a step gave is told in the course of the next one."""
+    monkeypatch.setattr(Batch, "_tell", hold)
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        gathering, entered = contextlib.ExitStack(), threading.Event()
+
+        def gather(names, logits):  # in the first step
+            if not entered.is_set():
+                gathering.enter_context(batch.together())
+                ask(batch, "two", [5, 6])
+                entered.set()
+
+        batch.see = gather
+        with gathering:
+            with batch.together():
+                told = ask(batch, "one", [5, 6], new=1)
+                ask(batch, "goes on", [5, 6], new=8)
+            assert entered.wait(60)
+            assert told._finished.wait(10)
+
+
+def hold(self, job, *, finished=False, error=None):
+    self._held.append((job.id, job.listener, job.made, finished, error))

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -53,6 +55,32 @@ def test_a_layer_gives_what_its_weights_give(dtype, bias, rows):
     assert (found.double() - wanted).norm() <= 2e-3 * wanted.norm()
 
 
+def test_of_several_threads_each_computes_with_its_own_layer(monkeypatch):
+    """As requests that bring routes of their own do, beside one another."""
+    first, second = layer_of(50, 96, seed=0), layer_of(50, 96, seed=1)
+    second.workspace = first.workspace
+    x = torch.randn(70, 96).half().to(DEVICE)
+    wanted = nn.functional.linear(x, first.weight)
+    restored, begun, over = Workspace.restored, threading.Event(), threading.Event()
+
+    def interrupted(self, codes):
+        room = restored(self, codes)
+        if begun.is_set():
+            over.set()
+        else:
+            begun.set()
+            over.wait(0.5)  # for another thread to come between the restored weights and their product
+        return room
+
+    monkeypatch.setattr(Workspace, "restored", interrupted)
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        found = pool.submit(first.product, x, None)
+        assert begun.wait(60)
+        other = pool.submit(second.product, x, None)
+    assert torch.equal(found.result(), wanted)
+    assert not torch.equal(other.result(), wanted)
+
+
 def test_codes_that_are_no_numbers_are_not_held(base_in_codes):
     base = base_in_codes("fp8")
     file = base / "model.safetensors"
@@ -64,6 +92,20 @@ def test_codes_that_are_no_numbers_are_not_held(base_in_codes):
     model = load_model(checkpoint, architecture_of(checkpoint.config), torch.float16, prepare=prepare)
     assert len(list(coded_layers(model))) == 6
     assert model.model.layers[0].mlp.up_proj.weight[3, 5].isnan()
+
+
+def test_codes_of_four_bits_that_are_stored_in_bytes_and_are_larger_are_not_held(opened):
+    base, name = opened("int4", **WIDE)[0], "model.layers.0.mlp.down_proj"
+    tensors = load_file(base / "model.safetensors")
+    codes, _ = Checkpoint.open(base).tensors[f"{name}.weight"].codes()
+    codes[3, 5] = 100
+    del tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_shape"]
+    save_file(tensors | {f"{name}.weight": codes}, base / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(base)
+    prepare = partial(hold_codes, op_backend="triton", device=torch.device(DEVICE))
+    model = load_model(checkpoint, architecture_of(checkpoint.config), torch.float16, prepare=prepare)
+    assert len(list(coded_layers(model))) == 6
+    assert torch.equal(model.get_submodule(name).weight, checkpoint.read(f"{name}.weight").half())
 
 
 def test_a_tensor_in_the_weights_place_is_computed_with_instead():
@@ -209,6 +251,16 @@ def test_a_router_beside_the_engine_reads_the_same_codes(base_in_codes):
         found = beside(ids.to(DEVICE)).last_hidden_state.float().cpu()
         wanted = plain(ids).last_hidden_state
         assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_codes_inside_a_wrapped_module_are_shared_by_their_names_without_it():
+    layer = layer_of(50, 96)
+    wrapper = nn.Module()
+    wrapper.base = nn.ModuleDict({"up": layer})  # as a module that is run again for each expert
+    ours = nn.ModuleDict({"model": nn.ModuleDict({"mlp": wrapper})})
+    theirs = nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(96, 50, bias=False)})})
+    coded.share_codes(ours, theirs, "model.")
+    assert theirs["mlp"]["up"].codes.data_ptr() == layer.codes.data_ptr()
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -108,6 +109,34 @@ def test_a_full_queue_refuses_and_recovers(family, deltas):
             engine.cancel(request)
         assert idle(engine)
         assert engine.generate([QUESTION], model="math")[0].text
+
+
+def test_prompts_that_are_given_together_begin_in_one_step(engine, monkeypatch):
+    names = ["math", "base", "code"] * 8
+    engine.generate([QUESTION] * 24, model=names, max_new_tokens=1)  # the experts are in their slots
+    asked = engine.store.request
+
+    def slowly(name):
+        time.sleep(0.005)
+        return asked(name)
+
+    monkeypatch.setattr(engine.store, "request", slowly)
+    before = Counter(engine.step_sizes())
+    engine.generate([QUESTION] * 24, model=names, max_new_tokens=1)
+    assert Counter(engine.step_sizes()) - before == {24: 1}
+
+
+def test_if_one_of_several_prompts_is_refused_none_is_answered(family, deltas):
+    with Engine(family / "base", {"math": deltas["math"]}, device="cpu", max_queue=3) as engine:
+        steps = engine.steps
+        with pytest.raises(ConfigError, match="prompt: it is empty"):
+            engine.generate([QUESTION, ""])
+        assert (engine.steps, idle(engine)) == (steps, True)
+        with pytest.raises(CapacityError, match="the queue is full"):
+            engine.generate([QUESTION] * 4, max_new_tokens=200)
+        assert idle(engine)
+        assert engine.steps <= steps + 2
+        assert len(engine.generate([QUESTION] * 3, max_new_tokens=1)) == 3
 
 
 def test_an_unknown_model_is_named_with_those_that_exist(engine):

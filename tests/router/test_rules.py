@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from meswitch.router import RouteOption, RouterError, RoutingRequest, Rule, RulesRouter, load_router, read_rules
+from meswitch.router import RouteOption, Router, RouterError, RoutingRequest, Rule, RulesRouter, load_router, read_rules
 
 EXPERTS = ("math", "code", "instruct", "sql")
 RULES = [
@@ -145,9 +145,36 @@ def test_changed_rules_on_disk_are_refused(router, base, tmp_path):
         load_router(path, base)
 
 
-def test_rules_know_an_expert_that_comes_later(rules):
-    grown = rules.with_expert(RouteOption("law", "Contracts."))
+class Growing(Router):
+    """Is sure of the expert that came last, the more sure the more there are."""
+
+    fallback = "abstain"
+
+    def __init__(self, experts):
+        self.experts = self.labels = tuple(experts)
+        self.threshold = 1 - 1 / len(self.experts)
+
+    def scores(self, messages_batch):
+        return [dict.fromkeys(self.experts, 0.0) | {self.experts[-1]: 1.0} for _ in messages_batch]
+
+    def with_expert(self, option):
+        return Growing([*(name for name in self.experts if name != option.name), option.name])
+
+
+def test_rules_let_the_router_behind_them_choose_an_expert_that_comes_later():
+    ruled = RulesRouter(RULES, EXPERTS, Growing(EXPERTS))
+    grown = ruled.with_expert(RouteOption("law", "Contracts."))
     assert grown.experts == (*EXPERTS, "law")
     assert grown.route("def double(x):").choice == "code"
-    assert grown.route("hello").scores["law"] == 0.0
+    assert grown.route("hello").choice == "law"
+    assert grown.threshold == grown.router.threshold > ruled.threshold
+    again = grown.with_expert(RouteOption("math", "Other sums."))
+    assert (again.experts, again.route("hello").choice) == (grown.experts, "math")
+    own = RulesRouter(RULES, EXPERTS, Growing(EXPERTS), threshold=0.25)
+    assert own.with_expert(RouteOption("law", "Contracts.")).threshold == 0.25
+
+
+def test_rules_alone_say_that_nothing_chooses_an_expert_that_comes_later(rules):
     assert rules.with_expert(RouteOption("sql", "Databases.")) is rules
+    with pytest.raises(RouterError, match=r"rule: none chooses 'law', and there is no router behind"):
+        rules.with_expert(RouteOption("law", "Contracts."))

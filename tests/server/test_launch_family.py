@@ -68,12 +68,13 @@ def test_the_family_decides_threshold_and_fallback(family_file, tmp_path):
     assert router.route(QUESTIONS["math"]).reason == "abstained"
 
 
-def test_a_missing_router_costs_auto_alone(family_file, router_directory, engine, tmp_path):
+def test_a_missing_router_costs_auto_alone(family_file, router_directory, engine, tmp_path, caplog):
     unsaid = ('description = "all about math"\n', "")
     config = changed(family_file, tmp_path, (str(router_directory), "no-router"), unsaid)
     with pytest.raises(RouterError, match="meswitch router train"):
         router_from_family(config)
     auto, problem = policy_from_family(config, engine)
+    assert "experts are told apart" not in caplog.text
     assert "meswitch router train" in problem
     assert str(tmp_path) in problem
     assert not auto.has_router

@@ -225,17 +225,23 @@ def _asked(name: RemoteName, ask: Callable[[], T]) -> T:
     """What the hub answers.
 
     Raises:
-        ArtifactError: it does not, or refuses.
+        ArtifactError: it cannot be reached, or refuses.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, as the hub's library has it
     try:
         return ask()
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+    except (transport_error, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        answered = isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError)
+        if not answered and isinstance(error, (transport_error, LocalEntryNotFoundError, ConnectionError)):
+            raise ArtifactError(
+                f"{name}: the hub cannot be reached ({reason:.400}); check the connection, HF_ENDPOINT and "
+                "HF_HUB_OFFLINE"
+            ) from error
         raise ArtifactError(
-            f"{name}: the hub does not do it ({reason:.400}); check the name and that you may (`hf auth login`, or "
-            "HF_TOKEN)"
+            f"{name}: the hub refuses ({reason:.400}); check the name and that you may (`hf auth login`, or HF_TOKEN)"
         ) from error
 
 

@@ -95,6 +95,9 @@ def needed(family: "Family", model: str) -> "Family":
 
         check_router(family)
         return family
+    if model not in (family.base.name, *family.names):
+        there = ", ".join((family.base.name, *family.names, "auto"))
+        raise UnknownExpertError(f"--model: no expert {model!r}; there are {there}")
     wanted = () if model == family.base.name else (family.get(model),)
     return family.model_copy(update={"expert": wanted})
 

@@ -86,6 +86,7 @@ class Batch:
         self._static: StaticSteps | None = None
         self._closing, self._open = threading.Event(), threading.Event()
         self._open.set()
+        self._gathering = 0  # who are inside `together`
         self._computing = threading.Thread(target=self._run, name="meswitch-batch", daemon=True)
         self._telling = threading.Thread(target=self._tell_forever, name="meswitch-results", daemon=True)
         self._computing.start()
@@ -134,11 +135,16 @@ class Batch:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Requests that are submitted inside start in the same step."""
-        self._open.clear()
+        with self._entry:
+            self._gathering += 1
+            self._open.clear()
         try:
             yield
         finally:
-            self._open.set()
+            with self._entry:
+                self._gathering -= 1
+                if not self._gathering:
+                    self._open.set()
 
     def cancel(self, request: str) -> None:
         """End a request early. Its listener is told `finished` once no step can touch it any more."""
@@ -344,7 +350,9 @@ class Batch:
             except queue.Empty:
                 return
             wait = False
-            self._open.wait()  # what belongs together is in the queue then
+            if not self._open.is_set():
+                self._deliver()
+                self._open.wait()  # what belongs together is in the queue then
             if callable(command):
                 command()
                 wait = not (self._scheduler.running or self._scheduler.waiting)

@@ -7,7 +7,7 @@ its weights are restored as it is read.
 
 import logging
 import math
-import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,10 +36,15 @@ class Workspace:
 
     Args:
         dtype: of restored weights.
+
+    Attributes:
+        lock: is held while a layer computes: several threads may route by one model. Their kernels run on one stream,
+            so that what is in the room is read before the next layer is restored.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.lock = threading.Lock()
         self.largest = 0
         """Weights of the largest layer."""
         self._room: Tensor | None = None
@@ -124,10 +129,11 @@ class CodedLinear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Of rows that are all the base's: [rows, in_features] -> [rows, out_features]."""
-        if not 0 < len(x) <= MAX_TOKENS:
-            return nn.functional.linear(x, self.restored, bias)
-        held = self.held
-        return fused_linear(x.contiguous(), held, *self.workspace.of_base(held, len(x)), bias, _TRITON)
+        with self.workspace.lock:
+            if not 0 < len(x) <= MAX_TOKENS:
+                return nn.functional.linear(x, self.restored, bias)
+            held = self.held
+            return fused_linear(x.contiguous(), held, *self.workspace.of_base(held, len(x)), bias, _TRITON)
 
     def extra_repr(self) -> str:
         kind = str(self.held.codes.dtype).removeprefix("torch.")
@@ -175,7 +181,8 @@ def _codes(stored: QuantisedTensor) -> Codes | None:
         return None
     codes, scale = stored.codes()
     if scale.shape[1] > 1:
-        return Codes.paired(codes, scale)
+        is_whole = bool((codes >= -8).all() & (codes < 8).all())  # codes that are stored in bytes may be any
+        return Codes.paired(codes, scale) if is_whole else None
     if codes.is_floating_point() and bool((codes.view(torch.int8) & 0x7F == 0x7F).any()):
         return None  # NaN, which the kernels do not know
     return Codes(codes, scale[:, 0].contiguous())
@@ -216,7 +223,7 @@ def share_codes(model: nn.Module, other: nn.Module, prefix: str) -> None:
     workspaces: dict[torch.dtype, Workspace] = {}
     for name, layer in coded_layers(model):
         if name.startswith(prefix):
-            path = re.sub(r"\.base$", "", name).removeprefix(prefix)
+            path = f"{name}.".replace(".base.", ".").removeprefix(prefix).rstrip(".")
             workspace = workspaces.setdefault(layer.workspace.dtype, Workspace(layer.workspace.dtype))
             bias = other.get_submodule(path)._parameters["bias"]
             other.set_submodule(path, CodedLinear(layer.held, bias, workspace))

@@ -185,7 +185,19 @@ class Engine:
             UnknownExpertError: no such model. ConfigError: a prompt that cannot be encoded or is too long.
             CapacityError: the queue is full.
         """
-        name, params = model or self.base_name, params or SamplingParams()
+        request = self._request(prompt, model, params or SamplingParams(), on_chunk)
+        self._enqueue(request)
+        return request
+
+    def _request(
+        self,
+        prompt: Prompt,
+        model: str | None,
+        params: SamplingParams,
+        on_chunk: Callable[[Chunk], None] | None = None,
+    ) -> Request:
+        """A request that is not queued yet; arguments and errors as of `submit`."""
+        name = model or self.base_name
         tokenizer = self.tokenizers.get(name)
         if tokenizer is None:
             raise UnknownExpertError(f"model {name!r} does not exist; there are {', '.join(self.names)}")
@@ -195,7 +207,7 @@ class Engine:
         tokens = tokenizer.encode(prompt)
         params = self._fit(tokenizer, len(tokens), params)
         trace, number = TRACE.get(), next(self._ids)
-        request = Request(
+        return Request(
             f"{trace}-{number}" if trace else f"r{number}",
             name,
             tokens,
@@ -206,6 +218,9 @@ class Engine:
             on_end=self._observe,
             trace=trace,
         )
+
+    def _enqueue(self, request: Request) -> None:
+        """Queue it for admission; errors as of `submit`."""
         with self._lock:
             if self._closed:
                 raise MeswitchError("the engine is closed")
@@ -217,7 +232,6 @@ class Engine:
                 )
             self._waiting[request.id] = request, None
         self._events.put((request, partial(self._ask, request)))
-        return request
 
     def generate(
         self, prompts: Sequence[Prompt], *, model: str | Sequence[str] | None = None, **params: Any
@@ -227,14 +241,26 @@ class Engine:
         Args:
             prompts: texts, lists of chat messages, or lists of token ids.
             model: one name for all, or one for each prompt. params: fields of `SamplingParams`.
+
+        Raises:
+            MeswitchError: as of `submit`, for any of the prompts; then none is answered.
         """
         models = [model] * len(prompts) if model is None or isinstance(model, str) else list(model)
         if len(models) != len(prompts):
             raise ConfigError(f"model: {len(models)} names for {len(prompts)} prompts")
         options = SamplingParams(**params)
         pairs = zip(prompts, models, strict=True)
-        with self._batch.together():
-            requests = [self.submit(prompt, model=name, params=options) for prompt, name in pairs]
+        requests = [self._request(prompt, name, options) for prompt, name in pairs]
+        with self._batch.together():  # others wait meanwhile, so the prompts are read before
+            try:
+                for request in requests:
+                    self._enqueue(request)
+            except MeswitchError:
+                for request in requests:
+                    self.cancel(request)
+                raise
+            if requests:
+                self._wait_for_admission(requests[-1])
         return [request.result() for request in requests]
 
     def stream(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Iterator[Chunk]:
@@ -455,6 +481,13 @@ class Engine:
                 with contextlib.suppress(Exception):
                     request.fail(f"model {request.model!r}: the request cannot be admitted; see the log")
                     self.cancel(request)
+
+    def _wait_for_admission(self, request: Request) -> None:
+        """Until a request, and all before it, are in the batch; those whose experts must be loaded come later."""
+        admitted = threading.Event()
+        # once for who asks for a slot, and once more for who is given one at once
+        self._events.put((request, lambda: self._events.put((request, admitted.set))))
+        admitted.wait(timeout=1)
 
     def _ask(self, request: Request) -> None:
         """Ask for a request's slot."""

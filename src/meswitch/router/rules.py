@@ -144,11 +144,16 @@ class RulesRouter(Router):
         ]
 
     def with_expert(self, option: RouteOption) -> "RulesRouter":
-        if option.name in self.experts:
-            return self
-        behind = None if self.router is None else self.router.with_expert(option)
-        names = (*self.experts, option.name)
-        return RulesRouter(self.rules, names, behind, fallback=self.fallback, threshold=self.threshold)
+        if self.router is None:
+            if option.name in self.experts:
+                return self
+            raise RouterError(
+                f"rule: none chooses {option.name!r}, and there is no router behind the rules; add a [[rule]] for it"
+            )
+        behind = self.router.with_expert(option)
+        names = tuple(dict.fromkeys((*self.experts, option.name)))
+        own = None if self.threshold == self.router.threshold else self.threshold
+        return RulesRouter(self.rules, names, behind, fallback=self.fallback, threshold=own)
 
     def save(self, path: str | Path) -> None:
         """Write the rules, and the router behind them, as a directory in one step.
