@@ -495,7 +495,7 @@ def _run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], longe
     """Run prompts of many lengths, so that libraries load their kernels now and not with the first request.
 
     Args:
-        experts: some of the store's; they take turns with the base.
+        experts: some of the store's; steps of the base alone come first, then they take turns with the base.
         longest: text that the model takes, in tokens.
     """
     started = time.perf_counter()
@@ -503,9 +503,10 @@ def _run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], longe
     try:
         for name in experts[: store.slot_count]:
             slots.append(store.acquire(name))
-        for number, (requests, tokens) in enumerate(_PROMPTS):
+        kinds = [(turns, *sizes) for turns in ([BASE_SLOT], [*slots, BASE_SLOT]) for sizes in _PROMPTS]
+        for number, (turns, requests, tokens) in enumerate(kinds):
             if tokens < longest and requests * pages_for(tokens + 1) * PAGE <= batch.kv_tokens:
-                owners = [([*slots, BASE_SLOT] * requests)[place] for place in range(requests)]
+                owners = [turns[place % len(turns)] for place in range(requests)]
                 run(batch, f"warm-{number}", [[place % 7] * tokens for place in range(requests)], owners, 1)
     except MeswitchError as error:  # such as too little memory for the largest: requests will say so by name
         logger.warning("prompts that were run to be ready: %s", error)
