@@ -318,6 +318,19 @@ def test_what_belongs_together_waits_for_all_that_does(llama):
         assert batch.sizes == {2: 4}
 
 
+def test_whoever_gathers_when_a_batch_is_closed_keeps_nobody_waiting(llama):
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        with batch.together():
+            waiting = ask(batch, "one", [5, 6])
+            closing = threading.Thread(target=batch.close)
+            closing.start()
+            closing.join(20)
+            assert not closing.is_alive()
+            with batch.together():
+                assert batch._open.is_set()
+        assert "closed" in waiting.wait().error
+
+
 def test_answers_are_told_while_others_are_gathered(llama, monkeypatch):
     """As on a GPU, where what a step gave is told in the course of the next one."""
     monkeypatch.setattr(Batch, "_tell", hold)

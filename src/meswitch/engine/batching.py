@@ -137,7 +137,8 @@ class Batch:
         """Requests that are submitted inside start in the same step."""
         with self._entry:
             self._gathering += 1
-            self._open.clear()
+            if not self._closing.is_set():
+                self._open.clear()
         try:
             yield
         finally:
@@ -268,8 +269,9 @@ class Batch:
         return 0 if self._static is None else self._static.nbytes
 
     def close(self) -> None:
-        self._closing.set()
-        self._open.set()
+        with self._entry:
+            self._closing.set()
+            self._open.set()
         self._commands.put(None)
         self._computing.join(timeout=30)
         self._told.put(None)
