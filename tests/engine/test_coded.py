@@ -18,7 +18,6 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compression.merge import load_merged
 from meswitch.engine import coded
 from meswitch.engine.coded import CodedLinear, Workspace, coded_layers, codes_fault, hold_codes, restore_weights
-from meswitch.launch import _base_beside
 from meswitch.loaded import load_model
 from meswitch.ops.codes import Codes
 from meswitch.quantised import quantise
@@ -237,6 +236,9 @@ def test_experts_that_take_turns_get_weights_in_place_of_codes(pair, tmp_path):
 
 
 def test_a_router_beside_the_engine_reads_the_same_codes(base_in_codes):
+    pytest.importorskip("pydantic")  # not part of every GPU machine
+    from meswitch.launch import _base_beside
+
     base = base_in_codes()
     checkpoint = Checkpoint.open(base)
     plain = load_model(checkpoint, architecture_of(checkpoint.config), torch.float32).model
