@@ -67,16 +67,7 @@ def main() -> None:
     artifact = made(options.work, options.layers, options.tokenizer)
     bandwidth = copy_bandwidth()
     report: dict[str, Any] = {"meta": {}, "rows": []}
-    report["meta"] = {
-        "card": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
-        "model": "Mistral-7B's shapes, random weights",
-        "layers": options.layers,
-        "copy_tb_per_s": bandwidth / 1e12,
-        "prompt": PROMPT,
-        "new_tokens": LONG,
-    }
+    report["meta"] = measured_on(options.layers, bandwidth) | {"prompt": PROMPT, "new_tokens": LONG}
 
     def keep(row: Row) -> None:
         about = {"engine": row.pop("engine"), "model": f"mistral-7b, {options.layers} layers"}
@@ -109,6 +100,18 @@ def made(work: Path, layers: int, tokenizer: Path) -> Path:
         print(f"compressed: {time.perf_counter() - started:.0f} s", flush=True)
         shutil.rmtree(work / "expert")
     return artifact
+
+
+def measured_on(layers: int, bandwidth: float) -> Row:
+    """What results carry of card, versions and model. bandwidth: of a copy, bytes a second."""
+    return {
+        "card": torch.cuda.get_device_name(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
+        "model": "Mistral-7B's shapes, random weights",
+        "layers": layers,
+        "copy_tb_per_s": bandwidth / 1e12,
+    }
 
 
 def copy_bandwidth() -> float:

@@ -15,13 +15,11 @@ already is not made again.
 """
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ import meswitch.engine.engine as opening
 from benchmarks.common import synthetic
 from benchmarks.common.generated import RESULTS
 from benchmarks.serving import engine as serving
-from benchmarks.serving.engine import Row, ask, copy_bandwidth, measured, time_to_first
+from benchmarks.serving.engine import Row, ask, copy_bandwidth, measured, measured_on, time_to_first
 from meswitch import Engine
 from meswitch.engine.coded import coded_layers, codes_bytes
 from meswitch.quantised import quantise
@@ -63,14 +61,7 @@ def main() -> None:
     if options.prepare:
         return
     report = json.loads(options.json.read_text()) if options.json.is_file() else {"rows": []}
-    report["meta"] = {
-        "card": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
-        "model": "Mistral-7B's shapes, random weights",
-        "layers": options.layers,
-        "copy_tb_per_s": copy_bandwidth() / 1e12,
-    }
+    report["meta"] = measured_on(options.layers, copy_bandwidth())
     torch.cuda.empty_cache()
     rows = [row for row in report["rows"] if row["kind"] != options.kind]
     answers: dict[str, Answers] = {}
