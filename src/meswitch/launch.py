@@ -237,7 +237,6 @@ def policy_from_family(family: Family, engine: "Engine | None" = None) -> tuple[
         fallback=family.router.fallback,
         no_router=problem or "",
         prefetch=None if engine is None else engine.prefetch,
-        grow=lambda router, option: router.with_expert(option),
     )
     return policy, problem
 

@@ -202,17 +202,18 @@ def test_texts_that_join_to_the_same_are_not_the_same_conversation():
     assert key_of(["ab", "c"]) != key_of(["a", "bc"]) != key_of(["abc"])
 
 
-def test_experts_that_come_at_once_are_all_learned(counting):
+def test_experts_that_come_at_once_are_all_learned():
     both = threading.Barrier(2)
 
-    def grow(router, option):
-        with contextlib.suppress(threading.BrokenBarrierError):
-            both.wait(0.2)  # both have read the router now, if they may
-        made = Counting()
-        made.experts = (*router.experts, option.name)
-        return made
+    class Growing(Counting):
+        def with_expert(self, option):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)  # both have read the router now, if they may
+            made = Growing()
+            made.experts = (*self.experts, option.name)
+            return made
 
-    auto = AutoPolicy(counting, lambda: (), base="base", grow=grow)
+    auto = AutoPolicy(Growing(), lambda: (), base="base")
     coming = [threading.Thread(target=auto.learn, args=(RouteOption(name, "sums"),)) for name in ("sql", "law")]
     for one in coming:
         one.start()

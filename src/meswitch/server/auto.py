@@ -34,7 +34,6 @@ ERROR = "error"  # the fallback of a family whose abstentions are errors
 _MAX_BATCH = 64
 _TIMEOUT = 30.0  # seconds; then the fallback answers
 _TOLD = 16  # scores in a header
-Grow = Callable[[Router, RouteOption], Router]
 _NO_ROUTER = "there is none; make one with `meswitch router train` and start the server again"
 
 
@@ -135,7 +134,6 @@ class AutoPolicy:
             router is an error.
         no_router: why there is none, for who asks for `auto` all the same.
         prefetch: is called in a thread with each expert that was chosen.
-        grow: gives a router that knows one more expert, or raises a MeswitchError; None: none can be added.
     """
 
     def __init__(
@@ -147,11 +145,10 @@ class AutoPolicy:
         fallback: str | None = None,
         no_router: str = _NO_ROUTER,
         prefetch: Callable[[str], None] | None = None,
-        grow: Grow | None = None,
     ) -> None:
         failed = base if fallback in (None, ERROR) else str(fallback)
         self._queue = None if router is None else RouterQueue(router, names, failed, prefetch=prefetch)
-        self._names, self._grow = names, grow
+        self._names = names
         self._learning = threading.Lock()
         self._no_router = without_paths(no_router)
 
@@ -180,11 +177,9 @@ class AutoPolicy:
         """
         if self._queue is None:
             return self._no_router
-        if self._grow is None:
-            return "this server's router is fixed"
         try:
             with self._learning:  # two that come at once must not each start from the router without the other
-                self._queue.replace(self._grow(self._queue.router, option))
+                self._queue.replace(self._queue.router.with_expert(option))
         except MeswitchError as error:
             return without_paths(str(error))
         return None
