@@ -543,12 +543,9 @@ def _is_rms_norm(
     # the smallest are about the root of epsilon, so that it counts
     sizes = torch.tensor([[epsilon**0.5], [0.1], [1], [30]], device=weight.device)
     x = (torch.linspace(1, 97, width, device=weight.device).cos() * sizes)[None].to(dtype)
-    try:
-        found = torch.func.functional_call(module, {parameter: own}, (x,))
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
+    found = _tried(module, parameter, own, x)
     ours = own * nn.functional.rms_norm(x, x.shape[-1:], eps=epsilon)
-    if not isinstance(found, Tensor) or found.shape != ours.shape or found.dtype != ours.dtype:
+    if found is None or found.dtype != ours.dtype:
         return False
     if dtype == torch.float32:
         return torch.allclose(found, ours, rtol=1e-5, atol=1e-7)
@@ -569,16 +566,24 @@ def scales_row_by_row(module: nn.Module, parameter: str, seen: Seen) -> bool:
     two = [2 if place == axis else size for place, size in enumerate(shape)]
     both = torch.stack([weight, weight + 1])
     x = torch.linspace(-1, 2, torch.Size(two).numel(), device=weight.device, dtype=dtype).view(two)
-    try:
-        found = torch.func.functional_call(module, {parameter: by_row(both, axis, len(shape))}, (x,))
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
-    if not isinstance(found, Tensor) or found.shape != x.shape:
+    found = _tried(module, parameter, by_row(both, axis, len(shape)), x)
+    if found is None:
         return False
     pairs = zip(both, x.split(1, axis), strict=True)
     wanted = [torch.func.functional_call(module, {parameter: w}, (row,)) for w, row in pairs]
     # close, not equal: a GPU may sum fewer rows in another order
     return torch.allclose(found, torch.cat(wanted, axis), rtol=0.02, atol=0.02)
+
+
+def _tried(module: nn.Module, parameter: str, value: Tensor, x: Tensor) -> Tensor | None:
+    """What a module gives with another tensor in a parameter's place; None if it does not take that, or give one of x's
+    shape.
+    """
+    try:
+        found = torch.func.functional_call(module, {parameter: value}, (x,))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None
+    return found if isinstance(found, Tensor) and found.shape == x.shape else None
 
 
 class SwitchableModule(Switchable):
