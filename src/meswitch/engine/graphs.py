@@ -29,7 +29,7 @@ from meswitch.engine.scheduler import Job
 from meswitch.engine.scores import ints
 from meswitch.engine.tables import Own, OwnTables
 from meswitch.errors import IncompatibleError
-from meswitch.ops.routing import MAX_TOKENS, counted, expert_counts, into
+from meswitch.ops.routing import MAX_TOKENS, expert_counts, into
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -336,7 +336,7 @@ class StaticSteps:
         self._places.fill(ids, [piece for _, piece in step])
         self._fill(size, slots, kept)
         self.expert_steps += self._step.tokens.active
-        captured = self._captured.get((size, self._experts_of_graph(size, slots)))
+        captured = self._captured.get((size, self._experts_of_graph(size)))
         if captured is not None:
             graph, logits = captured
             graph.replay()
@@ -370,11 +370,9 @@ class StaticSteps:
         for side in self._step.sides:
             side.least_experts = count
 
-    def _experts_of_graph(self, size: int, slots: Sequence[int]) -> int:
-        if size > MAX_TOKENS:
-            return self._tables.slots
-        present = max(self.least_experts, len(set(slots) - {BASE_SLOT}))
-        return min(size, counted(present, self._tables.slots))
+    def _experts_of_graph(self, size: int) -> int:
+        """Of the step that was filled."""
+        return self._tables.slots if size > MAX_TOKENS else min(size, self._step.tokens.experts)
 
     def _fill(self, size: int, slots: Sequence[int], kept: Sequence[int]) -> None:
         """Say whose the rows are, and which logits are wanted."""
@@ -403,8 +401,9 @@ class StaticSteps:
         """
         found: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
-        for done, (size, experts) in enumerate(self.graphs):
-            told(done, len(self.graphs))
+        graphs = self.graphs
+        for done, (size, experts) in enumerate(graphs):
+            told(done, len(graphs))
             self._places.fill([0] * size, [Piece(1, 0, [self._spare])] * size)
             # every row an expert's: the steps that are replayed have at most so many pieces
             slots = [row % experts if experts else BASE_SLOT for row in range(size)]

@@ -42,7 +42,7 @@ from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.turns import Turns, longest_unturned
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels
-from meswitch.ops.routing import MAX_TOKENS, PIECE, Step, bucket, expert_counts, step_sizes
+from meswitch.ops.routing import MAX_TOKENS, PIECE, Step, bucket, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 from meswitch.tokenizer import max_length
@@ -282,12 +282,12 @@ def _proven(
     deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
     capacity = max(sizes.batch_tokens, MAX_TOKENS)
     recorded = MOST if sizes.cuda_graphs else MAX_TOKENS  # without graphs no step reads the larger buffers
-    buffers = Step(capacity, sizes.slots, device, specialized=True, recorded=recorded) if kernel else None
+    buffers = Step(capacity, store.slot_count, device, specialized=True, recorded=recorded) if kernel else None
     switch.connect(store, deltas, MergedWeights(budget) if budget else None, buffers)
     attachment.apply(model, switch)
     if kernel and device.type == "cuda":
         with torch.cuda.device(device):
-            _compile_kernels(model, switch, sizes.slots, sizes.batch_tokens)
+            _compile_kernels(model, switch, store.slot_count, sizes.batch_tokens)
     proof = Proof(model, batch, switch, attachment, stored, survey, store)
     try:
         faults = proof.faults(artifacts, trial)
@@ -298,6 +298,7 @@ def _proven(
         return tuple(faults)
     longest = min(max_length(model.config), sizes.kv_tokens)
     if kernel and device.type == "cuda":
+        _run_prompts(batch, store, [], longest)
         _run_prompts(batch, store, list(artifacts)[:2], longest)
     if kernel and sizes.cuda_graphs:
         started = time.perf_counter()
@@ -466,7 +467,7 @@ def _compile_kernels(model: Any, switch: Switch, slots: int, most_tokens: int) -
 
 
 def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[Compilation]:
-    sizes = {size for count in expert_counts(slots) for size in step_sizes(range(1, MAX_TOKENS + 1), count)}
+    sizes = step_sizes(range(1, MAX_TOKENS + 1), slots, specialized=True)
     seen: set[tuple[Any, ...]] = set()
     for module in model.modules():
         if not isinstance(module, SwitchableLinear | SwitchableHead | SwitchableEmbedding):
@@ -495,7 +496,7 @@ def _run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], longe
     """Run prompts of many lengths, so that libraries load their kernels now and not with the first request.
 
     Args:
-        experts: some of the store's; steps of the base alone come first, then they take turns with the base.
+        experts: some of the store's; they take turns with the base.
         longest: text that the model takes, in tokens.
     """
     started = time.perf_counter()
@@ -503,10 +504,9 @@ def _run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], longe
     try:
         for name in experts[: store.slot_count]:
             slots.append(store.acquire(name))
-        kinds = [(turns, *sizes) for turns in ([BASE_SLOT], [*slots, BASE_SLOT]) for sizes in _PROMPTS]
-        for number, (turns, requests, tokens) in enumerate(kinds):
+        for number, (requests, tokens) in enumerate(_PROMPTS):
             if tokens < longest and requests * pages_for(tokens + 1) * PAGE <= batch.kv_tokens:
-                owners = [turns[place % len(turns)] for place in range(requests)]
+                owners = [([*slots, BASE_SLOT] * requests)[place] for place in range(requests)]
                 run(batch, f"warm-{number}", [[place % 7] * tokens for place in range(requests)], owners, 1)
     except MeswitchError as error:  # such as too little memory for the largest: requests will say so by name
         logger.warning("prompts that were run to be ready: %s", error)

@@ -8,7 +8,7 @@ addresses, so none of them is replaced once it is made, and nothing waits for th
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -417,12 +417,13 @@ class Side:
                 routing = Routing.build(self._padded(rows), self.token_slots.device, **sizes)
                 self._large[rows] = replace(routing, likely=likely)
             return self._large[rows]
-        slots = counted(self._experts, self.slots) if self._specialized else self.slots
+        slots = self.experts if self._specialized else self.slots
         return self._few.part(rows, *most_likely(min(rows, self._small), slots, PIECE))
 
     @property
-    def _experts(self) -> int:
-        return max(self.least_experts, len(set(self.host) - {BASE}))
+    def experts(self) -> int:
+        """The number of `expert_counts` that a specialized step is computed for; 0 for the base alone."""
+        return counted(max(self.least_experts, len(set(self.host) - {BASE})), self.slots)
 
     def static(self, rows: int) -> tuple[Routing, Routing, Tensor | None]:
         """A step of more than `MAX_TOKENS` rows that a graph holds, as `StaticRouting.part` gives it.
@@ -457,9 +458,10 @@ def counted(experts: int, slots: int) -> int:
     return min(slots, bucket(experts)) if experts else 0
 
 
-def step_sizes(rows: Iterable[int], slots: int) -> set[tuple[int, int, int]]:
-    """(rows, pieces, likely pieces) of steps of so many rows with experts in so many slots: what kernels depend on."""
-    return {(count, *most_likely(count, slots, PIECE)) for count in rows}
+def step_sizes(rows: Sequence[int], slots: int, specialized: bool) -> set[tuple[int, int, int]]:
+    """(rows, pieces, likely pieces) of steps of so many rows: what kernels depend on. Arguments as of `Side`."""
+    counts = expert_counts(slots) if specialized else [slots]
+    return {(count, *most_likely(count, experts, PIECE)) for experts in counts for count in rows}
 
 
 def part(side: Side, first: int, rows: int) -> Routing | None:

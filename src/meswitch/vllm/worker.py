@@ -25,7 +25,7 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
 from meswitch.ops.backend import KERNEL_DTYPES
-from meswitch.ops.routing import BASE, MAX_TOKENS, Step, expert_counts, most_pieces, step_sizes
+from meswitch.ops.routing import BASE, MAX_TOKENS, Step, most_pieces, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import HostTier, Loader
 from meswitch.vllm import compat, delta_op, layers
@@ -404,8 +404,7 @@ def _jobs(
     about = linear.rows, linear.in_features, linear.variant, dtype
     if isinstance(method, DeltaMethod) and method.fused:
         bias = getattr(place.module, "bias", None) is not None
-        counts = expert_counts(slots) if specialized else [slots]
-        yield from fused_jobs(*about, bias, {size for n in counts for size in step_sizes(rows, n)})
+        yield from fused_jobs(*about, bias, step_sizes(rows, slots, specialized))
         yield from prefill_jobs(*about, bias, most_tokens)
         return
     if place.kind == EMBEDDING:
