@@ -490,6 +490,8 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
             yield from fused_jobs(*about, bias, sizes, codes)
             yield from prefill_jobs(*about, bias, most_tokens)
         yield from decode_jobs(*about, bucket(min(most_tokens, MOST) // PIECE))
+    for group in {one.joined for one in model.modules() if isinstance(one, SwitchableLinear) and one.joined}:
+        yield from group.jobs(sizes)
 
 
 def _run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], longest: int) -> None:
