@@ -138,8 +138,10 @@ def _text_and_recipe(
 ) -> tuple[CalibrationSet | None, TrainingRecipe | None]:
     """Calibration text, if any is asked for, and how to train on it, if that is done."""
     steps = options.asked_steps
-    scope, shortage = scope_for(expert, device)
-    recipe = options.recipe_for(scope) if options.has_scales and steps != 0 else None
+    recipe, shortage = None, None
+    if options.has_scales and steps != 0:
+        scope, shortage = scope_for(expert, device)
+        recipe = options.recipe_for(scope)
     if recipe is not None and steps is None and device.type == "cpu" and expert.nbytes > DISTILL_BYTES:
         if options.source is not None:
             takes = about_duration(cost_of(expert, [_SEQUENCE] * DISTILL_SEQUENCES, recipe, device).seconds)
