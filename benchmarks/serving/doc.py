@@ -119,6 +119,21 @@ def clients(found: Data) -> str:
     return f"{pipe(head, *table)}\n\n{under}"
 
 
+def on_gpu_briefly(found: Data) -> str:
+    """The same in one sentence."""
+    speed = {(row["engine"], row["requests"], row["experts"]): row for row in found["rows"] if "tokens_per_s" in row}
+    ours, theirs = (speed[engine, 32, 8]["tokens_per_s"] for engine in ("embedded", "vllm"))
+    plain = speed["transformers continuous", 32, 0]["tokens_per_s"]
+    meta = found["meta"]
+    return (
+        f"{ours:.0f} tokens/s with 32 requests over 8 experts of the same shapes on one {meta['card']}, "
+        f"{ours / theirs:.0%} of what vLLM with meswitch gives in the same run, and "
+        f"{speed['embedded', 1, 1]['ms_per_step']:.1f} ms a token with one request; transformers' continuous batching "
+        f"gives {plain:.0f} tokens/s with 32 requests of the base alone. Prompts of {meta['prompt']} tokens, "
+        f"{meta['new_tokens']} new ones; {meta['date']}"
+    )
+
+
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
