@@ -67,6 +67,24 @@ def test_queries_keys_and_values_are_one_launch_and_so_are_gate_and_up(served, a
     assert {len(rows) for rows in launched} == {2, 3}
 
 
+@pytest.mark.parametrize(
+    ("arch", "groups"),
+    [
+        ("starcoder2", [["q_proj", "k_proj", "v_proj"]]),
+        ("stablelm", [["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]]),
+    ],
+)
+def test_layer_norms_with_a_bias_are_looked_up_in_tables(served, caplog, arch, groups):
+    with caplog.at_level("WARNING"):
+        engine, models, launched = served(arch)
+    assert "without CUDA graphs" not in caplog.text
+    with engine:
+        assert groups_of(engine) == groups
+        launched.clear()
+        check(engine, models)
+    assert launched
+
+
 def changed_mlp(change):
     def forward(self, x):
         gate = self.act_fn(self.gate_proj(x))

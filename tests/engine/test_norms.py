@@ -9,9 +9,10 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from meswitch.engine.context import StepContext
-from meswitch.engine.layers import Seen, SwitchableNorm, rms_epsilon, scales_row_by_row
+from meswitch.engine.context import StepContext, TableOwners
+from meswitch.engine.layers import Seen, SwitchableLayerNorm, SwitchableNorm, rms_epsilon, scales_row_by_row
 from meswitch.errors import MeswitchError
+from meswitch.ops.routing import Step
 
 WIDTH = 16
 SLOTS = [2, -1, 0, 2, -1]  # of five requests; slot 1 has no row, slot 0's expert leaves this norm unchanged
@@ -58,6 +59,37 @@ def test_every_row_has_its_own_expert_s_weights(norm, row_by_row, place):
         place_of = rows_of.nonzero().view(-1)
         assert torch.equal(found.index_select(axis, place_of), wanted.index_select(axis, place_of))
     assert not torch.equal(base, expert)
+
+
+@pytest.mark.parametrize("changed", [("weight", "bias"), ("bias",), ("weight",)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_norm_from_tables_is_each_expert_s_own(dtype, changed):
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(WIDTH, eps=1e-3).to(dtype)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    rows = sum(LENGTHS)
+    seen = Seen("tokens", (1,), (1,), ((1, rows, WIDTH), dtype))
+    stored = {name: f"n.{name}" for name in changed}
+    values = {name: torch.randn(4, WIDTH).to(dtype) for name in changed}  # three slots, and the base
+    for name in changed:
+        values[name][3] = getattr(norm, name).detach()
+    owner = [slot for slot, length in zip(SLOTS, LENGTHS, strict=True) for _ in range(length)]
+    side = Step(16, 3, torch.device("cpu")).tokens
+    side.fill(owner)
+    tables = {f"n.{name}": SimpleNamespace(values=values[name]) for name in changed}
+    owners = TableOwners(side, rows)
+    by_slot = SimpleNamespace(step=StepContext(owners, owners), table=tables.get)
+    layer = SwitchableLayerNorm(norm, "n", by_slot, seen, parameters=None, stored=stored)
+    assert layer.names == {own.name for own in layer.looked_up} == set(stored.values())
+    x = torch.randn(1, rows, WIDTH).to(dtype)
+    with torch.no_grad():
+        found = layer(x)
+        for row, slot in enumerate(owner):
+            own = {name: values[name][slot] for name in changed}
+            wanted = torch.func.functional_call(norm, own, (x[:, row : row + 1],))
+            rtol = 1e-2 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(found[:, row : row + 1], wanted, rtol=rtol, atol=1e-5)
 
 
 def test_a_step_of_the_base_alone_is_the_base():

@@ -25,6 +25,7 @@ from meswitch.engine.layers import (
     Switchable,
     SwitchableEmbedding,
     SwitchableHead,
+    SwitchableLayerNorm,
     SwitchableLinear,
     SwitchableModule,
     SwitchableNorm,
@@ -331,11 +332,22 @@ def _simple(
         kernel.add(weight)
         added = vocabulary - len(module.weight) if path == architecture.embedding else 0
         return _make(SwitchableEmbedding, module, path, seen, weight=weight, added=added)
+    if exact is nn.LayerNorm.forward and _normalises_rows(module, seen) and set(names) <= {"weight", "bias"}:
+        parameters = stored.of_module(path, lambda name: name.removeprefix(f"{path}."))
+        return _make(SwitchableLayerNorm, module, path, seen, parameters=parameters, stored=names)
     if len(names) == 1 and list(own_parameters(module)) == list(names):
         ((leaf, name),) = names.items()
         if leaf in dict(module.named_parameters()) and scales_row_by_row(module, leaf, seen):
             return _make(SwitchableNorm, module, path, seen, parameter=leaf, stored=name)
     return None
+
+
+def _normalises_rows(module: nn.Module, seen: Seen) -> bool:
+    """Whether the rows of a LayerNorm's one input lie before the dimensions that it normalises."""
+    shape, axis = seen.example[0], seen.inputs[0]
+    if len(seen.inputs) != 1 or seen.outputs != seen.inputs or axis is None:
+        return False
+    return isinstance(module, nn.LayerNorm) and len(shape) - axis > len(module.normalized_shape)
 
 
 def _takes_ids(seen: Seen) -> bool:

@@ -16,7 +16,7 @@ from meswitch.ops.triton.ahead import Compilation, fused_jobs
 if TYPE_CHECKING:
     from meswitch.engine.layers import SwitchableLinear
 
-_MOST = 4  # layers of a launch
+_MOST = 6  # layers of a launch
 
 
 class Joined:

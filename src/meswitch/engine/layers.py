@@ -1,9 +1,9 @@
 """Layers that compute the base for all rows and each expert's part for that expert's rows.
 
-A layer is chosen by what a module computes, never by its name: `SwitchableLinear`, `SwitchableHead` and
-`SwitchableEmbedding` stand for modules whose `forward` is exactly torch's own, `SwitchableNorm` for modules that were
-seen to scale row by row. Every other module is run as it is, once for each expert, with that expert's parameters in
-its place (`SwitchableModule`).
+A layer is chosen by what a module computes, never by its name: `SwitchableLinear`, `SwitchableHead`,
+`SwitchableEmbedding` and `SwitchableLayerNorm` stand for modules whose `forward` is exactly torch's own,
+`SwitchableNorm` for modules that were seen to scale row by row. Every other module is run as it is, once for each
+expert, with that expert's parameters in its place (`SwitchableModule`).
 """
 
 import functools
@@ -645,6 +645,64 @@ class SwitchableModule(Switchable):
         if self.switch.merged is not None:
             kept = self.switch.merged.parameters(slot, self.name, self.base, self.parameters_of)
         return self.parameters_of.own(self.base, tensors) if kept is None else kept
+
+
+class SwitchableLayerNorm(SwitchableModule):
+    """A LayerNorm: each expert has its own exact values of weight and bias.
+
+    Args:
+        stored: parameter -> its stored name, of those that some expert changes.
+    """
+
+    base: nn.LayerNorm
+
+    def __init__(
+        self,
+        base: nn.LayerNorm,
+        name: str,
+        switch: Switch,
+        seen: Seen,
+        *,
+        parameters: ExpertParameters,
+        stored: Mapping[str, str],
+    ) -> None:
+        super().__init__(base, name, switch, seen, parameters=parameters)
+        self.stored = dict(stored)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.stored.values())
+
+    @property
+    def looked_up(self) -> list[Own]:
+        """As `Switchable.looked_up`."""
+        return [Own(stored, self._value(parameter)) for parameter, stored in self.stored.items()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        axis = self.seen.inputs[0]
+        assert axis is not None
+        owners = self.owners(x.shape[axis])
+        if not owners.in_tables:
+            found: Tensor = super().forward(x)
+            return found
+        # in float32, as torch's kernel computes with parameters of 16 bits: the result is rounded once
+        y = nn.functional.layer_norm(x.float(), self.base.normalized_shape, eps=self.base.eps)
+        y = y * self._rows("weight", owners, axis, x.dim())
+        if self.base.bias is not None:
+            y = y + self._rows("bias", owners, axis, x.dim())
+        return y.to(x.dtype)
+
+    def _rows(self, parameter: str, owners: Owners, axis: int, dimensions: int) -> Tensor:
+        """A parameter of each row's owner, as it is multiplied with the input."""
+        table = self.switch.table(self.stored.get(parameter))
+        if table is None:
+            return self._value(parameter)
+        return by_row(table.values[owners.slots], axis, dimensions)
+
+    def _value(self, parameter: str) -> Tensor:
+        value = self.base._parameters[parameter]
+        assert value is not None
+        return value
 
 
 def _tensors(outputs: Sequence[Any], made: Sequence[Any], axes: Sequence[int]) -> Sequence[tuple[Tensor, Tensor, int]]:
