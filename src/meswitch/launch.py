@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from meswitch.architecture import architecture_of
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, MeswitchError
-from meswitch.family import Family
+from meswitch.family import ExpertSection, Family
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,18 +33,11 @@ def engine_from_family(family: Family) -> "Engine":
     """
     from meswitch.engine import Engine
 
-    for section in family.expert:
-        directory = family.resolve(section.delta)
-        recover_directory(directory)
-        if not directory.exists():
-            raise ArtifactError(
-                f"expert {section.name!r}: {directory}: no such artifact; make it with "
-                f"`meswitch compress --family {family.directory} --expert {section.name}`"
-            )
+    deltas = {section.name: find_artifact(family, section) for section in family.expert}
     options = family.engine
     return Engine(
-        family.resolve_model(family.base.path),
-        family.deltas(),
+        family.base_source(),
+        deltas,
         base_name=family.base.name,
         device=options.device,
         dtype=options.dtype,
@@ -59,6 +52,22 @@ def engine_from_family(family: Family) -> "Engine":
         runner=options.runner,
         grows=family.server.experts_dir is not None,
     )
+
+
+def find_artifact(family: Family, section: ExpertSection) -> Path:
+    """The directory of an expert's artifact, or adapter.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    directory = family.resolve(section.delta)
+    recover_directory(directory)
+    if not directory.exists():
+        raise ArtifactError(
+            f"{family.file}: expert {section.name!r}: delta: {directory}: no such artifact; make it with "
+            f"`meswitch compress --family {family.directory} --expert {section.name}`"
+        )
+    return directory
 
 
 def router_from_family(
@@ -97,7 +106,7 @@ def router_from_family(
         hint = f" (of {bare} a description alone, which is seldom enough: add five `examples` each)" if bare else ""
         logger.warning("%s: no router here; experts are told apart by what family.toml says of them%s", directory, hint)
     given = OpenOptions(
-        family.resolve_model(family.base.path),
+        family.base_source(),
         fallback=family.router.fallback,
         threshold=family.router.threshold if threshold is None else threshold,
         model=None if engine is None else _base_beside(engine),
@@ -105,7 +114,7 @@ def router_from_family(
         device=device,
         llm=llm,
     )
-    source = None if encoder is None else family.resolve_model(encoder)
+    source = None if encoder is None else family.resolve_model(encoder, "router.encoder")
     return open_family_router(directory, route_options(family), given, encoder=source, bits=family.router.bits)
 
 
@@ -322,7 +331,8 @@ def decider_opener(family: Family, engine: "Engine") -> "Callable[[], Decider] |
         from meswitch.router.encoder import open_encoder
 
         if source is not None:
-            return Decider(Space(open_encoder(family.resolve_model(source), "cpu", family.router.bits)))
+            place = family.resolve_model(source, "router.encoder")
+            return Decider(Space(open_encoder(place, "cpu", family.router.bits)))
         assert base is not None
         return Decider(Space(base()))
 

@@ -16,7 +16,7 @@ from meswitch.cli.artifacts import EXACT, EXACT_MEANS, LORA, layer_table, lora_p
 from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.units import format_bytes, parse_bytes
+from meswitch.units import counted, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from meswitch.adapter import Adapter
@@ -218,7 +218,7 @@ def family_report(
     if not family.expert:
         raise ConfigError(f"{file}: expert: there is none; a family of a base alone needs no plan")
     options = family.engine
-    base = outline(family.resolve_model(family.base.path))
+    base = outline(family.base_source())
     kernel = _has_kernels(base, backend or options.backend)
     # of a configuration alone nobody can tell whether it is an artifact's base
     content = None if isinstance(base, Outline) else fingerprint(base)
@@ -280,7 +280,7 @@ def _of_family(file: Path, family: "Family", section: "ExpertSection", base: "Ch
             raise ConfigError(
                 f"{file}: expert {section.name!r}: source: is needed to plan it, for {directory} is no artifact yet"
             )
-    source = family.resolve_model(section.source)
+    source = family.source_of(section)
     if is_adapter(source):
         return predict(base, Adapter.open(source)), False
     sizes = {name: value for name, value in family.compress.given().items() if not name.startswith("distill")}
@@ -336,9 +336,11 @@ def _memory(
 
 def _show(found: dict[str, Any]) -> None:
     expert, method = found["expert"], found["method"]
-    salient = "one salient channel in 512" if method["salient"] is None else f"{method['salient']} salient channels"
+    salient = (
+        "one salient channel in 512" if method["salient"] is None else counted(method["salient"], "salient channel")
+    )
     group = "a row" if method["group_size"] is None else f"{method['group_size']} weights"
-    how = f"{method['bits']} bits, a scale for {group}, {salient}, embeddings {method['embeddings']}"
+    how = f"{counted(method['bits'], 'bit')}, a scale for {group}, {salient}, embeddings {method['embeddings']}"
     bound = "For a fine-tune that changed every row of every tensor; what equals the base's costs nothing."
     if method["name"] == LORA:
         how, bound = f"a PEFT adapter, {lora_parameters(method)}", "What equals the base's costs nothing."

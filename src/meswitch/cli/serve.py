@@ -14,6 +14,7 @@ import typer
 from meswitch.cli import console
 from meswitch.cli.options import option_groups
 from meswitch.errors import ConfigError
+from meswitch.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -230,7 +231,7 @@ def _summary(
         "url": f"{'https' if listening.tls_cert else 'http'}://{shown}:{port}{family.server.root_path}/v1",
         "host": host,
         "port": port,
-        "base": {"name": engine.base_name, "path": family.resolve_model(family.base.path)},
+        "base": {"name": engine.base_name, "path": family.base_source()},
         "experts": [{"name": e.name, "bytes": sizes[e.name], "description": e.description} for e in family.expert],
         "runner": "turns" if engine.takes_turns else "batch",
         "by_turns": list(engine.by_turns),
@@ -258,7 +259,6 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary), flush=True)
         return
-    from meswitch.units import format_bytes
 
     memory = summary["memory"]
     base = format_bytes(memory["base"])
@@ -268,7 +268,7 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     for expert in summary["experts"]:
         table.add_row(expert["name"], format_bytes(expert["bytes"]), expert["description"])
     table.add_row("auto", "", "the router's choice" if summary["auto"] else f"off: {summary['auto_problem']}")
-    slots = "1 slot" if summary["slots"] == 1 else f"{summary['slots']} slots"
+    slots = counted(summary["slots"], "slot")
     sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
     if summary["merged_budget"]:
         sizes += f", merged weights at most {format_bytes(summary['merged_budget'])}"
@@ -335,7 +335,7 @@ def ray(
         serve.start(http_options={"host": host, "port": port})
         serve.run(application, name="meswitch", route_prefix="/")
         summary = {"url": f"http://{host}:{port}/v1", "replicas": replicas}
-        text = f"meswitch serves {summary['url']} from {replicas} replicas of {family}"
+        text = f"meswitch serves {summary['url']} from {counted(replicas, 'replica')} of {family}"
         print(json.dumps(summary) if as_json else text, flush=True)
         while True:
             time.sleep(3600)
@@ -443,8 +443,6 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
-
-    from meswitch.units import format_bytes
 
     engine, memory = found["engine"], found["engine"]["memory"]
     device = sum(memory[name] for name in ("base", "slots", "kv_cache", "merged"))
