@@ -175,7 +175,7 @@ class Family(_Section):
     router: RouterSection = RouterSection()
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()
-    _file: Path = PrivateAttr(default=Path("family.toml"))
+    _file: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _names(self) -> "Family":
@@ -215,8 +215,8 @@ class Family(_Section):
 
     @property
     def file(self) -> Path:
-        """Where it was read from, for messages."""
-        return self._file
+        """Where it was read from."""
+        return self.directory / "family.toml" if self._file is None else self._file
 
     @property
     def names(self) -> list[str]:

@@ -65,7 +65,7 @@ def find_artifact(family: Family, section: ExpertSection) -> Path:
     if not directory.exists():
         raise ArtifactError(
             f"{family.file}: expert {section.name!r}: delta: {directory}: no such artifact; make it with "
-            f"`meswitch compress --family {family.directory} --expert {section.name}`"
+            f"`meswitch compress --family {family.file} --expert {section.name}`"
         )
     return directory
 
@@ -273,9 +273,9 @@ def experts_from_family(family: Family, engine: "Engine", auto: "AutoPolicy | No
     return Experts(
         engine,
         family.deltas(),
-        {section.name: section.description for section in family.expert},
+        route_options(family),
         directory=None if directory is None else family.resolve(directory),
-        family=family.directory / "family.toml",
+        family=family.file,
         is_watched=family.server.watch_experts,
         auto=auto,
     )

@@ -169,7 +169,7 @@ def command(family: "Family", host: str, port: int, slots: int) -> list[str]:
 
 def environment(family: "Family") -> dict[str, str]:
     """This process's variables, and what the server needs besides."""
-    added = {FAMILY_VARIABLE: str(family.directory / "family.toml")}
+    added = {FAMILY_VARIABLE: str(family.file.resolve())}
     if "MESWITCH_API_KEY" in os.environ:
         added["VLLM_API_KEY"] = os.environ["MESWITCH_API_KEY"]
     return users_environment() | added
