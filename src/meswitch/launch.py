@@ -369,4 +369,5 @@ def _base_beside(engine: "Engine") -> Any:
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     share_codes(engine.model, model, prefix)
     model.load_state_dict(weights, assign=True)
+    engine.lend(model)
     return model.to(device).eval()

@@ -15,6 +15,7 @@ from meswitch.launch import app_from_family, engine_from_family, experts_from_fa
 from meswitch.router.rules import Rule, RulesRouter
 from meswitch.server.auto import AutoPolicy
 from meswitch.server.keys import ApiKey, Keys
+from meswitch.units import format_bytes
 from tests.support.http_server import ask_with, serving, user, wait_until
 
 ADMIN = {"authorization": "Bearer admin's"}
@@ -103,6 +104,9 @@ def test_top_shows_it_in_a_terminal(url, monkeypatch):
     assert re.search("running +requests +hits +loads +evictions +failures +version", shown.output), "not cut"
     asked = json.loads(CliRunner().invoke(command, ["top", f"{url}/v1", "--json"]).output)
     assert asked["engine"]["generated_tokens"] >= 4
+    sizes = asked["engine"]["memory"]
+    assert asked["engine"]["device_bytes"] == sum(sizes.values()) - sizes["host"] > sizes["base"] + sizes["kv_cache"]
+    assert f"{format_bytes(asked['engine']['device_bytes'])} on the device" in shown.output
     for wrong in ("http://127.0.0.1:9", "nothing"):
         failed = CliRunner().invoke(command, ["top", wrong, "--once"])
         assert failed.exit_code == 1

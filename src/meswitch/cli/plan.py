@@ -415,7 +415,7 @@ def _show_family(found: dict[str, Any]) -> None:
     host, budget = found["host"]["experts"], found["host"]["budget"]
     console.show(
         console.pairs(
-            f"{_count(len(found['experts']), 'expert')} over {found['base']['name']}",
+            f"{counted(len(found['experts']), 'expert')} over {found['base']['name']}",
             {
                 "on disk": f"{format_bytes(found['bytes']['tensors'])} of tensors",
                 "host memory": f"{format_bytes(host)} for all of them"
@@ -438,21 +438,17 @@ def _memory_table(memory: dict[str, Any]) -> Any:
         + (f", and {format_bytes(memory['scratch'])} to restore its layers" if memory["scratch"] else ""),
         "a slot": format_bytes(memory["slot"]),
         "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
-        f"base + {_count(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
+        f"base + {counted(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
         f"{format_bytes(memory['full_models'])}, {memory['full_models'] / memory['compressed']:.2f}x",
     }
     if memory["limit"] is not None:
         room = memory["limit"] >= memory["base"] + memory["scratch"] + memory["kv_cache"]
-        ours = f"the base and {_count(memory['experts_that_fit'], 'expert')}"
+        ours = f"the base and {counted(memory['experts_that_fit'], 'expert')}"
         rows[f"in {format_bytes(memory['limit'])} fit"] = (
             f"{ours if room else 'not even the base and its KV cache'}; "
-            f"or {_count(memory['full_models_that_fit'], 'full model')}"
+            f"or {counted(memory['full_models_that_fit'], 'full model')}"
         )
-    return console.pairs("device memory, without activations", rows)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return console.pairs("device memory, without activations and CUDA graphs", rows)
 
 
 def _size(text: str) -> int:

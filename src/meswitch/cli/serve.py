@@ -270,6 +270,8 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     table.add_row("auto", "", "the router's choice" if summary["auto"] else f"off: {summary['auto_problem']}")
     slots = counted(summary["slots"], "slot")
     sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
+    for name, purpose in (("CUDA graphs", "graphs"), ("scratch", "scratch")):
+        sizes += f", {name} {format_bytes(memory[purpose])}" if memory[purpose] else ""
     if summary["merged_budget"]:
         sizes += f", merged weights at most {format_bytes(summary['merged_budget'])}"
     page = f"{summary['url'].removesuffix('/v1')}/"
@@ -445,10 +447,11 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
     from rich.table import Table
 
     engine, memory = found["engine"], found["engine"]["memory"]
-    device = sum(memory[name] for name in ("base", "slots", "kv_cache", "merged"))
+    device = engine["device_bytes"]
     taken = sum(row["slot"] is not None for row in found["data"])
     head = f"{engine['base']}: {engine['running']} running, {engine['waiting']} waiting"
     head += "" if rate is None else f", {rate:.1f} tokens/s"
+    head += f", {format_bytes(device)} on the device"
     bars = Table.grid(padding=(0, 2))
     for name, used, total, text in (
         ("base", memory["base"], device, format_bytes(memory["base"])),
@@ -459,7 +462,11 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
             engine["kv_tokens"],
             f"{engine['kv_used_tokens']} of {engine['kv_tokens']} tokens, {format_bytes(memory['kv_cache'])}",
         ),
-        ("merged", memory["merged"], device, format_bytes(memory["merged"])),
+        *(
+            (name, memory[purpose], device, format_bytes(memory[purpose]))
+            for name, purpose in (("merged", "merged"), ("graphs", "graphs"), ("scratch", "scratch"))
+            if memory[purpose] or purpose == "merged"
+        ),
         ("host", memory["host"], engine["host_budget"] or 2 * memory["host"] or 1, format_bytes(memory["host"])),
     ):
         bars.add_row(name, ProgressBar(total=max(total, 1), completed=used, width=30), text)

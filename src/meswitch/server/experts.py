@@ -314,10 +314,12 @@ def expert_routes(experts: Experts, engine: Engine, keys: Keys) -> APIRouter:
     async def list_experts() -> dict[str, Any]:
         """Every expert's place, bytes, version and counts, and the engine's memory and load."""
         rows = [row for row in experts.rows() if (caller := CALLER.get()) is None or caller.allows(row["id"])]
+        memory = engine.memory()
         state = {
             "base": engine.base_name,
             "slots": engine.store.slot_count,
-            "memory": engine.memory(),
+            "memory": memory,
+            "device_bytes": sum(size for purpose, size in memory.items() if purpose != "host"),
             "kv_tokens": engine.kv_tokens,
             "kv_used_tokens": engine.kv_used_tokens,
             "generated_tokens": engine.generated_tokens,
