@@ -32,6 +32,15 @@ def test_a_minimal_file_has_sensible_defaults(tmp_path):
     assert found.deltas() == {"math": tmp_path / "d" / "math"}
 
 
+def test_a_base_of_another_name_is_the_fallback(tmp_path):
+    text = MINIMAL.replace("path =", 'name = "mistral"\npath =', 1)
+    assert load(tmp_path, text).router.fallback == "mistral"
+    assert load(tmp_path, text + "[router]\nthreshold = 0.5\n").router.fallback == "mistral"
+    assert load(tmp_path, text + '[router]\nfallback = "math"\n').router.fallback == "math"
+    with pytest.raises(ConfigError, match=r"router\.fallback: 'base' is none of mistral, math, error"):
+        load(tmp_path, text + '[router]\nfallback = "base"\n')
+
+
 def test_a_directory_stands_for_the_file_in_it(tmp_path):
     load(tmp_path, MINIMAL)
     assert Family.load(tmp_path).names == ["math"]

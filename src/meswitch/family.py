@@ -177,6 +177,15 @@ class Family(_Section):
     server: ServerSection = ServerSection()
     _file: Path | None = PrivateAttr(default=None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _base_is_the_fallback(cls, data: Any) -> Any:
+        """Where nobody is named, the base takes what no expert is for, whatever its name."""
+        base, router = data.get("base"), data.get("router", {})
+        if isinstance(base, dict) and isinstance(base.get("name"), str) and isinstance(router, dict):
+            return {**data, "router": {"fallback": base["name"], **router}}
+        return data
+
     @model_validator(mode="after")
     def _names(self) -> "Family":
         names = [self.base.name, *(e.name for e in self.expert)]
