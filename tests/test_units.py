@@ -3,7 +3,7 @@
 import pytest
 
 from meswitch.errors import ConfigError
-from meswitch.units import counted, format_bytes, parse_bytes
+from meswitch.units import format_bytes, parse_bytes, plural
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,4 @@ def test_sizes_are_shown_with_three_digits(count, text):
 
 
 def test_one_is_not_told_as_many():
-    assert [counted(count, "bit") for count in (0, 1, 2, "some")] == ["0 bits", "1 bit", "2 bits", "some bits"]
+    assert [plural(count, "bit") for count in (0, 1, 2, "some")] == ["0 bits", "1 bit", "2 bits", "some bits"]

@@ -27,7 +27,7 @@ def format_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def counted(count: int | str, noun: str) -> str:
+def plural(count: int | str, noun: str) -> str:
     """`1 bit`, `2 bits`; a word in the place of the number is taken for many."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 

@@ -102,9 +102,9 @@ def test_the_model_type_meswitch_is_base_and_delta(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from meswitch.evaluate.lm_eval import register
+    from meswitch.evaluate.lm_eval import register_model_type
 
-    register()
+    register_model_type()
     found = simple_evaluate(
         model="meswitch",
         model_args=f"base={family / 'base'},delta={math_delta},dtype=float32",
@@ -120,9 +120,9 @@ def test_the_model_type_meswitch_is_base_and_delta(
 
 
 def test_what_the_model_type_cannot_do_is_refused(family: Path, math_delta: Path) -> None:
-    from meswitch.evaluate.lm_eval import register
+    from meswitch.evaluate.lm_eval import register_model_type
 
-    model = register()
+    model = register_model_type()
     base, delta = str(family / "base"), str(math_delta)
     with pytest.raises(ConfigError, match=r"parallelize, peft cannot be used.*max_length"):
         model(base, delta, peft="adapter", parallelize=True)

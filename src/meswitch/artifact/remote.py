@@ -17,7 +17,7 @@ from meswitch.artifact.manifest import MANIFEST_NAME, Manifest
 from meswitch.durable import replace_directory
 from meswitch.errors import ArtifactError, ConfigError
 from meswitch.hub import Why, ask_hub
-from meswitch.units import Progress, counted, format_bytes, silent
+from meswitch.units import Progress, format_bytes, plural, silent
 
 if TYPE_CHECKING:
     from meswitch.artifact.reader import Artifact
@@ -170,7 +170,7 @@ def push(
     operations += [CommitOperationDelete(file) for file in stale]
     if not keeps:
         operations.append(CommitOperationAdd(CARD_NAME, card.encode()))
-    notice(f"uploading {counted(len(files), 'file')}")
+    notice(f"uploading {plural(len(files), 'file')}")
     done = _asked(
         name,
         lambda: api.create_commit(
@@ -380,9 +380,9 @@ def _ratio(artifact: "Artifact") -> str:
 def _method(method: Any) -> str:
     if method.name in ("exact", "lora"):
         return {"exact": "exact: nothing is rounded", "lora": "a LoRA adapter, kept as it was trained"}[method.name]
-    bits = f"{method.target_bpw:g} bits a weight in all" if method.target_bpw else counted(method.bits, "bit")
+    bits = f"{method.target_bpw:g} bits a weight in all" if method.target_bpw else plural(method.bits, "bit")
     group = "a row" if method.group_size is None else f"{method.group_size} weights"
-    trained = "" if method.distillation is None else f", {counted(method.distillation.steps, 'step')} of distillation"
+    trained = "" if method.distillation is None else f", {plural(method.distillation.steps, 'step')} of distillation"
     return f"{method.name}: {bits}, a scale for {group}, embeddings {method.embeddings}{trained}"
 
 

@@ -13,7 +13,7 @@ from meswitch.cli import console
 from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, check_none_given, given_options
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.units import counted, format_bytes
+from meswitch.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
@@ -426,7 +426,7 @@ def _show(found: "Extraction", seconds: float) -> None:
         lines.append(f"left out, as a LoRA has no place for them: {', '.join(left[:_NAMED])}{more}")
     if found.added_rows and not found.added_kept:
         lines.append(
-            f"left out: {counted(found.added_rows, 'token')} that the base lacks, and with them the tokenizer; "
+            f"left out: {plural(found.added_rows, 'token')} that the base lacks, and with them the tokenizer; "
             "--modules-to-save keeps them"
         )
     console.show(made, *lines)

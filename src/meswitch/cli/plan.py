@@ -16,7 +16,7 @@ from meswitch.cli.artifacts import EXACT, EXACT_MEANS, LORA, layer_table, lora_p
 from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.units import counted, format_bytes, parse_bytes
+from meswitch.units import format_bytes, parse_bytes, plural
 
 if TYPE_CHECKING:
     from meswitch.adapter import Adapter
@@ -337,10 +337,10 @@ def _memory(
 def _show(found: dict[str, Any]) -> None:
     expert, method = found["expert"], found["method"]
     salient = (
-        "one salient channel in 512" if method["salient"] is None else counted(method["salient"], "salient channel")
+        "one salient channel in 512" if method["salient"] is None else plural(method["salient"], "salient channel")
     )
     group = "a row" if method["group_size"] is None else f"{method['group_size']} weights"
-    how = f"{counted(method['bits'], 'bit')}, a scale for {group}, {salient}, embeddings {method['embeddings']}"
+    how = f"{plural(method['bits'], 'bit')}, a scale for {group}, {salient}, embeddings {method['embeddings']}"
     bound = "For a fine-tune that changed every row of every tensor; what equals the base's costs nothing."
     if method["name"] == LORA:
         how, bound = f"a PEFT adapter, {lora_parameters(method)}", "What equals the base's costs nothing."
@@ -415,7 +415,7 @@ def _show_family(found: dict[str, Any]) -> None:
     host, budget = found["host"]["experts"], found["host"]["budget"]
     console.show(
         console.pairs(
-            f"{counted(len(found['experts']), 'expert')} over {found['base']['name']}",
+            f"{plural(len(found['experts']), 'expert')} over {found['base']['name']}",
             {
                 "on disk": f"{format_bytes(found['bytes']['tensors'])} of tensors",
                 "host memory": f"{format_bytes(host)} for all of them"
@@ -438,15 +438,15 @@ def _memory_table(memory: dict[str, Any]) -> Any:
         + (f", and {format_bytes(memory['scratch'])} to restore its layers" if memory["scratch"] else ""),
         "a slot": format_bytes(memory["slot"]),
         "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
-        f"base + {counted(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
+        f"base + {plural(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
         f"{format_bytes(memory['full_models'])}, {memory['full_models'] / memory['compressed']:.2f}x",
     }
     if memory["limit"] is not None:
         room = memory["limit"] >= memory["base"] + memory["scratch"] + memory["kv_cache"]
-        ours = f"the base and {counted(memory['experts_that_fit'], 'expert')}"
+        ours = f"the base and {plural(memory['experts_that_fit'], 'expert')}"
         rows[f"in {format_bytes(memory['limit'])} fit"] = (
             f"{ours if room else 'not even the base and its KV cache'}; "
-            f"or {counted(memory['full_models_that_fit'], 'full model')}"
+            f"or {plural(memory['full_models_that_fit'], 'full model')}"
         )
     return console.pairs("device memory, without activations and CUDA graphs", rows)
 

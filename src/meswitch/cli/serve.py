@@ -14,7 +14,7 @@ import typer
 from meswitch.cli import console
 from meswitch.cli.options import option_groups
 from meswitch.errors import ConfigError
-from meswitch.units import counted, format_bytes
+from meswitch.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -268,7 +268,7 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     for expert in summary["experts"]:
         table.add_row(expert["name"], format_bytes(expert["bytes"]), expert["description"])
     table.add_row("auto", "", "the router's choice" if summary["auto"] else f"off: {summary['auto_problem']}")
-    slots = counted(summary["slots"], "slot")
+    slots = plural(summary["slots"], "slot")
     sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
     for name, purpose in (("CUDA graphs", "graphs"), ("scratch", "scratch")):
         sizes += f", {name} {format_bytes(memory[purpose])}" if memory[purpose] else ""
@@ -337,7 +337,7 @@ def ray(
         serve.start(http_options={"host": host, "port": port})
         serve.run(application, name="meswitch", route_prefix="/")
         summary = {"url": f"http://{host}:{port}/v1", "replicas": replicas}
-        text = f"meswitch serves {summary['url']} from {counted(replicas, 'replica')} of {family}"
+        text = f"meswitch serves {summary['url']} from {plural(replicas, 'replica')} of {family}"
         print(json.dumps(summary) if as_json else text, flush=True)
         while True:
             time.sleep(3600)

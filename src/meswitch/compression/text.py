@@ -43,7 +43,7 @@ from meswitch.errors import ConfigError
 from meswitch.jsonfile import json_kind, read_json_rows, read_lines
 from meswitch.loaded import LazyModel
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
-from meswitch.units import Progress, counted, format_bytes, silent
+from meswitch.units import Progress, format_bytes, plural, silent
 
 Messages = list[dict[str, Any]]
 
@@ -519,7 +519,7 @@ def self_calibration(
         )
     losses = f"; dropped {_list(dropped)}" if dropped else ""
     less = f" of {tokens} wanted" if total < tokens else ""
-    say(f"calibration: it wrote {counted(len(kept), 'sequence')}, {counted(total, 'token')}{less}{losses}")
+    say(f"calibration: it wrote {plural(len(kept), 'sequence')}, {plural(total, 'token')}{less}{losses}")
     source = SELF if prompts is None else f"{SELF}:{Path(prompts).name}"
     sha256 = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     return CalibrationSet(kept, Calibration(source, sha256, len(kept), total, seed))

@@ -44,7 +44,7 @@ _LOADING = {
 
 
 @functools.cache
-def register() -> type:
+def register_model_type() -> type:
     """Tell lm-eval of the model type `meswitch`.
 
     Returns:
@@ -112,7 +112,7 @@ def register() -> type:
 def main() -> None:
     """Run lm-eval on `sys.argv`; what meswitch itself refuses is one line on stderr and exit status 1."""
     try:
-        register()
+        register_model_type()
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()
