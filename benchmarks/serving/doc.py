@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 
-from benchmarks.common.generated import Data, arguments_of, stored, update, where_measured
+from benchmarks.common.generated import Data, Plot, arguments_of, stored, update, where_measured
 from benchmarks.common.markdown_tables import pipe
 
 LATER = "Not measured yet."
@@ -139,18 +139,16 @@ def _counted(count: int, what: str) -> str:
 
 
 def on_gpu(found: Data) -> str:
-    """Tokens a second and milliseconds a step, beside what the memory allows; then where a step's time goes."""
+    """Tokens a second and milliseconds a step, beside what the memory allows."""
     head = ["", "graphs", "requests", "experts", "tokens/s", "ms a step", "floor, ms", "first time, s", "later, s"]
-    table, parts, prompts, starts = list[list[str]](), list[str](), list[str](), list[Data]()
+    table, prompts, starts = list[list[str]](), list[str](), list[Data]()
     for row in found["rows"]:
+        if "parts_ms" in row:
+            continue
         graphs = {True: "yes", False: "no", None: "-"}[row.get("graphs")]
         what = [row["model"] if row["engine"] == "embedded" else row["engine"], graphs]
         asked = [str(row["requests"]), str(row["experts"]) if row["experts"] else "base"]
-        if "parts_ms" in row:
-            shares = ", ".join(f"{name} {ms:.2f}" for name, ms in row["parts_ms"].items() if ms >= 0.01)
-            kind = f"a prompt of {row['prompt']} tokens" if "prompt" in row else " requests, ".join(asked) + " experts"
-            parts.append(f"{what[0]}, {kind}: {shares}")
-        elif "ttft_ms" in row:
+        if "ttft_ms" in row:
             prompts.append(
                 f"- {what[0]}: the first token of a prompt of {row['prompt']} tokens comes after {row['ttft_ms']} ms, "
                 f"the first time after {row['ttft_first_ms']:.0f} ms."
@@ -193,9 +191,50 @@ def on_gpu(found: Data) -> str:
         f"{meta['card']}, {versions}, {meta['date']}."
     )
     under += f" {meta['note']}" if "note" in meta else ""
-    return "\n\n".join(
-        [pipe(head, *table), under, "\n".join(prompts), f"Milliseconds of the card in a step: {'; '.join(parts)}."]
-    )
+    return "\n\n".join([pipe(head, *table), under, "\n".join(prompts)])
+
+
+def parts_of(found: Data) -> Data:
+    """{step: {kind of kernel: milliseconds of the card}}"""
+    parts = {}
+    for row in found["rows"]:
+        if "parts_ms" in row:
+            asked = f"{_counted(row['requests'], 'request')}, {_counted(row['experts'], 'expert')}"
+            name = f"a prompt of {row['prompt']} tokens" if "prompt" in row else f"a step of {asked}"
+            parts[name] = {kind: ms for kind, ms in row["parts_ms"].items() if ms >= 0.01}
+    return parts
+
+
+def parts_table(found: Data) -> str:
+    parts = parts_of(found)
+    kinds = list(dict.fromkeys(kind for own in parts.values() for kind in own))
+    rows = [
+        [name, *(f"{own[kind]:.2f}" if kind in own else "-" for kind in kinds), f"{sum(own.values()):.2f}"]
+        for name, own in parts.items()
+    ]
+    floors = {(row["requests"], row["experts"]): row["floor_ms"] for row in found["rows"] if "floor_ms" in row}
+    over = [
+        row["parts_ms"]["base and deltas"] / floors[row["requests"], row["experts"]]
+        for row in found["rows"]
+        if "parts_ms" in row and "prompt" not in row
+    ]
+    told = f"*Base and deltas* take {min(over):.2f} to {max(over):.2f} of the floor in steps without a prompt."
+    return f"{pipe(['milliseconds of the card', *kinds, 'in all'], *rows)}\n\n{told}"
+
+
+def draw_parts(data: Data, pyplot: Any) -> Any:
+    kinds = list(dict.fromkeys(kind for own in data.values() for kind in own))
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(data) + 1.2), layout="constrained")
+    for place, own in enumerate(data.values()):
+        start = 0.0
+        for number, kind in enumerate(kinds):
+            axes.barh(place, own.get(kind, 0.0), left=start, color=f"C{number}", label=None if place else kind)
+            start += own.get(kind, 0.0)
+    axes.set_yticks(range(len(data)), list(data))
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds of the card")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def quantised(found: Data) -> str:
@@ -247,13 +286,15 @@ def main(arguments: list[str] | None = None) -> None:
     gpu, codes = stored("engine-h200.json"), stored("quantised-base-h200.json")
     places = {
         "the embedded engine on a GPU": on_gpu(gpu) if gpu else LATER,
+        "where a step's time goes": parts_table(gpu) if gpu else LATER,
         "a quantised base on a GPU": quantised(codes) if codes else LATER,
         "serving on a CPU": serving(found) if found else LATER,
         "many experts on a CPU": residency(many) if many else LATER,
         "many clients on a CPU": clients(load) if load else LATER,
     }
     command = "benchmarks/serving/doc.py"
-    update(options.doc, command, places, {}, check=options.check, redraw=options.redraw)
+    plots = {"parts": Plot(parts_of(gpu) if gpu else {}, draw_parts, "Milliseconds of the card by kind of kernel")}
+    update(options.doc, command, places, plots, check=options.check, redraw=options.redraw)
 
 
 if __name__ == "__main__":
