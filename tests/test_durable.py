@@ -38,7 +38,7 @@ def stop_at(monkeypatch, number: int) -> list[str]:
     """Whatever changes the disk is counted; the number-th does not happen, nor anything after it."""
     seen: list[str] = []
 
-    def plural(name, real):
+    def counted(name, real):
         def step(*args, **kwargs):
             seen.append(name)
             if len(seen) >= number:
@@ -47,9 +47,9 @@ def stop_at(monkeypatch, number: int) -> list[str]:
 
         return step
 
-    monkeypatch.setattr(Path, "rename", plural("rename", Path.rename))
-    monkeypatch.setattr(durable, "_exchange", plural("exchange", durable._exchange))
-    monkeypatch.setattr(shutil, "rmtree", plural("rmtree", shutil.rmtree))
+    monkeypatch.setattr(Path, "rename", counted("rename", Path.rename))
+    monkeypatch.setattr(durable, "_exchange", counted("exchange", durable._exchange))
+    monkeypatch.setattr(shutil, "rmtree", counted("rmtree", shutil.rmtree))
     return seen
 
 
