@@ -126,7 +126,7 @@ def full_answers(family: "Family", questions: "list[Question]") -> list[str]:
 
     texts: dict[str, str] = {}
     for section in family.expert:
-        source = family.resolve_model(section.source or "")
+        source = family.source_of(section)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         prompts = [q.prompt for q in questions if q.domain == section.name]
         texts |= zip(prompts, answer(model, AutoTokenizer.from_pretrained(source), prompts, MAX_TOKENS), strict=True)

@@ -30,7 +30,15 @@ def test_a_minimal_file_has_sensible_defaults(tmp_path):
         "base",
     )
     assert found.deltas() == {"math": tmp_path / "d" / "math"}
-    assert found.resolve_model("org/name") == "org/name"
+
+
+def test_a_base_of_another_name_is_the_fallback(tmp_path):
+    text = MINIMAL.replace("path =", 'name = "mistral"\npath =', 1)
+    assert load(tmp_path, text).router.fallback == "mistral"
+    assert load(tmp_path, text + "[router]\nthreshold = 0.5\n").router.fallback == "mistral"
+    assert load(tmp_path, text + '[router]\nfallback = "math"\n').router.fallback == "math"
+    with pytest.raises(ConfigError, match=r"router\.fallback: 'base' is none of mistral, math, error"):
+        load(tmp_path, text + '[router]\nfallback = "base"\n')
 
 
 def test_a_directory_stands_for_the_file_in_it(tmp_path):
@@ -64,8 +72,13 @@ def test_sizes_may_be_written_with_units(tmp_path):
         (MINIMAL + MINIMAL.partition("\n")[2].partition("\n")[2], "expert.name: 'math' is used twice"),
         (MINIMAL.replace("math", "auto"), "expert.name: 'auto' is reserved"),
         (MINIMAL.replace("math", "other"), "expert.name: 'other' is reserved"),
-        (MINIMAL.replace('"math"', '"a b"'), r"expert\.0\.name: 'a b': letters, digits"),
-        (MINIMAL.replace('delta = "d/math"\n', ""), r"expert\.0\.delta: this field is required"),
+        (MINIMAL.replace('"math"', '"a b"'), r"expert 'a b': name: 'a b': letters, digits"),
+        (MINIMAL.replace('delta = "d/math"\n', ""), r"expert 'math': delta: this field is required"),
+        (MINIMAL + 'sorce = "x"\n', r"expert 'math': sorce: no such field; did you mean source\?"),
+        (MINIMAL + '[[expert]]\ndelta = "d"\n', r"expert number 2: name: this field is required"),
+        (MINIMAL + 'examples = ["a", ""]\n', r"expert 'math': examples\.1: "),
+        ('expert = ["math"]\n[base]\npath = "b"\n', r"expert number 1: Input should be"),
+        ('expert = "math"\n[base]\npath = "b"\n', r"expert: Input should be"),
         ("[base\n", "not valid TOML"),
         ("", "base: this field is required"),
     ],
@@ -88,3 +101,35 @@ def test_a_missing_file_and_an_unknown_expert_are_named(tmp_path):
         Family.load(tmp_path)
     with pytest.raises(UnknownExpertError, match="no expert 'poetry'; this family has math"):
         load(tmp_path, MINIMAL).get("poetry")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./nowhere", "../a/b", "/nowhere/b", "a/b/c"])
+def test_a_model_that_is_no_directory_and_no_hub_id_is_refused_by_field(tmp_path, source):
+    file = tmp_path / "family.toml"
+    found = load(tmp_path, MINIMAL.replace('"b"', f'"{source}"') + f'source = "{source}"\n')
+    where = (tmp_path / source).resolve()
+    with pytest.raises(ConfigError) as raised:
+        found.base_source()
+    assert str(raised.value).startswith(f"{file}: base.path: {where}: no such directory; give a checkpoint's directory")
+    with pytest.raises(ConfigError) as raised:
+        found.source_of(found.get("math"))
+    assert str(raised.value).startswith(f"{file}: expert 'math': source: {where}: no such directory")
+
+
+def test_a_hub_that_does_not_give_a_model_is_refused_by_field(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = load(tmp_path, MINIMAL.replace('"b"', '"org/absent"'))
+    with pytest.raises(ConfigError, match=r"family\.toml: base\.path: org/absent: .* the hub cannot be reached"):
+        found.base_source()
+
+
+def test_a_directory_beside_the_file_goes_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert load(tmp_path, MINIMAL.replace('"b"', '"org/name"')).base_source() == str(tmp_path / "org" / "name")
+
+
+def test_an_expert_without_a_source_is_named(tmp_path):
+    found = load(tmp_path, MINIMAL)
+    with pytest.raises(ConfigError, match=r"family\.toml: expert 'math': source: is missing; name the full fine-tune"):
+        found.source_of(found.get("math"))

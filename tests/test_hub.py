@@ -1,16 +1,20 @@
-"""Of a repository of the hub, the files that transformers would load are fetched, and no others."""
+"""The hub: what a repository's name is, what is said when it gives nothing, and that of a model the files that
+transformers would load are fetched, and no others."""
 
 import json
 import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from meswitch.checkpoint import COMPANION_FILES, Checkpoint
 from meswitch.configuration import read_config
 from meswitch.errors import AdapterError, CheckpointError
+from meswitch.hub import check_model, from_hub, is_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,6 +27,11 @@ NOT_LOADED = (
     "original/consolidated.00.pth",
     "pytorch_model.bin",
 )
+
+
+def httpx_error(name):
+    """A class of errors of the HTTP library that the hub's own uses: httpx or httpx2."""
+    return getattr(sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]], name)
 
 
 class Hub:
@@ -41,7 +50,7 @@ class Hub:
 
             def answer(self, with_body):
                 path = self.path.partition("?")[0]
-                if path.startswith("/api/models/org/name/"):
+                if f"{path}/".startswith("/api/models/org/name/"):
                     body, headers = json.dumps(hub.listing("/tree/" in path)).encode(), {}
                 elif path.startswith("/org/name/resolve/") and (file := hub.file(path)).is_file():
                     body = file.read_bytes()
@@ -153,3 +162,68 @@ def test_a_repository_that_is_not_there_is_one_line(hub, pair):
     hub(pair()[0])
     with pytest.raises(CheckpointError, match=r"org/other: neither a directory here nor a model that the hub gives \("):
         Checkpoint.open("org/other")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("org/name", True),
+        ("org/name-1.5_b", True),
+        ("name", False),
+        ("./name", False),
+        ("../org/name", False),
+        ("/org/name", False),
+        ("~/name", False),
+        ("models/org/name", False),
+        ("org/", False),
+        ("org name/x", False),
+        ("org\\name", False),
+    ],
+)
+def test_a_repository_is_named_by_its_owner_and_its_name(text, is_one):
+    assert is_hub_id(text) is is_one
+
+
+def test_a_directory_here_is_no_repository(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_id("org/name")
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (httpx_error("ConnectError")("name or service not known"), "the hub cannot be reached .*name or service not"),
+        (httpx_error("ReadTimeout")("timed out"), "the hub cannot be reached"),
+        (ConnectionResetError(104, "reset by peer"), "the hub cannot be reached"),
+        (OfflineModeIsEnabled("offline mode"), "the hub cannot be reached"),
+        (OSError(28, "No space left on device"), r"cannot be fetched from the hub \(.*No space left"),
+        (RuntimeError("Data processing error: CAS service"), r"cannot be fetched from the hub \(Data processing error"),
+        (KeyError(), r"cannot be fetched from the hub \(KeyError\)"),
+        (HFValidationError("Repo id must be"), r"nor a model that the hub gives \(Repo id must be"),
+    ],
+)
+def test_whatever_fails_on_the_way_is_one_line_with_its_reason(problem, message):
+    def ask():
+        raise problem
+
+    with pytest.raises(CheckpointError, match=rf"^org/name: .*{message}") as raised:
+        from_hub("org/name", ask)
+    assert "\n" not in str(raised.value)
+    assert raised.value.__cause__ is problem
+
+
+def test_whether_a_model_can_be_had_is_asked_without_fetching_it(pair, hub):
+    served = hub(pair()[0])
+    check_model("org/name")
+    assert served.asked == []
+    with pytest.raises(CheckpointError, match="org/other: neither a directory here nor a model that the hub gives"):
+        check_model("org/other")
+
+
+def test_a_model_of_the_cache_is_not_asked_for_again(pair, hub):
+    served = hub(pair()[0])
+    read_config("org/name")
+    served.server.shutdown()
+    served.server.server_close()
+    check_model("org/name")

@@ -29,6 +29,7 @@ ROOT = {
     "cpu",
     "durable",
     "errors",
+    "hub",
     "jsonfile",
     "loaded",
     "pagelock",

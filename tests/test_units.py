@@ -3,7 +3,7 @@
 import pytest
 
 from meswitch.errors import ConfigError
-from meswitch.units import format_bytes, parse_bytes
+from meswitch.units import format_bytes, parse_bytes, plural
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,7 @@ def test_what_is_no_size_is_refused_with_an_example(text):
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 KB"), (2_064_981_296, "2.06 GB")])
 def test_sizes_are_shown_with_three_digits(count, text):
     assert format_bytes(count) == text
+
+
+def test_one_is_not_told_as_many():
+    assert [plural(count, "bit") for count in (0, 1, 2, "some")] == ["0 bits", "1 bit", "2 bits", "some bits"]

@@ -127,13 +127,13 @@ class Recipe:
 
     def check(self) -> list[dict[str, Any]]:
         """Verify and inspect; each expert's bytes beside the planned ones."""
-        base = self.family.resolve_model(self.family.base.path)
+        base = self.family.base_source()
         rows = []
         for section in self.family.expert:
             delta = self.family.resolve(section.delta)
             self.meswitch(f"verify {section.name}", "verify", delta, "--base", base)
             seen = self.meswitch(f"inspect {section.name}", "inspect", delta)
-            full = outline(self.family.resolve_model(section.source or ""))
+            full = outline(self.family.source_of(section))
             row = {"expert": section.name, "vocab_size": seen["expert"]["vocab_size"]}
             row |= {"full_bytes": seen["expert"]["bytes"], "all_files": seen["bytes"]["total"]}
             row |= {"tensor_bytes": seen["bytes"]["tensors"], "unchanged": seen["tensors"]["same"]}
@@ -150,7 +150,7 @@ class Recipe:
     def answer(self, dtype: str | None) -> dict[str, Any]:
         """One expert's answer three ways: generate, the merged checkpoint, the server. All three must be one."""
         expert = self.family.expert[-1]
-        base, merged = self.family.resolve_model(self.family.base.path), self.out / "merged" / expert.name
+        base, merged = self.family.base_source(), self.out / "merged" / expert.name
         shutil.rmtree(merged, ignore_errors=True)
         rounding = [] if dtype is None else ["--dtype", dtype]
         delta = self.family.resolve(expert.delta)

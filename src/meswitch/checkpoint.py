@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from meswitch.architecture import LoadPlan, architecture_of
-from meswitch.configuration import from_hub, is_hub_id, read_config
+from meswitch.configuration import read_config
 from meswitch.errors import AdapterError, CheckpointError, listed
+from meswitch.hub import from_hub, is_hub_id
 from meswitch.jsonfile import disguise, read_json
 from meswitch.quantised import as_weights, quantisation, quantisation_of, unread_reason
 from meswitch.tensorfile import INDEX, NAMES, WEIGHTS, TensorInfo, read_header, read_index

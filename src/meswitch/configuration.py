@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from meswitch.architecture import architecture_of
 from meswitch.errors import CheckpointError
+from meswitch.hub import from_hub, is_hub_id
 from meswitch.jsonfile import read_json
 
 # Why a field does not change what is computed.
@@ -42,12 +43,6 @@ _TRAINING = re.compile(
 _WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern")
 _ROPE, _LENGTH = "rope_parameters", "max_position_embeddings"
 _SHARED_CODE = ("transformers.masking_utils", "transformers.cache_utils")
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Whether a text may name a repository (`org/name` or `name`): it is no path, and nothing of that name is here."""
-    text = str(source)
-    return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and not Path(text).exists()
 
 
 def read_config(source: str | Path) -> Any:
@@ -91,42 +86,16 @@ def read_config(source: str | Path) -> Any:
         ) from error
 
 
-def from_hub(source: str, ask: Callable[[], str]) -> Path:
-    """Where what was asked of the Hugging Face hub is.
-
-    Args:
-        source: the repository, for messages.
-        ask: fetches, and gives a path.
-
-    Raises:
-        CheckpointError: the hub does not give it.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(ask())
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{source}: no such directory here, and the hub cannot be reached for a model of this name; check the path "
-            "or the connection"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{source}: neither a directory here nor a model that the hub gives ({reason}); "
-            "check the name, or log in with `hf auth login`"
-        ) from error
-
-
 def _fetch_config(source: str) -> Path:
     """The `config.json` of a repository, in the Hugging Face cache.
 
     Raises:
         CheckpointError: the hub does not give it.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
-    return from_hub(source, lambda: hf_hub_download(source, "config.json"))
+    # a snapshot, for of a single file the library asks again and again for half a minute where there is no hub
+    return from_hub(source, lambda: snapshot_download(source, allow_patterns=["config.json"])) / "config.json"
 
 
 def without_quantisation(config: Any) -> Any:

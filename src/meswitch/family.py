@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     WrapValidator,
     create_model,
@@ -21,7 +22,7 @@ from pydantic import (
 )
 
 from meswitch.compression.options import SETTINGS, Options, Setting, check_given
-from meswitch.errors import ConfigError, UnknownExpertError
+from meswitch.errors import CheckpointError, ConfigError, UnknownExpertError
 from meswitch.units import parse_bytes
 
 
@@ -174,6 +175,16 @@ class Family(_Section):
     router: RouterSection = RouterSection()
     engine: EngineSection = EngineSection()
     server: ServerSection = ServerSection()
+    _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _base_is_the_fallback(cls, data: Any) -> Any:
+        """Where nobody is named, the base takes what no expert is for, whatever its name."""
+        base, router = data.get("base"), data.get("router", {})
+        if isinstance(base, dict) and isinstance(base.get("name"), str) and isinstance(router, dict):
+            return {**data, "router": {"fallback": base["name"], **router}}
+        return data
 
     @model_validator(mode="after")
     def _names(self) -> "Family":
@@ -205,9 +216,16 @@ class Family(_Section):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}") from None
         try:
-            return cls.model_validate({**data, "directory": file.resolve().parent})
+            family = cls.model_validate({**data, "directory": file.resolve().parent})
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(file, item) for item in error.errors())) from None
+            raise ConfigError("\n".join(_explain(file, item, data) for item in error.errors())) from None
+        family._file = file
+        return family
+
+    @property
+    def file(self) -> Path:
+        """Where it was read from."""
+        return self.directory / "family.toml" if self._file is None else self._file
 
     @property
     def names(self) -> list[str]:
@@ -228,17 +246,49 @@ class Family(_Section):
             return local_artifact(path)
         return (self.directory / path).resolve()
 
-    def resolve_model(self, source: str) -> str:
-        """A directory if there is one beside the file, otherwise a hub id, as it stands."""
-        local = self.resolve(source)
-        return str(local) if local.exists() else source
+    def resolve_model(self, source: str, field: str) -> str:
+        """A directory, relative to the file, if there is one; otherwise a hub id, as it stands.
+
+        Args:
+            source: what the file says.
+            field: where it says so, for messages: `base.path`.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        from meswitch.hub import check_model, is_hub_id
+
+        local = (self.directory / source).resolve()
+        if local.exists():
+            return str(local)
+        if not is_hub_id(source):
+            raise ConfigError(
+                f"{self.file}: {field}: {local}: no such directory; give a checkpoint's directory, or a hub id such as "
+                "org/name"
+            )
+        try:
+            check_model(source)
+        except CheckpointError as error:
+            raise ConfigError(f"{self.file}: {field}: {error}") from error
+        return source
+
+    def base_source(self) -> str:
+        """The base: a directory or a hub id. Raises as `resolve_model`."""
+        return self.resolve_model(self.base.path, "base.path")
+
+    def source_of(self, section: ExpertSection) -> str:
+        """An expert's full fine-tune: a directory or a hub id. Raises as `resolve_model`, and where none is named."""
+        field = f"expert {section.name!r}: source"
+        if section.source is None:
+            raise ConfigError(f"{self.file}: {field}: is missing; name the full fine-tune, a directory or a hub id")
+        return self.resolve_model(section.source, field)
 
     def deltas(self) -> dict[str, Path]:
         return {e.name: self.resolve(e.delta) for e in self.expert}
 
 
-def _explain(file: Path, item: Any) -> str:
-    field = ".".join(str(part) for part in item["loc"])
+def _explain(file: Path, item: Any, data: dict[str, Any]) -> str:
+    field = _named(item["loc"], data)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), _fields(item["loc"][:-1]), n=1)
@@ -250,6 +300,15 @@ def _explain(file: Path, item: Any) -> str:
     elif "input" in item and item["loc"] and repr(item["input"]) not in message:
         message = f"{message} (got {item['input']!r})"
     return f"{file}: {field}: {message}" if field else f"{file}: {message}"
+
+
+def _named(place: tuple[int | str, ...], data: dict[str, Any]) -> str:
+    """A field as a person finds it: `engine.slots`, and of an expert `expert 'math': source`."""
+    if len(place) < 2 or place[0] != "expert":
+        return ".".join(map(str, place))
+    name = data["expert"][place[1]].get("name") if isinstance(data["expert"][place[1]], dict) else None
+    which = f"expert {name!r}" if isinstance(name, str) else f"expert number {int(place[1]) + 1}"
+    return f"{which}: {'.'.join(map(str, place[2:]))}".removesuffix(": ")
 
 
 def _fields(place: tuple[int | str, ...]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from meswitch.architecture import architecture_of
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, MeswitchError
-from meswitch.family import Family
+from meswitch.family import ExpertSection, Family
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,14 +33,7 @@ def engine_from_family(family: Family) -> "Engine":
     """
     from meswitch.engine import Engine, EngineOptions
 
-    for expert in family.expert:
-        directory = family.resolve(expert.delta)
-        recover_directory(directory)
-        if not directory.exists():
-            raise ArtifactError(
-                f"expert {expert.name!r}: {directory}: no such artifact; make it with "
-                f"`meswitch compress --family {family.directory} --expert {expert.name}`"
-            )
+    deltas = {expert.name: find_artifact(family, expert) for expert in family.expert}
     section = family.engine
     options = EngineOptions(
         **section.model_dump(exclude={"backend"}),
@@ -48,7 +41,23 @@ def engine_from_family(family: Family) -> "Engine":
         op_backend=None if section.backend == "auto" else section.backend,
         grows=family.server.experts_dir is not None,
     )
-    return Engine(family.resolve_model(family.base.path), family.deltas(), options)
+    return Engine(family.base_source(), deltas, options)
+
+
+def find_artifact(family: Family, section: ExpertSection) -> Path:
+    """The directory of an expert's artifact, or adapter.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    directory = family.resolve(section.delta)
+    recover_directory(directory)
+    if not directory.exists():
+        raise ArtifactError(
+            f"{family.file}: expert {section.name!r}: delta: {directory}: no such artifact; make it with "
+            f"`meswitch compress --family {family.file} --expert {section.name}`"
+        )
+    return directory
 
 
 def router_from_family(
@@ -87,7 +96,7 @@ def router_from_family(
         hint = f" (of {bare} a description alone, which is seldom enough: add five `examples` each)" if bare else ""
         logger.warning("%s: no router here; experts are told apart by what family.toml says of them%s", directory, hint)
     given = OpenOptions(
-        family.resolve_model(family.base.path),
+        family.base_source(),
         fallback=family.router.fallback,
         threshold=family.router.threshold if threshold is None else threshold,
         model=None if engine is None else _base_beside(engine),
@@ -95,7 +104,7 @@ def router_from_family(
         device=device,
         llm=llm,
     )
-    source = None if encoder is None else family.resolve_model(encoder)
+    source = None if encoder is None else family.resolve_model(encoder, "router.encoder")
     return open_family_router(directory, route_options(family), given, encoder=source, bits=family.router.bits)
 
 
@@ -254,9 +263,9 @@ def experts_from_family(family: Family, engine: "Engine", auto: "AutoPolicy | No
     return Experts(
         engine,
         family.deltas(),
-        {section.name: section.description for section in family.expert},
+        route_options(family),
         directory=None if directory is None else family.resolve(directory),
-        family=family.directory / "family.toml",
+        family=family.file,
         is_watched=family.server.watch_experts,
         auto=auto,
     )
@@ -312,7 +321,8 @@ def decider_opener(family: Family, engine: "Engine") -> "Callable[[], Decider] |
         from meswitch.router.encoder import open_encoder
 
         if source is not None:
-            return Decider(Space(open_encoder(family.resolve_model(source), "cpu", family.router.bits)))
+            place = family.resolve_model(source, "router.encoder")
+            return Decider(Space(open_encoder(place, "cpu", family.router.bits)))
         assert base is not None
         return Decider(Space(base()))
 
@@ -349,4 +359,5 @@ def _base_beside(engine: "Engine") -> Any:
         model = AutoModel.from_config(config, attn_implementation="sdpa")
     share_codes(engine.model, model, prefix)
     model.load_state_dict(weights, assign=True)
+    engine.lend(model)
     return model.to(device).eval()

@@ -1,4 +1,4 @@
-"""Amounts for people: bytes ('8GiB' -> int, int -> '1.75 GB'), and how much of some work is done."""
+"""Amounts for people: bytes ('8GiB' -> int, int -> '1.75 GB'), counts, and how much of some work is done."""
 
 import re
 from collections.abc import Callable
@@ -25,6 +25,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def plural(count: int | str, noun: str) -> str:
+    """`1 bit`, `2 bits`; a word in the place of the number is taken for many."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # (phase, done, in all, what is being done); done and in all count what takes time: parameters, tokens, steps, bytes

@@ -37,6 +37,22 @@ def test_only_the_named_expert_is_made(cli, new_family, tmp_path):
     assert (calibration.source, calibration.tokens) == ("sql.jsonl", 300)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("calibration/sql.jsonl", "expert 'sql': calibration: {family}/nothing: no such file; give a .txt"),
+        ("sql", "expert 'sql': source: {family}/nothing: no such directory; give a checkpoint's directory"),
+    ],
+)
+def test_what_is_wrong_of_the_last_expert_is_said_before_the_first_is_made(
+    cli, family, new_family, tmp_path, wrong, message
+):
+    file = new_family("math", "sql")
+    file.write_text(file.read_text().replace(f'"{family}/{wrong}"', f'"{family}/nothing"'))
+    assert cli.error("compress", "--family", file).startswith(f"{file}: {message.format(family=family)}")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_other_settings_are_told_and_overwrite_applies_them(cli, new_family, tmp_path):
     cli.ok("compress", "--family", new_family("math"), "--calibration", "none")
     file = new_family("math", head="[compress]\nbits = 4")

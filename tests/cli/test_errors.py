@@ -62,6 +62,12 @@ def test_errors_are_one_line_with_exit_code_1(cli, family, math_delta, ready_fam
     assert message.format(**places) in cli.error(*command.format(**places).split())
 
 
+def test_a_choice_that_is_none_is_told_with_the_choices(cli, family, tmp_path):
+    result = cli("quantize", "--base", family / "base", "--to", "int3", "--out", tmp_path / "q")
+    assert result.exit_code == 2
+    assert "Invalid value for '--to': 'int3' is not one of 'int8', 'fp8', 'int4'." in result.stderr
+
+
 def test_every_wrong_field_of_a_family_gets_its_line(cli, tmp_path):
     (tmp_path / "family.toml").write_text('[base]\npath = "b"\n[compress]\nbits = 9\n[engine]\nslotz = 4\n')
     result = cli("compress", "--family", tmp_path)
@@ -78,6 +84,7 @@ def test_a_family_without_a_router_says_how_to_train_one(cli, new_family):
 
 def test_an_expert_that_is_not_compressed_says_how(cli, new_family):
     line = cli.error("generate", "--family", new_family("math"), "--model", "math", "hello")
+    assert "family.toml: expert 'math': delta: " in line
     assert "no such artifact; make it with `meswitch compress --family" in line
 
 

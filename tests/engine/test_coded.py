@@ -238,17 +238,23 @@ def test_experts_that_take_turns_get_weights_in_place_of_codes(pair, tmp_path):
 def test_a_router_beside_the_engine_reads_the_same_codes(base_in_codes):
     pytest.importorskip("pydantic")  # not part of every GPU machine
     from meswitch.launch import _base_beside
+    from meswitch.router.encoder import Encoder
 
     base = base_in_codes()
     checkpoint = Checkpoint.open(base)
     plain = load_model(checkpoint, architecture_of(checkpoint.config), torch.float32).model
     with Engine(base, {}, **OPTIONS) as engine, torch.no_grad():
+        own = engine.memory()["scratch"]
         beside = _base_beside(engine)
+        assert engine.memory()["scratch"] == 2 * own  # it restores layers in a room of its own
         theirs, ours = dict(coded_layers(engine.model.model)), dict(coded_layers(beside))
         assert theirs.keys() == ours.keys() != set()
         for name, layer in ours.items():
             assert layer.codes.data_ptr() == theirs[name].codes.data_ptr()
             assert layer.workspace is not theirs[name].workspace
+        encoder = Encoder(beside, engine.tokenizers[engine.base_name].tokenizer, "")
+        weights = sum(parameter.nbytes for parameter in beside.parameters())
+        assert encoder.nbytes() >= weights + coded.codes_bytes(beside)
         ids = torch.tensor([PROMPTS["short"]])
         found = beside(ids.to(DEVICE)).last_hidden_state.float().cpu()
         wanted = plain(ids).last_hidden_state

@@ -102,8 +102,9 @@ def test_the_model_type_meswitch_is_base_and_delta(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import meswitch.evaluate.lm_eval_model  # noqa: F401
+    from meswitch.evaluate.lm_eval import register_model_type
 
+    register_model_type()
     found = simple_evaluate(
         model="meswitch",
         model_args=f"base={family / 'base'},delta={math_delta},dtype=float32",
@@ -119,15 +120,16 @@ def test_the_model_type_meswitch_is_base_and_delta(
 
 
 def test_what_the_model_type_cannot_do_is_refused(family: Path, math_delta: Path) -> None:
-    from meswitch.evaluate.lm_eval_model import MeswitchLM
+    from meswitch.evaluate.lm_eval import register_model_type
 
+    model = register_model_type()
     base, delta = str(family / "base"), str(math_delta)
     with pytest.raises(ConfigError, match=r"parallelize, peft cannot be used.*max_length"):
-        MeswitchLM(base, delta, peft="adapter", parallelize=True)
+        model(base, delta, peft="adapter", parallelize=True)
     with pytest.raises(ConfigError, match="dtype=int8 is none of"):
-        MeswitchLM(base, delta, dtype="int8", device="cpu")
+        model(base, delta, dtype="int8", device="cpu")
     with pytest.raises(ArtifactError, match="full checkpoint"):
-        MeswitchLM(base, str(family / "math"))
+        model(base, str(family / "math"))
 
 
 def test_the_command_line_of_lm_eval_takes_the_model_type_and_the_shipped_task(

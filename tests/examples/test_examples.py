@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,20 @@ import meswitch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """As `run`, in this process, which has imported already what examples import first."""
+
+    def script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
 
 
 @pytest.fixture
@@ -53,8 +68,8 @@ def test_an_own_fine_tune_is_trained_compressed_and_measured(run, tmp_path):
     )
 
 
-def test_an_adapter_answers_beside_deltas(run):
-    said = run("adapter_beside_deltas.py")
+def test_an_adapter_answers_beside_deltas(run_here):
+    said = run_here("adapter_beside_deltas.py")
     assert "instruct-lora: 'market silver garden'" in said
     assert [line.partition(":")[0] for line in said.splitlines()[-3:]] == ["base", "math", "instruct-lora"]
 
@@ -74,13 +89,13 @@ def routed_family(family, deltas, tmp_path_factory):
     return root / "family.toml"
 
 
-def test_a_file_of_queries_is_routed_and_answered(run, routed_family, tmp_path):
+def test_a_file_of_queries_is_routed_and_answered(run_here, routed_family, tmp_path):
     queries = [
         "Kim has 32 beads. Kim buys 9 bags with 9 beads each. How many beads does Kim have now?",
         "Write a Python function f(xs) that returns the sum of xs.",
     ]
     (tmp_path / "queries.jsonl").write_text("\n".join(json.dumps({"query": query}) for query in queries))
-    run("batch_with_routing.py", routed_family, "queries.jsonl", "answers.jsonl")
+    run_here("batch_with_routing.py", routed_family, "queries.jsonl", "answers.jsonl")
     first, second = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert (first["expert"], second["expert"]) == ("math", "code")
     assert first["answer"].endswith("#### 113")

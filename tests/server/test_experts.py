@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from meswitch import Family
 from meswitch.cli import app as command
 from meswitch.launch import app_from_family, engine_from_family, experts_from_family, policy_from_family
+from meswitch.router.rules import Rule, RulesRouter
 from meswitch.server.auto import AutoPolicy
 from meswitch.server.keys import ApiKey, Keys
+from meswitch.units import format_bytes
 from tests.support.http_server import ask_with, serving, user, wait_until
 
 ADMIN = {"authorization": "Bearer admin's"}
@@ -102,6 +104,9 @@ def test_top_shows_it_in_a_terminal(url, monkeypatch):
     assert re.search("running +requests +hits +loads +evictions +failures +version", shown.output), "not cut"
     asked = json.loads(CliRunner().invoke(command, ["top", f"{url}/v1", "--json"]).output)
     assert asked["engine"]["generated_tokens"] >= 4
+    sizes = asked["engine"]["memory"]
+    assert asked["engine"]["device_bytes"] == sum(sizes.values()) - sizes["host"] > sizes["base"] + sizes["kv_cache"]
+    assert f"{format_bytes(asked['engine']['device_bytes'])} on the device" in shown.output
     for wrong in ("http://127.0.0.1:9", "nothing"):
         failed = CliRunner().invoke(command, ["top", wrong, "--once"])
         assert failed.exit_code == 1
@@ -205,6 +210,14 @@ def routing(family, deltas, tmp_path_factory):
             yield url, experts, root
 
 
+def asked_auto(url, query):
+    """Who answers, and the scores of all."""
+    asked = {"model": "auto", "messages": user(query), "max_tokens": 2}
+    found = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=30)
+    pairs = (pair.split("=") for pair in found.headers["x-meswitch-route-scores"].split(","))
+    return found.json()["model"], {name: float(score) for name, score in pairs}
+
+
 @pytest.fixture
 def routed(routing):
     return routing[0]
@@ -228,7 +241,11 @@ def test_auto_chooses_an_expert_that_came_later(routed):
 
 def test_an_expert_of_which_nothing_is_said_is_told_to_be_asked_by_name(routed, url):
     made = post(routed, "experts", name="silent", path="code").json()
-    assert (made["routed"], "description: missing" in made["not_routed"]) == (False, True)
+    assert made["routed"] is False
+    assert made["not_routed"].startswith("nothing was said of it to the router: give it `description` and `examples`")
+    refused = post(routed, "experts", name="silent", path="code", description="To chat.", examples=[" "]).json()
+    assert refused["not_routed"] == "the router does not take it in: 'silent': examples: one is empty; remove it"
+    made = post(routed, "experts", name="silent", path="code").json()
     assert answer(routed, "silent")
     listed = rows(routed)
     assert (listed["math"]["routed"], "not_routed" in listed["math"]) == (True, False)
@@ -247,3 +264,45 @@ def test_an_expert_that_appeared_is_routed_once_the_family_says_what_it_is_for(r
     (root / "family.toml").write_text(f'{text}examples = ["Write a Python function that adds two numbers."]\n')
     experts.reread()
     assert (rows(url)["late"]["routed"], "not_routed" in rows(url)["late"]) == (True, False)
+
+
+def test_what_the_family_says_anew_of_an_expert_reaches_the_router(routing, caplog):
+    url, experts, root = routing
+    query = "Compose a sonnet about the sea at night."
+    _, before = asked_auto(url, query)
+    text = (root / "family.toml").read_text()
+    (root / "family.toml").write_text(text.replace('description = "all about math"', f'examples = ["{query}"]'))
+    experts.reread()
+    chosen, after = asked_auto(url, query)
+    assert chosen == "math"
+    assert after["math"] > max(before["math"], *(score for name, score in after.items() if name != "math"))
+    assert rows(url)["math"]["description"] == ""
+    (root / "family.toml").write_text(text)
+    experts.reread()
+    assert asked_auto(url, query)[1] == before
+    assert "keeps what it learnt" not in caplog.text
+
+
+def test_a_new_version_of_which_nothing_is_said_keeps_what_was_said(routed):
+    assert post(routed, "experts", name="twice", path="late", description="Poems.").json()["routed"]
+    again = post(routed, "experts", name="twice", path="late").json()
+    assert (again["description"], again["routed"], "not_routed" in again) == ("Poems.", True, False)
+    assert httpx.delete(f"{routed}/v1/experts/twice", headers=ADMIN).status_code == 200
+
+
+def test_a_router_that_keeps_what_it_learnt_is_told_of_in_the_log(family, deltas, tmp_path, caplog):
+    """Rules alone choose by patterns: what is said of an expert is nothing to them."""
+    file = tmp_path / "mine.toml"
+    file.write_text(text_of(family, {"math": deltas["math"]}) + '[router]\npath = "router"\n')
+    RulesRouter([Rule("math", "text", "sum")], ("math",)).save(tmp_path / "router")
+    config = Family.load(file)
+    with engine_from_family(config) as engine:
+        auto, problem = policy_from_family(config, engine)
+        assert problem is None
+        experts = experts_from_family(config, engine, auto)
+        experts.reread()
+        assert "keeps what it learnt" not in caplog.text
+        file.write_text(file.read_text().replace("all about", "new:"))
+        experts.reread()
+        assert f"expert math: what {file} says of it has changed, and this router keeps what it learnt" in caplog.text
+        assert experts.descriptions == {"math": "new: math"}

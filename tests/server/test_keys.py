@@ -59,7 +59,7 @@ def test_a_key_has_so_many_requests_at_a_time(url, engine):
     client = ask_with(url, "key of one")
     with client.completions.create(**LONG, stream=True) as stream:
         next(iter(stream))
-        with pytest.raises(openai.RateLimitError, match="1 requests running") as caught:
+        with pytest.raises(openai.RateLimitError, match="1 request running") as caught:
             asked(url, "one", "math")
         assert caught.value.code == "too_many_requests"
         assert asked(url, "all", "math") == "math"

@@ -16,9 +16,9 @@ from meswitch.architecture import LIE_TRANSPOSED, Architecture, Conversion
 from meswitch.artifact import fingerprint
 from meswitch.checkpoint import ADAPTER_CONFIG, COMPANION_FILES, Checkpoint, fetch_checkpoint
 from meswitch.codec import LowRankDelta
-from meswitch.configuration import is_hub_id
 from meswitch.durable import recover_directory
 from meswitch.errors import CheckpointError
+from meswitch.hub import is_hub_id
 from meswitch.tensorfile import INDEX, WEIGHT_DTYPES, WEIGHTS, TensorInfo, read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"

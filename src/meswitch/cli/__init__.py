@@ -20,6 +20,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's, which reads values for typer
+            raise
         except MeswitchError as error:
             if console.debugging():
                 raise

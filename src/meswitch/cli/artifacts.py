@@ -12,7 +12,7 @@ import typer
 from meswitch.cli import console
 from meswitch.cli.options import option_groups
 from meswitch.errors import ConfigError
-from meswitch.units import format_bytes
+from meswitch.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
@@ -181,7 +181,7 @@ def lora_parameters(method: dict[str, Any]) -> str:
 def _bits(method: dict[str, Any]) -> str:
     if method["bits"] is None:
         return f"bits chosen for {method['target_bpw']} bits a weight"
-    return f"{method['bits']} bits"
+    return plural(method["bits"], "bit")
 
 
 def _bytes_table(found: dict[str, Any]) -> Any:
@@ -227,7 +227,8 @@ def _salient(count: int | None) -> str:
 def _calibration(text: dict[str, Any] | None) -> str:
     if text is None:
         return "none (data-free)"
-    return f"{text['source']}: {text['sequences']} sequences, {text['tokens']} tokens (sha256 {text['sha256'][:12]}…)"
+    size = f"{plural(text['sequences'], 'sequence')}, {plural(text['tokens'], 'token')}"
+    return f"{text['source']}: {size} (sha256 {text['sha256'][:12]}…)"
 
 
 def _distillation(done: dict[str, Any] | None) -> str:
@@ -235,7 +236,7 @@ def _distillation(done: dict[str, Any] | None) -> str:
         return "none"
     how = "each block and the head" if done["scope"] == "block" else "end to end"
     return (
-        f"{how}, {done['steps']} steps; held-out divergence {done['held_out_before']:.4g} before, "
+        f"{how}, {plural(done['steps'], 'step')}; held-out divergence {done['held_out_before']:.4g} before, "
         f"{done['held_out_after']:.4g} after (nats a token)"
     )
 
@@ -245,7 +246,7 @@ def _quality(measured: list[dict[str, Any]]) -> str:
         return "not measured; `meswitch eval` does"
     return "\n".join(
         f"{q['task']}: {q['compressed']:.3f} compressed, {q['expert']:.3f} full, {q['base']:.3f} base "
-        f"({q['questions']} questions)"
+        f"({plural(q['questions'], 'question')})"
         for q in measured
     )
 
@@ -394,7 +395,7 @@ def merge_command(
     if as_json:
         console.print_json({"out": str(out), "tensors": len(written.tensors), "tensor_bytes": written.nbytes})
     else:
-        typer.echo(f"{out}: {len(written.tensors)} tensors, {format_bytes(written.nbytes)}")
+        typer.echo(f"{out}: {plural(len(written.tensors), 'tensor')}, {format_bytes(written.nbytes)}")
 
 
 def quantize_command(
@@ -526,7 +527,7 @@ def push_command(
     if as_json:
         console.print_json({"repository": name.repository, "pushed": asdict(done)})
         return
-    typer.echo(f"{done.url}: {len(done.files)} files, {format_bytes(opened.disk_bytes)}")
+    typer.echo(f"{done.url}: {plural(len(done.files), 'file')}, {format_bytes(opened.disk_bytes)}")
     if done.removed:
         typer.echo(f"removed, of an earlier artifact: {', '.join(done.removed)}")
     if done.kept_card:

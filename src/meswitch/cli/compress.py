@@ -13,7 +13,7 @@ from meswitch.cli import console
 from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, check_none_given, given_options
 from meswitch.errors import ArtifactError, ConfigError
-from meswitch.units import format_bytes
+from meswitch.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from meswitch.artifact import Artifact
@@ -180,7 +180,8 @@ def _compress_family(
     experts = [family.get(name) for name in names] or list(family.expert)
     said = family.compress.given()
     untrained = {} if said.get("bits") == "exact" else {"distill": 0, "distill_scope": None}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    jobs = []  # what a person got wrong is said before the first of them begins
     for section in experts:
         if section.delta.startswith("hf://"):
             console.note(f"{section.name}: {section.delta} is on the hub: there is nothing to compress")
@@ -189,7 +190,7 @@ def _compress_family(
         out = family.resolve(section.delta)
         if is_adapter(out):
             console.note(f"{section.name}: {out} is a PEFT adapter and served as it is: there is nothing to compress")
-            served = open_expert(out, Checkpoint.open(family.resolve_model(family.base.path)))
+            served = open_expert(out, Checkpoint.open(family.base_source()))
             rows.append(_row(section.name, served, None, []) | {"artifact": str(out)})
             continue
         present = None if where["overwrite"] else _present(file, section, out)
@@ -206,18 +207,25 @@ def _compress_family(
             console.note(f"{section.name}: {out} is kept{hint}; --overwrite makes it anew")
             rows.append(_row(section.name, present, None, []))
             continue
-        if section.source is None:
-            raise ConfigError(f"{file}: expert {section.name!r}: source: is needed to compress it")
+        base, source = family.base_source(), family.source_of(section)
         text = given.get("calibration", section.calibration)
         own = said | dict(given) | {"calibration": None}
         if text in (None, "none"):  # then nothing can be trained
             own |= untrained
         else:
-            own["calibration"] = TextSource.parse(str(text)).resolved(family.resolve)
-        base, source = family.resolve_model(family.base.path), family.resolve_model(section.source)
+            own["calibration"] = wanted_text = TextSource.parse(str(text)).resolved(family.resolve)
+            for place in (wanted_text.text, wanted_text.questions):
+                if place is not None and not place.is_file():
+                    raise ConfigError(
+                        f"{file}: expert {section.name!r}: calibration: {place}: no such file; give a .txt, .jsonl or "
+                        ".json file, or `none`"
+                    )
         replace = where | {"overwrite": where["overwrite"] or out.exists()}  # what exists here is a damaged artifact
         options = Options() if is_adapter(source) else given_options(own)  # an adapter is kept as it was trained
-        rows.append(compress_one(section.name, base, source, out, options, replace))
+        jobs.append((len(rows), (section.name, base, source, out, options, replace)))
+        rows.append({})
+    for index, job in jobs:
+        rows[index] = compress_one(*job)
     return rows
 
 
@@ -418,7 +426,7 @@ def _show(found: "Extraction", seconds: float) -> None:
         lines.append(f"left out, as a LoRA has no place for them: {', '.join(left[:_NAMED])}{more}")
     if found.added_rows and not found.added_kept:
         lines.append(
-            f"left out: {found.added_rows} tokens that the base lacks, and with them the tokenizer; --modules-to-save "
-            "keeps them"
+            f"left out: {plural(found.added_rows, 'token')} that the base lacks, and with them the tokenizer; "
+            "--modules-to-save keeps them"
         )
     console.show(made, *lines)

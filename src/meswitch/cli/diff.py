@@ -10,6 +10,7 @@ import typer
 from meswitch.cli import console
 from meswitch.cli.plan import statements, support
 from meswitch.errors import ConfigError
+from meswitch.units import plural
 
 if TYPE_CHECKING:
     from meswitch.compression.diff import Diff, FieldChange, WeightChange
@@ -162,7 +163,7 @@ def _facts(found: "Diff") -> dict[str, str]:
     tokens = found.tokenizer
     if tokens is None:
         return facts | {"tokenizer": "not compared: one of the two has none that can be read here"}
-    moved = [f"{tokens.moved} tokens have other ids"] if tokens.moved else []
+    moved = [f"{plural(tokens.moved, 'token')} with another id"] if tokens.moved else []
     named = [_tokens("added", tokens.added), _tokens("removed", tokens.removed)]
     facts["tokenizer"] = "\n".join([*filter(None, named), *moved]) or "the same tokens"
     facts["special tokens"] = _fields(tokens.special)

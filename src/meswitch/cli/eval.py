@@ -191,7 +191,7 @@ def eval_command(
 
         family = Family.load(models.family)
         sections = [family.get(name) for name in dict.fromkeys(models.expert or ())] or list(family.expert)
-        origin = family.resolve_model(family.base.path)
+        origin = family.base_source()
         experts, deltas = _members(family, models.family, sections)
         own += _questions_of(family, models.family, sections, asked.limit)
     else:
@@ -296,7 +296,7 @@ def _members(
     deltas: dict[str, str] = {}
     for section in sections:
         if section.source is not None:
-            experts[section.name] = family.resolve_model(section.source)
+            experts[section.name] = family.source_of(section)
         else:
             console.note(f"{section.name}: no `source` in {file}, so no full expert to compare with")
         if family.resolve(section.delta).exists():

@@ -16,7 +16,7 @@ from meswitch.cli.artifacts import EXACT, EXACT_MEANS, LORA, layer_table, lora_p
 from meswitch.cli.options import flag, option_groups, takes
 from meswitch.compression.options import Options, given_options
 from meswitch.errors import ConfigError, IncompatibleError
-from meswitch.units import format_bytes, parse_bytes
+from meswitch.units import format_bytes, parse_bytes, plural
 
 if TYPE_CHECKING:
     from meswitch.adapter import Adapter
@@ -218,7 +218,7 @@ def family_report(
     if not family.expert:
         raise ConfigError(f"{file}: expert: there is none; a family of a base alone needs no plan")
     options = family.engine
-    base = outline(family.resolve_model(family.base.path))
+    base = outline(family.base_source())
     kernel = _has_kernels(base, backend or options.backend)
     # of a configuration alone nobody can tell whether it is an artifact's base
     content = None if isinstance(base, Outline) else fingerprint(base)
@@ -280,7 +280,7 @@ def _of_family(file: Path, family: "Family", section: "ExpertSection", base: "Ch
             raise ConfigError(
                 f"{file}: expert {section.name!r}: source: is needed to plan it, for {directory} is no artifact yet"
             )
-    source = family.resolve_model(section.source)
+    source = family.source_of(section)
     if is_adapter(source):
         return predict(base, Adapter.open(source)), False
     sizes = {name: value for name, value in family.compress.given().items() if not name.startswith("distill")}
@@ -336,9 +336,11 @@ def _memory(
 
 def _show(found: dict[str, Any]) -> None:
     expert, method = found["expert"], found["method"]
-    salient = "one salient channel in 512" if method["salient"] is None else f"{method['salient']} salient channels"
+    salient = (
+        "one salient channel in 512" if method["salient"] is None else plural(method["salient"], "salient channel")
+    )
     group = "a row" if method["group_size"] is None else f"{method['group_size']} weights"
-    how = f"{method['bits']} bits, a scale for {group}, {salient}, embeddings {method['embeddings']}"
+    how = f"{plural(method['bits'], 'bit')}, a scale for {group}, {salient}, embeddings {method['embeddings']}"
     bound = "For a fine-tune that changed every row of every tensor; what equals the base's costs nothing."
     if method["name"] == LORA:
         how, bound = f"a PEFT adapter, {lora_parameters(method)}", "What equals the base's costs nothing."
@@ -413,7 +415,7 @@ def _show_family(found: dict[str, Any]) -> None:
     host, budget = found["host"]["experts"], found["host"]["budget"]
     console.show(
         console.pairs(
-            f"{_count(len(found['experts']), 'expert')} over {found['base']['name']}",
+            f"{plural(len(found['experts']), 'expert')} over {found['base']['name']}",
             {
                 "on disk": f"{format_bytes(found['bytes']['tensors'])} of tensors",
                 "host memory": f"{format_bytes(host)} for all of them"
@@ -436,21 +438,17 @@ def _memory_table(memory: dict[str, Any]) -> Any:
         + (f", and {format_bytes(memory['scratch'])} to restore its layers" if memory["scratch"] else ""),
         "a slot": format_bytes(memory["slot"]),
         "KV cache": f"{format_bytes(memory['kv_cache'])} for {memory['kv_tokens']} tokens",
-        f"base + {_count(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
+        f"base + {plural(memory['experts'], 'expert')}": f"{format_bytes(memory['compressed'])}; as full models "
         f"{format_bytes(memory['full_models'])}, {memory['full_models'] / memory['compressed']:.2f}x",
     }
     if memory["limit"] is not None:
         room = memory["limit"] >= memory["base"] + memory["scratch"] + memory["kv_cache"]
-        ours = f"the base and {_count(memory['experts_that_fit'], 'expert')}"
+        ours = f"the base and {plural(memory['experts_that_fit'], 'expert')}"
         rows[f"in {format_bytes(memory['limit'])} fit"] = (
             f"{ours if room else 'not even the base and its KV cache'}; "
-            f"or {_count(memory['full_models_that_fit'], 'full model')}"
+            f"or {plural(memory['full_models_that_fit'], 'full model')}"
         )
-    return console.pairs("device memory, without activations", rows)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return console.pairs("device memory, without activations and CUDA graphs", rows)
 
 
 def _size(text: str) -> int:

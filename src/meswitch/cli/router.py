@@ -127,7 +127,7 @@ def update(
 
     config = Family.load(family)
     source = router or config.resolve(config.router.path)
-    loaded = load_router(source, config.resolve_model(config.base.path), llm=model)
+    loaded = load_router(source, config.base_source(), llm=model)
     updated: LlmRouter | EmbeddingRouter
     if isinstance(loaded, EmbeddingRouter):
         updated = _with_examples(loaded, config.names, source, examples)

@@ -337,7 +337,8 @@ def llm(
         seed=checks.seed,
     )
     state = llm.checkpoint or job.target.with_name(job.target.name + ".training")
-    model = open_llm(job.family.resolve_model(llm.model or job.family.base.path), job.device)
+    source = job.family.base_source() if llm.model is None else job.family.resolve_model(llm.model, "--model")
+    model = open_llm(source, job.device)
     if settings.weights != "reference":
         model.model.float()  # small steps are lost in 16 bit
     with console.progress("router") as progress:
@@ -444,7 +445,7 @@ class Training:
         config = Family.load(family)
         target = place.out or config.resolve(config.router.path)
         device = console.check_device(place.device)
-        return cls(config, Path(config.resolve_model(config.base.path)), target, device, time.perf_counter())
+        return cls(config, Path(config.base_source()), target, device, time.perf_counter())
 
     def claimed(self, claims: Claims, data: Path | None, seed: int) -> list["Row"]:
         """Rows of what the experts claim, of the queries of a file or of what they write themselves."""

@@ -14,6 +14,7 @@ import typer
 from meswitch.cli import console
 from meswitch.cli.options import option_groups
 from meswitch.errors import ConfigError
+from meswitch.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -230,7 +231,7 @@ def _summary(
         "url": f"{'https' if listening.tls_cert else 'http'}://{shown}:{port}{family.server.root_path}/v1",
         "host": host,
         "port": port,
-        "base": {"name": engine.base_name, "path": family.resolve_model(family.base.path)},
+        "base": {"name": engine.base_name, "path": family.base_source()},
         "experts": [{"name": e.name, "bytes": sizes[e.name], "description": e.description} for e in family.expert],
         "runner": "turns" if engine.takes_turns else "batch",
         "by_turns": list(engine.by_turns),
@@ -258,7 +259,6 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary), flush=True)
         return
-    from meswitch.units import format_bytes
 
     memory = summary["memory"]
     base = format_bytes(memory["base"])
@@ -268,8 +268,10 @@ def _show(summary: dict[str, Any], as_json: bool) -> None:
     for expert in summary["experts"]:
         table.add_row(expert["name"], format_bytes(expert["bytes"]), expert["description"])
     table.add_row("auto", "", "the router's choice" if summary["auto"] else f"off: {summary['auto_problem']}")
-    slots = "1 slot" if summary["slots"] == 1 else f"{summary['slots']} slots"
+    slots = plural(summary["slots"], "slot")
     sizes = f"{slots} {format_bytes(memory['slots'])}, KV cache {format_bytes(memory['kv_cache'])}"
+    for name, purpose in (("CUDA graphs", "graphs"), ("scratch", "scratch")):
+        sizes += f", {name} {format_bytes(memory[purpose])}" if memory[purpose] else ""
     if summary["merged_budget"]:
         sizes += f", merged weights at most {format_bytes(summary['merged_budget'])}"
     page = f"{summary['url'].removesuffix('/v1')}/"
@@ -335,7 +337,7 @@ def ray(
         serve.start(http_options={"host": host, "port": port})
         serve.run(application, name="meswitch", route_prefix="/")
         summary = {"url": f"http://{host}:{port}/v1", "replicas": replicas}
-        text = f"meswitch serves {summary['url']} from {replicas} replicas of {family}"
+        text = f"meswitch serves {summary['url']} from {plural(replicas, 'replica')} of {family}"
         print(json.dumps(summary) if as_json else text, flush=True)
         while True:
             time.sleep(3600)
@@ -444,13 +446,12 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    from meswitch.units import format_bytes
-
     engine, memory = found["engine"], found["engine"]["memory"]
-    device = sum(memory[name] for name in ("base", "slots", "kv_cache", "merged"))
+    device = engine["device_bytes"]
     taken = sum(row["slot"] is not None for row in found["data"])
     head = f"{engine['base']}: {engine['running']} running, {engine['waiting']} waiting"
     head += "" if rate is None else f", {rate:.1f} tokens/s"
+    head += f", {format_bytes(device)} on the device"
     bars = Table.grid(padding=(0, 2))
     for name, used, total, text in (
         ("base", memory["base"], device, format_bytes(memory["base"])),
@@ -461,7 +462,11 @@ def view(found: dict[str, Any], rate: float | None) -> "Group":
             engine["kv_tokens"],
             f"{engine['kv_used_tokens']} of {engine['kv_tokens']} tokens, {format_bytes(memory['kv_cache'])}",
         ),
-        ("merged", memory["merged"], device, format_bytes(memory["merged"])),
+        *(
+            (name, memory[purpose], device, format_bytes(memory[purpose]))
+            for name, purpose in (("merged", "merged"), ("graphs", "graphs"), ("scratch", "scratch"))
+            if memory[purpose] or purpose == "merged"
+        ),
         ("host", memory["host"], engine["host_budget"] or 2 * memory["host"] or 1, format_bytes(memory["host"])),
     ):
         bars.add_row(name, ProgressBar(total=max(total, 1), completed=used, width=30), text)

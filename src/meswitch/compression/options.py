@@ -542,7 +542,7 @@ def recipe_of(options: Options, base: str | Path, expert: str | Path) -> "Recipe
         expert: likewise.
     """
     from meswitch.artifact.manifest import Recipe
-    from meswitch.configuration import is_hub_id
+    from meswitch.hub import is_hub_id
 
     texts = {name: _text(name, value) for name, value in options.given().items()}
     sources = (str(source) if is_hub_id(source) else None for source in (base, expert))

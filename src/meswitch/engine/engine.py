@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 
 from meswitch.adapter import is_adapter, open_expert
@@ -101,6 +103,7 @@ class Engine:
         self.generated_tokens = 0
         """Tokens of all answers so far."""
         self._helpers: dict[Workers, Watched] = {}
+        self._lent: list[weakref.ref[nn.Module]] = []
         self._watchdog = Watchdog(self._watched(), self._report, also=self.store.end_overdue)
         atexit.register(self.close)  # the batch's thread must not outlive the interpreter's objects
 
@@ -314,7 +317,7 @@ class Engine:
         """Bytes by purpose: `base`, `slots`, `kv_cache`, `merged`, `graphs` and `scratch` on the device, and `host`.
 
         `base` counts linear layers of a quantised base that are held as their codes by the codes' bytes; `scratch` is
-        where one of them at a time is restored.
+        where one of them at a time is restored, by this engine and by each model that was lent its weights.
         `merged` is what experts' weights take beside the base's: of those in the batch on a CPU (`merged_bytes`), or of
         the one that has its turn (`by_turns`).
         """
@@ -325,9 +328,18 @@ class Engine:
             "kv_cache": self._batch.kv_bytes,
             "merged": self._batch.merged_bytes,
             "graphs": self._batch.graph_bytes,
-            "scratch": workspace_bytes(self.model),
+            "scratch": workspace_bytes(self.model)
+            + sum(workspace_bytes(model) for one in self._lent if (model := one()) is not None),
             "host": self.store.host.nbytes,
         }
+
+    def lend(self, model: nn.Module) -> None:
+        """Count what a model on this engine's weights takes of its own, as long as it is there.
+
+        Args:
+            model: of a router, for instance.
+        """
+        self._lent.append(weakref.ref(model))
 
     def watch(self, what: str, workers: Workers) -> None:
         """Count the end of one of these threads as the engine's failure, too: what waits for them then fails.

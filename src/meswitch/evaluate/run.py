@@ -33,6 +33,7 @@ from meswitch.evaluate.questions import (
 )
 from meswitch.loaded import load_model
 from meswitch.tokenizer import load_tokenizer
+from meswitch.units import plural
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -356,7 +357,7 @@ class _Run:
         task, s = self.own[name], self.settings
         if not task.is_checked:
             return None
-        self.say(f"  {name}: {len(task.questions)} questions")
+        self.say(f"  {name}: {plural(len(task.questions), 'question')}")
         return accuracy(loaded.model, loaded.tokenizer, task, s.max_new_tokens, s.batch_size)
 
     def texts(self, expert: _Loaded, name: str) -> list[Text]:
@@ -365,7 +366,7 @@ class _Run:
         if task.texts:
             return [Text(tuple(expert.tokenizer(text)["input_ids"])) for text in task.texts[: s.fidelity_n]]
         prompts = [question.prompt for question in task.questions[: s.fidelity_n]]
-        self.say(f"  {name}: KL on the expert's own answers to {len(prompts)} questions")
+        self.say(f"  {name}: KL on the expert's own answers to {plural(len(prompts), 'question')}")
         return own_answers(expert.model, expert.tokenizer, prompts, s.max_new_tokens, s.batch_size)
 
 

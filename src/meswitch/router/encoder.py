@@ -85,7 +85,8 @@ class Encoder:
         return device
 
     def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
+        # a quantised model's codes are buffers
+        return sum(tensor.nbytes for tensors in (self.model.parameters(), self.model.buffers()) for tensor in tensors)
 
     @classmethod
     def load(cls, base: str | Path, device: str = "cpu", last: int | None = None) -> "Encoder":

@@ -151,6 +151,8 @@ class RulesRouter(Router):
                 f"rule: none chooses {option.name!r}, and there is no router behind the rules; add a [[rule]] for it"
             )
         behind = self.router.with_expert(option)
+        if behind is self.router and option.name in self.experts:
+            return self
         names = tuple(dict.fromkeys((*self.experts, option.name)))
         own = None if self.threshold == self.router.threshold else self.threshold
         return RulesRouter(self.rules, names, behind, fallback=self.fallback, threshold=own)

@@ -157,6 +157,11 @@ class AutoPolicy:
         return self._queue is not None
 
     @property
+    def router(self) -> Router | None:
+        """Who chooses now. It is another one after `learn`, unless there was nothing to learn."""
+        return None if self._queue is None else self._queue.router
+
+    @property
     def no_router(self) -> str | None:
         """Why there is none, for clients; None if there is one."""
         return None if self.has_router else self._no_router

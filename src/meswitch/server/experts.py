@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,10 +24,19 @@ from meswitch.server.keys import ADMIN_KEY_VARIABLE, CALLER, Keys
 logger = logging.getLogger("meswitch.server")
 
 WATCH_SECONDS = 2.0
-_NO_ROUTER = "this server has no router"
+_NO_ROUTER = (
+    "this server has no router, so it is asked by its name; give every [[expert]] of family.toml `description` and "
+    "`examples`, and start the server again"
+)
 _NOTHING_SAID = (
     "nothing was said of it to the router: give it `description` and `examples`, by POST /v1/experts or in family.toml"
 )
+_UNCHANGED = (
+    "expert %s: what %s says of it has changed, and this router keeps what it learnt of it; train the router again, or "
+    "start the server again if it was not trained with this expert"
+)
+
+_PREFIX = re.compile(r"^(routes|domain): ")  # the field in a router's own messages
 
 Action = Literal["load", "reload", "pin", "unpin"]
 
@@ -38,7 +47,7 @@ class Experts:
     Args:
         engine: serves them.
         sources: name -> directory of those that are served.
-        descriptions: what they are good at, by name; kept up to date for the models page.
+        said: what the family says of them.
         directory: those that clients with an admin key may load are in it; None: they may load none.
         family: the file that `reread` reads again.
         auto: is told of experts that come.
@@ -48,14 +57,16 @@ class Experts:
         self,
         engine: Engine,
         sources: Mapping[str, Path],
-        descriptions: Mapping[str, str],
+        said: Iterable[RouteOption],
         *,
         directory: Path | None = None,
         family: Path | None = None,
         is_watched: bool = False,
         auto: AutoPolicy | None = None,
     ) -> None:
-        self.descriptions = dict(descriptions)
+        self._said = {option.name: option for option in said}  # what the router was last told of each
+        # what they are good at, by name; kept up to date for the models page
+        self.descriptions = {name: option.description for name, option in self._said.items()}
         self.is_watched, self._auto = is_watched, auto
         self._engine, self._directory, self._family = engine, directory, family
         self._sources, self._of_family = dict(sources), set(sources)
@@ -93,7 +104,7 @@ class Experts:
         Args:
             name: of the expert.
             path: of an artifact or an adapter, relative to the allowed directory, or absolute and inside it.
-            description: what it is good at.
+            description: what it is good at. Of a new version of which nothing is said, what was said before holds.
             examples: queries for it.
 
         Returns:
@@ -113,8 +124,11 @@ class Experts:
             raise ApiError(403, f"path: {path!r} is outside server.experts_dir", param="path", code="not_allowed")
         if not source.is_dir():
             raise ApiError(404, f"path: {path!r}: no such directory", param="path", code="not_found")
-        self._serve(name, source, description)
-        return self._join(RouteOption(name, description, tuple(examples)))
+        option = RouteOption(name, description, tuple(examples))
+        if not (description or examples):
+            option = self._said.get(name, option)
+        self._serve(name, source, option.description)
+        return self._join(option)
 
     def remove(self, name: str) -> None:
         """Serve an expert no more.
@@ -127,6 +141,7 @@ class Experts:
             self._sources.pop(name, None)
             self.descriptions.pop(name, None)
             self._not_learned.pop(name, None)
+            self._said.pop(name, None)
 
     def act(self, name: str, action: Action) -> None:
         """`load` it to a slot, `reload` its files, `pin` it to a slot or `unpin` it.
@@ -147,7 +162,8 @@ class Experts:
             self._serve(name, self._sources[name], self.descriptions.get(name, ""))
 
     def reread(self) -> None:
-        """Read the family again: experts that are new there are served, those that are gone are not any more.
+        """Read the family again: experts that are new there are served, those that are gone are not any more, and the
+        router is told what is said of them now.
 
         Everything else of the file needs a restart. What fails leaves that expert as it is.
 
@@ -170,8 +186,8 @@ class Experts:
                 self.descriptions[name] = section.description
             else:
                 self._try(name, source, section.description)
-            if name in self._sources and not (is_served and self._not_routed(name) is None):
-                self._join(RouteOption(name, section.description, section.examples))
+            if name in self._sources:
+                self._tell(RouteOption(name, section.description, section.examples), is_new=not is_served)
             self._of_family.add(name)
 
     def scan(self) -> None:
@@ -198,11 +214,26 @@ class Experts:
                 if not known:  # a new version of one that is served is noticed by its next request
                     self._try(name, path.resolve(), self.descriptions.get(name, ""))
 
+    def _tell(self, option: RouteOption, is_new: bool) -> None:
+        """Pass on to the router what the family says of an expert, where that is news to it."""
+        name = option.name
+        is_changed = self._said.get(name) != option
+        if not (is_new or is_changed or self._not_routed(name) is not None):
+            return
+        before = None if self._auto is None else self._auto.router
+        reason = self._join(option)
+        if is_changed and not is_new and reason is None and self._auto is not None and self._auto.router is before:
+            logger.warning(_UNCHANGED, name, self._family)
+
     def _join(self, option: RouteOption) -> str | None:
         """Let the router know of an expert. Gives the reason why it does not choose it, None if it does."""
+        self._said[option.name] = option
         if self._auto is None:
             return _NO_ROUTER
         reason = self._auto.learn(option)
+        if reason is not None and self._auto.has_router:
+            is_bare = not (option.description.strip() or option.examples)
+            reason = _NOTHING_SAID if is_bare else f"the router does not take it in: {_PREFIX.sub('', reason)}"
         self._not_learned.pop(option.name, None)
         if reason is not None:
             self._not_learned[option.name] = reason
@@ -283,10 +314,12 @@ def expert_routes(experts: Experts, engine: Engine, keys: Keys) -> APIRouter:
     async def list_experts() -> dict[str, Any]:
         """Every expert's place, bytes, version and counts, and the engine's memory and load."""
         rows = [row for row in experts.rows() if (caller := CALLER.get()) is None or caller.allows(row["id"])]
+        memory = engine.memory()
         state = {
             "base": engine.base_name,
             "slots": engine.store.slot_count,
-            "memory": engine.memory(),
+            "memory": memory,
+            "device_bytes": sum(size for purpose, size in memory.items() if purpose != "host"),
             "kv_tokens": engine.kv_tokens,
             "kv_used_tokens": engine.kv_used_tokens,
             "generated_tokens": engine.generated_tokens,

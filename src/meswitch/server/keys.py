@@ -18,6 +18,7 @@ from meswitch.family import NAME
 from meswitch.server.errors import ApiError
 from meswitch.server.logs import RECORD
 from meswitch.server.page import PATHS
+from meswitch.units import plural
 
 API_KEY_VARIABLE = "MESWITCH_API_KEY"
 ADMIN_KEY_VARIABLE = "MESWITCH_ADMIN_KEY"
@@ -116,9 +117,8 @@ class Keys:
         """
         running = self._running.get(key.name, 0)
         if key.concurrency is not None and running >= key.concurrency:
-            message = (
-                f"key {key.name!r} has {running} requests running, as many as it may; ask again when one has ended"
-            )
+            busy = plural(running, "request")
+            message = f"key {key.name!r} has {busy} running, as many as it may; ask again when one has ended"
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
         self._running[key.name] = running + 1
 

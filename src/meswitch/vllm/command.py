@@ -21,7 +21,7 @@ from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Manifest
 from meswitch.cpu import users_environment
 from meswitch.durable import recover_directory
-from meswitch.errors import ArtifactError, ConfigError, IncompatibleError
+from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.ops.linear import MAX_TOKENS
 
 if TYPE_CHECKING:
@@ -112,17 +112,19 @@ def command(family: "Family", host: str, port: int, slots: int) -> list[str]:
         IncompatibleError: experts whose tokenizers or templates cannot share one server, or an adapter that vLLM does
             not serve.
     """
+    from meswitch.launch import find_artifact
     from meswitch.server.protocol.chat import tool_format
 
-    adapters = {name: Adapter.open(path) for name, path in family.deltas().items() if is_adapter(path)}
+    found = {section.name: find_artifact(family, section) for section in family.expert}
+    adapters = {name: Adapter.open(path) for name, path in found.items() if is_adapter(path)}
     for adapter in adapters.values():
         _check_served(adapter)
-    artifacts = {name: _opened(family, name, path) for name, path in family.deltas().items() if name not in adapters}
+    artifacts = {name: Artifact.open(path) for name, path in found.items() if name not in adapters}
     settings = {"experts": [str(artifact.directory) for artifact in artifacts.values()], "lora": bool(adapters)}
     options = family.engine
     if options.host_bytes is not None:
         settings["host_bytes"] = options.host_bytes
-    base = family.resolve_model(family.base.path)
+    base = family.base_source()
     arguments = ["serve", base, "--served-model-name", family.base.name, "--host", host, "--port", str(port)]
     arguments += ["--worker-cls", "meswitch.vllm.DeltaWorker", "--enable-lora"]
     arguments += ["--max-loras", str(slots), "--max-cpu-loras", str(max(slots, len(artifacts) + len(adapters)))]
@@ -167,7 +169,7 @@ def command(family: "Family", host: str, port: int, slots: int) -> list[str]:
 
 def environment(family: "Family") -> dict[str, str]:
     """This process's variables, and what the server needs besides."""
-    added = {FAMILY_VARIABLE: str(family.directory / "family.toml")}
+    added = {FAMILY_VARIABLE: str(family.file.resolve())}
     if "MESWITCH_API_KEY" in os.environ:
         added["VLLM_API_KEY"] = os.environ["MESWITCH_API_KEY"]
     return users_environment() | added
@@ -213,16 +215,6 @@ def _check_served(adapter: Adapter) -> None:
         raise IncompatibleError(
             f"{adapter.directory}: {what}: vLLM serves low-rank pairs only; serve it with --engine embedded"
         )
-
-
-def _opened(family: "Family", name: str, path: Path) -> Artifact:
-    recover_directory(path)
-    if not path.exists():
-        raise ArtifactError(
-            f"expert {name!r}: {path}: no such artifact; make it with "
-            f"`meswitch compress --family {family.directory} --expert {name}`"
-        )
-    return Artifact.open(path)
 
 
 def _largest(manifests: dict[str, Manifest]) -> str | None:

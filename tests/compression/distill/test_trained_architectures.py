@@ -14,7 +14,7 @@ from meswitch.errors import IncompatibleError
 from tests.architectures import tiny
 
 CPU = torch.device("cpu")
-SHORT = TrainingRecipe(steps=12, batch=8, check_every=2, question_weight=1.0)
+SHORT = TrainingRecipe(steps=8, batch=8, check_every=2, question_weight=1.0)
 # expert matrices one by one; Conv1D and a tied head; stacks that lie transposed; a scaled embedding; linear attention
 MODELS = ("mixtral", "gpt2", "gpt_oss", "gemma", "qwen3_next")
 

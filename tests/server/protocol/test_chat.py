@@ -46,6 +46,12 @@ CASES = [
         '<tool_call>{"name": "g", "parameters": {"x": 1}}</tool_call>',
         ("t", "", [("f", {}), ("g", {"x": 1})]),
     ),
+    (
+        {"tools": HERMES},
+        '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n\n Done.\n\n<tool_call>{"name": "g", "arguments": {}}'
+        "</tool_call>\n",
+        ("", "Done.", [("f", {}), ("g", {})]),
+    ),
     ({"tools": HERMES}, "a < b and <tool_", ("", "a < b and <tool_", [])),
     ({"tools": HERMES}, "<tool_call>{broken}</tool_call> so", ("", "<tool_call>{broken}</tool_call> so", [])),
     ({"tools": HERMES}, '<tool_call>{"name": "f", "argu', ("", '<tool_call>{"name": "f", "argu', [])),

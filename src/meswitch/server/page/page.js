@@ -206,14 +206,15 @@ function show(experts, state) {
     $("spark").firstElementChild.setAttribute("d", points.length > 1 ? `M${points.join("L")}` : "");
   }
   last = [now, state.generated_tokens];
-  $("load").textContent = `${state.running} running, ${state.waiting} waiting`;
-  const memory = state.memory, device = memory.base + memory.slots + memory.kv_cache + memory.merged;
+  const memory = state.memory, device = state.device_bytes;
+  $("load").textContent = `${state.running} running, ${state.waiting} waiting, ${bytes(device)} on the device`;
   const taken = experts.filter((one) => one.slot !== null).length;
   $("memory").replaceChildren(
     tier("base", memory.base, device, bytes(memory.base)),
     tier("slots", taken, state.slots, `${taken} of ${state.slots}, ${bytes(memory.slots)}`),
     tier("KV cache", state.kv_used_tokens, state.kv_tokens, `${state.kv_used_tokens} of ${state.kv_tokens} tokens`),
-    tier("merged", memory.merged, device, bytes(memory.merged)),
+    ...["merged", "graphs", "scratch"].filter((purpose) => purpose === "merged" || memory[purpose]).map(
+      (purpose) => tier(purpose, memory[purpose], device, bytes(memory[purpose]))),
     tier("host", memory.host, state.host_budget ?? memory.host * 2, bytes(memory.host)),
   );
   $("experts").tBodies[0].replaceChildren(...experts.map((one) => {

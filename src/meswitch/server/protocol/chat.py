@@ -233,6 +233,7 @@ class AnswerReader:
         self._state = "thinking" if thinking else "beginning" if thinks else "saying"
         self._said = ""  # everything since the thoughts
         self._held = ""
+        self._after_call = False
         self.called = 0
         """How many calls it gave."""
 
@@ -307,6 +308,9 @@ class AnswerReader:
         assert self._tools is not None
         start, end = self._tools.start, self._tools.end
         if self._state == "saying":
+            if self._after_call:  # spaces are no text there, as before a call
+                self._held = self._held.lstrip()
+                self._after_call = not self._held
             before, found, _ = self._held.partition(start)
             kept = 0 if last else _begun(self._held, start)
             if not found:
@@ -326,7 +330,8 @@ class AnswerReader:
         if not calls:
             parts.append(self._say(self._held[: len(start) + max(place, 0) + len(end)] if place >= 0 else self._held))
             return bool(self._held)
-        self._held = body[place + len(end) :].lstrip() if place >= 0 else ""
+        self._held = body[place + len(end) :] if place >= 0 else ""
+        self._after_call = True
         self._give(parts, calls)
         return bool(self._held)
 

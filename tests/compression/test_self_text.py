@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
-from meswitch.compression.write_text import ANSWER, LENGTH, TextSampler, repeats, self_calibration
+from meswitch.compression.text import ANSWER, LENGTH, TextSampler, repeats, self_calibration
 from meswitch.errors import ConfigError
 
 END = 3

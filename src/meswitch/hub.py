@@ -1,0 +1,84 @@
+"""The Hugging Face hub: which names may be of it, whether it has a model, and what it says when it gives nothing."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from meswitch.errors import CheckpointError, MeswitchError
+
+T = TypeVar("T")
+Why = Literal["unreachable", "refused", "failed"]  # the last: here, as where a disk is full
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every repository of a model
+_SECONDS = 10.0  # for a hub to say that it has a model
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a text may name a repository: it is `org/name`, and no file or directory here."""
+    text = str(source)
+    return _ID.fullmatch(text) is not None and not Path(text).exists()
+
+
+def ask_hub(ask: Callable[[], T], error: Callable[[Why, str], MeswitchError]) -> T:
+    """What the hub gives.
+
+    Args:
+        ask: calls the hub's library.
+        error: makes the error to raise, of why there is nothing and the reason in one line.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, as the hub's library has it
+    try:
+        return ask()
+    except MeswitchError:
+        raise
+    except Exception as problem:  # of HTTP, of the transfer, of the cache and of the disk: they share no class
+        reason = " ".join(str(problem).split())[:400] or type(problem).__name__
+        why: Why = "failed"
+        if any(isinstance(one, (HfHubHTTPError, HFValidationError)) for one in (problem, problem.__cause__)):
+            why = "refused"
+        elif isinstance(problem, (transport_error, LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+            why = "unreachable"
+        raise error(why, reason) from problem
+
+
+def from_hub(source: str, ask: Callable[[], str]) -> Path:
+    """Where what was asked of the hub is.
+
+    Args:
+        source: the repository, for messages.
+        ask: fetches, and gives a path.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+
+    def error(why: Why, reason: str) -> CheckpointError:
+        if why == "unreachable":
+            return CheckpointError(
+                f"{source}: no such directory here, and the hub cannot be reached for a model of this name; check the "
+                f"path or the connection ({reason})"
+            )
+        if why == "refused":
+            return CheckpointError(
+                f"{source}: neither a directory here nor a model that the hub gives ({reason}); "
+                "check the name, or log in with `hf auth login`"
+            )
+        return CheckpointError(f"{source}: cannot be fetched from the hub ({reason})")
+
+    return Path(ask_hub(ask, error))
+
+
+def check_model(source: str) -> None:
+    """See that a model can be had: it is in the cache, or the hub says that it has it. Nothing is fetched.
+
+    Raises:
+        CheckpointError: the hub does not have it, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(source, name), str) for name in _CONFIGS):
+        return
+    from_hub(source, lambda: str(HfApi().model_info(source, timeout=_SECONDS).id))
