@@ -45,7 +45,7 @@ _MOST = 8  # sources of a domain to leave out: each costs a fit
 _NEAR = 2.0  # how much more rows like the training data count: leaving out 1 of few sources overstates a shift
 LEAST_EXAMPLES = 5  # different examples
 _TRUST = 0.7  # in the heads' log-odds beside lines: on new sources they are surer than right (measured on 15 sources)
-_MODESTY = 1.0  # log-odds by which a new expert must lead those that rows were seen of, where all have lines
+_MODESTY = 1.5  # log-odds by which a new expert must lead those that rows were seen of, where all have lines
 _FIRMNESS = 2.5  # times the router's own penalty on weights, because there are fewer rows
 
 
