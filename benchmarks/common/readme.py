@@ -18,6 +18,7 @@ from benchmarks.common.generated import RESULTS, ROOT
 from benchmarks.common.markdown_tables import fill, has_place
 from benchmarks.quality import smollm2
 from benchmarks.serving import vllm_doc
+from benchmarks.serving.doc import on_gpu_briefly
 
 
 def load(name: str) -> dict:
@@ -51,6 +52,7 @@ def cpu() -> str:
 PLACES: dict[str, tuple[Callable[[], str], bool]] = {
     "quality": (lambda: smollm2.answer(load("smollm2.json")), True),
     "served": (vllm_doc.served, True),
+    "embedded": (lambda: on_gpu_briefly(load("engine-h200.json")), False),
     "memory": (memory, False),
     "cpu": (cpu, False),
 }

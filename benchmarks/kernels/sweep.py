@@ -121,7 +121,7 @@ def _apart_us(layers: list[Layer], x: torch.Tensor, y: torch.Tensor, routing: Ro
 
     def run() -> None:
         for layer in layers:
-            fused(y, x, layer.weight, None, layer.deltas, routing, config)
+            fused([y], x, [layer.weight], [None], [layer.deltas], routing, config)
             torch.neg(x, out=other)
 
     return graph_ms(run, 5) * 1e3 / len(layers)

@@ -9,7 +9,9 @@ from benchmarks.quality.plots import draw_kl, short
 COMMAND = "python examples/smollm2/run.py --data DIR --work DIR --out benchmarks/results/smollm2.json"
 MISSING = f"Not measured yet: `{COMMAND}`."
 OURS = "me-switch"
+ENDS = ("base", "full")
 Row = dict[str, Any]
+Training = tuple[str | None, float | None, float | None]
 
 
 def places(data: Data | None) -> dict[str, str]:
@@ -42,10 +44,38 @@ def answer(data: Data) -> str:
         *(f"gain retained: {name}" for name in checked),
         *(f"KL: {name}" for name in experts),
     ]
-    ends = {row["expert"]: f"{percent(row['base'])} and {percent(row['full'])}" for row in mine if has_gain(row)}
-    right = "; ".join(f"{name} {shares}" for name, shares in ends.items())
-    parts = [f"Right answers of base and full fine-tune: {right}."] if ends else []
-    return "\n\n".join([pipe(head, *table), *parts, note(data)])
+    ends = [
+        f"{name} {' and '.join(shares([row[which] for row in mine if row['expert'] == name]) for which in ENDS)}"
+        for name in checked
+    ]
+    parts = [f"Right answers of base and full fine-tune: {'; '.join(ends)}."] if ends else []
+    return "\n\n".join([pipe(head, *table), *parts, *trainings(data), note(data)])
+
+
+def trainings(data: Data) -> list[str]:
+    """What a reader must know before rows of an expert are set beside each other."""
+    several = [name for name in dict.fromkeys(row["expert"] for row in data["rows"]) if len(trained_as(data, name)) > 1]
+    lines = []
+    if several:
+        lines.append(
+            f"The rows of {', '.join(several)} are of several trainings of the expert, each with its own base and full "
+            "figures."
+        )
+    blocks = [row for row in data["rows"] if row["method"] == OURS and row.get("scope") == "block"]
+    if blocks:
+        named = ", ".join(f"{row['expert']} at {row['budget']:.1f}" for row in blocks)
+        lines.append(f"Trained block by block, where end to end is the default for this size: {named}.")
+    return lines
+
+
+def trained_as(data: Data, expert: str) -> set[Training]:
+    """The trainings that an expert's rows are of."""
+    return {training_of(row) for row in data["rows"] if row["expert"] == expert}
+
+
+def training_of(row: Row) -> Training:
+    """What tells trainings of an expert apart: when one ended, and its figures where that is not known."""
+    return row.get("training"), row["base"], row["full"]
 
 
 def ours(data: Data) -> str:
@@ -117,24 +147,51 @@ def peers(data: Data) -> str:
 
 
 def ahead(data: Data) -> str:
-    """How often a peer at our budget is nearer to the full expert than ours, by name."""
-    pairs = [
+    """Where a peer is nearer to the full expert than ours, by name: at our budget, and with fewer bytes than ours.
+
+    Only artifacts of the same training of an expert are compared.
+    """
+    place = {id(row): budget for budget in budgets(data) for row in at(data, budget)}
+    beside = [
         (mine, row)
-        for budget in budgets(data)
-        for mine in at(data, budget)
+        for mine in data["rows"]
         if mine["method"] == OURS
-        for row in at(data, budget)
+        for row in data["rows"]
         if row["expert"] == mine["expert"] and not row["method"].startswith(OURS)
     ]
-    if not pairs:
+    same = [(mine, row) for mine, row in beside if training_of(row) == training_of(mine)]
+    pairs = [(mine, row) for mine, row in same if place[id(row)] == mine["budget"]]
+    apart = sum(place[id(row)] == mine["budget"] for mine, row in beside) - len(pairs)
+    if not beside:
         return "No other method is measured yet."
-    behind = [
-        f"{row['method']} on {row['expert']} at {mine['budget']:.1f}" for mine, row in pairs if row["kl"] < mine["kl"]
+    nearer = [where(mine, row) for mine, row in pairs if row["kl"] < mine["kl"]]
+    count = f"{len(pairs) - len(nearer)} of {len(pairs)}"
+    sentence = f"Ours has the lower KL in {count} comparisons with a peer at its budget"
+    lines = [f"{sentence}; not against {', '.join(nearer)}." if nearer else f"{sentence}."]
+    smaller = [
+        f"{row['method']} at {size(row)} on {row['expert']}, ours at {size(mine)}"
+        for mine, row in same
+        if place[id(row)] != mine["budget"] and row["bpw"] < mine["bpw"] and row["kl"] < mine["kl"]
     ]
-    sentence = (
-        f"Ours has the lower KL in {len(pairs) - len(behind)} of {len(pairs)} comparisons with a peer at its budget"
-    )
-    return f"{sentence}; not against {', '.join(behind)}." if behind else f"{sentence}."
+    if smaller:
+        lines.append(f"With fewer bytes than ours a peer has the lower KL: {'; '.join(smaller)}.")
+    checked = [(mine, row) for mine, row in pairs if has_gain(mine) and has_gain(row)]
+    above = [where(mine, row) for mine, row in checked if row["gain_low"] > mine["gain_high"]]
+    if above:
+        lines.append(f"A peer's gain is above ours beyond both intervals: {', '.join(above)}.")
+    elif checked:
+        lines.append("No peer's gain at our budget is above ours beyond both intervals.")
+    if apart:
+        lines.append(f"Not counted, as ours is of another training of the expert: {apart}.")
+    return " ".join(lines)
+
+
+def where(mine: Row, row: Row) -> str:
+    return f"{row['method']} on {row['expert']} at {mine['budget']:.1f}"
+
+
+def size(row: Row) -> str:
+    return f"{row['bpw']:.2f} bits a weight ({divergence(row['kl'])})"
 
 
 def budgets(data: Data) -> list[float]:
@@ -165,6 +222,11 @@ def curves(data: Data) -> Data:
 
 def has_gain(row: Row | None) -> bool:
     return row is not None and row["gain"] is not None
+
+
+def shares(values: list[float]) -> str:
+    """`12.0%`, or `11.6% to 12.0%` where they differ."""
+    return " to ".join(dict.fromkeys(percent(end(values)) for end in (min, max)))
 
 
 def percent(value: float | None) -> str:

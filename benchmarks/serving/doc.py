@@ -119,6 +119,25 @@ def clients(found: Data) -> str:
     return f"{pipe(head, *table)}\n\n{under}"
 
 
+def on_gpu_briefly(found: Data) -> str:
+    """The same in one sentence."""
+    speed = {(row["engine"], row["requests"], row["experts"]): row for row in found["rows"] if "tokens_per_s" in row}
+    ours, theirs = (speed[engine, 32, 8]["tokens_per_s"] for engine in ("embedded", "vllm"))
+    plain = speed["transformers continuous", 32, 0]["tokens_per_s"]
+    meta = found["meta"]
+    return (
+        f"{ours:.0f} tokens/s with 32 requests over 8 experts of the same shapes on one {meta['card']}, "
+        f"{ours / theirs:.0%} of what vLLM with meswitch gives in the same run, and "
+        f"{speed['embedded', 1, 1]['ms_per_step']:.1f} ms a token with one request; transformers' continuous batching "
+        f"gives {plain:.0f} tokens/s with 32 requests of the base alone. Prompts of {meta['prompt']} tokens, "
+        f"{meta['new_tokens']} new ones; {meta['date']}"
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def on_gpu(found: Data) -> str:
     """Tokens a second and milliseconds a step, beside what the memory allows; then where a step's time goes."""
     head = ["", "graphs", "requests", "experts", "tokens/s", "ms a step", "floor, ms", "first time, s", "later, s"]
@@ -150,7 +169,8 @@ def on_gpu(found: Data) -> str:
     if starts:
         late = sorted(starts, key=lambda row: row["first_s"] / row["seconds"])[-3:]
         told = ", ".join(
-            f"{row['first_s'] / row['seconds']:.2f} ({row['requests']} requests, {row['experts'] or 'no'} experts)"
+            f"{row['first_s'] / row['seconds']:.2f} ({_counted(row['requests'], 'request')} of "
+            f"{_counted(row['experts'], 'expert') if row['experts'] else 'the base'})"
             for row in reversed(late)
         )
         prompts.append(
@@ -159,6 +179,12 @@ def on_gpu(found: Data) -> str:
             "experts, whose prompts have many lengths."
         )
     meta = found["meta"]
+    memory = {name: count / 1e9 for name, count in meta["memory"].items() if name != "host"}
+    told = ", ".join(f"{name} {gb:.2f}" for name, gb in memory.items() if gb >= 0.01)
+    prompts.append(
+        f"- Device memory as `Engine.memory` tells it when the engine is ready: {told} GB, in all "
+        f"{sum(memory.values()):.2f} GB; torch has allocated {meta['memory_allocated'] / 1e9:.2f} GB."
+    )
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     under = (
         f"{meta['model']}; prompts of {meta['prompt']} tokens, {meta['new_tokens']} new ones each. The floor is "

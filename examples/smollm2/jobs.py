@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from multiprocessing.queues import Queue as MultiprocessingQueue
 from pathlib import Path
 from queue import Queue
@@ -33,7 +34,11 @@ from tasks import TASKS, Row, read_rows, spread, write_calibration
 from train import Recipe, train
 
 Found = dict[str, Any]
-COLUMNS = ("expert", "method", "budget", "bpw", *score.RIGHT, "kl", "kl_merged", "seconds")  # of the results
+TRAINED = ("scope", "held_out_before", "held_out_after")  # how the compressed expert was, see `Distillation`
+COLUMNS = (  # of the results
+    *("expert", "training", "method", "budget", "bpw"),
+    *(*score.RIGHT, "kl", "kl_merged", *TRAINED, "seconds", "notices"),
+)
 _device = "cpu"  # of this process
 
 
@@ -143,7 +148,8 @@ def train_expert(plan: Plan, expert: str) -> Found:
     (plan.work / "references" / f"{expert}.json").unlink(missing_ok=True)
     plan.expert(expert).parent.mkdir(parents=True, exist_ok=True)
     found = train(plan.base, rows, plan.expert(expert), recipe_of(plan, expert), _device, say)
-    return store(plan.expert(expert) / "training.json", {"base": plan.base_name, **found})
+    ended = datetime.now(UTC).isoformat(timespec="seconds")
+    return store(plan.expert(expert) / "training.json", {"base": plan.base_name, **found, "ended": ended})
 
 
 def measure_reference(plan: Plan, expert: str) -> Found:
@@ -162,18 +168,26 @@ def measure_reference(plan: Plan, expert: str) -> Found:
     return store(file, found | {"seconds": time.perf_counter() - started})
 
 
-def compress(plan: Plan, expert: str, method: str, budget: methods.Budget) -> tuple[meswitch.Artifact, float]:
-    """The artifact, made if it is not there, and the seconds that it took."""
+def compress(plan: Plan, expert: str, method: str, budget: methods.Budget) -> tuple[meswitch.Artifact, Found]:
+    """The artifact, made if it is not there, and of its making `seconds` and `notices`."""
     out = plan.artifact(expert, method, budget)
     file = out.with_name(out.name + ".json")
     chosen = {"options": methods.METHODS[method][budget]}
     if out.is_dir() and (found := stored(file, chosen)):
-        return meswitch.Artifact.open(out), found["seconds"]
+        return meswitch.Artifact.open(out), found
+    notices: list[str] = []
+
+    def notice(line: str) -> None:
+        notices.append(line)
+        say(f"{expert} {out.name}: {line}")
+
     started = time.perf_counter()
     options = methods.options(method, budget, str(plan.work / "calibration" / f"{expert}.jsonl"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    artifact = meswitch.compress(plan.base, plan.expert(expert), out, options, device=_device, overwrite=True)
-    return artifact, store(file, chosen | {"seconds": time.perf_counter() - started})["seconds"]
+    artifact = meswitch.compress(
+        plan.base, plan.expert(expert), out, options, device=_device, overwrite=True, notice=notice
+    )
+    return artifact, store(file, chosen | {"seconds": time.perf_counter() - started, "notices": notices})
 
 
 def stored_row(plan: Plan, expert: str, method: str, budget: methods.Budget) -> Found | None:
@@ -185,7 +199,7 @@ def measure(plan: Plan, expert: str, method: str, budget: methods.Budget, refere
     """One row: an expert, compressed and merged."""
     if found := stored_row(plan, expert, method, budget):
         return found
-    artifact, seconds = compress(plan, expert, method, budget)
+    artifact, made = compress(plan, expert, method, budget)
     tokenizer, rows = AutoTokenizer.from_pretrained(plan.base), plan.dev(expert)
     texts = score.answers_of(tokenizer, plan.kl_rows(expert))
     full = score.load(plan.expert(expert), torch.float32, _device)
@@ -194,15 +208,19 @@ def measure(plan: Plan, expert: str, method: str, budget: methods.Budget, refere
     del exact
     merged = meswitch.load_merged(plan.base, artifact.directory, torch.bfloat16).to(_device)
     right = score.pack(score.outcomes(merged, tokenizer, TASKS[expert], rows, plan.batch))
+    training, distillation = trained(plan, expert), artifact.manifest.method.distillation
     found = {
         "expert": expert,
+        "training": training and training.get("ended"),
         "method": method,
         "budget": budget,
         "bpw": artifact.bits_per_weight,
         **score.compared(expert, right, reference["full"], reference["base"]),
         "kl": divergence,
         "kl_merged": score.kl(merged.float(), full, texts),  # float32 arithmetic: what rounding the weights does
-        "seconds": seconds,
+        **{name: getattr(distillation, name, None) for name in TRAINED},
+        "seconds": made["seconds"],
+        "notices": made.get("notices"),
         **plan.asked,
         "options": methods.METHODS[method][budget],
         "right": right,

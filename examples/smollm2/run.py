@@ -222,7 +222,8 @@ def told(job: str, found: Found) -> str:
         return f"{found['equal']} of {found['questions']} answers equal"
     gain = "" if found["gain"] is None else f"gain {found['gain']:.3f}, lost {found['lost']}, won {found['won']}, "
     divergences = f"KL {found['kl']:.5f}, merged {found['kl_merged']:.5f}"
-    return f"{found['bpw']:.3f} bpw, {gain}{divergences}, compressed in {found['seconds']:.0f} s"
+    way = {"model": ", trained end to end", "block": ", trained block by block"}.get(found["scope"], "")
+    return f"{found['bpw']:.3f} bpw, {gain}{divergences}, compressed in {found['seconds']:.0f} s{way}"
 
 
 if __name__ == "__main__":

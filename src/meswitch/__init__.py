@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from meswitch.artifact import Artifact
     from meswitch.compression import Options, compress, load_merged
     from meswitch.compression.merge import merge
-    from meswitch.engine import Chunk, Completion, Engine, SamplingParams
+    from meswitch.engine import Chunk, Completion, Engine, EngineOptions, SamplingParams
     from meswitch.errors import MeswitchError
     from meswitch.family import Family
 
@@ -23,6 +23,7 @@ _HOME = {
     "Chunk": "engine",
     "Completion": "engine",
     "Engine": "engine",
+    "EngineOptions": "engine",
     "Family": "family",
     "MeswitchError": "errors",
     "SamplingParams": "engine",
@@ -44,6 +45,7 @@ __all__ = [
     "Chunk",
     "Completion",
     "Engine",
+    "EngineOptions",
     "Family",
     "MeswitchError",
     "Options",

@@ -31,34 +31,24 @@ def engine_from_family(family: Family) -> "Engine":
         ArtifactError: an expert has not been compressed yet, or its artifact is damaged.
         MeswitchError: see `Engine`.
     """
-    from meswitch.engine import Engine
+    from meswitch.engine import Engine, EngineOptions
 
-    for section in family.expert:
-        directory = family.resolve(section.delta)
+    for expert in family.expert:
+        directory = family.resolve(expert.delta)
         recover_directory(directory)
         if not directory.exists():
             raise ArtifactError(
-                f"expert {section.name!r}: {directory}: no such artifact; make it with "
-                f"`meswitch compress --family {family.directory} --expert {section.name}`"
+                f"expert {expert.name!r}: {directory}: no such artifact; make it with "
+                f"`meswitch compress --family {family.directory} --expert {expert.name}`"
             )
-    options = family.engine
-    return Engine(
-        family.resolve_model(family.base.path),
-        family.deltas(),
+    section = family.engine
+    options = EngineOptions(
+        **section.model_dump(exclude={"backend"}),
         base_name=family.base.name,
-        device=options.device,
-        dtype=options.dtype,
-        slots=options.slots,
-        host_bytes=options.host_bytes,
-        merged_bytes=options.merged_bytes,
-        max_batch_tokens=options.max_batch_tokens,
-        kv_cache_tokens=options.kv_cache_tokens,
-        max_queue=options.max_queue,
-        op_backend=None if options.backend == "auto" else options.backend,
-        cuda_graphs=options.cuda_graphs,
-        runner=options.runner,
+        op_backend=None if section.backend == "auto" else section.backend,
         grows=family.server.experts_dir is not None,
     )
+    return Engine(family.resolve_model(family.base.path), family.deltas(), options)
 
 
 def router_from_family(

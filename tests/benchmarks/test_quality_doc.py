@@ -200,6 +200,46 @@ def test_the_page_leads_with_what_is_stored_of_smollm2(made: Command, smollm2: P
     assert (page.parent / "quality" / "smollm2.svg").stat().st_size < 60_000
 
 
+def test_peers_are_compared_within_a_training_of_an_expert_only(benchmark_script: Callable[[str], ModuleType]) -> None:
+    page = benchmark_script("quality.smollm2")
+
+    def row(*arguments, **more) -> dict:
+        return smollm2_row(*arguments) | more
+
+    rows = [
+        row("math", "me-switch", 2.2, 2.19, 0.01, 74, training="1", scope="block"),
+        row("math", "me-switch", 1.0, 0.99, 0.05, 68, training="2", full=0.7),
+        row("math", "rtn", 2.2, 2.14, 0.04, 50, training="1"),
+        row("math", "svd", 2.2, 2.14, 0.001, 50, training="2", full=0.7),  # nearer, to another full expert
+        row("math", "dare", 1.0, 0.99, 0.04, 50, training="2", full=0.7),
+        row("math", "bitdelta", 1.0, 1.00, 0.008, 60, training="1"),  # nearer than ours at 2.2, with fewer bytes
+    ]
+    data = {"meta": {}, "rows": rows}
+    assert page.ahead(data) == (
+        "Ours has the lower KL in 1 of 2 comparisons with a peer at its budget; not against dare on math at 1.0. With "
+        "fewer bytes than ours a peer has the lower KL: bitdelta at 1.00 bits a weight (0.008) on math, ours at 2.19 "
+        "bits a weight (0.01). No peer's gain at our budget is above ours beyond both intervals. Not counted, as ours "
+        "is of another training of the expert: 2."
+    )
+    assert page.trainings(data) == [
+        "The rows of math are of several trainings of the expert, each with its own base and full figures.",
+        "Trained block by block, where end to end is the default for this size: math at 2.2.",
+    ]
+    rows[5] |= {"gain_low": 1.1}
+    rows[1]["training"], rows[1]["full"] = "1", 0.8
+    assert "A peer's gain is above ours beyond both intervals: bitdelta on math at 1.0." in page.ahead(data)
+
+
+def test_base_and_full_are_a_range_where_trainings_differ(made: Command, smollm2: Path) -> None:
+    file, page = smollm2 / "smollm2.json", smollm2 / "docs" / "quality.md"
+    data = json.loads(file.read_text())
+    data["rows"][1] |= {"full": 0.7, "training": "another"}
+    file.write_text(json.dumps(data))
+    made("--results", str(smollm2), "--doc", str(page))
+    ends = "Right answers of base and full fine-tune: math 20.0% and 70.0% to 80.0%."
+    assert f"{ends}\n\nThe rows of math" in page.read_text()
+
+
 def test_the_page_says_what_to_run_where_smollm2_is_not_measured(made: Command, results: Path) -> None:
     page = results / "docs" / "quality.md"
     made("--results", str(results), "--doc", str(page))

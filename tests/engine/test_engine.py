@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 import meswitch
-from meswitch import Engine, SamplingParams
+from meswitch import Engine, EngineOptions, SamplingParams
 from meswitch.engine import Request
 from meswitch.engine.attention import PAGE
 from meswitch.engine.request import StopText
@@ -161,6 +161,27 @@ def test_a_prompt_longer_than_the_context_is_refused_and_long_answers_are_cut_to
 def test_sampling_parameters_out_of_range_are_named(engine, options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))}: .* is out of range"):
         engine.generate([QUESTION], model="math", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runner": "both"}, "runner: 'both' is none of auto, batch, turns"),
+        ({"dtype": "float8"}, "dtype: 'float8' is none of auto, float32, bfloat16, float16"),
+        ({"slots": 0}, "slots: 0 is less than 1"),
+        ({"max_queue": -1}, "max_queue: -1 is less than 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_named_before_anything_is_read(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine("nowhere", {}, **options)
+
+
+def test_options_may_be_given_whole_and_single_ones_beside(family, deltas):
+    options = EngineOptions(base_name="plain", device="cpu", slots=1, max_queue=7)
+    with Engine(family / "base", {"math": deltas["math"]}, options, max_queue=3) as engine:
+        assert engine.names == ["plain", "math"]
+        assert engine.max_queue == 3
 
 
 def test_another_base_is_refused_at_the_start(family, deltas):

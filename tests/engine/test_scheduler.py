@@ -8,9 +8,9 @@ from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.scheduler import Job, Scheduler
 
 
-def job(name, tokens, owner=None, new=1000):
+def job(name, tokens, owner=None, new=1000, slot=0):
     ids = list(tokens) if not isinstance(tokens, int) else [hash(name) % 1000 + i for i in range(tokens)]
-    return Job(name, ids, 0, owner or name, SamplingParams(max_new_tokens=new), frozenset(), lambda *told: None)
+    return Job(name, ids, slot, owner or name, SamplingParams(max_new_tokens=new), frozenset(), lambda *told: None)
 
 
 def make(pages=20, tokens=256, requests=8, jobs=()):
@@ -63,6 +63,27 @@ def test_where_few_tokens_take_as_long_as_many_prompts_are_not_cut():
     while len(made.running) + len(made.waiting) > 1:
         steps.append(sum(length for _, length in advance(made, 0.9 * scheduler.PAUSE)))
     assert len(steps) <= 6
+
+
+def test_prompts_of_few_experts_share_a_step():
+    made = make(tokens=100, pages=400, requests=100)
+    made.waiting.extend(job(f"{place % 4}-{place}", 20, new=1, slot=place % 4) for place in range(40))
+    experts = []
+    while made.waiting:
+        experts.append(len({name[0] for name, _ in advance(made)}))
+    assert experts == [1] * 8  # one after the other they would be 4 in each step
+
+
+def test_the_oldest_that_waits_is_next_however_many_of_other_experts_come():
+    made = make(tokens=100, pages=400, requests=100)
+    made.waiting.extend(job(f"many-{place}", 20, new=1, slot=1) for place in range(10))
+    made.waiting.append(job("one", 20, new=1, slot=2))
+    seen = []
+    for number in range(4):
+        made.waiting.extend(job(f"more-{number}-{place}", 30, new=1, slot=1) for place in range(10))
+        seen.append([name.partition("-")[0] for name, _ in advance(made)])
+    assert seen[:2] == [["many"] * 5] * 2
+    assert "one" in seen[2]
 
 
 def test_a_pace_is_a_line_through_the_steps_of_late():

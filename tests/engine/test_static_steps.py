@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import meswitch
 from meswitch import Engine, SamplingParams
 from meswitch.compression.merge import load_merged
-from meswitch.engine import context, layers
+from meswitch.engine import context, joined, layers
 from meswitch.engine.batching import Batch
 from meswitch.errors import MeswitchError
 from tests.engine.test_kernels import keep_tokens, logits_alone
@@ -40,7 +40,7 @@ def requests_of(draw, count=40):
 
 @pytest.mark.parametrize("case", CASES)
 def test_requests_of_all_kinds_come_cancel_and_fail(case, pair, tmp_path, monkeypatch):
-    for module in (context, layers):  # the kernels' place in the engine, without the interpreter's time
+    for module in (context, joined, layers):  # the kernels' place in the engine, without the interpreter's time
         monkeypatch.setattr(module, "TRITON", "reference")
     base, expert = pair("mistral", change=0.5, num_hidden_layers=2, vocab_size=300, sliding_window=50)
     keep_tokens(base, 300), keep_tokens(expert, 300)

@@ -83,11 +83,27 @@ def test_every_expert_has_a_row_for_each_method(work: Path) -> None:
         assert 0 < row["kl"] < 1
         assert 0 < row["kl_merged"] < 1
         assert (row["n"], row["lost"] is None) == ((6, False) if row["expert"] == "math" else (None, True))
+    ended = {name: about["training"]["ended"] for name, about in found["meta"]["experts"].items()}
+    assert [row["training"] for row in found["rows"]] == [ended[row["expert"]] for row in found["rows"]]
+    assert {row["scope"] for row in found["rows"]} == {None}  # none of these is trained
     assert found["rows"][0]["bpw"] <= 2.2
     assert found["rows"][0]["kl"] < found["rows"][1]["kl"]  # ours against rounding to nearest
     assert set(found["meta"]["versions"]) == {"torch", "transformers", "meswitch"}
     assert found["meta"]["experts"]["math"]["training"]["steps"] == 2
     assert str(work) not in json.dumps(found)
+
+
+@pytest.mark.slow
+def test_a_row_says_how_the_artifact_was_trained_and_what_was_told(
+    small: ModuleType, work: Path, data: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meswitch.compression.pipeline.scope_for", lambda expert, device: ("block", "too little free"))
+    monkeypatch.setattr(script("methods"), "METHODS", {"rtn": {1.3: {"bits": 1, "distill": 1}}})
+    out = ("--out", str(work / "trained.json"))
+    [row] = small.main(command(work, data, "--methods", "rtn", "--budgets", "1.3", *out))["rows"]
+    assert row["scope"] == "block"
+    assert row["held_out_after"] <= row["held_out_before"]
+    assert row["notices"][-1] == "too little free"
 
 
 def test_served_answers_are_those_of_the_merged_model(work: Path) -> None:
@@ -97,7 +113,7 @@ def test_served_answers_are_those_of_the_merged_model(work: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(small: ModuleType, work: Path, data: Path, script: Script) -> None:
-    before = {file: file.stat().st_mtime_ns for file in work.rglob("*.json") if file.name != "smollm2.json"}
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*.json") if file.parent != work}
     (work / "rows" / "math" / "rtn-2.2.json").unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script("jobs"), "train", None)

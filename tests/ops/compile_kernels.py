@@ -3,13 +3,14 @@
 import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.runtime.jit import mangle_type
+from triton.runtime.jit import MockTensor, mangle_type
 
 from meswitch.ops.layout import Variant
 from meswitch.ops.triton.ahead import (
@@ -41,6 +42,8 @@ def jobs() -> list[Compilation]:
     found = [
         *fused_jobs(6144, 4096, two, bf16, True, [(32, 16, 16), (32, 7, 4)]),
         *fused_jobs(200, 1100, odd, fp16, False, [(8, 2, 2)]),
+        *fused_jobs((4096, 1024, 1024), 4096, two, bf16, True, [(32, 16, 16)]),
+        *fused_jobs((200, 64), 1100, odd, fp16, False, [(8, 2, 2)], torch.int8),
         *fused_jobs(6144, 4096, two, bf16, True, [(32, 16, 16)], torch.int8),
         *fused_jobs(200, 1100, odd, fp16, False, [(8, 2, 2)], torch.float8_e4m3fn),
         *fused_jobs(4096, 14336, Variant(0, False, 0, 0), bf16, False, [(8, 0, 1)], torch.float8_e4m3fn),
@@ -66,19 +69,21 @@ def compile_for(job: Compilation, capability: int) -> str:
     if "EARLY" in constants and capability >= 90:
         constants["EARLY"], options["launch_pdl"] = True, True
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else "i32" for name in names}
+    signature: dict[str, Any] = dict.fromkeys(names, "constexpr")
     aligned = {}
     for place, argument in enumerate(arguments):
-        if argument is None:
-            signature[names[place]], constants[names[place]] = "constexpr", None
-            continue
-        if isinstance(argument, torch.dtype):
-            signature[names[place]] = TYPES[argument]
-        elif not isinstance(argument, int):
-            signature[names[place]] = mangle_type(argument)  # a descriptor
-            continue
-        if isinstance(argument, torch.dtype) or argument % 16 == 0:
-            aligned[place,] = [["tt.divisibility", 16]]
+        own = argument if isinstance(argument, tuple) else (argument,)
+        types = []
+        for number, one in enumerate(own):
+            if isinstance(one, int | torch.dtype | MockTensor):
+                dtype = one.dtype if isinstance(one, MockTensor) else one
+                types.append("i32" if isinstance(one, int) else TYPES[dtype])
+                if not isinstance(one, int) or one % 16 == 0:
+                    at = (place, number) if isinstance(argument, tuple) else (place,)
+                    aligned[at] = [["tt.divisibility", 16]]
+            else:
+                types.append(mangle_type(one))  # a descriptor
+        signature[names[place]] = tuple(types) if isinstance(argument, tuple) else types[0]
     try:
         source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
         triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -13,6 +13,7 @@ from meswitch.ops import (
     expert_linear,
     expert_prefill,
     fused_linear,
+    fused_linears,
 )
 from meswitch.ops.codes import Codes
 from meswitch.ops.triton.ahead import (
@@ -24,9 +25,10 @@ from meswitch.ops.triton.ahead import (
     fused_jobs,
     prefill_jobs,
 )
-from tests.support.deltas import DEVICE, random_delta
+from tests.support.deltas import DEVICE, in_one_arena, random_delta
 
 ROWS, WIDTH, DTYPE = 256, 1024, torch.bfloat16
+ROWS_OF_LINEARS = 15  # place among the fused kernel's arguments
 CODES = [torch.ones(ROWS, WIDTH, dtype=torch.int8), torch.ones(ROWS, WIDTH // 2, dtype=torch.uint8)]
 SCALES = [torch.ones(ROWS), torch.ones(WIDTH // 128, ROWS)]
 STEPS = [[0], [0, 1, 2, -1], [0] * 9 + [1] * 3, [t % 3 for t in range(40)]]
@@ -43,6 +45,7 @@ def jobs(layer):
     steps = [(len(slots), routing.slots.numel(), routing.likely) for slots, routing in built]
     held = [job for codes in CODES for job in fused_jobs(*about, False, steps, codes.dtype)]
     held += [dequantise_job(ROWS, WIDTH, DTYPE, codes.dtype) for codes in CODES]
+    held += fused_jobs((ROWS, ROWS), *about[1:], False, steps)
     found = [*fused_jobs(*about, False, steps), *held, *decode_jobs(*about, 8), *prefill_jobs(*about, False, 1024)]
     return [*found, embedding_job(*about, False)]
 
@@ -56,6 +59,7 @@ def run(layer):
         x, routing = torch.randn(len(slots), WIDTH).to(DEVICE, DTYPE), Routing.build(slots, DEVICE)
         for codes in held:
             fused_linear(x, codes, layer, routing, backend="triton")
+        fused_linears(x, [weight, weight], in_one_arena([layer, layer]), routing, [None, None], "triton")
         expert_linear(fused_linear(x, weight, layer, routing, backend="triton"), x, layer, routing, "triton")
     owners = [0] * 256 + [1] * 300 + [2] * 100 + [-1] * 20
     x = torch.randn(len(owners), WIDTH).to(DEVICE, DTYPE)
@@ -93,11 +97,9 @@ def test_jobs_have_the_constants_of_the_launches(layer, monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*arguments, **constants):
-                launched.append(
-                    Compilation(
-                        self.name, DTYPE, ROWS, WIDTH, constants, self.name == "decode" and constants["SPLIT"] > 1
-                    )
-                )
+                rows = arguments[ROWS_OF_LINEARS] if self.name == "fused" else ROWS
+                scratch = self.name == "decode" and constants["SPLIT"] > 1
+                launched.append(Compilation(self.name, DTYPE, rows, WIDTH, constants, scratch))
                 return self.kernel[grid](*arguments, **constants)
 
             return launch

@@ -92,7 +92,7 @@ def test_every_output_is_written_and_nothing_else():
     layer = SlotLinear.build([random_delta(50, 300, 2), None], DEVICE)
     x, weight = inputs(4, layer, torch.bfloat16)
     poisoned = torch.full((6, 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    fused(poisoned[1:5, :50], x, weight, None, layer, Routing.build([0, -1, 1, 0], DEVICE))
+    fused([poisoned[1:5, :50]], x, [weight], [None], [layer], Routing.build([0, -1, 1, 0], DEVICE))
     assert poisoned[1:5, :50].isfinite().all()
     assert poisoned[0].isnan().all()
     assert poisoned[5].isnan().all()
@@ -110,7 +110,7 @@ def test_the_order_in_which_items_start_changes_nothing():
     for before, every in [(1.0, 1), (0.5, 1), (0.0, 2)]:
         y = torch.full((5, 150), float("nan"), dtype=torch.bfloat16, device=DEVICE)
         config = dataclasses.replace(chosen, before=before, every=every)
-        fused(y, x, weight, None, layer, routing, config)
+        fused([y], x, [weight], [None], [layer], routing, config)
         found.append(y)
     assert found[0].isfinite().all()
     assert torch.equal(found[0], found[1])

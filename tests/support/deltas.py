@@ -1,5 +1,7 @@
 """Random deltas for the tests of ops, and what they add in fp64."""
 
+import dataclasses
+
 import torch
 
 from meswitch.codec import PackedDelta, pack
@@ -29,6 +31,18 @@ def random_delta(rows, in_features, bits, group_size=64, salient=0, seed=0):
         group_size=group_size,
         in_features=in_features,
     )
+
+
+def in_one_arena(layers):
+    """As an engine has them: every layer's deltas in one buffer."""
+    arena, found = torch.cat([layer.arena for layer in layers]), []
+    first = 0
+    for layer in layers:
+        table, present = layer.table.clone(), layer.table[:, :2].any(1)
+        table[present, 2:7] += first // 16
+        found.append(dataclasses.replace(layer, arena=arena, table=table))
+        first += layer.arena.numel()
+    return found
 
 
 def expected(y, x, deltas, token_slots):

@@ -36,7 +36,7 @@ from meswitch.compression.text import CalibrationSet, gather
 from meswitch.cpu import fitting_threads
 from meswitch.errors import IncompatibleError
 from meswitch.tokenizer import ChatTokenizer, has_tokenizer
-from meswitch.units import Progress, silent
+from meswitch.units import Progress, format_bytes, silent
 
 DISTILL_SEQUENCES = 32  # of text; fewer train nothing unless steps are asked for
 DISTILL_BYTES = 256 << 20  # on a CPU, of experts that are trained unasked: larger ones take hours
@@ -107,7 +107,7 @@ def compress(
         if options.target_bpw is not None:
             with fitting_threads(where, target.config.get_text_config().hidden_size):
                 starts = [] if text is None or moments is None else text.known_starts[: len(moments)]
-                fits = _fits(target, where)
+                fits = _fits(target, where, notice)
                 specs = specs_within(source, target, options, moments, starts, fits, where, progress)
         stage = out if recipe is None else work.directory / "undistilled"
         replace = overwrite or recipe is not None
@@ -138,7 +138,10 @@ def _text_and_recipe(
 ) -> tuple[CalibrationSet | None, TrainingRecipe | None]:
     """Calibration text, if any is asked for, and how to train on it, if that is done."""
     steps = options.asked_steps
-    recipe = options.recipe_for(scope_for(expert, device)) if options.has_scales and steps != 0 else None
+    recipe, shortage = None, None
+    if options.has_scales and steps != 0:
+        scope, shortage = scope_for(expert, device)
+        recipe = options.recipe_for(scope)
     if recipe is not None and steps is None and device.type == "cpu" and expert.nbytes > DISTILL_BYTES:
         if options.source is not None:
             takes = about_duration(cost_of(expert, [_SEQUENCE] * DISTILL_SEQUENCES, recipe, device).seconds)
@@ -158,6 +161,8 @@ def _text_and_recipe(
         return text, None
     check_text(text.sequences)
     notice(statement(recipe, cost_of(expert, [len(ids) for ids in text.sequences], recipe, device)))
+    if shortage is not None and recipe != options.recipe_for("model"):  # nobody named the scope
+        notice(shortage)
     return text, recipe
 
 
@@ -189,8 +194,17 @@ def _possible(
     return recipe
 
 
-def _fits(expert: Checkpoint, device: torch.device) -> bool:
-    """Whether the full expert may be loaded whole to measure what it minds."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] > 2 * expert.nbytes
-    return expert.nbytes <= DISTILL_BYTES
+def _fits(expert: Checkpoint, device: torch.device, notice: Callable[[str], None]) -> bool:
+    """Whether the full expert may be loaded whole to measure what it minds.
+
+    A GPU that lacks the memory is told of: the same call may share out bits otherwise when others use less of it.
+    """
+    if device.type != "cuda":
+        return expert.nbytes <= DISTILL_BYTES
+    needed, free = 2 * expert.nbytes, torch.cuda.mem_get_info(device)[0]
+    if free <= needed:
+        notice(
+            "bits are shared out without measuring what the model minds: that takes more than "
+            f"{format_bytes(needed)} of the GPU's memory, and {format_bytes(free)} are free"
+        )
+    return free > needed

@@ -7,7 +7,7 @@ tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import Rows, Switch
+from meswitch.engine.joined import Joined
 from meswitch.engine.layers import (
     Seen,
     Switchable,
@@ -36,9 +37,13 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call of a module: the step's tokens and rows of logits, the shapes that went in and came out."""
+    """One call of a module: the step's tokens and rows of logits, the shapes that went in and came out.
+
+    source: the first tensor that went in; of one step, two calls with the same were given the very same.
+    """
 
     step: int
+    source: int
     tokens: int
     logits: int
     inputs: tuple[tuple[int, ...], ...]
@@ -62,6 +67,7 @@ class Survey:
         self._model, self._switch = model, switch
         self._calls: dict[str, list[_Call]] = {}
         self._steps = 0
+        self._given: dict[int, Tensor] = {}  # of this step, so that no two tensors have one id
 
     def __enter__(self) -> "Survey":
         self._handles = [self._model.register_forward_pre_hook(self._count)]
@@ -73,9 +79,11 @@ class Survey:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
+        self._given = {}
 
     def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._steps += 1
+        self._given = {}
 
     def _noting(self, name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -83,8 +91,10 @@ class Survey:
             leaves = pytree.tree_leaves((args, kwargs))
             given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            self._given |= {id(tensor): tensor for tensor in given[:1]}
             call = _Call(
                 self._steps,
+                id(given[0]) if given else 0,
                 len(step.owners),
                 len(step.logit_owners),
                 tuple(tuple(tensor.shape) for tensor in given),
@@ -143,6 +153,13 @@ class Survey:
             for shape in (call.inputs[0], call.outputs[0])
         )
 
+    def same_input(self, names: Iterable[str]) -> list[list[str]]:
+        """Which of some modules were given the very same tensor in every step: groups of two and more, as called."""
+        groups: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        for name in (name for name in self._calls if name in set(names)):
+            groups.setdefault(tuple((call.step, call.source) for call in self._calls[name]), []).append(name)
+        return [group for group in groups.values() if len(group) > 1]
+
     @property
     def steps(self) -> int:
         return self._steps
@@ -184,6 +201,7 @@ class Attachment:
 
     Args:
         wraps: module name -> makes its wrapper.
+        joined: modules that are given the same input, as they are called.
         kernel: stored names whose deltas the GPU kernels may compute.
         reasons: why some expert cannot be switched in this model, a line for each module; empty if all can.
         idle: parts of the model that were not called at all, such as a tower for images: what experts change there
@@ -191,6 +209,7 @@ class Attachment:
     """
 
     wraps: Mapping[str, _Make]
+    joined: Sequence[Sequence[str]]
     kernel: frozenset[str]
     reasons: tuple[str, ...]
     idle: tuple[str, ...]
@@ -199,6 +218,9 @@ class Attachment:
         """Wrap; the model is changed in place."""
         for name, make in self.wraps.items():
             _replace(model, name, make(switch))
+        for names in self.joined:
+            layers = [model.get_submodule(name) for name in names]
+            Joined.join([one for one in layers if isinstance(one, SwitchableLinear) and not one.transposed])
 
     def undo(self, model: Any) -> None:
         """Give the model its own modules back."""
@@ -271,7 +293,7 @@ def plan_attachment(model: Any, stored: StoredTensors, survey: Survey, vocabular
     reasons = tuple(
         f"{paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {why}" for why, paths in refused.items()
     )
-    return Attachment(chosen, frozenset(kernel), reasons, tuple(sorted(idle)))
+    return Attachment(chosen, survey.same_input(chosen), frozenset(kernel), reasons, tuple(sorted(idle)))
 
 
 def _simple(

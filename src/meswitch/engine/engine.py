@@ -27,7 +27,7 @@ from meswitch.engine.coded import codes_bytes, codes_fault, hold_codes, restore_
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.request import TRACE, Chunk, Completion, Request, stopped
-from meswitch.engine.runner import RunnerName, Sizes, attention_for, compute_dtype, open_runner
+from meswitch.engine.runner import EngineOptions, attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
 from meswitch.errors import CapacityError, ConfigError, ContextLengthError, LoadError, MeswitchError, UnknownExpertError
@@ -43,21 +43,10 @@ class Engine:
     """Generates with the base and with any of its experts, in one batch.
 
     Args:
-        base: checkpoint directory or hub id. base_name: the base's own name.
+        base: checkpoint directory or hub id.
         experts: directories of artifacts, or of PEFT adapters, by name.
-        device: `auto`, `cpu` or `cuda`. dtype: `auto` (float32 on a CPU, the checkpoint's on a GPU) or a name.
-        slots: experts on the device at a time. host_bytes: budget for experts in host memory, None for no limit.
-        merged_bytes: budget for experts' merged weights where no kernels run, which makes a CPU several times as fast;
-            None for half of the memory that is free in float32 on a CPU, 0 for none.
-        max_batch_tokens: tokens of one step. kv_cache_tokens: tokens of all running requests together.
-        max_queue: waiting and running requests; one more is refused.
-        op_backend: what computes deltas: `triton` (bfloat16 or float16), `cpu` or `reference`; None is triton on a GPU,
-            cpu elsewhere.
-        cuda_graphs: record decode steps when the engine opens, where the kernels run: several times as fast, for some
-            seconds at the start.
-        runner: `batch`, one running batch for all experts; `turns`, one expert at a time, for any model; `auto`, the
-            batch if it is proven right for this base and these experts when the engine opens.
-        grows: make all slots, also those that no expert needs yet, for experts that are added later.
+        options: what it may take and how it computes; None for the defaults.
+        settings: single options by name instead, such as `device="cuda", slots=8`.
 
     Raises:
         MeswitchError: see `meswitch.errors`: a damaged artifact, another base, a layer that cannot be switched.
@@ -67,40 +56,29 @@ class Engine:
         self,
         base: str | Path,
         experts: Mapping[str, str | Path],
-        *,
-        base_name: str = "base",
-        device: str = "auto",
-        dtype: str = "auto",
-        slots: int = 4,
-        host_bytes: int | None = None,
-        merged_bytes: int | None = None,
-        max_batch_tokens: int = 2048,
-        kv_cache_tokens: int = 32768,
-        max_queue: int = 1024,
-        op_backend: str | None = None,
-        cuda_graphs: bool = True,
-        runner: RunnerName = "auto",
-        grows: bool = False,
+        options: EngineOptions | None = None,
+        **settings: Any,
     ) -> None:
-        if base_name in experts or "auto" in (base_name, *experts):
-            raise ConfigError(f"experts: the names {base_name!r} (the base's) and 'auto' are taken")
-        self.base_name = base_name
-        self.max_queue = max_queue
+        options = dataclasses.replace(options or EngineOptions(), **settings)
+        if options.base_name in experts or "auto" in (options.base_name, *experts):
+            raise ConfigError(f"experts: the names {options.base_name!r} (the base's) and 'auto' are taken")
+        self.base_name = options.base_name
+        self.max_queue = options.max_queue
         checkpoint = Checkpoint.open(base)
         artifacts = {name: open_expert(path, checkpoint) for name, path in experts.items()}
         self._checkpoint = checkpoint
         self._fingerprint = fingerprint(checkpoint) if artifacts else None
         for artifact in artifacts.values():
             artifact.check_base(checkpoint, known=self._fingerprint)
-        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self.tokenizers = {base_name: ChatTokenizer.open(base_name, checkpoint.directory)}
+        target = options.target
+        self.tokenizers = {self.base_name: ChatTokenizer.open(self.base_name, checkpoint.directory)}
         self.tokenizers |= {name: ChatTokenizer.open(name, artifact.directory) for name, artifact in artifacts.items()}
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
-        prepare = None if runner == "turns" else partial(hold_codes, op_backend=op_backend, device=target)
-        self.model = _load_model(architecture, checkpoint, target, dtype, prepare)
-        sizes = Sizes(slots, host_bytes, max_batch_tokens, kv_cache_tokens, merged_bytes, cuda_graphs, grows)
-        opened = open_runner(self.model, stored, artifacts, sizes, wanted=runner, op_backend=op_backend)
+        takes_turns = options.runner == "turns"
+        prepare = None if takes_turns else partial(hold_codes, op_backend=options.op_backend, device=target)
+        self.model = _load_model(architecture, checkpoint, target, options.dtype, prepare)
+        opened = open_runner(self.model, stored, artifacts, options)
         self.store, self._batch = opened.store, opened.runner
         self.store.watch(self._accept, self.tokenizers)
         self.by_turns = opened.reasons

@@ -25,6 +25,7 @@ from meswitch.engine.context import (
     base_with_deltas,
     product_with_deltas,
 )
+from meswitch.engine.joined import Joined
 from meswitch.engine.parameters import ExpertParameters
 from meswitch.engine.tables import Own
 from meswitch.errors import MeswitchError
@@ -125,6 +126,7 @@ class SwitchableLinear(Switchable):
         super().__init__(base, name, switch, seen)
         self.weight_name, self.bias_name, self.transposed = weight, bias, transposed
         self._plain = bias is None and not transposed
+        self.joined: Joined | None = None
 
     @property
     def names(self) -> set[str]:
@@ -135,7 +137,7 @@ class SwitchableLinear(Switchable):
             return nn.functional.linear(x, weight, self.base._parameters["bias"])
         owners = self.owners(x.numel() // x.shape[-1])
         if owners.in_tables:
-            return self._by_tables(x.reshape(-1, x.shape[-1]), owners).view(*x.shape[:-1], -1)
+            return self._by_tables(x, owners).view(*x.shape[:-1], -1)
         if self.switch.merged is not None:
             if owners.sole is not None:
                 return self._own(owners.sole, x)
@@ -160,11 +162,20 @@ class SwitchableLinear(Switchable):
             return None
         return [] if self.bias_name is None else [Own(self.bias_name, self.base.bias)]
 
-    def _by_tables(self, inputs: Tensor, owners: Owners) -> Tensor:
-        """[rows, in_features] -> [rows, out_features]."""
-        layer, own = self.switch.kernel_layer(self.weight_name), self.switch.table(self.bias_name)
-        low_rank = self.switch.low_rank(self.weight_name)
-        y = base_with_deltas(inputs, self.base, self.base.bias if own is None else None, layer, owners)
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether each row's bias is looked up in a table."""
+        return self.switch.tables is not None and self.switch.table(self.bias_name) is not None
+
+    def _by_tables(self, x: Tensor, owners: Owners) -> Tensor:
+        """[..., in_features] -> [rows, out_features]."""
+        inputs, y = x.reshape(-1, x.shape[-1]), None
+        own, low_rank = self.switch.table(self.bias_name), self.switch.low_rank(self.weight_name)
+        if self.joined is not None:
+            y = self.joined.part(self, x, owners)
+        if y is None:
+            layer = self.switch.kernel_layer(self.weight_name)
+            y = base_with_deltas(inputs, self.base, self.base.bias if own is None else None, layer, owners)
         if own is not None:
             y = y + own.values[owners.slots]
         return y if low_rank is None else y + low_rank.product(inputs, owners.slots)

@@ -57,6 +57,7 @@ _REPLAYED = 0.002  # of the norm of logits: less than a step of bfloat16, in whi
 
 RunnerName = Literal["auto", "batch", "turns"]
 RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Runner(Protocol):
@@ -111,26 +112,59 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What an engine may take.
+class EngineOptions:
+    """What an engine may take, and how it computes.
 
     Args:
+        base_name: the base's own name.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, the checkpoint's on a GPU.
         slots: experts on the device at a time.
         host_bytes: budget for experts in host memory, None for no limit.
-        batch_tokens: tokens of one step.
-        kv_tokens: tokens of all running requests together.
-        merged_bytes: budget for merged weights where no kernels run, None for what `merged_budget` says.
-        cuda_graphs: record decode steps where the kernels run.
-        grows: whether experts may be added.
+        merged_bytes: budget for experts' merged weights where no kernels run, which makes a CPU several times as fast;
+            None for half of the memory that is free in float32 on a CPU, 0 for none.
+        max_batch_tokens: tokens of one step.
+        kv_cache_tokens: tokens of all running requests together.
+        max_queue: waiting and running requests; one more is refused.
+        op_backend: what computes deltas: `triton` (bfloat16 or float16), `cpu` or `reference`; None is triton on a GPU,
+            cpu elsewhere.
+        cuda_graphs: record decode steps when the engine opens, where the kernels run: several times as fast, for some
+            seconds at the start.
+        runner: `batch`, one running batch for all experts; `turns`, one expert at a time, for any model; `auto`, the
+            batch if it is proven right for this base and these experts when the engine opens.
+        grows: make all slots, also those that no expert needs yet, for experts that are added later.
+
+    Raises:
+        ConfigError: a value that makes no sense; the message names the option.
     """
 
-    slots: int
-    host_bytes: int | None
-    batch_tokens: int
-    kv_tokens: int
+    base_name: str = "base"
+    device: str = "auto"
+    dtype: str = "auto"
+    slots: int = 4
+    host_bytes: int | None = None
     merged_bytes: int | None = None
+    max_batch_tokens: int = 2048
+    kv_cache_tokens: int = 32768
+    max_queue: int = 1024
+    op_backend: str | None = None
     cuda_graphs: bool = True
+    runner: RunnerName = "auto"
     grows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.runner not in RUNNERS:
+            raise ConfigError(f"runner: {self.runner!r} is none of {', '.join(RUNNERS)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+        for name in ("slots", "max_batch_tokens", "kv_cache_tokens", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+
+    @property
+    def target(self) -> torch.device:
+        """Where it computes."""
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,23 +186,17 @@ def open_runner(
     model: Any,
     stored: StoredTensors,
     artifacts: Mapping[str, Artifact],
-    sizes: Sizes,
-    *,
-    wanted: RunnerName,
-    op_backend: str | None,
+    options: EngineOptions,
 ) -> Opened:
     """Prove what can run these experts, and start it.
 
     Args:
         model: the base; the running batch wraps its modules in place.
-        wanted: `batch` and `turns` ask for one of them; `auto` takes turns where the batch is not proven.
+        options: of the engine.
 
     Raises:
-        ConfigError: no such runner.
         IncompatibleError: `batch` is asked for and not right; the message names every module and the reason.
     """
-    if wanted not in RUNNERS:
-        raise ConfigError(f"runner: {wanted!r} is none of {', '.join(RUNNERS)}")
     started = time.perf_counter()
     reasons = tuple(
         f"{name} is exact: its tensors are restored whole, one expert at a time; compress it with --bits 1 to 4 for a "
@@ -179,12 +207,12 @@ def open_runner(
     vocabularies = [artifact.manifest.expert.vocab_size for artifact in artifacts.values()]
     vocabularies.append(model.get_input_embeddings().weight.shape[0])
     trial = Trial.of(model, min(vocabularies))
-    if wanted != "turns" and not reasons:
-        found = _open_batch(model, stored, artifacts, sizes, op_backend, trial, max(vocabularies))
+    if options.runner != "turns" and not reasons:
+        found = _open_batch(model, stored, artifacts, options, trial, max(vocabularies))
         if isinstance(found, Opened):
             return dataclasses.replace(found, seconds=time.perf_counter() - started)
         reasons = found
-    if wanted == "batch":
+    if options.runner == "batch":
         raise IncompatibleError(
             f"{type(model).__name__} cannot be served in a running batch (--runner turns serves it): "
             + "; ".join(reasons)
@@ -195,12 +223,12 @@ def open_runner(
     store = ExpertStore(
         artifacts,
         device=device,
-        slots=sizes.slots,
-        host_bytes=sizes.host_bytes,
+        slots=options.slots,
+        host_bytes=options.host_bytes,
         tied=stored.tied,
-        grows=sizes.grows,
+        grows=options.grows,
     )
-    turns = Turns(model, stored, store, trial, kv_tokens=sizes.kv_tokens)
+    turns = Turns(model, stored, store, trial, kv_tokens=options.kv_cache_tokens)
     return Opened(turns, store, reasons, time.perf_counter() - started)
 
 
@@ -208,14 +236,13 @@ def _open_batch(
     model: Any,
     stored: StoredTensors,
     artifacts: Mapping[str, Artifact],
-    sizes: Sizes,
-    op_backend: str | None,
+    options: EngineOptions,
     trial: Trial,
     vocabulary: int,
 ) -> Opened | tuple[str, ...]:
     """The running batch, or all reasons why not."""
     turns_at = longest_unturned(model.config)
-    if turns_at is not None and sizes.kv_tokens - PAGE > turns_at:
+    if turns_at is not None and options.kv_cache_tokens - PAGE > turns_at:
         return (
             f"rope_parameters: longrope turns a whole step otherwise once one text in it is longer than {turns_at} "
             f"tokens; kv_cache_tokens of at most {turns_at + PAGE} keep texts shorter",
@@ -224,12 +251,12 @@ def _open_batch(
     with _quiet():
         try:
             own = attention_for(type(model))
-            sizes_of = {"max_batch_tokens": sizes.batch_tokens, "kv_tokens": sizes.kv_tokens}
+            sizes_of = {"max_batch_tokens": options.max_batch_tokens, "kv_tokens": options.kv_cache_tokens}
             batch = Batch(model, switch, attention=own, **sizes_of)
         except (MeswitchError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
             return (_batching_fails(error),)
         try:
-            found = _proven(model, stored, artifacts, sizes, op_backend, batch, switch, trial, vocabulary)
+            found = _proven(model, stored, artifacts, options, batch, switch, trial, vocabulary)
         except BaseException:
             batch.close()
             raise
@@ -242,8 +269,7 @@ def _proven(
     model: Any,
     stored: StoredTensors,
     artifacts: Mapping[str, Artifact],
-    sizes: Sizes,
-    op_backend: str | None,
+    options: EngineOptions,
     batch: Batch,
     switch: Switch,
     trial: Trial,
@@ -268,26 +294,26 @@ def _proven(
             return (f"{attachment.idle[0]}: is not called, yet text cannot be computed without it",)
     if attachment.reasons:
         return attachment.reasons
-    kernel = uses_kernels(op_backend, device, model.dtype)
+    kernel = uses_kernels(options.op_backend, device, model.dtype)
     store = ExpertStore(
         artifacts,
         device=device,
-        slots=sizes.slots,
-        host_bytes=sizes.host_bytes,
+        slots=options.slots,
+        host_bytes=options.host_bytes,
         kernel=attachment.kernel if kernel else False,
         tied=stored.tied,
-        grows=sizes.grows,
+        grows=options.grows,
     )
-    budget = 0 if kernel else merged_budget(sizes.merged_bytes, device, model.dtype)
-    deltas = BACKENDS["reference"] if kernel else backend(device.type, op_backend)
-    capacity = max(sizes.batch_tokens, MAX_TOKENS)
-    recorded = MOST if sizes.cuda_graphs else MAX_TOKENS  # without graphs no step reads the larger buffers
+    budget = 0 if kernel else merged_budget(options.merged_bytes, device, model.dtype)
+    deltas = BACKENDS["reference"] if kernel else backend(device.type, options.op_backend)
+    capacity = max(options.max_batch_tokens, MAX_TOKENS)
+    recorded = MOST if options.cuda_graphs else MAX_TOKENS  # without graphs no step reads the larger buffers
     buffers = Step(capacity, store.slot_count, device, specialized=True, recorded=recorded) if kernel else None
     switch.connect(store, deltas, MergedWeights(budget) if budget else None, buffers)
     attachment.apply(model, switch)
     if kernel and device.type == "cuda":
         with torch.cuda.device(device):
-            _compile_kernels(model, switch, store.slot_count, sizes.batch_tokens)
+            _compile_kernels(model, switch, store.slot_count, options.max_batch_tokens)
     proof = Proof(model, batch, switch, attachment, stored, survey, store)
     try:
         faults = proof.faults(artifacts, trial)
@@ -296,11 +322,11 @@ def _proven(
     if faults:
         attachment.undo(model)
         return tuple(faults)
-    longest = min(max_length(model.config), sizes.kv_tokens)
+    longest = min(max_length(model.config), options.kv_cache_tokens)
     if kernel and device.type == "cuda":
         _run_prompts(batch, store, [], longest)
         _run_prompts(batch, store, list(artifacts)[:2], longest)
-    if kernel and sizes.cuda_graphs:
+    if kernel and options.cuda_graphs:
         started = time.perf_counter()
         reason = _speed_up(proof, artifacts, trial, longest)
         if reason is None:
@@ -490,6 +516,8 @@ def _jobs(model: Any, switch: Switch, slots: int, most_tokens: int) -> Iterator[
             yield from fused_jobs(*about, bias, sizes, codes)
             yield from prefill_jobs(*about, bias, most_tokens)
         yield from decode_jobs(*about, bucket(min(most_tokens, MOST) // PIECE))
+    for group in {one.joined for one in model.modules() if isinstance(one, SwitchableLinear) and one.joined}:
+        yield from group.jobs(sizes)
 
 
 def _run_prompts(batch: Batch, store: ExpertStore, experts: Sequence[str], longest: int) -> None:

@@ -1,11 +1,14 @@
 """Which tokens of which requests are in the next step.
 
 A step holds the next token of every running request, and then parts of prompts, oldest request first, up to a number of
-tokens. While requests decode, a step gets only as many tokens of prompts as let it take `PAUSE` seconds, so that no
-stream stands still because others arrive. A request that finds no page for its next token gives its own pages back, if
-it came last, or takes those of the one that came last, which is computed again later: some request always goes on.
+tokens. After the oldest that waits, those come next whose experts have prompts in the step already: an expert's weights
+are restored once for all of its tokens in a step, which takes longer than their products. While requests decode, a step
+gets only as many tokens of prompts as let it take `PAUSE` seconds, so that no stream stands still because others
+arrive. A request that finds no page for its next token gives its own pages back, if it came last, or takes those of the
+one that came last, which is computed again later: some request always goes on.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ from meswitch.engine.request import Listener
 from meswitch.engine.sampling import SamplingParams, SamplingState
 
 PAUSE = 0.1  # seconds of a step with prompts beside running answers
+_NEAR = 64  # requests that wait, among which others of an expert are looked for
 _LEAST = 16  # tokens of prompts in a step, however slow it is
 _KEPT = 0.98  # of what a step counts for, after another one
 _ALIKE = 0.002  # of the mean square: steps whose sizes vary less say nothing of what a token takes
@@ -150,12 +154,16 @@ class Scheduler:
             left = int(min(left, max(_LEAST, self.pace.within(PAUSE) - len(step))))
         for job in [job for job in self.running if job not in singles]:
             left -= self._add_prompt(step, job, left)
+        slots: set[int] = set()  # of experts with prompts in the step, once the oldest that waits is among them
         while self.waiting and left > 0 and len(self.running) < self.max_requests and not is_full:
-            job = self.waiting[0]
+            near = itertools.islice(self.waiting, _NEAR) if slots else ()
+            job = next((job for job in near if job.slot in slots), self.waiting[0])
             if not self._admit(job):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(job)
             self.running.append(job)
+            slots = slots or {one.slot for one, piece in step if piece.length > 1}
+            slots.add(job.slot)
             left -= self._add_prompt(step, job, left)
         # rows of one owner lie side by side; the last token of a prompt is one of one token, too
         step.sort(key=lambda item: (item[1].length > 1, item[0].slot))

@@ -2,7 +2,7 @@
 
 from meswitch.ops.backend import BACKENDS, Backend, Reference, backend, uses_kernels
 from meswitch.ops.layout import SlotLinear
-from meswitch.ops.linear import embedding_rows, expert_linear, fused_linear
+from meswitch.ops.linear import embedding_rows, expert_linear, fused_linear, fused_linears, joins
 from meswitch.ops.prefill import expert_prefill, static_prefill
 from meswitch.ops.routing import PrefillRouting, Routing
 
@@ -18,6 +18,8 @@ __all__ = [
     "expert_linear",
     "expert_prefill",
     "fused_linear",
+    "fused_linears",
+    "joins",
     "static_prefill",
     "uses_kernels",
 ]

@@ -268,6 +268,12 @@ class Variant(NamedTuple):
             max((shape.salient for shape in shapes), default=0),
         )
 
+    @classmethod
+    def over(cls, variants: Iterable["Variant"]) -> "Variant":
+        """What the deltas of several layers of one group size fit."""
+        two, one, groups, salient = zip(*variants, strict=True)
+        return cls(max(two), any(one), max(groups), max(salient))
+
 
 @dataclass(frozen=True, slots=True)
 class SlotLinear:

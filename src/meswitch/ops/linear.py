@@ -4,6 +4,7 @@ The engines call functions; behind these are operators. An operator of `torch.li
 `_flat` spreads a layer and a step's routing out, the operators put them together again.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,57 @@ def fused_linear(
         _check_fused(x, weight, layer, routing)
     matrix, scale = (weight.codes, weight.scale) if isinstance(weight, Codes) else (weight, None)
     return _call_fused_linear(x, matrix, scale, bias, *_flat(layer, routing), backend)
+
+
+def fused_linears(
+    x: Tensor,
+    weights: Sequence[Tensor | Codes],
+    layers: Sequence[SlotLinear],
+    routing: Routing,
+    biases: Sequence[Tensor | None],
+    backend: str | None = None,
+) -> list[Tensor]:
+    """As `fused_linear`, of several linears that multiply the same x: with `triton` one launch computes all of them.
+
+    Args:
+        x: [tokens, in_features] bf16 or fp16.
+        weights: as of `fused_linear`, all of them weights of x's dtype or all codes of one dtype.
+        layers: the deltas of each; see `joins`.
+        routing: whose the tokens are.
+        biases: of each, or None for all.
+        backend: as of `fused_linear`.
+
+    Returns:
+        [tokens, rows] of x's dtype, contiguous, for each.
+
+    Raises:
+        ConfigError: the backend cannot serve this; the message says why.
+    """
+    backend = chosen_backend(backend, x.device, "expert_linear")
+    if backend != "triton":
+        parts = zip(weights, layers, biases, strict=True)
+        return [fused_linear(x, weight, layer, routing, bias, backend) for weight, layer, bias in parts]
+    for weight, layer in zip(weights, layers, strict=True):
+        _check_fused(x, weight, layer, routing)
+    if not joins(weights, layers, biases):
+        raise ConfigError(
+            f"{len(layers)} linears: deltas in several arenas or of several group sizes, weights of several kinds, or "
+            "some with a bias: compute each with fused_linear"
+        )
+    from meswitch.ops.triton.fused import fused
+
+    ys = [x.new_empty(len(x), layer.rows) for layer in layers]
+    held = [weight for weight in weights if isinstance(weight, Codes)]
+    matrices = [weight.codes if isinstance(weight, Codes) else weight for weight in weights]
+    fused(ys, x, matrices, biases, layers, routing, scales=[codes.scale for codes in held] or None)
+    return ys
+
+
+def joins(weights: Sequence[Tensor | Codes], layers: Sequence[SlotLinear], biases: Sequence[Tensor | None]) -> bool:
+    """Whether one launch can compute these linears: see `fused_linears`."""
+    kinds = {weight.codes.dtype if isinstance(weight, Codes) else None for weight in weights}
+    places = {(layer.arena.data_ptr(), layer.in_features, layer.variant.group) for layer in layers}
+    return len(kinds) == len(places) == len({bias is None for bias in biases}) == 1
 
 
 def embedding_rows(
@@ -221,7 +273,7 @@ def _fused_linear(
         from meswitch.ops.triton.fused import fused
 
         y = x.new_empty(len(x), len(weight))
-        fused(y, x, weight, bias, layer, routing, scale=scale)
+        fused([y], x, [weight], [bias], [layer], routing, scales=None if scale is None else [scale])
         return y
     if scale is None:
         sums = x.float() @ weight.float().T

@@ -5,6 +5,7 @@ import torch
 
 import meswitch
 from meswitch.checkpoint import Checkpoint
+from meswitch.compression import pipeline
 from meswitch.compression.distill.training import (
     Cost,
     Sample,
@@ -17,6 +18,7 @@ from meswitch.compression.distill.training import (
     step_tokens_for,
 )
 from meswitch.compression.options import TrainingRecipe
+from meswitch.units import format_bytes
 
 CPU = torch.device("cpu")
 
@@ -46,12 +48,56 @@ def test_twice_the_steps_take_twice_as_long(expert, monkeypatch):
     assert twice == pytest.approx(2 * once)
 
 
-@pytest.mark.parametrize(("free", "scope"), [(1.5, "model"), (1.0, "block")])
-def test_a_gpu_trains_end_to_end_what_fits_in_its_free_memory(expert, monkeypatch, free, scope):
-    bytes_free = int(free * end_to_end_bytes(expert))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (bytes_free, 2 * bytes_free))
-    assert scope_for(expert, torch.device("cuda")) == scope
-    assert scope_for(expert, CPU) == "model"
+def test_a_gpu_trains_end_to_end_what_fits_in_its_free_memory(expert, monkeypatch):
+    def found(bytes_free):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (bytes_free, 2 * bytes_free))
+        return scope_for(expert, torch.device("cuda"))
+
+    needed = end_to_end_bytes(expert)
+    assert found(int(1.5 * needed)) == ("model", None)
+    scope, why = found(needed)
+    assert scope == "block"
+    said = f"only {format_bytes(needed)} of memory free: end to end takes {format_bytes(needed)}, which 80% of"
+    assert said in why
+    assert scope_for(expert, CPU) == ("model", None)
+
+
+def test_an_expert_too_large_to_train_end_to_end_lacks_no_memory(expert, monkeypatch):
+    monkeypatch.setattr("meswitch.compression.distill.training.END_TO_END_PARAMETERS", expert.parameters - 1)
+    assert scope_for(expert, torch.device("cuda")) == ("block", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scope", "is_told"),
+    [({}, "block", True), ({"distill_scope": "block"}, "block", False), ({"distill_scope": "model"}, "model", False)],
+)
+def test_training_by_blocks_for_want_of_memory_is_told_unless_a_scope_was_named(
+    family, tmp_path, monkeypatch, settings, scope, is_told
+):
+    monkeypatch.setattr("meswitch.compression.pipeline.scope_for", lambda expert, device: ("block", "too little free"))
+    said = []
+    made = meswitch.compress(
+        family / "base",
+        family / "math",
+        tmp_path / "delta",
+        calibration=family / "calibration" / "math.jsonl",
+        calibration_tokens=4000,
+        distill=1,
+        notice=said.append,
+        **settings,
+    )
+    assert made.manifest.method.distillation.scope == scope
+    assert ("too little free" in said) == is_told
+
+
+@pytest.mark.parametrize(("free", "is_told"), [(2, True), (3, False)])
+def test_a_gpu_without_room_to_measure_the_model_is_told_of(expert, monkeypatch, free, is_told):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * expert.nbytes, 0))
+    said = []
+    assert pipeline._fits(expert, torch.device("cuda"), said.append) is not is_told
+    assert [line.split(":")[0] for line in said] == [
+        "bits are shared out without measuring what the model minds"
+    ] * is_told
 
 
 def test_a_gpu_takes_a_step_in_parts_as_large_as_its_free_memory_allows(expert, monkeypatch):

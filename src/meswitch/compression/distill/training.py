@@ -318,12 +318,25 @@ def _bytes_a_token(expert: Checkpoint) -> int:
     return 4 * (config.vocab_size * _LOGITS + config.num_hidden_layers * config.hidden_size * _STATES)
 
 
-def scope_for(expert: Checkpoint, device: torch.device) -> Scope:
-    """End to end where the whole model fits in the device's free memory as often as that takes, else block by block."""
+def scope_for(expert: Checkpoint, device: torch.device) -> tuple[Scope, str | None]:
+    """End to end where the whole model fits in the device's free memory as often as that takes, else block by block.
+
+    Returns:
+        the scope, and where only the free memory speaks against end to end, what a person is told: the same call may
+        make another artifact when others use less of the GPU.
+    """
     if device.type != "cuda":
-        return "model"
-    fits = end_to_end_bytes(expert) <= _FREE * torch.cuda.mem_get_info(device)[0]
-    return "model" if fits and expert.parameters <= END_TO_END_PARAMETERS else "block"
+        return "model", None
+    if expert.parameters > END_TO_END_PARAMETERS:
+        return "block", None
+    needed, free = end_to_end_bytes(expert), torch.cuda.mem_get_info(device)[0]
+    if needed <= _FREE * free:
+        return "model", None
+    return "block", (
+        f"block by block because the GPU has only {format_bytes(free)} of memory free: end to end takes "
+        f"{format_bytes(needed)}, which {_FREE:.0%} of the free memory must hold, and may keep more; free some, "
+        "or give --distill-scope, so that the same is done whatever is free"
+    )
 
 
 def cost_of(expert: Checkpoint, lengths: Sequence[int], recipe: TrainingRecipe, device: torch.device) -> Cost:

@@ -24,7 +24,7 @@ class Compilation:
     Args:
         kernel: `fused`, `decode`, `merge`, `product`, `rows` or `dequantise`.
         dtype: in which the layer computes.
-        rows: of the layer, or others of the same divisors.
+        rows: of the layer, or others of the same divisors; of `fused`, of each of its linears.
         in_features: likewise.
         constants: what the kernel is compiled for.
         scratch: of `decode`, whether its sums go through scratch memory.
@@ -32,7 +32,7 @@ class Compilation:
 
     kernel: str
     dtype: torch.dtype
-    rows: int
+    rows: int | tuple[int, ...]
     in_features: int
     constants: dict[str, Any]
     scratch: bool = False
@@ -41,7 +41,8 @@ class Compilation:
     def key(self) -> tuple[Any, ...]:
         """The same for jobs that are one compilation."""
         constants = repr(sorted(self.constants.items()))
-        return self.kernel, self.dtype, self.rows % 16, self.in_features % 16, self.scratch, constants
+        rows = self.rows if isinstance(self.rows, tuple) else (self.rows,)
+        return self.kernel, self.dtype, *(count % 16 for count in rows), self.in_features % 16, self.scratch, constants
 
 
 def compile_ahead(jobs: Iterable[Compilation], workers: int | None = None) -> int:
@@ -65,7 +66,7 @@ def compile_ahead(jobs: Iterable[Compilation], workers: int | None = None) -> in
 
 
 def fused_job(
-    rows: int,
+    rows: int | tuple[int, ...],
     in_features: int,
     variant: Variant,
     dtype: torch.dtype,
@@ -77,17 +78,20 @@ def fused_job(
     """What `fused` launches.
 
     Args:
+        rows: of the linear, or of each of those that are one launch.
+        variant: that the deltas of all of them fit.
         again: of a routing of more pieces than likely ones.
         codes: dtype of the base's `Codes`, if it is held as such.
     """
     from meswitch.ops.triton.fused import fused_constants
 
+    rows = (rows,) if isinstance(rows, int) else rows
     fixed = fused_constants(config, rows, in_features, variant, bias, again, codes)
     return Compilation("fused", dtype, rows, in_features, fixed)
 
 
 def fused_jobs(
-    rows: int,
+    rows: int | tuple[int, ...],
     in_features: int,
     variant: Variant,
     dtype: torch.dtype,
@@ -95,11 +99,12 @@ def fused_jobs(
     sizes: Iterable[tuple[int, int, int]],
     codes: torch.dtype | None = None,
 ) -> Iterator[Compilation]:
-    """What `fused_linear` launches in steps of so many (tokens, pieces, likely pieces). codes: as of `fused_job`."""
+    """What `fused_linears` launches in steps of so many (tokens, pieces, likely pieces); the rest as of `fused_job`."""
     from meswitch.ops.triton.items import choose_fused
 
+    total = rows if isinstance(rows, int) else sum(rows)
     for tokens, pieces, likely in sizes:
-        config = choose_fused(rows, in_features, likely, bucket(tokens, least=8), variant.planes, codes)
+        config = choose_fused(total, in_features, likely, bucket(tokens, least=8), variant.planes, codes)
         yield fused_job(rows, in_features, variant, dtype, config, bias, pieces > likely, codes)
 
 
@@ -181,29 +186,46 @@ def launched(job: Compilation) -> tuple[Any, tuple[Any, ...]]:
 
     if job.kernel == "product":  # its language is not part of every Triton
         return _product(job)
+    if job.kernel == "fused":
+        return fused_kernel, _of_fused(job)
     kernels = {
         "decode": decode_kernel,
         "dequantise": dequantise_kernel,
-        "fused": fused_kernel,
         "merge": merge_kernel,
         "rows": rows_kernel,
     }
     own, i32, i64, f32, rows, width = job.dtype, torch.int32, torch.int64, torch.float32, job.rows, job.in_features
-    weight, scale = (torch.int8, f32) if job.constants.get("CODES") else (own, None)
     tables = i32, i64, i32, i32, i32  # arena, table, slots, starts, order
     arguments = {
         "decode": (own, own, *tables, f32 if job.scratch else i32, i32, width, rows, rows, width, 2, 2),
         "dequantise": (torch.int8, f32, own, rows, width),
-        "fused": (own, own, weight, scale, own, *tables, f32, i32, width, rows, width, rows, width, *[2] * 7),
         "merge": (own, own, i32, i64, i32, 0, rows, width, rows, width),
         "rows": (i64, i32, *[own] * 3, i32, i64, width, 0, rows, width),
     }
     return kernels[job.kernel], arguments[job.kernel]
 
 
+def _of_fused(job: Compilation) -> tuple[Any, ...]:
+    from triton.runtime.jit import MockTensor
+
+    assert isinstance(job.rows, tuple)
+    count, width, i32 = len(job.rows), job.in_features, torch.int32
+
+    def each(dtype: torch.dtype) -> tuple[Any, ...]:  # dtypes inside of tuples are not taken for tensors
+        return (MockTensor(dtype),) * count
+
+    weight, scale = (torch.int8, torch.float32) if job.constants["CODES"] else (job.dtype, job.dtype)
+    return (
+        *(job.dtype, each(job.dtype), each(weight), each(scale), each(job.dtype)),
+        *(i32, each(torch.int64), i32, i32, i32, torch.float32, each(i32)),
+        *(width, job.rows, (width,) * count, job.rows, width, *[2] * 7),
+    )
+
+
 def _product(job: Compilation) -> tuple[Any, tuple[Any, ...]]:
     from meswitch.ops.triton.product import descriptors, product_kernel
 
+    assert isinstance(job.rows, int)
     own, i32, i64, rows, width = job.dtype, torch.int32, torch.int64, job.rows, job.in_features
     x, weight = (torch.empty(n, width, dtype=own, device="meta") for n in (TILE_TOKENS, rows))
     return product_kernel, (

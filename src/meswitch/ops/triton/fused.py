@@ -1,4 +1,4 @@
-"""Decode on a GPU: a linear's base product and the deltas of all experts, in one launch.
+"""Decode on a GPU: the base products of linears with one input and the deltas of all experts, in one launch.
 
 The grid is a list of work items. Those of the base are a tile of rows times a part of the input channels for all
 tokens, those of the deltas a tile of rows times a part of one expert's channels for its tokens: a piece of the routing,
@@ -7,10 +7,13 @@ computes little, a delta item the reverse, and a multiprocessor holds some of bo
 in scratch memory; the one that is the last of a tile of rows adds them up in a fixed order and writes y. From then on
 the next kernel may start, and waits for all of this one before it reads anything.
 
-Columns are not tokens but places in the routing's order, so that an expert's tokens are neighbours.
+Columns are not tokens but places in the routing's order, so that an expert's tokens are neighbours. The tiles of
+several linears, such as those of a block's queries, keys and values, are counted one after another; each reads its own
+linear's weights and writes its own output.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -233,24 +236,33 @@ def _finish(
         tl.store(out, acc.to(y.dtype.element_ty), mask=(m < tokens)[None, :] & (n < N)[:, None])
 
 
+@triton.jit
+def _of_linear(values, linear, LINEARS: tl.constexpr):
+    """The linear's own of a tuple that has one for each."""
+    found = values[0]
+    for i in tl.static_range(1, LINEARS):
+        found = tl.where(linear >= i, values[i], found)
+    return found
+
+
 @triton.jit(do_not_specialize=["tokens", "pieces", "wave", "base_parts", "parts", "before", "every"])
 def fused_kernel(
     x,
-    y,
-    weight,
-    scale,
-    bias,
+    ys,
+    weights,
+    scales,
+    biases,
     arena,
-    table,
+    tables,
     slots,
     starts,
     order,
     work,
-    arrived,
+    arrivals,
     stride_x,
-    stride_y,
-    stride_weight,
-    N,
+    strides_y,
+    strides_weight,
+    rows,
     K,
     tokens,
     pieces,
@@ -279,29 +291,42 @@ def fused_kernel(
     EARLY: tl.constexpr,
     AGAIN: tl.constexpr,
     CODES: tl.constexpr,
+    LINEARS: tl.constexpr,
 ):
+    """Names in the plural are tuples of one for each linear."""
     HALVES: tl.constexpr = BN // BASE_BN
     program = tl.program_id(0)
     cells = base_parts + parts
-    base_items = tl.cdiv(N, BN) * HALVES * base_parts
+    tiles = tl.cdiv(rows[0], BN)
+    for i in tl.static_range(1, LINEARS):
+        tiles += tl.cdiv(rows[i], BN)
+    base_items = tiles * HALVES * base_parts
     after = program - before  # from there on every so many-th item is one of the base's, until there are no more
     base = after // every
     is_base = (after >= 0) & (after == base * every) & (base < base_items)
     delta = program - tl.where(after <= 0, 0, tl.minimum(base_items, (after + every - 1) // every))
+    of_all = tl.where(is_base, base // (base_parts * HALVES), delta // (parts * wave))  # counted over all linears
+    linear, tile = of_all * 0, of_all
+    before_it = 0
+    for i in tl.static_range(1, LINEARS):
+        before_it += tl.cdiv(rows[i - 1], BN)
+        linear = tl.where(of_all >= before_it, i, linear)
+        tile = tl.where(of_all >= before_it, of_all - before_it, tile)
+    weight, stride_weight = _of_linear(weights, linear, LINEARS), _of_linear(strides_weight, linear, LINEARS)
+    table, N = _of_linear(tables, linear, LINEARS), _of_linear(rows, linear, LINEARS)
     if is_base:
-        tile = base // (base_parts * HALVES)
+        scale = _of_linear(scales, linear, LINEARS)
         half, part = base // base_parts % HALVES, base % base_parts
         end = half + 1
-        home = work + (tile * cells + part).to(tl.int64) * (M * BN)
+        home = work + (of_all * cells + part).to(tl.int64) * (M * BN)
         _base_item(
             *(x, weight, scale, order, home, stride_x, stride_weight, tile, half, part, base_parts, tokens, N, K),
             *(EVEN_K, INTERPRET, BN, BASE_BN, BASE_BK, M, BASE_STAGES, EARLY, CODES),
         )
     else:
-        tile = delta // (parts * wave)
         half, end = tile * 0, tile * 0 + HALVES  # all of the tile
         piece, part = delta // parts % wave, delta % parts
-        home = work + (tile * cells + base_parts + part).to(tl.int64) * (M * BN)
+        home = work + (of_all * cells + base_parts + part).to(tl.int64) * (M * BN)
         if EARLY:
             tl.extra.cuda.gdc_wait()
         if AGAIN:
@@ -319,7 +344,9 @@ def fused_kernel(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     tl.debug_barrier()
-    first = work + (tile * cells).to(tl.int64) * (M * BN)
+    first = work + (of_all * cells).to(tl.int64) * (M * BN)
+    y, stride_y = _of_linear(ys, linear, LINEARS), _of_linear(strides_y, linear, LINEARS)
+    bias, arrived = _of_linear(biases, linear, LINEARS), _of_linear(arrivals, linear, LINEARS)
     for h in tl.range(bound(half, INTERPRET), bound(end, INTERPRET), num_stages=1):
         counter = arrived + tile * HALVES + h
         if tl.atomic_add(counter, 1, sem="acq_rel") == base_parts + wave * parts - 1:
@@ -332,7 +359,7 @@ def fused_kernel(
 
 def fused_constants(
     config: FusedConfig,
-    rows: int,
+    rows: Sequence[int],
     in_features: int,
     variant: Variant,
     bias: bool,
@@ -342,10 +369,14 @@ def fused_constants(
     """What the fused kernel is compiled for.
 
     Args:
+        rows: of each linear.
+        variant: that the deltas of all of them fit.
         again: a program may take several pieces.
         codes: dtype of the base's `Codes`; None for weights in 16 bit.
     """
-    return shared_constants(config.delta, rows, in_features, variant) | {
+    uneven = next((count for count in rows if count % config.delta.rows), rows[0])
+    return shared_constants(config.delta, uneven, in_features, variant) | {
+        "LINEARS": len(rows),
         "BIAS": bias,
         "BASE_BN": config.base_rows,
         "BASE_BK": config.base_channels,
@@ -360,25 +391,28 @@ def fused_constants(
 
 
 def fused(
-    y: Tensor,
+    ys: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layer: SlotLinear,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    layers: Sequence[SlotLinear],
     routing: Routing,
     config: FusedConfig | None = None,
-    scale: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
-    """`y = x W^T + x D^T` in one launch; see `linear.fused_linear` for the shapes.
+    """`y = x W^T + x D^T` of each linear, in one launch; see `linear.fused_linears` for what they have in common.
 
-    scale: where the weight is codes, as of `Codes`.
+    Args:
+        scales: where the weights are codes, as of `Codes`.
     """
-    rows, width, pieces, tokens = layer.rows, layer.in_features, routing.slots.numel(), len(x)
+    rows, width = [layer.rows for layer in layers], layers[0].in_features
+    variant = Variant.over(layer.variant for layer in layers)
+    pieces, tokens = routing.slots.numel(), len(x)
     wave = min(routing.likely, pieces)
-    codes = None if scale is None else weight.dtype
+    codes = None if scales is None else weights[0].dtype
     columns = bucket(tokens, least=8)
-    config = config or choose_fused(rows, width, routing.likely, columns, layer.variant.planes, codes)
-    tiles = math.ceil(rows / config.delta.rows)
+    config = config or choose_fused(sum(rows), width, routing.likely, columns, variant.planes, codes)
+    tiles = sum(math.ceil(count / config.delta.rows) for count in rows)
     parts = config.base_split, config.delta.split
     base_items = tiles * (config.delta.rows // config.base_rows) * config.base_split
     delta_items = tiles * wave * config.delta.split
@@ -386,10 +420,13 @@ def fused(
     work = torch.empty(size, dtype=torch.float32, device=x.device)
     before = round(config.before * delta_items)
     every = min(config.every, (base_items + delta_items - before) // base_items)
-    strides = x.stride(0), y.stride(0), weight.stride(0)
+    has_bias = biases[0] is not None
+    arena, _, *step = places(layers[0], routing)
     fused_kernel[(base_items + delta_items,)](
-        *(x, y, weight if codes is None else weight.view(torch.int8), scale, y if bias is None else bias),
-        *(*places(layer, routing), work, layer.arrived),
-        *(*strides, rows, width, tokens, pieces, wave, *parts, before, every),
-        **fused_constants(config, rows, width, layer.variant, bias is not None, pieces > wave, codes),
+        *(x, tuple(ys), tuple(weights if codes is None else (w.view(torch.int8) for w in weights))),
+        *(tuple(scales or weights), tuple(biases if has_bias else ys)),
+        *(arena, tuple(layer.table for layer in layers), *step, work, tuple(layer.arrived for layer in layers)),
+        *(x.stride(0), tuple(y.stride(0) for y in ys), tuple(w.stride(0) for w in weights), tuple(rows), width),
+        *(tokens, pieces, wave, *parts, before, every),
+        **fused_constants(config, rows, width, variant, has_bias, pieces > wave, codes),
     )
