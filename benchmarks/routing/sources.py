@@ -4,7 +4,7 @@
 
 DIR holds a clone (bare or not) of each repository that `SOURCES` names, as OWNER+NAME. The sets are benchmarks of
 their fields: measure on them, never train on them. Settings of the product were compared on `choice`. `final` and
-`last` were looked at when all was decided, `final` by an earlier version too. At most 200 rows of a source, drawn with
+`last` were looked at when all was decided, by earlier versions too. At most 200 rows of a source, drawn with
 a fixed seed; the queries stay outside this repository (licences differ).
 """
 

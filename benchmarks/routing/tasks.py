@@ -430,7 +430,6 @@ def main() -> None:
             learnt = learn([texts[i] for i in kept], vectors[kept], 0)
             space.form = plain.with_learnt(parts(learnt, of_form(space.background)))
             found["all tasks" if task is None else f"without {task}"] = measured(space, data)
-            print(task, found)
         sources = [{"name": s.name, "task": s.task, "repository": s.repository, "licence": s.licence} for s in SOURCES]
         meta = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "bits": bits, "texts": counts}
         RESULTS.write_text(json.dumps({"meta": meta, "sources": sources, "figures": found}, indent=1) + "\n")
