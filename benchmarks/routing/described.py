@@ -92,10 +92,15 @@ def described(space: Space, data: dict[str, list[Row]]) -> dict:
     return found
 
 
+def seen_and_held_out(train: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Nine tenths of the training rows, and a tenth."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(7)).tolist()
+    return [train[i] for i in order[len(train) // 10 :]], [train[i] for i in order[: len(train) // 10]]
+
+
 def trained(encoder, train: list[Row], data: dict[str, list[Row]]) -> dict:
     """Trained on the rows, from nothing and from each set of lines; with held-out figures of a tenth."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(7)).tolist()
-    held_out, seen = [train[i] for i in order[: len(train) // 10]], [train[i] for i in order[len(train) // 10 :]]
+    seen, held_out = seen_and_held_out(train)
     found = {}
     for name, options in {"nothing": [], **lines()}.items():
         router = train_router(train, EXPERTS, encoder, options=options)
@@ -107,8 +112,7 @@ def trained(encoder, train: list[Row], data: dict[str, list[Row]]) -> dict:
 
 def fifth(encoder, train: list[Row], name: str) -> dict:
     """One expert comes by its lines to a router that was trained from the lines of the three others."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(7)).tolist()
-    held_out, seen = [train[i] for i in order[: len(train) // 10]], [train[i] for i in order[len(train) // 10 :]]
+    seen, held_out = seen_and_held_out(train)
     known = [row for row in held_out if row.domain != OTHER]
     options, found = read_options(ROUTES / f"{name}.toml"), {}
     for new in options:

@@ -4,8 +4,8 @@
     python benchmarks/routing/doc.py --check    say so instead, and exit 1
 
 Reads benchmarks/results/routing.json (`run.py`) and, if they are there, benchmarks/results/routing-llm.json, which
-`llm_router.py` and `cascade.py` write, and routing-described.json, routing-boards.json, routing-context.json and
-routing-claims.json, which the scripts of these names write.
+`llm_router.py` and `cascade.py` write, and routing-described.json, routing-tasks.json, routing-boards.json,
+routing-context.json and routing-claims.json, which the scripts of these names write.
 """
 
 import sys
@@ -303,6 +303,32 @@ def by_lines(found: dict[str, Any]) -> str:
     return pipe(head, *rows)
 
 
+def tasks(found: dict[str, Any]) -> str:
+    """Five lines a domain, with what public sets teach, all of their tasks or all but one."""
+    if not found:
+        return LATER
+    head = ["learnt from", "data", "accuracy", *EXPERTS, "AUROC"]
+    rows = [
+        [
+            kind,
+            SETS[name],
+            share(data["accuracy"]),
+            *(share(data["per_domain"][expert]) for expert in EXPERTS),
+            share(data["auroc"]),
+        ]
+        for kind, sets in found["figures"].items()
+        for name, data in sets.items()
+    ]
+    meta = found["meta"]
+    return f"{pipe(head, *rows)}\n\n{sum(meta['texts'].values()):,} texts. {meta['date']}, torch {meta['torch']}."
+
+
+def task_sources(found: dict[str, Any]) -> str:
+    """The public sets that tell tasks apart."""
+    rows = [[row["name"], row["task"], row["repository"], row["licence"]] for row in found.get("sources", [])]
+    return pipe(["set", "task", "repository", "licence"], *rows) if rows else LATER
+
+
 def reread(found: dict[str, Any]) -> str:
     """The 15 sources without the rows of instruct that ask for something else."""
     parts = {
@@ -407,6 +433,8 @@ def main(arguments: list[str] | None = None) -> None:
     filled |= {"by lines": by_lines(said), "fifth by lines": fifth_by_lines(said), "boards": boards(said)}
     filled["further boards"] = further_boards(stored("routing-boards.json", options.results) or {})
     filled["reread"] = reread(said) if said else LATER
+    taught = stored("routing-tasks.json", options.results) or {}
+    filled |= {"tasks": tasks(taught), "task sources": task_sources(taught)}
     filled["context"] = context(stored("routing-context.json", options.results) or {})
     filled["claims"] = claims(stored("routing-claims.json", options.results) or {})
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)

@@ -4,7 +4,7 @@
 
 DIR holds a clone (bare or not) of each repository that `SOURCES` names, as OWNER+NAME. The sets are benchmarks of
 their fields: measure on them, never train on them. Settings of the product were compared on `choice`. `final` and
-`last` were looked at when all was decided, `final` by an earlier version too. At most 200 rows of a source, drawn with
+`last` were looked at when all was decided, by earlier versions too. At most 200 rows of a source, drawn with
 a fixed seed; the queries stay outside this repository (licences differ).
 """
 
@@ -201,14 +201,23 @@ def _reread() -> dict[str, str]:
     return {line.split()[0]: line.split()[1] for line in lines}
 
 
-def read_bytes(clones: Path, repository: str, path: str) -> bytes:
-    """A file of the newest commit of a clone, OWNER+NAME in `clones`."""
+def git(clones: Path, repository: str, *command: str) -> bytes:
+    """What git says of a clone, OWNER+NAME in `clones`."""
     place = clones / repository.replace("/", "+")
-    git = next((path for path in (place / "repo", place / ".git", place) if (path / "HEAD").exists()), None)
-    if git is None:
+    found = next((path for path in (place / "repo", place / ".git", place) if (path / "HEAD").exists()), None)
+    if found is None:
         raise SystemExit(f"{place}: no clone of {repository} here")
-    command = ["git", f"--git-dir={git}", "show", f"HEAD:{path}"]
-    return subprocess.run(command, check=True, capture_output=True).stdout
+    return subprocess.run(["git", f"--git-dir={found}", *command], check=True, capture_output=True).stdout
+
+
+def read_bytes(clones: Path, repository: str, path: str) -> bytes:
+    """A file of the newest commit of a clone."""
+    return git(clones, repository, "show", f"HEAD:{path}")
+
+
+def list_paths(clones: Path, repository: str) -> list[str]:
+    """All files of the newest commit of a clone."""
+    return git(clones, repository, "ls-tree", "-r", "--name-only", "-z", "HEAD").decode().rstrip("\0").split("\0")
 
 
 def read_source(source: Source, clones: Path) -> list[dict[str, str]]:

@@ -255,13 +255,20 @@ def test_descriptions_alone_are_no_place_to_start_from(all_rows, encoder):
         train_router(all_rows[::16], tuple(SAID), encoder, options=lined)
 
 
-def test_a_router_of_the_version_before_is_read(saved, base, tmp_path):
+def test_routers_of_the_versions_before_are_read(saved, base, tmp_path):
     copy = tmp_path / "router"
     shutil.copytree(saved, copy)
     data = json.loads((copy / "router.json").read_text())
+    del data["settings"]["tasks"]
+    (copy / "router.json").write_text(json.dumps(data | {"version": 2}))
+    before = load_router(copy, base)
+    assert not before.settings.tasks  # its heads learnt beside a prior without it
     del data["routes"], data["settings"]["prior"], data["settings"]["own"]
     (copy / "router.json").write_text(json.dumps(data | {"version": 1}))
-    assert load_router(copy, base).route("hello").scores == load_router(saved, base).route("hello").scores
+    first = load_router(copy, base)
+    assert (first.settings.prior, first.settings.own, first.settings.tasks) == (0.0, 1.0, False)
+    for router in (before, first):
+        assert router.route("hello").scores == load_router(saved, base).route("hello").scores
 
 
 def test_the_command_decides_over_a_family_and_over_a_file(project, family, options, tmp_path):

@@ -1,7 +1,10 @@
 """Encoders other than the family's base: a small BERT and a table, both random, as a directory holds them."""
 
+from importlib.resources import as_file, files
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -17,7 +20,7 @@ from meswitch.router import (
     open_encoder,
     train_router,
 )
-from meswitch.router.described import fit_prototypes
+from meswitch.router.described import Form, fit_prototypes
 from meswitch.router.encoder import SentenceEncoder, StaticEncoder
 
 EXPERTS = ("math", "code", "instruct", "sql")
@@ -70,6 +73,54 @@ def test_broad_routes_are_scored_without_the_layers_that_do_not_count(bert):
     torch.testing.assert_close(few.prototypes.logits(space(TEXTS, few.prototypes.layers)), every)
     many = DescribedRouter([RouteOption(f"route {i}", "", (f"number {i}",)) for i in range(16)], space)
     assert many.prototypes.layers == (2, 3)
+
+
+def learnt(width, rank=2):
+    """A map as `tasks.safetensors` has it, of `width` rows."""
+    draw = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(width, rank, generator=draw).half() for _ in range(2))
+    return {"scale": torch.tensor([0.5]), "left": left, "right": right}
+
+
+def test_a_form_scales_and_turns_the_layers_that_count_and_drops_the_others(bert):
+    space = Space(open_encoder(bert))
+    parts = learnt(32)
+    form, x = space.form.with_learnt(parts), space(TEXTS)
+    low = 0.5 * 2**0.5 * x[:, :32]
+    torch.testing.assert_close(form(x)[:, :32], low + low @ parts["left"].float() @ parts["right"].float().T)
+    assert not form(x)[:, 32:].any()
+    weight = torch.randn(64, 5, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(x @ form.back(weight), form(x) @ weight)
+
+
+def test_lines_and_queries_of_broad_routes_are_both_given_the_learnt_form(bert):
+    space = Space(open_encoder(bert))
+    options = [RouteOption("a", "", ("apples 1", "boats 2")), RouteOption("b", "", ("boats 3", "apples 4"))]
+    plain = fit_prototypes(options, space, broad=True)
+    narrow = fit_prototypes(options, space, broad=False)
+    space.form = space.form.with_learnt(learnt(32))
+    turned, x = fit_prototypes(options, space, broad=True), space(TEXTS)
+    assert not torch.allclose(turned.logits(x), plain.logits(x))
+    # a line is nearest to itself: nearness is - distance² / 2, but for what the query adds to all
+    lines = space([*options[0].examples, *options[1].examples])
+    distance = (space.form(lines)[:, None] - space.form(lines)).square().sum(2)
+    assert distance.argmin(1).tolist() == [0, 1, 2, 3]
+    assert (lines @ turned.weight + turned.bias)[:, :4].argmax(1).tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(fit_prototypes(options, space, broad=False).weight, narrow.weight)
+
+
+def test_what_public_sets_taught_counts_for_its_own_encoder_alone(bert):
+    with as_file(files("meswitch.router") / "tasks.safetensors") as path, safe_open(path, "pt") as found:
+        made_for = found.metadata()["encoder"]
+        assert path.stat().st_size < 400_000
+    encoder = open_encoder(bert)
+    assert Space(encoder).form.left.shape == (64, 0)
+    encoder.fingerprint, encoder.hidden_size = made_for, 384
+    form = Form.of(encoder, (4, 5, 6), (4, 5), learnt=True)
+    assert form.left.shape == form.right.shape == (3 * 384, 32)
+    assert form.left[: 2 * 384].any(1).all()
+    assert not form.left[2 * 384 :].any()
+    assert Form.of(encoder, (4, 5, 6), (4, 5), learnt=False).left.shape == (3 * 384, 0)
 
 
 def test_few_routes_whose_examples_are_alike_are_the_mean_of_these(bert):

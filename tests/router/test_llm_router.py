@@ -228,7 +228,7 @@ def test_another_model_is_refused(copy, base, pair):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=3), "newer"),
+        (lambda d: d.update(version=4), "newer"),
         (lambda d: d.update(colour="red"), "colour: unknown field"),
         (lambda d: d.pop("descriptions"), "descriptions: missing"),
         (lambda d: d["descriptions"].update(law="x"), "descriptions: not of the router's experts"),

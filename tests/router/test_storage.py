@@ -56,7 +56,7 @@ def test_saving_again_replaces_the_router_and_leaves_nothing_else(router, copy):
     (copy.parent / "router.partial" / "left over").write_text("")
     edit(copy, lambda data: data.update(version=99))
     router.save(copy)
-    assert json.loads((copy / "router.json").read_text())["version"] == 2
+    assert json.loads((copy / "router.json").read_text())["version"] == 3
     assert [path.name for path in copy.parent.iterdir()] == ["router"]
 
 
@@ -72,7 +72,7 @@ def test_a_directory_that_is_no_router_is_never_replaced(router, tmp_path):
     ("change", "message"),
     [
         (lambda d: d.update(format="something"), "format"),
-        (lambda d: d.update(version=3), r"version: 3 is newer .* upgrade meswitch"),
+        (lambda d: d.update(version=4), r"version: 4 is newer .* upgrade meswitch"),
         (lambda d: d.update(version="1"), "version"),
         (lambda d: d.update(kind="oracle"), "kind: 'oracle'"),
         (lambda d: d.update(colour="red"), "colour: unknown field"),

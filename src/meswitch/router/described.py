@@ -2,8 +2,9 @@
 
 A text becomes the means of its tokens in the encoder's upper half of layers, each of length one, less the mean of
 everyday requests (`everyday.txt`). A route is the mean of its lines. (Of few routes, broad ones, whose examples differ
-nearly as much as those of different routes, are their lines: a query is as near as to the nearest ones.) Nearness is
-measured in a metric that counts directions less in which the examples of one route differ among themselves. A route
+nearly as much as those of different routes, are their lines: a query is as near as to the nearest ones. There
+directions count more that tell kinds of request apart, as learnt from public sets: see `Form`.) Nearness is measured
+in a metric that counts directions less in which the examples of one route differ among themselves. A route
 that everyday requests are near to is near to everything, so that counts against it. The origin, where everyday
 requests lie, stands for "none of these".
 
@@ -26,10 +27,11 @@ import tomllib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize, pad, softplus
@@ -103,21 +105,78 @@ def layers_of(encoder: TextEncoder) -> tuple[int, ...]:
     return tuple(range(depth // 2 + 1, depth + 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Vectors of texts -> what they say of the kind of request, for routes that are broad; float32.
+
+    x [n, width] becomes y + (y @ left) @ right.T, where y = scale * x.
+
+    Args:
+        scale: [width], zero for layers that say only what a text is about.
+        left: [width, rank]. For all-MiniLM-L6-v2 left and right come from `tasks.safetensors`, which
+            `benchmarks/routing/tasks.py` learnt from public sets of many tasks; for other encoders the rank is 0.
+        right: [width, rank].
+    """
+
+    scale: Tensor
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, encoder: TextEncoder, layers: Sequence[int], low: Sequence[int], *, learnt: bool) -> "Form":
+        """
+        Args:
+            layers: of the encoder, those that are read.
+            low: those of them that count.
+            learnt: whether what public sets taught counts.
+        """
+        share = torch.tensor([layer in low for layer in layers]).float()
+        scale = (share * (len(share) / share.sum()) ** 0.5).repeat_interleave(encoder.hidden_size)
+        plain = cls(scale, torch.zeros(len(scale), 0), torch.zeros(len(scale), 0))
+        if not learnt:
+            return plain
+        with as_file(files(__package__) / "tasks.safetensors") as path, safetensors.safe_open(path, "pt") as found:
+            if found.metadata()["encoder"] != encoder.fingerprint:
+                return plain
+            return plain.with_learnt({name: found.get_tensor(name) for name in found.keys()})  # noqa: SIM118
+
+    def with_learnt(self, tensors: dict[str, Tensor]) -> "Form":
+        """
+        Args:
+            tensors: `scale` [1], a factor; `left` and `right` [rows, rank] of the layers that count, the first ones.
+        """
+        left, right = (
+            pad(tensors[name].float(), (0, 0, 0, len(self.scale) - len(tensors[name]))) for name in ("left", "right")
+        )
+        return Form(self.scale * tensors["scale"], left, right)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, width]."""
+        y = self.scale * x
+        return y + (y @ self.left) @ self.right.T
+
+    def back(self, weight: Tensor) -> Tensor:
+        """[width, points], whose product with a vector is that of `weight` [width, points] with what it becomes."""
+        return self.scale[:, None] * (weight + self.left @ (self.right.T @ weight))
+
+
 class Space:
     """Texts -> vectors, of one encoder. The lines of routes are kept, as the same ones come again.
 
-    Where routes are few, only the layers `low` count, by `form` [width]; the others say only what a text is about.
+    Where routes are few, only the layers `low` count, by `form`; the others say only what a text is about.
+
+    Args:
+        learnt: whether the form has what public sets taught; False as in versions before.
     """
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextEncoder, *, learnt: bool = True) -> None:
         self.encoder = encoder
         self.layers = layers_of(encoder)
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         # A sentence encoder's last layers know what a text is about, those below also what is wanted.
         top = encoder.depth if isinstance(encoder, Encoder) else round(encoder.depth * 5 / 6)
         self.low = tuple(layer for layer in self.layers if layer <= top) or self.layers
-        share = torch.tensor([layer in self.low for layer in self.layers]).float()
-        self.form = (share * (len(share) / share.sum()) ** 0.5).repeat_interleave(encoder.hidden_size)
+        self.form = Form.of(encoder, self.layers, self.low, learnt=learnt)
         raw = self._raw(EVERYDAY)
         self.middle = raw.mean(0)
         self.background = raw - self.middle
@@ -229,7 +288,7 @@ def fit_prototypes(options: Sequence[RouteOption], space: Space, *, broad: bool 
     weight = metric @ lines.points().T
     bias = -0.5 * (lines.points() * weight.T).sum(1)
     heights = (lines.weights / lines.total()[lines.owner]).log()
-    weighted, hub = lines.scale[:, None] * weight, torch.zeros(len(options))
+    weighted, hub = weight if lines.form is None else lines.form.back(weight), torch.zeros(len(options))
     found = Prototypes(weighted, bias, lines.owner, heights, hub, lines.layers)
     nearest = found.logits(space.background).topk(_HUB_LINES, 0).values.mean(0)
     found = replace(found, hub=_HUB * nearest)
@@ -253,7 +312,7 @@ class _Lines:
         weights: [points], what the lines of each weigh.
         owner: [points] int64, each point's route.
         counts: [routes] int64, examples of each.
-        scale: [width], of the vectors.
+        form: that the vectors were given, if each line is a point.
         layers: of the encoder, those that count.
     """
 
@@ -263,7 +322,7 @@ class _Lines:
     weights: Tensor
     owner: Tensor
     counts: Tensor
-    scale: Tensor
+    form: Form | None
     layers: tuple[int, ...]
 
     @classmethod
@@ -277,8 +336,8 @@ class _Lines:
         if broad is None:
             broad = len(options) < MANY and _spread(vectors[: len(texts)], route, counts) >= _BROAD
         apart = bool(texts) and broad
-        scale = space.form if apart else torch.ones_like(space.form)
-        vectors = scale * vectors
+        form = space.form if apart else None
+        vectors = vectors if form is None else form(vectors)
         routes = torch.cat([route, torch.tensor([*said], dtype=torch.int64)])
         shares = torch.cat([torch.ones(len(texts)), torch.full((len(said),), _DESCRIBED if texts else 1.0)])
         group = torch.arange(len(routes)) if apart else routes
@@ -286,7 +345,7 @@ class _Lines:
         sums = torch.zeros(len(owner), vectors.shape[1]).index_add(0, group, shares[:, None] * vectors)
         weights = torch.zeros(len(owner)).index_add(0, group, shares)
         layers = space.low if apart else space.layers
-        return cls(vectors[: len(texts)], group[: len(texts)], sums, weights, owner, counts, scale, layers)
+        return cls(vectors[: len(texts)], group[: len(texts)], sums, weights, owner, counts, form, layers)
 
     def points(self) -> Tensor:
         """[points, width]."""

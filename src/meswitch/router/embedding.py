@@ -245,6 +245,7 @@ class EmbeddingSettings:
         lower: whether that is also learnt from rows in lower case, for encoders that see the case.
         prior: where there is one, the weight of its log-odds beside the heads' (measured on 15 sources).
         own: where there is a prior, the weight of the heads' odds beside its own.
+        tasks: whether the prior's form has what public sets taught; False in routers of version 2 and before.
         target_precision: what the threshold was chosen for.
         target_coverage: likewise; neither: to tell experts' queries from others.
     """
@@ -260,8 +261,9 @@ class EmbeddingSettings:
     bits: int = 32
     style: bool = False
     lower: bool = True
-    prior: float = 1.5
+    prior: float = 1.0
     own: float = 0.15
+    tasks: bool = True
     target_precision: float | None = None
     target_coverage: float | None = None
     folds: int = 5
@@ -518,7 +520,7 @@ class EmbeddingRouter(Router):
             tensors["words.weight"], head("states"), head("known") if file.other else None, tensors.get("known.words")
         )
         kept = KeptRows(*(tensors[f"memory.{part}"] for part in ("states", "known", "words")))
-        prior = Prior.of(file.routes, Space(encoder)) if file.routes else None
+        prior = Prior.of(file.routes, Space(encoder, learnt=settings.tasks)) if file.routes else None
         return cls(
             encoder,
             Learnt(heads, kept, prior, file.added),
@@ -533,9 +535,10 @@ class EmbeddingRouter(Router):
     @classmethod
     def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
         settings = data.get("settings")
-        if version < 2 and isinstance(settings, dict):
-            return {"routes": []} | data | {"settings": {"prior": 0.0, "own": 1.0} | settings}
-        return data
+        if not isinstance(settings, dict):
+            return data
+        before = {"tasks": False} if version >= 2 else {"tasks": False, "prior": 0.0, "own": 1.0}
+        return {"routes": []} | data | {"settings": before | settings}
 
 
 def tensors_of(heads: Heads, kept: KeptRows) -> dict[str, Tensor]:
