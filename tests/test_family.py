@@ -79,6 +79,7 @@ def test_sizes_may_be_written_with_units(tmp_path):
         (MINIMAL + 'examples = ["a", ""]\n', r"expert 'math': examples\.1: "),
         ('expert = ["math"]\n[base]\npath = "b"\n', r"expert number 1: Input should be"),
         ('expert = "math"\n[base]\npath = "b"\n', r"expert: Input should be"),
+        (MINIMAL + '[engine]\ndevice = "cudda"\n', r"engine\.device: String should match .*auto\|cpu\|cuda"),
         ("[base\n", "not valid TOML"),
         ("", "base: this field is required"),
     ],

@@ -129,7 +129,7 @@ class RouterSection(_Section):
 class EngineSection(_Section):
     """`[engine]`: the embedded engine."""
 
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     backend: Literal["auto", "triton", "cpu", "reference"] = "auto"  # what computes deltas
     # one batch for all experts, experts by turns, or the batch where it is proven right for this base

@@ -170,6 +170,12 @@ def test_sampling_parameters_out_of_range_are_named(engine, options):
         ({"dtype": "float8"}, "dtype: 'float8' is none of auto, float32, bfloat16, float16"),
         ({"slots": 0}, "slots: 0 is less than 1"),
         ({"max_queue": -1}, "max_queue: -1 is less than 1"),
+        ({"host_bytes": -5}, "host_bytes: -5 is less than 0"),
+        ({"merged_bytes": -1}, "merged_bytes: -1 is less than 0"),
+        ({"op_backend": "tritn"}, "op_backend: 'tritn' is none of triton, reference, cpu"),
+        ({"device": "cudda"}, "device: 'cudda' is none of auto, cpu, cuda"),
+        ({"device": "mps"}, "device: 'mps' is none of auto, cpu, cuda"),
+        ({"device": "cuda:4711"}, r"device: 'cuda:4711': torch sees \d+ GPUs? here"),
     ],
 )
 def test_options_that_make_no_sense_are_named_before_anything_is_read(options, message):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ from meswitch.ops.routing import MAX_TOKENS, PIECE, Step, bucket, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 from meswitch.tokenizer import max_length
+from meswitch.units import plural
 
 logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried is quiet
 
@@ -117,7 +119,7 @@ class EngineOptions:
 
     Args:
         base_name: the base's own name.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or one of several GPUs, such as `cuda:1`.
         dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, the checkpoint's on a GPU.
         slots: experts on the device at a time.
         host_bytes: budget for experts in host memory, None for no limit.
@@ -160,6 +162,16 @@ class EngineOptions:
         for name in ("slots", "max_batch_tokens", "kv_cache_tokens", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+        for name in ("host_bytes", "merged_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} is less than 0")
+        if self.op_backend not in (None, "triton", *BACKENDS):
+            raise ConfigError(f"op_backend: {self.op_backend!r} is none of triton, {', '.join(BACKENDS)}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
+        count = torch.cuda.device_count()
+        if self.target.type == "cuda" and (self.target.index or 0) >= count:
+            raise ConfigError(f"device: {self.device!r}: torch sees {plural(count, 'GPU')} here")
 
     @property
     def target(self) -> torch.device:
