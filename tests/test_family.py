@@ -78,6 +78,8 @@ def test_sizes_may_be_written_with_units(tmp_path):
         (MINIMAL + '[[expert]]\ndelta = "d"\n', r"expert number 2: name: this field is required"),
         (MINIMAL + 'examples = ["a", ""]\n', r"expert 'math': examples\.1: "),
         ('expert = ["math"]\n[base]\npath = "b"\n', r"expert number 1: Input should be"),
+        (MINIMAL.replace("[[expert]]", "[expert]"), r"expert: is one table; write \[\[expert\]\] above each"),
+        ('directory = "d"\n' + MINIMAL, "directory: no such field; paths are relative to the file"),
         ('expert = "math"\n[base]\npath = "b"\n', r"expert: Input should be"),
         (MINIMAL + '[engine]\ndevice = "cudda"\n', r"engine\.device: String should match .*auto\|cpu\|cuda"),
         ("[base\n", "not valid TOML"),

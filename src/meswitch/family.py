@@ -215,6 +215,8 @@ class Family(_Section):
             raise ConfigError(f"{file}: no such file; give a family.toml or the directory that holds one") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}") from None
+        if "directory" in data:  # of the class alone
+            raise ConfigError(f"{file}: directory: no such field; paths are relative to the file's own directory")
         try:
             family = cls.model_validate({**data, "directory": file.resolve().parent})
         except ValidationError as error:
@@ -295,6 +297,8 @@ def _explain(file: Path, item: Any, data: dict[str, Any]) -> str:
         message = f"no such field; {f'did you mean {near[0]}? ' if near else ''}all fields are in docs/use/family.md"
     elif item["type"] == "missing":
         message = "this field is required"
+    elif item["loc"] == ("expert",) and isinstance(item["input"], dict):
+        message = "is one table; write [[expert]] above each expert's fields"
     elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "name":
         message = f"{item['input']!r}: letters, digits, '.', '_' and '-', beginning with a letter or a digit"
     elif "input" in item and item["loc"] and repr(item["input"]) not in message:
