@@ -79,7 +79,7 @@ def check_model(source: str) -> None:
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    def ask() -> str:
+    def ask() -> str:  # the cache too refuses a name that no repository may have
         for name in _CONFIGS:
             if isinstance(file := try_to_load_from_cache(source, name), str):
                 return file

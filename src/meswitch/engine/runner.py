@@ -171,7 +171,7 @@ class EngineOptions:
             raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
         count = torch.cuda.device_count()
         if self.target.type == "cuda" and (self.target.index or 0) >= count:
-            raise ConfigError(f"device: {self.device!r}: torch sees {plural(count, 'GPU')} here")
+            raise ConfigError(f"device: {self.device!r}: torch sees {plural(count, 'GPU')} here; auto takes one if any")
 
     @property
     def target(self) -> torch.device:
