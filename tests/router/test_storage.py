@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meswitch.router import RouterError, load_router
+from meswitch.router.store import VERSION
 
 QUERIES = ["What is 17 + 25?", "Write f(x) that doubles x.", "How many users are there?", "book a table for two"]
 
@@ -56,7 +57,7 @@ def test_saving_again_replaces_the_router_and_leaves_nothing_else(router, copy):
     (copy.parent / "router.partial" / "left over").write_text("")
     edit(copy, lambda data: data.update(version=99))
     router.save(copy)
-    assert json.loads((copy / "router.json").read_text())["version"] == 3
+    assert json.loads((copy / "router.json").read_text())["version"] == VERSION
     assert [path.name for path in copy.parent.iterdir()] == ["router"]
 
 
@@ -72,7 +73,7 @@ def test_a_directory_that_is_no_router_is_never_replaced(router, tmp_path):
     ("change", "message"),
     [
         (lambda d: d.update(format="something"), "format"),
-        (lambda d: d.update(version=4), r"version: 4 is newer .* upgrade meswitch"),
+        (lambda d: d.update(version=VERSION + 1), rf"version: {VERSION + 1} is newer .* upgrade meswitch"),
         (lambda d: d.update(version="1"), "version"),
         (lambda d: d.update(kind="oracle"), "kind: 'oracle'"),
         (lambda d: d.update(colour="red"), "colour: unknown field"),
