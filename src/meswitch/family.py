@@ -129,7 +129,7 @@ class RouterSection(_Section):
 class EngineSection(_Section):
     """`[engine]`: the embedded engine."""
 
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     backend: Literal["auto", "triton", "cpu", "reference"] = "auto"  # what computes deltas
     # one batch for all experts, experts by turns, or the batch where it is proven right for this base
@@ -295,6 +295,12 @@ def _explain(file: Path, item: Any, data: dict[str, Any]) -> str:
         message = f"no such field; {f'did you mean {near[0]}? ' if near else ''}all fields are in docs/use/family.md"
     elif item["type"] == "missing":
         message = "this field is required"
+    elif item["type"] == "tuple_type" and field == "expert":
+        message = "each expert is a section of its own, [[expert]] in double brackets"
+    elif item["type"] == "tuple_type":
+        message = f"{item['input']!r} is not a list of texts"
+    elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "device":
+        message = f"{item['input']!r} is none of auto, cpu, cuda, cuda:1 and so on"
     elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "name":
         message = f"{item['input']!r}: letters, digits, '.', '_' and '-', beginning with a letter or a digit"
     elif "input" in item and item["loc"] and repr(item["input"]) not in message:

@@ -170,6 +170,14 @@ def test_sampling_parameters_out_of_range_are_named(engine, options):
         ({"dtype": "float8"}, "dtype: 'float8' is none of auto, float32, bfloat16, float16"),
         ({"slots": 0}, "slots: 0 is less than 1"),
         ({"max_queue": -1}, "max_queue: -1 is less than 1"),
+        ({"slots": "two"}, "slots: 'two' is not a whole number"),
+        ({"slots": True}, "slots: True is not a whole number"),
+        ({"kv_cache_tokens": 512.5}, r"kv_cache_tokens: 512\.5 is not a whole number"),
+        ({"host_bytes": "1MiB"}, "host_bytes: '1MiB' is not a whole number"),
+        ({"merged_bytes": -1}, "merged_bytes: -1 is less than 0"),
+        ({"cuda_graphs": "no"}, "cuda_graphs: 'no' is neither True nor False"),
+        ({"device": "gpu"}, "device: 'gpu' is none of auto, cpu, cuda, cuda:1"),
+        ({"device": "cuda:99"}, "device: 'cuda:99': torch sees"),
     ],
 )
 def test_options_that_make_no_sense_are_named_before_anything_is_read(options, message):

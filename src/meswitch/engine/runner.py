@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ from meswitch.ops.routing import MAX_TOKENS, PIECE, Step, bucket, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 from meswitch.tokenizer import max_length
+from meswitch.units import plural
 
 logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried is quiet
 
@@ -117,12 +119,12 @@ class EngineOptions:
 
     Args:
         base_name: the base's own name.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:1` and so on.
         dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, the checkpoint's on a GPU.
         slots: experts on the device at a time.
-        host_bytes: budget for experts in host memory, None for no limit.
-        merged_bytes: budget for experts' merged weights where no kernels run, which makes a CPU several times as fast;
-            None for half of the memory that is free in float32 on a CPU, 0 for none.
+        host_bytes: budget in bytes for experts in host memory, None for no limit.
+        merged_bytes: budget in bytes for experts' merged weights where no kernels run, which makes a CPU several times
+            as fast; None for half of the memory that is free in float32 on a CPU, 0 for none.
         max_batch_tokens: tokens of one step.
         kv_cache_tokens: tokens of all running requests together.
         max_queue: waiting and running requests; one more is refused.
@@ -158,13 +160,38 @@ class EngineOptions:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         for name in ("slots", "max_batch_tokens", "kv_cache_tokens", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+            self._check_whole(name, 1)
+        for name in ("host_bytes", "merged_bytes"):
+            if getattr(self, name) is not None:
+                self._check_whole(name, 0)
+        for name in ("cuda_graphs", "grows"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+        if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
+            raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:1 and so on")
+
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name}: {value!r} is not a whole number")
+        if value < least:
+            raise ConfigError(f"{name}: {value} is less than {least}")
 
     @property
     def target(self) -> torch.device:
-        """Where it computes."""
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        """Where it computes.
+
+        Raises:
+            ConfigError: a GPU is asked for that torch does not see.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        seen = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= seen:
+            fix = "use auto or cpu" if seen == 0 else f"the last one is cuda:{seen - 1}"
+            raise ConfigError(f"device: {self.device!r}: torch sees {plural(seen, 'GPU')} here; {fix}")
+        return device
 
 
 @dataclass(frozen=True, slots=True)
