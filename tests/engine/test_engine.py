@@ -163,6 +163,12 @@ def test_sampling_parameters_out_of_range_are_named(engine, options):
         engine.generate([QUESTION], model="math", **options)
 
 
+@pytest.mark.parametrize("prompt", ["2 + 2 =", QUESTION, [5, 6]])
+def test_one_prompt_in_place_of_several_is_refused(engine, prompt):
+    with pytest.raises(ConfigError, match=r"prompts: this is one prompt; give a list of prompts, \[prompt\]"):
+        engine.generate(prompt, model="math")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -225,7 +225,10 @@ class Engine:
 
         Raises:
             MeswitchError: as of `submit`, for any of the prompts; then none is answered.
+            ConfigError: one prompt in place of several.
         """
+        if isinstance(prompts, str) or any(isinstance(prompt, Mapping | int) for prompt in prompts):
+            raise ConfigError("prompts: this is one prompt; give a list of prompts, [prompt]")
         models = [model] * len(prompts) if model is None or isinstance(model, str) else list(model)
         if len(models) != len(prompts):
             raise ConfigError(f"model: {len(models)} names for {len(prompts)} prompts")
