@@ -221,6 +221,12 @@ def test_whether_a_model_can_be_had_is_asked_without_fetching_it(pair, hub):
         check_model("org/other")
 
 
+@pytest.mark.parametrize("source", ["org/a--b", "org/a..b", "org/name.git"])
+def test_a_name_that_no_repository_may_have_is_one_line_before_anything_is_asked(source):
+    with pytest.raises(CheckpointError, match=rf"^{source}: neither a directory here nor a model that the hub gives"):
+        check_model(source)
+
+
 def test_a_model_of_the_cache_is_not_asked_for_again(pair, hub):
     served = hub(pair()[0])
     read_config("org/name")

@@ -215,6 +215,8 @@ class Family(_Section):
             raise ConfigError(f"{file}: no such file; give a family.toml or the directory that holds one") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}") from None
+        if "directory" in data:  # of the class alone
+            raise ConfigError(f"{file}: directory: no such field; paths are relative to the file's own directory")
         try:
             family = cls.model_validate({**data, "directory": file.resolve().parent})
         except ValidationError as error:
@@ -295,10 +297,10 @@ def _explain(file: Path, item: Any, data: dict[str, Any]) -> str:
         message = f"no such field; {f'did you mean {near[0]}? ' if near else ''}all fields are in docs/use/family.md"
     elif item["type"] == "missing":
         message = "this field is required"
-    elif item["type"] == "tuple_type" and field == "expert":
-        message = "each expert is a section of its own, [[expert]] in double brackets"
+    elif item["loc"] == ("expert",) and isinstance(item["input"], dict):
+        message = "is one table; write [[expert]] above each expert's fields"
     elif item["type"] == "tuple_type":
-        message = f"{item['input']!r} is not a list of texts"
+        message = f"{item['input']!r} is not a list"
     elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "device":
         message = f"{item['input']!r} is none of auto, cpu, cuda, cuda:1 and so on"
     elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "name":

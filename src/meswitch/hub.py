@@ -79,6 +79,10 @@ def check_model(source: str) -> None:
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if any(isinstance(try_to_load_from_cache(source, name), str) for name in _CONFIGS):
-        return
-    from_hub(source, lambda: str(HfApi().model_info(source, timeout=_SECONDS).id))
+    def ask() -> str:  # the cache too refuses a name that no repository may have
+        for name in _CONFIGS:
+            if isinstance(file := try_to_load_from_cache(source, name), str):
+                return file
+        return str(HfApi().model_info(source, timeout=_SECONDS).id)
+
+    from_hub(source, ask)

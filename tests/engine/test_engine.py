@@ -180,10 +180,14 @@ def test_one_prompt_in_place_of_several_is_refused(engine, prompt):
         ({"slots": True}, "slots: True is not a whole number"),
         ({"kv_cache_tokens": 512.5}, r"kv_cache_tokens: 512\.5 is not a whole number"),
         ({"host_bytes": "1MiB"}, "host_bytes: '1MiB' is not a whole number"),
-        ({"merged_bytes": -1}, "merged_bytes: -1 is less than 0"),
         ({"cuda_graphs": "no"}, "cuda_graphs: 'no' is neither True nor False"),
         ({"device": "gpu"}, "device: 'gpu' is none of auto, cpu, cuda, cuda:1"),
-        ({"device": "cuda:99"}, "device: 'cuda:99': torch sees"),
+        ({"host_bytes": -5}, "host_bytes: -5 is less than 0"),
+        ({"merged_bytes": -1}, "merged_bytes: -1 is less than 0"),
+        ({"op_backend": "tritn"}, "op_backend: 'tritn' is none of triton, reference, cpu"),
+        ({"device": "cudda"}, "device: 'cudda' is none of auto, cpu, cuda"),
+        ({"device": "mps"}, "device: 'mps' is none of auto, cpu, cuda"),
+        ({"device": "cuda:4711"}, r"device: 'cuda:4711': torch sees \d+ GPUs? here"),
     ],
 )
 def test_options_that_make_no_sense_are_named_before_anything_is_read(options, message):

@@ -86,6 +86,14 @@ def test_the_oldest_that_waits_is_next_however_many_of_other_experts_come():
     assert "one" in seen[2]
 
 
+def test_a_long_prompt_of_an_expert_in_the_step_does_not_stop_those_that_came_before_it():
+    lengths = {"a": 20, "b": 20, "c": 20, "a-long": 19 * PAGE}
+    made = make(tokens=1000, pages=20, jobs=[job(name, n, slot=ord(name[0])) for name, n in lengths.items()])
+    available = made.pages.available
+    assert [name for name, _ in advance(made)] == ["a", "b", "c"]
+    assert made.pages.available == available - sum(len(one.pages) for one in made.running)
+
+
 def test_a_pace_is_a_line_through_the_steps_of_late():
     pace = scheduler.Pace()
     assert pace.within(1.0) == float("inf")

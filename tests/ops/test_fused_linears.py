@@ -96,6 +96,7 @@ def test_what_one_launch_cannot_compute_is_refused():
         (weights, other_group, routing, none),
         ([weights[0], codes], layers, routing, none),
         (weights, layers, routing, [torch.zeros(64).to(x), None]),
+        (weights[:1] * 2, layers[:1] * 2, routing, none),  # as of tied weights: both would count in one place
     ):
         with pytest.raises(ConfigError, match="compute each with fused_linear"):
             fused_linears(x, *given, "triton")

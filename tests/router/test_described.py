@@ -263,7 +263,11 @@ def test_routers_of_the_versions_before_are_read(saved, base, tmp_path):
     (copy / "router.json").write_text(json.dumps(data | {"version": 2}))
     before = load_router(copy, base)
     assert not before.settings.tasks  # its heads learnt beside a prior without it
-    del data["routes"], data["settings"]["prior"], data["settings"]["own"]
+    del data["routes"]
+    (copy / "router.json").write_text(json.dumps(data | {"version": 2}))
+    with pytest.raises(RouterError, match=r"routes: missing"):
+        load_router(copy, base)
+    del data["settings"]["prior"], data["settings"]["own"]
     (copy / "router.json").write_text(json.dumps(data | {"version": 1}))
     first = load_router(copy, base)
     assert (first.settings.prior, first.settings.own, first.settings.tasks) == (0.0, 1.0, False)

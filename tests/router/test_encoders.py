@@ -1,5 +1,6 @@
 """Encoders other than the family's base: a small BERT and a table, both random, as a directory holds them."""
 
+from hashlib import sha256
 from importlib.resources import as_file, files
 
 import pytest
@@ -22,6 +23,7 @@ from meswitch.router import (
 )
 from meswitch.router.described import Form, fit_prototypes
 from meswitch.router.encoder import SentenceEncoder, StaticEncoder
+from meswitch.router.store import VERSION
 
 EXPERTS = ("math", "code", "instruct", "sql")
 TEXTS = ["How many apples?", "Write a function.", "", "word " * 500]
@@ -113,6 +115,8 @@ def test_what_public_sets_taught_counts_for_its_own_encoder_alone(bert):
     with as_file(files("meswitch.router") / "tasks.safetensors") as path, safe_open(path, "pt") as found:
         made_for = found.metadata()["encoder"]
         assert path.stat().st_size < 400_000
+        # heads of saved routers learnt beside this map: another one needs a version of `router.json` of its own
+        assert (VERSION, sha256(path.read_bytes()).hexdigest()[:16]) == (3, "cc64337733a291df")
     encoder = open_encoder(bert)
     assert Space(encoder).form.left.shape == (64, 0)
     encoder.fingerprint, encoder.hidden_size = made_for, 384

@@ -295,6 +295,30 @@ def test_what_needs_a_restart_is_named_in_the_log(routing, caplog):
     assert f"{root / 'family.toml'}: {told}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("examples = [' ']", "'math': examples: one is empty; remove it"), ("", "nothing was said of it to the router")],
+)
+def test_what_the_router_cannot_take_in_of_an_expert_that_it_chooses_is_told_each_time(routing, caplog, said, reason):
+    url, experts, root = routing
+    query = "Compose a sonnet about the sea at night."
+    _, before = asked_auto(url, query)
+    text = (root / "family.toml").read_text()
+    (root / "family.toml").write_text(text.replace('description = "all about math"', said))
+    for _ in range(2):
+        caplog.clear()
+        experts.reread()
+        assert "auto does not choose" not in caplog.text
+        assert "expert math: auto chooses it by what was said of it before: " in caplog.text
+        assert reason in caplog.text
+    assert asked_auto(url, query)[1] == before
+    assert rows(url)["math"]["routed"]
+    (root / "family.toml").write_text(text)
+    caplog.clear()
+    experts.reread()
+    assert "expert math" not in caplog.text
+
+
 def test_a_new_version_of_which_nothing_is_said_keeps_what_was_said(routed):
     assert post(routed, "experts", name="twice", path="late", description="Poems.").json()["routed"]
     again = post(routed, "experts", name="twice", path="late").json()

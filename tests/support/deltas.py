@@ -34,13 +34,13 @@ def random_delta(rows, in_features, bits, group_size=64, salient=0, seed=0):
 
 
 def in_one_arena(layers):
-    """As an engine has them: every layer's deltas in one buffer."""
+    """As an engine has them: every layer's deltas in one buffer, and counters of its own."""
     arena, found = torch.cat([layer.arena for layer in layers]), []
     first = 0
     for layer in layers:
         table, present = layer.table.clone(), layer.table[:, :2].any(1)
         table[present, 2:7] += first // 16
-        found.append(dataclasses.replace(layer, arena=arena, table=table))
+        found.append(dataclasses.replace(layer, arena=arena, table=table, arrived=layer.arrived.clone()))
         first += layer.arena.numel()
     return found
 

@@ -119,7 +119,7 @@ class EngineOptions:
 
     Args:
         base_name: the base's own name.
-        device: `auto`, `cpu`, `cuda` or `cuda:1` and so on.
+        device: `auto`, `cpu`, `cuda` or one of several GPUs, such as `cuda:1`.
         dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, the checkpoint's on a GPU.
         slots: experts on the device at a time.
         host_bytes: budget in bytes for experts in host memory, None for no limit.
@@ -167,6 +167,8 @@ class EngineOptions:
         for name in ("cuda_graphs", "grows"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+        if self.op_backend not in (None, "triton", *BACKENDS):
+            raise ConfigError(f"op_backend: {self.op_backend!r} is none of triton, {', '.join(BACKENDS)}")
         if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:1 and so on")
 

@@ -159,7 +159,10 @@ class Scheduler:
             near = itertools.islice(self.waiting, _NEAR) if slots else ()
             job = next((job for job in near if job.slot in slots), self.waiting[0])
             if not self._admit(job):
-                break
+                if job is self.waiting[0]:
+                    break
+                slots.remove(job.slot)  # one that came later must not stop those before it
+                continue
             self.waiting.remove(job)
             self.running.append(job)
             slots = slots or {one.slot for one, piece in step if piece.length > 1}

@@ -103,8 +103,8 @@ def fused_linears(
         _check_fused(x, weight, layer, routing)
     if not joins(weights, layers, biases):
         raise ConfigError(
-            f"{len(layers)} linears: deltas in several arenas or of several group sizes, weights of several kinds, or "
-            "some with a bias: compute each with fused_linear"
+            f"{len(layers)} linears: deltas in several arenas or of several group sizes, one layer's twice, weights of "
+            "several kinds, or some with a bias: compute each with fused_linear"
         )
     from meswitch.ops.triton.fused import fused
 
@@ -119,7 +119,8 @@ def joins(weights: Sequence[Tensor | Codes], layers: Sequence[SlotLinear], biase
     """Whether one launch can compute these linears: see `fused_linears`."""
     kinds = {weight.codes.dtype if isinstance(weight, Codes) else None for weight in weights}
     places = {(layer.arena.data_ptr(), layer.in_features, layer.variant.group) for layer in layers}
-    return len(kinds) == len(places) == len({bias is None for bias in biases}) == 1
+    counters = {layer.arrived.data_ptr() for layer in layers}  # tied weights share theirs, which count one linear's
+    return len(kinds) == len(places) == len({bias is None for bias in biases}) == 1 and len(counters) == len(layers)
 
 
 def embedding_rows(

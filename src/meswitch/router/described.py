@@ -13,7 +13,7 @@ how sure a score is. The same example without its route, and the everyday reques
 
 Without a family or an engine, over any list of routes:
 
-    decider = Decider(Space(open_encoder("all-MiniLM-L6-v2")))
+    decider = Decider(Space(open_encoder("sentence-transformers/all-MiniLM-L6-v2")))
     options = parse_options([{"name": "billing", "description": "invoices and refunds"}, ...])
     decision = decider.decide("where is my money?", options)
 

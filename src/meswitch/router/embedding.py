@@ -537,8 +537,9 @@ class EmbeddingRouter(Router):
         settings = data.get("settings")
         if not isinstance(settings, dict):
             return data
-        before = {"tasks": False} if version >= 2 else {"tasks": False, "prior": 0.0, "own": 1.0}
-        return {"routes": []} | data | {"settings": before | settings}
+        if version < 2:
+            data, settings = {"routes": []} | data, {"prior": 0.0, "own": 1.0} | settings
+        return data | {"settings": {"tasks": False} | settings}
 
 
 def tensors_of(heads: Heads, kept: KeptRows) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ class Experts:
             examples: queries for it.
 
         Returns:
-            Why `auto` does not choose it; None if it does.
+            Why `auto` does not choose it by what is said; None if it does.
 
         Raises:
             ApiError: nothing may be loaded, or not from there.
@@ -223,7 +223,7 @@ class Experts:
         """Pass on to the router what the family's file says of an expert, where that is news to it."""
         name = option.name
         is_changed = self._said.get(name) != option
-        if not (is_new or is_changed or self._not_routed(name) is not None):
+        if not (is_new or is_changed or name in self._not_learned or self._not_routed(name) is not None):
             return
         before = None if self._auto is None else self._auto.router
         reason = self._join(option)
@@ -231,18 +231,21 @@ class Experts:
             logger.warning(_UNCHANGED, name, file)
 
     def _join(self, option: RouteOption) -> str | None:
-        """Let the router know of an expert. Gives the reason why it does not choose it, None if it does."""
+        """Let the router know of an expert. Gives the reason why it does not choose it by that, None if it does."""
         self._said[option.name] = option
         if self._auto is None:
             return _NO_ROUTER
         reason = self._auto.learn(option)
+        is_known = option.name in self._auto.experts
         if reason is not None and self._auto.has_router:
             is_bare = not (option.description.strip() or option.examples)
             reason = _NOTHING_SAID if is_bare else f"the router does not take it in: {_PREFIX.sub('', reason)}"
+            if is_known:
+                reason = f"auto chooses it by what was said of it before: {reason}"
         self._not_learned.pop(option.name, None)
         if reason is not None:
             self._not_learned[option.name] = reason
-            logger.warning("auto does not choose expert %s: %s", option.name, reason)
+            logger.warning("%s %s: %s", "expert" if is_known else "auto does not choose expert", option.name, reason)
         return reason
 
     def _not_routed(self, name: str) -> str | None:
