@@ -299,6 +299,10 @@ def _explain(file: Path, item: Any, data: dict[str, Any]) -> str:
         message = "this field is required"
     elif item["loc"] == ("expert",) and isinstance(item["input"], dict):
         message = "is one table; write [[expert]] above each expert's fields"
+    elif item["type"] == "tuple_type":
+        message = f"{item['input']!r} is not a list"
+    elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "device":
+        message = f"{item['input']!r} is none of auto, cpu, cuda, cuda:1 and so on"
     elif item["type"] == "string_pattern_mismatch" and item["loc"][-1] == "name":
         message = f"{item['input']!r}: letters, digits, '.', '_' and '-', beginning with a letter or a digit"
     elif "input" in item and item["loc"] and repr(item["input"]) not in message:

@@ -346,6 +346,7 @@ def _base_beside(engine: "Engine") -> Any:
     from transformers import AutoModel
 
     from meswitch.engine.coded import share_codes
+    from meswitch.engine.runner import attention_for
 
     config = copy.deepcopy(engine.model.config)
     prefix = f"{engine.model.base_model_prefix}."
@@ -356,7 +357,7 @@ def _base_beside(engine: "Engine") -> Any:
     }
     device = next(iter(weights.values())).device
     with init_empty_weights(include_buffers=False), torch.device(device):
-        model = AutoModel.from_config(config, attn_implementation="sdpa")
+        model = AutoModel.from_config(config, attn_implementation=attention_for(type(engine.model)))
     share_codes(engine.model, model, prefix)
     model.load_state_dict(weights, assign=True)
     engine.lend(model)

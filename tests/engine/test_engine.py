@@ -163,6 +163,12 @@ def test_sampling_parameters_out_of_range_are_named(engine, options):
         engine.generate([QUESTION], model="math", **options)
 
 
+@pytest.mark.parametrize("prompt", ["2 + 2 =", QUESTION, [5, 6]])
+def test_one_prompt_in_place_of_several_is_refused(engine, prompt):
+    with pytest.raises(ConfigError, match=r"prompts: this is one prompt; give a list of prompts, \[prompt\]"):
+        engine.generate(prompt, model="math")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -170,6 +176,12 @@ def test_sampling_parameters_out_of_range_are_named(engine, options):
         ({"dtype": "float8"}, "dtype: 'float8' is none of auto, float32, bfloat16, float16"),
         ({"slots": 0}, "slots: 0 is less than 1"),
         ({"max_queue": -1}, "max_queue: -1 is less than 1"),
+        ({"slots": "two"}, "slots: 'two' is not a whole number"),
+        ({"slots": True}, "slots: True is not a whole number"),
+        ({"kv_cache_tokens": 512.5}, r"kv_cache_tokens: 512\.5 is not a whole number"),
+        ({"host_bytes": "1MiB"}, "host_bytes: '1MiB' is not a whole number"),
+        ({"cuda_graphs": "no"}, "cuda_graphs: 'no' is neither True nor False"),
+        ({"device": "gpu"}, "device: 'gpu' is none of auto, cpu, cuda, cuda:1"),
         ({"host_bytes": -5}, "host_bytes: -5 is less than 0"),
         ({"merged_bytes": -1}, "merged_bytes: -1 is less than 0"),
         ({"op_backend": "tritn"}, "op_backend: 'tritn' is none of triton, reference, cpu"),

@@ -283,6 +283,18 @@ def test_what_the_family_says_anew_of_an_expert_reaches_the_router(routing, capl
     assert "keeps what it learnt" not in caplog.text
 
 
+def test_what_needs_a_restart_is_named_in_the_log(routing, caplog):
+    _, experts, root = routing
+    text = (root / "family.toml").read_text()
+    experts.reread()
+    assert "restart" not in caplog.text
+    (root / "family.toml").write_text(text.replace("slots = 2", "slots = 3\nmax_queue = 7"))
+    experts.reread()
+    (root / "family.toml").write_text(text)
+    told = "restart the server for what has changed: engine.slots, engine.max_queue"
+    assert f"{root / 'family.toml'}: {told}" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("said", "reason"),
     [("examples = [' ']", "'math': examples: one is empty; remove it"), ("", "nothing was said of it to the router")],

@@ -9,13 +9,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from meswitch import Family
+from meswitch import Family, compress
 from meswitch.errors import ArtifactError
 from meswitch.launch import engine_from_family, policy_from_family, router_from_family
 from meswitch.router import RouterError
 from tests.support.http_server import QUESTIONS, ask_with, user
+from tests.support.models import make_pair
 
 SERVE = "import typer; from meswitch.cli.serve import serve_command; typer.run(serve_command)"
 
@@ -88,6 +90,22 @@ def test_a_family_without_a_router_serves_auto_by_its_descriptions(family_file, 
     _, problem = policy_from_family(config, engine)
     assert problem is None
     assert set(router_from_family(config, engine).route("hello").scores) == {"math", "code", "other"}
+
+
+def test_a_base_without_sdpa_is_read_beside_the_engine(family, tmp_path):
+    base, expert = make_pair(tmp_path, family / "base", "gemma2", dtype=torch.float32)
+    compress(base, expert, tmp_path / "delta")
+    lines = 'description = "Mathematics."\nexamples = ["What is 3 + 4?", "Halve 18.", "Is 7 a prime?"]'
+    file = tmp_path / "family.toml"
+    file.write_text(f'[base]\npath = "base"\n[[expert]]\nname = "math"\ndelta = "delta"\n{lines}\n')
+    config = Family.load(file)
+    alone = router_from_family(config).route("What is 17 + 25?")
+    with engine_from_family(config) as engine:
+        auto, problem = policy_from_family(config, engine)
+        assert problem is None
+        assert auto.has_router
+        beside = router_from_family(config, engine).route("What is 17 + 25?")
+    assert beside.scores == pytest.approx(alone.scores, abs=1e-5)
 
 
 def test_experts_with_a_description_alone_are_named(family_file, router_directory, engine, tmp_path, caplog):

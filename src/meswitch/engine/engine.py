@@ -64,6 +64,7 @@ class Engine:
         options = dataclasses.replace(options or EngineOptions(), **settings)
         if options.base_name in experts or "auto" in (options.base_name, *experts):
             raise ConfigError(f"experts: the names {options.base_name!r} (the base's) and 'auto' are taken")
+        target = options.target
         self.base_name = options.base_name
         self.max_queue = options.max_queue
         checkpoint = Checkpoint.open(base)
@@ -72,7 +73,6 @@ class Engine:
         self._fingerprint = fingerprint(checkpoint) if artifacts else None
         for artifact in artifacts.values():
             artifact.check_base(checkpoint, known=self._fingerprint)
-        target = options.target
         self.tokenizers = {self.base_name: ChatTokenizer.open(self.base_name, checkpoint.directory)}
         self.tokenizers |= {name: ChatTokenizer.open(name, artifact.directory) for name, artifact in artifacts.items()}
         architecture = architecture_of(checkpoint.config, text_only=True)
@@ -225,7 +225,10 @@ class Engine:
 
         Raises:
             MeswitchError: as of `submit`, for any of the prompts; then none is answered.
+            ConfigError: one prompt in place of several.
         """
+        if isinstance(prompts, str) or any(isinstance(prompt, Mapping | int) for prompt in prompts):
+            raise ConfigError("prompts: this is one prompt; give a list of prompts, [prompt]")
         models = [model] * len(prompts) if model is None or isinstance(model, str) else list(model)
         if len(models) != len(prompts):
             raise ConfigError(f"model: {len(models)} names for {len(prompts)} prompts")

@@ -122,9 +122,9 @@ class EngineOptions:
         device: `auto`, `cpu`, `cuda` or one of several GPUs, such as `cuda:1`.
         dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, the checkpoint's on a GPU.
         slots: experts on the device at a time.
-        host_bytes: budget for experts in host memory, None for no limit.
-        merged_bytes: budget for experts' merged weights where no kernels run, which makes a CPU several times as fast;
-            None for half of the memory that is free in float32 on a CPU, 0 for none.
+        host_bytes: budget in bytes for experts in host memory, None for no limit.
+        merged_bytes: budget in bytes for experts' merged weights where no kernels run, which makes a CPU several times
+            as fast; None for half of the memory that is free in float32 on a CPU, 0 for none.
         max_batch_tokens: tokens of one step.
         kv_cache_tokens: tokens of all running requests together.
         max_queue: waiting and running requests; one more is refused.
@@ -160,23 +160,40 @@ class EngineOptions:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         for name in ("slots", "max_batch_tokens", "kv_cache_tokens", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+            self._check_whole(name, 1)
         for name in ("host_bytes", "merged_bytes"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} is less than 0")
+            if getattr(self, name) is not None:
+                self._check_whole(name, 0)
+        for name in ("cuda_graphs", "grows"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is neither True nor False")
         if self.op_backend not in (None, "triton", *BACKENDS):
             raise ConfigError(f"op_backend: {self.op_backend!r} is none of triton, {', '.join(BACKENDS)}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
-        count = torch.cuda.device_count()
-        if self.target.type == "cuda" and (self.target.index or 0) >= count:
-            raise ConfigError(f"device: {self.device!r}: torch sees {plural(count, 'GPU')} here; auto takes one if any")
+        if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
+            raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:1 and so on")
+
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name}: {value!r} is not a whole number")
+        if value < least:
+            raise ConfigError(f"{name}: {value} is less than {least}")
 
     @property
     def target(self) -> torch.device:
-        """Where it computes."""
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        """Where it computes.
+
+        Raises:
+            ConfigError: a GPU is asked for that torch does not see.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        seen = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= seen:
+            fix = "use auto or cpu" if seen == 0 else f"the last one is cuda:{seen - 1}"
+            raise ConfigError(f"device: {self.device!r}: torch sees {plural(seen, 'GPU')} here; {fix}")
+        return device
 
 
 @dataclass(frozen=True, slots=True)

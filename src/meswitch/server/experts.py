@@ -68,7 +68,9 @@ class Experts:
         # what they are good at, by name; kept up to date for the models page
         self.descriptions = {name: option.description for name, option in self._said.items()}
         self.is_watched, self._auto = is_watched, auto
-        self._engine, self._directory, self._family = engine, directory, family
+        self._engine, self._directory = engine, directory
+        # what the file says at the start: options of the command line, which go before it, are not in it
+        self._family = None if family is None else Family.load(family)
         self._sources, self._of_family = dict(sources), set(sources)
         self._found: dict[str, Any] = {}  # by `scan`: name -> signature of what was tried last
         self._not_learned: dict[str, str] = {}  # name -> why the router did not learn it
@@ -165,16 +167,19 @@ class Experts:
         """Read the family again: experts that are new there are served, those that are gone are not any more, and the
         router is told what is said of them now.
 
-        Everything else of the file needs a restart. What fails leaves that expert as it is.
+        Everything else of the file needs a restart, and the log says what of it has changed. What fails leaves that
+        expert as it is.
 
         Raises:
             ConfigError: the file is wrong; then nothing changes.
         """
         if self._family is None:
             return
-        family = Family.load(self._family)
+        family = Family.load(self._family.file)
         wanted = {section.name: section for section in family.expert}
-        logger.warning("%s is read again", self._family)
+        logger.warning("%s is read again", family.file)
+        if late := _changed(self._family, family):
+            logger.warning("%s: restart the server for what has changed: %s", family.file, ", ".join(late))
         for name in self._of_family - wanted.keys():
             self._of_family.discard(name)
             if name in self._sources:
@@ -187,7 +192,7 @@ class Experts:
             else:
                 self._try(name, source, section.description)
             if name in self._sources:
-                self._tell(RouteOption(name, section.description, section.examples), is_new=not is_served)
+                self._tell(RouteOption(name, section.description, section.examples), family.file, is_new=not is_served)
             self._of_family.add(name)
 
     def scan(self) -> None:
@@ -214,8 +219,8 @@ class Experts:
                 if not known:  # a new version of one that is served is noticed by its next request
                     self._try(name, path.resolve(), self.descriptions.get(name, ""))
 
-    def _tell(self, option: RouteOption, is_new: bool) -> None:
-        """Pass on to the router what the family says of an expert, where that is news to it."""
+    def _tell(self, option: RouteOption, file: Path, is_new: bool) -> None:
+        """Pass on to the router what the family's file says of an expert, where that is news to it."""
         name = option.name
         is_changed = self._said.get(name) != option
         if not (is_new or is_changed or name in self._not_learned or self._not_routed(name) is not None):
@@ -223,7 +228,7 @@ class Experts:
         before = None if self._auto is None else self._auto.router
         reason = self._join(option)
         if is_changed and not is_new and reason is None and self._auto is not None and self._auto.router is before:
-            logger.warning(_UNCHANGED, name, self._family)
+            logger.warning(_UNCHANGED, name, file)
 
     def _join(self, option: RouteOption) -> str | None:
         """Let the router know of an expert. Gives the reason why it does not choose it by that, None if it does."""
@@ -262,6 +267,16 @@ class Experts:
             self._engine.add_expert(name, source)
             self._sources[name] = source
             self.descriptions[name] = description
+
+
+def _changed(before: Family, now: Family) -> list[str]:
+    """The fields of a running server that differ, as `engine.slots`."""
+    return [
+        f"{section}.{field}"
+        for section in ("base", "router", "engine", "server")
+        for field, value in getattr(now, section)
+        if value != getattr(getattr(before, section), field)
+    ]
 
 
 class _Body(BaseModel):
