@@ -175,6 +175,7 @@ def test_one_prompt_in_place_of_several_is_refused(engine, prompt):
         ({"runner": "both"}, "runner: 'both' is none of auto, batch, turns"),
         ({"dtype": "float8"}, "dtype: 'float8' is none of auto, float32, bfloat16, float16"),
         ({"slots": 0}, "slots: 0 is less than 1"),
+        ({"kv_cache_tokens": 10}, "kv_cache_tokens: 10 is less than 256"),
         ({"max_queue": -1}, "max_queue: -1 is less than 1"),
         ({"slots": "two"}, "slots: 'two' is not a whole number"),
         ({"slots": True}, "slots: True is not a whole number"),

@@ -59,6 +59,7 @@ _REPLAYED = 0.002  # of the norm of logits: less than a step of bfloat16, in whi
 
 RunnerName = Literal["auto", "batch", "turns"]
 RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")
+LEAST_CACHE = 256  # tokens: less leaves no room for an answer
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -159,8 +160,9 @@ class EngineOptions:
             raise ConfigError(f"runner: {self.runner!r} is none of {', '.join(RUNNERS)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
-        for name in ("slots", "max_batch_tokens", "kv_cache_tokens", "max_queue"):
+        for name in ("slots", "max_batch_tokens", "max_queue"):
             self._check_whole(name, 1)
+        self._check_whole("kv_cache_tokens", LEAST_CACHE)
         for name in ("host_bytes", "merged_bytes"):
             if getattr(self, name) is not None:
                 self._check_whole(name, 0)
