@@ -306,20 +306,16 @@ def fused_kernel(
     is_base = (after >= 0) & (after == base * every) & (base < base_items)
     delta = program - tl.where(after <= 0, 0, tl.minimum(base_items, (after + every - 1) // every))
     of_all = tl.where(is_base, base // (base_parts * HALVES), delta // (parts * wave))  # counted over all linears
-    if LINEARS == 1:  # the same in fewer operations, each of which takes the interpreter its time
-        tile = of_all
-        weight, stride_weight, table, N, scale = weights[0], strides_weight[0], tables[0], rows[0], scales[0]
-    else:
-        linear, tile = of_all * 0, of_all
-        before_it = 0
-        for i in tl.static_range(1, LINEARS):
-            before_it += tl.cdiv(rows[i - 1], BN)
-            linear = tl.where(of_all >= before_it, i, linear)
-            tile = tl.where(of_all >= before_it, of_all - before_it, tile)
-        weight, stride_weight = _of_linear(weights, linear, LINEARS), _of_linear(strides_weight, linear, LINEARS)
-        table, N = _of_linear(tables, linear, LINEARS), _of_linear(rows, linear, LINEARS)
-        scale = _of_linear(scales, linear, LINEARS)
+    linear, tile = of_all * 0, of_all
+    before_it = 0
+    for i in tl.static_range(1, LINEARS):
+        before_it += tl.cdiv(rows[i - 1], BN)
+        linear = tl.where(of_all >= before_it, i, linear)
+        tile = tl.where(of_all >= before_it, of_all - before_it, tile)
+    weight, stride_weight = _of_linear(weights, linear, LINEARS), _of_linear(strides_weight, linear, LINEARS)
+    table, N = _of_linear(tables, linear, LINEARS), _of_linear(rows, linear, LINEARS)
     if is_base:
+        scale = _of_linear(scales, linear, LINEARS)
         half, part = base // base_parts % HALVES, base % base_parts
         end = half + 1
         home = work + (of_all * cells + part).to(tl.int64) * (M * BN)
@@ -349,11 +345,8 @@ def fused_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     tl.debug_barrier()
     first = work + (of_all * cells).to(tl.int64) * (M * BN)
-    if LINEARS == 1:
-        y, stride_y, bias, arrived = ys[0], strides_y[0], biases[0], arrivals[0]
-    else:
-        y, stride_y = _of_linear(ys, linear, LINEARS), _of_linear(strides_y, linear, LINEARS)
-        bias, arrived = _of_linear(biases, linear, LINEARS), _of_linear(arrivals, linear, LINEARS)
+    y, stride_y = _of_linear(ys, linear, LINEARS), _of_linear(strides_y, linear, LINEARS)
+    bias, arrived = _of_linear(biases, linear, LINEARS), _of_linear(arrivals, linear, LINEARS)
     for h in tl.range(bound(half, INTERPRET), bound(end, INTERPRET), num_stages=1):
         counter = arrived + tile * HALVES + h
         if tl.atomic_add(counter, 1, sem="acq_rel") == base_parts + wave * parts - 1:
