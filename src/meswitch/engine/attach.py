@@ -31,7 +31,7 @@ from meswitch.engine.layers import (
     SwitchableNorm,
     scales_row_by_row,
 )
-from meswitch.engine.parameters import StoredTensors
+from meswitch.engine.parameters import ExpertParameters, StoredTensors
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -157,8 +157,10 @@ class Survey:
     def same_input(self, names: Iterable[str]) -> list[list[str]]:
         """Which of some modules were given the very same tensor in every step: groups of two and more, as called."""
         groups: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        for name in (name for name in self._calls if name in set(names)):
-            groups.setdefault(tuple((call.step, call.source) for call in self._calls[name]), []).append(name)
+        wanted = set(names)
+        for name, calls in self._calls.items():
+            if name in wanted:
+                groups.setdefault(tuple((call.step, call.source) for call in calls), []).append(name)
         return [group for group in groups.values() if len(group) > 1]
 
     @property
@@ -332,22 +334,15 @@ def _simple(
         kernel.add(weight)
         added = vocabulary - len(module.weight) if path == architecture.embedding else 0
         return _make(SwitchableEmbedding, module, path, seen, weight=weight, added=added)
-    if exact is nn.LayerNorm.forward and _normalises_rows(module, seen) and set(names) <= {"weight", "bias"}:
-        parameters = stored.of_module(path, lambda name: name.removeprefix(f"{path}."))
-        return _make(SwitchableLayerNorm, module, path, seen, parameters=parameters, stored=names)
+    if isinstance(module, nn.LayerNorm) and exact is nn.LayerNorm.forward and set(names) <= {"weight", "bias"}:
+        if seen.rows_before(len(module.normalized_shape)) is None:
+            return None
+        return _make(SwitchableLayerNorm, module, path, seen, parameters=_own_rules(stored, path), stored=names)
     if len(names) == 1 and list(own_parameters(module)) == list(names):
         ((leaf, name),) = names.items()
         if leaf in dict(module.named_parameters()) and scales_row_by_row(module, leaf, seen):
             return _make(SwitchableNorm, module, path, seen, parameter=leaf, stored=name)
     return None
-
-
-def _normalises_rows(module: nn.Module, seen: Seen) -> bool:
-    """Whether the rows of a LayerNorm's one input lie before the dimensions that it normalises."""
-    shape, axis = seen.example[0], seen.inputs[0]
-    if len(seen.inputs) != 1 or seen.outputs != seen.inputs or axis is None:
-        return False
-    return isinstance(module, nn.LayerNorm) and len(shape) - axis > len(module.normalized_shape)
 
 
 def _takes_ids(seen: Seen) -> bool:
@@ -370,8 +365,12 @@ def _make(kind: type[Any], module: nn.Module, path: str, seen: Seen, **names: An
 def _again(path: str, module: nn.Module, stored: StoredTensors, survey: Survey) -> _Make:
     seen = survey.seen(path)
     assert isinstance(seen, Seen)
-    parameters = stored.of_module(path, lambda name: name.removeprefix(f"{path}."))
-    return lambda switch: SwitchableModule(module, path, switch, seen, parameters=parameters)
+    return _make(SwitchableModule, module, path, seen, parameters=_own_rules(stored, path))
+
+
+def _own_rules(stored: StoredTensors, path: str) -> ExpertParameters:
+    """What experts' tensors make of a module's own parameters."""
+    return stored.of_module(path, lambda name: name.removeprefix(f"{path}."))
 
 
 def _whole(path: str, survey: Survey) -> tuple[str | None, str]:

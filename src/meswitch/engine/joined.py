@@ -69,7 +69,7 @@ class Joined:
                 return None
             layers.append(layer)
             weights.append(base.held if isinstance(base, CodedLinear) else base.weight)
-            biases.append(None if member.has_own_bias else base.bias)
+            biases.append(member.shared_bias)
         return (weights, layers, biases) if joins(weights, layers, biases) else None
 
     def jobs(self, sizes: Iterable[tuple[int, int, int]]) -> Iterator[Compilation]:

@@ -49,6 +49,13 @@ class Seen:
     outputs: tuple[int, ...]
     example: tuple[tuple[int, ...], torch.dtype]
 
+    def rows_before(self, dimensions: int) -> int | None:
+        """Where the rows of its one input are, and of its output, if they lie before its last so many dimensions."""
+        axis = self.inputs[0]
+        if len(self.inputs) != 1 or self.outputs != self.inputs or axis is None:
+            return None
+        return axis if len(self.example[0]) - axis > dimensions else None
+
 
 class Switchable(nn.Module):
     """Wraps one module of the base.
@@ -163,9 +170,10 @@ class SwitchableLinear(Switchable):
         return [] if self.bias_name is None else [Own(self.bias_name, self.base.bias)]
 
     @property
-    def has_own_bias(self) -> bool:
-        """Whether each row's bias is looked up in a table."""
-        return self.switch.tables is not None and self.switch.table(self.bias_name) is not None
+    def shared_bias(self) -> Tensor | None:
+        """The base's bias, if it is every row's: None where each row's is looked up in a table."""
+        has_own = self.switch.tables is not None and self.switch.table(self.bias_name) is not None
+        return None if has_own else self.base.bias
 
     def _by_tables(self, x: Tensor, owners: Owners) -> Tensor:
         """[..., in_features] -> [rows, out_features]."""
@@ -175,7 +183,7 @@ class SwitchableLinear(Switchable):
             y = self.joined.part(self, x, owners)
         if y is None:
             layer = self.switch.kernel_layer(self.weight_name)
-            y = base_with_deltas(inputs, self.base, self.base.bias if own is None else None, layer, owners)
+            y = base_with_deltas(inputs, self.base, self.shared_bias, layer, owners)
         if own is not None:
             y = y + own.values[owners.slots]
         return y if low_rank is None else y + low_rank.product(inputs, owners.slots)
@@ -571,8 +579,8 @@ def scales_row_by_row(module: nn.Module, parameter: str, seen: Seen) -> bool:
     """
     weight = dict(module.named_parameters())[parameter]
     shape, dtype = seen.example
-    axis = seen.inputs[0]
-    if len(seen.inputs) != 1 or seen.outputs != seen.inputs or axis is None or len(shape) - axis <= weight.dim():
+    axis = seen.rows_before(weight.dim())
+    if axis is None:
         return False
     two = [2 if place == axis else size for place, size in enumerate(shape)]
     both = torch.stack([weight, weight + 1])
