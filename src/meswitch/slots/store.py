@@ -588,7 +588,8 @@ class ExpertStore:
         version = load.version
         assert version is not None
         try:
-            reading = self.host.load(version, version.layout.nbytes, partial(self._read, version), pin=True)
+            read = partial(self._read, version)
+            reading = self.host.load(version, version.layout.nbytes, read, refill=read, pin=True)
         except CapacityError as error:  # of the budget: everybody may read that
             told = LoadError(f"expert {load.expert!r}: {error}")
             raise told from CapacityError(str(told))
@@ -716,9 +717,14 @@ class ExpertStore:
                 todo = self._advance()
             self._do(todo)
 
-    def _read(self, version: Version) -> Tensor:
-        """[layout.nbytes] uint8 in host memory. In a thread of the readers."""
-        buffer = page_locked(version.layout.nbytes, self._device.device)
+    def _read(self, version: Version, buffer: Tensor | None = None) -> Tensor:
+        """[layout.nbytes] uint8 in host memory. In a thread of the readers.
+
+        Args:
+            buffer: of as many bytes, which nobody uses any more: locking pages takes as long as reading.
+        """
+        if buffer is None:
+            buffer = page_locked(version.layout.nbytes, self._device.device)
         version.layout.fill(version.artifact, buffer, self._device.device)
         return buffer
 
