@@ -52,6 +52,7 @@ from meswitch.artifact.manifest import MANIFEST_NAME
 from meswitch.artifact.writer import rewrite
 from meswitch.codec import PackedDelta
 from meswitch.slots.layout import Layout
+from meswitch.threads import SWITCH_SECONDS
 from meswitch.tokenizer import Prompt
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family"
@@ -194,8 +195,8 @@ def linked(source: Path, out: Path) -> Path:
 
 def measure(served: Served, options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
     """All rows, one after the other."""
-    layouts = [Layout.of(Artifact.open(path), kernel=options.device != "cpu") for path in set(served.experts.values())]
-    size = max(layout.nbytes for layout in layouts)
+    kinds = [Artifact.open(path) for path in list(served.experts.values())[: len(KINDS)]]
+    size = max(Layout.of(artifact, kernel=options.device != "cpu").nbytes for artifact in kinds)
     settings = {
         "device": options.device,
         "slots": options.slots,
@@ -203,6 +204,7 @@ def measure(served: Served, options: argparse.Namespace, keep: Callable[[Row], N
         "max_queue": 10_000,
     }
     experts = list(served.experts)
+    sys.setswitchinterval(SWITCH_SECONDS)
     started = time.perf_counter()
     with Engine(served.base, served.experts, runner="batch", **settings) as engine:
         keep({"what": "ready", "seconds": round(time.perf_counter() - started, 1), "memory": engine.memory()})
