@@ -14,9 +14,9 @@ a Zipf distribution. Beside them, in the same run: the base alone, as many exper
 same 128 experts by turns, one whole merged model in memory at a time. One engine answers all but the last, row after
 row. TTFT is the time to a request's first token, TPOT that between later tokens. A hit found its expert in a slot.
 
-Then what loads cost others: the copy into a slot beside a plain copy of as many bytes from page-locked memory, and the
-TPOT of 8 running answers alone and while experts are loaded one after the other without a pause, from host memory and
-from files. A row is in the JSON file as soon as it is measured.
+With `--model` also what loads cost others: the copy into a slot beside a plain copy of as many bytes from page-locked
+memory, and the TPOT of 8 running answers alone and while experts are loaded one after the other without a pause, from
+host memory and from files. A row is in the JSON file as soon as it is measured.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,11 +57,11 @@ from meswitch.tokenizer import Prompt
 
 FAMILY = Path(__file__).parents[2] / "examples" / "family"
 KINDS = ("math", "code", "instruct", "sql")
+ARRIVALS = ("poisson", "bursts")
 QUESTION = "Tom has 23 apples. Tom buys 4 bags with 5 apples each. How many now?"
 SHORTEST, LONGEST = 24, 200  # tokens of a random prompt
 BURST = 4.0  # seconds between two bursts
 STREAMS = 8
-_SPARE = 4  # experts more than free slots, in a ring of which none is in a slot when its turn comes
 _LATE = 120.0  # seconds after the last arrival, within which an answer must be there
 _COPIES = 8
 _FIRST = 8  # tokens of a stream that are not counted: others' prompts are in their steps
@@ -85,7 +85,7 @@ class Served:
     params: SamplingParams
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=synthetic.MODELS, help="shapes of random weights, instead of the family")
     parser.add_argument("--layers", type=int, help="fewer layers of it")
@@ -101,11 +101,11 @@ def main() -> None:
     parser.add_argument("--stream-seconds", type=float, default=5.0, help="of each row of running answers")
     parser.add_argument("--host-experts", type=int, default=40, help="experts that the host tier has room for")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.model and options.work is None:
         parser.error("--model needs --work")
-    if options.slots <= STREAMS or options.experts <= options.slots + _SPARE:
-        parser.error(f"needs more than {STREAMS} slots, and more than {_SPARE} experts that are in none")
+    if not STREAMS < options.slots < options.host_experts < options.experts:
+        parser.error(f"--slots: more than {STREAMS}; --host-experts: more than that; --experts: more than that")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.tokens = options.tokens or (64 if options.model else 24)
@@ -209,14 +209,17 @@ def measure(served: Served, options: argparse.Namespace, keep: Callable[[Row], N
     with Engine(served.base, served.experts, runner="batch", **settings) as engine:
         keep({"what": "ready", "seconds": round(time.perf_counter() - started, 1), "memory": engine.memory()})
         keep({"what": "base alone"} | arrivals(engine, served, [], "poisson", options))
-        full = arrivals(engine, served, experts[: options.slots], "poisson", options)
-        keep({"what": "as many experts as slots"} | full)
-        for kind in ("poisson", "bursts"):
+        full = {}
+        for kind in ARRIVALS:
+            full[kind] = arrivals(engine, served, experts[: options.slots], kind, options)
+            keep({"what": "as many experts as slots"} | full[kind])
+        for kind in ARRIVALS:
             many = arrivals(engine, served, experts, kind, options)
-            late = many["ttft_of_hits_ms"]["p95"] / full["ttft_of_hits_ms"]["p95"]
+            late = many["ttft_of_hits_ms"]["p95"] / full[kind]["ttft_of_hits_ms"]["p95"]
             keep({"what": "many experts"} | many | {"ttft_of_hits_p95_ratio": round(late, 2)})
-        for row in loads(engine, served, options):
-            keep(row)
+        if options.model:  # of experts as small as the family's nothing but Python would be measured
+            for row in loads(engine, served, options):
+                keep(row)
     if options.device == "cpu":
         with Engine(served.base, served.experts, runner="turns", **settings) as engine:
             row = arrivals(engine, served, experts, "poisson", options)
@@ -269,34 +272,24 @@ def arrivals(engine: Engine, served: Served, experts: list[str], kind: str, opti
 
 def loads(engine: Engine, served: Served, options: argparse.Namespace) -> Iterator[Row]:
     """What a load takes, and what it costs those who are answered meanwhile."""
-    experts = list(served.experts)
-    running, others = experts[:STREAMS], experts[STREAMS:]
-    free = options.slots - STREAMS
-    rings = {"host memory": others[: options.slots + _SPARE]}  # more than slots, so that each has left when it is next
-    if len(others) > options.host_experts:
-        rings["files"] = others
-    yield copies(engine, rings["host memory"], options)
-    rings["host memory"] = others[: free + _SPARE]
-    alone = streams(engine, served, running, None, options)
-    yield {"what": f"{STREAMS} running answers"} | alone
-    for source, ring in rings.items():
-        row = streams(engine, served, running, ring, options)
+    yield copies(engine, list(served.experts), options.device)
+    what = f"{STREAMS} running answers"
+    alone = streams(engine, served, None, options.stream_seconds)
+    yield {"what": what} | alone
+    for source, place in (("host memory", "host"), ("files", "disk")):
+        row = streams(engine, served, place, options.stream_seconds)
         ratio = {name: round(row["tpot_ms"][name] / alone["tpot_ms"][name], 3) for name in row["tpot_ms"]}
-        yield {"what": f"{STREAMS} running answers, loads from {source}"} | row | {"tpot_ratio": ratio}
+        yield {"what": f"{what}, loads from {source}"} | row | {"tpot_ratio": ratio}
 
 
-def copies(engine: Engine, ring: Sequence[str], options: argparse.Namespace) -> Row:
-    """The copy from host memory into a slot, and a plain one of as many bytes from page-locked memory.
-
-    Args:
-        ring: more experts than slots.
-    """
-    for name in ring:  # to host memory
-        load(engine, name)
-    found = [load(engine, name) for name in itertools.islice(itertools.cycle(ring), max(_COPIES, len(ring)))]
+def copies(engine: Engine, experts: list[str], device: str) -> Row:
+    """The copy from host memory into a slot, and a plain one of as many bytes from page-locked memory."""
+    ring = deque(experts)
+    found = [load_next(engine, ring, "host") for _ in range(_COPIES)]
+    copied = [one["copy_s"] for one in found if one is not None]
     size = engine.store.slot_bytes
-    source = torch.empty(size, dtype=torch.uint8, pin_memory=options.device != "cpu")
-    target = torch.empty(size, dtype=torch.uint8, device=options.device)
+    source = torch.empty(size, dtype=torch.uint8, pin_memory=device != "cpu")
+    target = torch.empty(size, dtype=torch.uint8, device=device)
     plain = []
     for _ in range(_COPIES):
         started = time.perf_counter()
@@ -304,76 +297,64 @@ def copies(engine: Engine, ring: Sequence[str], options: argparse.Namespace) -> 
         if target.is_cuda:
             torch.cuda.synchronize()
         plain.append(time.perf_counter() - started)
-    ours = statistics.median(one["copy_s"] for one in found)
+    ours, theirs = statistics.median(copied), statistics.median(plain)
     return {
         "what": "copy into a slot",
         "gigabytes": round(size / 1e9, 4),
-        "from": dict(Counter(one["from"] for one in found)),
+        "copies": len(copied),
         "gb_per_s": round(size / ours / 1e9, 2),
-        "best_gb_per_s": round(size / min(one["copy_s"] for one in found) / 1e9, 2),
-        "plain_gb_per_s": round(size / statistics.median(plain) / 1e9, 2),
-        "share": round(statistics.median(plain) / ours, 3),
-        "load_ms": percentiles([one["seconds"] for one in found]),
+        "best_gb_per_s": round(size / min(copied) / 1e9, 2),
+        "plain_gb_per_s": round(size / theirs / 1e9, 2),
+        "share": round(theirs / ours, 3),
     }
 
 
-def load(engine: Engine, name: str) -> Row:
-    """Bring one expert to a slot; nobody else loads meanwhile."""
-    place = next(one.place for one in engine.store.residency() if one.expert == name)
-    copying, started = engine.store.load_seconds, time.perf_counter()
-    engine.store.release(engine.store.acquire(name))
-    return {
-        "from": place,
-        "seconds": time.perf_counter() - started,
-        "copy_s": engine.store.load_seconds - copying,
-    }
+def load_next(engine: Engine, ring: deque[str], place: str) -> Row | None:
+    """Bring the next expert that is in some place to a slot, while nobody else loads; None if none is there."""
+    places = {one.expert: one.place for one in engine.store.residency()}
+    for _ in range(len(ring)):
+        ring.rotate(-1)
+        if places[ring[-1]] == place:
+            copying, started = engine.store.load_seconds, time.perf_counter()
+            engine.store.release(engine.store.acquire(ring[-1]))
+            return {"seconds": time.perf_counter() - started, "copy_s": engine.store.load_seconds - copying}
+    return None
 
 
-def streams(
-    engine: Engine, served: Served, running: Sequence[str], ring: Sequence[str] | None, options: argparse.Namespace
-) -> Row:
-    """Times between the tokens of long answers, one of each expert.
+def streams(engine: Engine, served: Served, place: str | None, seconds: float) -> Row:
+    """Times between the tokens of long answers of the first experts.
 
     Args:
-        running: the experts.
-        ring: others, which are loaded in turns meanwhile; None for none.
+        place: where the others come from, which are loaded meanwhile; None to load none.
+        seconds: it takes.
     """
-    saying = random.Random(2)
-    engine.generate([served.say(saying) for _ in running], model=list(running), max_new_tokens=2)
-    gaps: list[float] = []
-    done, found = threading.Event(), list[Row]()
+    running, saying = list(served.experts)[:STREAMS], random.Random(2)
+    engine.generate([served.say(saying) for _ in running], model=running, max_new_tokens=2)  # loads them
+    gaps, done, found = list[float](), threading.Event(), list[Row]()
+    ring = deque(list(served.experts)[STREAMS:])
 
     def load_all() -> None:
-        for name in itertools.cycle(ring or ()):
-            if done.is_set():
-                return
-            found.append(load(engine, name))
+        while place is not None and not done.is_set() and (row := load_next(engine, ring, place)) is not None:
+            found.append(row)
 
     started = time.perf_counter()
-    steps = engine.steps
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(load_all)
         try:
-            while time.perf_counter() - started < options.stream_seconds:
-                gaps += long_answers(engine, served, running, saying, started + options.stream_seconds)
+            while time.perf_counter() - started < seconds:
+                gaps += long_answers(engine, served, running, saying, started + seconds)
         finally:
             done.set()
         loading.result()
-    seconds = time.perf_counter() - started
-    row = {
-        "streams": len(running),
-        "tokens": len(gaps),
-        "steps_per_s": round((engine.steps - steps) / seconds, 1),
-        "tpot_ms": percentiles(gaps, mean=True),
-    }
+    took = time.perf_counter() - started
+    row: Row = {"streams": len(running), "tokens": len(gaps), "tpot_ms": percentiles(gaps, mean=True)}
     if found:
         row |= {
             "loads": len(found),
-            "loads_per_s": round(len(found) / seconds, 2),
-            "from": dict(Counter(one["from"] for one in found)),
+            "loads_per_s": round(len(found) / took, 2),
             "load_ms": percentiles([one["seconds"] for one in found]),
             "copy_gb_per_s": round(
-                engine.store.slot_bytes / statistics.median(one["copy_s"] or 1e9 for one in found) / 1e9, 2
+                engine.store.slot_bytes / statistics.median(one["copy_s"] for one in found) / 1e9, 2
             ),
         }
     return row
