@@ -287,12 +287,12 @@ def quantised(found: Data) -> str:
         [
             *(kind, str(requests), str(experts or "base")),
             *(str(sides["held"][name]) for name in ("tokens_per_s", "ms_per_step", "floor_ms")),
-            *(str(sides["restored"][name]) for name in ("tokens_per_s", "ms_per_step")),
+            *(str(sides.get("restored", {}).get(name, "-")) for name in ("tokens_per_s", "ms_per_step")),
         ]
         for (kind, requests, experts), sides in steps.items()
     ]
     lines = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
+    for kind in dict.fromkeys(row["kind"] for row in rows if row.get("base") == "restored"):
         own = [row for row in rows if row["kind"] == kind]
         held, plain = ([row for row in own if row.get("base") == how] for how in ("held", "restored"))
         (ours,), (theirs,) = ([row for row in side if "memory" in row] for side in (held, plain))
@@ -314,7 +314,7 @@ def quantised(found: Data) -> str:
             f"after: {prompts}. Mean difference of the log probabilities of prompts' tokens: {gaps}."
         )
     meta = found["meta"]
-    under = f"{meta['model']}, {meta['layers']} layers; a copy moves {meta['copy_tb_per_s']:.1f} TB/s."
+    under = f"-: not measured. {meta['model']}, {meta['layers']} layers; a copy moves {meta['copy_tb_per_s']:.1f} TB/s."
     return "\n\n".join([pipe(head, *table), f"{under} {where_measured(meta)}", "\n".join(lines)])
 
 
