@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -30,8 +29,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-
-import meswitch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
 
@@ -64,7 +61,8 @@ def main() -> None:
     if options.as_vllm:
         vllm(options.work)
         return
-    artifact = made(options.work, options.layers, options.tokenizer)
+    config = synthetic.MODELS["mistral-7b"] | {"num_hidden_layers": options.layers}
+    artifact = synthetic.compressed(options.work, config, tokenizer=options.tokenizer, device="cuda")
     bandwidth = copy_bandwidth()
     report: dict[str, Any] = {"meta": {}, "rows": []}
     report["meta"] = measured_on(options.layers, bandwidth) | {"prompt": PROMPT, "new_tokens": LONG}
@@ -85,21 +83,6 @@ def main() -> None:
         keep(row)
     if not options.no_peers:
         peers(options.work / "base", keep)
-
-
-def made(work: Path, layers: int, tokenizer: Path) -> Path:
-    """The artifact, made if it is not there."""
-    artifact = work / "artifact"
-    if not artifact.is_dir():
-        config = synthetic.MODELS["mistral-7b"] | {"num_hidden_layers": layers}
-        started = time.perf_counter()
-        synthetic.write_pair(work, config, int(3e9), tokenizer=tokenizer, device="cuda")
-        print(f"checkpoints: {time.perf_counter() - started:.0f} s", flush=True)
-        started = time.perf_counter()
-        meswitch.compress(work / "base", work / "expert", artifact, device="cuda")
-        print(f"compressed: {time.perf_counter() - started:.0f} s", flush=True)
-        shutil.rmtree(work / "expert")
-    return artifact
 
 
 def measured_on(layers: int, bandwidth: float) -> Row:

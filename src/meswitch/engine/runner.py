@@ -41,7 +41,7 @@ from meswitch.engine.proof import (
 from meswitch.engine.request import Listener
 from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.turns import Turns, longest_unturned
-from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
+from meswitch.errors import ConfigError, IncompatibleError, MeswitchError, check_names
 from meswitch.ops import BACKENDS, backend, uses_kernels
 from meswitch.ops.routing import MAX_TOKENS, PIECE, Step, bucket, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
@@ -173,6 +173,25 @@ class EngineOptions:
             raise ConfigError(f"op_backend: {self.op_backend!r} is none of triton, {', '.join(BACKENDS)}")
         if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:1 and so on")
+
+    @classmethod
+    def of(cls, options: "EngineOptions | None", settings: Mapping[str, Any]) -> "EngineOptions":
+        """Options with single ones changed.
+
+        Args:
+            options: None for the defaults.
+            settings: by name.
+
+        Raises:
+            ConfigError: no options, a name that there is not, or a value that makes no sense.
+        """
+        if not isinstance(options, EngineOptions | None):
+            raise ConfigError(
+                f"options: {type(options).__name__} given; it takes an EngineOptions, and single options by name "
+                "beside it: Engine(base, experts, slots=8)"
+            )
+        check_names(settings, [field.name for field in dataclasses.fields(cls)], "option of the engine")
+        return dataclasses.replace(options or cls(), **settings)
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
