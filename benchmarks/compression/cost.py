@@ -7,7 +7,8 @@ Data-free, calibrated with error feedback, and trained block by block at 1.3 bit
 own. A pair with fewer layers than the model has is enough: seconds are counted a tensor, and the table gives what was
 measured and what all the model's layers take, the seconds of a layer being the mean over the layers after the first.
 The trained one is counted as a whole, in proportion to the layers, so embedding and head as often: that is the most it
-takes. The floor is reading both checkpoints once from where they lie; start-up and imports are not counted.
+takes; `told` are the seconds until each of its steps was told of, by phase. The floor is reading both checkpoints once
+from where they lie; start-up and imports are not counted.
 
 `phases` are the seconds of the main thread, in all: waiting for a pair to be read and hashed, encoding (on a GPU with
 all that was under way before), waiting for the writer, running the expert forward (`other`); and those that the two
@@ -36,7 +37,7 @@ import torch, meswitch
 from meswitch.compression.convert import PairReader, WriterThread
 from meswitch.compression.convert import Converter
 base, expert, out, device, options = sys.argv[1:6]
-stamps, phases = [], {}
+stamps, phases, told = [], {}, {}
 def timed(owner, method, phase, sync=False):
     call = getattr(owner, method)
     def timing(*args, **keywords):
@@ -57,6 +58,7 @@ def progress(phase, done, total, name):
     if device == "cuda":
         torch.cuda.synchronize()
     stamps.append((name, time.perf_counter()))
+    told[phase] = told.get(phase, 0.0) + stamps[-1][1] - (stamps[-2][1] if len(stamps) > 1 else started)
 def say(line):
     print(line, file=sys.stderr, flush=True)
 if device == "cuda":
@@ -67,6 +69,7 @@ seconds = time.perf_counter() - started
 main = sum(phases.get(phase, 0.0) for phase in ("wait_for_reader", "encode", "wait_for_writer"))
 print(json.dumps({
     "phases": {**phases, "other": seconds - main},
+    "told": told,
     "started": started,
     "seconds": seconds,
     "stamps": stamps,
@@ -146,6 +149,7 @@ def summary(found: dict, setting: str) -> dict:
             "layers_measured": layers,
             "seconds_measured": round(found["seconds"], 1),
             "seconds_of_all_layers": round(found["seconds"] * LAYERS / layers, 1),
+            "told": {phase: round(seconds, 1) for phase, seconds in found["told"].items()},
         }
     else:
         of_layers = by_layer(found)

@@ -215,6 +215,7 @@ def on_gpu(found: Data) -> str:
             "experts, whose prompts have many lengths."
         )
     meta = found["meta"]
+    again = f", {meta['ready_again_s']:.0f} s when it is opened again" if "ready_again_s" in meta else ""
     memory = {name: count / 1e9 for name, count in meta["memory"].items() if name != "host"}
     told = ", ".join(f"{name} {gb:.2f}" for name, gb in memory.items() if gb >= 0.01)
     prompts.append(
@@ -225,7 +226,7 @@ def on_gpu(found: Data) -> str:
     under = (
         f"{meta['model']}; prompts of {meta['prompt']} tokens, {meta['new_tokens']} new ones each. The floor is "
         f"reading the base's matrices and the experts' deltas once at the bandwidth of a copy, "
-        f"{meta['copy_tb_per_s']:.1f} TB/s. From start to ready {meta['ready_s']:.0f} s with {meta['caches']}. "
+        f"{meta['copy_tb_per_s']:.1f} TB/s. From start to ready {meta['ready_s']:.0f} s with {meta['caches']}{again}. "
         f"{meta['card']}, {versions}, {meta['date']}."
     )
     under += f" {meta['note']}" if "note" in meta else ""
