@@ -181,7 +181,8 @@ def test_a_repository_that_is_not_there_is_one_line(hub, pair):
 def test_a_hub_that_is_out_of_order_says_so_and_not_that_the_name_is_wrong(hub, tmp_path, monkeypatch, status, ask):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's library asks again, later each time
     hub(tmp_path, status)
-    with pytest.raises(CheckpointError, match=rf"^org/name: .*an error of its own \(status {status}: .*; try again later$"):
+    said = rf"^org/name: .*an error of its own \(status {status}: .*; try again later$"
+    with pytest.raises(CheckpointError, match=said):
         ask("org/name")
 
 
