@@ -173,8 +173,8 @@ def on_gpu(found: Data) -> str:
         )
         prompts.append(
             f"- {len(starts)} kinds of work, up to {max(row['requests'] for row in starts)} requests of "
-            f"{max(row['experts'] for row in starts)} experts with prompts of many lengths, were each done several times. "
-            f"The first time took longer than later ones, at most by these factors: {told}."
+            f"{max(row['experts'] for row in starts)} experts with prompts of many lengths, were each done several "
+            f"times. The first time took longer than later ones, at most by these factors: {told}."
         )
     meta = found["meta"]
     memory = {name: count / 1e9 for name, count in meta["memory"].items() if name != "host"}

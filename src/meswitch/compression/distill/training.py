@@ -365,8 +365,8 @@ def statement(recipe: TrainingRecipe, cost: Cost) -> str:
     """What a person is told before a training starts."""
     way = "end to end" if recipe.scope == "model" else "block by block"
     return (
-        f"training {way} for {plural(recipe.steps, 'step')}: takes {about_duration(cost.seconds)} more than compressing "
-        f"alone, and {format_bytes(cost.nbytes)} of memory; --distill 0 leaves it out"
+        f"training {way} for {plural(recipe.steps, 'step')}: takes {about_duration(cost.seconds)} more than "
+        f"compressing alone, and {format_bytes(cost.nbytes)} of memory; --distill 0 leaves it out"
     )
 
 
