@@ -3,11 +3,13 @@
 Nothing here imports torch until a device is asked for, or a backend that meswitch does not ship.
 """
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from meswitch.errors import ConfigError
+from meswitch.errors import ConfigError, check_names
 from meswitch.units import plural
 
 if TYPE_CHECKING:
@@ -90,6 +92,25 @@ class EngineOptions:
                 raise ConfigError(f"backend: {self.backend!r} is none of auto, triton, {', '.join(BACKENDS)}")
         if not isinstance(self.device, str) or re.fullmatch(DEVICE, self.device) is None:
             raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:1 and so on")
+
+    @classmethod
+    def of(cls, options: "EngineOptions | None", settings: Mapping[str, Any]) -> "EngineOptions":
+        """Options with single ones changed.
+
+        Args:
+            options: None for the defaults.
+            settings: by name.
+
+        Raises:
+            ConfigError: no options, a name that there is not, or a value that makes no sense.
+        """
+        if not isinstance(options, EngineOptions | None):
+            raise ConfigError(
+                f"options: {type(options).__name__} given; it takes an EngineOptions, and single options by name "
+                "beside it: Engine(base, experts, slots=8)"
+            )
+        check_names(settings, [field.name for field in dataclasses.fields(cls)], "option of the engine")
+        return dataclasses.replace(options or cls(), **settings)
 
     @property
     def asked_backend(self) -> str | None:

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import cached
 
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
 from meswitch.artifact.writer import NOWHERE, SavedWork, digest
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
-from meswitch.compression.distill.student import Group, Outputs, build_student, frozen, read_batch
+from meswitch.compression.distill.student import Group, Outputs, Student, build_student, frozen, read_batch
 from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.text import CalibrationSet
@@ -431,13 +430,17 @@ def train_end_to_end(
         what = f"{before:.3g} nats a token before" if now == before else f"{now:.3g} nats a token, {before:.3g} before"
         progress("training", step, recipe.steps, f"held-out divergence {what}")
 
+    def held_out() -> float:
+        with student.held(learns=False):
+            return mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device))
+
     tokens = step_tokens_for(expert, device)
     full = _TeacherAnswers(teacher, sum(len(sample.ids) for sample in held), device)
     before, best = fit(
         student.groups(),
         batches(rest, recipe.batch, generator),
-        lambda batch: _learn(teacher, student.model, batch, recipe, device, tokens),
-        lambda: mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device)),
+        lambda batch: _learn(teacher, student, batch, recipe, device, tokens),
+        held_out,
         recipe,
         told,
         work,
@@ -447,17 +450,17 @@ def train_end_to_end(
 
 
 def _learn(
-    teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device, tokens: int
+    teacher: Any, student: Student, batch: list[Sample], recipe: TrainingRecipe, device: torch.device, tokens: int
 ) -> None:
     """Leave a batch's gradients in the student's parameters: so many tokens at a time, which bounds the memory."""
     longest = max(len(sample.ids) for sample in batch)
     few = max(1, tokens // longest)
     parts = [batch[start : start + few] for start in range(0, len(batch), few)]
     mass = [sum(sum(sample.weights(recipe.question_weight)) for sample in part) for part in parts]
-    with cached():  # the matrices are made once for all parts
+    with student.held(learns=True):
         for part, own in zip(parts, mass, strict=True):
-            loss = _loss(teacher, student, part, recipe, device)
-            (loss * (own / sum(mass))).backward(retain_graph=part is not parts[-1])
+            loss = _loss(teacher, student.model, part, recipe, device)
+            (loss * (own / sum(mass))).backward()
 
 
 def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device) -> Tensor:
