@@ -210,9 +210,9 @@ def on_gpu(found: Data) -> str:
             for row in reversed(late)
         )
         prompts.append(
-            f"- The first time of a kind took at most {told} of the later times' seconds, in {len(starts)} kinds of "
-            f"up to {max(row['requests'] for row in starts)} requests of {max(row['experts'] for row in starts)} "
-            "experts, whose prompts have many lengths."
+            f"- {len(starts)} kinds of work, up to {max(row['requests'] for row in starts)} requests of "
+            f"{max(row['experts'] for row in starts)} experts with prompts of many lengths, were each done several "
+            f"times. The first time took longer than later ones, at most by these factors: {told}."
         )
     meta = found["meta"]
     again = f", {meta['ready_again_s']:.0f} s when it is opened again" if "ready_again_s" in meta else ""
@@ -302,18 +302,20 @@ def quantised(found: Data) -> str:
             for a, b in zip(held, plain, strict=True)
             if "prompt" in a
         )
-        gaps = ", ".join(
-            f"{row['compared']} {row['logprob_gap_mean']:.3f} ({sum(row['agree_until'])} of "
-            f"{row['answers'] * row['tokens']} tokens of answers come before the first that differs)"
+        gaps = [
+            f"    - {row['compared']}: {row['logprob_gap_mean']:.3f}; {sum(row['agree_until'])} of "
+            f"{row['answers'] * row['tokens']} tokens"
             for row in own
             if "compared" in row
-        )
+        ]
         lines.append(
             f"- {kind}: the base takes {ours['memory']['base'] / 1e9:.2f} GB and {ours['memory']['scratch'] / 1e9:.2f} "
             f"GB of scratch instead of {theirs['memory']['base'] / 1e9:.2f} GB; torch has allocated "
             f"{ours['allocated'] / 1e9:.2f} and {theirs['allocated'] / 1e9:.2f} GB. The first token of a prompt comes "
-            f"after: {prompts}. Mean difference of the log probabilities of prompts' tokens: {gaps}."
+            f"after: {prompts}. Two ways to compute the same, compared: by how much the log probability of a prompt's "
+            "token differs on average, and how many tokens of the answers come before the first that differs."
         )
+        lines += gaps
     meta = found["meta"]
     under = f"-: not measured. {meta['model']}, {meta['layers']} layers; a copy moves {meta['copy_tb_per_s']:.1f} TB/s."
     return "\n\n".join([pipe(head, *table), f"{under} {where_measured(meta)}", "\n".join(lines)])

@@ -134,6 +134,20 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub, run, math_delta):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("status", [429, 502])
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_a_hub_that_is_out_of_order_says_so_and_not_that_the_name_is_wrong(
+    hub, run, math_delta, monkeypatch, status, command
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's library asks again, later each time
+    hub.status = status
+    done = run("push", math_delta, "org/math") if command == "push" else run("pull", "org/math")
+    assert done.exit_code == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"error: hf://org/math: the hub answers with an error of its own (status {status}: ")
+    assert said.endswith("; try again later")
+
+
 def test_a_smaller_artifact_leaves_nothing_of_a_larger_one(hub, run, math_delta):
     run.ok("push", math_delta, "org/math-delta")
     files = hub.repositories["org/math-delta"].branches["main"][-1][1]

@@ -125,7 +125,7 @@ def test_other_architectures_and_added_tokens(pair, tmp_path, arch, case, option
     base, expert = pair(arch, change=0.3, **case)
     meswitch.compress(base, expert, tmp_path / "delta", **options)
     merged = load_merged(base, tmp_path / "delta")
-    how = {"op_backend": backend, "merged_bytes": merged_bytes}
+    how = {"backend": backend, "merged_bytes": merged_bytes}
     with Engine(base, {"expert": tmp_path / "delta"}, device="cpu", **how) as engine:
         assert not engine.takes_turns
         tokens = list(range(5, 40)) + list(range(2048, 2048 + case.get("added_tokens", 0)))

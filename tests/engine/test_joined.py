@@ -34,7 +34,7 @@ def served(pair, tmp_path, monkeypatch):
         experts = {"one": tmp_path / "one", "three": tmp_path / "three"}
         meswitch.compress(base, expert, experts["one"], bits=1, salient=0)
         meswitch.compress(base, expert, experts["three"], bits=3, salient=5)
-        engine = Engine(base, experts, device="cpu", dtype="float16", op_backend="triton", slots=2)
+        engine = Engine(base, experts, device="cpu", dtype="float16", backend="triton", slots=2)
         return engine, {name: load_merged(base, path) for name, path in experts.items()}, launched
 
     return open_engine

@@ -65,7 +65,7 @@ def test_requests_of_all_kinds_come_cancel_and_fail(case, pair, tmp_path, monkey
             raise IndexError("no such token")
 
     draw = random.Random(0)
-    options = {"device": "cpu", "dtype": "float16", "op_backend": "triton"} | CASES[case]
+    options = {"device": "cpu", "dtype": "float16", "backend": "triton"} | CASES[case]
     with Engine(base, experts, **options) as engine:
         slots, graphs = CASES[case]["slots"], engine._batch.static_graphs
         assert {count for size, count in graphs if 3 < size <= 64} == {0, 1, 2, 3} - set(range(slots + 1, 4))

@@ -1,6 +1,5 @@
 """Encoders other than the family's base: a small BERT and a table, both random, as a directory holds them."""
 
-from hashlib import sha256
 from importlib.resources import as_file, files
 
 import pytest
@@ -21,7 +20,7 @@ from meswitch.router import (
     open_encoder,
     train_router,
 )
-from meswitch.router.described import Form, fit_prototypes
+from meswitch.router.described import LEARNT_SHA256, Form, fit_prototypes, learnt_map
 from meswitch.router.encoder import SentenceEncoder, StaticEncoder
 from meswitch.router.store import VERSION
 
@@ -115,8 +114,7 @@ def test_what_public_sets_taught_counts_for_its_own_encoder_alone(bert):
     with as_file(files("meswitch.router") / "tasks.safetensors") as path, safe_open(path, "pt") as found:
         made_for = found.metadata()["encoder"]
         assert path.stat().st_size < 400_000
-        # heads of saved routers learnt beside this map: another one needs a version of `router.json` of its own
-        assert (VERSION, sha256(path.read_bytes()).hexdigest()[:16]) == (3, "cc64337733a291df")
+    assert (VERSION, LEARNT_SHA256[:16]) == (3, "cc64337733a291df")  # which belong together
     encoder = open_encoder(bert)
     assert Space(encoder).form.left.shape == (64, 0)
     encoder.fingerprint, encoder.hidden_size = made_for, 384
@@ -125,6 +123,16 @@ def test_what_public_sets_taught_counts_for_its_own_encoder_alone(bert):
     assert form.left[: 2 * 384].any(1).all()
     assert not form.left[2 * 384 :].any()
     assert Form.of(encoder, (4, 5, 6), (4, 5), learnt=False).left.shape == (3 * 384, 0)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_a_damaged_map_of_what_public_sets_taught_is_named(tmp_path, monkeypatch, damage):
+    raw = (files("meswitch.router") / "tasks.safetensors").read_bytes()
+    if damage != "gone":
+        (tmp_path / "tasks.safetensors").write_bytes(raw[:1000] if damage == "cut" else raw[:-1] + b"!")
+    monkeypatch.setattr("meswitch.router.described.files", lambda package: tmp_path)
+    with pytest.raises(RouterError, match=rf"^{tmp_path / 'tasks.safetensors'}: .*; install meswitch again$"):
+        learnt_map("of any encoder")
 
 
 def test_few_routes_whose_examples_are_alike_are_the_mean_of_these(bert):

@@ -29,9 +29,10 @@ from meswitch.engine.coded import codes_bytes, codes_fault, hold_codes, restore_
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.request import TRACE, Chunk, Completion, Request, stopped
-from meswitch.engine.runner import EngineOptions, attention_for, compute_dtype, open_runner
+from meswitch.engine.runner import attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
+from meswitch.engine_options import EngineOptions
 from meswitch.errors import (
     CapacityError,
     ConfigError,
@@ -86,7 +87,7 @@ class Engine:
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         takes_turns = options.runner == "turns"
-        prepare = None if takes_turns else partial(hold_codes, op_backend=options.op_backend, device=target)
+        prepare = None if takes_turns else partial(hold_codes, backend=options.asked_backend, device=target)
         self.model = _load_model(architecture, checkpoint, target, options.dtype, prepare)
         opened = open_runner(self.model, stored, artifacts, options)
         self.store, self._batch = opened.store, opened.runner

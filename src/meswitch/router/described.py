@@ -27,6 +27,7 @@ import tomllib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from meswitch.router.encoder import Encoder, TextEncoder
 # What people ask of assistants and apps, in all directions: a route known by a few lines is measured against it.
 EVERYDAY = tuple((files(__package__) / "everyday.txt").read_text(encoding="utf-8").splitlines())
 
+# Of tasks.safetensors. Heads of saved routers are learnt beside that map: another one needs a version of `router.json`.
+LEARNT_SHA256 = "cc64337733a291df92ab47f133562da51af0b8a6f9c6bb6a71d6bd3b03d30fb2"
 ENOUGH = 3  # example lines of each route, from which they help a trained router
 _MAX_TOKENS = 64  # of a text: the beginning and the end
 _DESCRIBED = 2.0  # how many examples a description weighs; 1 and 3 were little different
@@ -129,16 +132,17 @@ class Form:
             layers: of the encoder, those that are read.
             low: those of them that count.
             learnt: whether what public sets taught counts.
+
+        Raises:
+            RouterError: the file of what they taught is damaged.
         """
         share = torch.tensor([layer in low for layer in layers]).float()
         scale = (share * (len(share) / share.sum()) ** 0.5).repeat_interleave(encoder.hidden_size)
         plain = cls(scale, torch.zeros(len(scale), 0), torch.zeros(len(scale), 0))
         if not learnt:
             return plain
-        with as_file(files(__package__) / "tasks.safetensors") as path, safetensors.safe_open(path, "pt") as found:
-            if found.metadata()["encoder"] != encoder.fingerprint:
-                return plain
-            return plain.with_learnt({name: found.get_tensor(name) for name in found.keys()})  # noqa: SIM118
+        found = learnt_map(encoder.fingerprint)
+        return plain if found is None else plain.with_learnt(found)
 
     def with_learnt(self, tensors: dict[str, Tensor]) -> "Form":
         """
@@ -158,6 +162,25 @@ class Form:
     def back(self, weight: Tensor) -> Tensor:
         """[width, points], whose product with a vector is that of `weight` [width, points] with what it becomes."""
         return self.scale[:, None] * (weight + self.left @ (self.right.T @ weight))
+
+
+def learnt_map(encoder: str) -> dict[str, Tensor] | None:
+    """The tensors of `tasks.safetensors`; None if they are of another encoder than the one with this fingerprint.
+
+    Raises:
+        RouterError: the file is missing or damaged.
+    """
+    with as_file(files(__package__) / "tasks.safetensors") as path:
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise RouterError(f"{path}: cannot be read ({error}); install meswitch again") from None
+        if sha256(raw).hexdigest() != LEARNT_SHA256:
+            raise RouterError(f"{path}: damaged: its checksum is another; install meswitch again")
+        with safetensors.safe_open(path, "pt") as found:
+            if found.metadata()["encoder"] != encoder:
+                return None
+            return {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
 
 
 class Space:

@@ -29,7 +29,7 @@ from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
-from meswitch.units import Progress, format_bytes, silent
+from meswitch.units import Progress, format_bytes, plural, silent
 
 _HELD_OUT = 128  # sequences at most
 _READ_TOKENS = 8192  # that are read together, padding included
@@ -364,17 +364,17 @@ def statement(recipe: TrainingRecipe, cost: Cost) -> str:
     """What a person is told before a training starts."""
     way = "end to end" if recipe.scope == "model" else "block by block"
     return (
-        f"training {way} for {recipe.steps} steps: takes {about_duration(cost.seconds)} and "
-        f"{format_bytes(cost.nbytes)} of memory; --distill 0 leaves it out"
+        f"training {way} for {plural(recipe.steps, 'step')}: takes {about_duration(cost.seconds)} more than "
+        f"compressing alone, and {format_bytes(cost.nbytes)} of memory; --distill 0 leaves it out"
     )
 
 
 def about_duration(seconds: float) -> str:
     """`about 40 seconds`, `about 12 minutes`, `about 5 hours`."""
-    for unit, name in ((3600, "hours"), (60, "minutes")):
+    for unit, name in ((3600, "hour"), (60, "minute")):
         if seconds >= 1.5 * unit:
-            return f"about {seconds / unit:.0f} {name}"
-    return f"about {seconds:.0f} seconds"
+            return f"about {seconds / unit:.0f} {name}s"
+    return f"about {plural(round(seconds), 'second')}"
 
 
 def _operations_a_second(dtype: torch.dtype, device: torch.device) -> float:
