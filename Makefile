@@ -29,12 +29,13 @@ demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (ab
 # The workers and the many processes that tests start import the same modules: compiled once, whatever the environment.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up.
+# Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up;
+# files come in the order that tests/conftest.py gives them.
 test: $(STAMP)  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(RAY_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RAY_VENV)

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from meswitch.errors import ConfigError
+
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of <fcntl.h>, and of <linux/fs.h>
 
 
@@ -22,10 +24,17 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` to fill; when the block ends without an error, it becomes `target`."""
+    """An empty directory beside `target` to fill; when the block ends without an error, it becomes `target`.
+
+    Raises:
+        ConfigError: no directory can be made there.
+    """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
     yield partial
     replace_directory(partial, target)
 

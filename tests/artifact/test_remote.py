@@ -68,15 +68,12 @@ def test_what_is_pulled_is_what_was_pushed(hub, run, math_delta, family, tmp_pat
     run.ok("verify", "deltas/math", "--base", family / "base")
 
 
-def test_the_environment_says_which_hub_it_is(hub, math_delta, tmp_path):
+def test_the_environment_says_which_hub_it_is(hub, run, math_delta, tmp_path):
+    assert run.ok("push", math_delta, "org/math-delta").stdout.startswith(f"{hub.url}/org/math-delta/commit/")
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
-
-    def meswitch_run(*arguments):
-        command = [sys.executable, "-m", "meswitch", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
-
-    assert meswitch_run("push", math_delta, "org/math-delta").startswith(f"{hub.url}/org/math-delta/commit/")
-    assert meswitch_run("pull", "org/math-delta").startswith("math-delta: math, ")
+    command = [sys.executable, "-m", "meswitch", "pull", "org/math-delta"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert done.stdout.startswith("math-delta: math, ")
 
 
 def test_a_repository_is_taken_in_place_of_a_directory(hub, run, math_delta, family, tmp_path):

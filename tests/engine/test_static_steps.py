@@ -34,7 +34,7 @@ def requests_of(draw, count=40):
         if draw.random() < 0.1:
             prompt[-1] = REFUSED
         scores = 0 if draw.random() < 0.1 else None
-        new, never = draw.choice([0, 1, 4, 30]), {REFUSED: -100.0}
+        new, never = draw.choice([0, 1, 4, 20]), {REFUSED: -100.0}
         yield prompt, SamplingParams(max_new_tokens=new, prompt_logprobs=scores, logit_bias=never)
 
 
