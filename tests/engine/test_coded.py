@@ -26,7 +26,7 @@ from tests.support.deltas import DEVICE
 
 pytest.importorskip("triton")
 
-OPTIONS = {"device": DEVICE, "dtype": "float16", "backend": "triton", "slots": 1, "max_batch_tokens": 128}
+OPTIONS = {"device": DEVICE, "dtype": "float16", "backend": "triton", "slots": 1}
 
 
 def layer_of(rows, width, dtype=torch.int8, bias=False, seed=0):
