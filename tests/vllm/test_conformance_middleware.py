@@ -40,7 +40,7 @@ async def odd(request: Request) -> StreamingResponse:
 @pytest.fixture(scope="module")
 def app():
     routes = {"/v1/chat/completions": chat, "/tokenize": tokenize, "/odd": odd}
-    routes |= {path: unknown for path in ("/v1/completions", "/v1/messages")}
+    routes |= dict.fromkeys(("/v1/completions", "/v1/messages"), unknown)
     made = Starlette(routes=[Route(path, handler, methods=["POST"]) for path, handler in routes.items()])
     made.add_middleware(Conformance)
     return made
