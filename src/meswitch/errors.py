@@ -65,6 +65,5 @@ def check_names(given: Iterable[str], known: Sequence[str], what: str) -> None:
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"{name}: no such {what}; " + (f"is it {near[0]}?" if near else f"there are {', '.join(known)}")
-            )
+            hint = f"is it {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{name}: no such {what}; {hint}")

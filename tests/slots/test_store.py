@@ -104,6 +104,16 @@ def test_memory_of_an_expert_that_left_is_anothers(artifacts):
     assert len({buffer.data_ptr() for buffer in buffers}) == 2
 
 
+def test_what_is_not_asked_by_users_counts_as_no_request(artifacts):
+    experts = store(artifacts)
+    experts.keep("math")
+    experts.release(experts.acquire("math"))
+    assert (experts.counts()["math"].requests, experts.counts()["math"].hits) == (0, 0)
+    experts.release(experts.request("math").result(60).slot)
+    assert (experts.counts()["math"].requests, experts.counts()["math"].hits) == (1, 1)
+    assert experts.counts()["math"].loads == 1
+
+
 def test_files_that_two_experts_share_are_read_for_each(deltas, tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

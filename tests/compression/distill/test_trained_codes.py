@@ -107,15 +107,17 @@ def test_both_sides_of_a_pair_are_trained_and_its_empty_rows_are_not():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_matrices_that_are_held_pass_on_the_gradients_of_all_that_used_them(device):
+@pytest.mark.parametrize("unused", [True, False])
+def test_matrices_that_are_held_pass_on_the_gradients_of_all_that_used_them(device, unused):
     base, full = pair()
     thin = encode_pair(full - base, Rank(4), name="w")
     matrices = {
         "codes": trainable(base, full, device=device),
         "words": trainable(base, full, WORDS, device),
         "pair": TrainablePair(base, thin, torch.device(device), torch.float32).to(device),
-        "unused": trainable(base, full, device=device),
     }
+    if unused:
+        matrices["unused"] = trainable(base, full, device=device)
     student = Student(None, matrices, {})
     trained = [parameter for group, _ in student.groups() for parameter in group]
     inputs = torch.randn(3, 96, device=device)

@@ -276,9 +276,11 @@ class _Maker:
     def take(self, gradients: Sequence[Tensor | None]) -> None:
         """Leave the gradients of what is trained, given those of the matrices made last; None is zero."""
         if self._graphs:
-            torch._foreach_zero_([own for own, new in zip(self._given, gradients, strict=True) if new is None])
-            pairs = [(own, new) for own, new in zip(self._given, gradients, strict=True) if new is not None]
-            torch._foreach_copy_([own for own, _ in pairs], [new for _, new in pairs])
+            for own, gradient in zip(self._given, gradients, strict=True):
+                if gradient is None:
+                    own.zero_()
+                else:
+                    own.copy_(gradient)
             self._graphs[1].replay()
             for parameter, gradient in zip(self._trained, self._taken, strict=True):
                 parameter.grad = gradient
