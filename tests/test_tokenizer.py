@@ -6,6 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import meswitch.tokenizer
 from meswitch.errors import ConfigError
 from meswitch.tokenizer import ChatTokenizer, Conversation
 from tests.architectures import tiny
@@ -343,3 +344,25 @@ def test_experts_with_the_same_files_share_a_tokenizer_and_nothing_that_is_their
     assert 7 not in first.ends
     assert first.stops == []
     assert third.encode(USER) != first.encode(USER) == second.encode(USER)
+
+
+def test_a_training_s_states_beside_the_tokenizer_are_not_read(directory):
+    with (directory / "optimizer.pt").open("wb") as file:
+        file.truncate(1 << 40)  # takes no place on the disk
+    assert opened(directory).tokenizer is opened(directory).tokenizer
+
+
+def test_an_expert_that_is_replaced_while_it_is_opened_gives_others_nothing(tmp_path, directory, monkeypatch):
+    alike = tmp_path / "alike"
+    shutil.copytree(directory, alike)
+    load = meswitch.tokenizer.load_tokenizer
+
+    def replaced(where, config):
+        template(where, "{% for message in messages %}new: {{ message['content'] }}{% endfor %}")
+        return load(where, config)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(meswitch.tokenizer, "load_tokenizer", replaced)
+        new = opened(directory)
+    assert new.render(USER) == "new: Hi there"
+    assert not opened(alike).render(USER).startswith("new")

@@ -43,6 +43,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiec
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _OTHER_FILES = {"config.json", "generation_config.json", "meswitch.json", "model.safetensors.index.json"}
 _OTHER_SUFFIXES = {".safetensors", ".bin", ".gguf", ".md"}
+_LARGEST = 1 << 28  # bytes; larger ones are a training's states, or weights in other formats
 _NONE = "no tokenizer.json (nor tokenizer.model); copy the tokenizer's files into its checkpoint and compress again"
 _QUESTION, _ANSWER = "QUESTION-7", "ANSWER-7"  # told from everything that a template says by itself
 # What tokenizers of the wrong kind get wrong: spaces, line breaks, digits, other scripts, code.
@@ -122,7 +123,9 @@ class ChatTokenizer:
         digest = _digest(directory, config)
         tokenizer = _open.get(digest)
         if tokenizer is None:
-            tokenizer = _open[digest] = load_tokenizer(directory, config)
+            tokenizer = load_tokenizer(directory, config)
+            if _digest(directory, config) == digest:  # not if the expert was replaced meanwhile
+                _open[digest] = tokenizer
         return cls(name, directory, tokenizer, config.get_text_config(), stated)
 
     @property
@@ -485,11 +488,15 @@ def load_tokenizer(directory: Path, config: Any = None) -> Any:
 
 
 def _digest(directory: Path, config: Any) -> bytes:
-    """Of all that `load_tokenizer` may go by: the model's kind, and every file that is surely no other thing."""
+    """Of all that `load_tokenizer` may go by: the model's kind, and every file that is not surely another thing."""
     digest = hashlib.sha256(repr((type(config), getattr(config, "tokenizer_class", None))).encode())
     for file in sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")]):
         if file.is_file() and file.name not in _OTHER_FILES and file.suffix not in _OTHER_SUFFIXES:
-            content = file.read_bytes()
+            state = file.stat()
+            if state.st_size <= _LARGEST:
+                content = file.read_bytes()
+            else:  # surely no tokenizer's, so only the same file is the same
+                content = repr((file.resolve(), state.st_size, state.st_mtime_ns)).encode()
             digest.update(f"{file.relative_to(directory)} {len(content)} ".encode() + content)
     return digest.digest()
 

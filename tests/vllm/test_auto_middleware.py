@@ -14,9 +14,12 @@ from meswitch.vllm.auto import AutoRouting
 from meswitch.vllm.command import FAMILY_VARIABLE
 
 RULES = [Rule("math", "header:x-task", "^sums$"), Rule("math", "metadata:team", "tax"), Rule("code", "text", "def ")]
+DEEP = b"[" * 200_000
 
 
 async def echo(request: Request) -> JSONResponse:
+    if (await request.body()).startswith(DEEP):
+        return JSONResponse("not JSON", 400)
     return JSONResponse((await request.json())["model"])
 
 
@@ -83,3 +86,7 @@ def test_without_a_router_auto_alone_fails(server, tmp_path):
     assert refused(server, HELLO) == (404, "model_not_found")
     by_name = asyncio.run(server.post("/v1/chat/completions", json={"model": "math"} | HELLO))
     assert by_name.json() == "math"
+
+
+def test_a_body_that_nests_too_deep_is_left_to_the_server(server):
+    assert asyncio.run(server.post("/v1/chat/completions", content=DEEP)).status_code == 400

@@ -13,9 +13,12 @@ from meswitch.vllm.conformance import Conformance
 
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}]
 CHOICE = {"structured_outputs": {"choice": ["a"]}}
+DEEP = b"[" * 200_000
 
 
 async def chat(request: Request) -> JSONResponse:
+    if (await request.body()).startswith(DEEP):
+        return JSONResponse({"detail": "There was an error parsing the body"}, 400)
     return JSONResponse({"body": await request.json(), "id": request.headers.get("x-request-id")})
 
 
@@ -47,9 +50,11 @@ def app():
 
 
 def send(app, path, body=None, **headers):
+    given = {"content": body} if isinstance(body, bytes) else {"json": body or {}}
+
     async def ask():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            return await client.post(path, json=body or {}, headers=headers)
+            return await client.post(path, **given, headers=headers)
 
     return asyncio.run(ask())
 
@@ -92,3 +97,7 @@ def test_what_vllm_would_leave_out_is_refused(app):
 @pytest.mark.parametrize("body", [{"tools": TOOLS}, CHOICE, {"tools": TOOLS, "tool_choice": "none"} | CHOICE, [1]])
 def test_other_requests_go_through_as_they_are(app, body):
     assert send(app, "/v1/chat/completions", body).json()["body"] == body
+
+
+def test_a_body_that_nests_too_deep_is_left_to_the_server(app):
+    assert send(app, "/v1/chat/completions", DEEP).status_code == 400

@@ -61,7 +61,7 @@ def _asked_for_auto(body: bytes) -> dict[str, Any] | None:
     """The request's object; None where it names a model or is not understood, which vLLM says."""
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of too many brackets
         return None
     return request if isinstance(request, dict) and request.get("model") == AUTO else None
 

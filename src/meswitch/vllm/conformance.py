@@ -51,7 +51,7 @@ def _loses_its_grammar(body: bytes) -> bool:
     """Whether a request has a grammar of its own, and tools that may be called."""
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of too many brackets
         return False
     return (
         isinstance(request, dict)

@@ -106,7 +106,12 @@ def test_both_sides_of_a_pair_are_trained_and_its_empty_rows_are_not():
     assert torch.allclose(base + stored.dequantize(), matrix.matrix(), atol=5e-3)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_gpu(device, count):
+    too_few = pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
+    return pytest.param(device, marks=[pytest.mark.gpu, too_few])
+
+
+@pytest.mark.parametrize("device", ["cpu", on_gpu("cuda", 1), on_gpu("cuda:1", 2)])
 @pytest.mark.parametrize("unused", [True, False])
 def test_matrices_that_are_held_pass_on_the_gradients_of_all_that_used_them(device, unused):
     base, full = pair()
@@ -145,5 +150,14 @@ def test_matrices_that_are_held_pass_on_the_gradients_of_all_that_used_them(devi
             for parameter in trained:
                 parameter -= 0.01 * (step + 1) * torch.randn_like(parameter)
                 parameter.grad = None
-    if device == "cuda":
+    if device != "cpu":
         assert student._maker._graphs
+
+
+def test_where_norms_alone_are_trained_nothing_is_recorded(caplog):
+    norm = torch.nn.Parameter(torch.ones(4))
+    student = Student(None, {}, {"norm": norm})
+    with student.held(learns=True):
+        norm.square().sum().backward()
+    assert torch.equal(norm.grad, torch.full((4,), 2.0))
+    assert not caplog.records

@@ -256,13 +256,15 @@ class _Maker:
         self._given: list[Tensor] = []
         self._taken: tuple[Tensor, ...] = ()
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        bases = [one.base for one in matrices if isinstance(one, TrainablePacked | TrainablePair)]
         # other codecs' matrices may do what a graph cannot hold
-        if all(isinstance(matrix, TrainablePacked | TrainablePair) and matrix.base.is_cuda for matrix in matrices):
+        if bases and len(bases) == len(matrices) and bases[0].is_cuda:
             try:
-                self._capture()
+                with torch.cuda.device(bases[0].device):  # what another GPU does is not recorded, without an error
+                    self._capture()
             except RuntimeError as error:
                 logger.warning("training starts its kernels one by one, which is slower: %s", error)
-                self._graphs = None
+                self._given, self._taken = [], ()
 
     def make(self, *, learns: bool) -> list[Tensor]:
         """The matrices as they are now. learns: `take` follows."""
