@@ -45,6 +45,7 @@ from benchmarks.routing.sources import reread
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "routing-described.json"
+PLAIN = HERE.parent / "results" / "routing-described-plain.json"
 ROUTES = HERE / "routes"
 EXPERTS = ["math", "code", "instruct", "sql"]
 SEEDS = 3
@@ -199,20 +200,21 @@ def main() -> None:
     parser.add_argument("--train", type=Path)
     parser.add_argument("--clinc", type=Path)
     parser.add_argument("--banking", type=Path)
+    parser.add_argument("--plain", action="store_true", help="the encoder without its update; into PLAIN")
     parser.add_argument("--keep-trained", action="store_true", help="of boards keep the figures of trained routers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     directory, _, bits = options.encoder.partition(":")
     load = functools.partial(open_encoder, directory, bits=int(bits or 32))
-    space = Space(Remembering(load()))
+    space, place = Space(Remembering(load(updated=not options.plain))), PLAIN if options.plain else RESULTS
     data = {name: read_rows(file, EXPERTS) for name, _, file in (text.partition("=") for text in options.data)}
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = json.loads(place.read_text()) if place.exists() else {}
     if options.time:
         rows = read_rows(options.time, EXPERTS)
         for name, given in lines().items():
             router = DescribedRouter(given, Space(space.encoder.encoder))
             found["described"][f"{name} lines"]["cpu_ms"] = cpu_ms(router, rows)
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        place.write_text(json.dumps(found, indent=1) + "\n")
         return
     parts = {}
     if data:
@@ -230,7 +232,7 @@ def main() -> None:
     found["meta"] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "bits": int(bits or 32)}
     for name, measure in parts.items():
         found[name] = measure()
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        place.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
