@@ -26,12 +26,16 @@ install: $(STAMP)  ## the environment in .venv, at the versions of constraints.t
 demo: $(STAMP)  ## compress a real family, serve it, ask 40 routed questions (about 2 minutes on 2 idle cores)
 	$(BIN)/python examples/demo.py
 
-# Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up.
+# The workers and the many processes that tests start import the same modules: compiled once, whatever the environment.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Two at a time: the tests compute with one thread each. A file's tests stay together and share what they set up;
+# files come in the order that tests/conftest.py gives them.
 test: $(STAMP)  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(RAY_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RAY_VENV)

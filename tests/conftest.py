@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what this machine or environment does not have: the markers say what a test needs."""
+    """Skips what this machine or environment does not have, and says which files come first: by their markers."""
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "needs a GPU"
@@ -39,6 +39,9 @@ def pytest_collection_modifyitems(items):
         for name, reason in missing.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # files with slow tests first: one that starts last holds its worker while the other has nothing left to do
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,8 +26,8 @@ def policy(first, then, **variables):
 def test_threads_wait_passively_unless_torch_is_there_or_the_user_has_chosen():
     assert policy("meswitch", "torch") == "PASSIVE"
     assert policy("torch", "meswitch") == "None"
-    assert policy("meswitch", "torch", OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
-    assert policy("meswitch", "torch", GOMP_SPINCOUNT="1000") == "None"
+    assert policy("meswitch", "meswitch", OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+    assert policy("meswitch", "meswitch", GOMP_SPINCOUNT="1000") == "None"
 
 
 def test_other_programs_get_the_users_environment(monkeypatch):

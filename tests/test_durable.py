@@ -8,6 +8,7 @@ import pytest
 
 from meswitch import Artifact, durable
 from meswitch.durable import recover_directory, replace_directory
+from meswitch.errors import ConfigError
 
 
 class StoppedError(Exception):
@@ -126,6 +127,17 @@ def test_a_router_whose_replacement_was_stopped_is_opened(tmp_path):
     RulesRouter([Rule("math", "text", "sum")], ("math",)).save(target)
     target.rename(durable._waiting(target))
     assert load_router(target, tmp_path).experts == ("math",)
+
+
+def test_a_place_where_no_directory_can_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(
+            ConfigError, match=rf"^{tmp_path}/file/x: cannot be written \({tmp_path}/file is a file\); choose another"
+        ),
+        durable.replacing_directory(tmp_path / "file" / "x"),
+    ):
+        pytest.fail("nothing to fill")
 
 
 def test_a_directory_takes_its_place_only_if_it_was_filled_without_an_error(tmp_path):

@@ -35,9 +35,16 @@ def httpx_error(name):
 
 
 class Hub:
-    """A hub with one repository, the files of a directory. asked: names of the files that were fetched."""
+    """A hub with one repository, the files of a directory.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: of the files.
+        status: what it answers to everything, None where it answers rightly.
+
+    asked: names of the files that were fetched.
+    """
+
+    def __init__(self, directory: Path, status: int | None = None) -> None:
         self.directory, self.asked = directory, []
         hub = self
 
@@ -50,6 +57,11 @@ class Hub:
 
             def answer(self, with_body):
                 path = self.path.partition("?")[0]
+                if status is not None:
+                    self.send_response(status)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 if f"{path}/".startswith("/api/models/org/name/"):
                     body, headers = json.dumps(hub.listing("/tree/" in path)).encode(), {}
                 elif path.startswith("/org/name/resolve/") and (file := hub.file(path)).is_file():
@@ -89,13 +101,13 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """`hub(directory)` serves it as the repository `org/name`."""
+    """`hub(directory)` serves it as the repository `org/name`, or `hub(directory, 503)` answers that alone."""
     from huggingface_hub import constants
 
     served = []
 
-    def serve(directory: Path) -> Hub:
-        made = Hub(directory)
+    def serve(directory: Path, status: int | None = None) -> Hub:
+        made = Hub(directory, status)
         served.append(made)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", made.url)
@@ -162,6 +174,16 @@ def test_a_repository_that_is_not_there_is_one_line(hub, pair):
     hub(pair()[0])
     with pytest.raises(CheckpointError, match=r"org/other: neither a directory here nor a model that the hub gives \("):
         Checkpoint.open("org/other")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("ask", [Checkpoint.open, read_config, check_model])
+def test_a_hub_that_is_out_of_order_says_so_and_not_that_the_name_is_wrong(hub, tmp_path, monkeypatch, status, ask):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's library asks again, later each time
+    hub(tmp_path, status)
+    said = rf"^org/name: .*an error of its own \(status {status}: .*; try again later$"
+    with pytest.raises(CheckpointError, match=said):
+        ask("org/name")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ MB = 1 << 20
 def test_a_copy_is_cut_where_pieces_begin_and_leaves_nothing_out(first, count):
     host = torch.empty(6 * pagelock._PIECE, dtype=torch.uint8)[first : first + count]
     at = 0
-    for part in pagelock._parts(host):
+    for part in pagelock._parts(host, pagelock._AT_ONCE):
         assert part.start == at < part.stop
+        assert part.stop - part.start <= pagelock._AT_ONCE
         first_piece, last_piece = ((host.data_ptr() + i) // pagelock._PIECE for i in (part.start, part.stop - 1))
         assert first_piece == last_piece
         at = part.stop

@@ -1,6 +1,7 @@
 """How an expert's tokenizer, chat template and end tokens are read from its directory, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -327,3 +328,18 @@ def test_the_bytes_of_tokens_joined_are_the_text(tmp_path, kind):
     joined = b"".join(tokenizer.token_bytes(token) for token in tokens).decode()
     assert joined.removeprefix(" ") == text
     assert tokenizer.token_bytes(tokenizer.vocab_size - 1) is not None
+
+
+def test_experts_with_the_same_files_share_a_tokenizer_and_nothing_that_is_their_own(tmp_path, directory):
+    alike, other = tmp_path / "alike", tmp_path / "other"
+    shutil.copytree(directory, alike)
+    shutil.copytree(directory, other)
+    edit(alike / "generation_config.json", eos_token_id=[7], stop_strings=["END"])
+    template(other, "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}")
+    first, second, third = (opened(one) for one in (directory, alike, other))
+    assert second.tokenizer is first.tokenizer is not third.tokenizer
+    assert 7 in second.ends
+    assert second.stops == ["END"]
+    assert 7 not in first.ends
+    assert first.stops == []
+    assert third.encode(USER) != first.encode(USER) == second.encode(USER)

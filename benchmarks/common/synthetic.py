@@ -9,12 +9,32 @@ import argparse
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 MODELS = {
+    "tiny": {  # to try a script
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 2048,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    },
     "llama-374m": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -163,6 +183,28 @@ def write_family(
             save_file(own, directory / file, metadata={"format": "pt"})
             del own  # one expert's shard at a time
         print(f"{file}: {len(group)} tensors", flush=True)
+
+
+def compressed(work: Path, config: dict, *, tokenizer: Path, device: str) -> Path:
+    """The artifact of a pair, compressed by default without text; it and `work/base` are made if it is not there.
+
+    Args:
+        config: of base and expert.
+        tokenizer: directory with both sides' tokenizer.
+        device: that draws the numbers and compresses.
+    """
+    import meswitch
+
+    artifact = work / "artifact"
+    if not artifact.is_dir():
+        started = time.perf_counter()
+        write_pair(work, config, int(3e9), tokenizer=tokenizer, device=device)
+        print(f"checkpoints: {time.perf_counter() - started:.0f} s", flush=True)
+        started = time.perf_counter()
+        meswitch.compress(work / "base", work / "expert", artifact, device=device)
+        print(f"compressed: {time.perf_counter() - started:.0f} s", flush=True)
+        shutil.rmtree(work / "expert")
+    return artifact
 
 
 def name_every_token(file: Path, vocab_size: int) -> None:

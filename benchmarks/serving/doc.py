@@ -50,33 +50,71 @@ def serving(found: Data) -> str:
 
 
 def residency(found: Data) -> str:
-    """What requests waited for, in a row for each load."""
+    """What requests waited for, in a row for each load; then what loads cost others, where that was measured."""
     head = ["", "experts", "hits", "TTFT p50, p95, p99, ms", "of hits", "TPOT p50, p95, p99, ms", "failed", "MB moved"]
-
-    def three(row: Data, key: str) -> str:
-        return ", ".join(f"{row[key][p]:.0f}" for p in ("p50", "p95", "p99"))
-
+    asked = [row for row in found["rows"] if "ttft_ms" in row]
     table = [
         [
             row["what"] + (", in bursts" if row["arrivals"] == "bursts" else ""),
             str(row["experts"]),
             f"{row['hits']:.0%}",
-            three(row, "ttft_ms"),
-            three(row, "ttft_of_hits_ms"),
-            three(row, "tpot_ms"),
+            *(_several(row[key]) for key in ("ttft_ms", "ttft_of_hits_ms", "tpot_ms")),
             f"{row['failed']} of {row['requests']}",
             f"{row['moved_mb']:.0f}",
         ]
-        for row in found["rows"]
+        for row in asked
     ]
     meta = found["meta"]
-    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
     under = (
-        f"{meta['rate']:.0f} requests a second for {meta['seconds']:.0f} s, {meta['tokens']} new tokens each, by "
+        f"{meta['rate']:g} requests a second for {meta['seconds']:g} s, {meta['tokens']} new tokens each, by "
         f"Zipf({meta['zipf']:g}); {meta['slots']} slots, room for {meta['host_experts']} experts in the host tier. "
-        f"{meta['cores']} cores, load {meta['load']}; {versions}, {meta['date']}."
     )
-    return f"{pipe(head, *table)}\n\n{under}"
+    if "card" in meta:
+        under += f"{meta['model']}, {meta['layers']} layers. {where_measured(meta)}"
+    else:
+        versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())
+        under += f"{meta['cores']} cores, load {meta['load']}; {versions}, {meta['date']}."
+    late = [f"{row['ttft_of_hits_p95_ratio']:.2f}" for row in asked if "ttft_of_hits_p95_ratio" in row]
+    if late:
+        under += (
+            f" With more experts than slots the first token of hits came, at p95, after {' and in bursts '.join(late)} "
+            "times as long."
+        )
+    return "\n\n".join([pipe(head, *table), under, *cost_of_loads(found)])
+
+
+def cost_of_loads(found: Data) -> list[str]:
+    """The pace of running answers alone and beside loads, and that of the copy; nothing where it was not measured."""
+    running = [row for row in found["rows"] if "streams" in row]
+    if not running:
+        return []
+    head = ["", "TPOT p50, p95, mean, ms", "times as long as alone", "loads a second", "a load p50, p95, ms"]
+    head += ["of which the copy, GB/s"]
+    which = ("p50", "p95", "mean")
+    table = [
+        [
+            row["what"],
+            _several(row["tpot_ms"], which, 1),
+            _several(row["tpot_ratio"], which, 2) if "tpot_ratio" in row else "",
+            *(
+                (f"{row['loads_per_s']:.1f}", _several(row["load_ms"], ("p50", "p95")), f"{row['copy_gb_per_s']:.1f}")
+                if "loads" in row
+                else ("",) * 3
+            ),
+        ]
+        for row in running
+    ]
+    (copy,) = (row for row in found["rows"] if "plain_gb_per_s" in row)
+    under = (
+        f"Experts are loaded one after the other without a pause. The copy of {copy['gigabytes']:g} GB into a slot, "
+        f"while nothing else runs, goes at {copy['gb_per_s']:.1f} GB/s, {copy['share']:.0%} of a plain copy's "
+        f"{copy['plain_gb_per_s']:.1f}."
+    )
+    return [pipe(head, *table), under]
+
+
+def _several(values: Data, which: tuple[str, ...] = ("p50", "p95", "p99"), digits: int = 0) -> str:
+    return ", ".join(f"{values[name]:.{digits}f}" for name in which)
 
 
 def clients(found: Data) -> str:
@@ -172,11 +210,12 @@ def on_gpu(found: Data) -> str:
             for row in reversed(late)
         )
         prompts.append(
-            f"- The first time of a kind took at most {told} of the later times' seconds, in {len(starts)} kinds of "
-            f"up to {max(row['requests'] for row in starts)} requests of {max(row['experts'] for row in starts)} "
-            "experts, whose prompts have many lengths."
+            f"- {len(starts)} kinds of work, up to {max(row['requests'] for row in starts)} requests of "
+            f"{max(row['experts'] for row in starts)} experts with prompts of many lengths, were each done several "
+            f"times. The first time took longer than later ones, at most by these factors: {told}."
         )
     meta = found["meta"]
+    again = f", {meta['ready_again_s']:.0f} s when it is opened again" if "ready_again_s" in meta else ""
     memory = {name: count / 1e9 for name, count in meta["memory"].items() if name != "host"}
     told = ", ".join(f"{name} {gb:.2f}" for name, gb in memory.items() if gb >= 0.01)
     prompts.append(
@@ -187,7 +226,7 @@ def on_gpu(found: Data) -> str:
     under = (
         f"{meta['model']}; prompts of {meta['prompt']} tokens, {meta['new_tokens']} new ones each. The floor is "
         f"reading the base's matrices and the experts' deltas once at the bandwidth of a copy, "
-        f"{meta['copy_tb_per_s']:.1f} TB/s. From start to ready {meta['ready_s']:.0f} s with {meta['caches']}. "
+        f"{meta['copy_tb_per_s']:.1f} TB/s. From start to ready {meta['ready_s']:.0f} s with {meta['caches']}{again}. "
         f"{meta['card']}, {versions}, {meta['date']}."
     )
     under += f" {meta['note']}" if "note" in meta else ""
@@ -249,12 +288,12 @@ def quantised(found: Data) -> str:
         [
             *(kind, str(requests), str(experts or "base")),
             *(str(sides["held"][name]) for name in ("tokens_per_s", "ms_per_step", "floor_ms")),
-            *(str(sides["restored"][name]) for name in ("tokens_per_s", "ms_per_step")),
+            *(str(sides.get("restored", {}).get(name, "-")) for name in ("tokens_per_s", "ms_per_step")),
         ]
         for (kind, requests, experts), sides in steps.items()
     ]
     lines = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
+    for kind in dict.fromkeys(row["kind"] for row in rows if row.get("base") == "restored"):
         own = [row for row in rows if row["kind"] == kind]
         held, plain = ([row for row in own if row.get("base") == how] for how in ("held", "restored"))
         (ours,), (theirs,) = ([row for row in side if "memory" in row] for side in (held, plain))
@@ -263,20 +302,22 @@ def quantised(found: Data) -> str:
             for a, b in zip(held, plain, strict=True)
             if "prompt" in a
         )
-        gaps = ", ".join(
-            f"{row['compared']} {row['logprob_gap_mean']:.3f} ({sum(row['agree_until'])} of "
-            f"{row['answers'] * row['tokens']} tokens of answers come before the first that differs)"
+        gaps = [
+            f"    - {row['compared']}: {row['logprob_gap_mean']:.3f}; {sum(row['agree_until'])} of "
+            f"{row['answers'] * row['tokens']} tokens"
             for row in own
             if "compared" in row
-        )
+        ]
         lines.append(
             f"- {kind}: the base takes {ours['memory']['base'] / 1e9:.2f} GB and {ours['memory']['scratch'] / 1e9:.2f} "
             f"GB of scratch instead of {theirs['memory']['base'] / 1e9:.2f} GB; torch has allocated "
             f"{ours['allocated'] / 1e9:.2f} and {theirs['allocated'] / 1e9:.2f} GB. The first token of a prompt comes "
-            f"after: {prompts}. Mean difference of the log probabilities of prompts' tokens: {gaps}."
+            f"after: {prompts}. Two ways to compute the same, compared: by how much the log probability of a prompt's "
+            "token differs on average, and how many tokens of the answers come before the first that differs."
         )
+        lines += gaps
     meta = found["meta"]
-    under = f"{meta['model']}, {meta['layers']} layers; a copy moves {meta['copy_tb_per_s']:.1f} TB/s."
+    under = f"-: not measured. {meta['model']}, {meta['layers']} layers; a copy moves {meta['copy_tb_per_s']:.1f} TB/s."
     return "\n\n".join([pipe(head, *table), f"{under} {where_measured(meta)}", "\n".join(lines)])
 
 
@@ -284,11 +325,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = arguments_of(__doc__, "results/serving.md", arguments)
     found, many, load = stored("serving-cpu.json"), stored("residency-cpu.json"), stored("load-cpu.json")
     gpu, codes = stored("engine-h200.json"), stored("quantised-base-h200.json")
+    many_gpu = stored("residency-h200.json")
     places = {
         "the embedded engine on a GPU": on_gpu(gpu) if gpu else LATER,
         "where a step's time goes": parts_table(gpu) if gpu else LATER,
         "a quantised base on a GPU": quantised(codes) if codes else LATER,
         "serving on a CPU": serving(found) if found else LATER,
+        "many experts on a GPU": residency(many_gpu) if many_gpu else LATER,
         "many experts on a CPU": residency(many) if many else LATER,
         "many clients on a CPU": clients(load) if load else LATER,
     }

@@ -235,7 +235,7 @@ def compare_served(plan: Plan, expert: str, method: str, budget: methods.Budget,
     longest = TASKS[expert].max_new_tokens or 64
     turns = [[{"role": "user", "content": row.question}] for row in rows]
     with meswitch.Engine(
-        plan.base, {expert: artifact.directory}, device=_device, dtype="float32", slots=1, op_backend="reference"
+        plan.base, {expert: artifact.directory}, device=_device, dtype="float32", slots=1, backend="reference"
     ) as engine:
         served = [done.text for done in engine.generate(turns, model=expert, max_new_tokens=longest)]
     merged = meswitch.load_merged(plan.base, artifact.directory, torch.float32).to(_device)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from meswitch.artifact import Artifact
     from meswitch.compression import Options, compress, load_merged
     from meswitch.compression.merge import merge
-    from meswitch.engine import Chunk, Completion, Engine, EngineOptions, SamplingParams
+    from meswitch.engine import Chunk, Completion, Engine, SamplingParams
+    from meswitch.engine_options import EngineOptions
     from meswitch.errors import MeswitchError
     from meswitch.family import Family
 
@@ -23,7 +24,7 @@ _HOME = {
     "Chunk": "engine",
     "Completion": "engine",
     "Engine": "engine",
-    "EngineOptions": "engine",
+    "EngineOptions": "engine_options",
     "Family": "family",
     "MeswitchError": "errors",
     "SamplingParams": "engine",

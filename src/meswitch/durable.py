@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from meswitch.errors import ConfigError
+
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of <fcntl.h>, and of <linux/fs.h>
 
 
@@ -22,12 +24,31 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` to fill; when the block ends without an error, it becomes `target`."""
+    """An empty directory beside `target` to fill; when the block ends without an error, it becomes `target`.
+
+    Raises:
+        ConfigError: no directory can be made there.
+    """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_parent(target)
+    partial.mkdir()
     yield partial
     replace_directory(partial, target)
+
+
+def make_parent(target: Path) -> None:
+    """Make the directory that a file or directory will lie in, if it is not there; before long work for it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"{target}: cannot be written ({target.parent} is a file); choose another place") from None
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def write_text(file: Path, text: str) -> None:

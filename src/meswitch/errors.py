@@ -1,6 +1,7 @@
 """Errors a user can act on: every message names the file, the field and the fix."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class MeswitchError(Exception):
@@ -48,3 +49,21 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """Names for a message: the first few, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def check_names(given: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Refuse an argument that does not exist.
+
+    Args:
+        given: names of arguments.
+        known: those that exist.
+        what: they are, such as "option of the engine".
+
+    Raises:
+        ConfigError: it names the first one that does not exist, and the nearest that does.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"is it {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{name}: no such {what}; {hint}")

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from meswitch.compression.options import SETTINGS, Options, Setting, check_given
+from meswitch.engine_options import DEVICE, LEAST, BackendName, DtypeName, EngineOptions, RunnerName
 from meswitch.errors import CheckpointError, ConfigError, UnknownExpertError
 from meswitch.units import parse_bytes
 
@@ -34,7 +35,8 @@ def _size(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
-Bytes = Annotated[int, BeforeValidator(_size), Field(ge=1)]
+Bytes = Annotated[int, BeforeValidator(_size)]
+_ENGINE = EngineOptions()
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of an expert, and of an API key
 RESERVED = ("auto", "other", "error")  # mean something where requests are routed
 ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$"  # of a site, as browsers write it: no path, no slash at the end
@@ -127,20 +129,19 @@ class RouterSection(_Section):
 
 
 class EngineSection(_Section):
-    """`[engine]`: the embedded engine."""
+    """`[engine]`: the embedded engine. Fields, defaults and limits are those of `EngineOptions`."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    backend: Literal["auto", "triton", "cpu", "reference"] = "auto"  # what computes deltas
-    # one batch for all experts, experts by turns, or the batch where it is proven right for this base
-    runner: Literal["auto", "batch", "turns"] = "auto"
-    slots: int = Field(default=4, ge=1)
-    host_bytes: Bytes | None = None  # budget for deltas in host memory; None: no limit
-    merged_bytes: Bytes | None = None  # budget for merged weights on a CPU; None: half of what is free
-    cuda_graphs: bool = True  # record decode steps where the kernels run
-    max_batch_tokens: int = Field(default=2048, ge=1)
-    kv_cache_tokens: int = Field(default=32768, ge=256)
-    max_queue: int = Field(default=1024, ge=1)
+    device: str = Field(default=_ENGINE.device, pattern=rf"^({DEVICE})$")
+    dtype: DtypeName = "auto"
+    backend: BackendName = "auto"
+    runner: RunnerName = _ENGINE.runner
+    slots: int = Field(default=_ENGINE.slots, ge=LEAST["slots"])
+    host_bytes: Bytes | None = Field(default=_ENGINE.host_bytes, ge=LEAST["host_bytes"])
+    merged_bytes: Bytes | None = Field(default=_ENGINE.merged_bytes, ge=LEAST["merged_bytes"])
+    cuda_graphs: bool = _ENGINE.cuda_graphs
+    max_batch_tokens: int = Field(default=_ENGINE.max_batch_tokens, ge=LEAST["max_batch_tokens"])
+    kv_cache_tokens: int = Field(default=_ENGINE.kv_cache_tokens, ge=LEAST["kv_cache_tokens"])
+    max_queue: int = Field(default=_ENGINE.max_queue, ge=LEAST["max_queue"])
 
 
 class ServerSection(_Section):

@@ -8,10 +8,11 @@ from typing import Literal, TypeVar
 from meswitch.errors import CheckpointError, MeswitchError
 
 T = TypeVar("T")
-Why = Literal["unreachable", "refused", "failed"]  # the last: here, as where a disk is full
+Why = Literal["unreachable", "refused", "busy", "failed"]  # busy: ask again later; failed: here, as on a full disk
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _CONFIGS = ("config.json", "adapter_config.json")  # one of them is in every repository of a model
 _SECONDS = 10.0  # for a hub to say that it has a model
+_TOO_MANY_REQUESTS, _SERVER_ERRORS = 429, 500  # statuses, the latter with all above: nothing is wrong with the name
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -35,12 +36,18 @@ def ask_hub(ask: Callable[[], T], error: Callable[[Why, str], MeswitchError]) ->
     except MeswitchError:
         raise
     except Exception as problem:  # of HTTP, of the transfer, of the cache and of the disk: they share no class
-        reason = " ".join(str(problem).split())[:400] or type(problem).__name__
         why: Why = "failed"
-        if any(isinstance(one, (HfHubHTTPError, HFValidationError)) for one in (problem, problem.__cause__)):
+        text = str(problem)
+        causes = (problem, problem.__cause__)  # a file that is neither there nor in the cache: the status is the cause
+        if answer := next((one for one in causes if isinstance(one, HfHubHTTPError)), None):
+            status = answer.response.status_code
+            why = "busy" if status == _TOO_MANY_REQUESTS or status >= _SERVER_ERRORS else "refused"
+            text = f"status {status}: {answer}"
+        elif any(isinstance(one, HFValidationError) for one in causes):
             why = "refused"
         elif isinstance(problem, (transport_error, LocalEntryNotFoundError, ConnectionError, TimeoutError)):
             why = "unreachable"
+        reason = " ".join(text.split())[:400] or type(problem).__name__
         raise error(why, reason) from problem
 
 
@@ -65,6 +72,11 @@ def from_hub(source: str, ask: Callable[[], str]) -> Path:
             return CheckpointError(
                 f"{source}: neither a directory here nor a model that the hub gives ({reason}); "
                 "check the name, or log in with `hf auth login`"
+            )
+        if why == "busy":
+            return CheckpointError(
+                f"{source}: no such directory here, and the hub answers with an error of its own ({reason}); try again "
+                "later"
             )
         return CheckpointError(f"{source}: cannot be fetched from the hub ({reason})")
 

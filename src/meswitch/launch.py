@@ -31,15 +31,12 @@ def engine_from_family(family: Family) -> "Engine":
         ArtifactError: an expert has not been compressed yet, or its artifact is damaged.
         MeswitchError: see `Engine`.
     """
-    from meswitch.engine import Engine, EngineOptions
+    from meswitch.engine import Engine
+    from meswitch.engine_options import EngineOptions
 
     deltas = {expert.name: find_artifact(family, expert) for expert in family.expert}
-    section = family.engine
     options = EngineOptions(
-        **section.model_dump(exclude={"backend"}),
-        base_name=family.base.name,
-        op_backend=None if section.backend == "auto" else section.backend,
-        grows=family.server.experts_dir is not None,
+        **family.engine.model_dump(), base_name=family.base.name, grows=family.server.experts_dir is not None
     )
     return Engine(family.base_source(), deltas, options)
 

@@ -17,9 +17,38 @@ from meswitch.errors import MeswitchError
 
 logger = logging.getLogger("meswitch.engine")
 
+# So long a thread of a server waits for another to give the interpreter away (`sys.setswitchinterval`). With Python's
+# 5 ms the event loop would wait for the thread that computes again and again while a step's pieces are sent.
+SWITCH_SECONDS = 0.0005
 # No step takes so long: a long prompt on a CPU takes a minute, compiling a kernel two.
 STALL_SECONDS = 300.0
+SAID_SECONDS = 30.0  # that somebody waits for a thread's end in silence
 _EVERY = 1.0
+
+
+def wait_for_end(thread: threading.Thread, what: str, limit: float = STALL_SECONDS) -> bool:
+    """Wait until a thread has ended: what it is doing nobody can stop. The log says so where that takes long.
+
+    Args:
+        thread: that was told to end.
+        what: it does.
+        limit: seconds after which nobody waits any more, and the log says that it has not ended.
+
+    Returns:
+        whether it has ended.
+    """
+    thread.join(min(limit, SAID_SECONDS))
+    if thread.is_alive() and limit > SAID_SECONDS:
+        logger.warning("closing: the thread that %s is still busy; waiting for it", what)
+        thread.join(limit - SAID_SECONDS)
+    if thread.is_alive():
+        logger.error(
+            "closed, but the thread that %s has not ended after %.0f s: what it uses is not freed, and the process may "
+            "not end by itself",
+            what,
+            limit,
+        )
+    return not thread.is_alive()
 
 
 class Workers(ThreadPoolExecutor):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from meswitch.configuration import read_config
 from meswitch.errors import ConfigError
@@ -40,6 +41,8 @@ Prompt = str | Sequence[Message] | Conversation | Sequence[int]
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_OTHER_FILES = {"config.json", "generation_config.json", "meswitch.json", "model.safetensors.index.json"}
+_OTHER_SUFFIXES = {".safetensors", ".bin", ".gguf", ".md"}
 _NONE = "no tokenizer.json (nor tokenizer.model); copy the tokenizer's files into its checkpoint and compress again"
 _QUESTION, _ANSWER = "QUESTION-7", "ANSWER-7"  # told from everything that a template says by itself
 # What tokenizers of the wrong kind get wrong: spaces, line breaks, digits, other scripts, code.
@@ -59,6 +62,7 @@ _BREAK = "\ufdd0"
 _SHRINKS = 4  # times that a tokenizer may shorten a text before it takes it apart: spaces become one, letters join
 _WORDS = re.compile(r"\w+")
 _proven: set[bytes] = set()  # digests of tokenizer files that this process has compared already
+_open: WeakValueDictionary[bytes, Any] = WeakValueDictionary()  # transformers' tokenizers that are served, by digest
 
 
 def max_length(config: Any) -> int:
@@ -105,6 +109,8 @@ class ChatTokenizer:
     def open(cls, name: str, directory: Path) -> "ChatTokenizer":
         """Read it from a checkpoint's or an artifact's directory, and try it.
 
+        Experts whose files are alike share transformers' tokenizer: one of 128,000 tokens takes tens of MB.
+
         Raises:
             ConfigError: there is none, a file is damaged, or the parts do not fit together. The message names the
                 file, the cause and the fix.
@@ -113,7 +119,11 @@ class ChatTokenizer:
             raise ConfigError(f"{directory}: {name!r} has {_NONE}")
         stated = _stated_ends(directory)
         config = read_config(directory)
-        return cls(name, directory, load_tokenizer(directory, config), config.get_text_config(), stated)
+        digest = _digest(directory, config)
+        tokenizer = _open.get(digest)
+        if tokenizer is None:
+            tokenizer = _open[digest] = load_tokenizer(directory, config)
+        return cls(name, directory, tokenizer, config.get_text_config(), stated)
 
     @property
     def has_template(self) -> bool:
@@ -472,6 +482,16 @@ def load_tokenizer(directory: Path, config: Any = None) -> Any:
         f"{file if file.is_file() else directory}: the tokenizer cannot be used: {reason.removesuffix('.')}; load it "
         "where it works and save it again with its save_pretrained, which writes a tokenizer.json"
     )
+
+
+def _digest(directory: Path, config: Any) -> bytes:
+    """Of all that `load_tokenizer` may go by: the model's kind, and every file that is surely no other thing."""
+    digest = hashlib.sha256(repr((type(config), getattr(config, "tokenizer_class", None))).encode())
+    for file in sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")]):
+        if file.is_file() and file.name not in _OTHER_FILES and file.suffix not in _OTHER_SUFFIXES:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(directory)} {len(content)} ".encode() + content)
+    return digest.digest()
 
 
 def _agrees(tokenizer: Any, directory: Path) -> bool:

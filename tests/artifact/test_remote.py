@@ -68,15 +68,12 @@ def test_what_is_pulled_is_what_was_pushed(hub, run, math_delta, family, tmp_pat
     run.ok("verify", "deltas/math", "--base", family / "base")
 
 
-def test_the_environment_says_which_hub_it_is(hub, math_delta, tmp_path):
+def test_the_environment_says_which_hub_it_is(hub, run, math_delta, tmp_path):
+    assert run.ok("push", math_delta, "org/math-delta").stdout.startswith(f"{hub.url}/org/math-delta/commit/")
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
-
-    def meswitch_run(*arguments):
-        command = [sys.executable, "-m", "meswitch", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
-
-    assert meswitch_run("push", math_delta, "org/math-delta").startswith(f"{hub.url}/org/math-delta/commit/")
-    assert meswitch_run("pull", "org/math-delta").startswith("math-delta: math, ")
+    command = [sys.executable, "-m", "meswitch", "pull", "org/math-delta"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert done.stdout.startswith("math-delta: math, ")
 
 
 def test_a_repository_is_taken_in_place_of_a_directory(hub, run, math_delta, family, tmp_path):
@@ -132,6 +129,20 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub, run, math_delta):
     error = run.error("push", math_delta, "org/math-delta")
     assert "hf://org/math-delta: the hub cannot be reached" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("status", [429, 502])
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_a_hub_that_is_out_of_order_says_so_and_not_that_the_name_is_wrong(
+    hub, run, math_delta, monkeypatch, status, command
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's library asks again, later each time
+    hub.status = status
+    done = run("push", math_delta, "org/math") if command == "push" else run("pull", "org/math")
+    assert done.exit_code == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"error: hf://org/math: the hub answers with an error of its own (status {status}: ")
+    assert said.endswith("; try again later")
 
 
 def test_a_smaller_artifact_leaves_nothing_of_a_larger_one(hub, run, math_delta):

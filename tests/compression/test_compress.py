@@ -284,3 +284,9 @@ def test_on_a_cpu_a_large_model_is_measured_on_fewer_tokens_unless_they_are_aske
     trained = meswitch.compress(*pair, tmp_path / "trained", calibration=text, distill=1).manifest.method.calibration
     assert trained.tokens > 100_000
     assert 900 < trained.measured_tokens <= 1000
+
+
+def test_an_expert_that_is_the_base_is_told(family, tmp_path):
+    said = []
+    meswitch.compress(family / "base", family / "base", tmp_path / "delta", notice=said.append)
+    assert said == [f"{family / 'base'}: no tensor differs from the base's; is it the right fine-tune?"]

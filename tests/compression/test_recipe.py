@@ -125,6 +125,9 @@ def test_a_file_that_does_not_fit_is_named_with_its_field(tmp_path, text, messag
 def test_what_has_no_recipe_is_refused(plain, tmp_path):
     with pytest.raises(ConfigError, match="no such file; give an artifact's directory"):
         read_recipe(tmp_path / "nowhere")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"--recipe: .*rows.jsonl: give an artifact's directory or a TOML file"):
+        read_recipe(tmp_path / "rows.jsonl")
     data = json.loads(plain)
     del data["recipe"]
     (tmp_path / "meswitch.json").write_text(json.dumps(data | {"version": 3}))

@@ -244,6 +244,8 @@ def test_files_without_rows_are_named(family, write, tmp_path):
         load_calibration(write("t.txt", "", ""), family / "math")
     with pytest.raises(ConfigError, match=r"nowhere\.txt: no such calibration file"):
         load_questions(tmp_path / "nowhere.txt")
+    with pytest.raises(ConfigError, match="is a directory; give one"):
+        load_questions(tmp_path)
     with pytest.raises(ConfigError, match=r"t\.jsonl: line 1: not valid JSON"):
         load_calibration(write("t.jsonl", "{"), family / "math")
 

@@ -116,7 +116,7 @@ def test_a_backend_computes_what_the_reference_does(module, family, math_delta):
     try:
         answers = {}
         for name in ("mine", "reference"):
-            with Engine(family / "base", {"math": math_delta}, op_backend=name, merged_bytes=0) as engine:
+            with Engine(family / "base", {"math": math_delta}, backend=name, merged_bytes=0) as engine:
                 answers[name] = engine.generate(["2 + 2 ="], model="math", max_new_tokens=8)[0].tokens
         assert answers["mine"] == answers["reference"]
         assert mine.calls > 0

@@ -111,7 +111,7 @@ def test_an_adapter_converted_beforehand_answers_as_the_directory_does(family, a
     from meswitch.checkpoint import Checkpoint
 
     write_artifact(Checkpoint.open(family / "base"), Adapter.open(adapter), tmp_path / "poet")
-    with Engine(family / "base", {"poet": tmp_path / "poet"}, device="cpu", op_backend="reference") as other:
+    with Engine(family / "base", {"poet": tmp_path / "poet"}, device="cpu", backend="reference") as other:
         (answer,) = other.generate([PROMPT], model="poet", max_new_tokens=NEW_TOKENS)
     assert answer.tokens == expected["poet"]
 
@@ -151,7 +151,7 @@ def test_what_an_adapter_holds_beside_pairs(pair, tmp_path, of, backend):
     tensors, fields = of(base)
     adapter = write_adapter(tmp_path / "adapter", tensors, **fields)
     tokens = [*range(5, 30), 7]
-    with Engine(base, {"d": tmp_path / "delta", "a": adapter}, device="cpu", op_backend=backend) as engine:
+    with Engine(base, {"d": tmp_path / "delta", "a": adapter}, device="cpu", backend=backend) as engine:
         prompts = [tokens, tokens, tokens, [*tokens, *([2049] if of is of_added_tokens else [9])]]
         answers = engine.generate(prompts, model=["base", "d", "a", "a"], max_new_tokens=NEW_TOKENS)
     models = [AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), load_merged(base, tmp_path / "delta")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from meswitch import Engine, SamplingParams
+from meswitch import Engine, SamplingParams, threads
 from meswitch.compression.merge import load_merged
 from meswitch.engine import graphs, sampling
 from meswitch.engine.attention import PAGE
@@ -329,6 +329,30 @@ def test_whoever_gathers_when_a_batch_is_closed_keeps_nobody_waiting(llama):
             with batch.together():
                 assert batch._open.is_set()
         assert "closed" in waiting.wait().error
+
+
+def test_closing_waits_for_a_step_that_takes_long_and_says_so(llama, monkeypatch, caplog):
+    monkeypatch.setattr(threads, "SAID_SECONDS", 0.01)
+    computing, goes_on = threading.Event(), threading.Event()
+
+    def look(names, logits):
+        computing.set()
+        goes_on.wait(60)
+
+    with batch_of(llama, max_batch_tokens=PAGE, kv_tokens=4 * PAGE) as batch:
+        batch.see = look
+        asked = ask(batch, "one", [5, 6])
+        assert computing.wait(60)
+        closing = threading.Thread(target=batch.close)
+        closing.start()
+        while not caplog.records:
+            pass
+        assert "computes is still busy" in caplog.records[0].getMessage()
+        assert closing.is_alive()
+        goes_on.set()
+        closing.join(60)
+        assert not any(thread.is_alive() for thread in (closing, *batch.threads.values()))
+        assert "closed" in asked.wait().error
 
 
 def test_answers_are_told_while_others_are_gathered(llama, monkeypatch):

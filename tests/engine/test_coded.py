@@ -26,7 +26,7 @@ from tests.support.deltas import DEVICE
 
 pytest.importorskip("triton")
 
-OPTIONS = {"device": DEVICE, "dtype": "float16", "op_backend": "triton", "slots": 1}
+OPTIONS = {"device": DEVICE, "dtype": "float16", "backend": "triton", "slots": 1}
 
 
 def layer_of(rows, width, dtype=torch.int8, bias=False, seed=0):
@@ -87,7 +87,7 @@ def test_codes_that_are_no_numbers_are_not_held(base_in_codes):
     tensors["model.layers.0.mlp.up_proj.weight"].view(torch.int8)[3, 5] = 0x7F
     save_file(tensors, file, metadata={"format": "pt"})
     checkpoint = Checkpoint.open(base)
-    prepare = partial(hold_codes, op_backend="triton", device=torch.device(DEVICE))
+    prepare = partial(hold_codes, backend="triton", device=torch.device(DEVICE))
     model = load_model(checkpoint, architecture_of(checkpoint.config), torch.float16, prepare=prepare)
     assert len(list(coded_layers(model))) == 6
     assert model.model.layers[0].mlp.up_proj.weight[3, 5].isnan()
@@ -101,7 +101,7 @@ def test_codes_of_four_bits_that_are_stored_in_bytes_and_are_larger_are_not_held
     del tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_shape"]
     save_file(tensors | {f"{name}.weight": codes}, base / "model.safetensors", metadata={"format": "pt"})
     checkpoint = Checkpoint.open(base)
-    prepare = partial(hold_codes, op_backend="triton", device=torch.device(DEVICE))
+    prepare = partial(hold_codes, backend="triton", device=torch.device(DEVICE))
     model = load_model(checkpoint, architecture_of(checkpoint.config), torch.float16, prepare=prepare)
     assert len(list(coded_layers(model))) == 6
     assert torch.equal(model.get_submodule(name).weight, checkpoint.read(f"{name}.weight").half())

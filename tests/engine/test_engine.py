@@ -183,9 +183,9 @@ def test_one_prompt_in_place_of_several_is_refused(engine, prompt):
         ({"host_bytes": "1MiB"}, "host_bytes: '1MiB' is not a whole number"),
         ({"cuda_graphs": "no"}, "cuda_graphs: 'no' is neither True nor False"),
         ({"device": "gpu"}, "device: 'gpu' is none of auto, cpu, cuda, cuda:1"),
-        ({"host_bytes": -5}, "host_bytes: -5 is less than 0"),
+        ({"host_bytes": 0}, "host_bytes: 0 is less than 1"),
         ({"merged_bytes": -1}, "merged_bytes: -1 is less than 0"),
-        ({"op_backend": "tritn"}, "op_backend: 'tritn' is none of triton, reference, cpu"),
+        ({"backend": "tritn"}, "backend: 'tritn' is none of auto, triton, reference, cpu"),
         ({"device": "cudda"}, "device: 'cudda' is none of auto, cpu, cuda"),
         ({"device": "mps"}, "device: 'mps' is none of auto, cpu, cuda"),
         ({"device": "cuda:4711"}, r"device: 'cuda:4711': torch sees \d+ GPUs? here"),
@@ -194,6 +194,42 @@ def test_one_prompt_in_place_of_several_is_refused(engine, prompt):
 def test_options_that_make_no_sense_are_named_before_anything_is_read(options, message):
     with pytest.raises(ConfigError, match=message):
         Engine("nowhere", {}, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slot": 4}, r"slot: no such option of the engine; is it slots\?"),
+        ({"kv_cache": 1024}, r"kv_cache: no such option of the engine; is it kv_cache_tokens\?"),
+        ({"quality": 1}, "quality: no such option of the engine; there are base_name, device, dtype, slots"),
+        ({"options": {"slots": 4}}, r"options: dict given; it takes an EngineOptions, and single options by name"),
+    ],
+)
+def test_options_that_do_not_exist_are_named_with_the_nearest(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine("nowhere", {}, **options)
+
+
+def test_sampling_parameters_that_do_not_exist_are_named_with_the_nearest(engine):
+    message = r"max_tokens: no such field of SamplingParams; is it max_new_tokens\?"
+    with pytest.raises(ConfigError, match=message):
+        engine.generate([QUESTION], model="math", max_tokens=5)
+    with pytest.raises(ConfigError, match=message):
+        next(engine.stream(QUESTION, model="math", max_tokens=5))
+    with pytest.raises(ConfigError, match=r"give meswitch.SamplingParams"):
+        engine.submit(QUESTION, model="math", params={"max_new_tokens": 5})
+
+
+@pytest.mark.parametrize("runner", ["batch", "turns"])
+def test_only_users_requests_are_counted(family, deltas, runner):
+    with Engine(family / "base", {"math": deltas["math"]}, device="cpu", runner=runner) as engine:
+        counts = engine.store.counts()["math"]
+        assert (counts.requests, counts.hits) == (0, 0)
+        known = engine.store.loads  # by the proof
+        engine.generate([QUESTION, QUESTION], model="math", max_new_tokens=1)
+        engine.generate([QUESTION], model="math", max_new_tokens=1)
+        counts = engine.store.counts()["math"]
+        assert (counts.requests, counts.hits) == (3, 3 if known else 1)
 
 
 def test_options_may_be_given_whole_and_single_ones_beside(family, deltas):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # noqa: F401 - of `Layer`
 
 from meswitch.engine.attention import PAGE, KVCache, Piece, StepPlaces
 from meswitch.engine.graphs import StaticPlaces
@@ -22,18 +23,23 @@ PIECES = [
 ]
 
 
+class Layer(nn.Module):
+    """Its own attention is found where it is defined."""
+
+
 def layer(number, groups):
-    module = nn.Module()
+    module = Layer()
     module.layer_idx, module.num_key_value_groups, module.is_causal = number, groups, True
     return module
 
 
-@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (8, 1)])
-def test_steps_one_after_another(heads):
+@pytest.mark.parametrize(("heads", "cap"), [((6, 2), None), ((4, 4), None), ((8, 1), None), ((4, 2), 0.5)])
+def test_steps_one_after_another(heads, cap):
     device, width = torch.device(DEVICE), 32
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     draw = torch.Generator(device).manual_seed(0)
-    cache = KVCache(CONFIG, 40, "sdpa", device)
+    cache = KVCache(CONFIG, 40, "sdpa" if cap is None else "eager", device)
+    options = {"scaling": 0.2, "softcap": cap}
     places = StaticPlaces(cache, [8, 160], 40 * PAGE, device)
     for pieces in PIECES:
         rows = sum(piece.length for piece in pieces)
@@ -49,9 +55,9 @@ def test_steps_one_after_another(heads):
             _, keys, values = cache.layer(module, key, value)
             if pieces is PIECES[0]:
                 keys.normal_(generator=draw), values.normal_(generator=draw)
-            found, _ = places.attend(module, query, key, value, {"scaling": 0.2})
+            found, _ = places.attend(module, query, key, value, options)
             kept = keys.clone(), values.clone()
-            wanted, _ = gathered.attend(module, query, key, value, {"scaling": 0.2})
+            wanted, _ = gathered.attend(module, query, key, value, options)
             assert all(map(torch.equal, kept, (keys, values)))  # the step's own are written where they belong
             torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
 
@@ -63,5 +69,7 @@ def test_what_is_more_than_scaled_dot_products_is_refused():
     numbers = torch.zeros(1, 2, 1, 32)
     with pytest.raises(IncompatibleError, match="softcap"):
         places.attend(layer(0, 1), numbers, numbers, numbers, {"softcap": 30.0})
-    with pytest.raises(IncompatibleError, match="eager"):
-        StaticPlaces(KVCache(CONFIG, 4, "eager", torch.device("cpu")), [2], 4 * PAGE, torch.device("cpu"))
+    places = StaticPlaces(KVCache(CONFIG, 4, "eager", torch.device("cpu")), [2], 4 * PAGE, torch.device("cpu"))
+    places.fill([1], [Piece(1, 0, [0])])
+    with pytest.raises(IncompatibleError, match="s_aux"):
+        places.attend(layer(0, 1), numbers, numbers, numbers, {"s_aux": torch.zeros(2)})

@@ -34,7 +34,7 @@ def served(pair, tmp_path, monkeypatch):
         experts = {"one": tmp_path / "one", "three": tmp_path / "three"}
         meswitch.compress(base, expert, experts["one"], bits=1, salient=0)
         meswitch.compress(base, expert, experts["three"], bits=3, salient=5)
-        engine = Engine(base, experts, device="cpu", dtype="float16", op_backend="triton", slots=2)
+        engine = Engine(base, experts, device="cpu", dtype="float16", backend="triton", slots=2)
         return engine, {name: load_merged(base, path) for name, path in experts.items()}, launched
 
     return open_engine
@@ -72,9 +72,10 @@ def test_queries_keys_and_values_are_one_launch_and_so_are_gate_and_up(served, a
     [
         ("starcoder2", [["q_proj", "k_proj", "v_proj"]]),
         ("stablelm", [["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]]),
+        ("gemma2", [["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]]),
     ],
 )
-def test_layer_norms_with_a_bias_are_looked_up_in_tables(served, caplog, arch, groups):
+def test_layer_norms_with_a_bias_and_soft_caps_are_computed_from_tables(served, caplog, arch, groups):
     with caplog.at_level("WARNING"):
         engine, models, launched = served(arch)
     assert "without CUDA graphs" not in caplog.text

@@ -78,7 +78,7 @@ def test_mixed_batches_of_all_experts_and_the_base(experts, arch, case):
     best = {name: tuple(logits_alone(model, PROMPTS["short"]).argmax(-1).tolist()) for name, model in models.items()}
     assert len(set(best.values())) == 3  # a mix-up would show
     from_tables = arch == "qwen2"  # proving them takes the interpreter as long as all the rest
-    options = {"device": DEVICE, "dtype": "float16", "op_backend": "triton", "slots": 2, "cuda_graphs": from_tables}
+    options = {"device": DEVICE, "dtype": "float16", "backend": "triton", "slots": 2, "cuda_graphs": from_tables}
     with Engine(base, artifacts, **options) as engine:
         assert (engine.memory()["graphs"] > 0) == from_tables
         check(engine, models, [("one", "short"), ("base", "short"), ("three", "short"), ("three", "long")])
@@ -94,7 +94,7 @@ def test_one_slot_for_a_delta_and_an_adapter(experts, tmp_path, caplog, monkeypa
     adapter = write_adapter(tmp_path / "adapter", pairs(base, *targets, size=0.5), target_modules=list(targets))
     models = {"three": load_merged(base, artifacts["three"]), "adapter": load_merged(base, adapter)}
     experts = {"three": artifacts["three"], "adapter": adapter}
-    with Engine(base, experts, device=DEVICE, dtype="float16", op_backend="triton", slots=1) as engine:
+    with Engine(base, experts, device=DEVICE, dtype="float16", backend="triton", slots=1) as engine:
         check(engine, models, [("adapter", "short"), ("three", "short")])
         assert engine.store.evictions >= 1
         assert engine.memory()["graphs"] > 0
@@ -123,7 +123,7 @@ def test_decode_steps_that_are_not_right_are_not_taken(experts, monkeypatch, cap
     base, artifacts = experts("mistral", **FEW_ROWS)
     monkeypatch.setattr(part, name, fault)
     with caplog.at_level("WARNING"):
-        engine = Engine(base, {"one": artifacts["one"]}, device=DEVICE, dtype="float16", op_backend="triton", slots=1)
+        engine = Engine(base, {"one": artifacts["one"]}, device=DEVICE, dtype="float16", backend="triton", slots=1)
     with engine:
         assert engine.memory()["graphs"] == 0
         assert not engine.takes_turns
@@ -134,10 +134,10 @@ def test_decode_steps_that_are_not_right_are_not_taken(experts, monkeypatch, cap
 def test_a_dtype_that_the_kernels_do_not_take_names_another_backend(experts):
     base, artifacts = experts()
     with pytest.raises(ConfigError, match=r"triton: takes bfloat16 and float16, the model is float32.*'reference'"):
-        Engine(base, artifacts, device="cpu", op_backend="triton")
+        Engine(base, artifacts, device="cpu", backend="triton")
 
 
 def test_an_unknown_backend_is_refused(experts):
     base, artifacts = experts()
-    with pytest.raises(ConfigError, match="'cuda' is none of triton, reference, cpu"):
-        Engine(base, artifacts, device="cpu", op_backend="cuda")
+    with pytest.raises(ConfigError, match="backend: 'cuda' is none of auto, triton, reference, cpu"):
+        Engine(base, artifacts, device="cpu", backend="cuda")

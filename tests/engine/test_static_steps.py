@@ -34,7 +34,7 @@ def requests_of(draw, count=40):
         if draw.random() < 0.1:
             prompt[-1] = REFUSED
         scores = 0 if draw.random() < 0.1 else None
-        new, never = draw.choice([0, 1, 4, 30]), {REFUSED: -100.0}
+        new, never = draw.choice([0, 1, 4, 20]), {REFUSED: -100.0}
         yield prompt, SamplingParams(max_new_tokens=new, prompt_logprobs=scores, logit_bias=never)
 
 
@@ -65,7 +65,7 @@ def test_requests_of_all_kinds_come_cancel_and_fail(case, pair, tmp_path, monkey
             raise IndexError("no such token")
 
     draw = random.Random(0)
-    options = {"device": "cpu", "dtype": "float16", "op_backend": "triton"} | CASES[case]
+    options = {"device": "cpu", "dtype": "float16", "backend": "triton"} | CASES[case]
     with Engine(base, experts, **options) as engine:
         slots, graphs = CASES[case]["slots"], engine._batch.static_graphs
         assert {count for size, count in graphs if 3 < size <= 64} == {0, 1, 2, 3} - set(range(slots + 1, 4))

@@ -59,8 +59,10 @@ def test_compress_and_serve_is_20_lines_and_answers_rightly(run):
 
 
 @pytest.mark.slow
-def test_an_own_fine_tune_is_trained_compressed_and_measured(run, tmp_path):
-    said = run("own_fine_tune.py", "--steps", 2, "--limit", 4)
+def test_an_own_fine_tune_is_trained_compressed_and_measured(run, family, tmp_path):
+    lines = (family / "calibration" / "math.jsonl").read_text().splitlines()[:200]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    said = run("own_fine_tune.py", "--data", "train.jsonl", "--steps", 2, "--limit", 4)
     assert "bits a weight" in said
     assert "| math n=4 | mine delta |" in said
     assert (

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from meswitch.codec import pack, unpack
 from meswitch.errors import ConfigError
 from meswitch.ops import Routing, SlotLinear, embedding_rows, fused_linear
 from meswitch.ops.layout import Shape, Variant, read, salient_of_tiles, write
@@ -44,6 +45,23 @@ def test_reading_gives_back_what_was_written():
     buffer = torch.zeros(shape.nbytes, dtype=torch.uint8)
     write(delta, buffer, shape)
     assert torch.equal(read(shape, buffer).dequantize(), delta.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("width", [16, 256, 1000])
+def test_codes_lie_where_a_step_of_a_matrix_unit_reads_them(bits, width):
+    delta = random_delta(5, width, bits, None)
+    shape = Shape.of(delta)
+    buffer = torch.zeros(shape.nbytes, dtype=torch.uint8)
+    write(delta, buffer, shape)
+    planes = shape.views(buffer)["two"]
+    codes = unpack(delta.packed, bits, width)
+    for row, channel in ((0, 0), (1, 1), (2, 15), (3, width // 2), (4, width - 1), (0, width - 7)):
+        block, place = divmod(channel, 256)
+        code, word = divmod(place, 16)
+        held = [int(plane[block, row, word]) >> 2 * code & 3 for plane in planes]
+        assert sum(part << 2 * number for number, part in enumerate(held)) == codes[row, channel]
+    assert delta.packed.equal(pack(codes, bits))  # what was laid out is as it was
 
 
 def test_a_tile_of_more_channels_than_there_is_room_for_is_refused():

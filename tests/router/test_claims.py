@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from meswitch import Engine
 from meswitch.cli import app
-from meswitch.router import DescribedRouter, RouteOption, RouterError, Space, evaluate_router, train_router
-from meswitch.router.data import claim_queries, claimed_rows, read_queries, write_queries
+from meswitch.router import DescribedRouter, RouteOption, RouterError, Space, evaluate_router, read_rows, train_router
+from meswitch.router.data import claimed_rows, read_queries, write_queries
 
 EXPERTS = ("math", "code", "instruct", "sql")
 SAID = {
@@ -28,8 +28,31 @@ def engine(family, deltas):
 
 
 @pytest.fixture(scope="module")
-def claimed(engine, all_rows):
-    return claim_queries(engine, [row.query for row in all_rows[::8]], EXPERTS)
+def project(family, deltas, tmp_path_factory):
+    """A family of one's own, with its experts' artifacts and no router."""
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(family / "base", root / "base")
+    text = (family / "family.toml").read_text().replace("../../runs/demo", str(root))
+    (root / "family.toml").write_text(text)
+    for name, delta in deltas.items():
+        shutil.copytree(delta, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(project, all_rows):
+    """What the command says that trains a router on queries which nobody labelled; it also writes `rows.jsonl`."""
+    log = [json.dumps({"query": row.query, "domain": "nobody's"}) for row in all_rows[::12]]
+    (project / "log.jsonl").write_text("\n".join(log))
+    words = ["--self", "--data", str(project / "log.jsonl"), "--rows", str(project / "rows.jsonl"), "--json"]
+    done = CliRunner().invoke(app, ["router", "train", "--family", str(project), *words])
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def claimed(trained, project):
+    return read_rows(project / "rows.jsonl", EXPERTS)
 
 
 def test_most_claims_are_right(claimed, all_rows):
@@ -76,20 +99,8 @@ def test_a_file_without_queries_is_refused(text, message, tmp_path):
         read_queries(tmp_path / "log.jsonl")
 
 
-def test_the_command_trains_on_queries_that_nobody_labelled(family, deltas, all_rows, tmp_path):
-    shutil.copytree(family / "base", tmp_path / "base")
-    text = (family / "family.toml").read_text().replace("../../runs/demo", str(tmp_path))
-    (tmp_path / "family.toml").write_text(text)
-    for name, delta in deltas.items():
-        shutil.copytree(delta, tmp_path / name)
-    log = [json.dumps({"query": row.query, "domain": "nobody's"}) for row in all_rows[::16]]
-    (tmp_path / "log.jsonl").write_text("\n".join(log))
-    words = ["--self", "--data", str(tmp_path / "log.jsonl"), "--rows", str(tmp_path / "rows.jsonl"), "--json"]
-    done = CliRunner().invoke(app, ["router", "train", "--family", str(tmp_path), *words])
-    assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert sum(told["rows"].values()) == len(rows)
-    assert set(told["rows"]) == set(EXPERTS)
-    done = CliRunner().invoke(app, ["route", "--family", str(tmp_path), "--json", rows[0]["query"]])
+def test_the_command_trains_on_queries_that_nobody_labelled(trained, claimed, project):
+    assert sum(trained["rows"].values()) == len(claimed)
+    assert set(trained["rows"]) == set(EXPERTS)
+    done = CliRunner().invoke(app, ["route", "--family", str(project), "--json", claimed[0].query])
     assert json.loads(done.stdout)["scores"].keys() == set(EXPERTS)

@@ -37,7 +37,27 @@ def test_training_writes_the_familys_router_and_says_how_good_it_is(trained, pro
     assert (project / "router" / "router.json").is_file()
     assert trained["router"] == str((project / "router").resolve())
     assert trained["held_out"]["accuracy"] > 0.95
+    assert trained["held_out"]["rows"] == sum(count for name, count in trained["rows"].items() if name != "other")
     assert sum(trained["rows"].values()) == len((project / "train.jsonl").read_text().splitlines())
+
+
+def test_an_accuracy_of_a_handful_of_rows_says_so(project):
+    rows = [
+        {"query": f"{words} {number}", "domain": domain}
+        for domain, words in (("math", "How many are"), ("code", "Write a function"), ("other", "What is the time"))
+        for number in ("one", "two", "three", "four", "five", "six")
+    ]
+    (project / "two.toml").write_text(
+        "".join(
+            [f'base = {{ path = "{project}/base" }}\nrouter = {{ path = "few" }}\n']
+            + [f'[[expert]]\nname = "{name}"\ndelta = "nowhere"\n' for name in ("math", "code")]
+        )
+    )
+    (project / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run(project, "router", "train", "--family", "@two.toml", "--data", "@few.jsonl", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["held_out"]["rows"] == 12
+    assert "accuracy was measured on 12 rows only" in done.stderr
 
 
 def test_eval_prints_only_json(trained, project):
@@ -107,6 +127,21 @@ def test_an_untrained_family_says_how_to_train(project):
     assert done.exit_code == 1
     assert "meswitch router train" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--bits", "5"), "--bits: 5 is neither 8 nor 32"),
+        (("--bits", "8"), "--bits: 8 is for a sentence encoder"),
+        (("--out", "@train.jsonl/router"), "train.jsonl/router: cannot be written"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_trained(project, options, said):
+    done = run(project, "router", "train", "--family", "@family.toml", "--data", "@train.jsonl", *options)
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_bad_row_is_named(project):

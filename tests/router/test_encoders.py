@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import replace
-from hashlib import sha256
 from importlib.resources import as_file, files
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -26,8 +25,8 @@ from meswitch.router import (
 from meswitch.router import described as described_module
 from meswitch.router import embedding as embedding_module
 from meswitch.router import encoder as encoder_module
-from meswitch.router.described import Form, fit_prototypes
-from meswitch.router.encoder import SentenceEncoder, StaticEncoder, Update
+from meswitch.router.described import LEARNT_SHA256, Form, fit_prototypes
+from meswitch.router.encoder import UPDATE_SHA256, SentenceEncoder, StaticEncoder, Update, shipped_update, taught
 
 EXPERTS = ("math", "code", "instruct", "sql")
 TEXTS = ["How many apples?", "Write a function.", "", "word " * 500]
@@ -119,8 +118,8 @@ def test_what_public_sets_taught_counts_for_its_own_encoder_alone(bert):
     with as_file(files("meswitch.router") / "tasks.safetensors") as path, safe_open(path, "pt") as found:
         made_for = found.metadata()["encoder"]
         assert path.stat().st_size < 400_000
-        # heads of saved routers of version 3 learnt beside this map, and nothing in them says which it was
-        assert sha256(path.read_bytes()).hexdigest()[:16] == "cc64337733a291df"
+    # routers of version 3 do not say beside which map they were trained, so that it stays; later ones say `base.update`
+    assert LEARNT_SHA256.startswith("cc64337733a291df")
     encoder = open_encoder(bert)
     assert Space(encoder).form.left.shape == (64, 0)
     encoder.fingerprint, encoder.hidden_size = made_for, 384
@@ -141,7 +140,7 @@ def update(bert, monkeypatch):
         outputs, inputs = BertModel.from_pretrained(bert).get_parameter(name).shape
         tensors |= {f"{name}.left": torch.randn(outputs, 2), f"{name}.right": torch.randn(inputs, 2)}
     tensors |= {f"form.{name}": part for name, part in learnt(32).items()}
-    made = Update.of(save(tensors, {"encoder": open_encoder(bert).fingerprint}))
+    made = Update.of("1" * 64, open_encoder(bert).fingerprint, tensors)
     for module in (encoder_module, described_module, embedding_module):
         monkeypatch.setattr(module, "shipped_update", lambda: made)
     return made
@@ -191,16 +190,25 @@ def test_a_router_is_opened_with_the_weights_that_it_was_trained_with(bert, upda
 
 
 def test_the_update_that_is_shipped_is_for_the_encoder_of_the_map_and_small(bert):
-    path = files("meswitch.router") / "adapted.safetensors"
-    update = Update.of(path.read_bytes())
-    assert len(path.read_bytes()) < 500_000
-    with as_file(files("meswitch.router") / "tasks.safetensors") as tasks, safe_open(tasks, "pt") as found:
-        assert update.encoder == found.metadata()["encoder"]
+    update = shipped_update()
+    assert len((files("meswitch.router") / "adapted.safetensors").read_bytes()) < 500_000
+    assert update.encoder == taught("tasks.safetensors", LEARNT_SHA256)[0]
     assert update.form.keys() == {"scale", "left", "right"}
     sides = [update.weights[f"encoder.layer.5.intermediate.dense.weight.{side}"].shape for side in ("left", "right")]
     assert sides == [(1536, 4), (384, 4)]
     assert len(update.weights) == 2 * 6 * 6
     assert open_encoder(bert).update == ""  # another encoder stays as it comes
+
+
+@pytest.mark.parametrize("name", ["tasks.safetensors", "adapted.safetensors"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_a_damaged_file_of_what_public_sets_taught_is_named(tmp_path, monkeypatch, damage, name):
+    raw = (files("meswitch.router") / name).read_bytes()
+    if damage != "gone":
+        (tmp_path / name).write_bytes(raw[:1000] if damage == "cut" else raw[:-1] + b"!")
+    monkeypatch.setattr(encoder_module, "files", lambda package: tmp_path)
+    with pytest.raises(RouterError, match=rf"^{tmp_path / name}: .*; install meswitch again$"):
+        taught(name, {"tasks.safetensors": LEARNT_SHA256, "adapted.safetensors": UPDATE_SHA256}[name])
 
 
 def test_few_routes_whose_examples_are_alike_are_the_mean_of_these(bert):

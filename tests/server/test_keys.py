@@ -93,10 +93,17 @@ def test_the_command_makes_what_the_file_takes(tmp_path, monkeypatch):
     assert tomllib.loads(table)["key"][0]["concurrency"] == 8
 
 
+def test_a_file_of_keys_that_is_missing_is_named_with_what_makes_one(tmp_path):
+    with pytest.raises(
+        ConfigError, match=rf"^server.keys: {tmp_path}/none.toml: cannot be read .*; `meswitch key NAME"
+    ):
+        read_keys(tmp_path / "none.toml")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[[key", "cannot be read as TOML"),
+        ("[[key", "not valid TOML"),
         ('[[keys]]\nname = "a"', "keys: no such field"),
         ('[[key]]\nname = "a"', r"key\[0\].sha256: Field required"),
         ('[[key]]\nname = "a"\nsha256 = "abc"', r"key\[0\].sha256: "),

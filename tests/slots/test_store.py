@@ -1,5 +1,6 @@
 """Residency: pins, eviction order, budgets in bytes."""
 
+import os
 import threading
 
 import pytest
@@ -88,6 +89,42 @@ def test_the_host_tier_is_limited_in_bytes(artifacts):
     assert experts.host.nbytes <= 2 * size
     experts.release(experts.acquire("math"))
     assert place(experts, "math") == "device"
+
+
+def test_memory_of_an_expert_that_left_is_anothers(artifacts):
+    size = Layout.of(artifacts["math"]).nbytes
+    experts = store(artifacts, slots=1, host_bytes=2 * size)
+    buffers = []
+    for name in ("math", "code", "instruct", "sql", "math"):
+        slot = experts.acquire(name)
+        held, stored = experts.tensors(slot)["lm_head.weight"], artifacts[name].read("lm_head.weight")
+        assert torch.equal(held.dequantize(), stored.dequantize()), name
+        experts.release(slot)
+        buffers += [experts.host.load(one, size, pytest.fail).result() for one in experts.host.resident()]
+    assert len({buffer.data_ptr() for buffer in buffers}) == 2
+
+
+def test_what_is_not_asked_by_users_counts_as_no_request(artifacts):
+    experts = store(artifacts)
+    experts.keep("math")
+    experts.release(experts.acquire("math"))
+    assert (experts.counts()["math"].requests, experts.counts()["math"].hits) == (0, 0)
+    experts.release(experts.request("math").result(60).slot)
+    assert (experts.counts()["math"].requests, experts.counts()["math"].hits) == (1, 1)
+    assert experts.counts()["math"].loads == 1
+
+
+def test_files_that_two_experts_share_are_read_for_each(deltas, tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for file in deltas["math"].iterdir():
+            os.link(file, tmp_path / name / file.name)
+    experts = store({name: Artifact.open(tmp_path / name) for name in ("one", "other")})
+    slots = [experts.acquire(name) for name in ("one", "other")]
+    assert sorted(slots) == [0, 1]
+    assert experts.loads == 2
+    assert len(experts.host.resident()) == 2
+    assert experts.version("one") != experts.version("other")
 
 
 def test_a_budget_too_small_for_one_expert_says_so(artifacts):

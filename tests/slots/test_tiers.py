@@ -60,6 +60,21 @@ def test_a_read_that_fails_leaves_nothing(loader):
     assert tier.load("a", 10, lambda: "A").result(SOON) == "A"
 
 
+def test_what_is_thrown_out_is_filled_anew_if_it_is_as_large(loader):
+    tier = HostTier(20, loader)
+
+    def refill(old):
+        old.append("again")
+        return old
+
+    first = tier.load("a", 10, lambda: ["a"], refill=pytest.fail).result(SOON)
+    tier.load("b", 10, lambda: ["b"], refill=pytest.fail, pin=True).result(SOON)
+    assert tier.load("c", 10, pytest.fail, refill=refill).result(SOON) is first
+    assert first == ["a", "again"]
+    tier.unpin("b")
+    assert tier.load("d", 12, lambda: ["d"], refill=pytest.fail).result(SOON) == ["d"]
+
+
 def test_what_is_taken_is_kept_no_longer(loader):
     tier = HostTier(None, loader)
     tier.load("a", 10, lambda: "A")

@@ -42,12 +42,17 @@ class Repository:
 
 
 class HubServer:
-    """The server. repositories: by `org/name`. asked: files that were downloaded. large: uploaded by their SHA-256."""
+    """The server.
+
+    repositories: by `org/name`. asked: files that were downloaded. large: uploaded, by their SHA-256. status: what it
+    answers to everything, None where it answers rightly.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.asked: list[str] = []
         self.large: dict[str, bytes] = {}
+        self.status: int | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -97,6 +102,8 @@ class HubServer:
 
     def respond(self, verb, path, body, authorization):
         """Status, headers and body of an answer."""
+        if self.status is not None:
+            return _error(self.status, "", "come again")
         writes = verb in ("POST", "PUT") and not path.startswith("/large/")
         if writes and authorization != f"Bearer {TOKEN}":
             return _error(401, "Unauthorized", "Invalid username or password.")

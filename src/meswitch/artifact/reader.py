@@ -35,7 +35,7 @@ from meswitch.codec.exact import block_count
 from meswitch.codec.quantize import group_count
 from meswitch.durable import recover_directory
 from meswitch.errors import ArtifactError, CheckpointError, IncompatibleError, MeswitchError
-from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header
+from meswitch.tensorfile import DTYPES, NAMES, TensorInfo, read_header, tensor_bytes
 from meswitch.units import Progress, silent
 
 _THREADS = 4
@@ -229,15 +229,13 @@ class Artifact:
         """
         part: Stored = self.manifest.tensors[name].stored[suffix]
         info = self.infos[stored_name(name, suffix)]
-        raw = info.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != part.sha256:
+        tensor = info.read()  # not `bytearray`, which Python fills with zeros while no other thread runs
+        if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != part.sha256:
             raise ArtifactError(
                 f"{info.file}: {info.name}: checksum differs from the manifest's: the file is damaged or was changed; "
                 "copy the artifact again or compress again"
             )
-        if not raw:
-            return torch.empty(part.shape, dtype=DTYPES[part.dtype])
-        return torch.frombuffer(raw, dtype=DTYPES[part.dtype]).view(part.shape)
+        return tensor
 
     def read(self, name: str) -> Change | Tensor | None:
         """A tensor of the expert: its delta, its own values, or None where it equals the base's."""

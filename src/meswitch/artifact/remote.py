@@ -226,7 +226,7 @@ def _asked(name: RemoteName, ask: Callable[[], T]) -> T:
     """What the hub answers.
 
     Raises:
-        ArtifactError: it cannot be reached, or refuses.
+        ArtifactError: it cannot be reached, refuses, or has too much to do.
     """
 
     def error(why: Why, reason: str) -> ArtifactError:
@@ -238,6 +238,8 @@ def _asked(name: RemoteName, ask: Callable[[], T]) -> T:
             return ArtifactError(
                 f"{name}: the hub refuses ({reason}); check the name and that you may (`hf auth login`, or HF_TOKEN)"
             )
+        if why == "busy":
+            return ArtifactError(f"{name}: the hub answers with an error of its own ({reason}); try again later")
         return ArtifactError(f"{name}: failed here ({reason})")
 
     return ask_hub(ask, error)

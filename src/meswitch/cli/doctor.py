@@ -13,7 +13,7 @@ import typer
 from meswitch import __version__
 from meswitch.cli import console
 from meswitch.errors import MeswitchError
-from meswitch.units import format_bytes
+from meswitch.units import format_bytes, plural
 
 _SHOWN = ("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "triton", "vllm")
 _FOR_DEVELOPERS = ("dev", "clients", "lab")
@@ -265,7 +265,8 @@ def _show(facts: dict[str, Any], found: list[Finding]) -> None:
     rows = {
         "meswitch": f"{facts['meswitch']}, Python {facts['python']}, {facts['platform']}",
         "packages": ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items()),
-        "CPU": f"{cpu['cores']} cores, {cpu['threads']} threads, {format_bytes(cpu['free_memory'])} of memory free"
+        "CPU": f"{plural(cpu['cores'], 'core')}, {plural(cpu['threads'], 'thread')}, "
+        + f"{format_bytes(cpu['free_memory'])} of memory free"
         + (", bfloat16" if cpu["bfloat16"] else ""),
         "GPU": "\n".join(
             f"{gpu['name']}, {format_bytes(gpu['memory'])}, {format_bytes(gpu['free'])} free" for gpu in facts["gpus"]

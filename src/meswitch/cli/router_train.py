@@ -16,11 +16,12 @@ from typer.core import TyperGroup
 from meswitch.cli import console
 from meswitch.cli.options import option_groups
 from meswitch.errors import ConfigError
+from meswitch.units import plural
 
 if TYPE_CHECKING:
     from meswitch.family import Family
     from meswitch.router import Row
-    from meswitch.router.store import Keepable
+    from meswitch.router.store import Keepable, ScoreCalibration
 
 
 class Kinds(TyperGroup):
@@ -75,6 +76,7 @@ class Leaks(StrEnum):
     keep = "keep"
 
 
+ENOUGH = 50  # held-out rows for an accuracy that says something: at 0.9, two standard errors are 0.08
 _ROWS = (
     'JSON lines of `{"query": ..., "domain": ..., "source": ...}`; the domain is an expert\'s name, or `other` for '
     "queries that none of them is for."
@@ -264,6 +266,10 @@ def embedding(
         raise ConfigError("--data: a router of kind embedding is trained on rows; give a file of them, or --self")
     if claims.rows is not None and not claims.self_:
         raise ConfigError("--rows: only with --self, which makes rows")
+    if embedding.bits not in (8, 32):
+        raise ConfigError(f"--bits: {embedding.bits} is neither 8 nor 32")
+    if embedding.bits == 8 and embedding.encoder is None:
+        raise ConfigError("--bits: 8 is for a sentence encoder, the base is read as it is; give --encoder DIR too")
     encoder: TextEncoder | None = None
     if embedding.encoder is not None:  # before the experts are asked, which takes longest
         encoder = open_encoder(embedding.encoder, job.device, embedding.bits)
@@ -291,7 +297,7 @@ def embedding(
             fallback=job.family.router.fallback,
             progress=lambda done, total: progress("reading queries", done, total, ""),
         )
-    held_out = dataclasses.asdict(router.calibration)
+    held_out = figures(router.calibration, rows)  # each row was held out once
     job.finish(router, "embedding", as_json, rows=router.provenance.rows, leaked=leaked, held_out=held_out)
 
 
@@ -317,7 +323,7 @@ def llm(
     console.quiet()
     from meswitch.checkpoint import sha256_file
     from meswitch.router import LlmSettings, open_llm, read_rows, train_llm_router
-    from meswitch.router.data import drop_duplicates
+    from meswitch.router.data import drop_duplicates, hold_out
 
     job = Training.of(family, place)
     rows, leaked = without_leaks(read_rows(data, job.family.names), checks, job.family.names)
@@ -353,7 +359,7 @@ def llm(
             save_every=llm.save_every,
             report=lambda done, total, loss: progress("training", done, total, f"loss {loss:.3f}"),
         )
-    held_out = dataclasses.asdict(router.calibration)
+    held_out = figures(router.calibration, hold_out(rows, settings.holdout, settings.seed)[1])
     rows_of = router.provenance.rows
     job.finish(router, "llm", as_json, rows=rows_of, duplicates=duplicates, leaked=leaked, held_out=held_out)
     shutil.rmtree(state, ignore_errors=True)  # of no use once the router is written
@@ -393,7 +399,7 @@ def cascade(
         for path in (first, second)
     )
     router = fit_cascade(one, two, rows, asked=asked if asked < 1 else None, fallback=job.family.router.fallback)
-    held_out = dataclasses.asdict(router.calibration) | {"margin": router.margin, "weight": router.weight}
+    held_out = figures(router.calibration, rows) | {"margin": router.margin, "weight": router.weight}
     counts = dict(sorted(Counter(row.domain for row in rows).items()))
     job.finish(router, "cascade", as_json, rows=counts, leaked=leaked, held_out=held_out)
 
@@ -440,10 +446,12 @@ class Training:
 
     @classmethod
     def of(cls, family: Path, place: Destination) -> "Training":
+        from meswitch.durable import make_parent
         from meswitch.family import Family
 
         config = Family.load(family)
         target = place.out or config.resolve(config.router.path)
+        make_parent(target)
         device = console.check_device(place.device)
         return cls(config, Path(config.base_source()), target, device, time.perf_counter())
 
@@ -490,6 +498,12 @@ class Training:
             console.print_json(told)
         else:
             _show_training(told)
+        count = held_out.get("rows")
+        if count is not None and count < ENOUGH:
+            console.note(
+                f"accuracy was measured on {plural(count, 'row')} only, so it says little; give more rows, or ask "
+                "`meswitch router eval` with rows that were not trained on"
+            )
 
 
 def without_leaks(rows: Sequence["Row"], checks: Checks, names: Sequence[str]) -> tuple[list["Row"], dict[str, int]]:
@@ -514,6 +528,13 @@ def without_leaks(rows: Sequence["Row"], checks: Checks, names: Sequence[str]) -
         gone = set(found.rows)
         rows = [row for i, row in enumerate(rows) if i not in gone]
     return list(rows), counts
+
+
+def figures(calibration: "ScoreCalibration", held_out: Sequence["Row"]) -> dict[str, Any]:
+    """A calibration, and of how many held-out rows its accuracy is: those that some expert is for."""
+    from meswitch.router.base import OTHER
+
+    return dataclasses.asdict(calibration) | {"rows": sum(row.domain != OTHER for row in held_out)}
 
 
 def _show_training(told: Mapping[str, object]) -> None:

@@ -587,6 +587,8 @@ def read_recipe(path: str | Path) -> Again:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not valid TOML: {error}") from None
         return Again(file, {name: _value(file, name, _toml_text(file, name, value)) for name, value in said.items()})
+    if file.suffix != ".json":
+        raise ConfigError(f"--recipe: {file}: give an artifact's directory or a TOML file of options (.toml)")
     manifest: Manifest = Manifest.from_json(file.read_text(encoding="utf-8"), file)
     if manifest.recipe is None:
         why = "it is a PEFT adapter's" if manifest.method.name == "lora" else "an earlier version wrote it"

@@ -114,6 +114,8 @@ def compress(
         prepared = Preparation(text, moments, specs)
         converter = Converter(source, target, stage, options, prepared, where, replace, progress)
         artifact = converter.run(is_made=stage.is_dir() and work.load("undistilled", converter.plan) is not None)
+        if all(entry.kind == "same" for entry in artifact.manifest.tensors.values()):
+            notice(f"{target.directory}: no tensor differs from the base's; is it the right fine-tune?")
         bits = None if isinstance(options.bits, str) or options.target_bpw is not None else options.bits
         if warning := converter.large.warning(bits):
             notice(warning)

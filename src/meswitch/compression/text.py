@@ -427,6 +427,8 @@ def open_tokenizer(directory: str | Path) -> ChatTokenizer:
 
 
 def _existing(file: Path) -> Path:
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a directory; give one .txt, .jsonl or .json file of calibration text")
     if not file.is_file():
         raise ConfigError(f"{file}: no such calibration file; give a .txt, .jsonl or .json file, or `none`")
     return file

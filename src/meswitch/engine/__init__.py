@@ -2,7 +2,6 @@
 
 from meswitch.engine.engine import Engine, holds_expert
 from meswitch.engine.request import Chunk, Completion, Request
-from meswitch.engine.runner import EngineOptions
 from meswitch.engine.sampling import SamplingParams
 
-__all__ = ["Chunk", "Completion", "Engine", "EngineOptions", "Request", "SamplingParams", "holds_expert"]
+__all__ = ["Chunk", "Completion", "Engine", "Request", "SamplingParams", "holds_expert"]

@@ -28,6 +28,7 @@ from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.sampling import Sampler, SamplingParams, SamplingState
 from meswitch.engine.scheduler import Job, Pace, Scheduler
 from meswitch.errors import CapacityError, ConfigError, IncompatibleError
+from meswitch.threads import SAID_SECONDS, wait_for_end
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -269,13 +270,14 @@ class Batch:
         return 0 if self._static is None else self._static.nbytes
 
     def close(self) -> None:
+        """End after the step that is being computed. The log says if that takes long, or does not end at all."""
         with self._entry:
             self._closing.set()
             self._open.set()
         self._commands.put(None)
-        self._computing.join(timeout=30)
-        self._told.put(None)
-        self._telling.join(timeout=5)
+        if wait_for_end(self._computing, "computes"):  # it has told then all that there was to tell
+            self._told.put(None)
+            wait_for_end(self._telling, "delivers answers", SAID_SECONDS)
 
     @property
     def threads(self) -> dict[str, threading.Thread]:

@@ -140,7 +140,7 @@ class CodedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
 
 
-def hold_codes(weights: LazyModel, checkpoint: Checkpoint, *, op_backend: str | None, device: torch.device) -> None:
+def hold_codes(weights: LazyModel, checkpoint: Checkpoint, *, backend: str | None, device: torch.device) -> None:
     """Put layers that keep their codes into a model whose weights are not read yet, if the kernels will compute it.
 
     These are linear layers with one scale a row, or one for all rows, or codes of 4 bits in groups of `GROUP` channels,
@@ -149,10 +149,10 @@ def hold_codes(weights: LazyModel, checkpoint: Checkpoint, *, op_backend: str | 
     Args:
         weights: the model.
         checkpoint: the quantised base, under the names that the model loads.
-        op_backend: as of `Engine`.
+        backend: the one asked for, None for that of the device and dtype.
         device: on which it will compute.
     """
-    if not uses_kernels(op_backend, device, weights.dtype):
+    if not uses_kernels(backend, device, weights.dtype):
         return
     model, plan, workspace = weights.model, weights.plan, Workspace(weights.dtype)
     shared = {*plan.tied, *plan.tied.values()}

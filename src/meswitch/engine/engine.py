@@ -29,10 +29,19 @@ from meswitch.engine.coded import codes_bytes, codes_fault, hold_codes, restore_
 from meswitch.engine.context import BASE_SLOT
 from meswitch.engine.parameters import StoredTensors
 from meswitch.engine.request import TRACE, Chunk, Completion, Request, stopped
-from meswitch.engine.runner import EngineOptions, attention_for, compute_dtype, open_runner
+from meswitch.engine.runner import attention_for, compute_dtype, open_runner
 from meswitch.engine.sampling import SamplingParams
 from meswitch.engine.turns import Turns
-from meswitch.errors import CapacityError, ConfigError, ContextLengthError, LoadError, MeswitchError, UnknownExpertError
+from meswitch.engine_options import EngineOptions
+from meswitch.errors import (
+    CapacityError,
+    ConfigError,
+    ContextLengthError,
+    LoadError,
+    MeswitchError,
+    UnknownExpertError,
+    check_names,
+)
 from meswitch.loaded import LazyModel, load_model
 from meswitch.slots import Held, Version
 from meswitch.threads import Watchdog, Watched, Workers
@@ -61,7 +70,7 @@ class Engine:
         options: EngineOptions | None = None,
         **settings: Any,
     ) -> None:
-        options = dataclasses.replace(options or EngineOptions(), **settings)
+        options = EngineOptions.of(options, settings)
         if options.base_name in experts or "auto" in (options.base_name, *experts):
             raise ConfigError(f"experts: the names {options.base_name!r} (the base's) and 'auto' are taken")
         target = options.target
@@ -78,7 +87,7 @@ class Engine:
         architecture = architecture_of(checkpoint.config, text_only=True)
         stored = StoredTensors.of(architecture, checkpoint, artifacts.values())
         takes_turns = options.runner == "turns"
-        prepare = None if takes_turns else partial(hold_codes, op_backend=options.op_backend, device=target)
+        prepare = None if takes_turns else partial(hold_codes, backend=options.asked_backend, device=target)
         self.model = _load_model(architecture, checkpoint, target, options.dtype, prepare)
         opened = open_runner(self.model, stored, artifacts, options)
         self.store, self._batch = opened.store, opened.runner
@@ -178,6 +187,8 @@ class Engine:
         on_chunk: Callable[[Chunk], None] | None = None,
     ) -> Request:
         """A request that is not queued yet; arguments and errors as of `submit`."""
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"params: {params!r} is none; give meswitch.SamplingParams(...)")
         name = model or self.base_name
         tokenizer = self.tokenizers.get(name)
         if tokenizer is None:
@@ -232,7 +243,7 @@ class Engine:
         models = [model] * len(prompts) if model is None or isinstance(model, str) else list(model)
         if len(models) != len(prompts):
             raise ConfigError(f"model: {len(models)} names for {len(prompts)} prompts")
-        options = SamplingParams(**params)
+        options = _sampling(params)
         pairs = zip(prompts, models, strict=True)
         requests = [self._request(prompt, name, options) for prompt, name in pairs]
         with self._batch.together():  # others wait meanwhile, so the prompts are read before
@@ -249,7 +260,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; closing the iterator ends the request."""
-        request = self.submit(prompt, model=model, params=SamplingParams(**params))
+        request = self.submit(prompt, model=model, params=_sampling(params))
         try:
             yield from request
         finally:
@@ -583,6 +594,12 @@ class Engine:
 def holds_expert(directory: str | Path) -> bool:
     """Whether a directory holds an artifact or a PEFT adapter, by the names of its files."""
     return is_adapter(directory) or (Path(directory) / MANIFEST_NAME).is_file()
+
+
+def _sampling(params: Mapping[str, Any]) -> SamplingParams:
+    """Of fields by name; raises ConfigError where there is no such field."""
+    check_names(params, [field.name for field in dataclasses.fields(SamplingParams)], "field of SamplingParams")
+    return SamplingParams(**params)
 
 
 def _if_unexpected(error: LoadError) -> BaseException | None:

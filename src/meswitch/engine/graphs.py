@@ -36,8 +36,8 @@ logger = logging.getLogger("meswitch.engine")
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512)  # rows of the graphs
 MOST = SIZES[-1]
 _KEYS = 1 << 20  # that the rows of a step's prompts see in all; above, attention takes longer than Python would
-# What a layer may hand to its attention without wanting more than scaled dot products.
-_PLAIN = {"scaling", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
+# What a layer may hand to its attention without wanting more than scaled dot products, with a soft cap or without.
+_PLAIN = {"scaling", "softcap", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
 _SPLITS = 4  # programs that share one row's keys: long texts of few requests keep the card busy
 _QUERY_BLOCK = 128  # of a mask; a row's queries are one a head of the group, always fewer
 
@@ -115,14 +115,9 @@ class StaticPlaces:
         cache: of keys and values, with a page to spare.
         sizes: ascending, rows for which the card's kernel is made; a step's rows go to the next of them.
         longest: tokens of the longest text.
-
-    Raises:
-        IncompatibleError: the model's attention is another.
     """
 
     def __init__(self, cache: KVCache, sizes: Sequence[int], longest: int, device: torch.device) -> None:
-        if cache.function != "sdpa":
-            raise IncompatibleError(f"its attention is {cache.function}, not scaled dot product")
         self._cache, self._sizes, self._rows, self._device = cache, tuple(sizes), sizes[-1], device
         self._is_flex = device.type == "cuda"
         self._inputs = torch.zeros(3, self._rows, dtype=torch.int64, device=device)
@@ -163,6 +158,9 @@ class StaticPlaces:
                 raise IncompatibleError(f"{type(module).__name__}: its attention is given {name}")
         if options.get("dropout"):
             raise IncompatibleError(f"{type(module).__name__}: dropout while it answers")
+        cap = options.get("softcap")
+        if cap is not None and self._cache.function == "sdpa":  # which leaves it out
+            raise IncompatibleError(f"{type(module).__name__}: its attention is given softcap")
         window, keys, values = self._cache.layer(module, key, value)
         rows, groups = query.shape[2], query.shape[1] // key.shape[1]
         keys.index_copy_(0, self.writes[:rows], key[0].transpose(0, 1))
@@ -179,12 +177,13 @@ class StaticPlaces:
             attended = _flex()(
                 whole,
                 *(t[None].transpose(1, 2) for t in (keys, values)),
+                score_mod=None if cap is None else _capped(cap),
                 block_mask=self._mask(table, size, groups, len(keys)),
                 scale=scale,
                 kernel_options={"SPLIT_KV": _SPLITS},
             )[:rows]
         else:
-            attended = reference(grouped, keys, values, table.numbers[:, :rows], table.pages[:rows], scale)
+            attended = reference(grouped, keys, values, table.numbers[:, :rows], table.pages[:rows], scale, cap)
         return attended.reshape(1, rows, query.shape[1], value.shape[3]), None
 
     def _mask(self, table: _Table, rows: int, queries: int, places: int) -> BlockMask:
@@ -209,7 +208,13 @@ class StaticPlaces:
 
 
 def reference(
-    query: Tensor, keys: Tensor, values: Tensor, numbers: Tensor, pages: Tensor, scale: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    numbers: Tensor,
+    pages: Tensor,
+    scale: float | None,
+    cap: float | None = None,
 ) -> Tensor:
     """What FlexAttention computes of these buffers: [rows, heads, queries, width] of query's dtype.
 
@@ -220,6 +225,7 @@ def reference(
         numbers: see `_Table`.
         pages: [rows, pages] int32.
         scale: of the products; None for one by the root of width.
+        cap: scores are `cap * tanh(score / cap)` (Gemma 2, arXiv 2408.00118, section 2); None leaves them.
     """
     count, _, since, last, until = numbers.long()
     most = int(count.max())
@@ -230,7 +236,21 @@ def reference(
     ends = (count - 1) * PAGE + until
     mask = (number >= since[:, None]) & (number < ends[:, None])
     mine, theirs = (t[places.flatten(1)].transpose(1, 2) for t in (keys, values))
+    if cap is not None:
+        products = query @ mine.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores = (cap * torch.tanh(products / cap)).masked_fill(~mask[:, None, None], float("-inf"))
+        return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ theirs
     return nn.functional.scaled_dot_product_attention(query, mine, theirs, mask[:, None, None], scale=scale)
+
+
+@functools.cache
+def _capped(cap: float) -> Callable[..., Tensor]:
+    """How FlexAttention changes a score; one function for each cap, since another one is compiled anew."""
+
+    def capped(score: Tensor, *place: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
 
 
 @functools.cache

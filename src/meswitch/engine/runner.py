@@ -3,12 +3,11 @@
 import contextlib
 import dataclasses
 import logging
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,13 +40,13 @@ from meswitch.engine.proof import (
 from meswitch.engine.request import Listener
 from meswitch.engine.sampling import SamplingParams, SamplingState
 from meswitch.engine.turns import Turns, longest_unturned
-from meswitch.errors import ConfigError, IncompatibleError, MeswitchError
+from meswitch.engine_options import EngineOptions
+from meswitch.errors import IncompatibleError, MeswitchError
 from meswitch.ops import BACKENDS, backend, uses_kernels
 from meswitch.ops.routing import MAX_TOKENS, PIECE, Step, bucket, step_sizes
 from meswitch.ops.triton.ahead import Compilation, compile_ahead, decode_jobs, embedding_job, fused_jobs, prefill_jobs
 from meswitch.slots import ExpertStore
 from meswitch.tokenizer import max_length
-from meswitch.units import plural
 
 logger = logging.getLogger("meswitch.opening")  # of its own, for what is tried is quiet
 
@@ -56,11 +55,6 @@ _PROMPTS = ((1, 24), (1, 100), (1, 512), (1, 2000), (3, 24), (8, 24), (32, 24), 
 _TRIED = 4  # experts that are loaded to find two that decode steps are proven with
 _MERGED = 0.5  # of the memory that is free when an engine opens, for merged weights by default
 _REPLAYED = 0.002  # of the norm of logits: less than a step of bfloat16, in which a library may sum in another order
-
-RunnerName = Literal["auto", "batch", "turns"]
-RUNNERS: tuple[RunnerName, ...] = ("auto", "batch", "turns")
-LEAST_CACHE = 256  # tokens: less leaves no room for an answer
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Runner(Protocol):
@@ -112,90 +106,6 @@ class Runner(Protocol):
     def cancel(self, request: str) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What an engine may take, and how it computes.
-
-    Args:
-        base_name: the base's own name.
-        device: `auto`, `cpu`, `cuda` or one of several GPUs, such as `cuda:1`.
-        dtype: `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU, the checkpoint's on a GPU.
-        slots: experts on the device at a time.
-        host_bytes: budget in bytes for experts in host memory, None for no limit.
-        merged_bytes: budget in bytes for experts' merged weights where no kernels run, which makes a CPU several times
-            as fast; None for half of the memory that is free in float32 on a CPU, 0 for none.
-        max_batch_tokens: tokens of one step.
-        kv_cache_tokens: tokens of all running requests together.
-        max_queue: waiting and running requests; one more is refused.
-        op_backend: what computes deltas: `triton` (bfloat16 or float16), `cpu` or `reference`; None is triton on a GPU,
-            cpu elsewhere.
-        cuda_graphs: record decode steps when the engine opens, where the kernels run: several times as fast, for some
-            seconds at the start.
-        runner: `batch`, one running batch for all experts; `turns`, one expert at a time, for any model; `auto`, the
-            batch if it is proven right for this base and these experts when the engine opens.
-        grows: make all slots, also those that no expert needs yet, for experts that are added later.
-
-    Raises:
-        ConfigError: a value that makes no sense; the message names the option.
-    """
-
-    base_name: str = "base"
-    device: str = "auto"
-    dtype: str = "auto"
-    slots: int = 4
-    host_bytes: int | None = None
-    merged_bytes: int | None = None
-    max_batch_tokens: int = 2048
-    kv_cache_tokens: int = 32768
-    max_queue: int = 1024
-    op_backend: str | None = None
-    cuda_graphs: bool = True
-    runner: RunnerName = "auto"
-    grows: bool = False
-
-    def __post_init__(self) -> None:
-        if self.runner not in RUNNERS:
-            raise ConfigError(f"runner: {self.runner!r} is none of {', '.join(RUNNERS)}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
-        for name in ("slots", "max_batch_tokens", "max_queue"):
-            self._check_whole(name, 1)
-        self._check_whole("kv_cache_tokens", LEAST_CACHE)
-        for name in ("host_bytes", "merged_bytes"):
-            if getattr(self, name) is not None:
-                self._check_whole(name, 0)
-        for name in ("cuda_graphs", "grows"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is neither True nor False")
-        if self.op_backend not in (None, "triton", *BACKENDS):
-            raise ConfigError(f"op_backend: {self.op_backend!r} is none of triton, {', '.join(BACKENDS)}")
-        if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
-            raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:1 and so on")
-
-    def _check_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{name}: {value!r} is not a whole number")
-        if value < least:
-            raise ConfigError(f"{name}: {value} is less than {least}")
-
-    @property
-    def target(self) -> torch.device:
-        """Where it computes.
-
-        Raises:
-            ConfigError: a GPU is asked for that torch does not see.
-        """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(self.device)
-        seen = torch.cuda.device_count()
-        if device.type == "cuda" and (device.index or 0) >= seen:
-            fix = "use auto or cpu" if seen == 0 else f"the last one is cuda:{seen - 1}"
-            raise ConfigError(f"device: {self.device!r}: torch sees {plural(seen, 'GPU')} here; {fix}")
-        return device
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +235,7 @@ def _proven(
             return (f"{attachment.idle[0]}: is not called, yet text cannot be computed without it",)
     if attachment.reasons:
         return attachment.reasons
-    kernel = uses_kernels(options.op_backend, device, model.dtype)
+    kernel = uses_kernels(options.asked_backend, device, model.dtype)
     store = ExpertStore(
         artifacts,
         device=device,
@@ -336,7 +246,7 @@ def _proven(
         grows=options.grows,
     )
     budget = 0 if kernel else merged_budget(options.merged_bytes, device, model.dtype)
-    deltas = BACKENDS["reference"] if kernel else backend(device.type, options.op_backend)
+    deltas = BACKENDS["reference"] if kernel else backend(device.type, options.asked_backend)
     capacity = max(options.max_batch_tokens, MAX_TOKENS)
     recorded = MOST if options.cuda_graphs else MAX_TOKENS  # without graphs no step reads the larger buffers
     buffers = Step(capacity, store.slot_count, device, specialized=True, recorded=recorded) if kernel else None

@@ -26,6 +26,7 @@ from meswitch.engine.request import Listener, stopped, tell
 from meswitch.engine.sampling import SamplingParams, SamplingState, StepSampler, not_finite
 from meswitch.errors import IncompatibleError
 from meswitch.slots import ExpertStore
+from meswitch.threads import wait_for_end
 
 logger = logging.getLogger("meswitch.engine")
 
@@ -141,10 +142,11 @@ class Turns:
             self._changed.notify_all()
 
     def close(self) -> None:
+        """End after the tokens that are being computed. The log says if that takes long, or does not end at all."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(timeout=30)
+        wait_for_end(self._thread, "computes")
 
     @property
     def graph_bytes(self) -> int:

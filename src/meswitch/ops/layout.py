@@ -140,11 +140,15 @@ def write(delta: PackedDelta, buffer: Tensor, shape: Shape | None = None) -> Sha
     """
     shape = shape or Shape.of(delta)
     parts = shape.views(buffer)
-    codes = unpack(delta.packed.to(buffer.device), delta.bits, delta.in_features)
-    for plane in range(shape.planes[0]):
-        parts["two"][plane] = _interleave(codes >> (2 * plane) & 3, 2)
-    if shape.planes[1]:
-        parts["one"][0] = _interleave(codes >> (2 * shape.planes[0]) & 1, 1)
+    packed = delta.packed.to(buffer.device)
+    if delta.bits == 2:
+        parts["two"][0] = _transpose(packed)
+    else:
+        codes = unpack(packed, delta.bits, delta.in_features)
+        for plane in range(shape.planes[0]):
+            parts["two"][plane] = _interleave(codes >> (2 * plane) & 3, 2)
+        if shape.planes[1]:
+            parts["one"][0] = _interleave(codes >> (2 * shape.planes[0]) & 1, 1)
     parts["scale"].copy_(delta.scale[:, : shape.groups].T)
     parts["index"].zero_()
     parts["salient"].zero_()
@@ -222,6 +226,24 @@ def _interleave(codes: Tensor, bits: int) -> Tensor:
     for d in range(per_word):
         words |= padded[:, :, d].int() << (bits * d)
     return words.transpose(0, 1)
+
+
+def _transpose(packed: Tensor) -> Tensor:
+    """[rows, words] int32 of 2-bit codes -> [blocks, rows, 16] int32, as `_interleave` lays out the codes in them.
+
+    Code d of a block's word j becomes code j of its word d. Halves are swapped, then quarters and so on: 4 steps over
+    words instead of 16 over codes, each a byte. A GPU that lays out an expert also computes others' steps.
+    """
+    rows, count = packed.shape
+    blocks = -(-count // WORDS)
+    words = packed.new_zeros(rows, blocks * WORDS)
+    words[:, :count] = packed
+    for half, kept in ((8, 0x0000FFFF), (4, 0x00FF00FF), (2, 0x0F0F0F0F), (1, 0x33333333)):
+        first, second = words.view(rows, blocks * WORDS // (2 * half), 2, half).unbind(2)
+        changed = ((first >> 2 * half) ^ second) & kept
+        second ^= changed
+        first ^= changed << 2 * half
+    return words.view(rows, blocks, WORDS).transpose(0, 1)
 
 
 def _straight(words: Tensor, bits: int, in_features: int) -> Tensor:

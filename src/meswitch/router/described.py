@@ -28,11 +28,10 @@ import tomllib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize, pad, softplus
@@ -41,11 +40,14 @@ from meswitch.cpu import fitting_threads
 from meswitch.jsonfile import json_kind
 from meswitch.router.base import OTHER, Messages, RouteOption, Router, RouterError, text_of
 from meswitch.router.calibrate import choose_threshold
-from meswitch.router.encoder import Encoder, TextEncoder, shipped_update
+from meswitch.router.encoder import Encoder, TextEncoder, shipped_update, taught
 
 # What people ask of assistants and apps, in all directions: a route known by a few lines is measured against it.
 EVERYDAY = tuple((files(__package__) / "everyday.txt").read_text(encoding="utf-8").splitlines())
 
+# Of tasks.safetensors. Heads of saved routers, those without an update, are learnt beside that map: another one needs a
+# version of `router.json`.
+LEARNT_SHA256 = "cc64337733a291df92ab47f133562da51af0b8a6f9c6bb6a71d6bd3b03d30fb2"
 ENOUGH = 3  # example lines of each route, from which they help a trained router
 _MAX_TOKENS = 64  # of a text: the beginning and the end
 _DESCRIBED = 2.0  # how many examples a description weighs; 1 and 3 were little different
@@ -139,6 +141,9 @@ class Form:
             layers: of the encoder, those that are read.
             low: those of them that count.
             learnt: whether what public sets taught counts.
+
+        Raises:
+            RouterError: the file of what they taught is damaged.
         """
         share = torch.tensor([layer in low for layer in layers]).float()
         scale = (share * (len(share) / share.sum()) ** 0.5).repeat_interleave(encoder.hidden_size)
@@ -147,10 +152,8 @@ class Form:
             return plain
         if encoder.update:
             return plain.with_learnt(shipped_update().form)
-        with as_file(files(__package__) / "tasks.safetensors") as path, safetensors.safe_open(path, "pt") as found:
-            if found.metadata()["encoder"] != encoder.fingerprint:
-                return plain
-            return plain.with_learnt({name: found.get_tensor(name) for name in found.keys()})  # noqa: SIM118
+        found = learnt_map(encoder.fingerprint)
+        return plain if found is None else plain.with_learnt(found)
 
     def with_learnt(self, tensors: dict[str, Tensor]) -> "Form":
         """
@@ -170,6 +173,16 @@ class Form:
     def back(self, weight: Tensor) -> Tensor:
         """[width, points], whose product with a vector is that of `weight` [width, points] with what it becomes."""
         return self.scale[:, None] * (weight + self.left @ (self.right.T @ weight))
+
+
+def learnt_map(encoder: str) -> dict[str, Tensor] | None:
+    """The tensors of `tasks.safetensors`; None if they are of another encoder than the one with this fingerprint.
+
+    Raises:
+        RouterError: the file is missing or damaged.
+    """
+    made_for, tensors = taught("tasks.safetensors", LEARNT_SHA256)
+    return tensors if made_for == encoder else None
 
 
 class Space:

@@ -24,7 +24,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.loaded import dequantised
-from meswitch.router.base import clip
+from meswitch.router.base import RouterError, clip
 from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_llama_like
 from meswitch.tokenizer import load_tokenizer
 
@@ -33,6 +33,7 @@ from meswitch.tokenizer import load_tokenizer
 
 Progress = Callable[[int, int], None]  # (done, total)
 
+UPDATE_SHA256 = "454829afd4ee31edf118794e01d026c877a8adbfbb54d1fe404a9ae047cfc598"  # of adapted.safetensors
 _CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches_by_length are slower
 _GPU_BATCH_TOKENS = 8192
 
@@ -199,13 +200,11 @@ class Update:
     form: dict[str, Tensor]
 
     @classmethod
-    def of(cls, raw: bytes) -> "Update":
-        """From the bytes of the file."""
-        size = int.from_bytes(raw[:8], "little")
-        encoder = json.loads(raw[8 : 8 + size])["__metadata__"]["encoder"]
-        tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(raw).items()}
-        form = {name.removeprefix("form."): tensors.pop(name) for name in [*tensors] if name.startswith("form.")}
-        return cls(hashlib.sha256(raw).hexdigest(), encoder, tensors, form)
+    def of(cls, sha256: str, encoder: str, tensors: dict[str, Tensor]) -> "Update":
+        """From the tensors of the file: those of the form are called `form.<name>`."""
+        weights = {name: tensor.float() for name, tensor in tensors.items()}
+        form = {name.removeprefix("form."): weights.pop(name) for name in tensors if name.startswith("form.")}
+        return cls(sha256, encoder, weights, form)
 
     def apply(self, model: nn.Module) -> None:
         """Change the weights of a float32 model in place."""
@@ -219,8 +218,32 @@ class Update:
 
 @functools.cache
 def shipped_update() -> Update:
-    """The one that comes with this package."""
-    return Update.of((files(__package__) / "adapted.safetensors").read_bytes())
+    """The one that comes with this package.
+
+    Raises:
+        RouterError: see `taught`.
+    """
+    return Update.of(UPDATE_SHA256, *taught("adapted.safetensors", UPDATE_SHA256))
+
+
+def taught(name: str, checksum: str) -> tuple[str, dict[str, Tensor]]:
+    """A file of this package with what public sets taught: fingerprint of the encoder that it is for, and tensors.
+
+    Args:
+        checksum: its SHA-256.
+
+    Raises:
+        RouterError: the file is missing or damaged.
+    """
+    path = files(__package__) / name
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RouterError(f"{path}: cannot be read ({error}); install meswitch again") from None
+    if hashlib.sha256(raw).hexdigest() != checksum:
+        raise RouterError(f"{path}: damaged: its checksum is another; install meswitch again")
+    size = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + size])["__metadata__"]["encoder"], safetensors.torch.load(raw)
 
 
 def open_encoder(source: str | Path, device: str = "cpu", bits: int = 32, *, updated: bool = True) -> TextEncoder:

@@ -145,9 +145,14 @@ def read_keys(file: Path | None) -> list[ApiKey]:
 
 def _of_file(file: Path) -> list[ApiKey]:
     try:
-        data = tomllib.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as TOML: {error}") from None
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"server.keys: {file}: cannot be read ({error.strerror}); "
+            f"`meswitch key NAME >> {file.name}` makes a key in it"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
     tables = data.pop("key", [])
     if data or not isinstance(tables, list):
         raise ConfigError(f"{file}: {next(iter(data), 'key')}: no such field; each key is a table [[key]]")

@@ -35,6 +35,11 @@ _QUIET = {"/health", "/metrics"}  # asked every few seconds
 _VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
+def is_request_id(text: str) -> bool:
+    """Whether a client's `x-request-id` is taken: others could forge lines of a log."""
+    return _ID.fullmatch(text) is not None
+
+
 @dataclass(slots=True)
 class Record:
     """What is known of one HTTP request.
@@ -97,7 +102,7 @@ class RequestLog:
             return
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
-        name = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex[:16]}"
+        name = given if is_request_id(given) else f"req-{uuid.uuid4().hex[:16]}"
         client = scope.get("client")
         record = Record(
             name, scope["method"], scope["path"], client[0] if client else "", parent=headers.get("traceparent", "")

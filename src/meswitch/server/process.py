@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from meswitch.engine import Engine
+from meswitch.threads import SWITCH_SECONDS
 
 HEAD_SECONDS = 15.0  # from the connection, or the last answer, to the last byte of a request's head
 BODY_SECONDS = 120.0  # for the body
@@ -40,9 +41,6 @@ _REFUSAL = (
 logger = logging.getLogger("meswitch.server")
 _LAST_WORDS = 2.0  # seconds for error events to reach their clients
 _IDLE_SECONDS = 1.0  # for connections without a request to close by themselves at the end
-# So long a thread waits for another to give the interpreter away. With Python's 5 ms the event loop would wait for the
-# thread that computes again and again while a step's pieces are sent.
-_SWITCH_SECONDS = 0.0005
 _BACKLOG = 128  # connections that are accepted at one go, before `Connections` sees any of them
 
 
@@ -229,7 +227,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         protocol = self.config.http_protocol_class
         self.config.http_protocol_class = self.bounds.protocol(protocol)
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        sys.setswitchinterval(SWITCH_SECONDS)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

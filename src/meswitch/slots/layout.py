@@ -142,6 +142,7 @@ class Layout:
             found = {
                 suffix: buffer[p.offset : p.offset + p.nbytes].view(p.dtype).view(p.shape)
                 for suffix, p in parts.items()
+                if suffix != _KERNEL
             }
             entry = self.entries[name]
             if name not in self.shapes:

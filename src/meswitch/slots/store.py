@@ -79,7 +79,7 @@ class Counts:
     """What happened to one expert so far.
 
     Args:
-        requests: for its slot. hits: of them, when it was in one.
+        requests: of users for its slot (`ExpertStore.request`). hits: of them, when it was in one.
         loads: copies into a slot. evictions: times that it had to leave one. failures: loads that failed.
     """
 
@@ -256,7 +256,7 @@ class ExpertStore:
             if not wanted.cancelled() and wanted.exception() is None:
                 self.release(wanted.result().slot)
 
-        self.request(name).add_done_callback(arrived)
+        self._wanted(name, counts=False).add_done_callback(arrived)
 
     def let_go(self, name: str) -> None:
         """Undo `keep`.
@@ -305,6 +305,10 @@ class ExpertStore:
             UnknownExpertError: no such expert.
             MeswitchError: the store is closed.
         """
+        return self._wanted(name, counts=True)
+
+    def _wanted(self, name: str, *, counts: bool) -> Future[Held]:
+        """As `request`. counts: whether it is a user who asks."""
         self._check_known(name)
         signature = self._versions.look(name)
         wanted: Future[Held] = Future()
@@ -312,10 +316,10 @@ class ExpertStore:
             if self._closed:
                 raise MeswitchError("the engine is closed")
             self._clock += 1
-            counts = self._counts.setdefault(name, Counts())
-            counts.requests += 1
-            version = self._versions.current(name, signature)
-            counts.hits += version is not None and self._device.find(version) is not None
+            if counts:
+                version, done = self._versions.current(name, signature), self._counts.setdefault(name, Counts())
+                done.requests += 1
+                done.hits += version is not None and self._device.find(version) is not None
             todo = self._enter(name, signature, [wanted], self._clock) + self._advance()
         self._do(todo)
         wanted.add_done_callback(self._after_cancel)
@@ -339,14 +343,14 @@ class ExpertStore:
         self._do(todo)
 
     def acquire(self, name: str, timeout: float | None = None) -> int:
-        """Wait for an expert's slot, pinned.
+        """Wait for an expert's slot, pinned. For the engine itself, such as its proof: no request is counted.
 
         Raises:
             UnknownExpertError: no such expert.
             CapacityError: it had none within `timeout` seconds.
             MeswitchError: what its load raised, with file and field; an OSError as it is.
         """
-        wanted = self.request(name)
+        wanted = self._wanted(name, counts=False)
         try:
             return wanted.result(timeout).slot
         except LoadError as error:
@@ -588,7 +592,8 @@ class ExpertStore:
         version = load.version
         assert version is not None
         try:
-            reading = self.host.load(version, version.layout.nbytes, partial(self._read, version), pin=True)
+            read = partial(self._read, version)
+            reading = self.host.load(version, version.layout.nbytes, read, refill=read, pin=True)
         except CapacityError as error:  # of the budget: everybody may read that
             told = LoadError(f"expert {load.expert!r}: {error}")
             raise told from CapacityError(str(told))
@@ -716,9 +721,14 @@ class ExpertStore:
                 todo = self._advance()
             self._do(todo)
 
-    def _read(self, version: Version) -> Tensor:
-        """[layout.nbytes] uint8 in host memory. In a thread of the readers."""
-        buffer = page_locked(version.layout.nbytes, self._device.device)
+    def _read(self, version: Version, buffer: Tensor | None = None) -> Tensor:
+        """[layout.nbytes] uint8 in host memory. In a thread of the readers.
+
+        Args:
+            buffer: of as many bytes, which nobody uses any more: locking pages takes as long as reading.
+        """
+        if buffer is None:
+            buffer = page_locked(version.layout.nbytes, self._device.device)
         version.layout.fill(version.artifact, buffer, self._device.device)
         return buffer
 

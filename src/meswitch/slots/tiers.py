@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -53,12 +54,13 @@ class Loader:
     Args:
         threads: pieces of work that are done at a time; more wait in the order in which they came.
         name: of the threads.
-        device: where the slots are. On a GPU each piece of work has a stream of its own and is done when that is.
+        device: where the slots are. On a GPU each thread has a stream of its own, and work is done when that is.
     """
 
     def __init__(self, threads: int, name: str, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self.workers = Workers(threads, name)
+        self._own = threading.local()
 
     def start(self, work: Callable[[], T]) -> Future[T]:
         """Have something done. Whatever it raises is the future's."""
@@ -71,10 +73,13 @@ class Loader:
     def _do(self, work: Callable[[], T]) -> T:
         if self._device.type != "cuda":
             return work()
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
-            done = work()
-            torch.cuda.current_stream().synchronize()
-            return done
+        # One for all that a thread does: PyTorch keeps device memory for each stream that ever used some.
+        self._own.stream = stream = getattr(self._own, "stream", None) or torch.cuda.Stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            try:
+                return work()
+            finally:
+                stream.synchronize()  # what failed may have begun a copy
 
 
 def load_error(expert: str, error: BaseException) -> LoadError:
@@ -120,6 +125,11 @@ class _Kept(Generic[V]):
     nbytes: int
     pins: int = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was read."""
+        return self.future.done() and not self.future.cancelled() and self.future.exception() is None
+
 
 class HostTier(Generic[K, V]):
     """Experts in host memory, on their way there, or about to be.
@@ -141,13 +151,22 @@ class HostTier(Generic[K, V]):
         self._kept: OrderedDict[K, _Kept[V]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def load(self, key: K, nbytes: int, read: Callable[[], V], *, pin: bool = False) -> Future[V] | None:
+    def load(
+        self,
+        key: K,
+        nbytes: int,
+        read: Callable[[], V],
+        *,
+        refill: Callable[[V], V] | None = None,
+        pin: bool = False,
+    ) -> Future[V] | None:
         """What is here already, is being read, or begins to be; never waits.
 
         Args:
             key: what it is.
             nbytes: that it takes.
             read: makes it, in a thread of the loader.
+            refill: makes it in place of something of as many bytes, which was thrown out for it.
             pin: keep it until `unpin`.
 
         Returns:
@@ -165,9 +184,12 @@ class HostTier(Generic[K, V]):
                         f"{format_bytes(nbytes)} of host memory are needed, the budget is {format_bytes(self.budget)}; "
                         "raise engine.host_bytes"
                     )
-                if not self._make_room(nbytes):
+                going = self._make_room(nbytes)
+                if going is None:
                     return None
-                kept = self._kept[key] = _Kept(self._loader.start(read), nbytes)
+                old = next((one for one in going if one.nbytes == nbytes and one.is_whole), None)
+                work = read if refill is None or old is None else partial(refill, old.future.result())
+                kept = self._kept[key] = _Kept(self._loader.start(work), nbytes)
             self._kept.move_to_end(key)
             kept.pins += pin
         if is_new:
@@ -203,9 +225,10 @@ class HostTier(Generic[K, V]):
         with self._lock:
             return {key: kept.nbytes for key, kept in self._kept.items() if kept.future.done()}
 
-    def _make_room(self, nbytes: int) -> bool:
+    def _make_room(self, nbytes: int) -> list[_Kept[V]] | None:
+        """Throw out what is used least; gives that, or None if it would not be enough."""
         if self.budget is None:
-            return True
+            return []
         free = self.budget - sum(kept.nbytes for kept in self._kept.values())
         going = []
         for key, kept in self._kept.items():
@@ -214,11 +237,7 @@ class HostTier(Generic[K, V]):
             if not kept.pins and kept.future.done():
                 going.append(key)
                 free += kept.nbytes
-        if free < nbytes:
-            return False
-        for key in going:
-            del self._kept[key]
-        return True
+        return None if free < nbytes else [self._kept.pop(key) for key in going]
 
     def _forget(self, key: K, future: Future[V]) -> None:
         """After a read: one that failed, or was never begun, is not kept."""

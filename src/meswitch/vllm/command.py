@@ -159,6 +159,7 @@ def command(family: "Family", host: str, port: int, slots: int) -> list[str]:
     arguments += ["--structured-outputs-config", json.dumps(_GRAMMARS), "--enable-request-id-headers"]
     if family.server.allow_origins:  # without it vLLM allows all
         arguments += ["--allowed-origins", json.dumps(family.server.allow_origins)]
+    arguments += ["--middleware", "meswitch.vllm.conformance.Conformance"]
     arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
     router = family.resolve(family.router.path)
     recover_directory(router)

@@ -5,7 +5,7 @@ import torch
 
 from meswitch.codec import Rank, Spec, encode, encode_pair, unpack
 from meswitch.codec.words import fold, nearest_words, signs_of
-from meswitch.compression.distill.student import TrainablePacked, TrainablePair
+from meswitch.compression.distill.student import Student, TrainablePacked, TrainablePair
 
 SPEC = Spec(bits=2, group_size=32, salient=1)
 WORDS = Spec(bits=1, group_size=None, salient=0, block=8)
@@ -17,10 +17,10 @@ def pair(rows: int = 24, width: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
     return base, base + 0.1 * torch.randn(rows, width)
 
 
-def trainable(base: torch.Tensor, full: torch.Tensor, spec: Spec = SPEC) -> TrainablePacked:
+def trainable(base: torch.Tensor, full: torch.Tensor, spec: Spec = SPEC, device: str = "cpu") -> TrainablePacked:
     inputs = torch.randn(200, base.shape[1])
     packed = encode(full - base, spec, name="w", second_moment=inputs.T @ inputs / 200)
-    return TrainablePacked(base, packed, full, torch.device("cpu"), torch.float32)
+    return TrainablePacked(base, packed, full, torch.device(device), torch.float32).to(device)
 
 
 def adam(matrix: TrainablePacked | TrainablePair, goal: torch.Tensor, steps: int) -> tuple[float, float]:
@@ -104,3 +104,46 @@ def test_both_sides_of_a_pair_are_trained_and_its_empty_rows_are_not():
     assert not stored.dequantize()[3].any()
     assert stored.left.dtype == torch.bfloat16
     assert torch.allclose(base + stored.dequantize(), matrix.matrix(), atol=5e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("unused", [True, False])
+def test_matrices_that_are_held_pass_on_the_gradients_of_all_that_used_them(device, unused):
+    base, full = pair()
+    thin = encode_pair(full - base, Rank(4), name="w")
+    matrices = {
+        "codes": trainable(base, full, device=device),
+        "words": trainable(base, full, WORDS, device),
+        "pair": TrainablePair(base, thin, torch.device(device), torch.float32).to(device),
+    }
+    if unused:
+        matrices["unused"] = trainable(base, full, device=device)
+    student = Student(None, matrices, {})
+    trained = [parameter for group, _ in student.groups() for parameter in group]
+    inputs = torch.randn(3, 96, device=device)
+
+    def losses(made):
+        codes, words, low = (made[name] for name in ("codes", "words", "pair"))
+        return [(codes @ inputs.T).square().sum() + (words @ inputs.T).sum(), (codes * low).sum()]
+
+    for step in range(3):  # the matrices are other ones each time
+        sum(losses({name: matrix.matrix() for name, matrix in matrices.items()})).backward()
+        wanted = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
+        for parameter in trained:
+            parameter.grad = None
+        with student.held(learns=True):
+            for loss in losses(student.made):
+                loss.backward()
+        for parameter, gradient in zip(trained, wanted, strict=True):
+            given = torch.zeros(()) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(given, torch.zeros_like(given) if gradient is None else gradient)
+        with student.held(learns=False):
+            for name, matrix in matrices.items():
+                torch.testing.assert_close(student.made[name], matrix.matrix().detach())
+        assert not student.made
+        with torch.no_grad():
+            for parameter in trained:
+                parameter -= 0.01 * (step + 1) * torch.randn_like(parameter)
+                parameter.grad = None
+    if device == "cuda":
+        assert student._maker._graphs

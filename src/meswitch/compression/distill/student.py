@@ -4,9 +4,12 @@ Of a packed delta scales and salient weights are trained, and codes if the recip
 codec brings what is trained of it (`codec.Trainable`).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +30,8 @@ from meswitch.compression.partial_model import BlockCall, PartialModel, working_
 from meswitch.errors import ConfigError, IncompatibleError
 from meswitch.loaded import LazyModel
 from meswitch.tensorfile import DTYPES
+
+logger = logging.getLogger(__name__)
 
 _NORMS = 0.05  # their steps are not relative to their values, which are around 1, and move whole channels
 PAIR_RATE = 0.25
@@ -237,7 +242,79 @@ class TrainablePair(nn.Module):
         return dataclasses.replace(self.delta, left=left, right=right)
 
 
-@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes all trained matrices, and takes their gradients to what is trained.
+
+    On a GPU each way is one CUDA graph: a model of 100 million parameters has hundreds of matrices, each takes dozens
+    of small kernels, and to start them one by one takes many times as long as they run.
+    """
+
+    def __init__(self, matrices: Sequence[Trainable]) -> None:
+        self._matrices = matrices
+        self._trained = [one for matrix in matrices for group, _ in matrix.groups() for one in group]
+        self._made: list[Tensor] = []
+        self._given: list[Tensor] = []
+        self._taken: tuple[Tensor, ...] = ()
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        # other codecs' matrices may do what a graph cannot hold
+        if all(isinstance(matrix, TrainablePacked | TrainablePair) and matrix.base.is_cuda for matrix in matrices):
+            try:
+                self._capture()
+            except RuntimeError as error:
+                logger.warning("training starts its kernels one by one, which is slower: %s", error)
+                self._graphs = None
+
+    def make(self, *, learns: bool) -> list[Tensor]:
+        """The matrices as they are now. learns: `take` follows."""
+        if self._graphs:
+            self._graphs[0].replay()
+        else:
+            with torch.set_grad_enabled(learns):
+                self._made = [matrix.matrix() for matrix in self._matrices]
+        return [matrix.detach() for matrix in self._made]
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Leave the gradients of what is trained, given those of the matrices made last; None is zero."""
+        if self._graphs:
+            for own, gradient in zip(self._given, gradients, strict=True):
+                if gradient is None:
+                    own.zero_()
+                else:
+                    own.copy_(gradient)
+            self._graphs[1].replay()
+            for parameter, gradient in zip(self._trained, self._taken, strict=True):
+                parameter.grad = gradient
+            return
+        made = [(matrix, new) for matrix, new in zip(self._made, gradients, strict=True) if new is not None]
+        self._made = []
+        torch.autograd.backward([matrix for matrix, _ in made], [new for _, new in made])
+
+    def _capture(self) -> None:
+        def forward() -> list[Tensor]:
+            return [matrix.matrix() for matrix in self._matrices]
+
+        def backward(made: list[Tensor]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(made, self._trained, self._given)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.enable_grad():
+            with torch.cuda.stream(side):  # libraries set themselves up at their first call
+                made = forward()
+                self._given = [torch.zeros_like(matrix) for matrix in made]
+                backward(made)
+                del made
+            torch.cuda.current_stream().wait_stream(side)
+            there, back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(there):
+                made = forward()
+            with torch.cuda.graph(back, pool=there.pool()):
+                self._taken = backward(made)
+        self._made = [matrix.detach() for matrix in made]
+        self._graphs = there, back
+
+
+@dataclass(frozen=True)
 class Student:
     """The compressed expert, to be trained.
 
@@ -245,11 +322,33 @@ class Student:
         model: of transformers.
         matrices: that are trained, by tensor name.
         norms: likewise.
+        made: the matrices while they are held; the model's parameters are then these.
     """
 
     model: Any
     matrices: dict[str, Trainable]
     norms: dict[str, nn.Parameter]
+    made: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def _maker(self) -> _Maker:
+        return _Maker(list(self.matrices.values()))
+
+    @contextlib.contextmanager
+    def held(self, *, learns: bool) -> Iterator[None]:
+        """Make the matrices once for all that the model is given inside.
+
+        Args:
+            learns: at the end their gradients are passed on to what is trained.
+        """
+        made = [matrix.requires_grad_(learns) for matrix in self._maker.make(learns=learns)]
+        self.made.update(zip(self.matrices, made, strict=True))
+        try:
+            yield
+            if learns:
+                self._maker.take([matrix.grad for matrix in made])
+        finally:
+            self.made.clear()
 
     def groups(self) -> list[Group]:
         """All trained parameters, by their learning rate."""
@@ -355,6 +454,7 @@ def attach(
     roles = {name: entry.role for name, entry in entries.items()}
     matrices: dict[str, Trainable] = {}
     norms: dict[str, nn.Parameter] = {}
+    made: dict[str, Tensor] = {}
     nothing = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
     for rule in plan.conversions:
         inside = {target: [here for name in plan.alike(target) if (here := names(name))] for target in rule.targets}
@@ -377,14 +477,14 @@ def attach(
                     raise _untrainable(REORDERED.format(rule.sources[0]))
                 for here in found:
                     assert put is not None
-                    _train(model, here, nothing, _Restored(put, own))
+                    _train(model, here, nothing, _Restored(put, own, made))
         elif rule.renames and roles[rule.sources[0]] == NORM and recipe.norms:
             (name,), (found,) = rule.sources, inside.values()
             norms[name] = nn.Parameter(expert.read(name).to(device, torch.float32))
             stored = DTYPES[entries[name].stored[""].dtype]
             for here in found:
                 _train(model, here, norms[name], _AsStored(stored, dtype))
-    return Student(model, matrices, norms)
+    return Student(model, matrices, norms, made)
 
 
 def check_trainable(expert: Checkpoint, scope: Scope, device: torch.device) -> None:
@@ -462,19 +562,28 @@ class _Restored(nn.Module):
     Args:
         put: puts the matrices together.
         matrices: stored name -> a matrix that is trained, or one that is not.
+        held: of the trained ones those that are there already (`Student.held`).
     """
 
     def __init__(
-        self, put: Callable[[Mapping[str, Tensor]], Tensor], matrices: Mapping[str, Trainable | Tensor]
+        self,
+        put: Callable[[Mapping[str, Tensor]], Tensor],
+        matrices: Mapping[str, Trainable | Tensor],
+        held: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self._put = put
         self._matrices = [matrices]  # not as modules: one may be a part of several parameters
+        self._held = held
 
     def forward(self, value: Tensor) -> Tensor:
         (matrices,) = self._matrices
-        made = {name: own if isinstance(own, Tensor) else own.matrix() for name, own in matrices.items()}
-        return self._put(made)
+        return self._put({name: self._made(name, own) for name, own in matrices.items()})
+
+    def _made(self, name: str, own: Trainable | Tensor) -> Tensor:
+        if isinstance(own, Tensor):
+            return own
+        return self._held[name] if name in self._held else own.matrix()
 
 
 class _AsStored(nn.Module):

@@ -18,19 +18,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import cached
 
 from meswitch.artifact import Artifact
 from meswitch.artifact.manifest import Distillation
 from meswitch.artifact.writer import NOWHERE, SavedWork, digest
 from meswitch.checkpoint import Checkpoint
 from meswitch.codec import CodedDelta, LowRankDelta, PackedDelta
-from meswitch.compression.distill.student import Group, Outputs, build_student, frozen, read_batch
+from meswitch.compression.distill.student import Group, Outputs, Student, build_student, frozen, read_batch
 from meswitch.compression.options import Scope, TrainingRecipe
 from meswitch.compression.partial_model import working_dtype
 from meswitch.compression.text import CalibrationSet
 from meswitch.errors import ConfigError
-from meswitch.units import Progress, format_bytes, silent
+from meswitch.units import Progress, format_bytes, plural, silent
 
 _HELD_OUT = 128  # sequences at most
 _READ_TOKENS = 8192  # that are read together, padding included
@@ -41,9 +40,10 @@ END_TO_END_PARAMETERS = 2_000_000_000  # above, a step end to end takes seconds,
 STEP_TOKENS = 2048  # of a step that are in memory at once, at least
 _MOST_STEP_TOKENS = 8192  # more are no faster
 _STEP_SHARE = 0.25  # of a GPU's free memory for a step's tokens: others may train beside
-# For every parameter: expert, base, matrices as they are restored, latent weights, their gradients and AdamW's two
-# moments in 4 bytes each, the gradients of the matrices, levels.
-_BYTES_A_PARAMETER = 40
+# For every parameter: expert, base, matrices as they are restored, their nearest levels, latent weights, gradients and
+# AdamW's two moments of these in 4 bytes each, the gradients of the matrices twice (as they come, and where the CUDA
+# graph takes them), levels, and what is in use for one matrix at a time.
+_BYTES_A_PARAMETER = 48
 _LOGITS = 8  # tensors as large as the logits of a step's part
 _STATES = 24  # numbers that a block keeps for the gradient, a token and a hidden unit
 _FREE = 0.8
@@ -365,17 +365,17 @@ def statement(recipe: TrainingRecipe, cost: Cost) -> str:
     """What a person is told before a training starts."""
     way = "end to end" if recipe.scope == "model" else "block by block"
     return (
-        f"training {way} for {recipe.steps} steps: takes {about_duration(cost.seconds)} and "
-        f"{format_bytes(cost.nbytes)} of memory; --distill 0 leaves it out"
+        f"training {way} for {plural(recipe.steps, 'step')}: takes {about_duration(cost.seconds)} more than "
+        f"compressing alone, and {format_bytes(cost.nbytes)} of memory; --distill 0 leaves it out"
     )
 
 
 def about_duration(seconds: float) -> str:
     """`about 40 seconds`, `about 12 minutes`, `about 5 hours`."""
-    for unit, name in ((3600, "hours"), (60, "minutes")):
+    for unit, name in ((3600, "hour"), (60, "minute")):
         if seconds >= 1.5 * unit:
-            return f"about {seconds / unit:.0f} {name}"
-    return f"about {seconds:.0f} seconds"
+            return f"about {seconds / unit:.0f} {name}s"
+    return f"about {plural(round(seconds), 'second')}"
 
 
 def _operations_a_second(dtype: torch.dtype, device: torch.device) -> float:
@@ -431,13 +431,17 @@ def train_end_to_end(
         what = f"{before:.3g} nats a token before" if now == before else f"{now:.3g} nats a token, {before:.3g} before"
         progress("training", step, recipe.steps, f"held-out divergence {what}")
 
+    def held_out() -> float:
+        with student.held(learns=False):
+            return mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device))
+
     tokens = step_tokens_for(expert, device)
     full = _TeacherAnswers(teacher, sum(len(sample.ids) for sample in held), device)
     before, best = fit(
         student.groups(),
         batches(rest, recipe.batch, generator),
-        lambda batch: _learn(teacher, student.model, batch, recipe, device, tokens),
-        lambda: mean(held, question, lambda batch: _divergence(full, student.model, batch, question, device)),
+        lambda batch: _learn(teacher, student, batch, recipe, device, tokens),
+        held_out,
         recipe,
         told,
         work,
@@ -447,17 +451,17 @@ def train_end_to_end(
 
 
 def _learn(
-    teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device, tokens: int
+    teacher: Any, student: Student, batch: list[Sample], recipe: TrainingRecipe, device: torch.device, tokens: int
 ) -> None:
     """Leave a batch's gradients in the student's parameters: so many tokens at a time, which bounds the memory."""
     longest = max(len(sample.ids) for sample in batch)
     few = max(1, tokens // longest)
     parts = [batch[start : start + few] for start in range(0, len(batch), few)]
     mass = [sum(sum(sample.weights(recipe.question_weight)) for sample in part) for part in parts]
-    with cached():  # the matrices are made once for all parts
+    with student.held(learns=True):
         for part, own in zip(parts, mass, strict=True):
-            loss = _loss(teacher, student, part, recipe, device)
-            (loss * (own / sum(mass))).backward(retain_graph=part is not parts[-1])
+            loss = _loss(teacher, student.model, part, recipe, device)
+            (loss * (own / sum(mass))).backward()
 
 
 def _loss(teacher: Any, student: Any, batch: list[Sample], recipe: TrainingRecipe, device: torch.device) -> Tensor:
