@@ -5,14 +5,16 @@
     python benchmarks/routing/adapt.py finish --encoder DIR --texts texts.jsonl.gz --update update.safetensors \\
         --out src/meswitch/router/adapted.safetensors
 
-The texts are those of `tasks.py`; none is of a set that routing is measured on. A linear layer's weight W becomes
-W + left @ right.T. A step draws tasks, lines of each from some of its sources and queries from others, which are told
-apart by their nearest lines after a map that is learnt beside it, and intents of one source, which are told apart by
-the means of five lines. A third term holds the cosines of all texts of a step where the encoder as it came has them.
+The texts are those of `tasks.py`; none is of a set that routing is measured on, but for two of `boards.py`. A linear
+layer's weight W becomes W + left @ right.T. A step draws tasks, lines of each from some of its sources and queries from
+others, which are told apart by their nearest lines after a map that is learnt beside it, and intents of one source,
+which are told apart by the means of five lines. A third term holds the cosines of all texts of a step where the encoder
+as it came has them.
 
 What is learnt so knows its sources by heart. So `finish` takes a share of it, cuts the rank, and learns the map anew.
-`learn --without FOLD` leaves out sources of every task (`FOLDS`) and measures shares on them: by these the rate, the
-steps and the share were chosen. A GPU takes a minute or two, with torch and transformers alone.
+`learn --without FOLD` leaves out sources of every task (`FOLDS`) and measures shares on them: by these the rate and the
+share were chosen. A GPU takes a minute or two, with torch and transformers alone. Of a new file the checksum is to be
+written into `meswitch.router.encoder`.
 """
 
 import argparse
