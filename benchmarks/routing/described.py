@@ -12,6 +12,7 @@ PolyAI-LDN/task-specific-datasets. Results go to results/routing-described.json;
 
 import argparse
 import csv
+import functools
 import json
 import random
 import statistics
@@ -34,6 +35,7 @@ from meswitch.router import (
     read_rows,
     train_router,
 )
+from meswitch.router.described import suits_update
 from meswitch.router.train import add_described
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: `benchmarks` is found there
@@ -43,6 +45,7 @@ from benchmarks.routing.sources import reread
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "routing-described.json"
+PLAIN = HERE.parent / "results" / "routing-described-plain.json"
 ROUTES = HERE / "routes"
 EXPERTS = ["math", "code", "instruct", "sql"]
 SEEDS = 3
@@ -77,14 +80,17 @@ def naive(space: Space, options: list, rows: list[Row]) -> float:
     return statistics.mean(options[i].name == row.domain for i, row in zip(best, known, strict=True))
 
 
-def described(space: Space, data: dict[str, list[Row]]) -> dict:
-    """Without training, by each set of lines, with them and by the descriptions alone."""
+def described(space: Space, plain: Space, data: dict[str, list[Row]]) -> dict:
+    """Without training, by each set of lines, with them and by the descriptions alone.
+
+    plain: of the encoder without its update, as the product has it for descriptions alone.
+    """
     found = {}
     for name, options in lines().items():
         for kind, given in (("lines", options), ("description", bare(options))):
-            router = DescribedRouter(given, space)
+            router = DescribedRouter(given, space if suits_update(given) else plain)
             found[f"{name} {kind}"] = {
-                key: figures(router, rows) | {"naive": naive(space, given, rows)} for key, rows in data.items()
+                key: figures(router, rows) | {"naive": naive(plain, given, rows)} for key, rows in data.items()
             }
             print(name, kind, {key: round(value["accuracy"], 3) for key, value in found[f"{name} {kind}"].items()})
         real = Space(space.encoder.encoder)  # not one that remembers
@@ -194,23 +200,25 @@ def main() -> None:
     parser.add_argument("--train", type=Path)
     parser.add_argument("--clinc", type=Path)
     parser.add_argument("--banking", type=Path)
+    parser.add_argument("--plain", action="store_true", help="the encoder without its update; into PLAIN")
     parser.add_argument("--keep-trained", action="store_true", help="of boards keep the figures of trained routers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     directory, _, bits = options.encoder.partition(":")
-    space = Space(Remembering(open_encoder(directory, bits=int(bits or 32))))
+    load = functools.partial(open_encoder, directory, bits=int(bits or 32))
+    space, place = Space(Remembering(load(updated=not options.plain))), PLAIN if options.plain else RESULTS
     data = {name: read_rows(file, EXPERTS) for name, _, file in (text.partition("=") for text in options.data)}
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = json.loads(place.read_text()) if place.exists() else {}
     if options.time:
         rows = read_rows(options.time, EXPERTS)
         for name, given in lines().items():
             router = DescribedRouter(given, Space(space.encoder.encoder))
             found["described"][f"{name} lines"]["cpu_ms"] = cpu_ms(router, rows)
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        place.write_text(json.dumps(found, indent=1) + "\n")
         return
     parts = {}
     if data:
-        parts["described"] = lambda: described(space, data)
+        parts["described"] = lambda: described(space, Space(Remembering(load(updated=False))), data)
     if data and options.train:
         parts["trained"] = lambda: trained(space.encoder, read_rows(options.train, EXPERTS), data)
     if options.train:
@@ -224,7 +232,7 @@ def main() -> None:
     found["meta"] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "bits": int(bits or 32)}
     for name, measure in parts.items():
         found[name] = measure()
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        place.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,29 @@ def tasks(found: dict[str, Any]) -> str:
     return f"{pipe(head, *rows)}\n\n{sum(meta['texts'].values()):,} texts. {meta['date']}, torch {meta['torch']}."
 
 
+def weights(plain: Any, found: Any) -> str:
+    """Four domains by lines, with the encoder's weights as they come and changed: means over the sets of lines."""
+    if not plain or not found:
+        return LATER
+    fields = ("accuracy", "auroc", "ece")
+    head = [
+        "router",
+        "data",
+        *(f"{one}, {what}" for one in ("accuracy", "AUROC", "ECE") for what in ("plain", "changed")),
+    ]
+    rows = []
+    for what, part, named in (("untrained", "described", "lines"), ("trained from lines", "trained", "four")):
+        for key, title in {**SETS, "held out": "known sources"}.items():
+            columns = []
+            for field in fields:
+                for data in (plain, found):
+                    some = [row[key][field] for name, row in data[part].items() if named in name and key in row]
+                    columns.append(share(mean(some)) if some else "")
+            if columns[0]:
+                rows.append([what, title, *columns])
+    return pipe(head, *rows)
+
+
 def task_sources(found: dict[str, Any]) -> str:
     """The public sets that tell tasks apart."""
     rows = [[row["name"], row["task"], row["repository"], row["licence"]] for row in found.get("sources", [])]
@@ -435,6 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
     filled["reread"] = reread(said) if said else LATER
     taught = stored("routing-tasks.json", options.results) or {}
     filled |= {"tasks": tasks(taught), "task sources": task_sources(taught)}
+    filled["weights"] = weights(stored("routing-described-plain.json", options.results), said)
     filled["context"] = context(stored("routing-context.json", options.results) or {})
     filled["claims"] = claims(stored("routing-claims.json", options.results) or {})
     update(options.doc, command, filled, plots(found, llm_found), check=options.check, redraw=options.redraw)

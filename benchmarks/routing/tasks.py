@@ -47,7 +47,7 @@ _STEPS, _RATE, _NEAR = 1500, 1e-3, 0.03  # steps, learning rate, how much nearne
 _INTENTS = 0.3  # share of the steps that are about the intents of one source
 _MIXED = 0.5  # share of a task's draws whose lines are also from the sources of its queries
 _SOFTNESS = 0.1  # how far lines behind the nearest one count
-_DRAWS = 3  # maps that are averaged
+DRAWS = 3  # maps that are averaged
 _LEAST = 15  # texts of an intent
 _CHARACTERS = 1500  # of a text
 
@@ -308,11 +308,9 @@ class Steps:
 
     Args:
         texts: of all sources.
-        vectors: [texts, width].
     """
 
-    def __init__(self, texts: list[Text], vectors: Tensor, seed: int) -> None:
-        self.vectors = vectors
+    def __init__(self, texts: list[Text], seed: int) -> None:
         self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         tasks: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         intents: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -324,17 +322,21 @@ class Steps:
         enough = [[torch.tensor(rows) for rows in own.values() if len(rows) >= _LEAST] for own in intents.values()]
         self.intents = [own for own in enough if len(own) > 3]
 
-    def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[tasks, lines, width], [queries, width], [queries] int64."""
-        if self.draw.random() < _INTENTS:
-            own = self.draw.choice(self.intents)
-            pairs = [self._of_intent(rows) for rows in self.draw.sample(own, min(len(own), self.draw.randint(4, 12)))]
-        else:
-            names = self.draw.sample(list(self.tasks), min(len(self.tasks), self.draw.randint(3, 6)))
-            pairs = [self._of_task(self.tasks[name]) for name in names]
-        lines, queries = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
-        targets = torch.arange(len(pairs)).repeat_interleave(queries.shape[1])
-        return self.vectors[lines], self.vectors[queries.flatten()], targets
+    def next(self) -> tuple[Tensor, Tensor]:
+        """[tasks, lines], [tasks, queries] int64: which texts."""
+        return self.of_intents() if self.draw.random() < _INTENTS else self.of_tasks()
+
+    def of_intents(self) -> tuple[Tensor, Tensor]:
+        """The same, of intents of one source."""
+        own = self.draw.choice(self.intents)
+        return _stacked(
+            self._of_intent(rows) for rows in self.draw.sample(own, min(len(own), self.draw.randint(4, 12)))
+        )
+
+    def of_tasks(self) -> tuple[Tensor, Tensor]:
+        """The same, of tasks."""
+        names = self.draw.sample(list(self.tasks), min(len(self.tasks), self.draw.randint(3, 6)))
+        return _stacked(self._of_task(self.tasks[name]) for name in names)
 
     def _of_intent(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         chosen = rows[torch.randperm(len(rows), generator=self.generator)[:_LEAST]]
@@ -351,18 +353,30 @@ class Steps:
         return torch.stack([rows[torch.randint(len(rows), (), generator=self.generator)] for rows in drawn])
 
 
+def _stacked(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    lines, queries = zip(*pairs, strict=True)
+    return torch.stack(lines), torch.stack(queries)
+
+
+def nearness(lines: Tensor, queries: Tensor) -> Tensor:
+    """[queries, tasks]: how near the nearest lines are. lines: [tasks, lines, width], queries: [queries, width]."""
+    points = lines.flatten(0, 1)
+    near = queries @ points.T - points.square().sum(1) / 2
+    return _SOFTNESS * (near / _SOFTNESS).unflatten(1, lines.shape[:2]).logsumexp(2)
+
+
 def learn(texts: list[Text], vectors: Tensor, seed: int) -> Tensor:
     """[width, width]: the map, near the identity."""
-    steps, identity = Steps(texts, vectors, seed), torch.eye(vectors.shape[1])
-    found, sharpness = identity.clone().requires_grad_(), torch.tensor(3.0, requires_grad=True)  # its logarithm
+    steps, identity = Steps(texts, seed), torch.eye(vectors.shape[1], device=vectors.device)
+    found = identity.clone().requires_grad_()
+    sharpness = torch.tensor(3.0, device=vectors.device, requires_grad=True)  # its logarithm
     optimiser = torch.optim.Adam([{"params": [found], "lr": _RATE}, {"params": [sharpness], "lr": 10 * _RATE}])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
     total = 0.0
     for _ in range(_STEPS):
-        lines, queries, targets = steps.next()
-        points = lines.flatten(0, 1) @ found
-        near = (queries @ found) @ points.T - points.square().sum(1) / 2
-        scores = _SOFTNESS * (near / _SOFTNESS).unflatten(1, lines.shape[:2]).logsumexp(2)
+        lines, queries = steps.next()
+        targets = torch.arange(len(queries), device=vectors.device).repeat_interleave(queries.shape[1])
+        scores = nearness(vectors[lines] @ found, vectors[queries.flatten()] @ found)
         loss = cross_entropy(scores * sharpness.exp(), targets) + _NEAR * (found - identity).square().sum()
         optimiser.zero_grad()
         loss.backward()
@@ -410,14 +424,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     directory, _, bits = options.encoder.partition(":")
-    space = Space(Remembering(open_encoder(directory, bits=int(bits or 32))), learnt=False)
+    space = Space(Remembering(open_encoder(directory, bits=int(bits or 32), updated=False)), learnt=False)
     plain, rows = space.form, len(space.low) * space.encoder.hidden_size
     of_form = lambda x: plain(x)[:, :rows]  # noqa: E731
     texts = collect(options.clones, options.train)
     vectors = of_form(space([text.text for text in texts], space.low))
     counts = Counter(text.task for text in texts)
     if options.out:
-        tensors = parts(sum(learn(texts, vectors, seed) for seed in range(_DRAWS)) / _DRAWS, of_form(space.background))
+        tensors = parts(sum(learn(texts, vectors, seed) for seed in range(DRAWS)) / DRAWS, of_form(space.background))
         about = {"encoder": space.encoder.fingerprint, "texts": json.dumps(counts), "date": time.strftime("%Y-%m-%d")}
         save_file(tensors, options.out, about)
     if options.data:

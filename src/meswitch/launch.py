@@ -128,6 +128,7 @@ def open_family_router(
         RouterError: no trained router and an expert of which nothing is said; or see `load_router`.
     """
     from meswitch.router import DescribedRouter, Space
+    from meswitch.router.described import suits_update
     from meswitch.router.embedding import RouterFile
     from meswitch.router.store import check_experts, open_kind, read_file
 
@@ -135,7 +136,7 @@ def open_family_router(
     names = [option.name for option in options]
     if not is_trained(directory):
         check_described(directory, options)
-        space = Space(_encoder(encoder, bits, given))
+        space = Space(_encoder(encoder, bits, given, updated=suits_update(options)))
         return DescribedRouter(options, space, fallback=given.fallback, threshold=given.threshold)
     file = read_file(directory)
     new = [option for option in options if option.name not in file.experts]
@@ -175,13 +176,13 @@ def check_described(directory: Path, options: "Sequence[RouteOption]") -> None:
     check_options(options)
 
 
-def _encoder(source: str | Path | None, bits: int, given: "OpenOptions") -> Any:
+def _encoder(source: str | Path | None, bits: int, given: "OpenOptions", *, updated: bool) -> Any:
     from meswitch.artifact import fingerprint
     from meswitch.checkpoint import Checkpoint
     from meswitch.router.encoder import Encoder, open_encoder
 
     if source is not None:
-        return open_encoder(source, given.device, bits)
+        return open_encoder(source, given.device, bits, updated=updated)
     if given.model is not None:
         return Encoder(given.model, given.tokenizer, fingerprint(Checkpoint.open(given.base)))
     return Encoder.load(given.base, given.device)
@@ -319,7 +320,10 @@ def decider_opener(family: Family, engine: "Engine") -> "Callable[[], Decider] |
 
         if source is not None:
             place = family.resolve_model(source, "router.encoder")
-            return Decider(Space(open_encoder(place, "cpu", family.router.bits)))
+            space = Space(open_encoder(place, "cpu", family.router.bits))
+            if not space.encoder.update:
+                return Decider(space)
+            return Decider(space, lambda: Space(open_encoder(place, "cpu", family.router.bits, updated=False)))
         assert base is not None
         return Decider(Space(base()))
 

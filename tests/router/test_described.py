@@ -27,7 +27,7 @@ from meswitch.router import (
     train_router,
 )
 from meswitch.router import described as module
-from meswitch.router.described import fit_prototypes
+from meswitch.router.described import fit_prototypes, suits_update
 from meswitch.router.train import add_described
 
 SAID = {
@@ -292,3 +292,19 @@ def test_lines_that_were_read_once_are_kept(space, options, monkeypatch):
     DescribedRouter(options, space)
     monkeypatch.setattr(space.encoder, "encode", lambda *_: pytest.fail("read again"))
     assert torch.equal(space.lines([options[0].examples[0]])[0], space.lines([options[0].examples[0]])[0])
+
+
+def test_routes_by_descriptions_alone_are_asked_of_the_encoder_as_it_comes(options, space, encoder):
+    other, asked = Space(encoder), []
+    decider = Decider(space, lambda: asked.append(1) or other)
+    assert decider.decide("How many apples?", options).scores == pytest.approx(
+        DescribedRouter(options, space).route("How many apples?").scores
+    )
+    assert not asked
+    bare = [replace(option, examples=()) for option in options]
+    for text in ("How many apples?", "Write a poem."):
+        decider.decide(text, bare)
+    assert asked == [1]
+    assert not suits_update(bare)
+    assert suits_update([*bare, options[0]])
+    assert suits_update([RouteOption(f"intent {i}", "something") for i in range(16)])

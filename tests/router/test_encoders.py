@@ -1,5 +1,7 @@
 """Encoders other than the family's base: a small BERT and a table, both random, as a directory holds them."""
 
+import json
+from dataclasses import replace
 from importlib.resources import as_file, files
 
 import pytest
@@ -20,9 +22,11 @@ from meswitch.router import (
     open_encoder,
     train_router,
 )
-from meswitch.router.described import LEARNT_SHA256, Form, fit_prototypes, learnt_map
-from meswitch.router.encoder import SentenceEncoder, StaticEncoder
-from meswitch.router.store import VERSION
+from meswitch.router import described as described_module
+from meswitch.router import embedding as embedding_module
+from meswitch.router import encoder as encoder_module
+from meswitch.router.described import LEARNT_SHA256, Form, fit_prototypes
+from meswitch.router.encoder import UPDATE_SHA256, SentenceEncoder, StaticEncoder, Update, shipped_update, taught
 
 EXPERTS = ("math", "code", "instruct", "sql")
 TEXTS = ["How many apples?", "Write a function.", "", "word " * 500]
@@ -114,7 +118,8 @@ def test_what_public_sets_taught_counts_for_its_own_encoder_alone(bert):
     with as_file(files("meswitch.router") / "tasks.safetensors") as path, safe_open(path, "pt") as found:
         made_for = found.metadata()["encoder"]
         assert path.stat().st_size < 400_000
-    assert (VERSION, LEARNT_SHA256[:16]) == (3, "cc64337733a291df")  # which belong together
+    # routers of version 3 do not say beside which map they were trained, so that it stays; later ones say `base.update`
+    assert LEARNT_SHA256.startswith("cc64337733a291df")
     encoder = open_encoder(bert)
     assert Space(encoder).form.left.shape == (64, 0)
     encoder.fingerprint, encoder.hidden_size = made_for, 384
@@ -125,14 +130,85 @@ def test_what_public_sets_taught_counts_for_its_own_encoder_alone(bert):
     assert Form.of(encoder, (4, 5, 6), (4, 5), learnt=False).left.shape == (3 * 384, 0)
 
 
+@pytest.fixture
+def update(bert, monkeypatch):
+    """An update for the random BERT, as if it came with the package."""
+    torch.manual_seed(1)
+    names = [f"encoder.layer.{i}.{name}.weight" for i in (0, 1) for name in ("attention.self.key", "output.dense")]
+    tensors = {}
+    for name in names:
+        outputs, inputs = BertModel.from_pretrained(bert).get_parameter(name).shape
+        tensors |= {f"{name}.left": torch.randn(outputs, 2), f"{name}.right": torch.randn(inputs, 2)}
+    tensors |= {f"form.{name}": part for name, part in learnt(32).items()}
+    made = Update.of("1" * 64, open_encoder(bert).fingerprint, tensors)
+    for module in (encoder_module, described_module, embedding_module):
+        monkeypatch.setattr(module, "shipped_update", lambda: made)
+    return made
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_update_changes_the_weights_of_its_own_encoder(bert, update, bits, tmp_path):
+    model = BertModel.from_pretrained(bert)
+    for name in {name.rpartition(".")[0] for name in update.weights}:
+        weight = model.get_parameter(name)
+        weight.data += update.weights[f"{name}.left"] @ update.weights[f"{name}.right"].T
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    changed, other = open_encoder(bert, bits=bits), open_encoder(tmp_path, bits=bits)
+    plain = open_encoder(bert, bits=bits, updated=False)
+    assert (changed.update, other.update, plain.update) == (update.sha256, "", "")
+    assert changed.fingerprint == plain.fingerprint
+    states = [encoder.encode(TEXTS, (1, 2, 3), 64) for encoder in (changed, other, plain)]
+    torch.testing.assert_close(states[0], states[1])
+    assert not torch.allclose(states[0], states[2], atol=1e-2)
+    assert Space(changed).form.left.any()
+    assert not Space(plain).form.left.any()
+
+
+def test_a_router_is_opened_with_the_weights_that_it_was_trained_with(bert, update, rows, base, tmp_path, monkeypatch):
+    encoders = {"with": open_encoder(bert), "without": open_encoder(bert, updated=False)}
+    options = [RouteOption(name, "", tuple(r.query for r in rows if r.domain == name)[:5]) for name in EXPERTS]
+    for name, encoder in encoders.items():
+        router = train_router(rows, EXPERTS, encoder, options=options)
+        router.save(tmp_path / name)
+        loaded = load_router(tmp_path / name, base)
+        assert loaded.encoder.update == encoder.update
+        assert loaded.route("How many?").scores == pytest.approx(router.route("How many?").scores, abs=1e-6)
+    data = json.loads((tmp_path / "without" / "router.json").read_text())
+    del data["base"]["update"]
+    (tmp_path / "without" / "router.json").write_text(json.dumps(data | {"version": 3}))
+    before = load_router(tmp_path / "without", base)
+    assert before.encoder.update == ""
+    assert before.settings.tasks
+    assert before.route("How many?").scores == pytest.approx(
+        train_router(rows, EXPERTS, encoders["without"], options=options).route("How many?").scores, abs=1e-6
+    )
+    monkeypatch.setattr(embedding_module, "shipped_update", lambda: replace(update, sha256="0" * 64))
+    load_router(tmp_path / "without", base)
+    with pytest.raises(RouterError, match=r"with: base\.update: trained with weights that this meswitch does not have"):
+        load_router(tmp_path / "with", base)
+
+
+def test_the_update_that_is_shipped_is_for_the_encoder_of_the_map_and_small(bert):
+    update = shipped_update()
+    assert len((files("meswitch.router") / "adapted.safetensors").read_bytes()) < 500_000
+    assert update.encoder == taught("tasks.safetensors", LEARNT_SHA256)[0]
+    assert update.form.keys() == {"scale", "left", "right"}
+    sides = [update.weights[f"encoder.layer.5.intermediate.dense.weight.{side}"].shape for side in ("left", "right")]
+    assert sides == [(1536, 4), (384, 4)]
+    assert len(update.weights) == 2 * 6 * 6
+    assert open_encoder(bert).update == ""  # another encoder stays as it comes
+
+
+@pytest.mark.parametrize("name", ["tasks.safetensors", "adapted.safetensors"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
-def test_a_damaged_map_of_what_public_sets_taught_is_named(tmp_path, monkeypatch, damage):
-    raw = (files("meswitch.router") / "tasks.safetensors").read_bytes()
+def test_a_damaged_file_of_what_public_sets_taught_is_named(tmp_path, monkeypatch, damage, name):
+    raw = (files("meswitch.router") / name).read_bytes()
     if damage != "gone":
-        (tmp_path / "tasks.safetensors").write_bytes(raw[:1000] if damage == "cut" else raw[:-1] + b"!")
-    monkeypatch.setattr("meswitch.router.described.files", lambda package: tmp_path)
-    with pytest.raises(RouterError, match=rf"^{tmp_path / 'tasks.safetensors'}: .*; install meswitch again$"):
-        learnt_map("of any encoder")
+        (tmp_path / name).write_bytes(raw[:1000] if damage == "cut" else raw[:-1] + b"!")
+    monkeypatch.setattr(encoder_module, "files", lambda package: tmp_path)
+    with pytest.raises(RouterError, match=rf"^{tmp_path / name}: .*; install meswitch again$"):
+        taught(name, {"tasks.safetensors": LEARNT_SHA256, "adapted.safetensors": UPDATE_SHA256}[name])
 
 
 def test_few_routes_whose_examples_are_alike_are_the_mean_of_these(bert):

@@ -10,6 +10,7 @@ from meswitch.router import OTHER, LlmSettings, RouterError, Row, load_router, o
 from meswitch.router.choice import NONE_OF_THESE, ChoiceModel
 from meswitch.router.llm import rotations
 from meswitch.router.llm_train import balanced, rate
+from meswitch.router.store import VERSION
 
 DESCRIPTIONS = {
     "math": "Arithmetic word problems.",
@@ -228,7 +229,7 @@ def test_another_model_is_refused(copy, base, pair):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=4), "newer"),
+        (lambda d: d.update(version=VERSION + 1), "newer"),
         (lambda d: d.update(colour="red"), "colour: unknown field"),
         (lambda d: d.pop("descriptions"), "descriptions: missing"),
         (lambda d: d["descriptions"].update(law="x"), "descriptions: not of the router's experts"),

@@ -284,11 +284,12 @@ def _among(text: str, routes: Path, encoder: str | None, bits: int, threshold: f
     """One query over the routes of a file."""
     console.quiet()
     from meswitch.router import Decider, Space, open_encoder, read_options
+    from meswitch.router.described import suits_update
 
     options = read_options(routes)
     if encoder is None:
         raise ConfigError("--encoder: missing; with --routes, give a sentence encoder's directory or hub id")
-    decider = Decider(Space(open_encoder(encoder, bits=bits)))
+    decider = Decider(Space(open_encoder(encoder, bits=bits, updated=suits_update(options))))
     decision = decider.decide(text, options, threshold=threshold)
     if as_json:
         console.print_json(decision.to_dict())

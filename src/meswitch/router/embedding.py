@@ -24,7 +24,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.cpu import fitting_threads
 from meswitch.router.base import OTHER, Messages, RouteOption, Router, RouterError, clip, text_of
 from meswitch.router.described import Prior, Space
-from meswitch.router.encoder import Encoder, Progress, TextEncoder, open_encoder
+from meswitch.router.encoder import Encoder, Progress, TextEncoder, open_encoder, shipped_update
 from meswitch.router.store import (
     OpenOptions,
     RouterProvenance,
@@ -219,11 +219,18 @@ def spread(members: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class EncoderInfo:
-    """The model whose hidden states the router reads; `fingerprint` identifies it by content."""
+    """The model whose hidden states the router reads.
+
+    Args:
+        fingerprint: identifies it by content.
+        update: SHA-256 of the change that its weights have, see `meswitch.router.encoder.Update`; empty for none, as in
+            routers of version 3 and before.
+    """
 
     fingerprint: str
     hidden_size: int
     vocab_size: int
+    update: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,7 +468,7 @@ class EmbeddingRouter(Router):
             experts=self.experts,
             other=self.labels != self.experts,
             added=self.learnt.added,
-            base=EncoderInfo(encoder.fingerprint, encoder.hidden_size, encoder.vocab_size),
+            base=EncoderInfo(encoder.fingerprint, encoder.hidden_size, encoder.vocab_size, encoder.update),
             settings=self.settings,
             calibration=self.calibration,
             provenance=self.provenance,
@@ -485,6 +492,12 @@ class EmbeddingRouter(Router):
                 f"{directory}: base.fingerprint: trained on the hidden states of another base than {source} "
                 f"({file.base.fingerprint:.24}..., this is {found:.24}...); train it again with `meswitch router train`"
             )
+        if file.base.update not in ("", shipped_update().sha256):
+            raise RouterError(
+                f"{directory}: base.update: trained with weights that this meswitch does not have "
+                f"({file.base.update:.16}...); train it again with `meswitch router train`, or use the version that "
+                f"trained it ({file.provenance.meswitch})"
+            )
         experts, width = len(file.experts), file.base.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"words.weight": (settings.buckets, experts)}
         shapes |= _shapes("states", len(settings.layers) * width, experts)
@@ -504,10 +517,10 @@ class EmbeddingRouter(Router):
             encoder = (
                 Encoder.load(given.base, given.device, last)
                 if own
-                else open_encoder(source, given.device, settings.bits)
+                else open_encoder(source, given.device, settings.bits, updated=bool(file.base.update))
             )
             encoder.source = settings.encoder
-        for name in ("hidden_size", "vocab_size"):
+        for name in ("hidden_size", "vocab_size", "update"):
             if getattr(encoder, name) != getattr(file.base, name):
                 raise RouterError(
                     f"{directory}: base.{name}: {getattr(file.base, name)}, but the model has {getattr(encoder, name)}"
@@ -534,8 +547,11 @@ class EmbeddingRouter(Router):
 
     @classmethod
     def upgraded(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
-        settings = data.get("settings")
-        if not isinstance(settings, dict):
+        settings, base = data.get("settings"), data.get("base")
+        if not isinstance(settings, dict) or not isinstance(base, dict):
+            return data
+        data = data | {"base": {"update": ""} | base}
+        if version == 3:
             return data
         if version < 2:
             data, settings = {"routes": []} | data, {"prior": 0.0, "own": 1.0} | settings

@@ -4,11 +4,17 @@ All give mean hidden states of a query's tokens.
 """
 
 import contextlib
+import functools
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +24,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.configuration import read_config
 from meswitch.errors import CheckpointError, ConfigError
 from meswitch.loaded import dequantised
-from meswitch.router.base import clip
+from meswitch.router.base import RouterError, clip
 from meswitch.router.layers import BertLayers, DecoderLayers, first_layers, hidden_states, is_bert, is_llama_like
 from meswitch.tokenizer import load_tokenizer
 
@@ -27,6 +33,7 @@ from meswitch.tokenizer import load_tokenizer
 
 Progress = Callable[[int, int], None]  # (done, total)
 
+UPDATE_SHA256 = "454829afd4ee31edf118794e01d026c877a8adbfbb54d1fe404a9ae047cfc598"  # of adapted.safetensors
 _CPU_BATCH_TOKENS = 512  # what stays in a core's cache; measured: larger batches_by_length are slower
 _GPU_BATCH_TOKENS = 8192
 
@@ -36,12 +43,14 @@ class TextEncoder(Protocol):
 
     Args:
         fingerprint: which weights these are, by content.
+        update: SHA-256 of the change of these weights that `Update` made; empty where they are as they come.
         depth: the number of its last layer.
         source: where it is, or `base` if it is the family's base.
     """
 
     source: str
     fingerprint: str
+    update: str
     hidden_size: int
     vocab_size: int
     depth: int
@@ -68,6 +77,7 @@ class Encoder:
     """
 
     source = "base"
+    update = ""
 
     def __init__(self, model: Any, tokenizer: Any, fingerprint: str) -> None:
         self.model = getattr(model, "base_model", model)  # the head over the vocabulary is not needed
@@ -172,8 +182,75 @@ class Encoder:
         return hidden_states(short, layers, self.depth, inputs)
 
 
-def open_encoder(source: str | Path, device: str = "cpu", bits: int = 32) -> TextEncoder:
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What public sets taught of one encoder: `adapted.safetensors` (`benchmarks/routing/adapt.py`).
+
+    Args:
+        sha256: of the file.
+        encoder: fingerprint of the encoder that it is for.
+        weights: `<weight>.left` [out, rank] and `<weight>.right` [in, rank] float32, where weight + left @ right.T
+            replaces weight.
+        form: `scale`, `left` and `right`, see `meswitch.router.described.Form.with_learnt`.
+    """
+
+    sha256: str
+    encoder: str
+    weights: dict[str, Tensor]
+    form: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, sha256: str, encoder: str, tensors: dict[str, Tensor]) -> "Update":
+        """From the tensors of the file: those of the form are called `form.<name>`."""
+        weights = {name: tensor.float() for name, tensor in tensors.items()}
+        form = {name.removeprefix("form."): weights.pop(name) for name in tensors if name.startswith("form.")}
+        return cls(sha256, encoder, weights, form)
+
+    def apply(self, model: nn.Module) -> None:
+        """Change the weights of a float32 model in place."""
+        names = {name.rpartition(".")[0] for name in self.weights}
+        with torch.no_grad():
+            for name in names:
+                left, right = (self.weights[f"{name}.{side}"] for side in ("left", "right"))
+                weight = model.get_parameter(name)
+                weight.add_((left @ right.T).to(weight.device))
+
+
+@functools.cache
+def shipped_update() -> Update:
+    """The one that comes with this package.
+
+    Raises:
+        RouterError: see `taught`.
+    """
+    return Update.of(UPDATE_SHA256, *taught("adapted.safetensors", UPDATE_SHA256))
+
+
+def taught(name: str, checksum: str) -> tuple[str, dict[str, Tensor]]:
+    """A file of this package with what public sets taught: fingerprint of the encoder that it is for, and tensors.
+
+    Args:
+        checksum: its SHA-256.
+
+    Raises:
+        RouterError: the file is missing or damaged.
+    """
+    path = files(__package__) / name
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RouterError(f"{path}: cannot be read ({error}); install meswitch again") from None
+    if hashlib.sha256(raw).hexdigest() != checksum:
+        raise RouterError(f"{path}: damaged: its checksum is another; install meswitch again")
+    size = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + size])["__metadata__"]["encoder"], safetensors.torch.load(raw)
+
+
+def open_encoder(source: str | Path, device: str = "cpu", bits: int = 32, *, updated: bool = True) -> TextEncoder:
     """An encoder from a directory or hub id: static embeddings, a causal LM, or any other transformers encoder.
+
+    Args:
+        updated: whether the weights are changed as public sets taught, of the encoder that `Update` is for.
 
     Raises:
         CheckpointError: nothing there.
@@ -187,7 +264,7 @@ def open_encoder(source: str | Path, device: str = "cpu", bits: int = 32) -> Tex
         encoder = Encoder.load(source, device)
         encoder.source = str(source)
         return encoder
-    return SentenceEncoder.load(source, device, bits)
+    return SentenceEncoder.load(source, device, bits, updated=updated)
 
 
 def _cut(config: Any, last: int | None) -> int:
@@ -255,14 +332,18 @@ class SentenceEncoder:
         model: in eval mode.
         tokenizer: its own.
         bits: 8 keeps the linear layers as int8, on the CPU.
+        update: SHA-256 of the update that the weights have; empty where they have none.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, fingerprint: str, source: str, bits: int = 32) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, fingerprint: str, source: str, bits: int = 32, update: str = ""
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.source = source
         self.bits = bits
+        self.update = update
         config = model.config
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
@@ -274,8 +355,13 @@ class SentenceEncoder:
         self._bert: BertLayers | None = None
 
     @classmethod
-    def load(cls, source: str | Path, device: str = "cpu", bits: int = 32) -> "SentenceEncoder":
+    def load(
+        cls, source: str | Path, device: str = "cpu", bits: int = 32, *, updated: bool = True
+    ) -> "SentenceEncoder":
         """Load a checkpoint directory or hub id.
+
+        Args:
+            updated: see `open_encoder`.
 
         Raises:
             CheckpointError: nothing there. ConfigError: no tokenizer, or 8 bits elsewhere than on the CPU.
@@ -292,7 +378,12 @@ class SentenceEncoder:
         with quiet_loading():
             model = AutoModel.from_pretrained(checkpoint.directory, dtype=torch.float32, trust_remote_code=False)
             tokenizer = load_tokenizer(checkpoint.directory)
-        return cls(model.to(device).eval(), tokenizer, fingerprint(checkpoint), str(source), bits)
+        known, update = fingerprint(checkpoint), shipped_update()
+        updated = updated and update.encoder == known
+        if updated:  # before the weights are rounded to int8
+            update.apply(model)
+        checksum = update.sha256 if updated else ""
+        return cls(model.to(device).eval(), tokenizer, known, str(source), bits, checksum)
 
     @property
     def device(self) -> torch.device:
@@ -376,6 +467,7 @@ class StaticEncoder:
     """Texts -> mean of their tokens' rows of `table` [vocab, width]; it has one layer, 0."""
 
     depth = 0
+    update = ""
 
     def __init__(self, table: Tensor, tokenizer_file: str | Path, fingerprint: str, source: str) -> None:
         from tokenizers import Tokenizer

@@ -27,7 +27,7 @@ from meswitch.jsonfile import Decoder
 from meswitch.router.base import Router, RouterError
 
 FORMAT = "meswitch-router"
-VERSION = 3  # of an embedding router: 2 has `routes`, and `prior` and `own` of its settings; 3 `tasks` of these
+VERSION = 4  # of an embedding router: 2 has `routes`, `settings.prior` and `own`; 3 `settings.tasks`; 4 `base.update`
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 ENTRY_POINTS = "meswitch.routers"
