@@ -24,7 +24,7 @@ from benchmarks.serving.vllm_doc import pauses_table
 from benchmarks.serving.vllm_server import about, serve_arguments, serving
 from benchmarks.serving.vllm_shapes import SHAPES, write_artifact, write_config, write_tokenizer
 
-MIDDLEWARE = "meswitch.vllm.prefetch.Prefetch"
+MIDDLEWARE = "meswitch.vllm.middleware.Prefetch"
 
 
 class Stream(threading.Thread):

@@ -46,6 +46,6 @@ def by_hand(family, deltas, tmp_path_factory):
     arguments += ["--served-model-name", "base", "--worker-cls", "meswitch.vllm.DeltaWorker", "--enable-lora"]
     arguments += ["--max-loras", "2", "--max-cpu-loras", "4", "--max-lora-rank", "8", "--dtype", "float32"]
     arguments += ["--max-model-len", "512", "--enforce-eager", "--block-size", "32", "--port", str(port)]
-    arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
+    arguments += ["--middleware", "meswitch.vllm.middleware.Prefetch"]
     with serving(arguments, port, MESWITCH_DELTA_DIR=str(directory)) as address:
         yield address, directory

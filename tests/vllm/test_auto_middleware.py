@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from meswitch.router import Rule, RulesRouter
-from meswitch.vllm.auto import AutoRouting
 from meswitch.vllm.command import FAMILY_VARIABLE
+from meswitch.vllm.middleware import AutoRouting
 
 RULES = [Rule("math", "header:x-task", "^sums$"), Rule("math", "metadata:team", "tax"), Rule("code", "text", "def ")]
 DEEP = b"[" * 200_000

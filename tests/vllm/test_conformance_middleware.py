@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from meswitch.vllm.conformance import Conformance
+from meswitch.vllm.middleware import Conformance
 
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}]
 CHOICE = {"structured_outputs": {"choice": ["a"]}}

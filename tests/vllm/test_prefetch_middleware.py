@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from meswitch.vllm.command import DIRECTORY_VARIABLE
-from meswitch.vllm.prefetch import Prefetch
+from meswitch.vllm.middleware import Prefetch
 
 
 class Engine:

@@ -159,12 +159,15 @@ def command(family: "Family", host: str, port: int, slots: int) -> list[str]:
     arguments += ["--structured-outputs-config", json.dumps(_GRAMMARS), "--enable-request-id-headers"]
     if family.server.allow_origins:  # without it vLLM allows all
         arguments += ["--allowed-origins", json.dumps(family.server.allow_origins)]
-    arguments += ["--middleware", "meswitch.vllm.conformance.Conformance"]
-    arguments += ["--middleware", "meswitch.vllm.prefetch.Prefetch"]
+    arguments += ["--middleware", "meswitch.vllm.middleware.Conformance"]
+    arguments += ["--middleware", "meswitch.vllm.middleware.Prefetch"]
     router = family.resolve(family.router.path)
     recover_directory(router)
     if experts and router.exists():
-        arguments += ["--middleware", "meswitch.vllm.auto.AutoRouting"]  # around the one before, which sees its choice
+        arguments += [
+            "--middleware",
+            "meswitch.vllm.middleware.AutoRouting",
+        ]  # around the one before, which sees its choice
     return arguments
 
 
