@@ -16,9 +16,9 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM vllm/vllm-openai:v${VLLM}
 COPY --from=wheel /wheels /wheels
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# torch and vLLM stay as the image has them: pip is told their versions
+# torch and vLLM stay as the image has them: pip is told their versions (`pip freeze` would name a wheel's file instead)
 RUN wheel="$(ls /wheels/*.whl)" \
-    && pip freeze | grep -E '^(torch|vllm|triton)==' > /tmp/constraints.txt \
+    && pip list --format=freeze | grep -E '^(torch|vllm|triton)==' > /tmp/constraints.txt \
     && pip install --no-cache-dir --constraint /tmp/constraints.txt "${wheel}" \
     && rm -r /wheels /tmp/constraints.txt \
     && useradd --create-home --uid 1001 meswitch \

@@ -132,7 +132,9 @@ def test_a_router_whose_replacement_was_stopped_is_opened(tmp_path):
 def test_a_place_where_no_directory_can_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ConfigError, match=rf"^{tmp_path}/file/x: cannot be written \(Not a directory\); choose another"),
+        pytest.raises(
+            ConfigError, match=rf"^{tmp_path}/file/x: cannot be written \({tmp_path}/file is a file\); choose another"
+        ),
         durable.replacing_directory(tmp_path / "file" / "x"),
     ):
         pytest.fail("nothing to fill")

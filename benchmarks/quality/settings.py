@@ -165,13 +165,13 @@ ABLATIONS: dict[str, dict[str, Keywords]] = {
     },
     "distillation, end to end or block by block": {
         "end to end (default)": {},
-        "block by block": {"distill_scope": "block"},
+        "block by block, 100 steps each": {"distill_scope": "block", "distill": 100},
         "block by block, 300 steps each": {"distill_scope": "block", "distill": 300},
         "none": {"distill": 0},
     },
     "distillation at 1 bit, end to end or block by block": {
         "end to end (default)": ONE_BIT,
-        "block by block": ONE_BIT | {"distill_scope": "block"},
+        "block by block, 100 steps each": ONE_BIT | {"distill_scope": "block", "distill": 100},
         "block by block, 300 steps each": ONE_BIT | {"distill_scope": "block", "distill": 300},
         "none": ONE_BIT | {"distill": 0},
     },

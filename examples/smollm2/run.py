@@ -85,7 +85,11 @@ def main(arguments: list[str] | None = None) -> Found:
 
 
 def workers(device: str, count: int) -> Executor:
-    """`count` processes a device; with 0, jobs are done one by one in this one."""
+    """`count` processes a device; with 0, jobs are done one by one in this one.
+
+    Threads of a process: OMP_NUM_THREADS, or its share of the cores. Where several runs share a machine, say how many:
+    threads that wait for each other's cores take many times as long.
+    """
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
     if not count:
         here: queue.Queue[str] = queue.Queue()
@@ -95,7 +99,8 @@ def workers(device: str, count: int) -> Executor:
     places = context.Queue()
     for place in devices * count:
         places.put(place)
-    threads = max(1, len(os.sched_getaffinity(0)) // (len(devices) * count))
+    share = max(1, len(os.sched_getaffinity(0)) // (len(devices) * count))
+    threads = int(os.environ.get("OMP_NUM_THREADS", share))
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}  # processes inherit it
     return ProcessPoolExecutor(
         len(devices) * count, mp_context=context, initializer=jobs.start, initargs=(places, threads)

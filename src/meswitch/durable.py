@@ -31,12 +31,24 @@ def replacing_directory(target: Path) -> Iterator[Path]:
     """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+    make_parent(target)
+    partial.mkdir()
     yield partial
     replace_directory(partial, target)
+
+
+def make_parent(target: Path) -> None:
+    """Make the directory that a file or directory will lie in, if it is not there; before long work for it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"{target}: cannot be written ({target.parent} is a file); choose another place") from None
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def write_text(file: Path, text: str) -> None:

@@ -216,6 +216,8 @@ def test_sampling_parameters_that_do_not_exist_are_named_with_the_nearest(engine
         engine.generate([QUESTION], model="math", max_tokens=5)
     with pytest.raises(ConfigError, match=message):
         next(engine.stream(QUESTION, model="math", max_tokens=5))
+    with pytest.raises(ConfigError, match=r"give meswitch.SamplingParams"):
+        engine.submit(QUESTION, model="math", params={"max_new_tokens": 5})
 
 
 @pytest.mark.parametrize("runner", ["batch", "turns"])

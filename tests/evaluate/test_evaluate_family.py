@@ -362,6 +362,17 @@ def test_the_command_explains_options_that_do_not_fit(arguments: tuple[str, ...]
     assert message in str(error)
 
 
+def test_a_place_for_the_report_that_cannot_be_is_told_before_any_question_is_asked(
+    family: Path, questions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    asked = ("--questions", questions, "--checker", "number", "--out", tmp_path / "file" / "eval.md")
+    result = command("--base", family / "base", *asked)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith(f"{tmp_path}/file/eval.md: cannot be written")
+    assert result.stderr == ""
+
+
 def test_the_command_is_described_without_loading_torch() -> None:
     code = "import sys, meswitch.cli.eval; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -129,6 +129,21 @@ def test_an_untrained_family_says_how_to_train(project):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--bits", "5"), "--bits: 5 is neither 8 nor 32"),
+        (("--bits", "8"), "--bits: 8 is for a sentence encoder"),
+        (("--out", "@train.jsonl/router"), "train.jsonl/router: cannot be written"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_trained(project, options, said):
+    done = run(project, "router", "train", "--family", "@family.toml", "--data", "@train.jsonl", *options)
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_bad_row_is_named(project):
     (project / "bad.jsonl").write_text('{"query": "x", "domain": "math"}\n{"query": "x", "domain": "chess"}\n')
     done = run(project, "router", "train", "--family", "@family.toml", "--data", "@bad.jsonl")

@@ -51,11 +51,13 @@ VLLM = {  # what vLLM 0.32 does in another way; docs/use/api.md lists it
     "test_a_demanded_call_is_made": SPACES,
     "test_a_demanded_call_is_streamed": SPACES,
     "test_calls_are_read_where_the_model_chooses_to_make_them": "structured_outputs beside tools is refused",
+    "test_strict_tools_bind_calls_that_the_model_chooses_to_make": "text beside strict tools is another",
     "test_results_of_calls_are_sent_back": SPACES,
     "test_thoughts_are_told_from_the_answer": "needs --reasoning-parser, and the field is called reasoning",
     "test_openai_responses": "an answer that was cut ends with response.completed",
     "test_openai_responses_with_tools_and_schemas": SPACES,
     "test_openai_embeddings": "no /v1/embeddings",
+    "test_what_cannot_be_tokenized_is_refused": "messages go before a prompt, and a token that there is not is no text",
     "test_anthropic_calls_tools": SPACES,
     "test_anthropic_takes_a_few_stop_sequences": "takes any number",
     "test_litellm": SPACES,
@@ -298,13 +300,21 @@ def test_tokenize_and_back(address):
     assert chat["count"] == post("v1/chat/completions", asked).json()["usage"]["prompt_tokens"]
     assert chat["max_model_len"] >= chat["count"]
     assert httpx.get(f"{url}/version", headers=headers).json()["version"]
-    for path, body, param in [
-        ("tokenize", {}, "prompt"),
+    answer = post("tokenize", {})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
         ("tokenize", {"prompt": "a", "messages": user("a")}, "prompt"),
         ("detokenize", {"tokens": [99999999]}, "tokens"),
-    ]:
-        answer = post(path, body)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused(address, path, body, param):
+    url, model = address
+    answer = httpx.post(f"{url}/{path}", json={"model": model} | body, headers={"Authorization": "Bearer secret"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 def test_a_request_keeps_its_id(address):

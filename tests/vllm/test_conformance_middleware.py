@@ -27,7 +27,7 @@ async def tokenize(request: Request) -> JSONResponse:
     return JSONResponse({"error": error}, 400, {"x-request-id": "kept"})
 
 
-async def messages(request: Request) -> JSONResponse:
+async def unknown(request: Request) -> JSONResponse:
     error = {"message": "The model `x` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
     return JSONResponse({"error": error}, 404)
 
@@ -42,7 +42,8 @@ async def odd(request: Request) -> StreamingResponse:
 
 @pytest.fixture(scope="module")
 def app():
-    routes = {"/v1/chat/completions": chat, "/tokenize": tokenize, "/v1/messages": messages, "/odd": odd}
+    routes = {"/v1/chat/completions": chat, "/tokenize": tokenize, "/odd": odd}
+    routes |= dict.fromkeys(("/v1/completions", "/v1/messages"), unknown)
     made = Starlette(routes=[Route(path, handler, methods=["POST"]) for path, handler in routes.items()])
     made.add_middleware(Conformance)
     return made
@@ -63,6 +64,11 @@ def test_an_error_names_the_field_and_has_the_protocols_type(app):
     assert (answer.status_code, answer.headers["x-request-id"]) == (400, "kept")
     wanted = {"message": "Field required", "type": "invalid_request_error", "param": "prompt", "code": None}
     assert answer.json() == {"error": wanted}
+
+
+def test_a_model_that_there_is_not_has_the_code_that_clients_know(app):
+    error = send(app, "/v1/completions").json()["error"]
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
 
 
 def test_an_error_of_anthropics_protocol_has_its_form(app):

@@ -204,6 +204,10 @@ def eval_command(
             f"--questions or --tasks: what is asked? give a file of questions or names of lm-eval tasks{beside}"
         )
 
+    from meswitch.durable import make_parent, write_text
+
+    if out is not None:
+        make_parent(out)
     import torch
 
     from meswitch.evaluate import HarnessSettings, Settings, evaluate_family
@@ -226,9 +230,6 @@ def eval_command(
         origin, experts, deltas, tasks=[*own, *foreign], owners=owners, settings=settings, say=console.note
     )
     if out is not None:
-        from meswitch.durable import write_text
-
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, report.to_json() if out.suffix == ".json" else report.to_markdown())
     if as_json:
         console.print_json(report.to_dict())

@@ -75,16 +75,18 @@ def eval_router(
     """
     if out is not None and out.suffix not in (".json", ".md"):
         raise ConfigError(f"--out {out}: the ending says the format; use .json or .md")
+    from meswitch.durable import make_parent
     from meswitch.family import Family
     from meswitch.router import evaluate_router, read_rows
     from meswitch.router.evaluate import draw_plots, markdown
 
     rows = read_rows(data, Family.load(family).names)
+    if out is not None:
+        make_parent(out)
     loaded = open_router(family, router, threshold, model, device)
     result = evaluate_router(loaded, rows)
     drawn = draw_plots(result, plots) if plots is not None else {}
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         links = {title: Path(os.path.relpath(file, out.parent)).as_posix() for title, file in drawn.items()}
         out.write_text(
             markdown(result, links) if out.suffix == ".md" else json.dumps(result.to_dict(), indent=2) + "\n"

@@ -266,6 +266,10 @@ def embedding(
         raise ConfigError("--data: a router of kind embedding is trained on rows; give a file of them, or --self")
     if claims.rows is not None and not claims.self_:
         raise ConfigError("--rows: only with --self, which makes rows")
+    if embedding.bits not in (8, 32):
+        raise ConfigError(f"--bits: {embedding.bits} is neither 8 nor 32")
+    if embedding.bits == 8 and embedding.encoder is None:
+        raise ConfigError("--bits: 8 is for a sentence encoder, the base is read as it is; give --encoder DIR too")
     encoder: TextEncoder | None = None
     if embedding.encoder is not None:  # before the experts are asked, which takes longest
         encoder = open_encoder(embedding.encoder, job.device, embedding.bits)
@@ -442,10 +446,12 @@ class Training:
 
     @classmethod
     def of(cls, family: Path, place: Destination) -> "Training":
+        from meswitch.durable import make_parent
         from meswitch.family import Family
 
         config = Family.load(family)
         target = place.out or config.resolve(config.router.path)
+        make_parent(target)
         device = console.check_device(place.device)
         return cls(config, Path(config.base_source()), target, device, time.perf_counter())
 

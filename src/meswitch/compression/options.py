@@ -88,9 +88,6 @@ class TrainingRecipe:
             raise ConfigError(f"recipe: {self.steps} steps at learning rate {self.learning_rate}: nothing to train")
 
 
-_BLOCKWISE = TrainingRecipe(steps=100, scope="block")
-
-
 def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") -> TrainingRecipe:
     """A method's own recipe: the published one, or the default. steps: instead of its own.
 
@@ -102,7 +99,7 @@ def recipe_for(method: str, steps: int | None = None, scope: Scope = "model") ->
     published = find_codec(method).recipe
     if scope == "block" and published is not None:
         raise ConfigError(f"distill_scope: block: {method}'s published recipe trains end to end; leave it out")
-    recipe = _BLOCKWISE if scope == "block" else published or TrainingRecipe()
+    recipe = TrainingRecipe(scope=scope) if published is None else published
     return recipe if steps is None else dataclasses.replace(recipe, steps=steps)
 
 
@@ -238,7 +235,7 @@ class Options:
         Setting(
             "Train codes, scales, salient weights and norms against the full expert on the calibration text for so "
             "many steps; 0 does not. It costs no bytes and closes most of the gap at 2 bits and less; how long it "
-            "takes is said before it starts. Default with calibration text: 300 steps end to end, or 100 a block; on "
+            "takes is said before it starts. Default with calibration text: 300 steps, end to end or of each block; on "
             "a CPU 0 for an expert of more than 256 MB. At 1 bit 1000 pay.",
             int,
             metavar="STEPS",

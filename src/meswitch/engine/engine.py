@@ -187,6 +187,8 @@ class Engine:
         on_chunk: Callable[[Chunk], None] | None = None,
     ) -> Request:
         """A request that is not queued yet; arguments and errors as of `submit`."""
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"params: {params!r} is none; give meswitch.SamplingParams(...)")
         name = model or self.base_name
         tokenizer = self.tokenizers.get(name)
         if tokenizer is None:

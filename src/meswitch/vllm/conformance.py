@@ -96,5 +96,8 @@ def _alike(path: str, status: int, body: bytes) -> bytes:
         return body
     param, code = error.get("param"), error.get("code")
     param = param.removeprefix("body.") if isinstance(param, str) else None
-    same = ApiError(status, message, param=param or None, code=code if isinstance(code, str) else None)
+    code = code if isinstance(code, str) else None
+    if status == 404 and param == "model":
+        code = "model_not_found"
+    same = ApiError(status, message, param=param or None, code=code)
     return bytes(same.response(path).body)

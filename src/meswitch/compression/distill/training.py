@@ -40,9 +40,10 @@ END_TO_END_PARAMETERS = 2_000_000_000  # above, a step end to end takes seconds,
 STEP_TOKENS = 2048  # of a step that are in memory at once, at least
 _MOST_STEP_TOKENS = 8192  # more are no faster
 _STEP_SHARE = 0.25  # of a GPU's free memory for a step's tokens: others may train beside
-# For every parameter: expert, base, matrices as they are restored, latent weights, their gradients and AdamW's two
-# moments in 4 bytes each, the gradients of the matrices, levels.
-_BYTES_A_PARAMETER = 40
+# For every parameter: expert, base, matrices as they are restored, their nearest levels, latent weights, gradients and
+# AdamW's two moments of these in 4 bytes each, the gradients of the matrices twice (as they come, and where the CUDA
+# graph takes them), levels, and what is in use for one matrix at a time.
+_BYTES_A_PARAMETER = 48
 _LOGITS = 8  # tensors as large as the logits of a step's part
 _STATES = 24  # numbers that a block keeps for the gradient, a token and a hidden unit
 _FREE = 0.8
