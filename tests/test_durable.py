@@ -129,13 +129,15 @@ def test_a_router_whose_replacement_was_stopped_is_opened(tmp_path):
     assert load_router(target, tmp_path).experts == ("math",)
 
 
-def test_a_place_where_no_directory_can_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
+@pytest.mark.parametrize(("file", "target"), [("file", "file/x"), ("x.partial", "x")])
+def test_a_place_where_no_directory_can_be_made_is_named(tmp_path, file, target):
+    (tmp_path / file).write_text("")
     with (
         pytest.raises(
-            ConfigError, match=rf"^{tmp_path}/file/x: cannot be written \({tmp_path}/file is a file\); choose another"
+            ConfigError,
+            match=rf"^{tmp_path}/{target}: cannot be written \({tmp_path}/{file} is a file\); choose another",
         ),
-        durable.replacing_directory(tmp_path / "file" / "x"),
+        durable.replacing_directory(tmp_path / target),
     ):
         pytest.fail("nothing to fill")
 

@@ -32,7 +32,8 @@ def replacing_directory(target: Path) -> Iterator[Path]:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     make_parent(target)
-    partial.mkdir()
+    with _named(target):
+        partial.mkdir()
     yield partial
     replace_directory(partial, target)
 
@@ -43,12 +44,18 @@ def make_parent(target: Path) -> None:
     Raises:
         ConfigError: it cannot be made.
     """
-    try:
+    with _named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"{target}: cannot be written ({target.parent} is a file); choose another place") from None
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """What prevents a directory from being made for `target` is told with its name."""
+    try:
+        yield
     except OSError as error:
-        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+        reason = f"{error.filename} is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ConfigError(f"{target}: cannot be written ({reason}); choose another place") from error
 
 
 def write_text(file: Path, text: str) -> None:

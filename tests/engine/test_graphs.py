@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # noqa: F401 - of `Layer`
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from meswitch.engine.attention import PAGE, KVCache, Piece, StepPlaces
 from meswitch.engine.graphs import StaticPlaces
@@ -73,3 +73,21 @@ def test_what_is_more_than_scaled_dot_products_is_refused():
     places.fill([1], [Piece(1, 0, [0])])
     with pytest.raises(IncompatibleError, match="s_aux"):
         places.attend(layer(0, 1), numbers, numbers, numbers, {"s_aux": torch.zeros(2)})
+
+
+def with_sinks(*given, own=eager_attention_forward, **options):
+    """More than its options say: a share of each head's attention goes nowhere."""
+    attended, weights = own(*given, **options)
+    return attended * torch.tensor([0.7, 0.9])[:, None], weights
+
+
+def test_what_a_layer_s_own_attention_computes_besides_is_found_at_its_first_step(monkeypatch):
+    numbers, module = torch.ones(1, 2, 1, 32), layer(0, 1)
+    places = StaticPlaces(KVCache(CONFIG, 4, "eager", torch.device("cpu")), [2], 4 * PAGE, torch.device("cpu"))
+    places.fill([1], [Piece(1, 0, [0])])
+    options = {"scaling": 0.2, "softcap": None, "position_ids": None}
+    with monkeypatch.context() as other:
+        other.setitem(globals(), "eager_attention_forward", with_sinks)
+        with pytest.raises(IncompatibleError, match="Layer: its attention differs from scaled dot products by 2"):
+            places.attend(module, numbers, numbers, numbers, options)
+    places.attend(module, numbers, numbers, numbers, options)

@@ -31,7 +31,7 @@ PAGE = 64  # tokens
 _running = threading.local()
 # What a layer may hand to its attention beside queries, keys and values: numbers, and tensors of its own weights. Any
 # other tensor has a value a token, and the step's tokens are not one text. Positions are for flash kernels alone.
-_OWN_TENSORS, _NOT_NEEDED = {"s_aux", "sinks"}, {"position_ids", "cache_position"}
+_OWN_TENSORS, NOT_NEEDED = {"s_aux", "sinks"}, {"position_ids", "cache_position"}
 
 
 def pages_for(tokens: int) -> int:
@@ -265,7 +265,7 @@ class StepPlaces:
         """
         if query.shape[:1] != (1,) or query.shape[2] != self.tokens or key.shape[2] != self.tokens:
             raise MeswitchError(f"{type(module).__name__}: {tuple(query.shape)} for a step of {self.tokens} tokens")
-        options = {name: option for name, option in options.items() if name not in _NOT_NEEDED}
+        options = {name: option for name, option in options.items() if name not in NOT_NEEDED}
         for name, option in options.items():
             if isinstance(option, Tensor) and name not in _OWN_TENSORS:
                 raise MeswitchError(f"{type(module).__name__}: its attention is given {name}, which a step cannot have")

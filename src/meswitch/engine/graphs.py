@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from meswitch.engine.attention import PAGE, KVCache, Piece, pages_for, running
+from meswitch.engine.attention import NOT_NEEDED, PAGE, KVCache, Piece, pages_for, running
 from meswitch.engine.coded import CodedLinear
 from meswitch.engine.context import BASE_SLOT, StepContext, Switch, TableOwners
 from meswitch.engine.layers import Switchable, SwitchableEmbedding, SwitchableHead, SwitchableLinear
@@ -40,6 +40,9 @@ _KEYS = 1 << 20  # that the rows of a step's prompts see in all; above, attentio
 _PLAIN = {"scaling", "softcap", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
 _SPLITS = 4  # programs that share one row's keys: long texts of few requests keep the card busy
 _QUERY_BLOCK = 128  # of a mask; a row's queries are one a head of the group, always fewer
+_OWN = (
+    0.03  # of the norm of an attention's output: by more it differs from the model's own for another reason than 16 bit
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ class StaticPlaces:
         pages = pages_for(longest)
         self._tables = {window: self._table(window, pages) for window in dict.fromkeys(cache.windows)}
         self._masks: dict[tuple[int | None, int, int], BlockMask] = {}
+        self._compared: set[nn.Module] = set()
 
     def _table(self, window: int | None, pages: int) -> _Table:
         host = torch.zeros(self._rows, pages, dtype=torch.int32, pin_memory=self._is_flex)
@@ -151,7 +155,7 @@ class StaticPlaces:
         """As `StepPlaces.attend`.
 
         Raises:
-            IncompatibleError: the layer wants more than scaled dot products.
+            IncompatibleError: the layer wants more than scaled dot products, or computes more by itself.
         """
         for name, option in options.items():
             if name not in _PLAIN and option is not None:
@@ -184,7 +188,33 @@ class StaticPlaces:
             )[:rows]
         else:
             attended = reference(grouped, keys, values, table.numbers[:, :rows], table.pages[:rows], scale, cap)
-        return attended.reshape(1, rows, query.shape[1], value.shape[3]), None
+        attended = attended.reshape(1, rows, query.shape[1], value.shape[3])
+        if self._cache.function == "eager" and module not in self._compared:  # before graphs are captured
+            self._compare(module, query, keys, values, table, options, attended)
+            self._compared.add(module)
+        return attended, None
+
+    def _compare(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: _Table,
+        options: Mapping[str, Any],
+        attended: Tensor,
+    ) -> None:
+        """Refuse a layer whose own attention gives something else: it may look at its module, not only at options."""
+        rows = table.numbers[0, : query.shape[2]].nonzero()[:, 0]  # the others are nobody's
+        mine, theirs, mask = _gathered(keys, values, table.numbers[:, rows], table.pages[rows])
+        queries, mine, theirs = (t.float() for t in (query[0].transpose(0, 1)[rows, :, None], mine, theirs))
+        given = {name: option for name, option in options.items() if name not in NOT_NEEDED}
+        allowed = self._cache.allowed(mask[:, None, None], torch.float32)
+        own = self._cache.own(module)(module, queries, mine, theirs, allowed, **given)[0][:, 0]
+        error = float((attended[0, rows].float() - own).norm() / own.norm().clamp_min(1e-30))
+        if not error <= _OWN:
+            name = type(module).__name__
+            raise IncompatibleError(f"{name}: its attention differs from scaled dot products by {error:.0%}")
 
     def _mask(self, table: _Table, rows: int, queries: int, places: int) -> BlockMask:
         """One for all layers of a window, over the table's buffers."""
@@ -227,20 +257,25 @@ def reference(
         scale: of the products; None for one by the root of width.
         cap: scores are `cap * tanh(score / cap)` (Gemma 2, arXiv 2408.00118, section 2); None leaves them.
     """
-    count, _, since, last, until = numbers.long()
-    most = int(count.max())
-    number = torch.arange(most * PAGE, device=query.device)
-    # what is beyond a text's pages is masked, but a number that is none would get through the mask
-    own = torch.where(torch.arange(most, device=query.device) < count[:, None], pages[:, :most].long(), last[:, None])
-    places = own[..., None] * PAGE + torch.arange(PAGE, device=query.device)
-    ends = (count - 1) * PAGE + until
-    mask = (number >= since[:, None]) & (number < ends[:, None])
-    mine, theirs = (t[places.flatten(1)].transpose(1, 2) for t in (keys, values))
+    mine, theirs, mask = _gathered(keys, values, numbers, pages)
     if cap is not None:
         products = query @ mine.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
         scores = (cap * torch.tanh(products / cap)).masked_fill(~mask[:, None, None], float("-inf"))
         return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ theirs
     return nn.functional.scaled_dot_product_attention(query, mine, theirs, mask[:, None, None], scale=scale)
+
+
+def _gathered(keys: Tensor, values: Tensor, numbers: Tensor, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's keys and values, [rows, heads, places, width], and which it sees, [rows, places] bool."""
+    count, _, since, last, until = numbers.long()
+    most = int(count.max())
+    number = torch.arange(most * PAGE, device=keys.device)
+    # what is beyond a text's pages is masked, but a number that is none would get through the mask
+    own = torch.where(torch.arange(most, device=keys.device) < count[:, None], pages[:, :most].long(), last[:, None])
+    places = own[..., None] * PAGE + torch.arange(PAGE, device=keys.device)
+    ends = (count - 1) * PAGE + until
+    mine, theirs = (t[places.flatten(1)].transpose(1, 2) for t in (keys, values))
+    return mine, theirs, (number >= since[:, None]) & (number < ends[:, None])
 
 
 @functools.cache
