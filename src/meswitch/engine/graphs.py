@@ -40,9 +40,8 @@ _KEYS = 1 << 20  # that the rows of a step's prompts see in all; above, attentio
 _PLAIN = {"scaling", "softcap", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
 _SPLITS = 4  # programs that share one row's keys: long texts of few requests keep the card busy
 _QUERY_BLOCK = 128  # of a mask; a row's queries are one a head of the group, always fewer
-_OWN = (
-    0.03  # of the norm of an attention's output: by more it differs from the model's own for another reason than 16 bit
-)
+# Of the norm of an attention's output: by more it differs from the model's own for another reason than 16 bit.
+_OWN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
