@@ -344,6 +344,9 @@ def test_experts_with_the_same_files_share_a_tokenizer_and_nothing_that_is_their
     assert 7 not in first.ends
     assert first.stops == []
     assert third.encode(USER) != first.encode(USER) == second.encode(USER)
+    control = [user(f"what is {first.hidden[2]}?")]
+    assert first.encode(control) == second.encode(control)
+    assert first._plain is second._plain
 
 
 def test_a_training_s_states_beside_the_tokenizer_are_not_read(directory):

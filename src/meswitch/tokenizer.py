@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from meswitch.configuration import read_config
 from meswitch.errors import ConfigError
@@ -64,6 +64,7 @@ _SHRINKS = 4  # times that a tokenizer may shorten a text before it takes it apa
 _WORDS = re.compile(r"\w+")
 _proven: set[bytes] = set()  # digests of tokenizer files that this process has compared already
 _open: WeakValueDictionary[bytes, Any] = WeakValueDictionary()  # transformers' tokenizers that are served, by digest
+_plain_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # for each of these, one to which control tokens are text
 
 
 def max_length(config: Any) -> int:
@@ -283,13 +284,16 @@ class ChatTokenizer:
         """The tokenizer of `tokenizers`, to which control tokens are text."""
         from tokenizers import Tokenizer
 
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ConfigError(f"messages: the tokenizer of {self.name!r} cannot read control tokens as text")
-        plain = Tokenizer.from_str(backend.to_str())
-        plain.no_truncation()
-        plain.no_padding()
-        plain.encode_special_tokens = True
+        plain = _plain_of.get(self.tokenizer)
+        if plain is None:
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                raise ConfigError(f"messages: the tokenizer of {self.name!r} cannot read control tokens as text")
+            plain = Tokenizer.from_str(backend.to_str())
+            plain.no_truncation()
+            plain.no_padding()
+            plain.encode_special_tokens = True
+            _plain_of[self.tokenizer] = plain
         return plain
 
     @functools.cached_property
