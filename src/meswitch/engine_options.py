@@ -71,6 +71,8 @@ class EngineOptions:
     grows: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.base_name, str) or not self.base_name:
+            raise ConfigError(f"base_name: {self.base_name!r} is no name")
         for name, words in (("runner", get_args(RunnerName)), ("dtype", get_args(DtypeName))):
             if getattr(self, name) not in words:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is none of {', '.join(words)}")
@@ -88,7 +90,7 @@ class EngineOptions:
         if self.backend not in get_args(BackendName):
             from meswitch.ops import BACKENDS  # also those that others registered
 
-            if self.backend not in BACKENDS:
+            if not isinstance(self.backend, str) or self.backend not in BACKENDS:
                 raise ConfigError(f"backend: {self.backend!r} is none of auto, triton, {', '.join(BACKENDS)}")
         if not isinstance(self.device, str) or re.fullmatch(DEVICE, self.device) is None:
             raise ConfigError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:1 and so on")
