@@ -40,6 +40,7 @@ _KEYS = 1 << 20  # that the rows of a step's prompts see in all; above, attentio
 _PLAIN = {"scaling", "softcap", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
 _SPLITS = 4  # programs that share one row's keys: long texts of few requests keep the card busy
 _QUERY_BLOCK = 128  # of a mask; a row's queries are one a head of the group, always fewer
+_COMPARED = 32  # rows of a step: enough to see a difference, few enough to gather all that they see
 # Of the norm of an attention's output: by more it differs from the model's own for another reason than 16 bit.
 _OWN = 0.03
 
@@ -204,7 +205,7 @@ class StaticPlaces:
         attended: Tensor,
     ) -> None:
         """Refuse a layer whose own attention gives something else: it may look at its module, not only at options."""
-        rows = table.numbers[0, : query.shape[2]].nonzero()[:, 0]  # the others are nobody's
+        rows = table.numbers[0, : query.shape[2]].nonzero()[:_COMPARED, 0]  # what sees no page is nobody's
         mine, theirs, mask = _gathered(keys, values, table.numbers[:, rows], table.pages[rows])
         queries, mine, theirs = (t.float() for t in (query[0].transpose(0, 1)[rows, :, None], mine, theirs))
         given = {name: option for name, option in options.items() if name not in NOT_NEEDED}
