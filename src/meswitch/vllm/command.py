@@ -164,10 +164,8 @@ def command(family: "Family", host: str, port: int, slots: int) -> list[str]:
     router = family.resolve(family.router.path)
     recover_directory(router)
     if experts and router.exists():
-        arguments += [
-            "--middleware",
-            "meswitch.vllm.middleware.AutoRouting",
-        ]  # around the one before, which sees its choice
+        # around those before, which see its choice
+        arguments += ["--middleware", "meswitch.vllm.middleware.AutoRouting"]
     return arguments
 
 
