@@ -110,6 +110,16 @@ def test_descriptions_alone_are_routes_too(space):
     assert 0 < router.threshold <= 0.4
 
 
+def test_a_name_without_a_description_says_nothing(space, options):
+    bare = [RouteOption(option.name, "", option.examples) for option in options]
+    turned = [
+        RouteOption(name, "", one.examples) for name, one in zip(reversed([o.name for o in bare]), bare, strict=True)
+    ]
+    asked = [[{"role": "user", "content": text}] for text in ("What is 17 + 25?", "How many singers are there?")]
+    for ours, theirs in zip(*(DescribedRouter(some, space).scores(asked) for some in (bare, turned)), strict=True):
+        assert [ours[o.name] for o in bare] == pytest.approx([theirs[o.name] for o in turned], abs=1e-5)
+
+
 def test_one_route_is_told_from_everything_else(space, options):
     router = DescribedRouter(options[:1], space)
     ours, theirs = router.scores([[{"role": "user", "content": text}] for text in (options[0].examples[0], "goodbye")])

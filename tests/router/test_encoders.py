@@ -216,8 +216,8 @@ def test_few_routes_whose_examples_are_alike_are_the_mean_of_these(bert):
     narrow = [RouteOption(word, "", tuple(f"{word} {i}" for i in range(4))) for word in ("apples", "boats")]
     broad = [RouteOption("a", "", ("apples 1", "boats 2")), RouteOption("b", "", ("boats 3", "apples 4"))]
     points = [fit_prototypes(options, space).weight.shape[1] for options in (narrow, broad)]
-    assert points == [2, 6]  # of the latter, each line and name
-    assert fit_prototypes(narrow, space, broad=True).weight.shape[1] == 10
+    assert points == [2, 4]  # of the latter, each line
+    assert fit_prototypes(narrow, space, broad=True).weight.shape[1] == 8
 
 
 def test_every_layer_of_a_bert_is_what_transformers_computes_padded_or_not(bert):

@@ -354,8 +354,8 @@ class _Lines:
     def of(cls, options: Sequence[RouteOption], space: Space, broad: bool | None) -> "_Lines":
         texts = [line for option in options for line in option.examples]
         route = torch.tensor([i for i, option in enumerate(options) for _ in option.examples], dtype=torch.int64)
-        # of a name alone something is known too, where there is nothing else
-        said = [i for i, option in enumerate(options) if option.description.strip()] or range(len(options))
+        # a name without a description says nothing: it may be any word
+        said = [i for i, option in enumerate(options) if option.description.strip()]
         vectors = space.lines([*texts, *(_described(options[i]) for i in said)])
         counts = torch.bincount(route, minlength=len(options))
         if broad is None:
