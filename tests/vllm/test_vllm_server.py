@@ -75,8 +75,8 @@ def test_the_command_line_of_a_family(family_file, family, deltas):
     line = shlex.join(arguments)
     assert f"--lora-modules math={deltas['math']} code={deltas['code']} --additional-config" in line
     assert "--worker-cls meswitch.vllm.DeltaWorker --enable-lora --max-loras 2 --max-cpu-loras 2" in line
-    names = ("conformance.Conformance", "prefetch.Prefetch", "auto.AutoRouting")
-    assert line.endswith(" ".join(f"--middleware meswitch.vllm.{name}" for name in names))
+    names = ("Conformance", "Prefetch", "AutoRouting")
+    assert line.endswith(" ".join(f"--middleware meswitch.vllm.middleware.{name}" for name in names))
     options = dict(itertools.pairwise(arguments))
     assert json.loads(options["--override-generation-config"]) == {"temperature": 0.0}
     assert json.loads(options["--structured-outputs-config"])["disable_any_whitespace"]
