@@ -73,11 +73,17 @@ class AutoRouting:
 
 def _asked_for_auto(body: bytes) -> dict[str, Any] | None:
     """The request's object; None where it names a model or is not understood, which vLLM says."""
+    request = _object(body)
+    return request if request is not None and request.get("model") == AUTO else None
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    """A body's JSON object; None where it is none."""
     try:
-        request = json.loads(body)
+        found = json.loads(body)
     except (ValueError, RecursionError):  # the latter of too many brackets
         return None
-    return request if isinstance(request, dict) and request.get("model") == AUTO else None
+    return found if isinstance(found, dict) else None
 
 
 def _naming(choice: Choice, send: Send) -> Send:
@@ -194,16 +200,8 @@ class Conformance:
 
 def _loses_its_grammar(body: bytes) -> bool:
     """Whether a request has a grammar of its own, and tools that may be called."""
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):  # the latter of too many brackets
-        return False
-    return (
-        isinstance(request, dict)
-        and bool(request.get("structured_outputs"))
-        and bool(request.get("tools"))
-        and request.get("tool_choice") != "none"
-    )
+    request = _object(body) or {}
+    return bool(request.get("structured_outputs") and request.get("tools") and request.get("tool_choice") != "none")
 
 
 class _Errors:
