@@ -37,7 +37,7 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256, 384, 512
 MOST = SIZES[-1]
 _KEYS = 1 << 20  # that the rows of a step's prompts see in all; above, attention takes longer than Python would
 # What a layer may hand to its attention without wanting more than scaled dot products, with a soft cap or without.
-_PLAIN = {"scaling", "softcap", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
+_PLAIN = {"scaling", "softcap", "dropout", "sliding_window", "is_causal", "use_cache"} | NOT_NEEDED
 _SPLITS = 4  # programs that share one row's keys: long texts of few requests keep the card busy
 _QUERY_BLOCK = 128  # of a mask; a row's queries are one a head of the group, always fewer
 _COMPARED = 32  # rows of a step: enough to see a difference, few enough to gather all that they see
