@@ -492,7 +492,7 @@ class EmbeddingRouter(Router):
                 f"{directory}: base.fingerprint: trained on the hidden states of another base than {source} "
                 f"({file.base.fingerprint:.24}..., this is {found:.24}...); train it again with `meswitch router train`"
             )
-        if file.base.update not in ("", shipped_update().sha256):
+        if file.base.update and file.base.update != shipped_update().sha256:
             raise RouterError(
                 f"{directory}: base.update: trained with weights that this meswitch does not have "
                 f"({file.base.update:.16}...); train it again with `meswitch router train`, or use the version that "

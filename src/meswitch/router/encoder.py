@@ -378,11 +378,10 @@ class SentenceEncoder:
         with quiet_loading():
             model = AutoModel.from_pretrained(checkpoint.directory, dtype=torch.float32, trust_remote_code=False)
             tokenizer = load_tokenizer(checkpoint.directory)
-        known, update = fingerprint(checkpoint), shipped_update()
-        updated = updated and update.encoder == known
-        if updated:  # before the weights are rounded to int8
-            update.apply(model)
-        checksum = update.sha256 if updated else ""
+        known, checksum = fingerprint(checkpoint), ""
+        if updated and (update := shipped_update()).encoder == known:
+            update.apply(model)  # before the weights are rounded to int8
+            checksum = update.sha256
         return cls(model.to(device).eval(), tokenizer, known, str(source), bits, checksum)
 
     @property
