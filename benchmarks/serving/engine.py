@@ -74,14 +74,17 @@ def main() -> None:
     report: dict[str, Any] = {"meta": {}, "rows": []}
     report["meta"] = measured_on(options.layers, bandwidth) | {"prompt": PROMPT, "new_tokens": LONG}
 
+    def save() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+
     def keep(row: Row) -> None:
         about = {"engine": row.pop("engine"), "model": f"mistral-7b, {options.layers} layers"}
         graphs = {"graphs": not options.no_graphs} if about["engine"] == "embedded" else {}
         row = about | graphs | row
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+        save()
 
     torch.cuda.empty_cache()
     beside = Beside(options.work, options.json) if options.vllm else None
@@ -93,11 +96,11 @@ def main() -> None:
     if options.again:
         torch.cuda.empty_cache()
         command = [sys.executable, __file__, "--work", str(options.work), "--as-again"]
+        command += ["--no-graphs"] * options.no_graphs
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         report["meta"]["ready_again_s"] = json.loads(done.stdout.splitlines()[-1])
         print(f"opened again in {report['meta']['ready_again_s']} s", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+        save()
 
 
 def measured_on(layers: int, bandwidth: float) -> Row:
