@@ -564,28 +564,28 @@ class _Restored(nn.Module):
     Args:
         put: puts the matrices together.
         matrices: stored name -> a matrix that is trained, or one that is not.
-        held: of the trained ones those that are there already (`Student.held`).
+        made: of the trained ones those that are there already (`Student.held`).
     """
 
     def __init__(
         self,
         put: Callable[[Mapping[str, Tensor]], Tensor],
         matrices: Mapping[str, Trainable | Tensor],
-        held: Mapping[str, Tensor],
+        made: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self._put = put
         self._matrices = [matrices]  # not as modules: one may be a part of several parameters
-        self._held = held
+        self._made = made
 
     def forward(self, value: Tensor) -> Tensor:
         (matrices,) = self._matrices
-        return self._put({name: self._made(name, own) for name, own in matrices.items()})
+        return self._put({name: self._matrix(name, own) for name, own in matrices.items()})
 
-    def _made(self, name: str, own: Trainable | Tensor) -> Tensor:
+    def _matrix(self, name: str, own: Trainable | Tensor) -> Tensor:
         if isinstance(own, Tensor):
             return own
-        return self._held[name] if name in self._held else own.matrix()
+        return self._made[name] if name in self._made else own.matrix()
 
 
 class _AsStored(nn.Module):
